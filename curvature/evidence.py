@@ -1,0 +1,225 @@
+"""What crosses from a curvature to a representation: a small closed set of evidence types.
+
+Axes, here and everywhere in gradmaker: ``B`` stack of equal blocks, ``G`` groups (channels of a norm layer, groups of a
+convolution), ``k`` cotangents per example, ``n`` examples, ``r`` weight-sharing positions, ``i`` / ``o`` in / out features,
+``N = k n`` rows of the Jacobian factor.
+
+All scaling of the loss (reduction, masks, class weights, number of samples) is folded into ``gradients`` where the evidence
+is made, so that the curvature is always ``C = sum_N vec(J_N) vec(J_N)^T`` with no factor left over.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from opt_einsum import contract
+from torch import Tensor
+
+__all__ = ["Evidence", "Gradient", "Joint", "OneHot", "Outer"]
+
+
+class Evidence(ABC):
+    """One measurement of a block's curvature: ``C = sum_N vec(J_N) vec(J_N)^T``."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """The rows ``J``, formed.  # (N, G, *shape)"""
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """One-hot inputs kept as their indices: an embedding never forms a ``V``-wide tensor."""
+
+    index: Tensor  # (n, r), integer
+    size: int  # V
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The one-hot rows, formed.  # (1, n, r, V)"""
+        return torch.nn.functional.one_hot(self.index, self.size).to(dtype).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Outer(Evidence):
+    """Pairs of layer inputs and output gradients: ``J_kn = sum_r g_knr [a_nr 1]^T``, or its transpose.
+
+    The products below never form ``J``, except `rows`.
+    """
+
+    inputs: Tensor | OneHot  # a: (G, n, r, i)
+    gradients: Tensor  # g: (k, G, n, r, o), carrying every scale
+    bias: bool = False  # a one is appended to every input
+    transposed: bool = False  # the block is laid out as (i, o), as an embedding's weight is
+    weights: Tensor | None = None  # (n, r): 1 counts, 0 is masked out of the mean over inputs; None counts all
+    fresh: bool = True  # False: these inputs were counted before in this step (a further chunk of cotangents)
+
+    @property
+    def count(self) -> int:
+        """Number of rows ``N = k n``."""
+        return self.gradients.shape[0] * self.gradients.shape[2]
+
+    def reduced(self) -> Outer:
+        """One position per example: the mean input and the summed gradient (K-FAC-reduce, arXiv:2311.00636)."""
+        assert isinstance(self.inputs, Tensor)
+        if self.weights is None:
+            inputs = self.inputs.mean(2, keepdim=True)
+            weights = None
+        else:
+            total = self.weights.sum(1, keepdim=True)  # (n, 1)
+            share = self.weights / total.clamp(min=1)
+            inputs = torch.einsum("gnri,nr->gni", self.inputs, share).unsqueeze(2)
+            weights = (total > 0).to(self.weights.dtype)
+        return replace(self, inputs=inputs, gradients=self.gradients.sum(3, keepdim=True), weights=weights)
+
+    # ---------------------------------------------------------------- moments, for Kronecker factors
+    def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha mean_nr a a^T``; a diagonal for one-hot inputs or a diagonal ``out``.
+
+        ``out``: (G, i, i) or (G, i), with the bias as the last coordinate.
+        """
+        if isinstance(self.inputs, OneHot):
+            self._add_counts_(out, beta, alpha)
+            return
+        G, n, r, i = self.inputs.shape
+        x = self.inputs.reshape(G, n * r, i)
+        if self.weights is None:
+            x1, scale = x, alpha / (n * r)
+            ones = None
+        else:
+            w = self.weights.reshape(1, n * r, 1)
+            w = w / w.sum().clamp(min=1)
+            x1, scale, ones = x * w, alpha, w.expand(G, -1, 1)
+        if out.ndim == 2:
+            out[:, :i].mul_(beta).add_((x1 * x).sum(1), alpha=scale)
+        else:
+            out[:, :i, :i].baddbmm_(x1.mT, x, beta=beta, alpha=scale)
+        if self.bias:
+            self._add_bias_moment_(out, x1.sum(1), ones, beta, alpha, scale)
+
+    def _add_bias_moment_(
+        self, out: Tensor, total: Tensor, ones: Tensor | None, beta: float, alpha: float, scale: float
+    ) -> None:
+        i = total.shape[-1]
+        if out.ndim == 3:
+            out[:, :i, i].mul_(beta).add_(total, alpha=scale)
+            out[:, i, :i].copy_(out[:, :i, i])
+        corner = out[:, i] if out.ndim == 2 else out[:, i, i]
+        corner.mul_(beta)
+        if ones is None:
+            corner.add_(alpha)
+        else:
+            corner.add_(ones.sum((1, 2)), alpha=alpha)
+
+    def _add_counts_(self, out: Tensor, beta: float, alpha: float) -> None:
+        assert isinstance(self.inputs, OneHot)
+        index = self.inputs.index.reshape(-1)
+        if self.weights is None:
+            w = out.new_full((index.numel(),), 1.0 / index.numel())
+        else:
+            w = self.weights.reshape(-1) / self.weights.sum().clamp(min=1)
+        out.mul_(beta)
+        out[0].index_add_(0, index, w.to(out.dtype), alpha=alpha)
+
+    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha sum_knr g g^T``.  # (G, o, o), or its diagonal (G, o)"""
+        k, G, n, r, o = self.gradients.shape
+        g = self.gradients.transpose(0, 1).reshape(G, k * n * r, o)
+        if out.ndim == 2:
+            out.mul_(beta).add_((g * g).sum(1), alpha=alpha)
+        else:
+            out.baddbmm_(g.mT, g, beta=beta, alpha=alpha)
+
+    # ---------------------------------------------------------------- products of J
+    def rows(self) -> Tensor:
+        inputs = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs
+        J = torch.einsum("kgnro,gnri->kngoi", self.gradients, inputs)
+        if self.bias:
+            J = torch.cat([J, self.gradients.sum(3).transpose(1, 2).unsqueeze(-1)], -1)
+        J = J.flatten(0, 1)
+        return J.mT if self.transposed else J
+
+    def squares(self) -> Tensor:
+        """``sum_N J * J``.  # (G, o, i), or (G, i, o) when transposed"""
+        if isinstance(self.inputs, OneHot):
+            return self._one_hot_squares()
+        if self.inputs.shape[2] == 1:  # one position: the square of an outer product is the product of squares
+            a, g = self.inputs[:, :, 0], self.gradients[:, :, :, 0]
+            g2 = g.square().sum(0)  # (G, n, o)
+            out = g2.mT @ a.square()
+            if self.bias:
+                out = torch.cat([out, g2.sum(1).unsqueeze(-1)], -1)
+            return out.mT if self.transposed else out
+        return self.rows().square().sum(0)
+
+    def _one_hot_squares(self) -> Tensor:
+        """Positions of one example that hold one token are summed before the square is taken."""
+        assert isinstance(self.inputs, OneHot)
+        index, g = self.inputs.index, self.gradients[:, 0]  # (n, r), (k, n, r, o)
+        same = (index.unsqueeze(2) == index.unsqueeze(1)).to(g.dtype)  # (n, r, r)
+        contribution = (g * torch.einsum("nrs,knso->knro", same, g)).sum(0)
+        out = g.new_zeros(self.inputs.size, g.shape[-1])
+        out.index_add_(0, index.reshape(-1), contribution.flatten(0, 1))
+        return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
+
+    def gram(self) -> Tensor:
+        """``J J^T`` without ``J``: ``sum_rs (a_r . a_s)(g_r . g_s)``.  # (N, N)"""
+        k, G, n, r, o = self.gradients.shape
+        g = self.gradients.transpose(1, 2).reshape(k * n, G, r, o)
+        if isinstance(self.inputs, OneHot):
+            index = self.inputs.index
+            a = (index[:, :, None, None] == index[None, None]).to(g.dtype).unsqueeze(0)  # (1, n, r, n, r)
+        else:
+            a = torch.einsum("gnri,gmsi->gnrms", self.inputs, self.inputs)
+        if self.bias:
+            a = a + 1
+        gg = torch.einsum("ngro,mgso->gnrms", g, g).reshape(G, k, n, r, k, n, r)
+        return contract("gknrlms,gnrms->knlm", gg, a).reshape(k * n, k * n)
+
+    def project(self, v: Tensor) -> Tensor:
+        """``<J_N, v>`` for each row.  v: (G, *shape) -> (N,)"""
+        v = v.mT if self.transposed else v
+        if isinstance(self.inputs, OneHot):
+            moved = v[0].mT[self.inputs.index].unsqueeze(0)  # (1, n, r, o)
+        else:
+            i = self.inputs.shape[-1]
+            moved = torch.einsum("gnri,goi->gnro", self.inputs, v[..., :i])
+            if self.bias:
+                moved = moved + v[:, None, None, :, i]
+        return torch.einsum("kgnro,gnro->kn", self.gradients, moved).reshape(-1)
+
+    def combine(self, z: Tensor) -> Tensor:
+        """``sum_N z_N J_N``.  z: (N,) -> (G, *shape)"""
+        k, G, n, r, o = self.gradients.shape
+        weighted = torch.einsum("kgnro,kn->gnro", self.gradients, z.reshape(k, n))
+        if isinstance(self.inputs, OneHot):
+            out = z.new_zeros(self.inputs.size, o).index_add_(0, self.inputs.index.reshape(-1), weighted.reshape(-1, o))
+            return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
+        out = torch.einsum("gnro,gnri->goi", weighted, self.inputs)
+        if self.bias:
+            out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
+        return out.mT if self.transposed else out
+
+
+@dataclass(frozen=True)
+class Joint(Evidence):
+    """Several layers as one block: their rows side by side, for the granularity ``full``."""
+
+    parts: tuple[Outer, ...]
+
+    def rows(self) -> Tensor:
+        return torch.cat([part.rows().flatten(1) for part in self.parts], 1).unsqueeze(1)  # (N, 1, P)
+
+    def gram(self) -> Tensor:
+        """``J J^T``: the Gram matrices of the parts add.  # (N, N)"""
+        return torch.stack([part.gram() for part in self.parts]).sum(0)
+
+
+@dataclass(frozen=True)
+class Gradient(Evidence):
+    """The mini-batch gradient of a block: ``C = vec(G) vec(G)^T``."""
+
+    gradient: Tensor  # (G, *shape)
+
+    def rows(self) -> Tensor:
+        return self.gradient.unsqueeze(0)

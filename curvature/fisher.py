@@ -1,0 +1,141 @@
+"""Fisher matrices of the model's predictive distribution, layer by layer, from output gradients."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
+
+if TYPE_CHECKING:
+    from gradmaker.capture import OutputGradients
+    from gradmaker.step import Step
+
+__all__ = ["FisherEmp", "FisherExact", "FisherMC"]
+
+
+def _outers(step: Step, gradients: OutputGradients, mask: Tensor | None, fresh: bool) -> dict[str, Evidence]:
+    sites = step.active()
+    return {s.name: s.outer(step.tape, gradients, mask, step.statistics_dtype(s), fresh) for s in sites}
+
+
+class _Pulled(Curvature):
+    """A Fisher whose cotangents at the loss are pulled back in extra passes."""
+
+    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+
+    @abstractmethod
+    def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
+        """Vectors at ``terms.z`` with every scale folded in, in chunks.  # each (k, *z.shape)"""
+
+    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+        if not step.terms:
+            raise ValueError(
+                f"{type(self).__name__} needs the likelihood behind the loss, and no recognised loss was called: use "
+                "F.cross_entropy, F.nll_loss, F.mse_loss or F.binary_cross_entropy_with_logits (as functions or modules), "
+                f"or set likelihood= to one of {', '.join(LIKELIHOODS)}, or choose FisherEmp"
+            )
+        fresh = True
+        for index, terms in enumerate(step.terms):
+            mask = step.mask(terms)
+            for chunk in self.cotangents(step, terms, index):
+                yield _outers(step, step.tape.pull(terms.z, chunk), mask, fresh)
+                fresh = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherExact(_Pulled):
+    """The exact Fisher, which for these likelihoods is the Gauss-Newton matrix: ``C = sum_m w_m J_m^T Lambda_m J_m``.
+
+    One backward pass for each output of an example (for each position and output in sequences), batched in chunks.
+
+    Reference: Martens, 2014, arXiv:1412.1193, section 9; Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662.
+    """
+
+    chunk: int = 64
+    """Cotangents that are pulled back at once: a bound on memory."""
+    max_columns: int = 1024
+    """More output columns than this are refused; `FisherMC` needs one."""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "max_columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+
+    def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
+        columns = terms.columns(step.examples)
+        if columns > self.max_columns:
+            raise ValueError(
+                f"FisherExact would need {columns} backward passes for an output of shape {tuple(terms.z.shape)}: "
+                f"use FisherMC(samples=1), or raise max_columns (now {self.max_columns})"
+            )
+        return terms.exact(step.examples, self.chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherMC(_Pulled):
+    """The Fisher by targets drawn from the model's own distribution: unbiased, one backward pass a sample.
+
+    Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 5.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
+
+    def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
+        yield terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherEmp(Curvature):
+    """The second moment of the gradients at the observed targets: ``C = (1/M) sum_n grad_n grad_n^T``.
+
+    M is the number of terms that the loss averages over (1 for a sum). For sequences ``examples`` says what one gradient is:
+    that of a whole sequence, which costs no extra pass, or of a single token, one pass for each position.
+
+    Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
+    """
+
+    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    examples: Literal["sequence", "token"] = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.examples not in ("sequence", "token"):
+            raise ValueError(f"examples={self.examples!r}: expected 'sequence' or 'token'")
+
+    @property
+    def rides(self) -> bool:
+        """Gradients of whole sequences come with the ordinary backward pass."""
+        return self.examples == "sequence"
+
+    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+        if not self.rides:
+            yield from self._tokens(step)
+            return
+        assert step.ridden is not None
+        root = self._terms(step).sqrt()
+        scaled = {m: [[g * root.to(g) for g in outs] for outs in calls] for m, calls in step.ridden.items()}
+        yield _outers(step, scaled, step.mask(step.terms[0]) if step.terms else None, True)
+
+    def _tokens(self, step: Step) -> Iterator[dict[str, Evidence]]:
+        if not step.terms:
+            raise ValueError("FisherEmp(examples='token') needs a recognised loss; examples='sequence' does not")
+        for index, (terms, slope) in enumerate(zip(step.terms, step.slopes(), strict=True)):
+            vectors = terms.empirical(slope, step.examples)
+            yield _outers(step, step.tape.pull(terms.z, vectors), step.mask(terms), index == 0)
+
+    def _terms(self, step: Step) -> Tensor:
+        """M: the loss' own denominator; of an unrecognised loss, by the declared reduction.  # ()"""
+        if step.terms:
+            return step.terms[0].denominator
+        return torch.tensor(float(step.examples) if step.reduction == "mean" else 1.0)

@@ -1,0 +1,142 @@
+"""Sees the loss wherever the user calls it, and reads the arguments of torch's losses as weights of loss terms.
+
+A function, a module, a lambda, a partial, or a call inside the model: all end in the same `torch.nn.functional` call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["LossCall", "LossRecorder", "Weighting", "compute"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """``L = sum_m weight_m l_m(z_m) + const``, over ``total`` when the reduction is a mean."""
+
+    likelihood: str
+    z: Tensor  # in the graph
+    weight: Tensor  # one per term: z without its class axis; one per element where coordinates are independent: like z
+    total: Tensor  # (), what a mean divides by
+    per: float  # elements of the loss per term
+    reduction: str
+
+
+@dataclass(frozen=True, eq=False)
+class LossCall:
+    """One call of a recognised loss, with its arguments by name and the defaults filled in."""
+
+    function: Callable[..., Tensor]
+    arguments: Mapping[str, Any]
+    output: Tensor
+
+    @property
+    def reduction(self) -> str:
+        """The reduction in force: the deprecated ``size_average`` and ``reduce`` override ``reduction``, as in torch."""
+        size_average, reduce = self.arguments["size_average"], self.arguments["reduce"]
+        if size_average is None and reduce is None:
+            return str(self.arguments["reduction"])
+        if reduce is False:
+            return "none"
+        return "sum" if size_average is False else "mean"
+
+    def weigh(self, factor: Tensor) -> Weighting:
+        """The weights of this call's terms in the user's loss.  factor: dL/d(output), like the output"""
+        with torch.no_grad():
+            return _READERS[self.function](self, factor)
+
+
+class LossRecorder(TorchFunctionMode):
+    """Records every call of a loss that is known here and is made inside the context, on this thread only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LossCall] = []
+
+    def __enter__(self) -> LossRecorder:
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return self
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in _SIGNATURES:
+            bound = _SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            self.calls.append(LossCall(func, bound.arguments, output))
+        return output
+
+
+# -------------------------------------------------------------------- the meaning of the arguments, loss by loss
+def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
+    """A term weighs ``sum_k q_k w_k`` with the smoothed target ``q``: the curvature ``diag p - p p^T`` holds no target.
+
+    `F.nll_loss` takes log-probabilities, which are logits of the same distribution, with the same GGN.
+    """
+    arguments = call.arguments
+    z, target, smoothing = arguments["input"], arguments["target"], arguments.get("label_smoothing", 0.0)
+    axis = min(1, z.ndim - 1)
+    w = _given(arguments["weight"], z.new_ones(z.shape[axis]))
+    if target.shape == z.shape:  # probabilities: torch's mean divides by the number of rows, whatever they weigh
+        q = (1 - smoothing) * target + smoothing / z.shape[axis]
+        weight = (q * w.reshape(-1, *[1] * (z.ndim - axis - 1))).sum(axis)
+        total = weight.new_full((), weight.numel())
+    else:
+        valid = target != arguments["ignore_index"]
+        observed = w[target.masked_fill(~valid, 0).long()] * valid
+        weight = (1 - smoothing) * observed + smoothing * w.mean() * valid
+        total = observed.sum()
+    return Weighting("categorical", z, compute(factor) * weight, total, 1.0, call.reduction)
+
+
+def _mse(call: LossCall, factor: Tensor) -> Weighting:
+    """The loss is symmetric, so that z is whichever side is in the graph; if both are, the target is held fixed."""
+    z, target, w = call.arguments["input"], call.arguments["target"], call.arguments.get("weight")
+    z = z if z.requires_grad else target
+    shape = torch.broadcast_shapes(call.arguments["input"].shape, target.shape)  # type: ignore[no-untyped-call]
+    weight = _given(w, factor.new_ones(())).expand(shape)
+    total = weight.new_full((), weight.numel()) if w is None else weight.sum()
+    return _elements("gaussian", call, z, compute(factor) * weight, total)
+
+
+def _bce(call: LossCall, factor: Tensor) -> Weighting:
+    """A positive label weighs ``pos_weight``, a soft one in proportion: ``1 - y + pos_weight y``."""
+    arguments = call.arguments
+    z, y = arguments["input"], arguments["target"]
+    one = factor.new_ones(()).expand(z.shape)  # with a shape, so that half-precision labels do not set the dtype
+    weight = _given(arguments["weight"], one) * (1 + (_given(arguments["pos_weight"], one) - 1) * y)
+    return _elements("bernoulli", call, z, compute(factor) * weight, weight.new_full((), z.numel()))
+
+
+def _elements(likelihood: str, call: LossCall, z: Tensor, weight: Tensor, total: Tensor) -> Weighting:
+    """Where z was broadcast against the target, the weights of its copies add."""
+    terms = z[..., 0].numel() if z.ndim > 1 else z.numel()
+    return Weighting(likelihood, z, weight.sum_to_size(z.shape), total, weight.numel() / max(terms, 1), call.reduction)
+
+
+def _given(weight: Tensor | None, default: Tensor) -> Tensor:
+    return compute(default if weight is None else weight)
+
+
+def compute(x: Tensor) -> Tensor:
+    """Single precision or better.  # like x"""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+_READERS: Mapping[Callable[..., Tensor], Callable[[LossCall, Tensor], Weighting]] = {
+    F.cross_entropy: _cross_entropy,
+    F.nll_loss: _cross_entropy,
+    F.mse_loss: _mse,
+    F.binary_cross_entropy_with_logits: _bce,
+}
+_SIGNATURES = {function: inspect.signature(function) for function in _READERS}

@@ -1,0 +1,17 @@
+"""Entry point of the command `gradmaker`."""
+
+import sys
+
+from gradmaker.compare.errors import InputError, require_extra
+
+
+def main() -> None:
+    """Run the command; without the extra `compare`, say how to install it."""
+    try:
+        require_extra()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    from gradmaker.compare.command import app
+
+    app(prog_name="gradmaker")

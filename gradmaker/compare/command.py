@@ -1,0 +1,141 @@
+"""The command line: `gradmaker compare`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+
+from gradmaker.compare.comparison import compare as run_comparison
+from gradmaker.compare.data import NAMES, load
+from gradmaker.compare.errors import InputError, require_extra, suggest
+from gradmaker.compare.models import MODELS, factory
+from gradmaker.compare.rows import Method
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
+)
+ORDER = ("kfac", "shampoo")  # beside SGD and Adam, where they exist
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a data set is trained with unless an option says otherwise."""
+
+    model: str
+    hidden: tuple[int, ...]
+    epochs: int
+    batch_size: int
+    threads: int | None = None  # None: torch's choice
+
+
+PRESETS = {
+    "digits": Preset("mlp", (128, 128), 20, 64, threads=1),  # layers this small lose by a second thread
+    "mnist": Preset("mlp", (512, 512), 5, 512),  # the MLP of the case study of Osawa et al. 2023, arXiv:2305.04684
+    "cifar10": Preset("conv", (32, 64, 128), 10, 256),
+}
+HIDDEN = {"mlp": (128, 128), "conv": (32, 64)}  # when --model leaves the preset
+
+
+@app.callback()
+def root() -> None:
+    """Keeps `compare` a subcommand: typer drops the name of an only command."""
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files. Default: sgd adam kfac shampoo.")
+    ] = None,
+    data: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with train.parquet and test.parquet, or set GRADMAKER_DATA. Default: the hub.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}. Default: as suits the data.")] = None,
+    hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings at the selected learning rate.")] = 3,
+    lr: Annotated[list[float] | None, typer.Option(help="A learning rate of the grid; repeat for more.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of the SGD on top. Default: 0.9 where the method has none.")] = None,
+    schedule: Annotated[str, typer.Option(help="Learning rate over time: constant, linear or cosine.")] = "cosine",
+    config: Annotated[Path | None, typer.Option(help="YAML file with a list of methods.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/<data>.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's; 1 for digits.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no table.")] = False,
+    list_methods: Annotated[bool, typer.Option("--list", help="List the methods and leave.")] = False,
+) -> None:
+    """Train methods from the same start over a learning-rate grid and several seeds, and write a report."""
+    try:
+        require_extra()
+        if list_methods:
+            return _print_methods()
+        if data not in PRESETS:
+            raise InputError(f"unknown data {data!r}: {suggest(data, PRESETS)}")
+        preset = PRESETS[data]
+        _prepare(device, preset.threads if threads is None else threads)
+        loaded = load(data, data_dir)
+        name = model or preset.model
+        widths = hidden or (preset.hidden if name == preset.model else HIDDEN.get(name, ()))
+        run_comparison(
+            factory(name, loaded, widths),
+            loaded,
+            _methods(methods, config),
+            learning_rates=lr or None,
+            seeds=seeds,
+            epochs=preset.epochs if epochs is None else epochs,
+            batch_size=preset.batch_size if batch_size is None else batch_size,
+            momentum=momentum,
+            schedule=schedule,
+            device=device,
+            out=out or Path("runs") / data,
+            progress=not quiet,
+            command=_command_line(),
+        )
+    except InputError as error:
+        _leave(str(error), 2)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
+    """What was named on the command line and in the file; else the default rows."""
+    from gradmaker import METHODS
+
+    chosen: list[Method] = [*(names or ()), *([config] if config else ())]
+    return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
+
+
+def _prepare(device: str, threads: int | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+def _print_methods() -> None:
+    """One line each: the name, and the first sentence of the maker."""
+    from gradmaker import METHODS
+
+    width = max(map(len, METHODS))
+    for name, maker in METHODS.items():
+        typer.echo(f"{name:<{width}}  {(maker.__doc__ or '').strip().splitlines()[0] if maker.__doc__ else ''}")
+
+
+def _command_line() -> str:
+    """As it was typed, without the folders of the machine."""
+    return shlex.join(["gradmaker", *sys.argv[1:]])
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,200 @@
+"""Step time and peak memory of every row as a ratio to plain SGD, on one model, one batch size, in one process."""
+
+import gc
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradmaker.compare.data import Split
+from gradmaker.compare.rows import Row
+from gradmaker.compare.trial import Loss, Session, Setting, batch_order, initial_model, synchronize
+
+ROUNDS = 15
+SECONDS = 4.0  # a row's share of measuring; rounds are cut down to it, to no fewer than three
+BLOCK = (5, 50)  # steps timed together: enough to hold one refresh of the preconditioner, within these limits
+BLOCK_SECONDS = 0.02  # and long enough for the clock and for the scheduler of a busy machine
+WARM_UP = 50
+INTERVALS = ("curvature_interval", "preconditioner_interval")
+REFERENCE = Row(label="plain SGD", maker=None, optimizer="SGD", options={"momentum": 0.9}, learning_rates=(1e-3,))
+RATE = 1e-4  # timed steps should not run away; the time of a step does not depend on it
+MEMORY_NOTE = {
+    "cpu": "highest sum of live CPU tensor bytes (model, gradients, optimizer and maker state, temporaries; not the data) "
+    "from building the model to the end of the measured steps, by torch.profiler's allocation events",
+    "cuda": "torch.cuda.max_memory_allocated from building the model to the end of the measured steps, less what the data hold",
+}
+
+
+@dataclass
+class Cost:
+    """Seconds per step, bytes at the peak, and both as a ratio to plain SGD."""
+
+    step_seconds: float
+    step_ratio: float
+    peak_bytes: int | None
+    memory_ratio: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Bench:
+    """One row ready to be timed: its own copy of the model, the common batches."""
+
+    def __init__(self, row: Row, model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting) -> None:
+        self.split, self.device = split, setting.device
+        network = initial_model(model, 0, setting.device).train()
+        self.session = Session(row, network, RATE, loss, 1, "constant")
+        self.order = batch_order(len(split.train[0]), setting.batch_size, 0, 0, setting.device)
+        config = getattr(self.session.maker, "config", None)
+        interval = max([1, *(int(getattr(config, name, None) or 1) for name in INTERVALS)])
+        self.block = min(max(BLOCK[0], interval), BLOCK[1])
+        warm = int(getattr(config, "warmup_steps", None) or 0) + int(getattr(config, "start_step", None) or 0)
+        self.warm_up = min(max(self.block, warm + 1), WARM_UP)
+        self.done = self.rounds = 0
+
+    def prepare(self) -> None:
+        """Warm up, then fix the length of a block and the number of rounds by the time of a step."""
+        self.run(self.warm_up)
+        step = self.run(self.block)
+        self.block = max(self.block, math.ceil(BLOCK_SECONDS / step))
+        self.rounds = max(3, min(ROUNDS, round(SECONDS / (step * self.block))))
+
+    def run(self, steps: int) -> float:
+        """Seconds per step of the next `steps` steps."""
+        synchronize(self.device)
+        start = perf_counter()
+        for _ in range(steps):
+            rows = self.order[self.done % len(self.order)]
+            self.session.step(self.split.train[0][rows], self.split.train[1][rows])
+            self.done += 1
+        synchronize(self.device)
+        return (perf_counter() - start) / steps
+
+
+def measure(
+    rows: Mapping[str, Row], model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting, tick: Callable[[], None]
+) -> dict[str, Cost]:
+    """The cost of every row, by its key.
+
+    Args:
+        tick: called after each measured row and round.
+    """
+    peak = {key: peak_bytes(row, model, split, loss, setting) for key, row in rows.items()}
+    reference = peak_bytes(REFERENCE, model, split, loss, setting)
+    seconds, ratio = _timed(rows, model, split, loss, setting, tick)
+    return {
+        key: Cost(seconds[key], ratio[key], bytes_, bytes_ / reference if bytes_ and reference else None)
+        for key, bytes_ in peak.items()
+    }
+
+
+def is_reference(row: Row) -> bool:
+    """Whether the row is itself plain SGD, momentum or not: its ratios are 1 by definition."""
+    return row.maker is None and row.optimizer == "SGD"
+
+
+def _timed(
+    rows: Mapping[str, Row], model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting, tick: Callable[[], None]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians over rounds; in each, a row's block stands between two blocks of SGD, so that drift cancels."""
+    reference = Bench(REFERENCE, model, split, loss, setting)
+    benches = {key: Bench(row, model, split, loss, setting) for key, row in rows.items()}
+    for bench in (reference, *benches.values()):
+        bench.prepare()
+    seconds: dict[str, list[float]] = {key: [] for key in rows}
+    ratios: dict[str, list[float]] = {key: [] for key in rows}
+    for turn in range(ROUNDS):
+        for key, bench in benches.items():
+            if turn < bench.rounds:
+                before, own, after = (each.run(each.block) for each in (reference, bench, reference))
+                base = (before + after) / 2
+                own = base if is_reference(rows[key]) else own
+                seconds[key].append(own)
+                ratios[key].append(own / base)
+            tick()
+    for bench in (reference, *benches.values()):
+        bench.session.close()
+    return {key: median(values) for key, values in seconds.items()}, {key: median(values) for key, values in ratios.items()}
+
+
+def peak_bytes(row: Row, model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting) -> int | None:
+    """Peak memory of building the row and taking a block of steps, a refresh of the preconditioner among them."""
+    if is_reference(row):
+        row = REFERENCE
+    gc.collect()
+
+    def work() -> None:
+        bench = Bench(row, model, split, loss, setting)
+        bench.run(min(bench.block, 10) + 1)
+        bench.session.close()
+
+    measures = {"cuda": _cuda_peak, "cpu": _cpu_peak}
+    kind = torch.device(setting.device).type
+    return measures[kind](work) if kind in measures else None
+
+
+def _cuda_peak(work: Callable[[], None]) -> int:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(work: Callable[[], None]) -> int:
+    """The running sum of the profiler's allocation events; tensors born before the profile do not count."""
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet_profiler(), torch.profiler.profile(activities=activity, profile_memory=True) as profiler:
+        work()
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    live = peak = 0
+    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        live += int(event["args"]["Bytes"])
+        peak = max(peak, live)
+    return peak
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Without the two lines that kineto, torch's profiler, prints about its own start and stop."""
+    known = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = known or "99"
+    try:
+        yield
+    finally:
+        if known is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What ran the comparison, without the machine's name."""
+    facts: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.device(device).type == "cuda":
+        facts["device"] = torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.system()}
+    return {**facts, **versions, "date": date.today().isoformat()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,156 @@
+"""Data sets as four tensors: scikit-learn's digits, and MNIST and CIFAR-10 from the hub or from a local folder."""
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmaker.compare.errors import InputError, require_extra, suggest
+
+SPLIT_SEED = 0  # the splits are part of the data: every run and every method sees the same ones
+IMAGES = {"mnist": ("ylecun/mnist", "image"), "cifar10": ("uoft-cs/cifar10", "img")}  # hub name, image column
+NAMES = ("digits", *IMAGES)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A supervised problem. Integer targets are classes (accuracy is reported), floating targets are values."""
+
+    name: str
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            inputs, targets = getattr(self, f"{part}_inputs"), getattr(self, f"{part}_targets")
+            if len(inputs) != len(targets) or not len(inputs):
+                raise InputError(f"data {self.name!r}: {len(inputs)} {part} inputs do not match {len(targets)} {part} targets")
+
+    @property
+    def classes(self) -> bool:
+        """Whether the targets are class indices."""
+        return not self.train_targets.is_floating_point()
+
+    def to(self, device: torch.device | str) -> "Data":
+        """The same data on another device."""
+        return Data(self.name, *(tensor.to(device) for tensor in self._tensors()))
+
+    def fingerprint(self) -> str:
+        """A hash of every value: two data sets of one name are not confused."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in self._tensors():
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.train_inputs, self.train_targets, self.test_inputs, self.test_targets
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training, validation (chooses the learning rate) and test (is reported) parts."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def split(data: Data, fraction: float) -> Split:
+    """Hold out a random `fraction` of the training samples, the same ones in every run."""
+    size = len(data.train_inputs)
+    held = max(1, round(fraction * size))
+    if not 0 < fraction < 1 or held >= size:
+        raise InputError(f"validation={fraction} of {size} training samples leaves none on one side; give a fraction in (0, 1)")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(SPLIT_SEED)).to(data.train_inputs.device)
+    held_out, kept = order[:held], order[held:]
+    pick = {name: (data.train_inputs[rows], data.train_targets[rows]) for name, rows in (("train", kept), ("held", held_out))}
+    return Split(pick["train"], pick["held"], (data.test_inputs, data.test_targets))
+
+
+def load(name: str, folder: str | Path | None = None) -> Data:
+    """A data set by name.
+
+    Args:
+        folder: holds train.parquet and test.parquet (or a folder of the data's name that does); default: the
+            environment variable GRADMAKER_DATA, else the Hugging Face hub. Not used by digits.
+    """
+    if name not in NAMES:
+        raise InputError(f"unknown data {name!r}: {suggest(name, NAMES)}")
+    data = digits() if name == "digits" else _images(name, folder or os.environ.get("GRADMAKER_DATA"))
+    return _standardised(data)
+
+
+def digits() -> Data:
+    """scikit-learn's 8x8 digits: 1437 training and 360 test samples, stratified, scaled to [0, 1]."""
+    require_extra(["sklearn"])
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images / 16, labels, test_size=360, stratify=labels, random_state=SPLIT_SEED)
+    train, test, train_labels, test_labels = (torch.as_tensor(part) for part in parts)
+    return Data("digits", *_shaped(train, train_labels, 8), *_shaped(test, test_labels, 8))
+
+
+def _shaped(images: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    return images.float().view(len(images), 1, side, side), labels.long()
+
+
+def _standardised(data: Data) -> Data:
+    """Mean 0 and variance 1 per channel, measured on the training images."""
+    axes = (0, *range(2, data.train_inputs.dim()))
+    deviation, mean = torch.std_mean(data.train_inputs, dim=axes, keepdim=True, correction=0)
+    train, test = ((inputs - mean) / deviation for inputs in (data.train_inputs, data.test_inputs))
+    return replace(data, train_inputs=train, test_inputs=test)
+
+
+def _images(name: str, folder: str | Path | None) -> Data:
+    require_extra(["datasets", "PIL"])
+    hub, column = IMAGES[name]
+    loaded = _load_dataset(hub) if folder is None else _load_dataset("parquet", data_files=_parquet_files(name, Path(folder)))
+    return Data(name, *(tensor for part in ("train", "test") for tensor in _decoded(loaded[part], column)))
+
+
+def _load_dataset(path: str, **options: Any) -> Any:
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    try:
+        return load_dataset(path, **options)
+    except Exception as error:  # the hub client raises a dozen types for one fact: it could not be read
+        raise InputError(
+            f"could not load {path!r} ({type(error).__name__}: {str(error).splitlines()[0][:160]}); check the network, "
+            "or name a local folder by --data-dir or GRADMAKER_DATA"
+        ) from error
+
+
+def _parquet_files(name: str, folder: Path) -> dict[str, str]:
+    """The local files, in `folder` itself or in its sub-folder of the data's name."""
+    home = folder / name if (folder / name).is_dir() else folder
+    files = {part: home / f"{part}.parquet" for part in ("train", "test")}
+    if missing := [file.name for file in files.values() if not file.is_file()]:
+        raise InputError(f"the data folder {str(home)!r} lacks {' and '.join(missing)}")
+    return {part: str(file) for part, file in files.items()}
+
+
+def _decoded(part: Any, column: str) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] as (n, channels, height, width) and labels, from a split in the Hugging Face schema."""
+    import numpy
+    from datasets import Image
+    from PIL import Image as Pillow
+
+    column = column if column in part.column_names else "image"
+    if missing := {column, "label"} - set(part.column_names):
+        raise InputError(f"the data have no column {' and '.join(sorted(missing))}; they have {', '.join(part.column_names)}")
+    encoded = part.cast_column(column, Image(decode=False))[column]
+    pixels = torch.from_numpy(numpy.stack([numpy.asarray(Pillow.open(io.BytesIO(row["bytes"]))) for row in encoded]))
+    pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    return pixels.float().div_(255).contiguous(), torch.as_tensor(part["label"][:], dtype=torch.long)

@@ -1,0 +1,45 @@
+"""The models that the command trains."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+from torch import nn
+
+from gradmaker.compare.data import Data
+from gradmaker.compare.errors import InputError, suggest
+
+
+def mlp(data: Data, hidden: Sequence[int]) -> nn.Module:
+    """Linear layers with ReLU between them."""
+    widths = [data.train_inputs[0].numel(), *hidden]
+    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], _outputs(data)))
+
+
+def conv(data: Data, hidden: Sequence[int]) -> nn.Module:
+    """3x3 convolutions of the `hidden` channels, each with ReLU and 2x2 pooling, and a linear layer."""
+    channels, height, width = data.train_inputs.shape[1:]
+    if min(height, width) >> len(hidden) < 1:
+        raise InputError(f"{len(hidden)} pooling layers are too many for {height}x{width} images; give fewer --hidden")
+    layers: list[nn.Module] = []
+    for size in pairwise([channels, *hidden]):
+        layers += [nn.Conv2d(*size, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    features = ([channels, *hidden][-1]) * (height >> len(hidden)) * (width >> len(hidden))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, _outputs(data)))
+
+
+MODELS: dict[str, Callable[[Data, Sequence[int]], nn.Module]] = {"mlp": mlp, "conv": conv}
+
+
+def factory(name: str, data: Data, hidden: Sequence[int]) -> Callable[[], nn.Module]:
+    """A zero-argument factory of the named model, sized for the data."""
+    if name not in MODELS:
+        raise InputError(f"unknown model {name!r}: {suggest(name, MODELS)}")
+    if any(size < 1 for size in hidden):
+        raise InputError(f"hidden sizes must be positive, got {list(hidden)}")
+    return partial(MODELS[name], data, tuple(hidden))
+
+
+def _outputs(data: Data) -> int:
+    return int(data.train_targets.max()) + 1

@@ -1,0 +1,182 @@
+"""The figures: loss against steps and time, accuracy against epochs, the learning-rate search, and all in one picture."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from gradmaker.compare.result import Comparison, RowResult
+from gradmaker.compare.trial import Record
+
+# Okabe & Ito, Color Universal Design, 2008: told apart by colour-blind readers; the yellow is left out, too pale for lines.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+REFERENCE_COLOUR = "#6E6E6E"
+DASHES = ("-", "--", ":", "-.")
+SMOOTHING = 40  # the running mean of a loss curve spans this fraction of it, 1 / SMOOTHING
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+}
+Look = dict[str, Any]
+Panel = Callable[[Axes, Comparison, dict[str, Look]], None]
+
+
+def write_plots(comparison: Comparison) -> dict[str, Path]:
+    """One PNG per panel, and the overview of the first three; paths by name."""
+    looks = _looks(comparison)
+    files = {name: comparison.out / f"{name}.png" for name in ("overview", *PANELS)}
+    with _style():
+        for name, panel in PANELS.items():
+            _write([panel], comparison, looks, files[name], (6.4, 4.2))
+        _write(list(PANELS.values())[:3], comparison, looks, files["overview"], (13.2, 4.3))
+    return files
+
+
+def _style() -> AbstractContextManager[None]:
+    return matplotlib.rc_context(STYLE)
+
+
+def _looks(comparison: Comparison) -> dict[str, Look]:
+    """Colour and dash of every row; grey for optimizers without a maker, the palette for the methods."""
+    looks: dict[str, Look] = {}
+    plain = made = 0
+    for result in comparison.measured:
+        if result.row.maker is None:
+            looks[result.row.label] = {"color": REFERENCE_COLOUR, "linestyle": DASHES[(1 + plain) % 4], "zorder": 2}
+            plain += 1
+        else:
+            looks[result.row.label] = {"color": PALETTE[made % 7], "linestyle": DASHES[made // 7 % 4], "zorder": 3}
+            made += 1
+    return looks
+
+
+def _write(panels: Sequence[Panel], comparison: Comparison, looks: dict[str, Look], path: Path, size: tuple[float, float]) -> None:
+    """A row of panels with one legend below."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        panel(axis, comparison, looks)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        columns = min(len(labels), 6 if len(panels) > 1 else 4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def _loss_steps(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
+    for result in comparison.measured:
+        _band(axis, [(numpy.asarray(r.curve_steps, float), _loss(r)) for r in result.finished], looks[result.row.label], result)
+    _decorate(axis, "Training loss against steps", "step", "training loss", log=True)
+
+
+def _loss_time(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
+    starts: list[float] = []
+    for result in comparison.measured:
+        if result.finished:
+            # seeds are compared at equal steps, at the mean of their clocks: a busy moment of the machine shifts no curve
+            clock = numpy.mean([_clock(record) for record in result.finished], axis=0)
+            _band(axis, [(clock, _loss(r)) for r in result.finished], looks[result.row.label], result)
+            starts.append(clock[len(clock) // SMOOTHING])
+    axis.set_xscale("log")
+    if starts:
+        axis.set_xlim(left=min(starts))
+    _plain_ticks(axis.xaxis)
+    _decorate(axis, "Training loss against time", "training time (s, log scale)", "training loss", log=True)
+
+
+def _accuracy(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
+    name, scale = ("test_accuracy", 100.0) if comparison.classes else ("test_loss", 1.0)
+    ends: list[float] = []
+    for result in comparison.measured:
+        curves = [(numpy.arange(1.0, 1 + len(r.epoch_steps)), scale * numpy.asarray(getattr(r, name), float)) for r in result.finished]
+        _band(axis, curves, looks[result.row.label], result, marker="o" if comparison.setting.epochs <= 10 else None)
+        ends += [float(y[len(y) // 4 :].min()) for _, y in curves if len(y)]
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if comparison.classes and ends:
+        # the first quarter of the training may start far below: the figure is about where the curves end
+        low = min(ends)
+        axis.set_ylim(bottom=max(0.0, low - 0.35 * (100.2 - low) - 0.2))
+    title, label = ("Test accuracy", "test accuracy (%)") if comparison.classes else ("Test loss", "test loss")
+    _decorate(axis, f"{title} against epochs", "epoch", label, log=not comparison.classes)
+
+
+def _search(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
+    name, scale = ("validation_accuracy", 100.0) if comparison.classes else ("validation_loss", 1.0)
+    for result in comparison.measured:
+        points = sorted((r.learning_rate, scale * r.end(name)) for r in result.search if r.status == "finished")
+        if points:
+            rates, scores = zip(*points, strict=True)
+            axis.plot(rates, scores, marker="o", markersize=4, label=result.row.label, **looks[result.row.label])
+            chosen = [point for point in points if point[0] == result.learning_rate]
+            colour = looks[result.row.label]["color"]
+            axis.plot(*zip(*chosen, strict=True), marker="o", markersize=9, mfc="none", mec=colour, mew=1.6, zorder=4)
+    axis.set_xscale("log")
+    label = "validation accuracy (%)" if comparison.classes else "validation loss"
+    _decorate(axis, "Learning-rate search (ring: selected)", "learning rate", label, log=not comparison.classes)
+
+
+PANELS: dict[str, Panel] = {
+    "loss_steps": _loss_steps,
+    "loss_time": _loss_time,
+    "accuracy_epochs": _accuracy,
+    "learning_rates": _search,
+}
+
+
+def _band(axis: Axes, curves: list[tuple[Any, Any]], look: Look, result: RowResult, marker: str | None = None) -> None:
+    """The mean of the seeds' curves, which share their abscissae, and the range between the lowest and the highest."""
+    if not curves:
+        return
+    x, values = curves[0][0], numpy.stack([y for _, y in curves])
+    axis.plot(x, values.mean(0), label=result.row.label, marker=marker, markersize=4, **look)
+    if len(curves) > 1:
+        axis.fill_between(x, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0, zorder=1)
+
+
+def _loss(record: Record) -> Any:
+    """The step losses, each the mean over a window that ends at it."""
+    curve = pandas.Series(record.curve_loss, dtype=float)
+    return curve.rolling(max(1, len(curve) // SMOOTHING), min_periods=1).mean().to_numpy()
+
+
+def _clock(record: Record) -> Any:
+    """Training seconds at the steps of the curve; the clock was read at the ends of epochs."""
+    return numpy.interp(record.curve_steps, [0, *record.epoch_steps], [0.0, *record.epoch_time])
+
+
+def _decorate(axis: Axes, title: str, x: str, y: str, log: bool) -> None:
+    axis.set_title(title)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    if log:
+        axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """0.1 and 0.01 rather than powers; minor labels only where the range holds few decades."""
+    axis.set_major_locator(LogLocator(base=10))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

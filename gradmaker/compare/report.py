@@ -1,0 +1,134 @@
+"""The files of a comparison: report.html, report.md, results.csv, results.json and the plots."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas
+
+from gradmaker.compare.cost import MEMORY_NOTE, REFERENCE, ROUNDS, is_reference
+from gradmaker.compare.plots import SMOOTHING, write_plots
+from gradmaker.compare.result import SELECTION, Comparison, RowResult
+from gradmaker.compare.store import RESULTS, Store
+
+TEMPLATE = "report.html.j2"
+CAPTIONS = {
+    "loss_steps": "Loss of the mini-batches against steps.",
+    "loss_time": "The same losses against training time, evaluation left out.",
+    "accuracy_epochs": "On the test samples after every epoch.",
+    "learning_rates": "On the validation samples after the last epoch, first seed.",
+}
+
+
+def write_report(comparison: Comparison, store: Store) -> None:
+    """Write all files; their paths go to `comparison.files`."""
+    out = comparison.out
+    plots = write_plots(comparison)
+    names = {"html": "report.html", "markdown": "report.md", "csv": "results.csv", "json": RESULTS}
+    comparison.files = {**{kind: out / name for kind, name in names.items()}, **plots}
+    pandas.DataFrame(comparison.table()).to_csv(comparison.files["csv"], index=False)
+    comparison.files["markdown"].write_text(markdown(comparison), encoding="utf-8")
+    comparison.files["html"].write_text(html(comparison, plots), encoding="utf-8")
+    store.report = {
+        "complete": comparison.complete,
+        "facts": facts(comparison),
+        "machine": comparison.machine,
+        "rows": [{**result.summary(), "config": result.config} for result in comparison.rows if result.finals],
+    }
+    store.write()
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, how it was made, and the picture."""
+    headings = comparison.headings
+    rows = [headings, ["---", *["---:"] * (len(headings) - 2), "---"], *(result.cells() for result in comparison.measured)]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    listed = "\n".join(f"- {name}: {value}" for name, value in (facts(comparison) | comparison.machine).items())
+    notes = "\n".join(f"- {note}" for note in notes_of(comparison))
+    title = f"# {title_of(comparison)}"
+    warning = [] if comparison.complete else ["**Interrupted: not all trials were run.**"]
+    picture = "![loss against steps and time, accuracy against epochs](overview.png)"
+    return "\n\n".join([title, *warning, table, picture, "## How", notes, listed]) + "\n"
+
+
+def html(comparison: Comparison, plots: dict[str, Path]) -> str:
+    """One page that needs nothing beside it."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(TEMPLATE).render(
+        title=title_of(comparison),
+        complete=comparison.complete,
+        headings=comparison.headings,
+        rows=[{"cells": result.cells(), "reference": is_reference(result.row)} for result in comparison.measured],
+        figures=[(_embedded(plots[name]), CAPTIONS[name]) for name in CAPTIONS],
+        notes=notes_of(comparison),
+        facts=facts(comparison),
+        machine=comparison.machine,
+        configs=[(result.row.label, json.dumps(_stated(result), indent=2)) for result in comparison.measured],
+        trials=[trial for result in comparison.rows for trial in _trials(result)],
+        model=comparison.model,
+        command=comparison.command,
+    )
+
+
+def title_of(comparison: Comparison) -> str:
+    """What was compared on what."""
+    return f"Gradient preconditioning on {comparison.data['name']}"
+
+
+def facts(comparison: Comparison) -> dict[str, Any]:
+    """What all rows share."""
+    setting, data = comparison.setting, comparison.data
+    return {
+        "data": f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test samples",
+        "epochs": setting.epochs,
+        "batch size": setting.batch_size,
+        "learning-rate schedule": setting.schedule,
+        "loss": setting.loss,
+        "seeds": f"{len(comparison.seeds)} ({', '.join(map(str, comparison.seeds))})",
+        "device": setting.device,
+        "gradmaker": setting.version,
+        **({"command": comparison.command} if comparison.command else {}),
+    }
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """How to read the table and the figures."""
+    kind = comparison.setting.device.split(":")[0]
+    reference = f"torch.optim.{REFERENCE.optimizer} with momentum {REFERENCE.options['momentum']:g}"
+    return [
+        f"Test values are mean \u00b1 sample standard deviation over {len(comparison.seeds)} seeds. In the figures lines are means "
+        f"over seeds, bands reach from the lowest to the highest, losses are running means over 1/{SMOOTHING} of the training.",
+        "All rows start, for one seed, from the same parameters and see the same batches in the same order.",
+        SELECTION,
+        f"Step time is the median over up to {ROUNDS} rounds in one process; in each, a block of steps of the row stands "
+        f"between two blocks of plain SGD ({reference}, no maker), long enough to hold the refreshes of the preconditioner. "
+        "'time' is the training time of one seed, evaluation left out; it was not interleaved.",
+        f"Memory: {MEMORY_NOTE.get(kind, 'not measured on this device')}.",
+        "A training diverged when its loss was not finite, or when the mean loss of its last epoch was above its first loss; it "
+        "is left out of means and figures and counted in the notes.",
+    ]
+
+
+def _stated(result: RowResult) -> dict[str, Any]:
+    return {**result.config, "learning_rates": list(result.row.learning_rates), "selected": result.learning_rate}
+
+
+def _trials(result: RowResult) -> list[list[str]]:
+    """Every training of a row, once."""
+    records = {(r.learning_rate, r.seed): r for r in [*result.search, *result.finals]}
+    return [
+        [result.row.label, f"{r.learning_rate:g}", str(r.seed), r.status, _last(r.end("train_loss"), 1), _last(r.end("validation_accuracy"), 100)]
+        + [_last(r.end("test_accuracy"), 100), _last(r.end("test_loss"), 1), r.message]
+        for r in records.values()
+    ]
+
+
+def _last(value: float, scale: int) -> str:
+    return "-" if value != value else f"{value * scale:.4g}" if scale == 1 else f"{value * scale:.2f} %"
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -1,0 +1,228 @@
+"""One row of the comparison: a gradient maker (or none), the torch optimizer on top, its learning rates."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gradmaker.compare.errors import InputError, suggest
+
+Method = str | Path | Mapping[str, Any]
+ROW_KEYS = ("label", "learning_rates", "optimizer")
+
+
+class Default(NamedTuple):
+    """What a row gets when it names no learning rates and no optimizer of its own."""
+
+    learning_rates: tuple[float, ...]
+    momentum: float
+
+
+# Momentum 0.9 on top is the convention of SGD, of K-FAC (Martens & Grosse 2015, section 7) and of Shampoo (Gupta et al.
+# 2018, section 5); a direction that holds a momentum of its own gets none.
+# Rates are half decades around: Adam, Kingma & Ba 2015, section 2 (1e-3); AdaGrad, torch.optim.Adagrad (1e-2);
+# natural-gradient methods, the grid of Osawa et al. 2023, arXiv:2305.04684, section 5; SGD, its usual 1e-1.
+_NATURAL = Default((0.01, 0.03, 0.1), 0.9)
+_ADAPTIVE = Default((3e-4, 1e-3, 3e-3), 0.0)
+DEFAULTS = {
+    "gradient": Default((0.03, 0.1, 0.3), 0.9),
+    "SGD": Default((0.03, 0.1, 0.3), 0.9),
+    "adam": _ADAPTIVE,
+    "adagrad": Default((3e-3, 1e-2, 3e-2), 0.0),
+    "Adagrad": Default((3e-3, 1e-2, 3e-2), 0.0),
+}
+FALLBACK = {"maker": _NATURAL, "optimizer": _ADAPTIVE}  # any other maker, any other torch optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A configuration to train.
+
+    Args:
+        maker: what `from_config` gets; None trains with the optimizer alone.
+        optimizer: name of a class in torch.optim; `options` are its arguments besides the learning rate.
+    """
+
+    label: str
+    maker: Mapping[str, Any] | None
+    optimizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates:
+            raise InputError(f"{self.label}: give at least one learning rate")
+        if bad := [rate for rate in self.learning_rates if not (math.isfinite(rate) and rate > 0)]:
+            raise InputError(f"{self.label}: learning rates must be positive numbers, got {', '.join(map(str, bad))}")
+
+    @property
+    def method(self) -> str:
+        """The maker's or, without one, the optimizer's name."""
+        return self.optimizer if self.maker is None else str(self.maker.get("method", "custom"))
+
+    def build_maker(self, model: nn.Module) -> Any:
+        """The gradient maker on this model, or None."""
+        if self.maker is None:
+            return None
+        from gradmaker import from_config
+
+        return from_config(model, dict(self.maker))
+
+    def build_optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+        kind = optimizers()[self.optimizer.lower()]
+        return kind(model.parameters(), lr=learning_rate, **self.options)
+
+    def describe(self, maker: Any = None) -> dict[str, Any]:
+        """The whole configuration as plain values, with the defaults that the maker's config filled in."""
+        config = getattr(maker, "config", None)
+        resolved = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else {}
+        stated = {} if self.maker is None else {"maker": plain({**self.maker, **resolved})}
+        return {**stated, "optimizer": {"name": self.optimizer, **plain(self.options)}}
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON knows it; classes and modules by name."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: {f.name: plain(getattr(value, f.name)) for f in fields(value)}}
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """torch.optim classes by lower-case name, less those that need a closure or sparse gradients."""
+    kinds = (kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
+    return {kind.__name__.lower(): kind for kind in kinds if kind.__name__ not in ("Optimizer", "LBFGS", "SparseAdam")}
+
+
+def parse_rows(
+    methods: Iterable[Method] | Mapping[str, Any],
+    learning_rates: Sequence[float] | None = None,
+    momentum: float | None = None,
+) -> tuple[Row, ...]:
+    """Rows from names, mappings, labelled mappings and YAML paths.
+
+    Args:
+        learning_rates: the grid of every row that names none; None: `DEFAULTS`.
+        momentum: of the SGD on top where a row names no optimizer; None: `DEFAULTS`.
+    """
+    if isinstance(methods, (str, Path)):
+        methods = [methods]
+    entries = [entry for method in _listed(methods) for entry in _entries(method)]
+    if not entries:
+        raise InputError("give at least one method to compare")
+    labels = _labels(entries)
+    return tuple(_row(entry, label, learning_rates, momentum) for entry, label in zip(entries, labels, strict=True))
+
+
+def _listed(methods: Iterable[Method] | Mapping[str, Any]) -> Iterable[Any]:
+    return [methods] if isinstance(methods, Mapping) else methods
+
+
+def _entries(method: Any) -> Iterator[dict[str, Any]]:
+    """Mappings with a `method` or an `optimizer`, out of whatever was given."""
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
+        loaded = read_yaml(Path(method))
+        for item in loaded if isinstance(loaded, list) else [loaded]:
+            yield from _entries(item)
+    elif isinstance(method, str):
+        yield _named(method)
+    elif not isinstance(method, Mapping):
+        raise InputError(f"a method is a name, a mapping or a YAML path, got {method!r}")
+    elif "method" in method or "optimizer" in method:
+        yield dict(method)
+    else:
+        yield from _labelled(method)
+
+
+def _labelled(method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for label, entry in method.items():
+        inner = _named(entry) if isinstance(entry, str) else entry
+        if not isinstance(inner, Mapping) or not ("method" in inner or "optimizer" in inner):
+            raise InputError(f"{label!r} names no method: write 'method: kfac', or '{label}: {{method: kfac}}'")
+        yield {"label": str(label), **inner}
+
+
+def _named(name: str) -> dict[str, Any]:
+    """A maker by its name; else an optimizer of torch.optim by its."""
+    from gradmaker import METHODS
+
+    if name in METHODS:
+        return {"method": name}
+    if name.lower() in optimizers():
+        return {"label": name.lower(), "optimizer": optimizers()[name.lower()].__name__}
+    raise InputError(f"unknown method {name!r}: {suggest(name, {*METHODS, *optimizers()})}")
+
+
+def _labels(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Given labels; else the method's name, with its options where two rows would share it."""
+    names = [str(e.get("label") or e.get("method") or _optimizer_name(e["optimizer"]).lower()) for e in entries]
+    shared = Counter(names)
+    labels = [f"{name} ({_options(e)})" if shared[name] > 1 and _options(e) else name for name, e in zip(names, entries, strict=True)]
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise InputError(f"two rows are called {twice[0]!r}: give each its own 'label'")
+    return labels
+
+
+def _options(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={plain(value)}" for key, value in entry.items() if key not in ("label", "method"))
+
+
+def _optimizer_name(optimizer: Any) -> str:
+    return str(optimizer.get("name", "SGD")) if isinstance(optimizer, Mapping) else str(optimizer)
+
+
+def _row(entry: dict[str, Any], label: str, rates: Sequence[float] | None, momentum: float | None) -> Row:
+    maker = {key: value for key, value in entry.items() if key not in ROW_KEYS} if "method" in entry else None
+    if maker is None and (unknown := sorted(set(entry) - set(ROW_KEYS))):
+        raise InputError(f"{label}: {', '.join(unknown)} belongs inside 'optimizer: {{name: ..., ...}}', or name a 'method'")
+    given = entry.get("optimizer")
+    options = dict(given) if isinstance(given, Mapping) else {}
+    options.pop("name", None)
+    name = _known_optimizer(label, "SGD" if given is None else _optimizer_name(given))
+    key = name if maker is None else str(maker["method"])
+    default = DEFAULTS.get(key, FALLBACK["optimizer" if maker is None else "maker"])
+    if name == "SGD" and not isinstance(given, Mapping):
+        options["momentum"] = default.momentum if momentum is None or not default.momentum else momentum
+    grid = _numbers(label, entry.get("learning_rates", rates if rates is not None else default.learning_rates))
+    return Row(label=label, maker=maker, optimizer=name, options=options, learning_rates=grid)
+
+
+def _known_optimizer(label: str, name: str) -> str:
+    if name.lower() not in optimizers():
+        raise InputError(f"{label}: torch.optim has no {name!r}: {suggest(name, optimizers())}")
+    return optimizers()[name.lower()].__name__
+
+
+def _numbers(label: str, values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(value) for value in (values if isinstance(values, (list, tuple)) else [values])))
+    except (TypeError, ValueError):
+        raise InputError(f"{label}: learning rates must be numbers, got {values!r}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Parsed YAML, where 1e-3 is a number: PyYAML follows YAML 1.1, which asks for a point before the exponent."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader whose resolvers are its own."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error

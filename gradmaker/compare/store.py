@@ -1,0 +1,58 @@
+"""results.json: every finished trial, written after each one, read again by a run that resumes."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gradmaker.compare.errors import InputError
+from gradmaker.compare.trial import Record
+
+FORMAT = 1
+RESULTS = "results.json"
+
+
+class Store:
+    """The trials and costs of an output folder, by key; those of other settings are kept but not reported."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / RESULTS
+        self._make_folder(out)
+        content = self._read()
+        self.records = {key: Record(**record) for key, record in content.get("trials", {}).items()}
+        self.costs: dict[str, dict[str, Any]] = content.get("costs", {})
+        self.report: dict[str, Any] = content.get("report", {})
+
+    def write(self) -> None:
+        """Replace the file in one step, so that an interrupted write leaves the old one."""
+        content = {
+            "format": FORMAT,
+            "report": self.report,
+            "costs": self.costs,
+            "trials": {key: asdict(record) for key, record in self.records.items()},
+        }
+        fresh = self.path.with_suffix(".json.new")
+        fresh.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        os.replace(fresh, self.path)
+
+    @staticmethod
+    def _make_folder(out: Path) -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write to the output folder {str(out)!r}: {error.strerror}") from error
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            if content.get("format") == FORMAT:
+                return content
+        except (ValueError, AttributeError):
+            pass
+        raise InputError(f"{str(self.path)!r} is not a results file of this version: move it away or choose another --out")

@@ -1,0 +1,175 @@
+"""Configuration: one frozen dataclass a method, and its spelling as a mapping or a YAML file."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from gradmaker.curvature import CURVATURES, LIKELIHOODS, Likelihood
+from gradmaker.norms import NORMS
+from gradmaker.representations import REPRESENTATIONS
+from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
+from gradmaker.sites import Site
+from gradmaker.solvers import SOLVERS
+from gradmaker.triple import Triple, did_you_mean
+
+__all__ = ["GradientConfig", "build", "read_mapping"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientConfig(ABC):
+    """What every method has; a method adds its own fields and says by `triple` how it treats each site."""
+
+    damping: float | None = 1e-3
+    """Tikhonov damping in units of the curvature, or the ridge or epsilon that the method's formula has."""
+    decay: float | None = 0.95
+    """Weight of the OLD statistic in the running average; 0 keeps the current batch only, None sums."""
+    momentum: float = 0.0
+    """Decay of a bias-corrected average of gradients that is preconditioned in place of the gradient."""
+    curvature_interval: int | Schedule = 1
+    """Steps between measurements of the curvature."""
+    preconditioner_interval: int | Schedule = 1
+    """Steps between refreshes of the preconditioner."""
+    warmup_steps: int = 0
+    """Before this step both happen at every step."""
+    start_step: int = 0
+    """Before this step ``.grad`` stays the plain gradient; statistics are gathered."""
+    spread: bool = True
+    """Whether the refreshes of different blocks are spread over the interval, instead of all at one step."""
+    ignore: tuple[nn.Module | type[nn.Module] | str, ...] = ()
+    """Modules, classes and name patterns (``'head.*'``) that keep their plain gradient."""
+    fallback: str = "gradient"
+    """The method, by name, of parameters that this one does not cover."""
+    norm: str = "none"
+    """Length of the result for each block: none (as it comes), keep (the gradient's), adagrad or adam (grafting)."""
+    max_dim: int = 8192
+    """Axes longer than this get a diagonal factor; a dense block larger than this is refused."""
+    dtype: str | torch.dtype | None = None
+    """Of statistics and solves: float32 or float64; None takes the parameters', at least float32."""
+    seed: int = 0
+    """Of sampled targets and probes."""
+    likelihood: Likelihood | None = None
+    """What the outputs parametrise, where the loss itself cannot be recognised."""
+    loss_reduction: str = "mean"
+    """How an unrecognised loss reduces over examples: mean or sum (the empirical Fisher needs to know)."""
+
+    per_tensor: ClassVar[bool] = False
+    """Whether the method treats every parameter tensor on its own, instead of layers."""
+    joint_bias: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.damping is not None:
+            check_interval("damping", self.damping, 0.0, math.inf)
+        if self.decay is not None:
+            check_interval("decay", self.decay, 0.0, 1.0, hint=", or None to sum")
+        check_interval("momentum", self.momentum, 0.0, 1.0)
+        as_schedule("curvature_interval", self.curvature_interval)
+        as_schedule("preconditioner_interval", self.preconditioner_interval)
+        for name, least in (("warmup_steps", 0), ("start_step", 0), ("max_dim", 1)):
+            check_count(name, getattr(self, name), least)
+        check_choice("norm", self.norm, list(NORMS))
+        check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
+        self.statistics_dtype()
+        if isinstance(self.ignore, (str, type, nn.Module)):
+            raise ValueError(f"ignore={self.ignore!r}: expected a sequence, as in ignore=({self.ignore!r},)")
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+
+    @abstractmethod
+    def triple(self, site: Site) -> Triple | None:
+        """The parts for a site; None if the method does not cover it."""
+
+    def statistics_dtype(self) -> torch.dtype | None:
+        """`dtype` as torch's."""
+        if self.dtype is None or self.dtype in DTYPES.values():
+            return self.dtype  # type: ignore[return-value]
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: {did_you_mean(self.dtype, list(DTYPES))}, or None")
+        return DTYPES[self.dtype]  # type: ignore[index]
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def check_interval(name: str, value: object, low: float, high: float, hint: str = "") -> None:
+    """ValueError unless ``low <= value < high``."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < high:
+        raise ValueError(f"{name}={value!r}: expected {low:g} <= {name} < {high:g}{hint}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """ValueError unless an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+
+
+def check_choice(name: str, value: object, legal: list[str]) -> None:
+    """ValueError unless one of ``legal``."""
+    if value not in legal:
+        raise ValueError(f"{name}={value!r}: {did_you_mean(value, legal)}")
+
+
+# ------------------------------------------------------------------ mappings and YAML
+PARTS: dict[str, dict[str, Any]] = {
+    "curvature": CURVATURES,
+    "fisher": CURVATURES,
+    "representation": REPRESENTATIONS,
+    "solver": SOLVERS,
+    "likelihood": LIKELIHOODS,
+    "curvature_interval": SCHEDULES,
+    "preconditioner_interval": SCHEDULES,
+}
+"""Config keys whose value names a part: ``{FisherMC: {samples: 2}}`` or just ``FisherMC``."""
+
+
+def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
+    """Make a dataclass from a mapping. ValueError on an unknown key, with the close match and all legal keys."""
+    legal = [f.name for f in fields(make)]
+    for key in given:
+        if key not in legal:
+            raise ValueError(f"{what} has no option {key!r}: {did_you_mean(key, legal)}")
+    values = {key: _part(key, value) for key, value in given.items()}
+    try:
+        return make(**values)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _part(key: str, value: Any) -> Any:
+    registry = PARTS.get(key)
+    if registry is None or not isinstance(value, (str, Mapping)):
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, str):
+        value = {value: {}}
+    if len(value) != 1:
+        raise ValueError(f"{key}={dict(value)!r}: expected one name with its options, as in {key}: {{{next(iter(registry))}: {{}}}}")
+    ((name, options),) = value.items()
+    if name not in registry:
+        raise ValueError(f"{key}: {name!r} is unknown: {did_you_mean(name, list(registry))}")
+    return build(registry[name], options or {}, name)
+
+
+def read_mapping(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """A mapping from itself or from a YAML file."""
+    if isinstance(source, Mapping):
+        return dict(source)
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("reading a YAML file needs PyYAML: pip install 'gradmaker[compare]'") from None
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a YAML file, or a mapping like {{'method': 'kfac'}}")
+    loaded = yaml.safe_load(path.read_text())
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a mapping with the key 'method', got {type(loaded).__name__}")
+    return loaded

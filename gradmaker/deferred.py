@@ -1,0 +1,134 @@
+"""Deferred values: what `setup_model_call` hands out before the model has run."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+__all__ = ["Deferred", "resolve"]
+
+_SLOTS = ("_function", "_args", "_kwargs", "_text")
+
+
+class Deferred:
+    """The result of a call that is still to be made; what is done to it is recorded and replayed later.
+
+    Items, attributes, calls, arithmetic and torch functions record: ``y[0]``, ``y.logits``, ``y.view(-1, 10)``, ``y / 2``,
+    ``torch.relu(y)``. Python needs a value for ``bool``, ``len`` and iteration, so these raise `TypeError`.
+    """
+
+    __slots__ = _SLOTS
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], text: str) -> None:
+        self._function, self._args, self._kwargs, self._text = function, args, kwargs, text
+
+    def __repr__(self) -> str:
+        return f"<deferred {self._text}>"
+
+    def __getattr__(self, name: str) -> Deferred:
+        if name in _SLOTS or (name.startswith("__") and name.endswith("__")):  # copy and pickle probe these on bare objects
+            raise AttributeError(name)
+        return Deferred(getattr, (self, name), {}, f"{self._text}.{name}")
+
+    def __getitem__(self, key: Any) -> Deferred:
+        return Deferred(operator.getitem, (self, key), {}, f"{self._text}[{key!r}]")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Deferred:
+        return Deferred(_call, (self, *args), kwargs, f"{self._text}({describe(args, kwargs)})")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Deferred:
+        name = getattr(function, "__name__", repr(function))
+        return Deferred(function, tuple(args), kwargs or {}, f"{name}({describe(args, kwargs or {})})")
+
+    def _needs_value(self, what: str) -> NoReturn:
+        raise TypeError(
+            f"{what} of {self!r} is not known before forward_and_backward(); "
+            "take its parts by item or attribute (y[0], y.logits), which are recorded"
+        )
+
+    def __bool__(self) -> bool:
+        self._needs_value("the truth value")
+
+    def __len__(self) -> int:
+        self._needs_value("the length")
+
+    def __iter__(self) -> NoReturn:
+        self._needs_value("an iteration")
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _binary(symbol: str, function: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    def forward(self: Deferred, other: Any) -> Deferred:
+        return Deferred(function, (self, other), {}, f"({self._text} {symbol} {short(other)})")
+
+    def reflected(self: Deferred, other: Any) -> Deferred:
+        return Deferred(function, (other, self), {}, f"({short(other)} {symbol} {self._text})")
+
+    return forward, reflected
+
+
+def _unary(symbol: str, function: Callable[[Any], Any]) -> Any:
+    def record(self: Deferred) -> Deferred:
+        return Deferred(function, (self,), {}, f"{symbol}({self._text})")
+
+    return record
+
+
+for _name, _symbol in {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@",
+}.items():  # fmt: skip
+    _forward, _reflected = _binary(_symbol, getattr(operator, _name))
+    setattr(Deferred, f"__{_name}__", _forward)
+    setattr(Deferred, f"__r{_name}__", _reflected)
+for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
+    setattr(Deferred, f"__{_name}__", _binary(_symbol, getattr(operator, _name))[0])
+for _name, _symbol in {"neg": "-", "pos": "+", "abs": "abs"}.items():
+    setattr(Deferred, f"__{_name}__", _unary(_symbol, getattr(operator, _name)))
+
+
+def short(value: Any) -> str:
+    """A few characters that stand for a value in a representation."""
+    if isinstance(value, Deferred):
+        return value._text
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"tensor{tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 24 else f"<{type(value).__name__}>"
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The argument list of a recorded call, shortened."""
+    return ", ".join([short(a) for a in args] + [f"{k}={short(v)}" for k, v in kwargs.items()])
+
+
+def resolve(value: Any, known: dict[int, Any]) -> Any:
+    """The value of a tree that may hold deferred parts.
+
+    known: values by ``id`` of the deferred object; filled as parts are evaluated, so that each is evaluated once.
+    """
+    if isinstance(value, Deferred):
+        if id(value) not in known:
+            args, kwargs = resolve(value._args, known), resolve(value._kwargs, known)
+            known[id(value)] = value._function(*args, **kwargs)
+        return known[id(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(resolve(v, known) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(resolve(v, known) for v in value)
+    if type(value) is dict:
+        return {k: resolve(v, known) for k, v in value.items()}
+    return value
+
+
+def depends_on(value: Any, root: Deferred) -> bool:
+    """Whether a tree of values holds, at any depth, a part that is computed from ``root``."""
+    if isinstance(value, Deferred):
+        return value is root or depends_on(value._args, root) or depends_on(value._kwargs, root)
+    if isinstance(value, (tuple, list)):
+        return any(depends_on(v, root) for v in value)
+    return isinstance(value, dict) and any(depends_on(v, root) for v in value.values())

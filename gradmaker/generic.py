@@ -1,0 +1,84 @@
+"""Per-example gradients of any parameter by `torch.func`: the fallback for layers without a rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.layers import Call
+
+if TYPE_CHECKING:
+    from gradmaker.sites import Site
+
+__all__ = ["per_example_rows"]
+
+
+def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tensor:
+    """``J_kn`` of a parameter, by repeating its module's call one example at a time (vmapped where possible).
+
+    Modules that draw random numbers or couple examples (dropout, batch norm in training mode) inside that call are repeated
+    with fresh draws and single-example statistics.  # (k, n, P)
+    """
+    (module,) = site.modules
+    total: Tensor | None = None
+    for call, outputs in zip(tape.calls[module], gradients[module], strict=True):
+        rows = _rows_of_call(site, module, call, outputs, tape.examples)
+        total = rows if total is None else total + rows
+    assert total is not None
+    return total
+
+
+def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tensor], n: int) -> Tensor:
+    ((name, parameter),) = site.parameters.items()
+    local = _local_name(module, parameter)
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    axes = [_example_axis(v, n) for v in leaves]
+    g_axes = [_example_axis(g[0], n) for g in outputs]
+    frozen = {k: v.detach() for k, v in (*module.named_parameters(), *module.named_buffers())}
+
+    def one_example(*values: Any) -> Tensor:
+        mapped = iter(values[: len(leaves)])
+        cotangents = values[len(leaves) :]
+        args, kwargs = tree_unflatten([_batch_of_one(v, a) for v, a in zip(mapped, axes, strict=True)], spec)
+
+        def outputs_of(p: Tensor) -> list[Tensor]:
+            out = functional_call(module, {**frozen, local: p}, args, kwargs)
+            return [v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()][: len(outputs)]
+
+        _, pull = vjp(outputs_of, parameter.detach())
+        shaped = [_batch_of_one(c, a) for c, a in zip(cotangents, g_axes, strict=True)]
+        return pull(shaped)[0].reshape(-1)
+
+    detached = [v.detach() if isinstance(v, Tensor) else v for v in leaves]
+    rows = [_over_examples(one_example, [*detached, *(g[j] for g in outputs)], [*axes, *g_axes], n) for j in range(len(outputs[0]))]
+    return torch.stack(rows)
+
+
+def _over_examples(function: Any, values: list[Any], axes: list[int | None], n: int) -> Tensor:
+    try:
+        return vmap(function, in_dims=tuple(axes), randomness="different")(*values)
+    except (RuntimeError, ValueError, NotImplementedError):  # an operation that vmap cannot map: example by example
+        rows = []
+        for j in range(n):
+            chosen = [v if a is None else v.select(a, j) for v, a in zip(values, axes, strict=True)]
+            rows.append(function(*chosen))
+        return torch.stack(rows)
+
+
+def _example_axis(value: Any, n: int) -> int | None:
+    if not isinstance(value, Tensor):
+        return None
+    return next((axis for axis in (0, 1) if value.ndim > axis and value.shape[axis] == n), None)
+
+
+def _batch_of_one(value: Any, axis: int | None) -> Any:
+    return value if axis is None else value.unsqueeze(axis)
+
+
+def _local_name(module: nn.Module, parameter: nn.Parameter) -> str:
+    return next(k for k, p in module.named_parameters() if p is parameter)

@@ -1,0 +1,189 @@
+"""The protocol: declare the forward pass and the loss, then ask for both passes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.deferred import Deferred, depends_on, describe, resolve
+
+__all__ = ["GradientMaker", "PlainGradientConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainGradientConfig:
+    """The plain gradient has no options."""
+
+
+class GradientMaker:
+    """The plain gradient, by the same protocol as every preconditioned one.
+
+    Declaring the calls instead of making them lets a maker record the forward pass, run further passes, or repeat the step:
+
+        y = maker.setup_model_call(model, x)
+        maker.setup_loss_call(F.cross_entropy, y, t)
+        y, loss = maker.forward_and_backward()
+    """
+
+    Config: ClassVar[Any] = PlainGradientConfig
+
+    def __init__(self, model: nn.Module, config: Any = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        config = self.Config() if config is None else config
+        if not isinstance(config, self.Config):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.Config.__name__}, got {type(config).__name__}; "
+                "from_config(model, mapping) accepts mappings"
+            )
+        self.model, self.config = model, config
+        self.step = 0
+        self._call: Deferred | None = None
+        self._loss: Deferred | None = None
+        self._logits: Deferred | None = None
+        self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # gradients from before the step that is under way
+        self._open = False
+
+    # ---------------------------------------------------------------- setup
+    def setup_model_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
+        """Declare the forward pass; returns a stand-in for its result. Forgets an earlier loss.
+
+        function: usually the model; anything callable that uses it.
+        """
+        if not callable(function):
+            raise TypeError(f"setup_model_call: expected a callable first, got {type(function).__name__}")
+        name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
+        self._call = Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
+        self._loss = self._logits = None
+        return self._call
+
+    def setup_loss_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
+        """Declare the loss as a call on parts of the model's result; returns a stand-in for it."""
+        if not callable(function):
+            raise TypeError(f"setup_loss_call: expected a callable first, got {type(function).__name__}")
+        name = getattr(function, "__name__", type(function).__name__)
+        loss = Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
+        self.setup_loss_repr(loss)
+        return loss
+
+    def setup_loss_repr(self, loss: Deferred) -> None:
+        """Declare which part of the model's result is the loss, as in ``maker.setup_loss_repr(y.loss)``."""
+        self._check_part("setup_loss_repr", loss)
+        self._loss = loss
+
+    def setup_logits_repr(self, logits: Deferred) -> None:
+        """Declare which part of the model's result is the logits; needed only for losses that are not recognised."""
+        self._check_part("setup_logits_repr", logits)
+        self._logits = logits
+
+    def _check_part(self, verb: str, part: Any) -> None:
+        if self._call is None:
+            raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
+        if not isinstance(part, Deferred) or not depends_on(part, self._call):
+            raise ValueError(f"{verb}: {part!r} is not computed from the latest setup_model_call, {self._call!r}")
+
+    # ---------------------------------------------------------------- passes
+    def forward_and_backward(self, weight: float = 1.0) -> tuple[Any, Tensor]:
+        """Run both passes; ``.grad`` gains the (preconditioned) gradient. Returns the model's result and the loss.
+
+        weight: share of this batch where `accumulate` took in others before: the step's loss is ``sum_j weight_j L_j``.
+        """
+        with self._restoring():
+            result = self.accumulate(weight)
+            self.precondition()
+        return result
+
+    def accumulate(self, weight: float = 1.0) -> tuple[Any, Tensor]:
+        """Run both passes of a micro-batch: its gradient and statistics are taken in, nothing is preconditioned yet.
+
+        weight: its share of the step's loss ``sum_j weight_j L_j``: ``n_j / n`` for means over examples, 1 for sums.
+        """
+        if self._call is None or self._loss is None:
+            missing = "setup_model_call" if self._call is None else "setup_loss_call (or setup_loss_repr)"
+            raise RuntimeError(f"nothing to run: {missing} has not been called")
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        before = [(p, p.grad) for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            output, loss = self._run(weight)
+        except BaseException:
+            for p, g in before:
+                p.grad = g
+            raise
+        self._merge(before)
+        return output, loss.detach()
+
+    def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]]) -> None:
+        """Keep what was in ``.grad`` before the step apart; add up what the micro-batches of the step bring."""
+        if not self._open:
+            self._open, self._kept = True, before
+            return
+        for p, g in before:
+            _add_into(p, g)
+
+    def precondition(self) -> None:
+        """End the step: ``.grad <- P .grad`` for what this step has brought, and add it to what was there before."""
+        self._precondition()
+        for p, g in self._kept:
+            _add_into(p, g)
+        self._open, self._kept = False, []
+        self.step += 1
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """On an exception put back ``.grad`` as it was before the step."""
+        fresh = not self._open
+        try:
+            yield
+        except BaseException:
+            if fresh and self._open:
+                for p, g in self._kept:
+                    p.grad = g
+                self._open, self._kept = False, []
+            raise
+
+    # ---------------------------------------------------------------- for subclasses
+    def _run(self, weight: float) -> tuple[Any, Tensor]:
+        known: dict[int, Any] = {}
+        output, loss = self._forward(known)
+        (loss * weight if weight != 1.0 else loss).backward()
+        return output, loss
+
+    def _forward(self, known: dict[int, Any]) -> tuple[Any, Tensor]:
+        """Evaluate the declared calls.  known: filled with the values of all deferred parts"""
+        output = resolve(self._call, known)
+        loss = resolve(self._loss, known)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss {self._loss!r} must be a tensor with one element, got {got}")
+        return output, loss
+
+    def _precondition(self) -> None:
+        """Replace the step's gradient by the preconditioned one; the plain maker leaves it."""
+
+    # ---------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on: tensors, numbers and names only."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.step = int(state["step"])
+
+    def remove(self) -> None:
+        """Take every hook off the model and the optimizer."""
+
+
+def _add_into(parameter: nn.Parameter, earlier: Tensor | None) -> None:
+    """``.grad <- earlier + .grad``, in the storage of ``earlier``."""
+    if earlier is not None:
+        if parameter.grad is not None:
+            with torch.no_grad():
+                earlier.add_(parameter.grad)
+        parameter.grad = earlier

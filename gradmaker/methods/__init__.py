@@ -1,0 +1,46 @@
+"""Methods: recipes that choose a triple for each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradmaker.config import build, read_mapping
+from gradmaker.maker import GradientMaker
+from gradmaker.methods.custom import CustomGradientMaker
+from gradmaker.methods.elementwise import AdagradGradientMaker, AdamGradientMaker
+from gradmaker.methods.kronecker import KfacGradientMaker, ShampooGradientMaker
+from gradmaker.methods.natural import FullNaturalGradientMaker, UnitNaturalGradientMaker
+from gradmaker.triple import did_you_mean
+
+__all__ = ["METHODS", "from_config"]
+
+METHODS: dict[str, type[GradientMaker]] = {
+    "gradient": GradientMaker,
+    "adagrad": AdagradGradientMaker,
+    "adam": AdamGradientMaker,
+    "kfac": KfacGradientMaker,
+    "shampoo": ShampooGradientMaker,
+    "unit_ng": UnitNaturalGradientMaker,
+    "full_ng": FullNaturalGradientMaker,
+    "custom": CustomGradientMaker,
+}
+"""Method by name, as in ``{method: kfac}``."""
+
+
+def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> GradientMaker:
+    """A maker from a mapping or a YAML file: ``{method: kfac, damping: 1e-3}``.
+
+    ValueError on unknown methods and options, with the close match and all that is legal.
+    """
+    given = read_mapping(config)
+    if "method" not in given:
+        raise ValueError(f"a config needs the key 'method'. Legal: {', '.join(METHODS)}")
+    name = given.pop("method")
+    if name not in METHODS:
+        raise ValueError(f"method={name!r}: {did_you_mean(name, list(METHODS))}")
+    make = METHODS[name]
+    return make(model, build(make.Config, given, f"method {name!r}"))

@@ -1,0 +1,48 @@
+"""Any legal triple as a method without a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import BatchGradient, Curvature
+from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.representations import Diagonal, Representation
+from gradmaker.sites import Site
+from gradmaker.solvers import Division, Solver
+from gradmaker.triple import Triple
+
+__all__ = ["CustomGradientConfig", "CustomGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomGradientConfig(GradientConfig):
+    """A free triple: ``{method: custom, curvature: {...}, representation: {...}, solver: {...}}``.
+
+    """
+
+    damping: float | None = None
+    """Replaces that of the solver."""
+    curvature: Curvature = BatchGradient()
+    representation: Representation = Diagonal()
+    solver: Solver = Division()
+
+    @property
+    def per_tensor(self) -> bool:  # type: ignore[override]
+        """Whether parameter tensors are treated one by one."""
+        return self.representation.grain == "tensor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping is not None:
+            object.__setattr__(self, "solver", replace(self.solver, damping=self.damping))  # type: ignore[type-var]
+        Triple(self.curvature, self.representation, self.solver)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(self.curvature, self.representation, self.solver)
+
+
+class CustomGradientMaker(PreconditionedGradientMaker):
+    """A free triple as a gradient maker; see `CustomGradientConfig`."""
+
+    Config = CustomGradientConfig

@@ -1,0 +1,60 @@
+"""Element-wise methods: a diagonal of the second moment of mini-batch gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import BatchGradient
+from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.representations import Diagonal
+from gradmaker.sites import Site
+from gradmaker.solvers import Division
+from gradmaker.triple import Triple
+
+__all__ = ["AdagradGradientConfig", "AdagradGradientMaker", "AdamGradientConfig", "AdamGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdagradGradientConfig(GradientConfig):
+    """AdaGrad: ``P g = g / (sqrt(sum_t g_t^2) + damping)``.
+
+    Reference: Duchi, Hazan & Singer, JMLR 2011, figure 1; defaults of `torch.optim.Adagrad`.
+    """
+
+    damping: float = 1e-10
+    decay: float | None = None
+    per_tensor: ClassVar[bool] = True
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(BatchGradient(), Diagonal(), Division(power=-0.5, damping=self.damping))
+
+
+class AdagradGradientMaker(PreconditionedGradientMaker):
+    """AdaGrad as a gradient maker; see `AdagradGradientConfig`."""
+
+    Config = AdagradGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamGradientConfig(GradientConfig):
+    """Adam: ``P g = m / (sqrt(v) + damping)`` with bias-corrected averages ``m`` of ``g`` and ``v`` of ``g^2``.
+
+    ``momentum`` is beta_1 and ``decay`` beta_2.
+    Reference: Kingma & Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
+    """
+
+    damping: float = 1e-8
+    decay: float | None = 0.999
+    momentum: float = 0.9
+    per_tensor: ClassVar[bool] = True
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(BatchGradient(), Diagonal(), Division(power=-0.5, damping=self.damping))
+
+
+class AdamGradientMaker(PreconditionedGradientMaker):
+    """Adam as a gradient maker; see `AdamGradientConfig`."""
+
+    Config = AdamGradientConfig

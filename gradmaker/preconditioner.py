@@ -1,0 +1,246 @@
+"""The step of every preconditioned gradient: capture, curvature, preconditioner, gradient."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmaker.attachment import Attachment
+from gradmaker.blocks import Block
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.checkpoint import dump, load
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import Curvature, Likelihood
+from gradmaker.curvature.likelihood import Terms, read_terms
+from gradmaker.curvature.recorder import LossRecorder
+from gradmaker.deferred import resolve
+from gradmaker.maker import GradientMaker
+from gradmaker.plan import make_plan
+from gradmaker.representations.base import Fold
+from gradmaker.schedule import Clock, as_schedule
+from gradmaker.step import Step
+from gradmaker.summary import Summary, summarise
+from gradmaker.verify import Verification, verify
+
+__all__ = ["PreconditionedGradientMaker"]
+
+
+class PreconditionedGradientMaker(GradientMaker):
+    """A gradient maker that writes ``P g`` into ``.grad``; methods differ by their config alone."""
+
+    Config: ClassVar[type[GradientConfig]]
+    config: GradientConfig
+
+    def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
+        super().__init__(model, config)
+        from gradmaker.methods import METHODS  # the registry names this class' subclasses
+
+        self.plan = make_plan(model, self.config, METHODS)
+        self.skipped = 0
+        """Steps whose loss or gradients were not finite: no statistic took them in, ``.grad`` was left as it was."""
+        self._curvature_clock = Clock(as_schedule("", self.config.curvature_interval), self.config.warmup_steps)
+        self._refresh_clock = Clock(as_schedule("", self.config.preconditioner_interval), self.config.warmup_steps)
+        self._asked = -1  # the step for which the curvature clock has been asked
+        self._measuring = False
+        self._finite = True
+        self._further: set[str] = set()  # sites that have given evidence in this step
+        self._ever: set[str] = set()  # sites that have given evidence at all
+        self._attachments: list[Attachment] = []
+
+    # ---------------------------------------------------------------- the step
+    def begin_pass(self) -> bool:
+        """Whether the coming pass is to be recorded; asked before every forward pass."""
+        if self._asked != self.step:
+            self._measuring, self._asked = self._curvature_clock.tick(self.step), self.step
+        return self._measuring and bool(self.plan.curvatures(layerwise=True))
+
+    def new_tape(self) -> Tape:
+        """A tape that watches the modules of every site."""
+        sites = [s for c in self.plan.curvatures(layerwise=True) for s in self.plan.sites(c)]
+        return Tape(self.model, dict.fromkeys(m for s in sites for m in s.modules))
+
+    def _run(self, weight: float) -> tuple[Any, Tensor]:
+        if not self.begin_pass():
+            output, loss = super()._run(weight)
+            self._note_finite([loss], [])
+            return output, loss
+        tape, known = self.new_tape(), dict[int, Any]()
+        with tape.recording():
+            with LossRecorder() as recorder:
+                output, loss = self._forward(known)
+            tape.end_forward()
+            terms = self._terms(recorder, loss, known)
+            scaled = loss * weight if weight != 1.0 else loss
+            ridden = tape.collect(lambda: scaled.backward(retain_graph=True))
+
+            def slopes() -> list[Tensor]:
+                return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
+
+            self.take_in(tape, terms, weight, [loss], slopes=slopes)
+            self.take_in(tape, terms, weight, [], ridden=ridden)
+        return output, loss
+
+    def _terms(self, recorder: LossRecorder, loss: Tensor, known: dict[int, Any]) -> list[Terms]:
+        terms = read_terms(recorder, loss)
+        if terms or self.config.likelihood is None or self._logits is None:
+            return terms
+        return [self.config.likelihood.terms(resolve(self._logits, known))]
+
+    def take_in(
+        self,
+        tape: Tape,
+        terms: list[Terms],
+        weight: float,
+        check: list[Tensor],
+        ridden: OutputGradients | None = None,
+        slopes: Callable[[], list[Tensor]] = list,
+    ) -> None:
+        """Measure the layer-wise curvatures of a recorded pass and fold them into the statistics.
+
+        ridden: output gradients of the backward pass, for those that need just these; the others are measured without.
+        """
+        masked = self._note_finite(check, terms)
+        if not self._finite:
+            return
+        if ridden is not None and weight != 1.0:
+            ridden = {m: [[g / weight for g in outs] for outs in calls] for m, calls in ridden.items()}
+        for curvature in self.plan.curvatures(layerwise=True):
+            if curvature.rides == (ridden is not None):
+                step = self._step(curvature, tape, terms, masked)
+                step.ridden, step.slopes = ridden, slopes
+                _check_fired(step)
+                self._fold(curvature, step, weight)
+
+    def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
+        c = self.config
+        sites = self.plan.sites(curvature)
+        return Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms, reduction=c.loss_reduction, masked=masked)
+
+    @torch.no_grad()
+    def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> bool:
+        """Record whether these tensors and the gradients are finite; returns whether the loss left out terms.
+
+        One host read, and only on steps on which a statistic would take them in.
+        """
+        if not (self._measuring or self.config.momentum > 0 or self.config.norm != "none"):
+            return False
+        tensors = check + [p.grad for p in self.model.parameters() if p.grad is not None]
+        flags = [torch.stack([t.detach().sum().float() for t in tensors]).isfinite().all()] if tensors else []
+        flags += [t.masked() for t in terms]
+        values = torch.stack(flags).tolist() if flags else []
+        self._finite = self._finite and all(values[: len(values) - len(terms)])
+        return any(values[len(values) - len(terms) :])
+
+    def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
+        decay = self.config.decay
+        fold = Fold(1.0, weight, 1.0, summed=True) if decay is None else Fold(decay, (1 - decay) * weight, 1 - decay)
+        blocks = [b for b in self.plan.blocks if b.triple.curvature == curvature]
+        with _plain_arithmetic(self.model):
+            for portion in curvature.measure(step):
+                with torch.no_grad():
+                    for block in blocks:
+                        block.update(portion, fold, self._further)
+        self._ever |= self._further
+
+    def _precondition(self) -> None:
+        if self._asked != self.step:  # the user ran the passes; only gradients can be measured now
+            self.begin_pass()
+            self._note_finite([], [])
+        try:
+            if self._finite:
+                self._solve()
+            else:
+                self.skipped += 1
+        finally:
+            self._measuring, self._finite, self._further = False, True, set()
+
+    @torch.no_grad()
+    def _solve(self) -> None:
+        if self._measuring:
+            for curvature in self.plan.curvatures(layerwise=False):
+                self._fold(curvature, self._step(curvature, Tape(self.model, ()), [], False), 1.0)
+        with _plain_arithmetic(self.model):
+            self._refresh()
+            results = [r for r in map(self._result, self.plan.blocks) if r is not None]
+            for block, value in results:
+                block.write(value)
+
+    def _refresh(self) -> None:
+        self._refresh_clock.tick(self.step)
+        for block in self.plan.blocks:
+            share = block.share if self.config.spread else 0.0
+            measured = any(s.name in self._ever for s in block.sites)
+            if measured and (not block.cache or self._refresh_clock.due(self.step, share)):
+                block.prepare()
+
+    def _result(self, block: Block) -> tuple[Block, Tensor] | None:
+        raw = block.read()
+        if raw is None or not block.cache:
+            return None
+        g = block.averaged(raw)
+        value = block.solve(g, raw)
+        return (block, value) if self.step >= self.config.start_step else None
+
+    # ---------------------------------------------------------------- riding another loop
+    def attach(
+        self, optimizer: Optimizer, likelihood: str | Likelihood | None = None, accumulation: int = 1
+    ) -> PreconditionedGradientMaker:
+        """Precondition inside ``optimizer.step()`` of a loop that is not ours; the loop stays as it is.
+
+        likelihood: what the model's output parametrises: the loss itself is out of sight. Methods that need only the
+        gradient need none.
+        accumulation: backward passes for each step of the optimizer, each with ``1 / accumulation`` of the loss.
+        """
+        self._attachments.append(Attachment(self, optimizer, likelihood or self.config.likelihood, accumulation))
+        weakref.finalize(self, _remove_all, self._attachments)
+        return self
+
+    def remove(self) -> None:
+        """Take every hook off the model and the optimizer."""
+        _remove_all(self._attachments)
+
+    # ---------------------------------------------------------------- looking inside
+    def summary(self) -> Summary:
+        """A table: parameters, block, curvature, representation, solver, bytes."""
+        return summarise(self.plan, self._ever)
+
+    def verify(self) -> Verification:
+        """Check every block against a dense oracle on the model and batch that were last set up."""
+        return verify(self)
+
+    def silent(self) -> list[str]:
+        """Names of the sites that no pass has reached so far."""
+        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self._ever]
+
+    # ---------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on, by site name, unstacked: tensors, numbers and names only."""
+        return dump(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
+        load(self, state)
+
+
+def _check_fired(step: Step) -> None:
+    if not step.active():
+        raise RuntimeError(
+            "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
+            "very model that the maker was made for (compile it after making the maker, not before)"
+        )
+
+
+def _remove_all(attachments: list[Attachment]) -> None:
+    while attachments:
+        attachments.pop().remove()
+
+
+def _plain_arithmetic(model: nn.Module) -> Any:
+    """The maker's own mathematics runs outside of the user's autocast."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,95 @@
+"""Schedules: at which steps curvature is measured and preconditioners are refreshed. Integers only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+__all__ = ["SCHEDULES", "Clock", "Linear", "Schedule", "Stepped", "as_schedule"]
+
+
+class Schedule(ABC):
+    """An interval that may change with the step."""
+
+    @abstractmethod
+    def interval(self, step: int) -> int:
+        """Steps from an update at ``step`` to the next one."""
+
+
+@dataclass(frozen=True)
+class Every(Schedule):
+    """The same interval throughout."""
+
+    steps: int
+
+    def interval(self, step: int) -> int:
+        return self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Schedule):
+    """From ``first`` to ``last`` over ``total`` steps, then ``last``."""
+
+    first: int
+    last: int
+    total: int
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last", "total"):
+            _positive(name, getattr(self, name))
+
+    def interval(self, step: int) -> int:
+        share = min(step, self.total) / self.total
+        return max(1, round(self.first + (self.last - self.first) * share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped(Schedule):
+    """The interval of the latest milestone that was reached: ``{0: 1, 100: 10}``."""
+
+    milestones: dict[int, int]
+
+    def __post_init__(self) -> None:
+        if 0 not in self.milestones:
+            raise ValueError(f"milestones={self.milestones}: expected an interval for step 0")
+        for at, interval in self.milestones.items():
+            _positive(f"milestones[{at}]", interval)
+
+    def interval(self, step: int) -> int:
+        return self.milestones[max(at for at in self.milestones if at <= step)]
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"Linear": Linear, "Stepped": Stepped}
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+
+
+def as_schedule(name: str, value: int | Schedule) -> Schedule:
+    """A schedule from a number or from itself."""
+    if isinstance(value, Schedule):
+        return value
+    _positive(name, value)
+    return Every(value)
+
+
+class Clock:
+    """Tells when an update is due: at step 0, at every step before ``warmup``, then after each interval."""
+
+    def __init__(self, schedule: Schedule, warmup: int) -> None:
+        self.schedule, self.warmup = schedule, warmup
+        self.begun, self.next = 0, 0  # the current period is [begun, next)
+
+    def tick(self, step: int) -> bool:
+        """Whether an update is due at ``step``; to be asked once for each step, in order."""
+        if step < self.next:
+            return False
+        self.begun = step
+        self.next = step + (1 if step + 1 < self.warmup else self.schedule.interval(step))
+        return True
+
+    def due(self, step: int, share: float) -> bool:
+        """Whether ``step`` is the one, in the current period, of a part that comes at ``share`` (0 <= share < 1) of it."""
+        return step == self.begun + int(share * (self.next - self.begun))

@@ -1,0 +1,209 @@
+"""Sites: the parameters of a model, each claimed exactly once, in the form in which curvature sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.curvature.evidence import OneHot, Outer
+from gradmaker.generic import per_example_rows
+from gradmaker.layers import OPAQUE, Kind, LayerRule, rule_for
+
+__all__ = ["Site", "layer_sites", "tensor_sites"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Parameters that form one block: a layer's weight and bias as ``G`` matrices (o, i), or one tensor as it is."""
+
+    name: str
+    kind: Kind
+    parameters: dict[str, nn.Parameter]  # by full name, weight first
+    shape: tuple[int, ...]  # (G, o, i) with the bias column, or (1, *tensor)
+    modules: tuple[nn.Module, ...] = ()  # that are called with these parameters
+    rule: LayerRule | None = None
+    weighted: bool = True  # False: only a bias is trained here
+    bias: bool = False  # the last column is a bias
+    module_names: tuple[str, ...] = field(default=())
+
+    @property
+    def one_hot_axis(self) -> int | None:
+        """The axis of a block whose factor is diagonal by nature."""
+        return 0 if self.kind == "embedding" else None
+
+    # ---------------------------------------------------------------- gradients
+    def read(self) -> Tensor | None:
+        """The gradient as blocks; None if no backward pass reached these parameters.  # (G, o, i) or (1, *tensor)"""
+        found = [p.grad for p in self.parameters.values()]
+        if all(g is None for g in found):
+            return None
+        pieces = [
+            (torch.zeros_like(p) if g is None else g).reshape(self.shape[0], *piece)
+            for p, g, piece in zip(self.parameters.values(), found, self._pieces(), strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+    def write(self, value: Tensor) -> None:
+        """Put blocks back into the storage of ``.grad``."""
+        sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
+        pieces = value.split(sizes, -1) if sizes else (value,)
+        for p, piece in zip(self.parameters.values(), pieces, strict=True):
+            if p.grad is not None:
+                p.grad.copy_(piece.reshape(p.shape))
+
+    def _pieces(self) -> list[tuple[int, ...]]:
+        """Shapes of the parameters inside one block."""
+        if self.rule is None or len(self.parameters) == 1:
+            return [self.shape[1:]]
+        return [(*self.shape[1:-1], self.shape[-1] - 1), (*self.shape[1:-1], 1)]
+
+    # ---------------------------------------------------------------- evidence
+    def fired(self, tape: Tape) -> bool:
+        """Whether any module of this site took part in the pass."""
+        return any(tape.fired(m) for m in self.modules)
+
+    def outer(
+        self, tape: Tape, gradients: OutputGradients, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True
+    ) -> Outer:
+        """The evidence of a pass. Several calls are further sharing positions.
+
+        mask: (n, R) loss terms that count, R positions per example.
+        """
+        n = tape.examples
+        if self.rule is None:
+            rows = per_example_rows(self, tape, gradients).to(dtype)  # (k, n, P)
+            empty = rows.new_zeros(1, n, 1, 0)
+            return Outer(empty, rows[:, None, :, None, :], bias=True, fresh=fresh)
+        calls = [(m, c, g) for m in self.modules for c, g in zip(tape.calls[m], gradients[m], strict=True)]
+        a = [self.rule.inputs(m, c, n) for m, c, _ in calls]
+        g = torch.cat([self.rule.gradients(m, c, gs[0], n) for m, c, gs in calls], 3).to(dtype)
+        inputs = _join(a, dtype) if self.weighted else g.new_zeros(*g.shape[1:4], 0)
+        positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
+        weights = None if mask is None else _position_weights(mask, positions, len(calls)).to(dtype)
+        return Outer(inputs, g, self.bias, self.rule.transposed, weights, fresh)
+
+
+def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if tensors:
+        return torch.cat(tensors, 2).detach().to(dtype)
+    lookups = [x for x in inputs if isinstance(x, OneHot)]
+    return OneHot(torch.cat([x.index for x in lookups], 1), lookups[0].size)
+
+
+def _position_weights(mask: Tensor, positions: int, calls: int) -> Tensor:
+    """Which positions count: those of the counted loss terms where the layouts agree, else all of a counted example."""
+    if mask.shape[1] * calls == positions:
+        return mask.repeat(1, calls)
+    return mask.any(1, keepdim=True).expand(-1, positions)
+
+
+# ------------------------------------------------------------------ finding sites
+def layer_sites(model: nn.Module, joint_bias: bool = True) -> list[Site]:
+    """Every trainable parameter of a model, once: as part of a layer that a rule knows, else on its own."""
+    claimed: dict[nn.Parameter, str] = {}
+    owners = _owners(model)
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        rule = rule_for(module)
+        if rule is None or _inside_opaque(model, name):
+            continue
+        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        own = {k: p for k, p in own.items() if k.rsplit(".", 1)[-1] in ("weight", "bias")}
+        if not own or any(p in claimed for p in own.values()):
+            continue
+        modules = _sharers(own, owners, rule)
+        if modules is None:
+            continue
+        sites += _sites_of(name, module, rule, own, modules, joint_bias)
+        claimed.update({p: k for k, p in own.items()})
+    sites += [_generic_site(model, k, p, owners) for k, p in model.named_parameters() if p.requires_grad and p not in claimed]
+    order = {k: j for j, (k, _) in enumerate(model.named_parameters())}
+    return sorted(sites, key=lambda s: order[next(iter(s.parameters))])
+
+
+def tensor_sites(sites: list[Site]) -> list[Site]:
+    """The same parameters, each tensor on its own and in its own shape."""
+    return [
+        Site(k, "tensor", {k: p}, (1, *p.shape), s.modules, module_names=s.module_names)
+        for s in sites
+        for k, p in s.parameters.items()
+    ]
+
+
+def _join_name(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, []).append((name, module))
+    return owners
+
+
+def _inside_opaque(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:j])), OPAQUE) for j in range(len(parts)))
+
+
+def _sharers(
+    own: dict[str, nn.Parameter], owners: dict[nn.Parameter, list[tuple[str, nn.Module]]], rule: LayerRule
+) -> tuple[nn.Module, ...] | None:
+    """The modules that share these parameters, or None if they do not share all of them under one rule."""
+    groups = [tuple(m for _, m in owners[p]) for p in own.values()]
+    same = all(group == groups[0] for group in groups)
+    return groups[0] if same and all(rule_for(m) is rule for m in groups[0]) else None
+
+
+def _sites_of(
+    name: str,
+    module: nn.Module,
+    rule: LayerRule,
+    own: dict[str, nn.Parameter],
+    modules: tuple[nn.Module, ...],
+    joint_bias: bool,
+) -> Iterator[Site]:
+    G, o, i = rule.shape(module)
+    weight = {k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == "weight"}
+    bias = {k: p for k, p in own.items() if k not in weight}
+    if weight and bias and joint_bias:
+        yield Site(name or "(model)", rule.kind, weight | bias, (G, o, i + 1), modules, rule, True, True, (name,))
+        return
+    if weight:
+        yield Site(next(iter(weight)), rule.kind, weight, (G, o, i), modules, rule, True, False, (name,))
+    if bias:
+        yield Site(next(iter(bias)), rule.kind, bias, (G, o, 1), modules, rule, False, True, (name,))
+
+
+def _generic_site(
+    model: nn.Module, name: str, parameter: nn.Parameter, owners: dict[nn.Parameter, list[tuple[str, nn.Module]]]
+) -> Site:
+    """A parameter that no rule knows, seen through the smallest module whose call contains all of its uses."""
+    paths = [_calling_path(model, path).split(".") for path, _ in owners[parameter]]
+    shared = paths[0]
+    for path in paths[1:]:
+        common = [a for a, b in zip(shared, path, strict=False) if a == b]
+        shared = shared[: len(common)]
+    owner = ".".join(shared)
+    return Site(
+        name, "generic", {name: parameter}, (1, prod(parameter.shape), 1), (model.get_submodule(owner),), module_names=(owner,)
+    )
+
+
+def _calling_path(model: nn.Module, path: str) -> str:
+    """The module that is called when a parameter at ``path`` is used: parametrizations and children of opaque modules are not."""
+    path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
+    path = "" if path.startswith("parametrizations") else path
+    parts = path.split(".")
+    for j in range(len(parts)):
+        prefix = ".".join(parts[:j])
+        if isinstance(model.get_submodule(prefix), OPAQUE):
+            return prefix
+    return path

@@ -1,0 +1,55 @@
+"""What a curvature may know of the step that it measures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.curvature.likelihood import Terms
+from gradmaker.sites import Site
+
+__all__ = ["Step"]
+
+
+@dataclass
+class Step:
+    """One forward and backward pass, recorded."""
+
+    index: int
+    seed: int
+    sites: list[Site]  # that ask for this curvature
+    dtype: torch.dtype | None  # of statistics; None: that of the parameters, at least float32
+    tape: Tape
+    terms: list[Terms] = field(default_factory=list)  # of the loss; empty when the loss was not recognised
+    slopes: Callable[[], list[Tensor]] = list  # dL/dz of each of `terms`
+    ridden: OutputGradients | None = None  # output gradients of the backward pass that has run
+    reduction: str = "mean"  # of a loss that was not recognised
+    masked: bool = False  # whether the loss left out some of its terms
+
+    @property
+    def examples(self) -> int:
+        """Batch size."""
+        return self.tape.examples
+
+    def active(self) -> list[Site]:
+        """The sites that took part."""
+        return [site for site in self.sites if site.fired(self.tape)]
+
+    def mask(self, terms: Terms) -> Tensor | None:
+        """Loss terms that count, by example and position; None when all do.  # (n, R)"""
+        return terms.valid().reshape(self.examples, -1) if self.masked else None
+
+    def statistics_dtype(self, site: Site) -> torch.dtype:
+        """The dtype of statistics for a site: float32 or better, whatever the model's."""
+        own = next(iter(site.parameters.values())).dtype
+        return self.dtype or torch.promote_types(own, torch.float32)
+
+    def generator(self, name: str, device: torch.device) -> torch.Generator:
+        """A generator that depends on (seed, name, step) alone: the same draws on every rank, global state untouched."""
+        key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}".encode(), digest_size=7).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))

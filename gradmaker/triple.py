@@ -1,0 +1,91 @@
+"""A method as a triple of parts, and which triples are legal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+from gradmaker.curvature import CURVATURES
+from gradmaker.curvature.base import Curvature
+from gradmaker.representations import REPRESENTATIONS
+from gradmaker.representations.base import Representation
+from gradmaker.solvers import SOLVERS
+from gradmaker.solvers.base import Solver
+
+__all__ = ["Triple", "TripleError", "did_you_mean", "legality"]
+
+
+class TripleError(ValueError):
+    """Parts that do not fit together."""
+
+
+@dataclass(frozen=True)
+class Triple:
+    """Curvature x representation x solver, checked when it is made."""
+
+    curvature: Curvature
+    representation: Representation
+    solver: Solver
+
+    def __post_init__(self) -> None:
+        reason = refusal(self.curvature, self.representation, self.solver)
+        if reason:
+            raise TripleError(reason)
+
+    def __str__(self) -> str:
+        return f"{self.curvature} x {self.representation} x {self.solver}"
+
+
+def refusal(curvature: Curvature, representation: Representation, solver: Solver) -> str | None:
+    """Why three parts do not fit, with what would; None if they do."""
+    c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
+    if not _feeds(curvature, representation):
+        gives, takes = (", ".join(t.__name__ for t in ts) for ts in (curvature.gives, representation.takes))
+        fits = _names(CURVATURES, lambda part: _feeds(part, representation))
+        return f"{r} is built from {takes}, but {c} gives {gives}. Curvatures that fit {r}: {fits}"
+    if curvature.layerwise and representation.grain == "tensor":
+        return (
+            f"{c} is measured by layers, but {r} was asked to hold single parameter tensors. "
+            f"Use {r}(granularity='layer'), or BatchGradient()"
+        )
+    if not isinstance(representation, solver.needs):
+        fits = _names(SOLVERS, lambda part: isinstance(representation, part.needs))
+        return f"{s} needs a representation with the capability {solver.needs.__name__}, and {r} is not one. Solvers that fit {r}: {fits}"
+    if solver.definite and not curvature.definite:
+        fits = _names(SOLVERS, lambda part: not part.definite and isinstance(representation, part.needs))
+        return f"{s} needs a positive semidefinite matrix, and {c} need not be one. Solvers that fit {c} in {r}: {fits}"
+    return solver.refuse(representation)
+
+
+def _feeds(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
+    return set(curvature.gives) <= set(representation.takes)
+
+
+def _names(registry: dict[str, Any], fits: Any) -> str:
+    return ", ".join(name for name, part in registry.items() if fits(part)) or "none"
+
+
+def legality() -> Iterator[tuple[str, str, str, str | None]]:
+    """Every combination of the registered parts, by name, with the reason for which it is refused."""
+    for c, make_c in CURVATURES.items():
+        for label, r in _granularities():
+            for s, make_s in SOLVERS.items():
+                yield c, label, s, refusal(make_c(), r, make_s())
+
+
+def _granularities() -> Iterator[tuple[str, Representation]]:
+    for name, make in REPRESENTATIONS.items():
+        grains = get_args(get_type_hints(make).get("granularity"))
+        if not grains:
+            yield name, make()
+        for grain in grains:
+            yield f"{name}({grain})", make(granularity=grain)  # type: ignore[call-arg]
+
+
+def did_you_mean(given: object, legal: list[str]) -> str:
+    """The close match, if any, and all that is legal."""
+    close = get_close_matches(str(given), legal, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Legal: {', '.join(legal)}"

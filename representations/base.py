@@ -1,0 +1,142 @@
+"""The representation axis: how a curvature matrix is held, and what a solver may ask of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence
+
+__all__ = ["Elementwise", "Factored", "Fold", "Frame", "Grain", "Multiplies", "Representation", "State", "average"]
+
+State: TypeAlias = dict[str, Tensor]
+"""Tensors only, every one with the stack axis ``B`` first."""
+
+Grain: TypeAlias = Literal["full", "layer", "unit", "tensor"]
+"""Granularity of a block: all layers as one vector (P,); a layer's matrix (o, i); a row of it (i,); a parameter tensor."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a representation is allocated for: ``B`` blocks of one shape."""
+
+    stack: int  # B
+    shape: tuple[int, ...]  # of one block
+    diagonal: frozenset[int]  # axes whose factor is kept as a diagonal (one-hot inputs, axes over ``max_dim``)
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A statistic at zero.  # (B, *shape)"""
+        return torch.zeros(self.stack, *shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How one piece of evidence enters a running statistic: ``S <- beta S + alpha E``; ``mass`` likewise.
+
+    With an exponential average (decay ``d``) the first evidence of a step has ``beta = d, alpha = mass = 1 - d``; a further
+    micro-batch of the same step has ``beta = 1, mass = 0``. ``S / mass`` is the bias-corrected average. A plain sum
+    (``decay = None``) keeps its mass at one.
+    """
+
+    beta: float
+    alpha: float
+    mass: float
+    summed: bool = False
+
+    def weigh_(self, mass: Tensor) -> None:
+        """Advance the mass of a statistic that is a sum over examples.  # (B,)"""
+        if self.summed:
+            mass.fill_(1.0)
+        else:
+            mass.mul_(self.beta).add_(self.mass)
+
+    def weigh_mean_(self, mass: Tensor) -> None:
+        """Advance the mass of a statistic that is a mean over positions: every micro-batch adds its share.  # (B,)"""
+        mass.mul_(self.beta).add_(self.alpha)
+
+
+def average(total: Tensor, mass: Tensor) -> Tensor:
+    """``S / mass``, the bias-corrected statistic; zero where nothing was seen yet.  # (B, ...), (B,) -> (B, ...)"""
+    return total / torch.where(mass > 0, mass, 1.0).view(-1, *[1] * (total.ndim - 1))
+
+
+class Representation(ABC):
+    """A way of holding ``C`` for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
+
+    takes: ClassVar[tuple[type[Evidence], ...]]
+    """Evidence types that `update` understands."""
+
+    factored_axes: ClassVar[bool] = False
+    """Whether every axis of a block has a factor of its own, which may be a diagonal."""
+    elementwise: ClassVar[bool] = False
+    """Whether a block takes no more than its own size, so that no block is too large."""
+
+    @property
+    @abstractmethod
+    def grain(self) -> Grain:
+        """The granularity of the blocks that this representation is given."""
+
+    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+        """Axes that are held as a diagonal because they are longer than ``max_dim``. ValueError where that is no way out."""
+        if self.factored_axes:
+            return frozenset(axis for axis, d in enumerate(shape) if d > max_dim)
+        size = prod(shape)
+        if size > max_dim and not self.elementwise:
+            raise ValueError(
+                f"{type(self).__name__}({self.grain}) would hold a {size} x {size} matrix for a block of shape {shape}: "
+                f"raise max_dim (now {max_dim}), leave the layer out with ignore=, or choose a leaner representation"
+            )
+        return frozenset()
+
+    @abstractmethod
+    def init(self, frame: Frame) -> State:
+        """An empty statistic."""
+
+    @abstractmethod
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        """Fold evidence into ``state`` in place; ``state`` is the slice of the stack that the evidence speaks of."""
+
+    @abstractmethod
+    def to_dense(self, state: State) -> Tensor:
+        """The matrix that is represented, bias-corrected: the contract and the oracle.  # (B, P, P)"""
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        """``C v``, through `to_dense` unless overridden.  # (B, *shape)"""
+        return (self.to_dense(state) @ v.reshape(v.shape[0], -1, 1)).reshape(v.shape)
+
+
+# ------------------------------------------------------------------ capabilities: what a solver may need
+@runtime_checkable
+class Multiplies(Protocol):
+    """``C v`` can be formed. Every representation has it."""
+
+    def matvec(self, state: State, v: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Elementwise(Protocol):
+    """``C`` is diagonal."""
+
+    def diagonal(self, state: State) -> Tensor:
+        """The diagonal.  # (B, *shape)"""
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """``C = (F_1 (x) F_2 (x) ... (x) F_m)^(1 / order)`` with small PSD factors; one factor is a dense matrix."""
+
+    def factors(self, state: State) -> list[Tensor]:
+        """Bias-corrected factors.  # each (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def order(self, factors: int) -> int:
+        """The root in the formula above: 1 for a Kronecker product, ``m`` for Shampoo's."""

@@ -1,0 +1,68 @@
+"""Dense blocks: the curvature matrix itself, at the granularity of the model, a layer or a unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True)
+class Dense(Representation):
+    """The whole matrix of every block, ``C = sum_N vec(J_N) vec(J_N)^T``.
+
+    ``full`` is exact natural gradient; ``layer`` its block diagonal; ``unit`` one block for each output unit.
+
+    Reference: Amari, Neural Computation 1998, 10(2); for units Ollivier, Information and Inference 2015, arXiv:1303.0818.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint, Gradient)
+
+    granularity: Literal["full", "layer", "unit"] = "layer"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("full", "layer", "unit"):
+            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer', 'unit'")
+
+    @property
+    def grain(self) -> Grain:
+        return self.granularity
+
+    def init(self, frame: Frame) -> State:
+        P = prod(frame.shape)
+        return {"matrix": frame.zeros(P, P), "mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        matrix = state["matrix"]
+        rows = evidence.rows()
+        # With units, the G o members of this slice are the rows of G layers: one reshape serves every granularity.
+        J = rows.reshape(rows.shape[0], *matrix.shape[:2]).transpose(0, 1)  # (B, N, P)
+        matrix.baddbmm_(J.mT, J, beta=fold.beta, alpha=fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def to_dense(self, state: State) -> Tensor:
+        return average(state["matrix"], state["mass"])
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        product = state["matrix"] @ v.reshape(v.shape[0], -1, 1)
+        return average(product, state["mass"]).reshape(v.shape)
+
+    # ---------------------------------------------------------------- Factored: one factor
+    def factors(self, state: State) -> list[Tensor]:
+        """The matrix, bias-corrected.  # [(B, P, P)]"""
+        return [self.to_dense(state)]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as a vector.  # (B, P)"""
+        return g.reshape(g.shape[0], -1)
+
+    def order(self, factors: int) -> int:
+        """One: the factor is ``C``."""
+        return 1

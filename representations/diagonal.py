@@ -1,0 +1,61 @@
+"""Diagonal curvature: one number for each parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+
+__all__ = ["Diagonal"]
+
+
+@dataclass(frozen=True)
+class Diagonal(Representation):
+    """The diagonal of ``C``: ``d = sum_N J_N * J_N``.
+
+    Fed by examples (``granularity="layer"``) it is the diagonal Fisher, fed by mini-batch gradients (``"tensor"``) AdaGrad's
+    and Adam's second moment.
+
+    Reference: Duchi, Hazan, Singer, JMLR 2011, section 1.1; Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Gradient)
+    elementwise: ClassVar[bool] = True
+
+    granularity: Literal["tensor", "layer"] = "tensor"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("tensor", "layer"):
+            raise ValueError(f"granularity = {self.granularity!r}: legal are 'tensor', 'layer'")
+
+    @property
+    def grain(self) -> Grain:
+        return self.granularity
+
+    def init(self, frame: Frame) -> State:
+        return {"diagonal": frame.zeros(*frame.shape), "mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        diagonal = state["diagonal"].mul_(fold.beta)
+        if isinstance(evidence, Gradient):
+            diagonal.addcmul_(evidence.gradient, evidence.gradient, value=fold.alpha)
+        else:
+            assert isinstance(evidence, Outer)
+            diagonal.add_(evidence.squares(), alpha=fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def diagonal(self, state: State) -> Tensor:
+        """The diagonal, bias-corrected.  # (B, *shape)"""
+        return average(state["diagonal"], state["mass"])
+
+    def to_dense(self, state: State) -> Tensor:
+        d = self.diagonal(state)
+        return torch.diag_embed(d.reshape(d.shape[0], -1))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return self.diagonal(state) * v

@@ -1,0 +1,178 @@
+"""Kronecker products: an input and an output factor of a layer (KF-io), or one factor for each axis of a tensor (KF-dim).
+
+A factor is (B, d, d), or (B, d) when only its diagonal is kept. ``vec`` is row-major everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+
+__all__ = ["Kron", "KronDims", "apply_factors"]
+
+
+def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
+    """Mode products ``g x_1 F_1 x_2 F_2 ...``, the same as ``(F_1 (x) F_2 (x) ...) vec(g)``; None leaves its axis alone.
+
+    factors: (B, d_m, d_m) or (B, d_m); g: (B, d_1, ..., d_m) -> the same shape
+    """
+    for axis, F in enumerate(factors, start=1):
+        if F is not None:
+            g = _apply_factor(F, g, axis)
+    return g
+
+
+def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
+    B, shape = g.shape[0], g.shape
+    if F.ndim == 2:
+        return g * F.view(B, *[1] * (axis - 1), -1, *[1] * (g.ndim - axis - 1))
+    if axis == g.ndim - 1:  # a product from the right, where the batched form would be a stack of matrix-vector products
+        return (g.reshape(B, -1, shape[axis]) @ F.mT).reshape(shape)
+    return (F.unsqueeze(1) @ g.reshape(B, prod(shape[1:axis]), shape[axis], -1)).reshape(shape)
+
+
+def _expand(factors: Sequence[Tensor]) -> Tensor:
+    """``F_1 (x) F_2 (x) ...``, formed.  # (B, P, P)"""
+    out, *rest = [torch.diag_embed(F) if F.ndim == 2 else F for F in factors]
+    for F in rest:
+        out = torch.einsum("bij,bkl->bikjl", out, F).reshape(F.shape[0], out.shape[1] * F.shape[1], -1)
+    return out
+
+
+def _allocate(frame: Frame, axis: int, size: int) -> Tensor:
+    return frame.zeros(size) if axis in frame.diagonal else frame.zeros(size, size)
+
+
+@dataclass(frozen=True)
+class Kron(Representation):
+    """K-FAC's factors of a layer: ``C ~ B (x) A``, ``B = sum_knr g g^T``, ``A = mean_nr a a^T``.
+
+    ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` averages the
+    inputs and sums the gradients of an example first. One-hot inputs stay expanded, so that ``A`` stays diagonal.
+
+    Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    factored_axes: ClassVar[bool] = True
+
+    sharing: Literal["expand", "reduce"] = "expand"
+
+    def __post_init__(self) -> None:
+        if self.sharing not in ("expand", "reduce"):
+            raise ValueError(f"sharing = {self.sharing!r}: legal are 'expand', 'reduce'")
+
+    @property
+    def grain(self) -> Grain:
+        return "layer"
+
+    def init(self, frame: Frame) -> State:
+        rows, columns = frame.shape
+        factors = {"left": _allocate(frame, 0, rows), "right": _allocate(frame, 1, columns)}
+        return {**factors, "left_mass": frame.zeros(), "right_mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Outer)
+        if self.sharing == "reduce" and not isinstance(evidence.inputs, OneHot):
+            evidence = evidence.reduced()
+        inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
+        evidence.add_gradient_moment_(state[outer], fold.beta, fold.alpha)
+        fold.weigh_(state[f"{outer}_mass"])
+        if evidence.fresh:
+            evidence.add_input_moment_(state[inner], fold.beta, fold.alpha)
+            fold.weigh_mean_(state[f"{inner}_mass"])
+
+    def to_dense(self, state: State) -> Tensor:
+        return _expand(self.factors(state))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self.factors(state), v)
+
+    # ---------------------------------------------------------------- Factored: rows, then columns
+    def factors(self, state: State) -> list[Tensor]:
+        """The two factors, bias-corrected.  # (B, o, o), (B, i, i)"""
+        return [average(state[side], state[f"{side}_mass"]) for side in ("left", "right")]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is.  # (B, o, i)"""
+        return g
+
+    def order(self, factors: int) -> int:
+        """One: ``C`` is the product of the factors."""
+        return 1
+
+
+@dataclass(frozen=True)
+class KronDims(Representation):
+    """Shampoo's factors: one for each axis, ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
+
+    Reference: Gupta, Koren, Singer, ICML 2018, arXiv:1802.09568, algorithm 2 and lemma 8.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        shape = frame.shape or (1,)
+        factors = {f"factor_{axis}": _allocate(frame, axis, size) for axis, size in enumerate(shape)}
+        return {**factors, "mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G = self.unfold(evidence.gradient)
+        for axis in range(G.ndim - 1):
+            H = state[f"factor_{axis}"]
+            x = G.movedim(axis + 1, 1).reshape(*G.shape[:1], G.shape[axis + 1], -1)  # mat_k(G): (B, d_k, D / d_k)
+            if H.ndim == 2:
+                H.mul_(fold.beta).add_(x.square().sum(-1), alpha=fold.alpha)
+            else:
+                H.baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def to_dense(self, state: State) -> Tensor:
+        return _expand(self._roots(state))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self._roots(state), self.unfold(v)).reshape(v.shape)
+
+    def _roots(self, state: State) -> list[Tensor]:
+        """``H_k^(1/m)``."""
+        factors = self.factors(state)
+        return [_root(H, self.order(len(factors))) for H in factors]
+
+    # ---------------------------------------------------------------- Factored: one factor for each axis
+    def factors(self, state: State) -> list[Tensor]:
+        """The factors, bias-corrected.  # (B, d_k, d_k)"""
+        axes = sum(name.startswith("factor_") for name in state)
+        return [average(state[f"factor_{axis}"], state["mass"]) for axis in range(axes)]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)
+
+    def order(self, factors: int) -> int:
+        """The number of axes."""
+        return factors
+
+
+def _root(H: Tensor, order: int) -> Tensor:
+    """``H^(1/order)`` of a positive semidefinite factor."""
+    if order == 1:
+        return H
+    if H.ndim == 2:
+        return torch.pow(H.clamp(min=0), 1 / order)
+    s, Q = torch.linalg.eigh(H)
+    root: Tensor = (Q * torch.pow(s.clamp(min=0), 1 / order).unsqueeze(-2)) @ Q.mT
+    return root

@@ -1,0 +1,74 @@
+"""Inverses of damped factors by Cholesky decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Factored, State
+from gradmaker.solvers.base import Solver
+from gradmaker.solvers.damping import check_choice, check_interval, equal_ridges, pi_ridges
+from gradmaker.solvers.ladder import Parts, climb, scalars
+from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, settle_roots, verify
+from gradmaker.solvers.spectrum import add_ridge, symmetrise
+
+__all__ = ["Cholesky"]
+
+
+class _CholeskyInverse(InverseRoot):
+    rungs = 5
+
+    def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        damped = add_ridge(A, ridge)
+        L, info = torch.linalg.cholesky_ex(damped)
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        positive = info == 0
+        X = symmetrise(torch.cholesky_inverse(torch.where(positive[:, None, None], L, eye)))
+        return (X,), positive & verify(damped, X, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cholesky(Solver):
+    """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
+
+    ``split`` says how ``damping`` becomes the ridges ``r``: see `gradmaker.solvers.damping`. A block that fails before it ever
+    succeeded gets ``g / damping``, what a zero curvature would give.
+
+    Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, sections 4.2 and 6.3.
+    """
+
+    needs: ClassVar[type] = Factored
+    definite: ClassVar[bool] = True
+
+    damping: float = 1e-3
+    split: Literal["pi", "each"] = "pi"
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf, closed=True)
+        check_choice("split", self.split, ("pi", "each"))
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        factors = scalars(representation.factors(state))
+        p = integer_root(self.exponent, representation.order(len(factors)))
+        if p != 1:
+            raise ValueError(f"Cholesky inverts, and {representation!r} needs the root p = {p}: use NewtonRoot or Eigh")
+        if self.split == "pi":
+            ridges = pi_ridges(factors, self.damping ** (1 / len(factors)))
+        else:
+            ridges = equal_ridges(factors, self.damping)
+        results, lost = climb(_CholeskyInverse(p), factors, ridges)
+        # The inverses are stored, not the triangles: on one CPU core in float32 the two products of a d x d gradient take 0.02,
+        # 0.67, 17 ms at d = 64, 256, 785, two `cholesky_solve` 0.11, 2.2, 30 ms; a stack of 8: 0.09, 5, 151 and 0.75, 17, 271.
+        gain = 1 / self.damping if self.damping else 1.0
+        return settle_roots([X for (X,) in results], lost, previous, gain)
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(representation, cache, g)

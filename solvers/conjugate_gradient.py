@@ -1,0 +1,75 @@
+"""Conjugate gradients: the solver of whatever can be multiplied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Multiplies, State
+from gradmaker.solvers.base import Solver
+from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.ladder import settle
+
+__all__ = ["CG"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CG(Solver):
+    """``(C + damping I) x = g`` by conjugate gradients from ``x = 0``, each member of the stack stopped by itself.
+
+    Stops at ``|r| <= tolerance |g|``, or where the curvature along the search direction is not positive. The cache is a copy of
+    the statistic. A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+
+    Reference: Hestenes, Stiefel 1952; Martens, ICML 2010, section 4 (Hessian-free optimization).
+    """
+
+    needs: ClassVar[type] = Multiplies
+    definite: ClassVar[bool] = True
+
+    damping: float = 1e-3
+    iterations: int = 100
+    tolerance: float = 1e-10
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf)
+        check_interval("iterations", self.iterations, 1, inf, closed=True)
+        check_interval("tolerance", self.tolerance, 0, 1)
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        finite = torch.stack([torch.isfinite(x).reshape(x.shape[0], -1).all(1) for x in state.values()]).all(0)
+        nothing = {name: x.new_zeros(()) for name, x in state.items()}
+        return settle(state, ~finite, previous, nothing)  # copies: `settle` never returns what it was given
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        size = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g.abs()
+        size = torch.where(size > 0, size, 1.0)  # squares of small gradients would underflow
+        x, r, p = torch.zeros_like(g), g / size, g / size
+        rr = _dot(r, r)
+        goal = rr * self.tolerance**2
+        active = rr > goal
+        for _ in range(self.iterations):
+            if g.device.type == "cpu" and not bool(active.any()):  # elsewhere the test would wait for the device
+                break
+            Cp = representation.matvec(cache, p) + self.damping * p
+            curvature = _dot(p, Cp)
+            active = active & (curvature > 0)
+            step = torch.where(active, rr / curvature, 0.0)
+            x, r = x + step * p, r - step * Cp
+            rr_new = _dot(r, r)
+            active = active & (rr_new > goal)
+            p = r + torch.where(active, rr_new / rr, 0.0) * p
+            rr = rr_new
+        return x * size
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the members, ready to broadcast.  # (B, *shape) -> (B, 1, ...)"""
+    return (a * b).reshape(a.shape[0], -1).sum(1).view(-1, *[1] * (a.ndim - 1))

@@ -1,0 +1,50 @@
+"""Elementwise division, the solver of diagonal curvature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Elementwise, State
+from gradmaker.solvers.base import Solver
+from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.ladder import settle
+
+__all__ = ["Division"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division(Solver):
+    """``P g = g / (d^|power| + damping)``: the damping is added after the root, as Adam and AdaGrad do.
+
+    A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+
+    Reference: Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1; Duchi, Hazan, Singer, JMLR 2011, figure 1.
+    """
+
+    needs: ClassVar[type] = Elementwise
+    definite: ClassVar[bool] = True
+
+    power: float = -1.0
+    damping: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_interval("power", self.power, -inf, 0)
+        check_interval("damping", self.damping, 0, inf)
+
+    @property
+    def exponent(self) -> float:
+        return self.power
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        d = representation.diagonal(state)
+        denominator = d.clamp(min=0) ** abs(self.power) + self.damping
+        lost = ~torch.isfinite(denominator).flatten(1).all(1)
+        return settle({"denominator": denominator}, lost, previous, {"denominator": d.new_tensor(self.damping)})
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return g / cache["denominator"]

@@ -1,0 +1,119 @@
+"""The ladder of a failed factorisation, and what a block falls back to when all of it fails.
+
+Rungs: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the block's
+previous cache, counted in ``cache["failures"]``. Only members that failed climb, and the others keep their bits. One host read
+in a `prepare`: which members failed.
+
+All of it works on copies in the dtype of the statistic (float32 as a rule). No global flag is touched: whoever runs a step on
+a GPU decides about TF32 around it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import State
+from gradmaker.solvers.spectrum import symmetrise
+
+__all__ = ["Factorisation", "Parts", "climb", "scalars", "settle"]
+
+Parts: TypeAlias = tuple[Tensor, ...]
+"""What a factorisation makes of a stack of factors, each (B, ...)."""
+
+Attempt: TypeAlias = Callable[[Tensor, Tensor], tuple[Parts, Tensor]]
+
+
+class Factorisation(ABC):
+    """What a solver does to one stack of factors. Each method also says which members it accepts, by a residual."""
+
+    rungs: ClassVar[int]
+    """How often the ridge is multiplied by ten."""
+
+    @abstractmethod
+    def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        """The first choice.  # (B, d, d), (B,) -> parts, (B,)"""
+
+    @abstractmethod
+    def diagonal(self, a: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        """The same for diagonal factors.  # (B, d), (B,) -> parts, (B,)"""
+
+    @abstractmethod
+    def last_resort(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        """By `eigh`.  # (B, d, d), (B,) -> parts, (B,)"""
+
+
+def scalars(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, with 1 x 1 matrices as the diagonals that they are.  # (B, 1, 1) -> (B, 1)"""
+    return [F.reshape(-1, 1) if F.shape[1:] == (1, 1) else F for F in factors]
+
+
+def climb(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor]:
+    """Factorise every stack of factors: the parts, and the members for which nothing helped.  # m of parts, (B,)"""
+    safe = [_sanitise(F, ridge) for F, ridge in zip(factors, ridges, strict=True)]
+    results: list[Parts] = []
+    accepted: list[Tensor] = []
+    for A, ridge, finite in safe:
+        parts, ok = (method.diagonal if A.ndim == 2 else method.matrix)(A, ridge)
+        results.append(parts)
+        accepted.append(ok & finite)
+    table = torch.stack(accepted)  # (m, B)
+    for k, row in enumerate(table.tolist()):
+        A, ridge, finite = safe[k]
+        failed = [b for b, ok in enumerate(row) if not ok]
+        if failed and A.ndim == 3:
+            rows = torch.tensor(failed, device=A.device)
+            table[k, rows] = _rescue(method, A[rows], ridge[rows], results[k], rows) & finite[rows]
+    return results, ~table.all(0)
+
+
+def _sanitise(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A symmetric copy in which members that are not finite are replaced: `eigh` raises for them.  # F, ridge, finite (B,)"""
+    finite = torch.isfinite(F).flatten(1).all(1) & torch.isfinite(ridge)
+    if F.ndim == 2:
+        return torch.where(finite.unsqueeze(-1), F, 1.0), torch.where(finite, ridge, 1.0), finite
+    eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
+    return torch.where(finite[:, None, None], symmetrise(F), eye), torch.where(finite, ridge, 1.0), finite
+
+
+def _rescue(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> Tensor:
+    """Climb with the failed members and write what succeeds into ``parts``: who succeeded.  # (b,)"""
+    done = torch.zeros_like(ridge, dtype=torch.bool)
+    for attempt, A_rung, ridge_rung in _rungs(method, A, ridge):
+        if A.device.type == "cpu" and bool(done.all()):  # a host read costs nothing here, a rung does
+            break
+        candidates, ok = attempt(A_rung, ridge_rung)
+        for part, candidate in zip(parts, candidates, strict=True):
+            new = candidate.to(part.dtype)
+            ok = ok & torch.isfinite(new).flatten(1).all(1)  # a float64 root may be too large for the statistic's dtype
+        ok = ok & ~done
+        for part, candidate in zip(parts, candidates, strict=True):
+            mask = ok.view(-1, *[1] * (part.ndim - 1))
+            part[rows] = torch.where(mask, candidate.to(part.dtype), part[rows])
+        done = done | ok
+    return done
+
+
+def _rungs(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
+    largest = A.abs().amax((-2, -1))
+    # A ridge beyond a tenth of the largest entry would hide an indefinite matrix instead of repairing a rounded one.
+    limit = torch.maximum(ridge, 0.1 * largest)
+    start = torch.maximum(ridge, torch.finfo(A.dtype).eps * largest)
+    for rung in range(1, method.rungs + 1):
+        yield method.matrix, A, torch.minimum(start * 10**rung, limit)
+    if A.dtype != torch.float64:
+        yield method.matrix, A.double(), ridge.double()
+    yield method.last_resort, A.double(), ridge.double()
+
+
+def settle(new: State, lost: Tensor, previous: State | None, default: State) -> State:
+    """The cache: lost members keep what they had (``default``, broadcast, if there was nothing) and are counted."""
+    before = default if previous is None else previous
+    cache = {name: torch.where(lost.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in new.items()}
+    counted = 0 if previous is None else previous["failures"]
+    cache["failures"] = lost.to(torch.int64) + counted
+    return cache

@@ -1,0 +1,68 @@
+"""Spectra of stacks of symmetric matrices: decomposition that survives a failed member, largest eigenvalue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_ridge", "decompose", "is_definite", "largest_eigenvalue", "symmetrise"]
+
+NOISE = 1e-2
+"""Negative eigenvalues up to this share of the largest are rounding (bf16 statistics: 5e-4); beyond, ``A`` is indefinite."""
+
+
+def symmetrise(A: Tensor) -> Tensor:
+    """``(A + A^T) / 2``, symmetric to the last bit.  # (B, d, d)"""
+    return (A + A.mT) / 2
+
+
+def add_ridge(A: Tensor, ridge: Tensor) -> Tensor:
+    """``A + ridge I``, out of place.  # (B, d, d), (B,) -> (B, d, d)"""
+    out = A.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
+    return out
+
+
+def is_definite(s: Tensor) -> Tensor:
+    """Whether a spectrum is finite and non-negative up to noise.  # (B, d) -> (B,)"""
+    return torch.isfinite(s).all(-1) & (s.amin(-1) >= -NOISE * s.abs().amax(-1))
+
+
+def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``A = Q diag(s) Q^T`` and whether it holds: spectrum, basis, accepted.  # (B, d), (B, d, d), (B,)
+
+    LAPACK and cuSOLVER may raise on finite input (pytorch#94772, #105359) and may also be silently wrong, so the result is
+    checked: ``A Q = Q diag(s)`` and ``Q^T Q = I`` to 1e4 roundoffs.
+    """
+    try:
+        s, Q = torch.linalg.eigh(A)
+    except RuntimeError:  # one member fails the whole call: find out which
+        s, Q = _decompose_one_by_one(A)
+    tolerance = 1e4 * torch.finfo(A.dtype).eps
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    residual = (A @ Q - Q * s.unsqueeze(-2)).abs().amax((-2, -1))
+    skew = (Q.mT @ Q - eye).abs().amax((-2, -1))
+    return s, Q, (residual <= tolerance * A.abs().amax((-2, -1))) & (skew <= tolerance)
+
+
+def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor]:
+    s, Q = torch.full_like(A[..., 0], torch.nan), torch.full_like(A, torch.nan)
+    for b in range(A.shape[0]):
+        try:
+            s[b], Q[b] = torch.linalg.eigh(A[b])
+        except RuntimeError:
+            continue
+    return s, Q
+
+
+def largest_eigenvalue(A: Tensor) -> Tensor:
+    """``lambda_max`` of positive semidefinite matrices by repeated squaring: ``tr(A^256 A) / tr(A^256)``.  # (B, d, d) -> (B,)
+
+    A mean of the spectrum with weights ``s^256``: from below, within a few per cent even for a flat top. Good enough for a
+    ridge, never as a bound for convergence. Eight products, and no start vector that could miss the top eigenvector.
+    """
+    M = A
+    for _ in range(8):
+        M = M @ M
+        M = M / M.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return (M * A).sum((-2, -1))

@@ -1,0 +1,372 @@
+"""The comparison on a problem that trains in milliseconds."""
+
+import csv
+import json
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from gradmaker.compare import Comparison, Data, InputError, compare
+from gradmaker.compare import comparison as comparison_module
+from gradmaker.compare import cost as cost_module
+from gradmaker.compare import trial as trial_module
+from gradmaker.compare.data import IMAGES, load, split
+from gradmaker.compare.result import select
+from gradmaker.compare.rows import DEFAULTS, FALLBACK, optimizers, parse_rows, read_yaml
+from gradmaker.compare.store import Store
+from gradmaker.compare.trial import Record, Session, batch_order, initial_model
+
+METHODS = ["sgd", "gradient", "adam"]
+
+
+def tiny_data(classes: bool = True) -> Data:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(120, 6, generator=generator)
+    targets = (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] > 0).long() if classes else inputs[:, :2].sum(1, keepdim=True)
+    return Data("tiny", inputs[:80], targets[:80], inputs[80:], targets[80:])
+
+
+def tiny_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def run(out: Path, methods: object = METHODS, **options: object) -> Comparison:
+    chosen = {"seeds": 2, "epochs": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "progress": False, **options}
+    return compare(tiny_model, tiny_data(), methods, out=out, **chosen)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def short_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_module, "ROUNDS", 3)
+    monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_module, "ROUNDS", 3)
+        return run(tmp_path_factory.mktemp("done"), command="gradmaker compare --tiny")
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The trials that are trained, not read."""
+    names: list[str] = []
+    train = comparison_module.run_trial
+
+    def counted(trial: trial_module.Trial, *rest: object) -> Record:
+        names.append(str(trial))
+        return train(trial, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(comparison_module, "run_trial", counted)
+    return names
+
+
+def test_methods_share_initialisation_and_batches_of_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
+    step = Session.step
+
+    def spy(self: Session, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self.scheduler.last_epoch == 0:
+            starts.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
+            batches.append(inputs.clone())
+        return step(self, inputs, targets)
+
+    monkeypatch.setattr(Session, "step", spy)
+    monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
+    run(tmp_path, ["sgd", "adam", "adamw"], seeds=[3, 4], learning_rates=[0.1])
+    assert len(starts) == 6
+    first, second = starts[0::2], starts[1::2]
+    assert all(torch.equal(start, first[0]) for start in first) and all(torch.equal(start, second[0]) for start in second)
+    assert not torch.equal(first[0], second[0])
+    assert all(torch.equal(batch, batches[0]) for batch in batches[0::2])
+    assert not torch.equal(batches[0], batches[1])
+
+
+def test_batch_order_covers_the_epoch_and_changes_with_it() -> None:
+    first, second = (batch_order(20, 6, 1, epoch, "cpu") for epoch in (1, 2))
+    assert first.shape == (3, 6) and len(set(first.flatten().tolist())) == 18
+    assert not torch.equal(first, second) and torch.equal(first, batch_order(20, 6, 1, 1, "cpu"))
+    assert batch_order(5, 64, 0, 1, "cpu").shape == (1, 5)
+
+
+def test_gradient_maker_with_sgd_is_sgd(done: Comparison) -> None:
+    sgd, gradient = done.rows[0], done.rows[1]
+    assert sgd.learning_rate == gradient.learning_rate
+    torch.testing.assert_close(sgd.finals[0].curve_loss, gradient.finals[0].curve_loss)
+
+
+def test_global_generator_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    run(tmp_path, ["sgd"], seeds=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_resume_reads_finished_trials(tmp_path: Path, trainings: list[str]) -> None:
+    first = run(tmp_path, METHODS)
+    assert len(trainings) == 3 * (2 + 1)
+    trainings.clear()
+    again = run(tmp_path, METHODS)
+    assert trainings == []
+    assert again.table() == first.table()
+
+
+def test_changed_setting_trains_again_and_keeps_the_old(tmp_path: Path, trainings: list[str]) -> None:
+    run(tmp_path, ["sgd"], seeds=1)
+    trainings.clear()
+    changed = run(tmp_path, ["sgd"], seeds=1, epochs=3)
+    assert len(trainings) == 2
+    assert [len(record.epoch_steps) for record in changed.rows[0].finals] == [3]
+    assert len(Store(tmp_path).records) == 4
+
+
+def test_a_label_is_no_part_of_the_key(tmp_path: Path, trainings: list[str]) -> None:
+    run(tmp_path, ["sgd"], seeds=1)
+    trainings.clear()
+    renamed = run(tmp_path, [{"label": "mine", "optimizer": "SGD"}], seeds=1)
+    assert trainings == [] and renamed.table()[0]["method"] == "mine"
+
+
+def test_interrupt_keeps_results_and_resume_completes(tmp_path: Path, trainings: list[str]) -> None:
+    def interrupt(trial: trial_module.Trial, epoch: int, loss: float) -> None:
+        if trial.row.label == "adam" and epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, ["sgd", "adam"], callback=interrupt)
+    assert len(trainings) == 4  # three of sgd, the interrupted one of adam
+    assert {record.label for record in Store(tmp_path).records.values()} == {"sgd"}
+    assert "Interrupted" in (tmp_path / "report.html").read_text() and "Interrupted" in (tmp_path / "report.md").read_text()
+    trainings.clear()
+    complete = run(tmp_path, ["sgd", "adam"])
+    assert len(trainings) == 3 and complete.complete
+    assert "Interrupted" not in (tmp_path / "report.html").read_text()
+
+
+def test_divergence_and_failure_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Session.step
+
+    def failing(self: Session, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.optimizer, torch.optim.RMSprop) and self.scheduler.last_epoch >= 2:
+            raise RuntimeError("planted")
+        return step(self, inputs, targets)
+
+    monkeypatch.setattr(Session, "step", failing)
+    monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
+    rows = [{"optimizer": "SGD", "learning_rates": [0.1, 1e20]}, {"label": "wild", "optimizer": "SGD", "learning_rates": 1e20}]
+    result = run(tmp_path, [*rows, "rmsprop"])
+    mild, wild, failed = result.rows
+    assert [record.status for record in mild.search] == ["finished", "diverged"] and mild.learning_rate == 0.1
+    assert "diverged at lr 1e+20" in mild.summary()["note"]
+    assert wild.summary()["test_accuracy"] is None and "2 of 2 seeds diverged" in wild.summary()["note"]
+    assert failed.finals[0].status == "failed" and "RuntimeError: planted" in failed.finals[0].message
+    assert "2 of 2 seeds diverged" in (tmp_path / "report.html").read_text()
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+
+
+def test_failed_trials_are_run_again(tmp_path: Path, trainings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_module, "_train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        run(tmp_path, ["sgd"], seeds=1, learning_rates=[0.1])
+    trainings.clear()
+    assert run(tmp_path, ["sgd"], seeds=1, learning_rates=[0.1]).rows[0].finals[0].status == "finished"
+    assert len(trainings) == 1
+
+
+def test_report_is_self_contained_and_complete(done: Comparison) -> None:
+    page = done.files["html"].read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:)|url\(|@import|https?://|<script""", page)
+    assert page.count("data:image/png;base64,") == 4
+    for result in done.rows:
+        assert f"<td>{result.row.label}</td>" in page and f"<summary>{result.row.label}</summary>" in page
+    assert "gradmaker compare --tiny" in page and done.machine["torch"] in page and "validation" in page
+    assert os.uname().nodename not in page
+
+
+def test_files_agree(done: Comparison) -> None:
+    table = done.table()
+    stored = json.loads(done.files["json"].read_text())["report"]["rows"]
+    with done.files["csv"].open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    markdown = done.files["markdown"].read_text(encoding="utf-8")
+    page = done.files["html"].read_text(encoding="utf-8")
+    assert [row["method"] for row in table] == METHODS == [line["method"] for line in lines] == [row["method"] for row in stored]
+    for row, line, kept, result in zip(table, lines, stored, done.rows, strict=True):
+        assert float(line["test_accuracy"]) == pytest.approx(row["test_accuracy"]) == kept["test_accuracy"]
+        assert float(line["learning_rate"]) == row["learning_rate"] == kept["learning_rate"]
+        assert "| " + " | ".join(result.cells()) + " |" in markdown
+        assert "".join(f"<td>{cell}</td>" for cell in result.cells()) in page
+        ends = [record.test_accuracy[-1] for record in result.finals]
+        assert row["test_accuracy"] == pytest.approx(sum(map(float, filter(None, ends))) / 2)
+
+
+def test_plots_are_images(done: Comparison) -> None:
+    for name in ("overview", "loss_steps", "loss_time", "accuracy_epochs", "learning_rates"):
+        assert done.files[name].read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios(done: Comparison) -> None:
+    sgd, gradient, adam = (result.cost for result in done.rows)
+    assert sgd is not None and gradient is not None and adam is not None
+    assert sgd.step_ratio == 1.0 and sgd.memory_ratio == 1.0
+    assert gradient.step_ratio > 0 and adam.memory_ratio is not None and adam.memory_ratio > 1.1  # two moments against one
+
+
+def test_peak_memory_counts_model_gradient_momentum() -> None:
+    parts = split(tiny_data(), 0.1)
+    setting = trial_module.Setting(
+        epochs=1, batch_size=16, schedule="constant", validation=0.1, device="cpu", loss="", data="", model="", version=""
+    )
+    model = lambda: nn.Linear(6, 50_000)  # noqa: E731
+    parameters = 4 * (6 + 1) * 50_000
+    peak = cost_module.peak_bytes(parse_rows(["sgd"])[0], model, parts, lambda y, t: y.square().mean(), setting)
+    assert peak is not None
+    assert 3 * parameters < peak < 3 * parameters + 6 * 4 * 16 * 50_000  # and a few activations of the batch
+
+
+def test_selection_is_by_validation_alone() -> None:
+    def record(rate: float, validation: float, test: float, loss: float = 0.5, status: str = "finished") -> Record:
+        known = {"validation_accuracy": [validation], "test_accuracy": [test], "validation_loss": [loss], "test_loss": [loss]}
+        return Record("m", "m", {}, rate, 0, status=status, **known)  # type: ignore[arg-type]
+
+    assert select([record(1, 0.8, 0.99), record(2, 0.9, 0.5)]).learning_rate == 2
+    assert select([record(1, 0.9, 0.9, 0.5), record(2, 0.9, 0.1, 0.4)]).learning_rate == 2
+    assert select([record(1, 0.9, 0.9, status="diverged"), record(2, 0.1, 0.1)]).learning_rate == 2
+    values = replace(record(1, 0, 0), validation_accuracy=[None], validation_loss=[0.3])
+    assert select([replace(values, learning_rate=3, validation_loss=[math.nan]), values]).learning_rate == 1
+
+
+def test_training_never_sees_validation_samples() -> None:
+    data = tiny_data()
+    parts, again = split(data, 0.25), split(data, 0.25)
+    assert len(parts.train[0]) == 60 and len(parts.validation[0]) == 20
+    rows = {tuple(row.tolist()) for row in parts.train[0]}
+    assert not rows & {tuple(row.tolist()) for row in parts.validation[0]}
+    assert torch.equal(parts.train[0], again.train[0]) and torch.equal(parts.test[0], data.test_inputs)
+
+
+def test_grid_of_a_row_and_labels(tmp_path: Path) -> None:
+    methods = ["sgd", {"method": "gradient", "label": "own", "learning_rates": [0.5, 0.2, 0.05]}]
+    result = run(tmp_path, methods, seeds=1)
+    assert [record.learning_rate for record in result.rows[1].search] == [0.5, 0.2, 0.05]
+    assert [record.learning_rate for record in result.rows[0].search] == [0.01, 0.1]
+
+
+def test_regression_reports_losses(tmp_path: Path) -> None:
+    model = lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
+    options = {"loss": nn.MSELoss(), "seeds": 1, "epochs": 2, "batch_size": 16, "out": tmp_path, "progress": False}
+    result = compare(model, tiny_data(classes=False), ["sgd"], **options)  # type: ignore[arg-type]
+    line = result.table()[0]
+    assert line["test_accuracy"] is None and line["test_loss"] > 0 and "test loss" in (tmp_path / "report.md").read_text()
+
+
+def test_rows_are_parsed(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("- sgd\n- {method: gradient, learning_rates: [1e-3, 1E2]}\n- small: {optimizer: {name: Adam, eps: 1e-6}}\n")
+    sgd, gradient, small = parse_rows([tmp_path / "m.yaml"])
+    assert sgd.maker is None and sgd.options == {"momentum": DEFAULTS["SGD"].momentum}
+    assert gradient.maker == {"method": "gradient"} and gradient.learning_rates == (1e-3, 100.0)
+    assert small.label == "small" and small.options == {"eps": 1e-6} and small.optimizer == "Adam"
+    assert parse_rows({"a": "adam"})[0].options == {"momentum": 0.0}
+    assert parse_rows(["adamw"], momentum=0.5)[0].options == {} and parse_rows(["sgd"], momentum=0.5)[0].options == {"momentum": 0.5}
+    assert parse_rows(["adamw"])[0].learning_rates == FALLBACK["optimizer"].learning_rates
+    twice = parse_rows(["adam", {"method": "adam", "optimizer": "Adam"}])
+    assert [row.label for row in twice] == ["adam", "adam (optimizer=Adam)"]
+    assert "lbfgs" not in optimizers()
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "message"),
+    [
+        ([], {}, "at least one method"),
+        (["kfax"], {}, "did you mean 'kfac'"),
+        (["adam", "adam"], {}, "two rows are called 'adam'"),
+        ([{"optimizer": "Adan"}], {}, "did you mean"),
+        ([{"optimizer": "Adam", "eps": 1}], {}, "belongs inside"),
+        ([{"x": 3}], {}, "names no method"),
+        ([3], {}, "a method is a name"),
+        (["sgd"], {"learning_rates": [0.1, 0.0]}, "must be positive"),
+        (["sgd"], {"learning_rates": [math.nan]}, "must be positive"),
+        (["sgd"], {"learning_rates": []}, "at least one learning rate"),
+        ([{"method": "adam", "learning_rates": "high"}], {}, "must be numbers"),
+        (["sgd"], {"seeds": 0}, "at least one seed"),
+        (["sgd"], {"epochs": 0}, "epochs must be at least 1"),
+        (["sgd"], {"batch_size": 0}, "batch_size must be at least 1"),
+        (["sgd"], {"momentum": 1.0}, "momentum must be in"),
+        (["sgd"], {"schedule": "cosin"}, "did you mean 'cosine'"),
+        (["sgd"], {"validation": 1.0}, "validation=1.0"),
+        ([{"method": "adam", "nonsense_option": 1}], {}, "nonsense_option"),
+        ([{"optimizer": {"name": "Adam", "nonsense": 1}}], {}, "nonsense"),
+        (["absent.yaml"], {}, "cannot read"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path: Path, methods: object, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        run(tmp_path / "out", methods, **options)
+
+
+def test_output_folder_must_be_usable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        run(tmp_path / "file" / "out", ["sgd"])
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="not a results file"):
+        run(tmp_path, ["sgd"])
+
+
+def test_bad_yaml(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match="not valid YAML"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+def test_initial_model_depends_on_the_seed_alone() -> None:
+    first, second, other = (next(initial_model(tiny_model, seed, "cpu").parameters()) for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_digits() -> None:
+    data = load("digits")
+    assert data.train_inputs.shape == (1437, 1, 8, 8) and data.test_inputs.shape == (360, 1, 8, 8)
+    assert data.train_inputs.mean().abs() < 1e-5 and data.test_targets.bincount().min() >= 34
+    assert data.fingerprint() == load("digits").fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(IMAGES))
+def test_local_parquet(name: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image")
+    shape = (28, 28) if name == "mnist" else (32, 32, 3)
+    pixels = torch.randint(256, (5, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    columns = {IMAGES[name][1]: [image.fromarray(p.numpy()) for p in pixels], "label": [0, 1, 2, 3, 4]}
+    (tmp_path / name).mkdir()
+    for part in ("train", "test"):
+        with pytest.raises(InputError, match=f"{part}.parquet"):
+            load(name, tmp_path)
+        features = datasets.Features({IMAGES[name][1]: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / name / f"{part}.parquet"))
+    data = load(name, tmp_path)
+    assert data.train_targets.tolist() == [0, 1, 2, 3, 4]
+    expected = pixels.float().div(255)
+    expected = expected.unsqueeze(1) if name == "mnist" else expected.permute(0, 3, 1, 2)
+    deviation, mean = torch.std_mean(expected, dim=(0, 2, 3), keepdim=True, correction=0)
+    torch.testing.assert_close(data.train_inputs, (expected - mean) / deviation)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif("GRADMAKER_DATA" not in os.environ, reason="GRADMAKER_DATA names no folder")
+def test_mnist() -> None:
+    data = load("mnist")
+    assert data.train_inputs.shape == (60_000, 1, 28, 28) and data.test_targets.bincount().tolist()[0] == 980
