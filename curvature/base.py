@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from gradmaker.curvature.evidence import Evidence
@@ -25,13 +25,21 @@ class Curvature(ABC):
     definite: ClassVar[bool] = True
     """Whether ``C`` is positive semidefinite by construction."""
     layerwise: ClassVar[bool] = True
-    """Whether layer inputs and output gradients are captured: measured for every micro-batch, not once a step."""
+    """Whether layer inputs and output gradients are captured."""
+
+    asks: ClassVar[frozenset[str]] = frozenset()
+    """What is kept for it besides: ``graph`` (of the loss), ``replay`` (of the pass), ``previous`` (the last batch and step)."""
 
     @property
     def rides(self) -> bool:
         """Whether the output gradients of the ordinary backward pass are all that is needed."""
         return False
 
+    @property
+    def of_passes(self) -> bool:
+        """Whether it is measured for every pass (micro-batch), not once a step from the gradient."""
+        return self.layerwise or bool(self.asks)
+
     @abstractmethod
-    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+    def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         """The evidence of a step by site name, in one or several portions that add up."""

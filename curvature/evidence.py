@@ -11,13 +11,14 @@ is made, so that the curvature is always ``C = sum_N vec(J_N) vec(J_N)^T`` with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from opt_einsum import contract
 from torch import Tensor
 
-__all__ = ["Evidence", "Gradient", "Joint", "OneHot", "Outer"]
+__all__ = ["Evidence", "Factors", "Gradient", "Joint", "OneHot", "Outer"]
 
 
 class Evidence(ABC):
@@ -34,10 +35,14 @@ class OneHot:
 
     index: Tensor  # (n, r), integer
     size: int  # V
+    padding: int | None = None  # an index that stands for no input at all
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The one-hot rows, formed.  # (1, n, r, V)"""
-        return torch.nn.functional.one_hot(self.index, self.size).to(dtype).unsqueeze(0)
+        rows = torch.nn.functional.one_hot(self.index, self.size).to(dtype).unsqueeze(0)
+        if self.padding is not None:
+            rows[..., self.padding] = 0
+        return rows
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,10 @@ class Outer(Evidence):
     def _add_counts_(self, out: Tensor, beta: float, alpha: float) -> None:
         assert isinstance(self.inputs, OneHot)
         index = self.inputs.index.reshape(-1)
-        if self.weights is None:
-            w = out.new_full((index.numel(),), 1.0 / index.numel())
-        else:
-            w = self.weights.reshape(-1) / self.weights.sum().clamp(min=1)
+        w = torch.ones_like(index, dtype=out.dtype) if self.weights is None else self.weights.reshape(-1)
+        if self.inputs.padding is not None:
+            w = w * (index != self.inputs.padding)
+        w = w / w.sum().clamp(min=1)
         out.mul_(beta)
         out[0].index_add_(0, index, w.to(out.dtype), alpha=alpha)
 
@@ -216,6 +221,28 @@ class Joint(Evidence):
 
 
 @dataclass(frozen=True)
+class Pair(Evidence):
+    """A vector and its image, ``C v = cv``: a random probe, or a secant (step, change of gradient)."""
+
+    v: Tensor  # (G, *shape)
+    cv: Tensor  # (G, *shape)
+
+    def rows(self) -> Tensor:
+        raise TypeError("a pair is one column of the curvature, it has no rows")
+
+
+@dataclass(frozen=True)
+class Product(Evidence):
+    """The curvature as a function, for the whole block: valid while the step's graph is."""
+
+    matvec: Callable[[Tensor], Tensor]  # (1, *shape) -> (1, *shape)
+    loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
+
+    def rows(self) -> Tensor:
+        raise TypeError("a product has no rows")
+
+
+@dataclass(frozen=True)
 class Gradient(Evidence):
     """The mini-batch gradient of a block: ``C = vec(G) vec(G)^T``."""
 
@@ -223,3 +250,26 @@ class Gradient(Evidence):
 
     def rows(self) -> Tensor:
         return self.gradient.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Factors(Evidence):
+    """A Kronecker product that is known already: ``C = B (x) A``."""
+
+    A: Tensor  # (G, i, i), of the inputs, the bias last
+    B: Tensor  # (G, o, o), of the output gradients, carrying every scale
+    transposed: bool = False  # as in `Outer`
+    fresh: bool = True  # as in `Outer`
+
+    def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha A``, or its diagonal."""
+        out.mul_(beta).add_(self.A if out.ndim == 3 else self.A.diagonal(dim1=-2, dim2=-1), alpha=alpha)
+
+    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha B``, or its diagonal."""
+        out.mul_(beta).add_(self.B if out.ndim == 3 else self.B.diagonal(dim1=-2, dim2=-1), alpha=alpha)
+
+    def rows(self) -> Tensor:
+        a, b = (Q * s.clamp(min=0).sqrt().unsqueeze(-2) for s, Q in (torch.linalg.eigh(F) for F in (self.A, self.B)))
+        J = torch.einsum("gok,gil->klgoi", b, a).flatten(0, 1)
+        return J.mT if self.transposed else J

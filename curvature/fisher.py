@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,9 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["FisherEmp", "FisherExact", "FisherMC"]
 
 
-def _outers(step: Step, gradients: OutputGradients, mask: Tensor | None, fresh: bool) -> dict[str, Evidence]:
-    sites = step.active()
-    return {s.name: s.outer(step.tape, gradients, mask, step.statistics_dtype(s), fresh) for s in sites}
+class _Portion(Mapping[str, Evidence]):
+    """Evidence by site, made when it is asked for: the patches of one convolution are gone before those of the next are cut."""
+
+    def __init__(self, step: Step, gradients: OutputGradients, mask: Tensor | None, fresh: bool) -> None:
+        self.step, self.gradients, self.mask, self.fresh = step, gradients, mask, fresh
+        self.sites = {site.name: site for site in step.active()}
+
+    def __getitem__(self, name: str) -> Evidence:
+        step, site = self.step, self.sites[name]
+        return site.outer(step.tape, self.gradients, self.mask, step.statistics_dtype(site), self.fresh)
+
+    def __contains__(self, name: object) -> bool:  # inherited, it would make the evidence to see whether it is there
+        return name in self.sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
 
 class _Pulled(Curvature):
@@ -35,7 +51,7 @@ class _Pulled(Curvature):
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         """Vectors at ``terms.z`` with every scale folded in, in chunks.  # each (k, *z.shape)"""
 
-    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+    def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         if not step.terms:
             raise ValueError(
                 f"{type(self).__name__} needs the likelihood behind the loss, and no recognised loss was called: use "
@@ -46,7 +62,7 @@ class _Pulled(Curvature):
         for index, terms in enumerate(step.terms):
             mask = step.mask(terms)
             for chunk in self.cotangents(step, terms, index):
-                yield _outers(step, step.tape.pull(terms.z, chunk), mask, fresh)
+                yield _Portion(step, step.tape.pull(terms.z, chunk), mask, fresh)
                 fresh = False
 
 
@@ -59,15 +75,18 @@ class FisherExact(_Pulled):
     Reference: Martens, 2014, arXiv:1412.1193, section 9; Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662.
     """
 
-    chunk: int = 64
-    """Cotangents that are pulled back at once: a bound on memory."""
+    chunk: int | None = None
+    """Cotangents that are pulled back at once; None takes as many as ``memory`` has room for."""
+    memory: int = 2**30
+    """Bytes for the output gradients of all layers; the backward passes need up to three times as much while they run."""
     max_columns: int = 1024
     """More output columns than this are refused; `FisherMC` needs one."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "max_columns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+        for name in ("chunk", "memory", "max_columns"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected an integer of at least 1")
 
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         columns = terms.columns(step.examples)
@@ -76,7 +95,7 @@ class FisherExact(_Pulled):
                 f"FisherExact would need {columns} backward passes for an output of shape {tuple(terms.z.shape)}: "
                 f"use FisherMC(samples=1), or raise max_columns (now {self.max_columns})"
             )
-        return terms.exact(step.examples, self.chunk)
+        return terms.exact(step.examples, self.chunk or max(1, self.memory // max(1, step.tape.bytes_of_pull())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,24 +137,24 @@ class FisherEmp(Curvature):
         """Gradients of whole sequences come with the ordinary backward pass."""
         return self.examples == "sequence"
 
-    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+    def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         if not self.rides:
             yield from self._tokens(step)
             return
         assert step.ridden is not None
         root = self._terms(step).sqrt()
         scaled = {m: [[g * root.to(g) for g in outs] for outs in calls] for m, calls in step.ridden.items()}
-        yield _outers(step, scaled, step.mask(step.terms[0]) if step.terms else None, True)
+        yield _Portion(step, scaled, step.mask(step.terms[0]) if step.terms else None, True)
 
-    def _tokens(self, step: Step) -> Iterator[dict[str, Evidence]]:
+    def _tokens(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         if not step.terms:
             raise ValueError("FisherEmp(examples='token') needs a recognised loss; examples='sequence' does not")
         for index, (terms, slope) in enumerate(zip(step.terms, step.slopes(), strict=True)):
             vectors = terms.empirical(slope, step.examples)
-            yield _outers(step, step.tape.pull(terms.z, vectors), step.mask(terms), index == 0)
+            yield _Portion(step, step.tape.pull(terms.z, vectors), step.mask(terms), index == 0)
 
     def _terms(self, step: Step) -> Tensor:
         """M: the loss' own denominator; of an unrecognised loss, by the declared reduction.  # ()"""
         if step.terms:
             return step.terms[0].denominator
-        return torch.tensor(float(step.examples) if step.reduction == "mean" else 1.0)
+        return torch.tensor(float(step.examples) if step.reduction == "mean" else 1.0, dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradmaker.capture import Tape
-from gradmaker.curvature.likelihood import LIKELIHOODS, Likelihood, Terms, find_likelihood, terms_from_gradient
+from gradmaker.curvature.likelihood import LIKELIHOODS, Categorical, Likelihood, Terms, find_likelihood, terms_from_gradient
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker
@@ -26,10 +26,9 @@ class _Hook:
     def __init__(self, owner: Attachment | None = None, verb: str = "") -> None:
         self.owner, self.verb = (None if owner is None else weakref.ref(owner)), verb
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         owner = self.owner and self.owner()
-        if owner is not None:
-            getattr(owner, self.verb)(*args)
+        return None if owner is None else getattr(owner, self.verb)(*args)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
@@ -39,7 +38,8 @@ class Attachment:
     """One maker on one optimizer.
 
     Extra passes run from a hook on the model's output, at the moment when its gradient arrives: the graph below is still
-    whole then, and that gradient shows which terms the loss left out.
+    whole then, and that gradient shows which terms the loss left out. One forward pass goes with one backward pass: a new
+    one takes the place of a pass that was not differentiated, and differentiating that later is an error.
     """
 
     def __init__(
@@ -48,82 +48,155 @@ class Attachment:
         optimizer: Optimizer,
         likelihood: str | Likelihood | None,
         accumulation: int,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        _check(maker, likelihood, accumulation)
+        _check(maker, optimizer, likelihood, accumulation)
         self.maker = weakref.ref(maker)
-        self.likelihood = None if likelihood is None else find_likelihood(likelihood)
-        self.weight = 1.0 / accumulation
+        self.likelihood = _read(likelihood)
+        self.weight, self.scaler = 1.0 / accumulation, scaler
         self._stack = ExitStack()
         self._tape: Tape | None = None
+        self._output: Tensor | None = None  # of the pass under way
+        self._arrival: Any = None  # handle of the hook on it
         self._terms: list[Terms] | None = None  # of the pass under way, once its output's gradient is there
         model = maker.model
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "before_forward"), with_kwargs=True),
-            model.register_forward_hook(_Hook(self, "after_forward")),
             optimizer.register_step_pre_hook(_Hook(self, "before_step")),
         ]
 
     def remove(self) -> None:
         """Take the hooks off."""
-        self._stack.close()
+        self._drop()
+        if self._arrival is not None:
+            self._arrival.remove()
         for handle in self._handles:
             handle.remove()
 
     # ---------------------------------------------------------------- hooks
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
         """Start a tape for a pass that will be differentiated, on steps that measure curvature."""
+        if not torch.is_grad_enabled():
+            return
         self._finish()
         maker = self.maker()
-        if maker is None or not torch.is_grad_enabled() or not maker.begin_pass():
+        if maker is None:
+            return
+        maker.forget_pass()
+        if not maker.begin_pass():
             return
         self._tape = maker.new_tape()
         self._tape.note_examples(model, args, kwargs)
-        self._stack.enter_context(self._tape.recording())
+        self._stack.enter_context(self._tape.recording(sized=True))
+        after = model.register_forward_hook(_Hook(self, "after_forward"))  # the last: the model may be a layer itself
+        self._stack.callback(after.remove)
 
     def after_forward(self, model: Any, args: Any, output: Any) -> None:
         """Wait for the gradient of the model's output."""
         tape = self._tape
-        z = None if tape is None else _logits(output)
-        if tape is None or z is None or not z.requires_grad:
+        if tape is None or self._output is not None or not torch.is_grad_enabled():
             return
         tape.end_forward()
-        tape.collecting = True
-        handle = z.register_hook(lambda g: self._arrive(tape, z, g, handle))
+        z = _logits(output)
+        if z is None:
+            self._drop()
+            raise ValueError(
+                f"attach: no logits in the model's output, {type(output).__name__}: expected a tensor, a part named 'logits', "
+                "or a tuple or mapping that holds a tensor; the setup_... calls can name any part"
+            )
+        if z.requires_grad:
+            tape.collecting = True
+            self._output, self._arrival = z, z.register_hook(_Arrival(self, tape))
 
-    def _arrive(self, tape: Tape, z: Tensor, gradient: Tensor, handle: Any) -> None:
-        maker = self.maker()
-        handle.remove()  # the extra passes start at z as well
-        if maker is None:
+    def arrive(self, tape: Tape, gradient: Tensor) -> None:
+        """The gradient of the model's output is there: measure."""
+        maker, z = self.maker(), self._output
+        if maker is None or z is None or self._terms is not None:
             return
-        with torch.enable_grad():
-            rows = z.reshape(-1, z.shape[-1]) if z.ndim > 1 else z
-        slope = gradient.detach().reshape(rows.shape)
-        self._terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, rows, slope)]
+        slope = gradient.detach()
+        self._arrival.remove()
+        self._terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, z, slope)]
         tape.collecting = False
-        maker.take_in(tape, self._terms, self.weight, [z, slope], slopes=lambda: [slope / self.weight])
+        scale = self._scale()
+        maker.take_in(tape, self._terms, self.weight, [z, slope], slopes=lambda: [slope / (self.weight * scale)])
         tape.collecting = True
 
-    def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """End the step: fold in what the backward passes brought, and precondition."""
+    def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """End the step: fold in what the backward passes brought, and precondition; with a closure, when it has run."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._end()
+            return None
+
+        def preconditioned() -> Any:
+            loss = closure()
+            self._end()
+            return loss
+
+        return args[:1], {**kwargs, "closure": preconditioned}
+
+    def _end(self) -> None:
         maker = self.maker()
         if maker is not None:
             self._finish()
+            maker.forget_pass()
             maker.precondition()
+
+    def _drop(self) -> None:
+        self._stack.close()
+        self._tape = self._output = self._terms = None
 
     def _finish(self) -> None:
         """Close the tape of the last pass; if it was differentiated, take in what came with its backward pass."""
-        self._stack.close()
         maker, tape, terms = self.maker(), self._tape, self._terms
-        self._tape = self._terms = None
+        self._drop()
         if maker is not None and tape is not None and terms is not None:
             tape.collecting = False
-            maker.take_in(tape, terms, self.weight, [], ridden=tape.harvest())
+            maker.take_in(tape, terms, self.weight, [], ridden=tape.harvest(), scale=self._scale())
+
+    def _scale(self) -> float:
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
 
-def _check(maker: PreconditionedGradientMaker, likelihood: str | Likelihood | None, accumulation: int) -> None:
-    if not isinstance(accumulation, int) or accumulation < 1:
+class _Arrival:
+    """Passes the gradient of an output on. Weak on both sides: the graph holds this hook, and the tape holds the graph."""
+
+    def __init__(self, owner: Attachment, tape: Tape) -> None:
+        self.owner, self.tape = weakref.ref(owner), weakref.ref(tape)
+
+    def __call__(self, gradient: Tensor) -> None:
+        owner, tape = self.owner(), self.tape()
+        if owner is None:
+            return
+        if tape is None:
+            raise RuntimeError(
+                "attach: the model was called again before this pass was differentiated, so its curvature is lost: call it "
+                "once for each backward(), or declare all of its calls as one with setup_model_call"
+            )
+        owner.arrive(tape, gradient)
+
+
+def _read(likelihood: str | Likelihood | None) -> Likelihood | None:
+    """By name, classes are on the last axis, as models of tokens have them; an object says its axis itself."""
+    if likelihood is None:
+        return None
+    return Categorical(axis=-1) if likelihood == "categorical" else find_likelihood(likelihood)
+
+
+def _check(
+    maker: PreconditionedGradientMaker, optimizer: Optimizer, likelihood: str | Likelihood | None, accumulation: int
+) -> None:
+    if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
         raise ValueError(f"accumulation={accumulation!r}: expected an integer of at least 1")
-    layerwise = maker.plan.curvatures(layerwise=True)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("attach: LBFGS models the curvature from plain gradients itself: use SGD, with or without momentum")
+    layerwise = maker.plan.curvatures(of_passes=True)
+    repeating = [type(c).__name__ for c in layerwise if c.asks]
+    if repeating:
+        raise ValueError(
+            f"attach: {', '.join(repeating)} has to differentiate or repeat the loss, which is out of sight here: declare it "
+            "with setup_model_call and setup_loss_call"
+        )
     if layerwise and likelihood is None:
         raise ValueError(
             f"attach: {', '.join(type(c).__name__ for c in layerwise)} needs to know what the model's output parametrises, and "

@@ -9,13 +9,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair
 from gradmaker.norms import Norm
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.sites import Site
 from gradmaker.triple import Triple
 
-__all__ = ["STACK_LIMIT", "Block", "Placement", "build_blocks"]
+__all__ = ["STACK_LIMIT", "WHOLE", "Block", "Placement", "build_blocks"]
+
+WHOLE = ""
+"""Name, in a portion of evidence, of what speaks of all sites as one vector, in the order of ``step.sites``."""
 
 STACK_LIMIT = 128
 """Blocks with a longer axis are not stacked: on a CPU, stacking 48 layers halves the time at 32 and costs up to 1.6x at 512."""
@@ -31,6 +34,7 @@ class Placement:
     momentum: float
     max_dim: int
     dtype: torch.dtype | None
+    nesterov: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,12 +70,15 @@ class Block:
         first = placements[0]
         self.sites = [p.site for p in placements]
         self.triple, self.norm, self.momentum = first.triple, first.norm, first.momentum
+        self.nesterov = first.nesterov
         self.full = self.triple.representation.grain == "full"
         self.frame = _joined_frame(placements, self.full)
         self.slots = _slots(placements, self.full)
         self.name = "full" if self.full else self.sites[0].name
         self.state: State = self.triple.representation.init(self.frame)
         self.cache: State = {}
+        self.ready: set[str] = set()  # sites for which the cache holds more than an empty statistic
+        self.fresh: set[str] = set()  # sites whose first step this is and is left out
         self.norm_state: State = self.norm.init(self.frame) if self.norm else {}
         self.average: State = {}
         if self.momentum:
@@ -93,14 +100,17 @@ class Block:
         further: names whose first evidence of this step has been folded in before; extended here.
         """
         for slot, evidence, names in self._evidence(portion):
-            state = {k: v[slot] for k, v in self.state.items()}
+            whole = self.full or self.triple.representation.live
+            state = self.state if whole else {k: v[slot] for k, v in self.state.items()}
             again = names[0] in further
             self.triple.representation.update(state, evidence, replace(fold, beta=1.0, mass=0.0) if again else fold)
             further.update(names)
 
     def _evidence(self, portion: Mapping[str, Evidence]) -> Iterator[tuple[slice, Evidence, list[str]]]:
         names = [s.name for s in self.sites if s.name in portion]
-        if not self.full:
+        if self.full and WHOLE in portion:
+            yield slice(0, 1), portion[WHOLE], [s.name for s in self.sites]
+        elif not self.full:
             slots = dict(zip((s.name for s in self.sites), self.slots, strict=True))
             yield from ((slots[n], portion[n], [n]) for n in names)
         elif names:
@@ -110,11 +120,20 @@ class Block:
         """All layers as one piece of evidence; a layer that took no part contributes zeros."""
         known = [portion.get(s.name) for s in self.sites]
         if any(isinstance(e, Gradient) for e in known):
-            flat = [self._zeros(s) if e is None else e.rows().reshape(-1) for s, e in zip(self.sites, known, strict=True)]
-            return Gradient(torch.cat(flat).unsqueeze(0))
+            return Gradient(self._flat([e.gradient if isinstance(e, Gradient) else None for e in known]))
+        if any(isinstance(e, Pair) for e in known):
+            pairs = [e if isinstance(e, Pair) else None for e in known]
+            return Pair(self._flat([e and e.v for e in pairs]), self._flat([e and e.cv for e in pairs]))
         like = next(e for e in known if isinstance(e, Outer))
         k, _, n = like.gradients.shape[:3]
-        return Joint(tuple(e if isinstance(e, Outer) else self._silent(s, k, n) for s, e in zip(self.sites, known, strict=True)))
+        return Joint(
+            tuple(e if isinstance(e, Outer) else self._silent(s, k, n) for s, e in zip(self.sites, known, strict=True))
+        )
+
+    def _flat(self, pieces: list[Tensor | None]) -> Tensor:
+        """One vector of a tensor for each site, zeros where there is none.  # (1, P)"""
+        full = [self._zeros(s) if x is None else x.reshape(-1) for s, x in zip(self.sites, pieces, strict=True)]
+        return torch.cat(full).unsqueeze(0)
 
     def _zeros(self, site: Site) -> Tensor:
         return torch.zeros(prod(site.shape), dtype=self.frame.dtype, device=self.frame.device)
@@ -129,7 +148,10 @@ class Block:
         found = [site.read() for site in self.sites]
         if all(g is None for g in found):
             return None
-        pieces = [self._zeros(s).reshape(s.shape) if g is None else g.to(self.frame.dtype) for s, g in zip(self.sites, found, strict=True)]
+        pieces = [
+            self._zeros(s).reshape(s.shape) if g is None else g.to(self.frame.dtype)
+            for s, g in zip(self.sites, found, strict=True)
+        ]
         if self.full:
             return torch.cat([p.reshape(-1) for p in pieces]).unsqueeze(0)
         shaped = [p.reshape(-1, *self.frame.shape) for p in pieces]
@@ -138,26 +160,86 @@ class Block:
     def write(self, value: Tensor) -> None:
         """Put preconditioned gradients back into ``.grad``, in place."""
         for site, slot in zip(self.sites, self.slots, strict=True):
-            piece = value[0, slot] if self.full else value[slot]
-            site.write(piece.reshape(site.shape))
+            if self.full or site.name in self.ready:
+                piece = value[0, slot] if self.full else value[slot]
+                site.write(piece.reshape(site.shape))
 
     def averaged(self, g: Tensor) -> Tensor:
-        """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum."""
+        """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum.
+
+        With ``nesterov`` this gradient enters it twice: ``(momentum m + (1 - momentum) g) / (1 - momentum^(t + 1))``.
+        """
         if not self.momentum:
             return g
         self.average["average"].lerp_(g, 1 - self.momentum)
         mass = self.average["mass"]
         mass.mul_(self.momentum).add_(1 - self.momentum)
-        return self.average["average"] / mass.reshape(-1, *[1] * (g.ndim - 1))
+        average, mass = self.average["average"], mass.reshape(-1, *[1] * (g.ndim - 1))
+        if self.nesterov:
+            return average.lerp(g, 1 - self.momentum) / (self.momentum * mass + 1 - self.momentum)
+        return average / mass
 
-    def prepare(self) -> None:
-        """Refresh the cache from the statistic."""
-        self.cache = self.triple.solver.prepare(self.triple.representation, self.state, self.cache or None)
+    def prepare(self, measured: set[str], due: bool = True) -> None:
+        """Refresh the cache from the statistic; where that is not due, only for sites that were never in it.
 
-    def solve(self, g: Tensor, raw: Tensor) -> Tensor:
-        """The preconditioned gradient, rescaled as ``norm`` says.  g: averaged gradient, raw: this step's"""
+        measured: names of the sites that have given evidence at all.
+        """
+        known = measured & {s.name for s in self.sites}
+        if self.full and (known - self.ready or (known and due)):
+            self.cache = self.triple.solver.prepare(self.triple.representation, self.state, self.cache or None)
+        elif not self.full:
+            self._prepare(known & self.ready if due else set(), again=True)
+            self._prepare(known - self.ready, again=False)
+        self.fresh = known - self.ready if self.triple.representation.skips_first else set()
+        self.ready = known
+
+    def _prepare(self, names: set[str], again: bool) -> None:
+        """Refresh the cache of some members.  again: whether they have been prepared before"""
+        slots = [slot for site, slot in zip(self.sites, self.slots, strict=True) if site.name in names]
+        if not slots:
+            return
+        whole = len(slots) == len(self.slots)
+        state, before = (s if whole else _picked(s, slots) for s in (self.state, self.cache))
+        new = self.triple.solver.prepare(self.triple.representation, state, before if again else None)
+        if whole:
+            self.cache = new
+            return
+        if not self.cache:
+            self.cache = {k: v.new_zeros(self.frame.stack, *v.shape[1:]) for k, v in new.items()}
+        for key, value in new.items():
+            pieces = value.split([slot.stop - slot.start for slot in slots])
+            for slot, piece in zip(slots, pieces, strict=True):
+                self.cache[key][slot] = piece
+
+    def solve(self, raw: Tensor, started: bool = True) -> Tensor:
+        """The preconditioned gradient, averaged and rescaled as configured.
+
+        raw: this step's gradient; started: False for what `norm` takes the length from, instead
+        """
+        kept = [
+            (v[slot], v[slot].clone()) for slot in self._idle() for v in (*self.average.values(), *self.norm_state.values())
+        ]
+        g = self.averaged(raw)
         value = self.triple.solver.solve(self.triple.representation, self.cache, g)
-        return self.norm.rescale(self.norm_state, value, g, raw) if self.norm else value
+        if self.norm:
+            value = self.norm.rescale(self.norm_state, value, g, raw) if started else self.norm.target(self.norm_state, g, raw)
+        for now, before in kept:
+            now.copy_(before)
+        return value
+
+    def _idle(self) -> list[slice]:
+        """Members of the stack that have no gradient or no statistic: their averages stand still, as if they were alone."""
+        if self.full:
+            return []
+        members = zip(self.sites, self.slots, strict=True)
+        return [slot for site, slot in members if self._rests(site)]
+
+    def _rests(self, site: Site) -> bool:
+        return site.name not in self.ready or site.name in self.fresh or site.read() is None
+
+
+def _picked(state: State, slots: list[slice]) -> State:
+    return {key: torch.cat([value[slot] for slot in slots]) for key, value in state.items()}
 
 
 def _joined_frame(placements: list[Placement], full: bool) -> Frame:
@@ -180,9 +262,10 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
-        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.dtype)
+        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.dtype)
         if frame is not None:
-            alone = p.site.name if max(frame.shape, default=1) > STACK_LIMIT else ""
+            large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
+            alone = p.site.name if large else ""
             key = (*key, replace(frame, stack=0), alone)
         groups.setdefault(key, []).append(p)
     blocks = [Block(group) for group in groups.values()]

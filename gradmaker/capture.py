@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from gradmaker.layers import Call
+from gradmaker.attention import Listener, Projection
+from gradmaker.calls import Call, broadcasts
 
 __all__ = ["OutputGradients", "Tape"]
 
@@ -33,18 +35,53 @@ class Tape:
         self.examples = 0  # batch size: the first axis of the model's first tensor argument
         self.collecting = False  # whether output gradients of a running backward pass are kept
         self._repeating = False
+        self._paused = False
+        self._keepers: list[Any] = []  # handles of the hooks on outputs
         # Calls made without gradients. A reentrant checkpoint makes its calls so and repeats them during backward.
         self._late: dict[nn.Module, int] = {}
 
     # ---------------------------------------------------------------- recording
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the calls made inside. Hooks are gone afterwards, whatever happens."""
+    def recording(self, sized: bool = False) -> Iterator[None]:
+        """Record the calls made inside. Hooks are gone afterwards, whatever happens.  sized: the batch size is known"""
         with ExitStack() as stack:
-            stack.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
+            stack.callback(self._let_go)
+            if not sized:
+                stack.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
             for module in self.calls:
-                stack.callback(module.register_forward_hook(self._record, with_kwargs=True).remove)
+                if not isinstance(module, Projection):
+                    stack.callback(module.register_forward_hook(self._called, with_kwargs=True).remove)
+            self._listen(stack)
             yield
+
+    def _listen(self, stack: ExitStack) -> None:
+        """Record the linear maps inside of attention modules, which no layer is called for."""
+        inside: dict[nn.Module, dict[str, Projection]] = {}
+        for module in self.calls:
+            if isinstance(module, Projection):
+                inside.setdefault(module.attention[0], {})[module.part] = module
+        for attention, parts in inside.items():
+            listener = Listener(partial(self._overheard, parts))
+            stack.callback(attention.register_forward_pre_hook(listener.enter).remove)
+            stack.callback(attention.register_forward_hook(listener.leave, always_call=True).remove)
+
+    def _overheard(self, parts: dict[str, Projection], part: str, x: Tensor, y: Tensor) -> None:
+        if part in parts and not self._paused:
+            self._record(parts[part], (x,), {}, y)
+
+    def _let_go(self) -> None:
+        """A hook holds its call, which holds the graph, which holds the hook: no collector would find this cycle."""
+        while self._keepers:
+            self._keepers.pop().remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls made inside are none of the recorded pass."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def end_forward(self) -> None:
         """From here on a call is the repetition of an earlier one, by a checkpoint."""
@@ -55,6 +92,18 @@ class Tape:
         tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0]
         if not self.examples and tensors:
             self.examples = tensors[0].shape[0]
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Record a call. An output that is one for all examples is repeated, for each of them to have a gradient of its own."""
+        if self._paused:
+            return output
+        n = self.examples
+        index = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)), None)
+        if isinstance(output, Tensor) and broadcasts(output, index, n):
+            output = _repeated(output, n).contiguous()  # may be changed in place
+            args, kwargs = tree_map(lambda v: _repeated(v, n), (args, kwargs))
+        self._record(module, args, kwargs, output)
+        return output
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._repeating and module not in self._late:  # a non-reentrant checkpoint recomputes what was recorded
@@ -71,7 +120,7 @@ class Tape:
         call = Call(module, args, kwargs, module.training, edges, shapes, outputs[0].dtype, [None] * len(outputs))
         self.calls[module].append(call)
         for index, value in enumerate(outputs):
-            value.register_hook(self._keeper(call, index))
+            self._keepers.append(value.register_hook(self._keeper(call, index)))
 
     def _keeper(self, call: Call, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
@@ -106,6 +155,11 @@ class Tape:
                 call.gradients = [None] * len(call.shapes)
         return found
 
+    def bytes_of_pull(self) -> int:
+        """What the output gradients of one cotangent take: each call's output once."""
+        calls = [call for calls in self.calls.values() for call in calls]
+        return sum(shape.numel() * call.dtype.itemsize for call in calls for shape in call.shapes)
+
     def pull(self, z: Tensor, cotangents: Tensor) -> OutputGradients:
         """Output gradients for given cotangents of ``z``; keeps the graph.  cotangents: (k, *z.shape)"""
         if self._late:
@@ -130,9 +184,17 @@ class Tape:
             for p, g in zip(parameters, kept, strict=True):
                 p.grad = g
         return {
-            module: [[torch.cat(same) for same in zip(*call, strict=True)] for call in zip(*(p[module] for p in passes), strict=True)]
+            module: [
+                [torch.cat(same) for same in zip(*call, strict=True)] for call in zip(*(p[module] for p in passes), strict=True)
+            ]
             for module in self.calls
         }
+
+
+def _repeated(value: Any, n: int) -> Any:
+    """Something that goes in or out of a call, for ``n`` examples instead of one for all."""
+    lone = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 1
+    return value.expand(n, *value.shape[1:]) if lone else value
 
 
 def _or_zeros(gradient: Tensor | None, shape: Iterable[int], call: Call) -> Tensor:
@@ -147,9 +209,7 @@ def vector_jacobian(z: Tensor, edges: list[Any], cotangents: Tensor) -> list[Ten
         found = torch.autograd.grad(z, edges, cotangents[0], retain_graph=True, allow_unused=True)
         return [None if g is None else g.unsqueeze(0) for g in found]
     try:
-        return list(
-            torch.autograd.grad(z, edges, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        )
+        return list(torch.autograd.grad(z, edges, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True))
     except RuntimeError:  # an operation without a batching rule, or a checkpoint that recomputes
         passes = [torch.autograd.grad(z, edges, c, retain_graph=True, allow_unused=True) for c in cotangents]
         return [None if same[0] is None else torch.stack(same) for same in zip(*passes, strict=True)]

@@ -21,13 +21,25 @@ _PARTS = ("state", "cache", "average", "norm_state")
 
 def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     """Copies of all tensors, and counters."""
+    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block).items()}
+    return {**_counters(maker), "sites": sites}
+
+
+def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     return {
         "step": maker.step,
         "skipped": maker.skipped,
         "curvature_clock": _clock(maker._curvature_clock),
         "refresh_clock": _clock(maker._refresh_clock),
         "measured": sorted(maker._ever),
-        "sites": {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block).items()},
+        "pass": {
+            "asked": maker._asked,
+            "measuring": maker._measuring,
+            "finite": maker._finite,
+            "noted": maker._noted,
+            "part": maker._part,
+            "further": sorted(maker._further),
+        },
     }
 
 
@@ -37,31 +49,50 @@ def _clock(clock: Clock) -> dict[str, int]:
 
 def _dump_block(block: Block) -> dict[str, Any]:
     if block.full:
-        return {block.name: {part: {k: v.clone() for k, v in getattr(block, part).items()} for part in _PARTS}}
-    return {
-        site.name: {part: {k: v[slot].clone() for k, v in getattr(block, part).items()} for part in _PARTS}
-        for site, slot in zip(block.sites, block.slots, strict=True)
-    }
+        return {block.name: _dump_slot(block, slice(None), bool(block.ready))}
+    members = zip(block.sites, block.slots, strict=True)
+    return {site.name: _dump_slot(block, slot, site.name in block.ready) for site, slot in members}
+
+
+def _dump_slot(block: Block, slot: slice, ready: bool) -> dict[str, Any]:
+    """One member of a stack. An empty statistic has no cache, though in a stack it has a place in it."""
+    parts = {part: {k: v[slot].clone() for k, v in getattr(block, part).items()} for part in _PARTS}
+    return {"parts": _kind(block), **parts, "cache": parts["cache"] if ready else {}}
+
+
+def _kind(block: Block) -> str:
+    triple = block.triple
+    return " x ".join(type(part).__name__ for part in (triple.curvature, triple.representation, triple.solver))
 
 
 def load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     """Check everything, then copy everything."""
-    sites = saved["sites"] if isinstance(saved, dict) and "sites" in saved else None
-    if sites is None:
+    if not isinstance(saved, dict) or not isinstance(saved.get("sites"), dict):
         raise ValueError("load_state_dict: expected what state_dict() of a preconditioned maker returned")
-    expected = {name for block in maker.plan.blocks for name in _names(block)}
-    if set(sites) != expected:
-        missing, unknown = sorted(expected - set(sites)), sorted(set(sites) - expected)
-        raise ValueError(f"load_state_dict: missing sites {missing}, unknown sites {unknown}: model or method differ")
+    sites = saved["sites"]
+    _check_names("", saved, {**_counters(maker), "sites": sites})
+    _check_names("sites ", sites, {name: None for block in maker.plan.blocks for name in _names(block)})
     loaded = [(block, _gather(block, sites)) for block in maker.plan.blocks]
     for block, parts in loaded:
         for part, tensors in parts.items():
             setattr(block, part, tensors)
+        block.ready = {site.name for site in block.sites if sites[block.name if block.full else site.name]["cache"]}
     maker.step, maker.skipped = int(saved["step"]), int(saved["skipped"])
     maker._ever = set(saved["measured"])
-    maker._asked = -1
+    for key, value in saved["pass"].items():
+        setattr(maker, f"_{key}", set(value) if key == "further" else value)
     for clock, key in ((maker._curvature_clock, "curvature_clock"), (maker._refresh_clock, "refresh_clock")):
         clock.begun, clock.next = int(saved[key]["begun"]), int(saved[key]["next"])
+
+
+def _check_names(what: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ValueError unless two mappings have the same keys, and so have those inside."""
+    if set(given) != set(expected):
+        missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+        raise ValueError(f"load_state_dict: {what}missing {missing}, unknown {unknown}: model, method or version differ")
+    for key in ("pass", "curvature_clock", "refresh_clock"):
+        if key in expected:
+            _check_names(f"{key}: ", given[key], expected[key])
 
 
 def _names(block: Block) -> list[str]:
@@ -69,30 +100,57 @@ def _names(block: Block) -> list[str]:
 
 
 def _gather(block: Block, sites: dict[str, Any]) -> dict[str, State]:
-    return {part: _gather_part(block, part, [sites[name][part] for name in _names(block)]) for part in _PARTS}
+    for name in _names(block):
+        _check_names(f"{name}: ", sites[name], dict.fromkeys(("parts", *_PARTS)))
+        if sites[name]["parts"] != _kind(block):
+            raise ValueError(f"load_state_dict: {name} was saved as {sites[name]['parts']}, and is {_kind(block)} here")
+    found = {
+        part: _gather_part(block, part, [sites[name][part] for name in _names(block)]) for part in _PARTS if part != "cache"
+    }
+    return {**found, "cache": _gather_cache(block, found["state"], [sites[name]["cache"] for name in _names(block)])}
 
 
-def _gather_part(block: Block, part: str, members: list[State]) -> State:
-    own: State = getattr(block, part)
-    keys = set(members[0])
-    names = _names(block)
-    if part != "cache" and keys != set(own) or any(set(m) != keys for m in members):
-        raise ValueError(f"load_state_dict: {names[0]} has the tensors {sorted(keys)} in {part!r}, expected {sorted(own)}")
-    result = {}
-    for key in members[0]:
-        pieces = [m[key] for m in members]
-        joined = torch.cat(pieces).to(block.frame.device)
-        _check_shape(block, part, key, joined, own.get(key))
-        result[key] = joined.to(own[key].dtype if key in own else _cache_dtype(block, joined)).clone()
-    return result
+def _gather_cache(block: Block, state: State, members: list[State]) -> State:
+    """The stacked cache; members that had none get zeros, which are not used. One member is prepared to learn the shapes."""
+    if not any(members):
+        return {}
+    if block.triple.representation.live:
+        return _gather_live(block, "cache", members[0], state, None)
+    slots = [slice(None)] if block.full else block.slots
+    one = {k: v[slots[[bool(m) for m in members].index(True)]] for k, v in state.items()}
+    like = block.triple.solver.prepare(block.triple.representation, one, None)
+    own = {k: v.new_zeros(len(v) if block.full else block.frame.stack, *v.shape[1:]) for k, v in like.items()}
+    filled = [member or {k: v[slot] for k, v in own.items()} for slot, member in zip(slots, members, strict=True)]
+    return _gather_part(block, "cache", filled, own)
 
 
-def _cache_dtype(block: Block, value: Tensor) -> torch.dtype:
-    return block.frame.dtype if value.is_floating_point() else value.dtype
+def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:
+    own: State = getattr(block, part) if like is None else like
+    if part == "state" and block.triple.representation.live:
+        return _gather_live(block, part, members[0], own, block.frame.dtype)
+    slots = [slice(None)] if block.full else block.slots
+    for name, slot, member in zip(_names(block), slots, members, strict=True):
+        _check_names(f"{name}: {part}: ", member, own)
+        for key, value in member.items():
+            _check_shape(f"{name}: {part}[{key!r}]", value, own[key][slot])
+    return {key: torch.cat([m[key].to(value.device, value.dtype) for m in members]) for key, value in own.items()}
 
 
-def _check_shape(block: Block, part: str, key: str, value: Tensor, own: Tensor | None) -> None:
-    wanted = tuple(own.shape) if own is not None else (block.frame.stack, *value.shape[1:])
-    if tuple(value.shape) != wanted:
-        names = ", ".join(_names(block))
-        raise ValueError(f"load_state_dict: {names}: {part}[{key!r}] has shape {tuple(value.shape)}, expected {wanted}")
+def _gather_live(block: Block, part: str, member: State, like: State, other: torch.dtype | None) -> State:
+    """The state or cache of a live representation: only its own `update` knows names and shapes, beyond the first axis.
+
+    other: dtype of the floating tensors that ``like`` does not have; None leaves it
+    """
+    loaded = {}
+    for key, value in member.items():
+        if value.shape[:1] != (block.frame.stack,):
+            what = f"{block.name}: {part}[{key!r}] has shape {tuple(value.shape)}"
+            raise ValueError(f"load_state_dict: {what}, expected ({block.frame.stack}, ...)")
+        dtype = like[key].dtype if key in like else other or value.dtype
+        loaded[key] = value.to(block.frame.device, dtype if value.is_floating_point() else value.dtype, copy=True)
+    return loaded
+
+
+def _check_shape(what: str, value: Tensor, own: Tensor) -> None:
+    if tuple(value.shape) != tuple(own.shape):
+        raise ValueError(f"load_state_dict: {what} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from gradmaker.curvature import CURVATURES, LIKELIHOODS, Likelihood
+from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
 from gradmaker.norms import NORMS
-from gradmaker.representations import REPRESENTATIONS
+from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
+from gradmaker.shapes import ShapePolicy
 from gradmaker.sites import Site
-from gradmaker.solvers import SOLVERS
+from gradmaker.solvers import SOLVERS, Solver
 from gradmaker.triple import Triple, did_you_mean
 
 __all__ = ["GradientConfig", "build", "read_mapping"]
@@ -35,6 +38,8 @@ class GradientConfig(ABC):
     """Weight of the OLD statistic in the running average; 0 keeps the current batch only, None sums."""
     momentum: float = 0.0
     """Decay of a bias-corrected average of gradients that is preconditioned in place of the gradient."""
+    nesterov: bool = False
+    """Whether the newest gradient enters that average twice (Nesterov)."""
     curvature_interval: int | Schedule = 1
     """Steps between measurements of the curvature."""
     preconditioner_interval: int | Schedule = 1
@@ -42,7 +47,7 @@ class GradientConfig(ABC):
     warmup_steps: int = 0
     """Before this step both happen at every step."""
     start_step: int = 0
-    """Before this step ``.grad`` stays the plain gradient; statistics are gathered."""
+    """Before this step statistics are gathered, and ``.grad`` stays plain, or is the step of a grafted method."""
     spread: bool = True
     """Whether the refreshes of different blocks are spread over the interval, instead of all at one step."""
     ignore: tuple[nn.Module | type[nn.Module] | str, ...] = ()
@@ -50,7 +55,7 @@ class GradientConfig(ABC):
     fallback: str = "gradient"
     """The method, by name, of parameters that this one does not cover."""
     norm: str = "none"
-    """Length of the result for each block: none (as it comes), keep (the gradient's), adagrad or adam (grafting)."""
+    """Length of the result for each block: none (as it comes), keep (the gradient's), or a name of `NORMS` (grafting)."""
     max_dim: int = 8192
     """Axes longer than this get a diagonal factor; a dense block larger than this is refused."""
     dtype: str | torch.dtype | None = None
@@ -65,9 +70,13 @@ class GradientConfig(ABC):
     per_tensor: ClassVar[bool] = False
     """Whether the method treats every parameter tensor on its own, instead of layers."""
     joint_bias: ClassVar[bool] = True
+    shapes: ClassVar[ShapePolicy | None] = None
+    """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
 
     def __post_init__(self) -> None:
-        if self.damping is not None:
+        for name in (f.name for f in fields(self) if f.name in PARTS):
+            object.__setattr__(self, name, _part(name, getattr(self, name)))
+        if self.damping is not None or type(self).damping is not None:
             check_interval("damping", self.damping, 0.0, math.inf)
         if self.decay is not None:
             check_interval("decay", self.decay, 0.0, 1.0, hint=", or None to sum")
@@ -78,10 +87,11 @@ class GradientConfig(ABC):
             check_count(name, getattr(self, name), least)
         check_choice("norm", self.norm, list(NORMS))
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
+        for name, kind in (("spread", bool), ("nesterov", bool), ("seed", int)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {kind.__name__}")
         self.statistics_dtype()
-        if isinstance(self.ignore, (str, type, nn.Module)):
-            raise ValueError(f"ignore={self.ignore!r}: expected a sequence, as in ignore=({self.ignore!r},)")
-        object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "ignore", _rules(self.ignore))
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:
@@ -93,11 +103,21 @@ class GradientConfig(ABC):
             return self.dtype  # type: ignore[return-value]
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: {did_you_mean(self.dtype, list(DTYPES))}, or None")
-        return DTYPES[self.dtype]  # type: ignore[index]
+        return DTYPES[self.dtype]
 
     def as_mapping(self) -> dict[str, Any]:
         """The fields by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def _rules(ignore: Any) -> tuple[Any, ...]:
+    """The rules of ``ignore`` as a tuple. ValueError for what is none."""
+    if not isinstance(ignore, (tuple, list)):
+        raise ValueError(f"ignore={ignore!r}: expected a sequence, as in ignore=({ignore!r},)")
+    for rule in ignore:
+        if not isinstance(rule, (str, nn.Module)) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
+            raise ValueError(f"ignore: {rule!r} is neither a module, a class of modules nor a name pattern")
+    return tuple(ignore)
 
 
 def check_interval(name: str, value: object, low: float, high: float, hint: str = "") -> None:
@@ -119,16 +139,16 @@ def check_choice(name: str, value: object, legal: list[str]) -> None:
 
 
 # ------------------------------------------------------------------ mappings and YAML
-PARTS: dict[str, dict[str, Any]] = {
-    "curvature": CURVATURES,
-    "fisher": CURVATURES,
-    "representation": REPRESENTATIONS,
-    "solver": SOLVERS,
-    "likelihood": LIKELIHOODS,
-    "curvature_interval": SCHEDULES,
-    "preconditioner_interval": SCHEDULES,
+PARTS: dict[str, tuple[Mapping[str, Any], Any]] = {
+    "curvature": (CURVATURES, Curvature),
+    "fisher": (CURVATURES, Curvature),
+    "representation": (REPRESENTATIONS, Representation),
+    "solver": (SOLVERS, Solver),
+    "likelihood": (LIKELIHOODS, (Likelihood, NoneType)),
+    "curvature_interval": (SCHEDULES, (Schedule, int)),
+    "preconditioner_interval": (SCHEDULES, (Schedule, int)),
 }
-"""Config keys whose value names a part: ``{FisherMC: {samples: 2}}`` or just ``FisherMC``."""
+"""Config keys whose value is a part, or names one: ``FisherMC(samples=2)``, ``{FisherMC: {samples: 2}}``, ``FisherMC``."""
 
 
 def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
@@ -137,7 +157,7 @@ def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
     for key in given:
         if key not in legal:
             raise ValueError(f"{what} has no option {key!r}: {did_you_mean(key, legal)}")
-    values = {key: _part(key, value) for key, value in given.items()}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         return make(**values)
     except TypeError as error:
@@ -145,14 +165,15 @@ def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
 
 
 def _part(key: str, value: Any) -> Any:
-    registry = PARTS.get(key)
-    if registry is None or not isinstance(value, (str, Mapping)):
-        return tuple(value) if isinstance(value, list) else value
-    if isinstance(value, str):
-        value = {value: {}}
-    if len(value) != 1:
-        raise ValueError(f"{key}={dict(value)!r}: expected one name with its options, as in {key}: {{{next(iter(registry))}: {{}}}}")
-    ((name, options),) = value.items()
+    """A part from itself, from its name, or from its name with options."""
+    registry, kind = PARTS[key]
+    if isinstance(value, kind):
+        return value
+    given = {value: {}} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or len(given) != 1 or not isinstance(next(iter(given.values())) or {}, Mapping):
+        example = next(iter(registry))
+        raise ValueError(f"{key}={value!r}: expected one name with its options, as in {key}: {{{example}: {{...}}}}")
+    ((name, options),) = given.items()
     if name not in registry:
         raise ValueError(f"{key}: {name!r} is unknown: {did_you_mean(name, list(registry))}")
     return build(registry[name], options or {}, name)
@@ -169,7 +190,16 @@ def read_mapping(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a YAML file, or a mapping like {{'method': 'kfac'}}")
-    loaded = yaml.safe_load(path.read_text())
+    loaded = _numbers(yaml.safe_load(path.read_text()))
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a mapping with the key 'method', got {type(loaded).__name__}")
     return loaded
+
+
+def _numbers(value: Any) -> Any:
+    """``1e-3`` as a number: YAML 1.1, which PyYAML reads, wants ``1.0e-3`` and takes the rest for text."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from typing import Any, NoReturn
 
 __all__ = ["Deferred", "resolve"]
@@ -14,8 +15,8 @@ _SLOTS = ("_function", "_args", "_kwargs", "_text")
 class Deferred:
     """The result of a call that is still to be made; what is done to it is recorded and replayed later.
 
-    Items, attributes, calls, arithmetic and torch functions record: ``y[0]``, ``y.logits``, ``y.view(-1, 10)``, ``y / 2``,
-    ``torch.relu(y)``. Python needs a value for ``bool``, ``len`` and iteration, so these raise `TypeError`.
+    Items, attributes, calls, arithmetic, comparisons and torch functions record: ``y[0]``, ``y.logits``, ``y.view(-1, 10)``,
+    ``y / 2``, ``y == t``, ``torch.relu(y)``. Python needs a value for ``bool``, ``len`` and iteration: these raise `TypeError`.
     """
 
     __slots__ = _SLOTS
@@ -51,6 +52,12 @@ class Deferred:
     def __bool__(self) -> bool:
         self._needs_value("the truth value")
 
+    def __hash__(self) -> int:  # by identity, as tensors do: ``==`` records
+        return id(self)
+
+    def __copy__(self) -> Deferred:  # a twin would be a second call of the model
+        return self
+
     def __len__(self) -> int:
         self._needs_value("the length")
 
@@ -81,13 +88,14 @@ def _unary(symbol: str, function: Callable[[Any], Any]) -> Any:
 
 for _name, _symbol in {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@",
+    "and": "&", "or": "|", "xor": "^",
 }.items():  # fmt: skip
-    _forward, _reflected = _binary(_symbol, getattr(operator, _name))
+    _forward, _reflected = _binary(_symbol, getattr(operator, f"__{_name}__"))
     setattr(Deferred, f"__{_name}__", _forward)
     setattr(Deferred, f"__r{_name}__", _reflected)
-for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
+for _name, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
     setattr(Deferred, f"__{_name}__", _binary(_symbol, getattr(operator, _name))[0])
-for _name, _symbol in {"neg": "-", "pos": "+", "abs": "abs"}.items():
+for _name, _symbol in {"neg": "-", "pos": "+", "abs": "abs", "invert": "~"}.items():
     setattr(Deferred, f"__{_name}__", _unary(_symbol, getattr(operator, _name)))
 
 
@@ -116,19 +124,31 @@ def resolve(value: Any, known: dict[int, Any]) -> Any:
             args, kwargs = resolve(value._args, known), resolve(value._kwargs, known)
             known[id(value)] = value._function(*args, **kwargs)
         return known[id(value)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(resolve(v, known) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(resolve(v, known) for v in value)
-    if type(value) is dict:
-        return {k: resolve(v, known) for k, v in value.items()}
-    return value
+    if not any(isinstance(v, Deferred) for v in _leaves(value)):  # the very object, whatever its type
+        return value
+    if isinstance(value, slice):
+        return slice(*(resolve(v, known) for v in (value.start, value.stop, value.step)))
+    if isinstance(value, Mapping):
+        rebuilt: Any = copy(value)  # keeps what a subclass of dict knows besides its items
+        rebuilt.update({k: resolve(v, known) for k, v in value.items()})
+        return rebuilt
+    members = [resolve(v, known) for v in value]
+    return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
 
 
 def depends_on(value: Any, root: Deferred) -> bool:
     """Whether a tree of values holds, at any depth, a part that is computed from ``root``."""
     if isinstance(value, Deferred):
         return value is root or depends_on(value._args, root) or depends_on(value._kwargs, root)
-    if isinstance(value, (tuple, list)):
-        return any(depends_on(v, root) for v in value)
-    return isinstance(value, dict) and any(depends_on(v, root) for v in value.values())
+    return any(depends_on(v, root) for v in _leaves(value) if isinstance(v, Deferred))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a tree of tuples, lists, mappings and slices holds."""
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, (tuple, list, Mapping)):
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(member)
+    else:
+        yield value

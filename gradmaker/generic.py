@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from gradmaker.calls import Call, check_lookup, example_axis
 from gradmaker.capture import OutputGradients, Tape
-from gradmaker.layers import Call
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
@@ -27,19 +28,34 @@ def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tens
     (module,) = site.modules
     total: Tensor | None = None
     for call, outputs in zip(tape.calls[module], gradients[module], strict=True):
-        rows = _rows_of_call(site, module, call, outputs, tape.examples)
+        with tape.paused(), _own_random_state(next(iter(site.parameters.values())).device):
+            rows = _rows_of_call(site, module, call, outputs, tape.examples)
         total = rows if total is None else total + rows
     assert total is not None
     return total
 
 
+def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn inside are not missed outside."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
 def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tensor], n: int) -> Tensor:
     ((name, parameter),) = site.parameters.items()
+    check_lookup(module, call)
     local = _local_name(module, parameter)
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    axes = [_example_axis(v, n) for v in leaves]
-    g_axes = [_example_axis(g[0], n) for g in outputs]
-    frozen = {k: v.detach() for k, v in (*module.named_parameters(), *module.named_buffers())}
+    axes = [example_axis(call, v, n, j == 0) for j, v in enumerate(leaves)]
+    g_axes = [example_axis(call, g[0], n, j == 0) for j, g in enumerate(outputs)]
+    if any(axis is None and g[0].ndim for axis, g in zip(g_axes, outputs, strict=True)):
+        shapes = ", ".join(str(tuple(g.shape[1:])) for g in outputs)
+        raise ValueError(
+            f"cannot find {n} examples in what {type(module).__name__} returned, of shape {shapes}, to tell the gradients of "
+            f"{name} apart by example: give the batch axis first, or leave the parameter out with ignore="
+        )
+    frozen = {k: v.detach() for k, v in module.named_parameters()}
 
     def one_example(*values: Any) -> Tensor:
         mapped = iter(values[: len(leaves)])
@@ -47,15 +63,18 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
         args, kwargs = tree_unflatten([_batch_of_one(v, a) for v, a in zip(mapped, axes, strict=True)], spec)
 
         def outputs_of(p: Tensor) -> list[Tensor]:
-            out = functional_call(module, {**frozen, local: p}, args, kwargs)
+            buffers = {k: v.clone() for k, v in module.named_buffers()}  # that the call may change
+            out = functional_call(module, {**frozen, **buffers, local: p}, args, kwargs)
             return [v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()][: len(outputs)]
 
-        _, pull = vjp(outputs_of, parameter.detach())
+        pull = vjp(outputs_of, parameter.detach())[1]
         shaped = [_batch_of_one(c, a) for c, a in zip(cotangents, g_axes, strict=True)]
         return pull(shaped)[0].reshape(-1)
 
     detached = [v.detach() if isinstance(v, Tensor) else v for v in leaves]
-    rows = [_over_examples(one_example, [*detached, *(g[j] for g in outputs)], [*axes, *g_axes], n) for j in range(len(outputs[0]))]
+    rows = [
+        _over_examples(one_example, [*detached, *(g[j] for g in outputs)], [*axes, *g_axes], n) for j in range(len(outputs[0]))
+    ]
     return torch.stack(rows)
 
 
@@ -68,12 +87,6 @@ def _over_examples(function: Any, values: list[Any], axes: list[int | None], n: 
             chosen = [v if a is None else v.select(a, j) for v, a in zip(values, axes, strict=True)]
             rows.append(function(*chosen))
         return torch.stack(rows)
-
-
-def _example_axis(value: Any, n: int) -> int | None:
-    if not isinstance(value, Tensor):
-        return None
-    return next((axis for axis in (0, 1) if value.ndim > axis and value.shape[axis] == n), None)
 
 
 def _batch_of_one(value: Any, axis: int | None) -> Any:

@@ -66,8 +66,11 @@ class GradientMaker:
         """Declare the loss as a call on parts of the model's result; returns a stand-in for it."""
         if not callable(function):
             raise TypeError(f"setup_loss_call: expected a callable first, got {type(function).__name__}")
-        name = getattr(function, "__name__", type(function).__name__)
-        loss = Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
+        if isinstance(function, Deferred):  # a part of the model's result
+            loss = function(*args, **kwargs)
+        else:
+            name = getattr(function, "__name__", type(function).__name__)
+            loss = Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
         self.setup_loss_repr(loss)
         return loss
 
@@ -108,13 +111,17 @@ class GradientMaker:
             raise RuntimeError(f"nothing to run: {missing} has not been called")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [(p, p.grad) for p in parameters]
+        undo = self._bookmark()
         try:
             for p in parameters:
                 p.grad = None
             output, loss = self._run(weight)
+            if parameters and all(p.grad is None for p in parameters):
+                raise RuntimeError(f"the loss {self._loss!r} depends on no trainable parameter of the maker's model")
         except BaseException:
             for p, g in before:
                 p.grad = g
+            undo()
             raise
         self._merge(before)
         return output, loss.detach()
@@ -149,6 +156,10 @@ class GradientMaker:
             raise
 
     # ---------------------------------------------------------------- for subclasses
+    def _bookmark(self) -> Callable[[], None]:
+        """What takes the maker's counters back to where they are now, for a pass that fails."""
+        return lambda: None
+
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         known: dict[int, Any] = {}
         output, loss = self._forward(known)
@@ -174,6 +185,8 @@ class GradientMaker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
+        if not isinstance(state, dict) or set(state) != {"step"}:
+            raise ValueError("load_state_dict: expected what state_dict() of a plain GradientMaker returned, {'step': ...}")
         self.step = int(state["step"])
 
     def remove(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from gradmaker.curvature.evidence import Gradient
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.representations.diagonal import Diagonal
 
-__all__ = ["NORMS", "Graft", "Keep", "Norm"]
+__all__ = ["NORMS", "Graft", "Keep", "Norm", "Sign"]
 
 
 class Norm(ABC):
     """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``."""
+
+    leads: ClassVar[bool] = False
+    """Whether ``V`` itself is the gradient before ``start_step``; otherwise the plain one stays."""
 
     def init(self, frame: Frame) -> State:
         """Whatever the rule has to remember."""
@@ -29,8 +33,8 @@ class Norm(ABC):
     def rescale(self, state: State, value: Tensor, g: Tensor, raw: Tensor) -> Tensor:
         """``U |V| / |U|`` for each block; a zero gradient stays zero."""
         target = self.target(state, g, raw)
-        own = torch.linalg.vector_norm(value.flatten(1), dim=1)
-        wanted = torch.linalg.vector_norm(target.flatten(1), dim=1)
+        own = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
+        wanted = torch.linalg.vector_norm(target.reshape(len(value), -1), dim=1)
         scale = torch.where(own > 0, wanted / own, torch.zeros_like(own))
         return value * scale.reshape(-1, *[1] * (value.ndim - 1))
 
@@ -45,13 +49,20 @@ class Keep(Norm):
 
 @dataclass(frozen=True)
 class Graft(Norm):
-    """The length of an element-wise method's step: AdaGrad (``decay=None``) or Adam.
+    """The length of an element-wise method's step: AdaGrad (``decay=None``), Adam, or RMSProp (not ``corrected``).
+
+    ``normalised`` divides each block's gradient by its length before it enters the second moment and the step.
+    Before ``start_step`` the element-wise step itself is what ``.grad`` holds.
 
     Reference: Agarwal et al., 2020, arXiv:2002.11803; Anil et al., 2020, arXiv:2002.09018, section 3.
     """
 
+    leads: ClassVar[bool] = True
+
     decay: float | None
     damping: float
+    corrected: bool = True
+    normalised: bool = False
 
     def init(self, frame: Frame) -> State:
         return Diagonal().init(frame)
@@ -60,9 +71,24 @@ class Graft(Norm):
         if self.decay is None:
             fold = Fold(1.0, 1.0, 1.0, summed=True)
         else:
-            fold = Fold(self.decay, 1 - self.decay, 1 - self.decay)
+            fold = Fold(self.decay, 1 - self.decay, 1 - self.decay, summed=not self.corrected)
+        g, raw = (_unit(g), _unit(raw)) if self.normalised else (g, raw)
         Diagonal().update(state, Gradient(raw), fold)
         return g / (Diagonal().diagonal(state).sqrt() + self.damping)
+
+
+@dataclass(frozen=True)
+class Sign(Norm):
+    """The length of a step of plus or minus one for each element, ``sqrt(n)``: Google's SQRT_N."""
+
+    def target(self, state: State, g: Tensor, raw: Tensor) -> Tensor:
+        return g.sign()
+
+
+def _unit(g: Tensor) -> Tensor:
+    """Each block over its length; zero stays zero.  # (B, *shape)"""
+    length = torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1)
+    return g / torch.where(length > 0, length, 1.0).reshape(-1, *[1] * (g.ndim - 1))
 
 
 NORMS: dict[str, Norm | None] = {
@@ -70,4 +96,7 @@ NORMS: dict[str, Norm | None] = {
     "keep": Keep(),
     "adagrad": Graft(None, 1e-10),
     "adam": Graft(0.999, 1e-8),
+    "rmsprop": Graft(0.999, 1e-8, corrected=False),
+    "rmsprop_normalised": Graft(0.999, 1e-8, corrected=False, normalised=True),
+    "sqrtn": Sign(),
 }

@@ -26,27 +26,31 @@ class Plan:
     """Blocks, and the sites that keep their plain gradient with the reason."""
 
     blocks: list[Block]
-    plain: dict[str, str]  # name of a site: why its gradient is left alone
+    plain: dict[str, str]  # name of a parameter: why its gradient is left alone
 
     def sites(self, curvature: Curvature) -> list[Site]:
         """The sites whose blocks ask for a curvature."""
         return [s for b in self.blocks if b.triple.curvature == curvature for s in b.sites]
 
-    def curvatures(self, layerwise: bool) -> list[Curvature]:
-        """The distinct curvatures to be measured."""
+    def curvatures(self, of_passes: bool) -> list[Curvature]:
+        """The distinct curvatures to be measured: with every pass, or once a step."""
         found = dict.fromkeys(b.triple.curvature for b in self.blocks)
-        return [c for c in found if c.layerwise == layerwise]
+        return [c for c in found if c.of_passes == of_passes]
+
+    def asks(self, what: str) -> bool:
+        """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
+        return any(what in b.triple.curvature.asks for b in self.blocks)
 
 
 def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]]) -> Plan:
     """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient."""
-    _check_model(model, config)
-    sites = layer_sites(model, config.joint_bias)
-    kept = [s for s in sites if not _ignored(model, s, config)]
-    plain = {s.name: "ignored" for s in sites if s not in kept}
-    placements, rest = _place(kept, config, config)
+    _check_model(model)
+    ignored = {p for rule in config.ignore for p in _matches(model, rule)}
+    sites = layer_sites(model, config.joint_bias, ignored)
+    plain = {k: "ignored" for k, p in model.named_parameters() if p.requires_grad and p in ignored}
+    placements, rest = _place(sites, config, config)
     if not placements:
-        kinds = ", ".join(sorted({type(m).__name__ for s in kept for m in s.modules})) or "none but ignored ones"
+        kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
         raise ValueError(
             f"{type(config).__name__} covers no parameter of this model (modules with trainable parameters: {kinds}). "
             "Methods for any parameter: adam, adagrad, shampoo, unit_ng"
@@ -55,47 +59,45 @@ def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[
     if fallback is not None and rest:
         more, rest = _place(rest, fallback, config)
         placements += more
-    plain |= {s.name: f"not covered, fallback {config.fallback!r}" for s in rest}
+    plain |= {k: f"not covered, fallback {config.fallback!r}" for s in rest for k in s.parameters}
     return Plan(build_blocks(placements), plain)
 
 
-def _check_model(model: nn.Module, config: GradientConfig) -> None:
+def _check_model(model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameter: set requires_grad on those to be trained")
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) makes sparse gradients: use sparse=False")
-    names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
-    for rule in config.ignore:
-        if isinstance(rule, str) and not any(fnmatch(n, rule) for n in names):
-            raise ValueError(f"ignore: {rule!r} matches nothing: {did_you_mean(rule, sorted(n for n in names if n))}")
 
 
-def _ignored(model: nn.Module, site: Site, config: GradientConfig) -> bool:
-    names = [*site.module_names, *site.parameters]
-    for rule in config.ignore:
-        if isinstance(rule, str):
-            hit = any(fnmatch(n, rule) for n in names)
-        elif isinstance(rule, type):
-            hit = any(isinstance(m, rule) for m in site.modules)
-        else:
-            inside = set(rule.modules())
-            hit = any(m in inside for m in site.modules)
-        if hit:
-            return True
-    return False
+def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
+    """The parameters that a rule of ``ignore`` names, or that lie in a module that it names."""
+    modules, named = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(rule, str):
+        roots = [m for k, m in modules.items() if k and fnmatch(k, rule)]
+    else:
+        roots = [m for m in modules.values() if m is rule or (isinstance(rule, type) and isinstance(m, rule))]
+    found = {p for m in roots for p in m.parameters()}
+    if isinstance(rule, str):
+        found |= {p for k, p in named.items() if fnmatch(k, rule)}
+    if not found:
+        names = sorted({type(m).__name__ for m in modules.values()} if isinstance(rule, type) else {*modules, *named} - {""})
+        raise ValueError(f"ignore: {rule!r} matches no parameter: {did_you_mean(getattr(rule, '__name__', rule), names)}")
+    return found
 
 
 def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) -> tuple[list[Placement], list[Site]]:
     """Sites with the parts that a method gives them, and those that it does not cover."""
     placements, rest = [], []
-    for site in tensor_sites(sites) if method.per_tensor else sites:
+    for site in tensor_sites(sites, method.shapes) if method.per_tensor else sites:
         triple = method.triple(site)
         if triple is None:
             rest.append(site)
             continue
         norm = NORMS[method.norm]
-        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, common.statistics_dtype()))
+        dtype = common.statistics_dtype()
+        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, method.nesterov))
     return placements, rest
 
 

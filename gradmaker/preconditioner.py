@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +20,29 @@ from gradmaker.curvature import Curvature, Likelihood
 from gradmaker.curvature.likelihood import Terms, read_terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
+from gradmaker.graph import Graph
 from gradmaker.maker import GradientMaker
 from gradmaker.plan import make_plan
+from gradmaker.replay import Replay
 from gradmaker.representations.base import Fold
 from gradmaker.schedule import Clock, as_schedule
-from gradmaker.step import Step
+from gradmaker.step import Previous, Step
 from gradmaker.summary import Summary, summarise
 from gradmaker.verify import Verification, verify
 
 __all__ = ["PreconditionedGradientMaker"]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What curvatures may ask for besides the tape."""
+
+    graph: Graph | None = None
+    replay: Replay | None = None
+    previous: Previous | None = None
+
+
+NOTHING = Extra()
 
 
 class PreconditionedGradientMaker(GradientMaker):
@@ -48,6 +63,9 @@ class PreconditionedGradientMaker(GradientMaker):
         self._asked = -1  # the step for which the curvature clock has been asked
         self._measuring = False
         self._finite = True
+        self._part = -1  # the micro-batch of this step that is under way
+        self._previous: Previous | None = None
+        self._noted = False  # whether anything of this step was checked for being finite
         self._further: set[str] = set()  # sites that have given evidence in this step
         self._ever: set[str] = set()  # sites that have given evidence at all
         self._attachments: list[Attachment] = []
@@ -57,11 +75,12 @@ class PreconditionedGradientMaker(GradientMaker):
         """Whether the coming pass is to be recorded; asked before every forward pass."""
         if self._asked != self.step:
             self._measuring, self._asked = self._curvature_clock.tick(self.step), self.step
-        return self._measuring and bool(self.plan.curvatures(layerwise=True))
+        self._part += 1
+        return self._measuring and bool(self.plan.curvatures(of_passes=True))
 
     def new_tape(self) -> Tape:
-        """A tape that watches the modules of every site."""
-        sites = [s for c in self.plan.curvatures(layerwise=True) for s in self.plan.sites(c)]
+        """A tape that watches the modules of every site whose curvature is layer-wise."""
+        sites = [s for c in self.plan.curvatures(of_passes=True) if c.layerwise for s in self.plan.sites(c)]
         return Tape(self.model, dict.fromkeys(m for s in sites for m in s.modules))
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
@@ -70,20 +89,34 @@ class PreconditionedGradientMaker(GradientMaker):
             self._note_finite([loss], [])
             return output, loss
         tape, known = self.new_tape(), dict[int, Any]()
+        replay = Replay(self.model, lambda: self._forward({})) if self._replays() else None
         with tape.recording():
             with LossRecorder() as recorder:
                 output, loss = self._forward(known)
             tape.end_forward()
             terms = self._terms(recorder, loss, known)
-            scaled = loss * weight if weight != 1.0 else loss
-            ridden = tape.collect(lambda: scaled.backward(retain_graph=True))
+            graph = Graph(self.model, loss, terms) if self.plan.asks("graph") else None
+            ridden = tape.collect(lambda: self._backward(loss, weight, graph))
 
             def slopes() -> list[Tensor]:
                 return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
 
-            self.take_in(tape, terms, weight, [loss], slopes=slopes)
+            extra = Extra(graph, replay, self._previous)
+            self.take_in(tape, terms, weight, [loss], slopes=slopes, extra=extra)
             self.take_in(tape, terms, weight, [], ridden=ridden)
+        if replay is not None and self.plan.asks("previous"):
+            self._previous = _bookmarked(self.model, replay)
         return output, loss
+
+    def _replays(self) -> bool:
+        return self.plan.asks("replay") or self.plan.asks("previous")
+
+    def _backward(self, loss: Tensor, weight: float, graph: Graph | None) -> None:
+        if graph is not None:
+            graph.write_gradients(weight)
+            return
+        pulled = any(not c.rides for c in self.plan.curvatures(of_passes=True))
+        (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
 
     def _terms(self, recorder: LossRecorder, loss: Tensor, known: dict[int, Any]) -> list[Terms]:
         terms = read_terms(recorder, loss)
@@ -99,42 +132,53 @@ class PreconditionedGradientMaker(GradientMaker):
         check: list[Tensor],
         ridden: OutputGradients | None = None,
         slopes: Callable[[], list[Tensor]] = list,
+        extra: Extra = NOTHING,
+        scale: float = 1.0,
     ) -> None:
-        """Measure the layer-wise curvatures of a recorded pass and fold them into the statistics.
+        """Measure the curvatures of a recorded pass and fold them into the statistics.
 
         ridden: output gradients of the backward pass, for those that need just these; the others are measured without.
+        scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
         """
         masked = self._note_finite(check, terms)
         if not self._finite:
             return
-        if ridden is not None and weight != 1.0:
-            ridden = {m: [[g / weight for g in outs] for outs in calls] for m, calls in ridden.items()}
-        for curvature in self.plan.curvatures(layerwise=True):
+        if ridden is not None and weight * scale != 1.0:
+            ridden = {m: [[g / (weight * scale) for g in outs] for outs in calls] for m, calls in ridden.items()}
+        for curvature in self.plan.curvatures(of_passes=True):
             if curvature.rides == (ridden is not None):
                 step = self._step(curvature, tape, terms, masked)
                 step.ridden, step.slopes = ridden, slopes
-                _check_fired(step)
+                step.graph, step.replay, step.previous = extra.graph, extra.replay, extra.previous
+                if curvature.layerwise:
+                    _check_fired(step)
                 self._fold(curvature, step, weight)
 
     def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
         c = self.config
         sites = self.plan.sites(curvature)
-        return Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms, reduction=c.loss_reduction, masked=masked)
+        step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
+        step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
+        return step
 
     @torch.no_grad()
     def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> bool:
         """Record whether these tensors and the gradients are finite; returns whether the loss left out terms.
 
+        A loss that left out all of its terms has nothing to say, and counts as not finite, as its mean is.
         One host read, and only on steps on which a statistic would take them in.
         """
-        if not (self._measuring or self.config.momentum > 0 or self.config.norm != "none"):
+        if not (self._measuring or any(b.momentum or b.norm_state for b in self.plan.blocks)):
             return False
+        self._noted = True
         tensors = check + [p.grad for p in self.model.parameters() if p.grad is not None]
-        flags = [torch.stack([t.detach().sum().float() for t in tensors]).isfinite().all()] if tensors else []
+        flags = [torch.stack([_finite(t) for t in tensors]).all()] if tensors else []
+        flags += [torch.stack([t.valid().any() for t in terms]).any()] if terms else []
+        checks = len(flags)
         flags += [t.masked() for t in terms]
         values = torch.stack(flags).tolist() if flags else []
-        self._finite = self._finite and all(values[: len(values) - len(terms)])
-        return any(values[len(values) - len(terms) :])
+        self._finite = self._finite and all(values[:checks])
+        return any(values[checks:])
 
     def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
         decay = self.config.decay
@@ -147,22 +191,52 @@ class PreconditionedGradientMaker(GradientMaker):
                         block.update(portion, fold, self._further)
         self._ever |= self._further
 
+    def forget_pass(self) -> None:
+        """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
+        self._finite, self._noted = True, False
+
     def _precondition(self) -> None:
         if self._asked != self.step:  # the user ran the passes; only gradients can be measured now
-            self.begin_pass()
+            self._check_passes()
+        if not self._noted:
             self._note_finite([], [])
         try:
             if self._finite:
                 self._solve()
             else:
                 self.skipped += 1
+            if self._measuring and not (self._finite and self._further):
+                self._curvature_clock.retry(self.step + 1)
         finally:
-            self._measuring, self._finite, self._further = False, True, set()
+            self._measuring, self._finite, self._noted, self._further = False, True, False, set()
+            self._part = -1
+            for block in self.plan.blocks:
+                block.triple.representation.release(block.state)
+
+    def _check_passes(self) -> None:
+        undo = self._bookmark()
+        if self.begin_pass() and any(p.grad is not None for p in self.model.parameters()):
+            undo()
+            raise RuntimeError(
+                "precondition: a measurement of the curvature is due and no forward pass was recorded in this step: "
+                "declare the calls (setup_model_call, setup_loss_call, forward_and_backward), or attach(optimizer) before it"
+            )
+
+    def _bookmark(self) -> Callable[[], None]:
+        clock = self._curvature_clock
+        counters = {k: getattr(self, k) for k in ("_asked", "_measuring", "_finite", "_noted", "_part")}
+        period = clock.begun, clock.next
+
+        def undo() -> None:
+            vars(self).update(counters)
+            clock.begun, clock.next = period
+
+        return undo
 
     @torch.no_grad()
     def _solve(self) -> None:
         if self._measuring:
-            for curvature in self.plan.curvatures(layerwise=False):
+            for curvature in self.plan.curvatures(of_passes=False):
                 self._fold(curvature, self._step(curvature, Tape(self.model, ()), [], False), 1.0)
         with _plain_arithmetic(self.model):
             self._refresh()
@@ -174,29 +248,35 @@ class PreconditionedGradientMaker(GradientMaker):
         self._refresh_clock.tick(self.step)
         for block in self.plan.blocks:
             share = block.share if self.config.spread else 0.0
-            measured = any(s.name in self._ever for s in block.sites)
-            if measured and (not block.cache or self._refresh_clock.due(self.step, share)):
-                block.prepare()
+            block.prepare(self._ever, self._refresh_clock.due(self.step, share))
 
     def _result(self, block: Block) -> tuple[Block, Tensor] | None:
         raw = block.read()
         if raw is None or not block.cache:
             return None
-        g = block.averaged(raw)
-        value = block.solve(g, raw)
-        return (block, value) if self.step >= self.config.start_step else None
+        started = self.step >= self.config.start_step
+        value = block.solve(raw, started)
+        return (block, value) if started or (block.norm and block.norm.leads) else None
 
     # ---------------------------------------------------------------- riding another loop
     def attach(
-        self, optimizer: Optimizer, likelihood: str | Likelihood | None = None, accumulation: int = 1
+        self,
+        optimizer: Optimizer,
+        likelihood: str | Likelihood | None = None,
+        accumulation: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> PreconditionedGradientMaker:
         """Precondition inside ``optimizer.step()`` of a loop that is not ours; the loop stays as it is.
+
+        Returns the maker, which has to be kept: its hooks go with it.
 
         likelihood: what the model's output parametrises: the loss itself is out of sight. Methods that need only the
         gradient need none.
         accumulation: backward passes for each step of the optimizer, each with ``1 / accumulation`` of the loss.
+        scaler: the loop's gradient scaler, if it has one; what is captured during its backward pass is unscaled.
         """
-        self._attachments.append(Attachment(self, optimizer, likelihood or self.config.likelihood, accumulation))
+        likelihood = likelihood or self.config.likelihood
+        self._attachments.append(Attachment(self, optimizer, likelihood, accumulation, scaler))
         weakref.finalize(self, _remove_all, self._attachments)
         return self
 
@@ -227,12 +307,23 @@ class PreconditionedGradientMaker(GradientMaker):
         load(self, state)
 
 
+def _bookmarked(model: nn.Module, replay: Replay) -> Previous:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters}
+    return Previous(replay, {p: p.detach().clone() for p in parameters}, gradients)
+
+
 def _check_fired(step: Step) -> None:
     if not step.active():
         raise RuntimeError(
             "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
             "very model that the maker was made for (compile it after making the maker, not before)"
         )
+
+
+def _finite(value: Tensor) -> Tensor:
+    """Whether all elements are, without a mask of them.  # () bool"""
+    return value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
 
 
 def _remove_all(attachments: list[Attachment]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["SCHEDULES", "Clock", "Linear", "Schedule", "Stepped", "as_schedule"]
@@ -47,13 +48,18 @@ class Linear(Schedule):
 class Stepped(Schedule):
     """The interval of the latest milestone that was reached: ``{0: 1, 100: 10}``."""
 
-    milestones: dict[int, int]
+    milestones: Mapping[int, int]
 
     def __post_init__(self) -> None:
-        if 0 not in self.milestones:
-            raise ValueError(f"milestones={self.milestones}: expected an interval for step 0")
+        if not isinstance(self.milestones, Mapping) or 0 not in self.milestones:
+            raise ValueError(f"milestones={self.milestones!r}: expected intervals by step, with one for step 0")
         for at, interval in self.milestones.items():
+            if not isinstance(at, int) or isinstance(at, bool) or at < 0:
+                raise ValueError(f"milestones={self.milestones!r}: {at!r} is not a step, an integer of at least 0")
             _positive(f"milestones[{at}]", interval)
+
+    def __hash__(self) -> int:  # a dict has none
+        return hash(tuple(sorted(self.milestones.items())))
 
     def interval(self, step: int) -> int:
         return self.milestones[max(at for at in self.milestones if at <= step)]
@@ -90,6 +96,10 @@ class Clock:
         self.next = step + (1 if step + 1 < self.warmup else self.schedule.interval(step))
         return True
 
+    def retry(self, step: int) -> None:
+        """An update at ``step`` is due after all: an earlier one came to nothing."""
+        self.next = step
+
     def due(self, step: int, share: float) -> bool:
         """Whether ``step`` is the one, in the current period, of a part that comes at ``share`` (0 <= share < 1) of it."""
-        return step == self.begun + int(share * (self.next - self.begun))
+        return step < self.warmup or step == self.begun + int(share * (self.next - self.begun))

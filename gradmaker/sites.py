@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.attention import projections
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import OneHot, Outer
 from gradmaker.generic import per_example_rows
-from gradmaker.layers import OPAQUE, Kind, LayerRule, rule_for
+from gradmaker.layers import OPAQUE, Kind, LayerRule, attends, rule_for
+from gradmaker.shapes import ShapePolicy, View
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
 
@@ -30,6 +33,8 @@ class Site:
     weighted: bool = True  # False: only a bias is trained here
     bias: bool = False  # the last column is a bias
     module_names: tuple[str, ...] = field(default=())
+    rows: Mapping[str, slice] = field(default_factory=dict)  # of parameters that are only in part in this block
+    view: View | None = None  # the part of the one parameter that this site is; None: all of it
 
     @property
     def one_hot_axis(self) -> int | None:
@@ -39,12 +44,19 @@ class Site:
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:
         """The gradient as blocks; None if no backward pass reached these parameters.  # (G, o, i) or (1, *tensor)"""
-        found = [p.grad for p in self.parameters.values()]
-        if all(g is None for g in found):
-            return None
+        found = {p: p.grad for p in self.parameters.values()}
+        return None if all(g is None for g in found.values()) else self.lay_out(found)
+
+    def lay_out(self, values: Mapping[nn.Parameter, Tensor | None]) -> Tensor:
+        """Tensors in the shapes of the parameters, as blocks; zeros for None.  # (G, o, i) or (1, *tensor)"""
+        found: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            value = values[p]
+            found[name] = torch.zeros_like(p) if value is None else value
+        if self.view is not None:
+            return self.view.read(next(iter(found.values()))).unsqueeze(0)
         pieces = [
-            (torch.zeros_like(p) if g is None else g).reshape(self.shape[0], *piece)
-            for p, g, piece in zip(self.parameters.values(), found, self._pieces(), strict=True)
+            g[self._rows(k)].reshape(self.shape[0], *piece) for (k, g), piece in zip(found.items(), self._pieces(), strict=True)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
@@ -52,9 +64,16 @@ class Site:
         """Put blocks back into the storage of ``.grad``."""
         sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
-        for p, piece in zip(self.parameters.values(), pieces, strict=True):
-            if p.grad is not None:
-                p.grad.copy_(piece.reshape(p.shape))
+        for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
+            if p.grad is not None and self.view is not None:
+                self.view.write(p.grad, piece[0])
+            elif p.grad is not None:
+                own = p.grad[self._rows(name)]
+                own.copy_(piece.reshape(own.shape))
+
+    def _rows(self, name: str) -> Any:
+        """Which rows of a parameter lie in this block."""
+        return self.rows.get(name, ...)
 
     def _pieces(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters inside one block."""
@@ -80,9 +99,9 @@ class Site:
             empty = rows.new_zeros(1, n, 1, 0)
             return Outer(empty, rows[:, None, :, None, :], bias=True, fresh=fresh)
         calls = [(m, c, g) for m in self.modules for c, g in zip(tape.calls[m], gradients[m], strict=True)]
-        a = [self.rule.inputs(m, c, n) for m, c, _ in calls]
+        a = [self.rule.inputs(m, c, n) for m, c, _ in calls] if self.weighted else []
         g = torch.cat([self.rule.gradients(m, c, gs[0], n) for m, c, gs in calls], 3).to(dtype)
-        inputs = _join(a, dtype) if self.weighted else g.new_zeros(*g.shape[1:4], 0)
+        inputs = _join(a, dtype) if a else g.new_zeros(*g.shape[1:4], 0)
         positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
         weights = None if mask is None else _position_weights(mask, positions, len(calls)).to(dtype)
         return Outer(inputs, g, self.bias, self.rule.transposed, weights, fresh)
@@ -93,7 +112,7 @@ def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
     if tensors:
         return torch.cat(tensors, 2).detach().to(dtype)
     lookups = [x for x in inputs if isinstance(x, OneHot)]
-    return OneHot(torch.cat([x.index for x in lookups], 1), lookups[0].size)
+    return OneHot(torch.cat([x.index for x in lookups], 1), lookups[0].size, lookups[0].padding)
 
 
 def _position_weights(mask: Tensor, positions: int, calls: int) -> Tensor:
@@ -104,36 +123,53 @@ def _position_weights(mask: Tensor, positions: int, calls: int) -> Tensor:
 
 
 # ------------------------------------------------------------------ finding sites
-def layer_sites(model: nn.Module, joint_bias: bool = True) -> list[Site]:
+def layer_sites(model: nn.Module, joint_bias: bool = True, ignored: Set[nn.Parameter] = frozenset()) -> list[Site]:
     """Every trainable parameter of a model, once: as part of a layer that a rule knows, else on its own."""
     claimed: dict[nn.Parameter, str] = {}
     owners = _owners(model)
     sites: list[Site] = []
     for name, module in model.named_modules():
+        if attends(module):
+            inside = list(_attention_sites(name, module, owners, joint_bias, ignored))
+            claimed.update({p: k for s in inside for k, p in s.parameters.items()})
+            sites += inside
         rule = rule_for(module)
         if rule is None or _inside_opaque(model, name):
             continue
-        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
-        own = {k: p for k, p in own.items() if k.rsplit(".", 1)[-1] in ("weight", "bias")}
+        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in ("weight", "bias")}
+        own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored}
         if not own or any(p in claimed for p in own.values()):
             continue
         modules = _sharers(own, owners, rule)
         if modules is None:
             continue
-        sites += _sites_of(name, module, rule, own, modules, joint_bias)
+        weight, bias = ({k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == end} for end in ("weight", "bias"))
+        sites += _sites_of(Site(name, rule.kind, {}, (), modules, rule, module_names=(name,)), weight, bias, joint_bias)
         claimed.update({p: k for k, p in own.items()})
-    sites += [_generic_site(model, k, p, owners) for k, p in model.named_parameters() if p.requires_grad and p not in claimed]
+    rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
+    sites += [_generic_site(model, k, p, owners) for k, p in rest.items()]
     order = {k: j for j, (k, _) in enumerate(model.named_parameters())}
     return sorted(sites, key=lambda s: order[next(iter(s.parameters))])
 
 
-def tensor_sites(sites: list[Site]) -> list[Site]:
-    """The same parameters, each tensor on its own and in its own shape."""
+def tensor_sites(sites: list[Site], policy: ShapePolicy | None = None) -> list[Site]:
+    """The same parameters, each tensor on its own and in its own shape, or cut into blocks by a policy."""
+    if policy is not None:
+        return [site for whole in tensor_sites(sites) for site in _cut(whole, policy)]
+    users: dict[str, dict[nn.Module, None]] = {}
+    for s in sites:
+        for k in s.parameters:
+            users.setdefault(k, {}).update(dict.fromkeys(s.modules))
+    whole = {k: (s, p) for s in sites for k, p in s.parameters.items()}
     return [
-        Site(k, "tensor", {k: p}, (1, *p.shape), s.modules, module_names=s.module_names)
-        for s in sites
-        for k, p in s.parameters.items()
+        Site(k, "tensor", {k: p}, (1, *p.shape), tuple(users[k]), module_names=s.module_names) for k, (s, p) in whole.items()
     ]
+
+
+def _cut(site: Site, policy: ShapePolicy) -> list[Site]:
+    """The blocks of a tensor, each a site of its own."""
+    views = policy.views(site.shape[1:])
+    return [replace(site, name=site.name + v.label, shape=(1, *v.shape), view=v) for v in views]
 
 
 def _join_name(module: str, parameter: str) -> str:
@@ -162,24 +198,40 @@ def _sharers(
     return groups[0] if same and all(rule_for(m) is rule for m in groups[0]) else None
 
 
-def _sites_of(
-    name: str,
-    module: nn.Module,
-    rule: LayerRule,
-    own: dict[str, nn.Parameter],
-    modules: tuple[nn.Module, ...],
-    joint_bias: bool,
-) -> Iterator[Site]:
+def _sites_of(base: Site, weight: dict[str, nn.Parameter], bias: dict[str, nn.Parameter], joint_bias: bool) -> Iterator[Site]:
+    """A layer's blocks.  base: all that they have in common"""
+    module, rule, name = base.modules[0], base.rule, base.name
+    assert rule is not None
     G, o, i = rule.shape(module)
-    weight = {k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == "weight"}
-    bias = {k: p for k, p in own.items() if k not in weight}
-    if weight and bias and joint_bias:
-        yield Site(name or "(model)", rule.kind, weight | bias, (G, o, i + 1), modules, rule, True, True, (name,))
+    if weight and bias and joint_bias and rule.bias_rule is None:
+        yield replace(base, name=name or "(model)", parameters=weight | bias, shape=(G, o, i + 1), bias=True)
         return
     if weight:
-        yield Site(next(iter(weight)), rule.kind, weight, (G, o, i), modules, rule, True, False, (name,))
+        yield replace(base, name=_join_name(name, "weight"), parameters=weight, shape=(G, o, i))
     if bias:
-        yield Site(next(iter(bias)), rule.kind, bias, (G, o, 1), modules, rule, False, True, (name,))
+        own = rule.bias_rule or rule
+        G, o, _ = own.shape(module)
+        alone = replace(base, rule=own, weighted=False, bias=True)
+        yield replace(alone, name=_join_name(name, "bias"), parameters=bias, shape=(G, o, 1))
+
+
+def _attention_sites(
+    name: str,
+    attention: nn.MultiheadAttention,
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]],
+    joint_bias: bool,
+    ignored: Set[nn.Parameter],
+) -> Iterator[Site]:
+    """The linear maps inside of an attention module; weights that it shares with others are left to the generic path."""
+    named = dict(attention.named_parameters())
+    free = {k: p for k, p in named.items() if p.requires_grad and p not in ignored and len(owners[p]) == 1}
+    for projection in projections(attention):
+        own = {k: free[k] for k in projection.rows if k in free}
+        rows = {_join_name(name, k): r for k, r in projection.rows.items() if r is not None}
+        rule = rule_for(projection)
+        base = Site(_join_name(name, projection.part), "matrix", {}, (), (projection,), rule, module_names=(name,), rows=rows)
+        weight, bias = ({_join_name(name, k): p for k, p in own.items() if k.endswith(end)} for end in ("weight", "bias"))
+        yield from _sites_of(base, weight, bias, joint_bias)
 
 
 def _generic_site(
@@ -198,7 +250,7 @@ def _generic_site(
 
 
 def _calling_path(model: nn.Module, path: str) -> str:
-    """The module that is called when a parameter at ``path`` is used: parametrizations and children of opaque modules are not."""
+    """The module that is called when a parameter at ``path`` is used: no parametrization, no child of an opaque module."""
     path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
     path = "" if path.startswith("parametrizations") else path
     parts = path.split(".")

@@ -7,13 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.likelihood import Terms
+from gradmaker.graph import Graph
+from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
-__all__ = ["Step"]
+__all__ = ["Previous", "Step"]
+
+
+@dataclass(frozen=True)
+class Previous:
+    """A pass of the last step, with the weights and the gradient that it had."""
+
+    replay: Replay
+    weights: dict[nn.Parameter, Tensor]
+    gradients: dict[nn.Parameter, Tensor]
 
 
 @dataclass
@@ -30,6 +41,10 @@ class Step:
     ridden: OutputGradients | None = None  # output gradients of the backward pass that has run
     reduction: str = "mean"  # of a loss that was not recognised
     masked: bool = False  # whether the loss left out some of its terms
+    part: int = 0  # which micro-batch of the step this is
+    graph: Graph | None = None  # of the loss, for curvatures that ask for it
+    replay: Replay | None = None  # of this pass
+    previous: Previous | None = None  # the last step
 
     @property
     def examples(self) -> int:
@@ -50,6 +65,6 @@ class Step:
         return self.dtype or torch.promote_types(own, torch.float32)
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
-        """A generator that depends on (seed, name, step) alone: the same draws on every rank, global state untouched."""
-        key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}".encode(), digest_size=7).digest()
+        """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
+        key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}/{self.part}".encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))

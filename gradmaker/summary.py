@@ -30,7 +30,7 @@ class Summary:
 
 
 def summarise(plan: Plan, reached: set[str]) -> Summary:
-    """One row for each site; sites that no pass has reached are marked once passes have been made."""
+    """One row for each site and each plain parameter; sites that no pass has reached are marked once passes have been made."""
     rows = []
     for block in plan.blocks:
         tensors = [t for part in (block.state, block.cache, block.average, block.norm_state) for t in part.values()]

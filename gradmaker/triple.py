@@ -46,16 +46,25 @@ def refusal(curvature: Curvature, representation: Representation, solver: Solver
         fits = _names(CURVATURES, lambda part: _feeds(part, representation))
         return f"{r} is built from {takes}, but {c} gives {gives}. Curvatures that fit {r}: {fits}"
     if curvature.layerwise and representation.grain == "tensor":
+        fits = _names(CURVATURES, lambda part: _feeds(part, representation) and not part.layerwise)
         return (
             f"{c} is measured by layers, but {r} was asked to hold single parameter tensors. "
-            f"Use {r}(granularity='layer'), or BatchGradient()"
+            f"Use {r}(granularity='layer'). Curvatures that fit {r} of single tensors: {fits}"
         )
+    reason = _unsolvable(curvature, representation, solver)
+    if reason is None:
+        return None
+    fits = _names(SOLVERS, lambda part: _unsolvable(curvature, representation, part()) is None)
+    return f"{reason}. Solvers that fit {c} in {r}: {fits}"
+
+
+def _unsolvable(curvature: Curvature, representation: Representation, solver: Solver) -> str | None:
+    """Why a solver cannot serve; None if it can."""
+    c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
     if not isinstance(representation, solver.needs):
-        fits = _names(SOLVERS, lambda part: isinstance(representation, part.needs))
-        return f"{s} needs a representation with the capability {solver.needs.__name__}, and {r} is not one. Solvers that fit {r}: {fits}"
+        return f"{s} needs a representation with the capability {solver.needs.__name__}, and {r} is not one"
     if solver.definite and not curvature.definite:
-        fits = _names(SOLVERS, lambda part: not part.definite and isinstance(representation, part.needs))
-        return f"{s} needs a positive semidefinite matrix, and {c} need not be one. Solvers that fit {c} in {r}: {fits}"
+        return f"{s} needs a positive semidefinite matrix, and {c} need not be one"
     return solver.refuse(representation)
 
 

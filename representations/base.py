@@ -12,7 +12,21 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence
 
-__all__ = ["Elementwise", "Factored", "Fold", "Frame", "Grain", "Multiplies", "Representation", "State", "average"]
+__all__ = [
+    "Elementwise",
+    "Factored",
+    "Fold",
+    "Frame",
+    "Grain",
+    "Inverse",
+    "Multiplies",
+    "Representation",
+    "Rotated",
+    "RowFactored",
+    "State",
+    "Summed",
+    "average",
+]
 
 State: TypeAlias = dict[str, Tensor]
 """Tensors only, every one with the stack axis ``B`` first."""
@@ -75,6 +89,8 @@ class Representation(ABC):
 
     factored_axes: ClassVar[bool] = False
     """Whether every axis of a block has a factor of its own, which may be a diagonal."""
+    live: ClassVar[bool] = False
+    """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
 
@@ -82,6 +98,11 @@ class Representation(ABC):
     @abstractmethod
     def grain(self) -> Grain:
         """The granularity of the blocks that this representation is given."""
+
+    @property
+    def skips_first(self) -> bool:
+        """Whether the step of a block's first evidence is left out: it gets zero, and its average of gradients stands still."""
+        return False
 
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """Axes that are held as a diagonal because they are longer than ``max_dim``. ValueError where that is no way out."""
@@ -103,9 +124,16 @@ class Representation(ABC):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         """Fold evidence into ``state`` in place; ``state`` is the slice of the stack that the evidence speaks of."""
 
+    def release(self, state: State) -> None:  # noqa: B027
+        """Let go of what is valid for one step only; called at the end of every step."""
+
     @abstractmethod
     def to_dense(self, state: State) -> Tensor:
         """The matrix that is represented, bias-corrected: the contract and the oracle.  # (B, P, P)"""
+
+    def widen(self, state: State, P: Tensor) -> Tensor:
+        """An operator on the axes that have factors as one on the whole block.  # (B, d, d) -> (B, P, P)"""
+        return P
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         """``C v``, through `to_dense` unless overridden.  # (B, *shape)"""
@@ -138,5 +166,75 @@ class Factored(Protocol):
     def unfold(self, g: Tensor) -> Tensor:
         """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """The root in the formula above: 1 for a Kronecker product, ``m`` for Shampoo's."""
+
+
+@runtime_checkable
+class Rotated(Protocol):
+    """``C = Q diag(s) Q^T`` with an orthogonal ``Q = Q_1 (x) Q_2 (x) ... (x) Q_m``."""
+
+    def bases(self, state: State) -> list[Tensor | None]:
+        """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k)"""
+
+    def spectrum(self, state: State) -> Tensor:
+        """``s``, bias-corrected.  # (B, d_1, ..., d_m)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per basis.  # (B, d_1, ..., d_m)"""
+
+
+@runtime_checkable
+class RowFactored(Protocol):
+    """`Factored` of order one, where a factor ``F = X^T X`` may be known by fewer rows ``X`` than it has columns."""
+
+    def rows(self, state: State) -> list[Tensor | None]:
+        """``X``, bias-corrected; None where the factor itself is smaller.  # each (B, n, d)"""
+
+    def factor(self, state: State, axis: int) -> Tensor:
+        """``F``, formed.  # (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+
+@runtime_checkable
+class LowRank(Protocol):
+    """``C = J^T J`` with few rows ``J`` (N, P), which are held behind three products; every scale is folded into ``J``."""
+
+    def gram(self, state: State) -> Tensor:
+        """``J J^T``.  # (B, N, N)"""
+
+    def project(self, state: State, v: Tensor) -> Tensor:
+        """``J v``.  # (B, *shape) -> (B, N)"""
+
+    def combine(self, state: State, z: Tensor) -> Tensor:
+        """``J^T z``.  # (B, N) -> (B, *shape)"""
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """``C^(-1/2) = ((1/m) sum_k F_k^(-1/(2 p)))^p`` with small PSD factors ``F_k``, each acting on its own axis."""
+
+    def summands(self, state: State) -> list[Tensor]:
+        """Bias-corrected factors in one scale.  # each (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def passes(self, factors: int) -> int:
+        """``p``."""
+
+
+@runtime_checkable
+class Inverse(Protocol):
+    """The state is ``C^-1 = (L_1 (x) ... (x) L_m)^(1 / order)`` already, a PSD matrix for each axis."""
+
+    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """Eigenvalues and eigenvectors of ``L_k``; None for the unit basis.  # each (B, d), (B, d, d)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def order(self, factors: int) -> float:
+        """The root in the formula above."""

@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
+from gradmaker.curvature.evidence import Evidence, Factors, Gradient, OneHot, Outer
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
-__all__ = ["Kron", "KronDims", "apply_factors"]
+__all__ = ["Kron", "KronDims", "apply_factors", "expand", "mode_matrix"]
 
 
 def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
@@ -30,6 +30,11 @@ def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
     return g
 
 
+def mode_matrix(g: Tensor, axis: int) -> Tensor:
+    """``mat_k(g)``: the axis as rows, all others as columns.  # (B, d_1, ..., d_m) -> (B, d_k, D / d_k)"""
+    return g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
+
+
 def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
     B, shape = g.shape[0], g.shape
     if F.ndim == 2:
@@ -39,7 +44,7 @@ def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
     return (F.unsqueeze(1) @ g.reshape(B, prod(shape[1:axis]), shape[axis], -1)).reshape(shape)
 
 
-def _expand(factors: Sequence[Tensor]) -> Tensor:
+def expand(factors: Sequence[Tensor]) -> Tensor:
     """``F_1 (x) F_2 (x) ...``, formed.  # (B, P, P)"""
     out, *rest = [torch.diag_embed(F) if F.ndim == 2 else F for F in factors]
     for F in rest:
@@ -61,7 +66,7 @@ class Kron(Representation):
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Factors)
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
@@ -80,8 +85,8 @@ class Kron(Representation):
         return {**factors, "left_mass": frame.zeros(), "right_mass": frame.zeros()}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        assert isinstance(evidence, Outer)
-        if self.sharing == "reduce" and not isinstance(evidence.inputs, OneHot):
+        assert isinstance(evidence, (Outer, Factors))
+        if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
         evidence.add_gradient_moment_(state[outer], fold.beta, fold.alpha)
@@ -91,7 +96,7 @@ class Kron(Representation):
             fold.weigh_mean_(state[f"{inner}_mass"])
 
     def to_dense(self, state: State) -> Tensor:
-        return _expand(self.factors(state))
+        return expand(self.factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self.factors(state), v)
@@ -114,11 +119,23 @@ class Kron(Representation):
 class KronDims(Representation):
     """Shampoo's factors: one for each axis, ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
 
-    Reference: Gupta, Koren, Singer, ICML 2018, arXiv:1802.09568, algorithm 2 and lemma 8.
+    ``C = L (x) R / tr(L)`` (``exponent=1, balanced``) is the better fit of a covariance that is a Kronecker product.
+
+    Reference: Gupta, Koren, Singer, ICML 2018, arXiv:1802.09568, algorithm 2 and lemma 8; Morwani et al., 2024,
+    arXiv:2406.17748 (exponent 1).
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
     factored_axes: ClassVar[bool] = True
+
+    exponent: float | None = None
+    """Of each factor in ``C``; None: ``1/m``. Shampoo's exponents are minus half of it."""
+    balanced: bool = False
+    """Whether ``C`` is divided by ``tr(H)^(m exponent - 1)``: then it has the scale of a covariance whatever the exponent."""
+
+    def __post_init__(self) -> None:
+        if self.exponent is not None and not self.exponent > 0:
+            raise ValueError(f"exponent = {self.exponent!r}: legal are positive numbers, or None")
 
     @property
     def grain(self) -> Grain:
@@ -134,7 +151,7 @@ class KronDims(Representation):
         G = self.unfold(evidence.gradient)
         for axis in range(G.ndim - 1):
             H = state[f"factor_{axis}"]
-            x = G.movedim(axis + 1, 1).reshape(*G.shape[:1], G.shape[axis + 1], -1)  # mat_k(G): (B, d_k, D / d_k)
+            x = mode_matrix(G, axis)
             if H.ndim == 2:
                 H.mul_(fold.beta).add_(x.square().sum(-1), alpha=fold.alpha)
             else:
@@ -142,7 +159,7 @@ class KronDims(Representation):
         fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:
-        return _expand(self._roots(state))
+        return expand(self._roots(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._roots(state), self.unfold(v)).reshape(v.shape)
@@ -156,18 +173,26 @@ class KronDims(Representation):
     def factors(self, state: State) -> list[Tensor]:
         """The factors, bias-corrected.  # (B, d_k, d_k)"""
         axes = sum(name.startswith("factor_") for name in state)
-        return [average(state[f"factor_{axis}"], state["mass"]) for axis in range(axes)]
+        found = [average(state[f"factor_{axis}"], state["mass"]) for axis in range(axes)]
+        return _balance(found, 1 - self.order(axes) / axes) if self.balanced else found
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
 
-    def order(self, factors: int) -> int:
-        """The number of axes."""
-        return factors
+    def order(self, factors: int) -> float:
+        """The number of axes, unless an exponent is given."""
+        return factors if self.exponent is None else 1 / self.exponent
 
 
-def _root(H: Tensor, order: int) -> Tensor:
+def _balance(factors: list[Tensor], share: float) -> list[Tensor]:
+    """``H_k / tr(H_k)^share``: all ``H_k`` have one trace, that of the covariance.  # (B, d_k, d_k) or (B, d_k)"""
+    traces = [F.sum(-1) if F.ndim == 2 else F.diagonal(dim1=-2, dim2=-1).sum(-1) for F in factors]
+    scales = [torch.where(t > 0, t, 1.0) ** share for t in traces]
+    return [F / c.view(-1, *[1] * (F.ndim - 1)) for F, c in zip(factors, scales, strict=True)]
+
+
+def _root(H: Tensor, order: float) -> Tensor:
     """``H^(1/order)`` of a positive semidefinite factor."""
     if order == 1:
         return H

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State
 
-__all__ = ["Solver"]
+__all__ = ["Solver", "kronecker_power", "spectral_power"]
 
 
 class Solver(ABC):
@@ -39,3 +41,29 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         """``P g``.  # (B, *shape)"""
+
+    @abstractmethod
+    def operator(self, representation: Any, state: State) -> Tensor:
+        """``P`` itself, formed from the definition with dense matrices: what `prepare` and `solve` are checked against.
+
+        state: in float64  # (B, P, P)
+        """
+
+
+def spectral_power(C: Tensor, damping: float | Tensor, exponent: float) -> Tensor:
+    """``(C + damping I)^exponent`` of a dense positive semidefinite matrix.  # (B, P, P)"""
+    s, Q = torch.linalg.eigh(C)
+    return (Q * ((s.clamp(min=0) + damping) ** exponent).unsqueeze(-2)) @ Q.mT
+
+
+def kronecker_power(factors: Sequence[Tensor], ridges: Sequence[Tensor], exponent: float) -> Tensor:
+    """``(F_1 + r_1 I)^exponent (x) (F_2 + r_2 I)^exponent (x) ...``, formed.  # (B, P, P)"""
+    out: Tensor | None = None
+    for F, r in zip(factors, ridges, strict=True):
+        root = spectral_power(torch.diag_embed(F) if F.ndim == 2 else F, r.unsqueeze(-1), exponent)
+        if out is not None:
+            size = out.shape[-1] * root.shape[-1]
+            root = torch.einsum("bij,bkl->bikjl", out, root).reshape(-1, size, size)
+        out = root
+    assert out is not None
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import Solver, kronecker_power
 from gradmaker.solvers.damping import check_choice, check_interval, equal_ridges, pi_ridges
 from gradmaker.solvers.ladder import Parts, climb, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, settle_roots, verify
@@ -55,20 +56,30 @@ class Cholesky(Solver):
     def exponent(self) -> float:
         return -1.0
 
+    def refuse(self, representation: Any) -> str | None:
+        if representation.order(2) == 1:
+            return None
+        return f"Cholesky inverts, and {type(representation).__name__} needs a root of every factor: use NewtonRoot or Eigh"
+
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         factors = scalars(representation.factors(state))
         p = integer_root(self.exponent, representation.order(len(factors)))
         if p != 1:
-            raise ValueError(f"Cholesky inverts, and {representation!r} needs the root p = {p}: use NewtonRoot or Eigh")
-        if self.split == "pi":
-            ridges = pi_ridges(factors, self.damping ** (1 / len(factors)))
-        else:
-            ridges = equal_ridges(factors, self.damping)
-        results, lost = climb(_CholeskyInverse(p), factors, ridges)
+            raise ValueError(self.refuse(representation))
+        results, lost = climb(_CholeskyInverse(p), factors, self._ridges(factors))
         # The inverses are stored, not the triangles: on one CPU core in float32 the two products of a d x d gradient take 0.02,
         # 0.67, 17 ms at d = 64, 256, 785, two `cholesky_solve` 0.11, 2.2, 30 ms; a stack of 8: 0.09, 5, 151 and 0.75, 17, 271.
         gain = 1 / self.damping if self.damping else 1.0
         return settle_roots([X for (X,) in results], lost, previous, gain)
+
+    def _ridges(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        if self.split == "pi":
+            return pi_ridges(factors, self.damping ** (1 / len(factors)))
+        return equal_ridges(factors, self.damping)
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        factors = representation.factors(state)
+        return representation.widen(state, kronecker_power(factors, self._ridges(factors), -1.0))
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Multiplies, State
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import Solver, spectral_power
 from gradmaker.solvers.damping import check_interval
 from gradmaker.solvers.ladder import settle
 
@@ -44,9 +44,13 @@ class CG(Solver):
         return -1.0
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        finite = torch.stack([torch.isfinite(x).reshape(x.shape[0], -1).all(1) for x in state.values()]).all(0)
+        finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
         nothing = {name: x.new_zeros(()) for name, x in state.items()}
-        return settle(state, ~finite, previous, nothing)  # copies: `settle` never returns what it was given
+        before = None if representation.live else previous  # a live state has other names and shapes each time
+        return settle(state, ~finite, before, nothing)  # copies: `settle` never returns what it was given
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        return spectral_power(representation.to_dense(state), self.damping, -1.0)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         size = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g.abs()

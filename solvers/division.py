@@ -43,8 +43,13 @@ class Division(Solver):
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         d = representation.diagonal(state)
         denominator = d.clamp(min=0) ** abs(self.power) + self.damping
-        lost = ~torch.isfinite(denominator).flatten(1).all(1)
+        lost = ~torch.isfinite(denominator).reshape(d.shape[0], -1).all(1)
         return settle({"denominator": denominator}, lost, previous, {"denominator": d.new_tensor(self.damping)})
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        d = representation.diagonal(state)
+        d = d.reshape(d.shape[0], -1)
+        return torch.diag_embed(1 / (d ** abs(self.power) + self.damping))
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return g / cache["denominator"]

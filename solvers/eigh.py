@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
 from gradmaker.representations.kronecker import apply_factors
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import Solver, kronecker_power, spectral_power
 from gradmaker.solvers.damping import Split, check_choice, check_interval, equal_ridges, pi_ridges
 from gradmaker.solvers.ladder import Factorisation, Parts, climb, scalars, settle
 from gradmaker.solvers.roots import apply_roots, settle_roots
@@ -78,7 +78,7 @@ class Eigh(Solver):
         roots = [_power(parts, r, self.power / order) for parts, r in zip(results, ridges, strict=True)]
         return settle_roots(roots, _add_infinite(lost, roots), previous, gain)
 
-    def _ridges(self, factors: Sequence[Tensor], largest: Sequence[Tensor], order: int) -> list[Tensor]:
+    def _ridges(self, factors: Sequence[Tensor], largest: Sequence[Tensor], order: float) -> list[Tensor]:
         if self.split == "each":
             if self.relative:
                 return [self.damping * top for top in largest]
@@ -89,7 +89,7 @@ class Eigh(Solver):
             share = share * prod(top ** (1 / m) for top in largest)
         return pi_ridges(factors, share)
 
-    def _settle_exact(self, results: Sequence[Parts], lost: Tensor, previous: State | None, order: int, gain: float) -> State:
+    def _settle_exact(self, results: Sequence[Parts], lost: Tensor, previous: State | None, order: float, gain: float) -> State:
         spectrum = _outer([parts[0] ** (1 / order) for parts in results])  # of C: (B, d_1, ..., d_m)
         damping: Tensor | float = self.damping
         if self.relative:
@@ -100,12 +100,25 @@ class Eigh(Solver):
         default["scale"] = spectrum.new_tensor(gain)
         return settle(new, _add_infinite(lost, [new["scale"]]), previous, default)
 
+    def operator(self, representation: Any, state: State) -> Tensor:
+        factors = representation.factors(state)
+        if self.split != "exact":
+            largest = [(F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
+            order = representation.order(len(factors))
+            return representation.widen(
+                state, kronecker_power(factors, self._ridges(factors, largest, order), self.power / order)
+            )
+        C = representation.to_dense(state)
+        top = torch.linalg.eigvalsh(C).amax(-1, keepdim=True) if self.relative else 1.0
+        return spectral_power(C, self.damping * top, self.power)
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         if self.split != "exact":
             return apply_roots(representation, cache, g)
         bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for a diagonal axis
         rotated = apply_factors([None if Q is None else Q.mT for Q in bases], representation.unfold(g))
-        return apply_factors(bases, rotated * cache["scale"]).reshape(g.shape)
+        scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))
+        return apply_factors(bases, rotated * scale).reshape(g.shape)
 
 
 def _outer(spectra: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State
-from gradmaker.solvers.spectrum import symmetrise
+from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
 
 __all__ = ["Factorisation", "Parts", "climb", "scalars", "settle"]
 
@@ -99,8 +99,8 @@ def _rescue(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows:
 
 
 def _rungs(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
-    largest = A.abs().amax((-2, -1))
-    # A ridge beyond a tenth of the largest entry would hide an indefinite matrix instead of repairing a rounded one.
+    largest = largest_eigenvalue(A).abs().nan_to_num(0)
+    # A ridge beyond a tenth of the largest eigenvalue would hide an indefinite matrix instead of repairing a rounded one.
     limit = torch.maximum(ridge, 0.1 * largest)
     start = torch.maximum(ridge, torch.finfo(A.dtype).eps * largest)
     for rung in range(1, method.rungs + 1):

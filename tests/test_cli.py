@@ -102,7 +102,8 @@ def test_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "to go on" in result.output and (tmp_path / "report.html").exists()
 
 
-HIDE = "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib', 'jinja2', 'pandas', 'yaml', 'sklearn', 'datasets']))"
+EXTRA = ["rich", "typer", "matplotlib", "jinja2", "pandas", "yaml", "sklearn", "datasets"]
+HIDE = f"import sys; sys.modules.update(dict.fromkeys({EXTRA}))"
 
 
 def test_library_imports_without_the_extra() -> None:
@@ -113,5 +114,7 @@ def test_library_imports_without_the_extra() -> None:
 
 
 def test_module_runs() -> None:
-    result = subprocess.run([sys.executable, "-m", "gradmaker", "compare", "--help"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "gradmaker", "compare", "--help"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0 and "--data-dir" in result.stdout

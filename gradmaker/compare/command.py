@@ -38,7 +38,7 @@ PRESETS = {
     "mnist": Preset("mlp", (512, 512), 5, 512),  # the MLP of the case study of Osawa et al. 2023, arXiv:2305.04684
     "cifar10": Preset("conv", (32, 64, 128), 10, 256),
 }
-HIDDEN = {"mlp": (128, 128), "conv": (32, 64)}  # when --model leaves the preset
+HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (128, 128), "conv": (32, 64)}  # when --model leaves the preset
 
 
 @app.callback()
@@ -61,7 +61,9 @@ def compare(
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
     seeds: Annotated[int, typer.Option(help="Trainings at the selected learning rate.")] = 3,
     lr: Annotated[list[float] | None, typer.Option(help="A learning rate of the grid; repeat for more.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of the SGD on top. Default: 0.9 where the method has none.")] = None,
+    momentum: Annotated[
+        float | None, typer.Option(help="Of the SGD on top, in the rows sgd, gradient and shampoo. Default: 0.9.")
+    ] = None,
     schedule: Annotated[str, typer.Option(help="Learning rate over time: constant, linear or cosine.")] = "cosine",
     config: Annotated[Path | None, typer.Option(help="YAML file with a list of methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/<data>.")] = None,
@@ -132,7 +134,7 @@ def _print_methods() -> None:
 
 
 def _command_line() -> str:
-    """As it was typed, without the folders of the machine."""
+    """As it was typed."""
     return shlex.join(["gradmaker", *sys.argv[1:]])
 
 

@@ -111,7 +111,7 @@ def compare(
             `learning_rates`, `optimizer`), mappings from labels to these, paths of YAML files of them.
         loss: of outputs and targets, the mean over the batch.
         learning_rates: the grid of every row that has none of its own; None: `gradmaker.compare.rows.DEFAULTS`.
-        momentum: of the SGD on top; None: the row's default. A method with a momentum of its own gets none.
+        momentum: of the SGD on top; of the rows that have one by default; None: as in `DEFAULTS`.
         schedule: constant, linear or cosine (to zero over the training).
         validation: fraction of the training samples that is held out to choose the learning rate.
         command: the command line for the report.
@@ -130,7 +130,15 @@ def compare(
     results = [RowResult(row, _resolved(row, model, str(device))) for row in rows]
     store = Store(Path(out).resolve())
     comparison = Comparison(
-        results, setting, seeds, Path(out).resolve(), str(start), _described(data, parts), cost.machine(str(device)), command, data.classes
+        results,
+        setting,
+        seeds,
+        Path(out).resolve(),
+        str(start),
+        _described(data, parts),
+        cost.machine(str(device)),
+        command,
+        data.classes,
     )
     trials = sum(len(row.learning_rates) + len(seeds) - 1 for row in rows)
     with board(trials, progress) as shown:

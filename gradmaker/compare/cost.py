@@ -26,7 +26,8 @@ ROUNDS = 15
 SECONDS = 4.0  # a row's share of measuring; rounds are cut down to it, to no fewer than three
 BLOCK = (5, 50)  # steps timed together: enough to hold one refresh of the preconditioner, within these limits
 BLOCK_SECONDS = 0.02  # and long enough for the clock and for the scheduler of a busy machine
-WARM_UP = 50
+WARM_UP = 200
+WARMING = ("start_step", "warmup_steps")
 INTERVALS = ("curvature_interval", "preconditioner_interval")
 REFERENCE = Row(label="plain SGD", maker=None, optimizer="SGD", options={"momentum": 0.9}, learning_rates=(1e-3,))
 RATE = 1e-4  # timed steps should not run away; the time of a step does not depend on it
@@ -60,10 +61,11 @@ class Bench:
         self.session = Session(row, network, RATE, loss, 1, "constant")
         self.order = batch_order(len(split.train[0]), setting.batch_size, 0, 0, setting.device)
         config = getattr(self.session.maker, "config", None)
-        interval = max([1, *(int(getattr(config, name, None) or 1) for name in INTERVALS)])
-        self.block = min(max(BLOCK[0], interval), BLOCK[1])
-        warm = int(getattr(config, "warmup_steps", None) or 0) + int(getattr(config, "start_step", None) or 0)
-        self.warm_up = min(max(self.block, warm + 1), WARM_UP)
+        intervals = [getattr(config, name, 1) for name in INTERVALS]
+        # an interval that changes with the step is no number: its refreshes are averaged over the longest block
+        longest = max(every if isinstance(every, int) else BLOCK[1] for every in intervals)
+        self.block = min(max(BLOCK[0], longest), BLOCK[1])
+        self.warm_up = min(max(self.block, sum(getattr(config, name, 0) for name in WARMING) + 1), WARM_UP)
         self.done = self.rounds = 0
 
     def prepare(self) -> None:
@@ -86,7 +88,12 @@ class Bench:
 
 
 def measure(
-    rows: Mapping[str, Row], model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting, tick: Callable[[], None]
+    rows: Mapping[str, Row],
+    model: Callable[[], nn.Module],
+    split: Split,
+    loss: Loss,
+    setting: Setting,
+    tick: Callable[[], None],
 ) -> dict[str, Cost]:
     """The cost of every row, by its key.
 
@@ -108,7 +115,12 @@ def is_reference(row: Row) -> bool:
 
 
 def _timed(
-    rows: Mapping[str, Row], model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting, tick: Callable[[], None]
+    rows: Mapping[str, Row],
+    model: Callable[[], nn.Module],
+    split: Split,
+    loss: Loss,
+    setting: Setting,
+    tick: Callable[[], None],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Medians over rounds; in each, a row's block stands between two blocks of SGD, so that drift cancels."""
     reference = Bench(REFERENCE, model, split, loss, setting)

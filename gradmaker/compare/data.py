@@ -47,7 +47,7 @@ class Data:
         digest = hashlib.blake2b(digest_size=8)
         for tensor in self._tensors():
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _tensors(self) -> tuple[Tensor, ...]:

@@ -1,7 +1,6 @@
 """The figures: loss against steps and time, accuracy against epochs, the learning-rate search, and all in one picture."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gradmaker.compare.result import Comparison, RowResult
 from gradmaker.compare.trial import Record
@@ -46,15 +45,11 @@ def write_plots(comparison: Comparison) -> dict[str, Path]:
     """One PNG per panel, and the overview of the first three; paths by name."""
     looks = _looks(comparison)
     files = {name: comparison.out / f"{name}.png" for name in ("overview", *PANELS)}
-    with _style():
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         for name, panel in PANELS.items():
             _write([panel], comparison, looks, files[name], (6.4, 4.2))
         _write(list(PANELS.values())[:3], comparison, looks, files["overview"], (13.2, 4.3))
     return files
-
-
-def _style() -> AbstractContextManager[None]:
-    return matplotlib.rc_context(STYLE)
 
 
 def _looks(comparison: Comparison) -> dict[str, Look]:
@@ -71,10 +66,13 @@ def _looks(comparison: Comparison) -> dict[str, Look]:
     return looks
 
 
-def _write(panels: Sequence[Panel], comparison: Comparison, looks: dict[str, Look], path: Path, size: tuple[float, float]) -> None:
+def _write(
+    panels: Sequence[Panel], comparison: Comparison, looks: dict[str, Look], path: Path, size: tuple[float, float]
+) -> None:
     """A row of panels with one legend below."""
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         panel(axis, comparison, looks)
@@ -110,10 +108,12 @@ def _accuracy(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> Non
     name, scale = ("test_accuracy", 100.0) if comparison.classes else ("test_loss", 1.0)
     ends: list[float] = []
     for result in comparison.measured:
-        curves = [(numpy.arange(1.0, 1 + len(r.epoch_steps)), scale * numpy.asarray(getattr(r, name), float)) for r in result.finished]
+        curves = [
+            (numpy.arange(1.0, 1 + len(r.epoch_steps)), scale * numpy.asarray(getattr(r, name), float)) for r in result.finished
+        ]
         _band(axis, curves, looks[result.row.label], result, marker="o" if comparison.setting.epochs <= 10 else None)
         ends += [float(y[len(y) // 4 :].min()) for _, y in curves if len(y)]
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if comparison.classes and ends:
         # the first quarter of the training may start far below: the figure is about where the curves end
         low = min(ends)
@@ -133,6 +133,7 @@ def _search(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
             colour = looks[result.row.label]["color"]
             axis.plot(*zip(*chosen, strict=True), marker="o", markersize=9, mfc="none", mec=colour, mew=1.6, zorder=4)
     axis.set_xscale("log")
+    _plain_ticks(axis.xaxis)
     label = "validation accuracy (%)" if comparison.classes else "validation loss"
     _decorate(axis, "Learning-rate search (ring: selected)", "learning rate", label, log=not comparison.classes)
 

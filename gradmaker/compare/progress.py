@@ -5,10 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from gradmaker.compare.result import Comparison, RowResult
+from gradmaker.compare.result import Comparison, RowResult, count
 
 
 class Board:
@@ -68,9 +76,10 @@ def _outcome(result: RowResult, rate: float) -> str:
 
 def print_summary(console: Console, comparison: Comparison) -> None:
     """The table, its notes, and where the report is."""
-    table = Table(title=f"{comparison.data['name']}, {len(comparison.seeds)} seeds, {comparison.setting.epochs} epochs")
+    sizes = count(len(comparison.seeds), "seed"), count(comparison.setting.epochs, "epoch")
+    table = Table(title=", ".join((comparison.data["name"], *sizes, *([] if comparison.complete else ["interrupted"]))))
     for column, heading in enumerate(comparison.headings[:-1]):
-        table.add_column(heading, justify="right" if column else "left", no_wrap=column < 3)
+        table.add_column(heading, justify="right" if column else "left", no_wrap=column < 3, overflow="fold")
     for result in comparison.measured:
         table.add_row(*result.cells()[:-1])
     console.print(table)

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ import pandas
 
 from gradmaker.compare.cost import MEMORY_NOTE, REFERENCE, ROUNDS, is_reference
 from gradmaker.compare.plots import SMOOTHING, write_plots
-from gradmaker.compare.result import SELECTION, Comparison, RowResult
+from gradmaker.compare.result import SELECTION, Comparison, RowResult, count
 from gradmaker.compare.store import RESULTS, Store
+from gradmaker.compare.trial import Record
 
 TEMPLATE = "report.html.j2"
 CAPTIONS = {
     "loss_steps": "Loss of the mini-batches against steps.",
     "loss_time": "The same losses against training time, evaluation left out.",
-    "accuracy_epochs": "On the test samples after every epoch.",
+    "accuracy_epochs": "On the test samples after every epoch; the axis does not start at zero.",
     "learning_rates": "On the validation samples after the last epoch, first seed.",
 }
 
@@ -56,9 +59,12 @@ def markdown(comparison: Comparison) -> str:
 def html(comparison: Comparison, plots: dict[str, Path]) -> str:
     """One page that needs nothing beside it."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     return environment.get_template(TEMPLATE).render(
         title=title_of(comparison),
+        lead=", ".join(_sizes(comparison)),
         complete=comparison.complete,
         headings=comparison.headings,
         rows=[{"cells": result.cells(), "reference": is_reference(result.row)} for result in comparison.measured],
@@ -69,7 +75,7 @@ def html(comparison: Comparison, plots: dict[str, Path]) -> str:
         configs=[(result.row.label, json.dumps(_stated(result), indent=2)) for result in comparison.measured],
         trials=[trial for result in comparison.rows for trial in _trials(result)],
         model=comparison.model,
-        command=comparison.command,
+        command=shown_command(comparison.command),
     )
 
 
@@ -90,8 +96,13 @@ def facts(comparison: Comparison) -> dict[str, Any]:
         "seeds": f"{len(comparison.seeds)} ({', '.join(map(str, comparison.seeds))})",
         "device": setting.device,
         "gradmaker": setting.version,
-        **({"command": comparison.command} if comparison.command else {}),
+        **({"command": shown_command(comparison.command)} if comparison.command else {}),
     }
+
+
+def shown_command(command: str) -> str:
+    """The command line without the machine's folders, for a report that travels."""
+    return re.sub(r"(?<![\w.~])[~/][^\s'\"]*/(?=[^\s/])", "", command)
 
 
 def notes_of(comparison: Comparison) -> list[str]:
@@ -99,17 +110,25 @@ def notes_of(comparison: Comparison) -> list[str]:
     kind = comparison.setting.device.split(":")[0]
     reference = f"torch.optim.{REFERENCE.optimizer} with momentum {REFERENCE.options['momentum']:g}"
     return [
-        f"Test values are mean \u00b1 sample standard deviation over {len(comparison.seeds)} seeds. In the figures lines are means "
-        f"over seeds, bands reach from the lowest to the highest, losses are running means over 1/{SMOOTHING} of the training.",
+        f"Test values are mean \u00b1 sample standard deviation over {count(len(comparison.seeds), 'seed')}. In the figures "
+        "lines are means over seeds, bands reach from the lowest to the highest, losses are running means over "
+        f"1/{SMOOTHING} of the training.",
         "All rows start, for one seed, from the same parameters and see the same batches in the same order.",
         SELECTION,
         f"Step time is the median over up to {ROUNDS} rounds in one process; in each, a block of steps of the row stands "
         f"between two blocks of plain SGD ({reference}, no maker), long enough to hold the refreshes of the preconditioner. "
         "'time' is the training time of one seed, evaluation left out; it was not interleaved.",
         f"Memory: {MEMORY_NOTE.get(kind, 'not measured on this device')}.",
-        "A training diverged when its loss was not finite, or when the mean loss of its last epoch was above its first loss; it "
-        "is left out of means and figures and counted in the notes.",
+        "A training diverged when its loss was not finite, or when its mean over the last quarter of the last epoch was above "
+        "the first step's; it is left out of means and figures and counted in the notes; (2/3) behind a value means "
+        "that two of three seeds ended well.",
     ]
+
+
+def _sizes(comparison: Comparison) -> list[str]:
+    setting = comparison.setting
+    counts = (len(comparison.measured), "method"), (setting.epochs, "epoch"), (len(comparison.seeds), "seed")
+    return [*(count(number, noun) for number, noun in counts), f"batch size {setting.batch_size}"]
 
 
 def _stated(result: RowResult) -> dict[str, Any]:
@@ -118,16 +137,19 @@ def _stated(result: RowResult) -> dict[str, Any]:
 
 def _trials(result: RowResult) -> list[list[str]]:
     """Every training of a row, once."""
-    records = {(r.learning_rate, r.seed): r for r in [*result.search, *result.finals]}
-    return [
-        [result.row.label, f"{r.learning_rate:g}", str(r.seed), r.status, _last(r.end("train_loss"), 1), _last(r.end("validation_accuracy"), 100)]
-        + [_last(r.end("test_accuracy"), 100), _last(r.end("test_loss"), 1), r.message]
-        for r in records.values()
-    ]
+    return [_trial(r) for r in {(r.learning_rate, r.seed): r for r in [*result.search, *result.finals]}.values()]
 
 
-def _last(value: float, scale: int) -> str:
-    return "-" if value != value else f"{value * scale:.4g}" if scale == 1 else f"{value * scale:.2f} %"
+def _trial(record: Record) -> list[str]:
+    """Under the headings of the table of trainings in the template."""
+    loss, test_loss = (_last(record.end(name), ".4g") for name in ("train_loss", "test_loss"))
+    validation, test = (_last(100 * record.end(name), ".2f", " %") for name in ("validation_accuracy", "test_accuracy"))
+    rate = f"{record.learning_rate:g}"
+    return [record.label, rate, str(record.seed), record.status, loss, validation, test, test_loss, record.message]
+
+
+def _last(value: float, form: str, unit: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def _embedded(path: Path) -> str:

@@ -71,11 +71,13 @@ class RowResult:
         test = _spread(line["test_accuracy"], line["test_accuracy_std"], 100, ".2f", " %")
         if line["test_accuracy"] is None:
             test = _spread(line["test_loss"], line["test_loss_std"], 1, ".4g", " (loss)")
+        if 0 < line["finished"] < line["seeds"]:
+            test += f" ({line['finished']}/{line['seeds']})"
         return [
             line["method"],
             _number(line["learning_rate"], "g"),
             test,
-            _number(line["train_loss"], ".3g"),
+            _number(line["train_loss"], ".2g"),
             _number(line["step_ratio"], ".2f"),
             _number(line["memory_ratio"], ".2f"),
             _number(line["seconds"], ".1f", " s"),
@@ -85,7 +87,7 @@ class RowResult:
     def _notes(self) -> Iterable[str]:
         for status in ("diverged", "failed"):
             if bad := [record for record in self.finals if record.status == status]:
-                yield f"{len(bad)} of {len(self.finals)} seeds {status}"
+                yield f"{len(bad)} of {count(len(self.finals), 'seed')} {status}"
             if bad := [record for record in self.search if record.status == status]:
                 yield f"{status} at lr {', '.join(f'{record.learning_rate:g}' for record in bad)}"
         grid = sorted(self.row.learning_rates)
@@ -131,7 +133,9 @@ class Comparison:
 
 def select(search: Sequence[Record]) -> Record:
     """The record to go on with: by validation alone, see `SELECTION`."""
-    return max(search, key=lambda r: (r.status == "finished", _score(r.end("validation_accuracy")), -_cost(r.end("validation_loss"))))
+    return max(
+        search, key=lambda r: (r.status == "finished", _score(r.end("validation_accuracy")), -_cost(r.end("validation_loss")))
+    )
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -142,6 +146,11 @@ def mean(values: Sequence[float]) -> float | None:
 def deviation(values: Sequence[float]) -> float | None:
     """Of the sample; None for fewer than two values."""
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
+def count(number: int, noun: str) -> str:
+    """1 seed, 3 seeds."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _score(value: float) -> float:

@@ -109,7 +109,7 @@ class Session:
 
     def _plain(self, inputs: Tensor, targets: Tensor) -> Tensor:
         value = self.loss(self.model(inputs), targets)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.detach()
 
     def _made(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -207,7 +207,9 @@ def steps_per_epoch(size: int, setting: Setting) -> int:
     return size // min(setting.batch_size, size)
 
 
-def _epoch(session: Session, split: Split, order: Tensor, device: str, on_step: Callable[[], None]) -> tuple[list[float], float]:
+def _epoch(
+    session: Session, split: Split, order: Tensor, device: str, on_step: Callable[[], None]
+) -> tuple[list[float], float]:
     """Losses of the steps and the seconds they took: one wait for the device, at the end."""
     session.model.train()
     losses = []
@@ -253,14 +255,16 @@ def _note(
 
 
 def _diverged(record: Record) -> bool:
-    """Mark a training whose loss is no number, or whose last epoch is worse than its first step."""
-    last, first = record.end("train_loss"), record.curve_loss[0]
+    """Mark a training whose loss is no number, or ends, over the last quarter of the last epoch, above its first step's."""
     if None in (*record.curve_loss, record.validation_loss[-1]):
         record.status, record.message = "diverged", f"loss is not finite in epoch {len(record.epoch_steps)}"
         return True
+    losses = [value for value in record.curve_loss if value is not None]
+    tail = losses[-max(1, len(losses) // len(record.epoch_steps) // 4) :]
+    first, last = losses[0], sum(tail) / len(tail)
     record.status, record.message = "finished", ""
-    if first is not None and last > first:
-        record.status, record.message = "diverged", f"mean loss {last:.3g} of the last epoch is above the initial {first:.3g}"
+    if last > first:
+        record.status, record.message = "diverged", f"the loss ends at {last:.3g}, above the initial {first:.3g}"
     return False
 
 

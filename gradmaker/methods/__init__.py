@@ -11,9 +11,32 @@ from torch import nn
 from gradmaker.config import build, read_mapping
 from gradmaker.maker import GradientMaker
 from gradmaker.methods.custom import CustomGradientMaker
+from gradmaker.methods.eigen_kronecker import EshampooGradientMaker, SoapGradientMaker
 from gradmaker.methods.elementwise import AdagradGradientMaker, AdamGradientMaker
+from gradmaker.methods.fisher_kronecker import (
+    EkfacGradientMaker,
+    KflrGradientMaker,
+    SkfacGradientMaker,
+    TntGradientMaker,
+)
+from gradmaker.methods.inverse_kronecker import KradagradStarGradientMaker
 from gradmaker.methods.kronecker import KfacGradientMaker, ShampooGradientMaker
-from gradmaker.methods.natural import FullNaturalGradientMaker, UnitNaturalGradientMaker
+from gradmaker.methods.low_rank import (
+    GgtGradientMaker,
+    MfacGradientMaker,
+    SengGradientMaker,
+    SmwGaussNewtonGradientMaker,
+    SmwNaturalGradientMaker,
+    TongaGradientMaker,
+    TongaUnitGradientMaker,
+)
+from gradmaker.methods.natural import (
+    DiagonalNaturalGradientMaker,
+    FullNaturalGradientMaker,
+    LayerNaturalGradientMaker,
+    UnitNaturalGradientMaker,
+)
+from gradmaker.methods.tensor_kronecker import CasprGradientMaker, FullAdagradGradientMaker, OneSidedGradientMaker
 from gradmaker.triple import did_you_mean
 
 __all__ = ["METHODS", "from_config"]
@@ -23,9 +46,28 @@ METHODS: dict[str, type[GradientMaker]] = {
     "adagrad": AdagradGradientMaker,
     "adam": AdamGradientMaker,
     "kfac": KfacGradientMaker,
+    "kflr": KflrGradientMaker,
+    "ekfac": EkfacGradientMaker,
+    "skfac": SkfacGradientMaker,
+    "tnt": TntGradientMaker,
     "shampoo": ShampooGradientMaker,
+    "full_adagrad": FullAdagradGradientMaker,
+    "one_sided": OneSidedGradientMaker,
+    "caspr": CasprGradientMaker,
+    "soap": SoapGradientMaker,
+    "eshampoo": EshampooGradientMaker,
+    "kradagrad_star": KradagradStarGradientMaker,
     "unit_ng": UnitNaturalGradientMaker,
+    "layer_ng": LayerNaturalGradientMaker,
     "full_ng": FullNaturalGradientMaker,
+    "diag_ng": DiagonalNaturalGradientMaker,
+    "smw_ng": SmwNaturalGradientMaker,
+    "smw_gn": SmwGaussNewtonGradientMaker,
+    "tonga": TongaGradientMaker,
+    "tonga_unit": TongaUnitGradientMaker,
+    "mfac": MfacGradientMaker,
+    "ggt": GgtGradientMaker,
+    "seng": SengGradientMaker,
     "custom": CustomGradientMaker,
 }
 """Method by name, as in ``{method: kfac}``."""
@@ -40,7 +82,7 @@ def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> Gra
     if "method" not in given:
         raise ValueError(f"a config needs the key 'method'. Legal: {', '.join(METHODS)}")
     name = given.pop("method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method={name!r}: {did_you_mean(name, list(METHODS))}")
     make = METHODS[name]
     return make(model, build(make.Config, given, f"method {name!r}"))

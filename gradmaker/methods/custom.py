@@ -17,9 +17,7 @@ __all__ = ["CustomGradientConfig", "CustomGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class CustomGradientConfig(GradientConfig):
-    """A free triple: ``{method: custom, curvature: {...}, representation: {...}, solver: {...}}``.
-
-    """
+    """A free triple: ``{method: custom, curvature: {...}, representation: {...}, solver: {...}}``."""
 
     damping: float | None = None
     """Replaces that of the solver."""

@@ -1,4 +1,4 @@
-"""Natural gradients with dense blocks: of units, or of the whole model."""
+"""Natural gradients with dense blocks, of units, layers or the whole model, and with the diagonal alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import Dense
+from gradmaker.representations import Dense, Diagonal
 from gradmaker.sites import Site
-from gradmaker.solvers import Cholesky
+from gradmaker.solvers import Cholesky, Division
 from gradmaker.triple import Triple
 
-__all__ = ["FullNaturalGradientConfig", "FullNaturalGradientMaker", "UnitNaturalGradientConfig", "UnitNaturalGradientMaker"]
+__all__ = [
+    "DiagonalNaturalGradientConfig",
+    "DiagonalNaturalGradientMaker",
+    "FullNaturalGradientConfig",
+    "FullNaturalGradientMaker",
+    "LayerNaturalGradientConfig",
+    "LayerNaturalGradientMaker",
+    "UnitNaturalGradientConfig",
+    "UnitNaturalGradientMaker",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +33,7 @@ class UnitNaturalGradientConfig(GradientConfig):
     Reference: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2.
     """
 
+    damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
     """FisherMC, FisherExact or FisherEmp."""
 
@@ -44,6 +54,7 @@ class FullNaturalGradientConfig(GradientConfig):
     Reference: Amari, Neural Computation 1998.
     """
 
+    damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
     """FisherMC, FisherExact or FisherEmp."""
 
@@ -55,3 +66,46 @@ class FullNaturalGradientMaker(PreconditionedGradientMaker):
     """Natural gradient as a gradient maker; see `FullNaturalGradientConfig`."""
 
     Config = FullNaturalGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNaturalGradientConfig(GradientConfig):
+    """Layer-wise natural gradient: ``P g_l = (F_l + damping)^-1 g_l`` with the dense Fisher block of each layer ``l``.
+
+    Reference: Amari, Neural Computation 1998, for the matrix; its block diagonal as in Martens & Grosse, ICML 2015,
+    arXiv:1503.05671, section 4.1.
+    """
+
+    damping: float = 1e-3
+    fisher: Curvature = FisherMC(samples=1)
+    """FisherMC, FisherExact or FisherEmp."""
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(self.fisher, Dense(granularity="layer"), Cholesky(damping=self.damping))
+
+
+class LayerNaturalGradientMaker(PreconditionedGradientMaker):
+    """Layer-wise natural gradient as a gradient maker; see `LayerNaturalGradientConfig`."""
+
+    Config = LayerNaturalGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalNaturalGradientConfig(GradientConfig):
+    """Diagonal natural gradient: ``P g = g / (diag(F) + damping)``, of the squares of each example's gradient.
+
+    Reference: Becker & LeCun 1988 for the diagonal Gauss-Newton matrix; Martens, JMLR 2020, arXiv:1412.1193, section 11.
+    """
+
+    damping: float = 1e-3
+    fisher: Curvature = FisherMC(samples=1)
+    """FisherMC, FisherExact or FisherEmp."""
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(self.fisher, Diagonal(granularity="layer"), Division(power=-1.0, damping=self.damping))
+
+
+class DiagonalNaturalGradientMaker(PreconditionedGradientMaker):
+    """Diagonal natural gradient as a gradient maker; see `DiagonalNaturalGradientConfig`."""
+
+    Config = DiagonalNaturalGradientConfig

@@ -186,9 +186,19 @@ def test_kron_counts_the_inputs_of_a_chunk_once():
     whole = outer()
     first = replace(whole, gradients=whole.gradients[:1])
     rest = replace(whole, gradients=whole.gradients[1:], fresh=False)
-    state = measured(Kron(), frame(G, o, i + 1), (first, ONCE), (rest, Fold(1.0, 1.0, 0.0)))
-    expected = measured(Kron(), frame(G, o, i + 1), (whole, ONCE))
+    before, step = (outer(), ONCE), Fold(0.9, 0.1, 0.1)
+    state = measured(Kron(), frame(G, o, i + 1), before, (first, step), (rest, Fold(1.0, 0.1, 0.0)))
+    expected = measured(Kron(), frame(G, o, i + 1), before, (whole, step))
     torch.testing.assert_close(Kron().to_dense(state), Kron().to_dense(expected))
+
+
+def test_a_sum_adds_gradients_and_averages_inputs():
+    pieces = [outer(), outer(masked=True), outer()]
+    step = Fold(1.0, 1.0, 1.0, summed=True)
+    left, right = Kron().factors(measured(Kron(), frame(G, o, i + 1), *((piece, step) for piece in pieces)))
+    A, B = zip(*(explicit_factors(piece, "expand") for piece in pieces), strict=True)
+    torch.testing.assert_close(left, sum(B))
+    torch.testing.assert_close(right, sum(A) / 3)
 
 
 @pytest.mark.parametrize("diagonal", [(), (0,), (1, 2)])
@@ -316,3 +326,18 @@ def test_update_works_on_a_slice_of_the_stack():
 def test_unknown_words_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("representation", [Dense(), Diagonal(granularity="layer"), Kron(), Kron(sharing="reduce")])
+def test_an_update_reads_nothing_from_the_device(representation):
+    evidence = outer(masked=True)
+    weights = None if evidence.weights is None else evidence.weights.to("meta")
+    away = replace(evidence, inputs=evidence.inputs.to("meta"), gradients=evidence.gradients.to("meta"), weights=weights)
+    space = Frame(G, (o, i + 1), frozenset(), torch.float64, torch.device("meta"))
+    measured(representation, space, (away, ONCE), (away, Fold(0.9, 0.1, 0.1)))
+
+
+def test_a_gradient_update_reads_nothing_from_the_device():
+    space = Frame(G, (3, 2), frozenset((1,)), torch.float64, torch.device("meta"))
+    for representation in (Dense(), Diagonal(), KronDims()):
+        measured(representation, space, (Gradient(torch.empty(G, 3, 2, device="meta")), Fold(0.9, 0.1, 0.1)))

@@ -313,3 +313,7 @@ def test_roots_that_a_solver_cannot_take_are_refused():
         Cholesky().prepare(representation, state, None)
     with pytest.raises(ValueError, match="legal are whole p; use Eigh"):
         NewtonRoot(power=-0.3).prepare(representation, state, None)
+    assert "use NewtonRoot or Eigh" in str(Cholesky().refuse(KronDims()))
+    assert "use Eigh" in str(NewtonRoot(power=-0.3).refuse(KronDims()))
+    assert all(solver.refuse(Kron()) is None for solver in (Cholesky(), NewtonRoot(), Eigh(), CG()))
+    assert all(NewtonRoot(power=power).refuse(KronDims()) is None for power in (-0.5, -1.0, -1 / 3))

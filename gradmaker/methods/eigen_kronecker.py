@@ -1,0 +1,95 @@
+"""Adam in the eigenbasis of Shampoo's factors: SOAP, eigenvalue-corrected Shampoo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gradmaker.config import check_choice
+from gradmaker.curvature import BatchGradient
+from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.representations import RotatedDims
+from gradmaker.sites import Site
+from gradmaker.solvers import RotatedDivision
+from gradmaker.triple import Triple
+
+__all__ = ["EshampooGradientConfig", "EshampooGradientMaker", "SoapGradientConfig", "SoapGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoapGradientConfig(AxesGradientConfig):
+    """SOAP: ``P g = Q [(Q^T m) / (sqrt(v) + damping)]``, Adam in the eigenbasis ``Q`` of Shampoo's factors.
+
+    ``basis_interval`` is the interval of the slow part; the second moment ``v`` is new at every step. The reference leaves
+    the first step out (``skip_first``); here it has the moment's mean for a moment. Vectors get Adam.
+
+    Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3; defaults of its code.
+    """
+
+    damping: float = 1e-8
+    decay: float | None = 0.95
+    momentum: float = 0.95
+    max_dim: int = 10000
+    basis_interval: int = 10
+    skip_first: bool = False
+    precondition_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("skip_first", self.skip_first, [True, False])
+        check_choice("precondition_vectors", self.precondition_vectors, [True, False])
+        self._state()
+
+    def _state(self) -> RotatedDims:
+        return RotatedDims(basis_interval=self.basis_interval, skip_first=self.skip_first, vectors=self.precondition_vectors)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(BatchGradient(), self._state(), RotatedDivision(power=-0.5, damping=self.damping, raw=True))
+
+
+class SoapGradientMaker(PreconditionedGradientMaker):
+    """SOAP as a gradient maker; see `SoapGradientConfig`."""
+
+    Config = SoapGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EshampooGradientConfig(AxesGradientConfig):
+    """Eigenvalue-corrected Shampoo: ``P g = Q [(Q^T m) / (v^exponent + damping)]``, the basis renewed before ``v`` is.
+
+    A basis is renewed every ``basis_interval`` steps unless it is still within ``tolerance`` of diagonal.
+
+    Reference: Eschenhagen et al., 2025, arXiv:2506.03595; defaults of Meta's Distributed Shampoo.
+    """
+
+    damping: float = 1e-8
+    decay: float | None = 0.95
+    momentum: float = 0.9
+    basis_interval: int = 1
+    tracking: Literal["qr", "eigh"] = "qr"
+    tolerance: float = 0.01
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("tracking", self.tracking, ["qr", "eigh"])
+        self._state()
+
+    def _state(self) -> RotatedDims:
+        return RotatedDims(
+            basis_interval=self.basis_interval,
+            tracking=self.tracking,
+            tolerance=self.tolerance,
+            order="basis_first",
+            vectors=True,
+        )
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(BatchGradient(), self._state(), RotatedDivision(power=-self.exponent, damping=self.damping))
+
+
+class EshampooGradientMaker(PreconditionedGradientMaker):
+    """Eigenvalue-corrected Shampoo as a gradient maker; see `EshampooGradientConfig`."""
+
+    Config = EshampooGradientConfig

@@ -1,0 +1,61 @@
+"""The declared calls of a step, evaluated again: at other weights, on the same batch, with the same random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["Replay"]
+
+
+class _Runner(nn.Module):
+    """Runs any function while `functional_call` has the model's tensors exchanged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+class Replay:
+    """A forward pass that can be repeated without a trace: weights, buffers and random numbers stay as they are."""
+
+    def __init__(self, model: nn.Module, function: Callable[[], tuple[Any, Tensor]]) -> None:
+        """function: returns the model's result and the loss; it is repeated with the random state of this moment."""
+        self.model, self.function = model, function
+        indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        self._devices = sorted(i for i in indices if i is not None)
+        self._cpu_state = torch.get_rng_state()
+        self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._devices]
+
+    def run(self, tensors: Mapping[nn.Parameter, Tensor] | None = None) -> tuple[Any, Tensor]:
+        """The model's result and the loss, in the graph, with ``tensors`` in the place of parameters."""
+        given = tensors or {}
+        exchanged = {f"model.{k}": given.get(p, p) for k, p in self.model.named_parameters()}
+        exchanged |= {f"model.{k}": b.clone() for k, b in self.model.named_buffers()}
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._cpu_state)
+            for device, state in zip(self._devices, self._cuda_states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            result: tuple[Any, Tensor] = functional_call(_Runner(self.model), exchanged, (self.function,))
+        return result
+
+    @torch.no_grad()
+    def loss_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """The loss at ``theta + displacement``.  # ()"""
+        return self.run({p: p + d for p, d in displacement.items()})[1]
+
+    def gradient_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The loss' gradient at ``theta + displacement``, for all trainable parameters."""
+        moved = {p: p.detach() for p in self.model.parameters() if p.requires_grad}
+        moved = {p: (v + displacement[p] if p in displacement else v).requires_grad_() for p, v in moved.items()}
+        with torch.enable_grad():
+            loss = self.run(moved)[1]
+            found = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
+        return {p: torch.zeros_like(p) if g is None else g for p, g in zip(moved, found, strict=True)}

@@ -1,0 +1,178 @@
+"""EKFAC's state: Kronecker factors, their eigenbases, and the second moments of the gradients in these bases.
+
+A basis is part of the statistic, since the moments are measured in it: `update` renews it and no solve touches it.
+Letters: ``Q_B, Q_A`` bases of the output and the input side, ``D`` the moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.kronecker import Kron, apply_factors
+
+__all__ = ["Eigenbasis", "rotated_squares"]
+
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Eigenbasis(Representation):
+    """``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T``, ``D = sum_N (Q_B^T J_N Q_A)^2``, in the eigenbases of `Kron`'s factors.
+
+    ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
+    The basis of the first step is that of its own factors, with ``D = b a^T``, their spectra. After ``basis_interval``
+    measured steps it is renewed, from the factors as they were before the step, so that it does not depend on how a batch
+    is cut into micro-batches, and ``D`` starts again from ``b a^T``. One-hot inputs and axes that are too wide keep the unit
+    basis.
+
+    Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1; ``b a^T`` as in the authors' code.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    factored_axes: ClassVar[bool] = True
+
+    sharing: Literal["expand", "reduce"] = "expand"
+    basis_interval: int = 5
+    """Measured steps for which a basis is kept."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
+            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        self._kron()
+
+    def _kron(self) -> Kron:
+        return Kron(sharing=self.sharing)
+
+    @property
+    def grain(self) -> Grain:
+        return "layer"
+
+    def init(self, frame: Frame) -> State:
+        state = self._kron().init(frame)
+        for axis, (side, size) in enumerate(zip(SIDES, frame.shape, strict=True)):
+            if axis not in frame.diagonal:
+                eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
+                state[f"basis_{side}"] = eye.expand(frame.stack, -1, -1).clone()
+        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        return {**state, "moments": frame.zeros(*frame.shape), "mass": frame.zeros(), "age": age}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Outer)
+        newborn = self._advance(state, first=fold.mass > 0)
+        self._kron().update(state, evidence, fold)
+        state["moments"].mul_(fold.beta)
+        fold.weigh_(state["mass"])
+        if newborn:
+            self._renew(state)
+        else:
+            state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
+
+    def _advance(self, state: State, first: bool) -> bool:
+        """Count a measured step and renew the basis when it is due; whether it has to be made of this very step's factors.
+
+        ``age``: 0 before anything was measured, -1 in the first step, then the steps measured in this basis. This is the one
+        host read of a measurement.  first: whether a step begins
+        """
+        age = int(state["age"][0])
+        if not first or age == 0:
+            state["age"].fill_(age or -1)
+            return age <= 0
+        age = abs(age)
+        if age >= self.basis_interval:
+            self._renew(state)
+            age = 0
+        state["age"].fill_(age + 1)
+        return False
+
+    def _renew(self, state: State) -> None:
+        """New bases, and the moments that the factors alone predict: ``D = b a^T``."""
+        spectra = []
+        for side, F in zip(SIDES, self._kron().factors(state), strict=True):
+            Q = state.get(f"basis_{side}")
+            if Q is not None:
+                Q.copy_(_eigenvectors(F, Q))
+                F = (Q * (F @ Q)).sum(-2)  # right also where the decomposition failed and the basis is an older one
+            spectra.append(F.clamp(min=0))
+        left, right = spectra
+        state["moments"].copy_(left.unsqueeze(-1) * right.unsqueeze(-2) * state["mass"].view(-1, 1, 1))
+
+    def to_dense(self, state: State) -> Tensor:
+        eye = torch.eye(state["moments"][0].numel(), dtype=state["moments"].dtype, device=state["moments"].device)
+        columns = eye.reshape(-1, *state["moments"].shape[1:])
+        return torch.stack([self.matvec(state, v.expand_as(state["moments"])).flatten(1) for v in columns], -1)
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        bases = self.bases(state)
+        rotated = apply_factors([None if Q is None else Q.mT for Q in bases], v)
+        return apply_factors(bases, rotated * self.spectrum(state))
+
+    # ---------------------------------------------------------------- Rotated: rows, then columns
+    def bases(self, state: State) -> list[Tensor | None]:
+        """``Q_B, Q_A``; None for a side that keeps the unit basis.  # (B, o, o), (B, i, i)"""
+        return _bases(state)
+
+    def spectrum(self, state: State) -> Tensor:
+        """``D``, bias-corrected.  # (B, o, i)"""
+        return average(state["moments"], state["mass"])
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is.  # (B, o, i)"""
+        return g
+
+
+def _bases(state: State) -> list[Tensor | None]:
+    return [state.get(f"basis_{side}") for side in SIDES]
+
+
+def _eigenvectors(F: Tensor, before: Tensor) -> Tensor:
+    """An eigenbasis of each factor; ``before`` where there is none to be had.  # (B, d, d)"""
+    finite = torch.isfinite(F).all(-1).all(-1)[:, None, None]
+    try:
+        Q = torch.linalg.eigh(torch.where(finite, (F + F.mT) / 2, 0.0))[1]
+    except RuntimeError:  # LAPACK and cuSOLVER may raise on finite input: pytorch#94772, #105359
+        return before.clone()
+    return torch.where(finite & torch.isfinite(Q).all(-1).all(-1)[:, None, None], Q, before)
+
+
+def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """``sum_N (left^T J_N right)^2`` without more memory than the smaller of two ways takes.
+
+    With one position the square of an outer product is the product of squares. With ``R`` positions either ``J`` is formed, or
+    ``sum_rs (g_r * g_s)(a_r * a_s)^T`` is contracted over pairs of positions.  # (B, o, i), or (B, i, o) when transposed
+    """
+    outer, inner = (right, left) if evidence.transposed else (left, right)
+    rotated = _rotate_inputs(evidence, inner)
+    if outer is not None:
+        rotated = replace(rotated, gradients=_turned(rotated.gradients.transpose(0, 1), outer).transpose(0, 1))
+    k, G, n, R, o = rotated.gradients.shape
+    if isinstance(rotated.inputs, OneHot) or R == 1:
+        return rotated.squares()
+    i = rotated.inputs.shape[-1]
+    if R * R * (o + i) >= k * o * i or rotated.bias:
+        return rotated.squares()
+    g2 = torch.einsum("kgnro,kgnso->gnrso", rotated.gradients, rotated.gradients).reshape(G, -1, o)
+    a2 = torch.einsum("gnri,gnsi->gnrsi", rotated.inputs, rotated.inputs).reshape(G, -1, i)
+    out = g2.mT @ a2
+    return out.mT if rotated.transposed else out
+
+
+def _rotate_inputs(evidence: Outer, Q: Tensor | None) -> Outer:
+    """Inputs in a basis; the one of the bias is absorbed."""
+    if Q is None or isinstance(evidence.inputs, OneHot):
+        return evidence
+    i = evidence.inputs.shape[-1]
+    rotated = _turned(evidence.inputs, Q[:, :i])
+    if evidence.bias:
+        rotated = rotated + Q[:, i].reshape(-1, 1, 1, Q.shape[-1])
+    return replace(evidence, inputs=rotated, bias=False)
+
+
+def _turned(x: Tensor, Q: Tensor) -> Tensor:
+    """``x Q`` over the last axis, group by group.  # (G, ..., d), (G, d, e) -> (G, ..., e)"""
+    return (x.reshape(len(x), -1, x.shape[-1]) @ Q).reshape(*x.shape[:-1], Q.shape[-1])

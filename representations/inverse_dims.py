@@ -1,0 +1,158 @@
+"""KrAD's state: the inverse of every axis' statistic, updated directly from the gradient.
+
+Letters: ``H_k`` the statistic of axis ``k``, ``L_k = H_k^-1``, ``X = mat_k(G)``, ``C_k`` an array with ``C_k C_k^T = L_k``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.kronecker import expand, mode_matrix
+from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
+
+__all__ = ["Denominator", "InverseDims", "array_update", "krad_update"]
+
+Denominator: TypeAlias = Literal["exact", "tr", "fro", "op", "d-tr"]
+
+
+def krad_update(L: Tensor, X: Tensor, denominator: Denominator) -> Tensor:
+    """``L - L S L / den``, ``S = X X^T``: Woodbury's ``(L^-1 + S)^-1`` with a number in place of its inner inverse.
+
+    ``den``: ``tr`` 1 + tr(L S); ``fro`` 1 + |S L|_F; ``op`` 1 + lambda_max(L S); ``d-tr`` d (1 + tr(L S)). Any ``den`` of at
+    least ``op`` gives ``(L^-1 + S)^-1 <= L' <= L``, with equality for ``tr`` and ``op`` where ``S`` has rank one.
+
+    Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416, algorithm 1.  # (B, d, d), (B, d, c) -> (B, d, d)
+    """
+    Y = L @ X
+    size = _size(X, Y, denominator)
+    den = L.shape[-1] * (1 + size) if denominator == "d-tr" else 1 + size
+    return symmetrise(L - Y @ Y.mT / den[:, None, None])
+
+
+def _size(X: Tensor, Y: Tensor, denominator: Denominator) -> Tensor:
+    """What is subtracted is compared with.  X, Y = L X: (B, d, c) -> (B,)"""
+    if denominator == "fro":
+        return torch.linalg.matrix_norm(X @ Y.mT)
+    if denominator == "op":
+        top = largest_eigenvalue(X.mT @ Y) if X.shape[-1] <= X.shape[-2] else torch.linalg.eigvals(X @ Y.mT).abs().amax(-1)
+        return top.nan_to_num(0)  # zero gradients
+    return (X * Y).sum((-2, -1))
+
+
+def array_update(C: Tensor, X: Tensor) -> Tensor:
+    """``C'`` with ``C' C'^T = ((C C^T)^-1 + X X^T)^-1`` exactly, by one orthogonal triangularisation.
+
+    The triangle of ``[[I, 0], [C^T X, C^T]]`` is ``[[*, *], [0, C'^T]]``. Nothing is subtracted or inverted.
+
+    Reference: the array form of recursive least squares, Kailath, Sayed, Hassibi, Linear Estimation 2000, section 12.3.
+    """  # (B, d, d), (B, d, c) -> (B, d, d)
+    d = C.shape[-1]
+    if X.shape[-1] > d:
+        X = torch.linalg.qr(X.mT, mode="r")[1].mT
+    B, c = len(X), X.shape[-1]
+    top = torch.cat([torch.eye(c, dtype=X.dtype, device=X.device).expand(B, c, c), X.new_zeros(B, c, d)], -1)
+    rows = torch.cat([top, torch.cat([C.mT @ X, C.mT], -1)], -2)
+    return torch.linalg.qr(rows, mode="r")[1][:, c:, c:].mT
+
+
+@dataclass(frozen=True)
+class InverseDims(Representation):
+    """``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at or above the inverse of Shampoo's factor ``H_k + e I``.
+
+    ``denominator="exact"`` carries an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
+    scalar forms of `krad_update`, over-estimates of the inverse (``tr``: by ten after 40 gradients, ``d-tr`` by 290).
+    ``ridge`` is ``e``: as it is, or, with ``relative``, times the average eigenvalue of the first gradient's statistic.
+    ``unit`` gives a new gradient weight one beside a running average, as published; otherwise one minus the decay.
+
+    Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    denominator: Denominator = "exact"
+    ridge: float = 1e-6
+    relative: bool = True
+    unit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.denominator not in get_args(Denominator):
+            raise ValueError(f"denominator = {self.denominator!r}: legal are {', '.join(map(repr, get_args(Denominator)))}")
+        if not self.ridge > 0:
+            raise ValueError(f"ridge = {self.ridge!r}: legal are positive numbers")
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        start = (1 / self.ridge) ** 0.5 if self.denominator == "exact" else 1 / self.ridge
+        for axis, size in enumerate(frame.shape or (1,)):
+            eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
+            if axis in frame.diagonal:
+                state[f"inverse_{axis}"] = frame.zeros(size) + 1 / self.ridge
+            else:
+                state[f"inverse_{axis}"] = frame.zeros(size, size) + start * eye
+        return state
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G = self.unfold(evidence.gradient)
+        for axis in range(G.ndim - 1):
+            L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
+            if self.relative:
+                self._rescale(L, x, state["age"])
+            L.copy_(self._updated(L, x, fold))
+        state["age"].add_(1)
+
+    def _rescale(self, L: Tensor, x: Tensor, age: Tensor) -> None:
+        """Set the start to the scale of the first gradient; a zero one has none."""
+        mean = x.square().sum((-2, -1)) / x.shape[1]
+        scale = torch.where((age == 0) & (mean > 0), 1 / mean, 1.0)
+        L.mul_((scale**0.5 if L.ndim == 3 and self.denominator == "exact" else scale).view(-1, *[1] * (L.ndim - 1)))
+
+    def _updated(self, L: Tensor, x: Tensor, fold: Fold) -> Tensor:
+        """``beta = 0`` forgets everything: then the next inverse is that of the newest statistic and the ridge."""
+        beta = fold.beta if fold.beta > 0 else 1.0
+        x = x if self.unit else x * fold.alpha**0.5
+        if L.ndim == 2:
+            L = L / beta
+            return L / (1 + L * x.square().sum(-1))
+        if self.denominator == "exact":
+            return array_update(L / beta**0.5, x)
+        return krad_update(L / beta, x, self.denominator)
+
+    def to_dense(self, state: State) -> Tensor:
+        spectra = self.spectra(state)
+        power = -1 / self.order(len(spectra))
+        return expand([s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT for s, Q in spectra])
+
+    # ---------------------------------------------------------------- Inverse
+    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """Of ``L_k``; no basis for a diagonal.  # (B, d), (B, d, d)"""
+        return [self._spectrum(state[f"inverse_{axis}"]) for axis in range(len(state) - 1)]
+
+    def _spectrum(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
+        if L.ndim == 2:
+            return L, None
+        safe = torch.where(torch.isfinite(L), L, 0.0)
+        if self.denominator == "exact":
+            U, s, _ = torch.linalg.svd(safe)
+            return s.square(), U
+        s, Q = torch.linalg.eigh(safe)
+        return s.clamp(min=0), Q
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)
+
+    def order(self, factors: int) -> float:
+        """The number of axes."""
+        return factors

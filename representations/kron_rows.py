@@ -1,0 +1,163 @@
+"""SKFAC's state: the Kronecker factors of the newest batch, as rows where these are fewer than a factor's columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.kronecker import apply_factors
+
+__all__ = ["KronRows"]
+
+
+@dataclass(frozen=True)
+class KronRows(Representation):
+    """`Kron`'s factors of the newest step alone: ``B = Y^T Y`` with the rows ``g``, ``A = X^T X`` with the rows ``a``.
+
+    An average over steps would have no few rows, so the decay does not enter. A factor with as many rows as columns is formed.
+    ``reduction`` says what becomes of weight-sharing positions: ``sum`` takes the mean input and the summed gradient of an
+    example (K-FAC-reduce: sums on both sides would be off by the square of the number of positions), ``subsample`` keeps
+    ``positions`` of them, evenly spaced, and weighs their gradients accordingly, ``none`` keeps all as K-FAC-expand.
+
+    Reference: Tang et al., CVPR 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature".
+    There the positions are drawn; a representation draws no random numbers.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    factored_axes: ClassVar[bool] = True
+    live: ClassVar[bool] = True
+
+    reduction: Literal["sum", "subsample", "none"] = "sum"
+    positions: int = 16
+    """Positions of an example that ``subsample`` keeps."""
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("sum", "subsample", "none"):
+            raise ValueError(f"reduction = {self.reduction!r}: legal are 'sum', 'subsample', 'none'")
+        if not isinstance(self.positions, int) or self.positions < 1:
+            raise ValueError(f"positions = {self.positions!r}: legal are integers of at least 1")
+
+    @property
+    def grain(self) -> Grain:
+        return "layer"
+
+    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+        """None: rows are what serves wide axes."""
+        return frozenset()
+
+    def init(self, frame: Frame) -> State:
+        names = zip(("left", "right"), frame.shape, strict=True)
+        sides = {
+            (f"{side}_diagonal" if axis in frame.diagonal else f"{side}_rows"): (
+                frame.zeros(size) if axis in frame.diagonal else frame.zeros(0, size)
+            )
+            for axis, (side, size) in enumerate(names)
+        }
+        return {**sides, "left_mass": frame.zeros(), "right_mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Outer)
+        if fold.mass > 0:  # a step's first portion
+            _clear(state)
+        evidence = self._reduced(evidence)
+        inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
+        g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
+        _append(state, outer, g.reshape(len(g), -1, g.shape[-1]) * fold.alpha**0.5)
+        state[f"{outer}_mass"] += fold.mass
+        if evidence.fresh:
+            self._add_inputs(state, inner, evidence, fold.alpha)
+
+    def _add_inputs(self, state: State, side: str, evidence: Outer, alpha: float) -> None:
+        if isinstance(evidence.inputs, OneHot):
+            evidence.add_input_moment_(state[f"{side}_diagonal"], 1.0, alpha)
+        else:
+            _append(state, side, _input_rows(evidence, evidence.inputs) * alpha**0.5)
+        state[f"{side}_mass"] += alpha
+
+    def _reduced(self, evidence: Outer) -> Outer:
+        if isinstance(evidence.inputs, OneHot) or self.reduction == "none":
+            return evidence
+        if self.reduction == "sum":
+            return evidence.reduced()
+        R = evidence.inputs.shape[2]
+        if self.positions >= R:
+            return evidence
+        kept = torch.linspace(0, R - 1, self.positions, device=evidence.gradients.device).round().long()
+        return replace(
+            evidence,
+            inputs=evidence.inputs[:, :, kept],
+            gradients=evidence.gradients[:, :, :, kept] * (R / self.positions) ** 0.5,
+            weights=None if evidence.weights is None else evidence.weights[:, kept],
+        )
+
+    def to_dense(self, state: State) -> Tensor:
+        left, right = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
+        return torch.einsum("bij,bkl->bikjl", left, right).reshape(len(left), left.shape[-1] * right.shape[-1], -1)
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self.factors(state), v)
+
+    # ---------------------------------------------------------------- RowFactored and Factored: rows, then columns
+    def rows(self, state: State) -> list[Tensor | None]:
+        """``Y, X``; None for a factor that is formed or diagonal.  # (B, n, o), (B, n, i)"""
+        found = []
+        for side in ("left", "right"):
+            X = state.get(f"{side}_rows")
+            found.append(None if X is None else average(X, state[f"{side}_mass"].sqrt()))
+        return found
+
+    def factor(self, state: State, axis: int) -> Tensor:
+        """``B`` or ``A``, formed.  # (B, d, d), or (B, d) when diagonal"""
+        side, X = ("left", "right")[axis], self.rows(state)[axis]
+        if X is not None:
+            return X.mT @ X
+        held = next(state[f"{side}_{form}"] for form in ("factor", "diagonal") if f"{side}_{form}" in state)
+        return average(held, state[f"{side}_mass"])
+
+    def factors(self, state: State) -> list[Tensor]:
+        """Both.  # (B, o, o), (B, i, i)"""
+        return [self.factor(state, 0), self.factor(state, 1)]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is.  # (B, o, i)"""
+        return g
+
+    def order(self, factors: int) -> int:
+        """One: ``C`` is the product of the factors."""
+        return 1
+
+
+def _clear(state: State) -> None:
+    """Forget the step before."""
+    for side in ("left", "right"):
+        held = next(state.pop(f"{side}_{form}") for form in ("rows", "factor", "diagonal") if f"{side}_{form}" in state)
+        diagonal = held.ndim == 2
+        state[f"{side}_diagonal" if diagonal else f"{side}_rows"] = torch.zeros_like(held) if diagonal else held[:, :0]
+        state[f"{side}_mass"] = torch.zeros_like(state[f"{side}_mass"])
+
+
+def _append(state: State, side: str, rows: Tensor) -> None:
+    """More rows of a factor; the factor itself once it has no more columns than rows."""
+    if f"{side}_factor" in state:
+        state[f"{side}_factor"] = state[f"{side}_factor"] + rows.mT @ rows
+        return
+    rows = torch.cat([state.pop(f"{side}_rows"), rows], 1)
+    formed = rows.shape[1] >= rows.shape[2]
+    state[f"{side}_factor" if formed else f"{side}_rows"] = rows.mT @ rows if formed else rows
+
+
+def _input_rows(evidence: Outer, inputs: Tensor) -> Tensor:
+    """``X`` with ``X^T X = mean_nr a a^T``, the bias as the last column.  # (G, n r, i)"""
+    G, n, R, i = inputs.shape
+    X = inputs.reshape(G, n * R, i)
+    if evidence.bias:
+        X = torch.cat([X, X.new_ones(G, n * R, 1)], -1)
+    if evidence.weights is None:
+        return X / (n * R) ** 0.5
+    w = evidence.weights.reshape(1, n * R, 1).to(X)
+    return X * (w / w.sum().clamp(min=1)).sqrt()

@@ -1,0 +1,90 @@
+"""Kronecker sums: the axes' statistics, averaged as operators instead of multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.kronecker import KronDims, apply_factors
+
+__all__ = ["KronSum", "axis_mean", "dense_mean"]
+
+_AXES = KronDims()
+
+
+def axis_mean(roots: Sequence[Tensor], g: Tensor) -> Tensor:
+    """``(1/m) sum_k g x_k X_k``: every factor on its own axis, averaged.  # (B, d_k, d_k) or (B, d_k); (B, d_1, ..., d_m)"""
+    m = len(roots)
+    terms = [apply_factors([*[None] * k, X, *[None] * (m - k - 1)], g) for k, X in enumerate(roots)]
+    return torch.stack(terms).mean(0)
+
+
+def dense_mean(roots: Sequence[Tensor]) -> Tensor:
+    """``(1/m) sum_k I (x) .. X_k .. (x) I``, formed.  # (B, P, P)"""
+    shape = [X.shape[-1] for X in roots]
+    eye = torch.eye(torch.Size(shape).numel(), dtype=roots[0].dtype, device=roots[0].device)
+    columns = [axis_mean(roots, e.reshape(1, *shape).expand(len(roots[0]), *shape)).flatten(1) for e in eye]
+    return torch.stack(columns, -1)
+
+
+@dataclass(frozen=True)
+class KronSum(Representation):
+    """CASPR's curvature: ``C^(-1/2) = [(1/m) sum_k H_k^(-1/2p)]^p``, each ``H_k`` acting on axis ``k`` of the gradient.
+
+    The power means of the axes' inverse roots, from their arithmetic mean (``p = 1``) over CASPR (``p = 2``) to Shampoo, their
+    geometric mean (``p -> inf``, which is `KronDims`); ``p=None`` takes the number of axes. In the Loewner order ``C^(-1/2)``
+    falls as ``p`` rises, and never exceeds ``sqrt(r)`` times full-matrix AdaGrad's, ``r`` the largest rank of a gradient.
+    Factors share one scale: unlike a product, the mean changes when one is multiplied and the other divided.
+
+    Reference: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, ICLR 2024, "Combining axes preconditioners through Kronecker
+    approximation for deep learning", section 3.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    p: int | None = 2
+
+    def __post_init__(self) -> None:
+        if self.p is not None and (not isinstance(self.p, int) or self.p < 1):
+            raise ValueError(f"p = {self.p!r}: legal are integers of at least 1, or None for the number of axes")
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        return _AXES.init(frame)
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        _AXES.update(state, evidence, fold)
+
+    def to_dense(self, state: State) -> Tensor:
+        """Of singular factors, the limit of a vanishing ridge."""
+        factors = [torch.diag_embed(F) if F.ndim == 2 else F for F in self.summands(state)]
+        p, out = self.passes(len(factors)), []
+        for F in factors:
+            s, Q = torch.linalg.eigh(F)
+            floor = torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+            out.append((Q * (torch.maximum(s, floor) ** (-1 / (2 * p))).unsqueeze(-2)) @ Q.mT)
+        inverse = torch.linalg.matrix_power(torch.linalg.inv(dense_mean(out)), 2 * p)
+        return (inverse + inverse.mT) / 2
+
+    # ---------------------------------------------------------------- Summed: one factor for each axis
+    def summands(self, state: State) -> list[Tensor]:
+        """``H_k``, bias-corrected.  # (B, d_k, d_k)"""
+        return _AXES.factors(state)
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return _AXES.unfold(g)
+
+    def passes(self, factors: int) -> int:
+        """``p``."""
+        return factors if self.p is None else self.p

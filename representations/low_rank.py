@@ -1,0 +1,190 @@
+"""Low-rank curvature ``C = J^T J``: what all of its forms share, and rows that are gathered from a stream of gradients.
+
+``c`` rows are held at a time. Live states: tensors are replaced, never written to, so that a solver's cache may share them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, LowRank, Representation, State
+
+__all__ = ["Spanned", "Truncated", "Window", "form_rows"]
+
+COLUMNS = 1 << 16
+"""Entries of a row that are taken to double precision at once."""
+
+
+def form_rows(representation: LowRank, state: State) -> Tensor:
+    """``J``, formed row by row through ``J^T e_n``: for oracles.  # (B, N, P)"""
+    K = representation.gram(state)
+    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device).expand_as(K)
+    nothing = representation.combine(state, torch.zeros_like(K[..., 0])).flatten(1)
+    rows = [representation.combine(state, eye[:, n]).flatten(1) for n in range(K.shape[-1])]
+    return torch.stack(rows, 1) if rows else nothing.unsqueeze(1)[:, :0]
+
+
+class Spanned(Representation):
+    """``C = J^T J`` behind the three products of `LowRank`."""
+
+    live: ClassVar[bool] = True
+
+    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+        """None: no matrix of the block's size is held."""
+        return frozenset()
+
+    @abstractmethod
+    def gram(self, state: State) -> Tensor:
+        """``J J^T``.  # (B, N, N)"""
+
+    @abstractmethod
+    def project(self, state: State, v: Tensor) -> Tensor:
+        """``J v``.  # (B, *shape) -> (B, N)"""
+
+    @abstractmethod
+    def combine(self, state: State, z: Tensor) -> Tensor:
+        """``J^T z``.  # (B, N) -> (B, *shape)"""
+
+    def to_dense(self, state: State) -> Tensor:
+        J = form_rows(self, state)
+        return J.mT @ J
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return self.combine(state, self.project(state, v)).to(v.dtype)
+
+
+class _Stream(Spanned):
+    """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; the Gram matrix gains a row a step."""
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+
+    def init(self, frame: Frame) -> State:
+        rows, gram = frame.zeros(0, *frame.shape), frame.zeros(0, 0).double()
+        return {"rows": rows, "gram": gram, "weights": frame.zeros(0), "mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        rows, gram, weights = self.make_room(state["rows"], state["gram"], state["weights"])
+        new = evidence.gradient.reshape(rows.shape[0], 1, *rows.shape[2:])
+        rows = torch.cat([rows, new], 1)
+        cross = _inner(rows, new)  # (B, c, 1)
+        state["rows"] = rows
+        state["gram"] = torch.cat([torch.cat([gram, cross[:, :-1]], 2), cross.mT], 1)
+        state["weights"] = torch.cat([weights * fold.beta, weights.new_ones(len(weights), 1)], 1)
+        mass = state["mass"]
+        state["mass"] = torch.ones_like(mass) if fold.summed else mass * fold.beta + 1
+
+    @abstractmethod
+    def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with fewer rows, if a further one would be too many."""
+
+    @abstractmethod
+    def shares(self, state: State) -> Tensor:
+        """``w``.  # (B, c)"""
+
+    def gram(self, state: State) -> Tensor:
+        root = self.shares(state).to(state["gram"].dtype).sqrt()
+        return state["gram"] * root.unsqueeze(-1) * root.unsqueeze(-2)
+
+    def project(self, state: State, v: Tensor) -> Tensor:
+        rows = state["rows"].flatten(2)
+        return self.shares(state).sqrt() * (rows @ v.to(rows.dtype).flatten(1).unsqueeze(-1)).squeeze(-1)
+
+    def combine(self, state: State, z: Tensor) -> Tensor:
+        rows = state["rows"]
+        weighted = self.shares(state).sqrt() * z.to(rows.dtype)
+        return (weighted.unsqueeze(1) @ rows.flatten(2)).reshape(rows.shape[0], *rows.shape[2:])
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products in double precision, a piece of the rows at a time.
+
+    A Gram matrix has the squares of the rows' singular values: in single precision it would lose those below 3e-4 of the
+    largest.  # (B, c, *shape), (B, d, *shape) -> (B, c, d)
+    """
+    out = x.new_zeros(x.shape[0], x.shape[1], y.shape[1], dtype=torch.float64)
+    for a, b in zip(x.flatten(2).split(COLUMNS, -1), y.flatten(2).split(COLUMNS, -1), strict=True):
+        out.baddbmm_(a.double(), b.double().mT)
+    return out
+
+
+@dataclass(frozen=True)
+class Window(_Stream):
+    """The last ``size`` mini-batch gradients: ``C = (1/z) sum_j beta^age_j r_j r_j^T`` with ``beta`` the decay (None: 1).
+
+    ``scale`` is ``z``: ``size`` divides by the size also while the window fills, as M-FAC does, ``mean`` by the sum of the
+    weights that are held, ``sum`` by nothing.
+
+    Reference: Frantar, Kurtic & Alistarh, NeurIPS 2021, arXiv:2107.03356, section 3.2; Agarwal et al., ICML 2019,
+    arXiv:1806.02958, section 2.
+    """
+
+    size: int = 128
+    granularity: Literal["full", "layer"] = "full"
+    scale: Literal["size", "mean", "sum"] = "size"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size = {self.size!r}: legal are integers of at least 1")
+        if self.granularity not in ("full", "layer"):
+            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
+        if self.scale not in ("size", "mean", "sum"):
+            raise ValueError(f"scale = {self.scale!r}: legal are 'size', 'mean', 'sum'")
+
+    @property
+    def grain(self) -> Grain:
+        return self.granularity
+
+    def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        start = max(0, rows.shape[1] - self.size + 1)
+        return rows[:, start:], gram[:, start:, start:], weights[:, start:]
+
+    def shares(self, state: State) -> Tensor:
+        weights = state["weights"]
+        if self.scale == "size":
+            return weights / self.size
+        return weights / weights.sum(1, keepdim=True) if self.scale == "mean" else weights
+
+
+@dataclass(frozen=True)
+class Truncated(_Stream):
+    """The running average of ``g_t g_t^T``, cut down to its ``rank`` largest eigenpairs whenever ``window`` more have come.
+
+    ``X^T X = sum_t w_t g_t g_t^T`` is replaced by ``U^T U`` with ``U = Q_k^T X``, where ``X X^T = Q D Q^T``: its best
+    approximation of rank ``k``. Between the cuts nothing is lost.
+
+    Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, "Topmoumoute online natural gradient", section 4.
+    """
+
+    rank: int = 10
+    window: int = 50
+    granularity: Literal["full", "layer", "unit"] = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are integers of at least 1")
+        if self.granularity not in ("full", "layer", "unit"):
+            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer', 'unit'")
+
+    @property
+    def grain(self) -> Grain:
+        return self.granularity
+
+    def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if rows.shape[1] < self.rank + self.window:
+            return rows, gram, weights
+        X = weights.sqrt().unsqueeze(-1) * rows.flatten(2)
+        s, Q = torch.linalg.eigh(_inner(X, X))  # anew: what was added up over many steps has drifted
+        U = (Q[..., -self.rank :].mT.to(X.dtype) @ X).reshape(rows.shape[0], self.rank, *rows.shape[2:])
+        return U, torch.diag_embed(s[..., -self.rank :].clamp(min=0)), torch.ones_like(weights[:, : self.rank])
+
+    def shares(self, state: State) -> Tensor:
+        mass = state["mass"]
+        return state["weights"] / torch.where(mass > 0, mass, 1.0).unsqueeze(-1)

@@ -1,0 +1,75 @@
+"""One factor for a matrix: the moment of its rows, every column alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+
+__all__ = ["OneSided"]
+
+
+@dataclass(frozen=True)
+class OneSided(Representation):
+    """``C ~ L (x) I`` with ``L = sum G G^T``, ``G`` a tensor with all axes but the first in one.
+
+    Which side is the first is a matter of the blocks (`gradmaker.shapes.ShapePolicy`). ``C <= r L (x) I`` holds for the true
+    ``C``, ``r`` the largest rank of a gradient.
+
+    Reference: Xie et al., 2025, arXiv:2502.10273 (one-sided Shampoo); An et al., 2025, arXiv:2503.20762 (ASGO).
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        rows, *rest = frame.shape or (1,)
+        factor = frame.zeros(rows) if 0 in frame.diagonal else frame.zeros(rows, rows)
+        columns = torch.Size(rest).numel()
+        return {"factor": factor, "columns": frame.zeros(columns, 0), "mass": frame.zeros()}  # an empty tensor keeps the size
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G, L = self.unfold(evidence.gradient), state["factor"]
+        if L.ndim == 2:
+            L.mul_(fold.beta).add_(G.square().sum(-1), alpha=fold.alpha)
+        else:
+            L.baddbmm_(G, G.mT, beta=fold.beta, alpha=fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def to_dense(self, state: State) -> Tensor:
+        (L,) = self.factors(state)
+        return self.widen(state, torch.diag_embed(L) if L.ndim == 2 else L)
+
+    def widen(self, state: State, P: Tensor) -> Tensor:
+        """``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
+        n = state["columns"].shape[1]
+        eye = torch.eye(n, dtype=P.dtype, device=P.device)
+        return torch.einsum("bij,kl->bikjl", P, eye).reshape(len(P), n * P.shape[1], -1)
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        (L,) = self.factors(state)
+        rows = self.unfold(v)
+        return (L.unsqueeze(-1) * rows if L.ndim == 2 else L @ rows).reshape(v.shape)
+
+    # ---------------------------------------------------------------- Factored: one factor
+    def factors(self, state: State) -> list[Tensor]:
+        """``L``, bias-corrected.  # [(B, d, d)]"""
+        return [average(state["factor"], state["mass"])]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as a matrix.  # (B, d, n)"""
+        return g.reshape(len(g), *(g.shape[1:2] or (1,)), -1)
+
+    def order(self, factors: int) -> float:
+        """One: the factor is ``C``."""
+        return 1

@@ -1,0 +1,157 @@
+"""SOAP's state: the axes' statistics, their eigenbases, and the second moment of gradients in these bases.
+
+A basis is part of the statistic, since the moments are measured in it. Letters: ``Q`` bases, ``V`` moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.kronecker import apply_factors, mode_matrix
+from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+
+__all__ = ["RotatedDims"]
+
+
+@dataclass(frozen=True)
+class RotatedDims(Representation):
+    """``C ~ Q diag(V) Q^T``, ``Q`` the Kronecker product of the eigenbases of ``H_k`` of Shampoo, ``V = E (Q^T g)^2``.
+
+    ``V`` is the diagonal nearest to ``C`` in its basis. It is not rotated when the basis turns, but follows its columns where
+    they are sorted. A basis is kept for ``basis_interval`` measured steps, and longer while it is within ``tolerance``.
+
+    - ``order="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
+    - ``"basis_first"``: the factors take it in first, and the basis may be renewed by it (EShampoo).
+
+    The first gradient is diagonal in its own basis, where a second moment would be rounding noise: ``V`` starts as the same
+    number everywhere, its mean, or, with ``skip_first``, not at all, and the first step is left out.
+
+    Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3 (SOAP); Eschenhagen et al., 2025, arXiv:2506.03595
+    (eigenvalue-corrected Shampoo, ``tolerance``).
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    basis_interval: int = 10
+    tracking: Literal["power", "qr", "eigh"] = "power"
+    tolerance: float = 0.0
+    order: Literal["moments_first", "basis_first"] = "moments_first"
+    skip_first: bool = False
+    vectors: bool = False
+    """Whether a tensor with one axis gets a basis too; otherwise it is Adam's."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
+            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        for name, legal in (("tracking", ("power", "qr", "eigh")), ("order", ("moments_first", "basis_first"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are {', '.join(map(repr, legal))}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance = {self.tolerance!r}: legal are numbers in [0, 1)")
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    @property
+    def skips_first(self) -> bool:
+        """Whether the first step is left out."""
+        return self.skip_first
+
+    def init(self, frame: Frame) -> State:
+        shape = frame.shape or (1,)
+        state = {"moments": frame.zeros(*shape), "mass": frame.zeros(), "factor_mass": frame.zeros()}
+        state["age"] = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        for axis, size in enumerate(shape):
+            if axis not in frame.diagonal and (len(shape) > 1 or self.vectors):
+                state[f"factor_{axis}"] = frame.zeros(size, size)
+                state[f"basis_{axis}"] = frame.zeros(size, size) + torch.eye(size, dtype=frame.dtype, device=frame.device)
+        return state
+
+    # ---------------------------------------------------------------- the statistic
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
+        if age == 0 or self.order == "basis_first":
+            self._fold_factors(state, G, fold)
+        # SOAP renews after every `basis_interval`-th step but the first; here that is before the step that follows.
+        due = age > 1 and (age - 1) % self.basis_interval == 0
+        if self.order == "basis_first":
+            due = age > 0 and (age + 1) % self.basis_interval == 0
+        if age == 0 or due:
+            self._renew(state, born=age == 0)
+        if age > 0 or not self.skip_first:
+            self._fold_moments(state, G, fold, born=age == 0)
+        if age > 0 and self.order == "moments_first":
+            self._fold_factors(state, G, fold)
+        state["age"].add_(1)
+
+    def _fold_factors(self, state: State, G: Tensor, fold: Fold) -> None:
+        for axis in self._axes(state):
+            x = mode_matrix(G, axis)
+            state[f"factor_{axis}"].baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha)
+        fold.weigh_(state["factor_mass"])
+
+    def _fold_moments(self, state: State, G: Tensor, fold: Fold, born: bool) -> None:
+        squares = apply_factors([None if Q is None else Q.mT for Q in self.bases(state)], G).square()
+        if born and self._axes(state):
+            squares = squares.flatten(1).mean(1).view(-1, *[1] * (G.ndim - 1)).expand_as(G)
+        state["moments"].mul_(fold.beta).add_(squares, alpha=fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def _renew(self, state: State, born: bool) -> None:
+        for axis in self._axes(state):
+            H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
+            stale = torch.isfinite(H).all(-1).all(-1)
+            if not born and self.tolerance:
+                stale &= off_diagonal(H, Q) > self.tolerance
+            order = torch.arange(H.shape[-1], device=H.device).expand(len(H), -1)
+            new = order_new = None
+            if born or self.tracking == "eigh":
+                new = sorted_eigenvectors(torch.where(stale[:, None, None], H, 0.0))
+            elif self.tracking == "power":
+                new, order_new = power_step(H, Q)
+            else:
+                new = qr_steps(H, Q, self.tolerance)
+            Q.copy_(torch.where(stale[:, None, None], new, Q))
+            if order_new is not None:
+                self._permute(state, axis, torch.where(stale[:, None], order_new, order))
+
+    def _permute(self, state: State, axis: int, order: Tensor) -> None:
+        V = state["moments"]
+        index = order.view(len(V), *[1] * axis, -1, *[1] * (V.ndim - axis - 2))
+        V.copy_(torch.take_along_dim(V, index, axis + 1))
+
+    def _axes(self, state: State) -> list[int]:
+        return [axis for axis in range(state["moments"].ndim - 1) if f"basis_{axis}" in state]
+
+    def to_dense(self, state: State) -> Tensor:
+        V = state["moments"]
+        eye = torch.eye(V[0].numel(), dtype=V.dtype, device=V.device)
+        columns = eye.reshape(-1, *V.shape[1:])
+        return torch.stack([self.matvec(state, v.expand_as(V)).flatten(1) for v in columns], -1)
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        bases = self.bases(state)
+        rotated = apply_factors([None if Q is None else Q.mT for Q in bases], self.unfold(v))
+        return apply_factors(bases, rotated * self.spectrum(state)).reshape(v.shape)
+
+    # ---------------------------------------------------------------- Rotated
+    def bases(self, state: State) -> list[Tensor | None]:
+        """``Q_k``; None for an axis that keeps the unit basis.  # (B, d_k, d_k)"""
+        return [state.get(f"basis_{axis}") for axis in range(state["moments"].ndim - 1)]
+
+    def spectrum(self, state: State) -> Tensor:
+        """``V``, bias-corrected.  # (B, d_1, ..., d_m)"""
+        return average(state["moments"], state["mass"])
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)

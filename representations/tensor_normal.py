@@ -1,0 +1,114 @@
+"""TNT's state: the covariance of a tensor-normal distribution of gradients, a factor for each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.kronecker import KronDims, apply_factors
+
+__all__ = ["TensorNormal"]
+
+
+@dataclass(frozen=True)
+class TensorNormal(Representation):
+    """``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)`` with ``H_m = sum mat_m(G) mat_m(G)^T``, all of one trace ``z``.
+
+    Exact where the gradient is tensor-normal; the trace is always that of ``C``. Fed by a gradient of the sampled loss, or by
+    examples (layers only), of which each is one ``G``. `factors` are balanced: all have the mean eigenvalue
+    ``c = (z / prod n)^(1/k)``, and their product is ``C`` itself, unlike Shampoo's, whose root is.
+
+    Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient, Outer)
+    factored_axes: ClassVar[bool] = True
+
+    granularity: Literal["layer", "tensor"] = "layer"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("layer", "tensor"):
+            raise ValueError(f"granularity = {self.granularity!r}: legal are 'layer', 'tensor'")
+
+    @property
+    def grain(self) -> Grain:
+        return self.granularity
+
+    def init(self, frame: Frame) -> State:
+        return KronDims().init(frame)
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        if isinstance(evidence, Gradient):
+            KronDims().update(state, evidence, fold)
+            return
+        assert isinstance(evidence, Outer)
+        inner, outer = (0, 1) if evidence.transposed else (1, 0)
+        for axis, moment in ((outer, _output_moment), (inner, _input_moment)):
+            H = state[f"factor_{axis}"]
+            H.mul_(fold.beta).add_(moment(evidence, diagonal=H.ndim == 2), alpha=fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def to_dense(self, state: State) -> Tensor:
+        out, *rest = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
+        for F in rest:
+            out = torch.einsum("bij,bkl->bikjl", out, F).reshape(len(F), out.shape[-1] * F.shape[-1], -1)
+        return out
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self.factors(state), self.unfold(v)).reshape(v.shape)
+
+    # ---------------------------------------------------------------- Factored: one factor for each axis
+    def factors(self, state: State) -> list[Tensor]:
+        """``H_m / (c^(k-1) prod_(j != m) n_j)``, bias-corrected; zero where nothing was seen.  # (B, d_m, d_m)"""
+        H = KronDims().factors(state)
+        trace = (H[0] if H[0].ndim == 2 else H[0].diagonal(dim1=-2, dim2=-1)).sum(-1)
+        sizes, k = [F.shape[-1] for F in H], len(H)
+        c = (trace / prod(sizes)) ** (1 / k)
+        scale = torch.where(c > 0, c, 1.0) ** (k - 1)
+        return [F * n / prod(sizes) / scale.view(-1, *[1] * (F.ndim - 1)) for F, n in zip(H, sizes, strict=True)]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return KronDims().unfold(g)
+
+    def order(self, factors: int) -> int:
+        """One: ``C`` is the product of the factors."""
+        return 1
+
+
+def _input_gram(evidence: Outer) -> Tensor:
+    """``a_r . a_s`` within each example.  # (G, n, r, r)"""
+    if isinstance(evidence.inputs, OneHot):
+        index = evidence.inputs.index
+        same = index.unsqueeze(2) == index.unsqueeze(1)
+        if evidence.inputs.padding is not None:
+            same = same & (index != evidence.inputs.padding).unsqueeze(2)
+        gram = same.to(evidence.gradients.dtype).unsqueeze(0)
+    else:
+        gram = evidence.inputs @ evidence.inputs.mT
+    return gram + 1 if evidence.bias else gram
+
+
+def _output_moment(evidence: Outer, diagonal: bool) -> Tensor:
+    """``sum_N J_N J_N^T = sum_kn sum_rs (a_r . a_s) g_r g_s^T``.  # (G, o, o) or (G, o)"""
+    g = evidence.gradients
+    weighed = torch.einsum("gnrs,kgnso->kgnro", _input_gram(evidence), g)
+    return torch.einsum("kgnro,kgnro->go" if diagonal else "kgnro,kgnrp->gop", *(weighed, g))
+
+
+def _input_moment(evidence: Outer, diagonal: bool) -> Tensor:
+    """``sum_N J_N^T J_N = sum_n sum_rs (sum_k g_r . g_s) a_r a_s^T``, the bias last.  # (G, i, i) or (G, i)"""
+    if diagonal:
+        return evidence.squares().sum(-1 if evidence.transposed else -2)
+    assert isinstance(evidence.inputs, Tensor)
+    a, g = evidence.inputs, evidence.gradients
+    a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a
+    gram = torch.einsum("kgnro,kgnso->gnrs", g, g)
+    weighed = (gram @ a).flatten(1, 2)
+    return a.flatten(1, 2).mT @ weighed

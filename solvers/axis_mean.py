@@ -1,0 +1,85 @@
+"""Inverse square roots of Kronecker sums: roots of the axes' factors, averaged, applied several times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import State, Summed
+from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
+from gradmaker.solvers.base import Solver, spectral_power
+from gradmaker.solvers.damping import check_choice, check_interval
+from gradmaker.solvers.eigh import Eigh
+from gradmaker.solvers.newton_root import NewtonRoot
+
+__all__ = ["AxisMean"]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """The factors of a sum as those of a product of which each is raised to ``1/p``."""
+
+    sum: Any
+
+    def factors(self, state: State) -> list[Tensor]:
+        found: list[Tensor] = self.sum.summands(state)
+        return found
+
+    def unfold(self, g: Tensor) -> Tensor:
+        shaped: Tensor = self.sum.unfold(g)
+        return shaped
+
+    def order(self, factors: int) -> float:
+        p: int = self.sum.passes(factors)
+        return p
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisMean(Solver):
+    """``P G``: ``p`` times ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
+
+    ``root`` says how factors are rooted, by `Eigh` or `NewtonRoot`. A block that fails before it ever succeeded keeps its
+    gradient.
+
+    Reference: Duvvuri et al., ICLR 2024, algorithm 1 (``p = 2``); the factors 1/2, which its code leaves to grafting, are kept.
+    """
+
+    needs: ClassVar[type] = Summed
+    definite: ClassVar[bool] = True
+
+    damping: float = 1e-6
+    root: Literal["eigh", "newton"] = "eigh"
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf, closed=True)
+        check_choice("root", self.root, ("eigh", "newton"))
+
+    @property
+    def exponent(self) -> float:
+        return -0.5
+
+    def _rooter(self) -> Solver:
+        if self.root == "newton":
+            return NewtonRoot(power=-0.5, damping=self.damping)
+        return Eigh(power=-0.5, damping=self.damping, split="each", relative=True)
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        return self._rooter().prepare(_Factors(representation), state, previous)
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        factors = [torch.diag_embed(F) if F.ndim == 2 else F for F in representation.summands(state)]
+        p = representation.passes(len(factors))
+        tops = [torch.linalg.eigvalsh(F).amax(-1, keepdim=True) for F in factors]
+        roots = [spectral_power(F, self.damping * top, -1 / (2 * p)) for F, top in zip(factors, tops, strict=True)]
+        return torch.linalg.matrix_power(dense_mean(roots), p)
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        roots = [cache[f"root_{k}"] for k in range(len(cache) - 1)]  # all but "failures"
+        out = representation.unfold(g)
+        for _ in range(representation.passes(len(roots))):
+            out = axis_mean(roots, out)
+        return out.reshape(g.shape)

@@ -1,0 +1,104 @@
+"""Inverses of damped factors by the Woodbury identity, where a factor has fewer rows than columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import RowFactored, State
+from gradmaker.representations.kronecker import apply_factors
+from gradmaker.solvers.base import Solver, kronecker_power
+from gradmaker.solvers.cholesky import _CholeskyInverse
+from gradmaker.solvers.damping import average_trace, check_interval
+from gradmaker.solvers.ladder import climb, scalars, settle
+
+__all__ = ["FactorWoodbury"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorWoodbury(Solver):
+    """``P = (B + r_B I)^-1 (x) (A + r_A I)^-1`` with ``(X^T X + r I)^-1 = (I - X^T (r I + X X^T)^-1 X) / r``.
+
+    The matrix that is inverted has the rows' number, not the columns'; a factor that is given whole is inverted by `Cholesky`'s
+    rule. The ridges are those of K-FAC, ``r_A = pi sqrt(damping)``, ``r_B = sqrt(damping) / pi``. The small matrix is inverted in
+    float64: the identity subtracts what nearly cancels when ``r`` is small.
+    A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+
+    Reference: Tang et al., CVPR 2021 (SKFAC); ridges: Martens, Grosse, ICML 2015, arXiv:1503.05671, section 6.3.
+    """
+
+    needs: ClassVar[type] = RowFactored
+    definite: ClassVar[bool] = True
+
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf)
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        new: State = {}
+        default: State = {}
+        failures = []
+        for k, (X, r) in enumerate(zip(representation.rows(state), self._ridges(representation, state), strict=True)):
+            whole = X is None
+            parts, failed = _invert(representation.factor(state, k) if X is None else X.double() @ X.double().mT, r)
+            share = {"inverse": parts.to(r.dtype)} if X is None else {"rows": X, "core": parts.to(r.dtype), "ridge": r}
+            new.update({f"{name}_{k}": x for name, x in share.items()})
+            default.update({f"{name}_{k}": self._zero_curvature(name, x, whole) for name, x in share.items()})
+            failures.append(failed)
+        before = previous if previous is not None and _alike(new, previous) else None
+        return settle(new, torch.stack(failures).any(0), before, default)
+
+    def _zero_curvature(self, name: str, x: Tensor, whole: bool) -> Tensor:
+        """What stands in the cache where the factor is zero: ``1 / sqrt(damping)``."""
+        gain = self.damping**-0.5
+        if whole:
+            unit = x.new_ones(x.shape[-1])
+            return gain * (unit if x.ndim == 2 else unit.diag())
+        return x.new_tensor(1 / gain if name == "ridge" else 0.0)
+
+    def _ridges(self, representation: Any, state: State) -> list[Tensor]:
+        """As `pi_ridges` of the factors, which need not be formed.  # each (B,)"""
+        traces = []
+        for k, X in enumerate(representation.rows(state)):
+            traces.append(average_trace(representation.factor(state, k)) if X is None else X.square().sum(1).mean(-1))
+        t = torch.stack(traces)
+        usable = (torch.isfinite(t) & (t > 0)).all(0)
+        return list(torch.where(usable, t / t.log().mean(0).exp(), 1.0) * self.damping**0.5)
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        factors = [representation.factor(state, k) for k in range(2)]
+        return kronecker_power(factors, self._ridges(representation, state), -1.0)
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        rows, columns = (_apply(cache, k) for k in range(2))
+        return columns(rows(representation.unfold(g)).mT).mT.reshape(g.shape)
+
+
+def _apply(cache: State, k: int) -> Callable[[Tensor], Tensor]:
+    """The inverse of factor ``k``, from the left."""
+    if f"inverse_{k}" in cache:
+        return lambda v: apply_factors([cache[f"inverse_{k}"]], v)
+    X, core, r = (cache[f"{name}_{k}"] for name in ("rows", "core", "ridge"))
+    return lambda v: (v - X.mT @ (core @ (X @ v))) / r.view(-1, 1, 1)
+
+
+def _invert(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """``(F + r I)^-1`` and the members for which nothing helped."""
+    factors = scalars([F])
+    ((inverse,),), lost = climb(_CholeskyInverse(1), factors, [ridge.to(F.dtype)])
+    return inverse.reshape(F.shape), lost
+
+
+def _alike(new: State, previous: State) -> bool:
+    """Whether a block that fails can keep what it had: other batches have other shapes."""
+    return all(name in previous and previous[name].shape == x.shape for name, x in new.items())
