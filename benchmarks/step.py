@@ -78,9 +78,7 @@ def tokens(count: int, length: int) -> Data:
 
 def mlp() -> nn.Module:
     """The MLP of the case study of Osawa et al. 2023."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
 def conv() -> nn.Module:

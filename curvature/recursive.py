@@ -89,7 +89,7 @@ class FisherRecursive(Curvature):
 
 
 def find_chain(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linear layers of a feed-forward chain, by name and in order. ValueError that names the first module that breaks it."""
+    """The linear layers of a feed-forward chain, by name, in order. ValueError that names the first module that breaks it."""
     chain = []
     for name, module in _leaves("", model):
         if type(module) is nn.Linear:
@@ -130,7 +130,8 @@ def _slope_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:
     """``mean_n phi'_n phi'_n^T`` of what lies between a layer's output and ``after``, element by element.  # (d, d)"""
     (slope,) = torch.autograd.grad(after, call.edges[0], torch.ones_like(after), retain_graph=True)
     slope = slope.detach().to(weights)
-    return slope.mT @ (slope * weights)
+    moment: Tensor = slope.mT @ (slope * weights)
+    return moment
 
 
 def _factors(site: Site, a: Tensor, B: Tensor, weights: Tensor, dtype: torch.dtype) -> Factors:

@@ -7,6 +7,7 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
     __path__ = [str(_root / "gradmaker"), str(_root)]
 del _root
 
+from gradmaker.compare import Comparison, Data, compare  # noqa: E402
 from gradmaker.config import GradientConfig  # noqa: E402
 from gradmaker.maker import GradientMaker, PlainGradientConfig  # noqa: E402
 from gradmaker.methods import METHODS, from_config  # noqa: E402
@@ -35,7 +36,14 @@ from gradmaker.methods.fisher_kronecker import (  # noqa: E402
     TntGradientConfig,
     TntGradientMaker,
 )
-from gradmaker.methods.inverse_kronecker import KradagradStarGradientConfig, KradagradStarGradientMaker  # noqa: E402
+from gradmaker.methods.inverse_kronecker import (  # noqa: E402  # noqa: E402  # noqa: E402
+    KlShampooGradientConfig,
+    KlShampooGradientMaker,
+    KradagradGradientConfig,
+    KradagradGradientMaker,
+    KradagradStarGradientConfig,
+    KradagradStarGradientMaker,
+)
 from gradmaker.methods.kronecker import (  # noqa: E402
     KfacGradientConfig,
     KfacGradientMaker,
@@ -68,6 +76,7 @@ from gradmaker.methods.natural import (  # noqa: E402
     UnitNaturalGradientConfig,
     UnitNaturalGradientMaker,
 )
+from gradmaker.methods.spectral import MuonGradientConfig, MuonGradientMaker  # noqa: E402
 from gradmaker.methods.tensor_kronecker import (  # noqa: E402  # noqa: E402  # noqa: E402
     CasprGradientConfig,
     CasprGradientMaker,
@@ -87,8 +96,10 @@ __all__ = [
     "AdamGradientMaker",
     "CasprGradientConfig",
     "CasprGradientMaker",
+    "Comparison",
     "CustomGradientConfig",
     "CustomGradientMaker",
+    "Data",
     "DiagonalNaturalGradientConfig",
     "DiagonalNaturalGradientMaker",
     "EkfacGradientConfig",
@@ -109,12 +120,18 @@ __all__ = [
     "KflrGradientMaker",
     "KfraGradientConfig",
     "KfraGradientMaker",
+    "KlShampooGradientConfig",
+    "KlShampooGradientMaker",
+    "KradagradGradientConfig",
+    "KradagradGradientMaker",
     "KradagradStarGradientConfig",
     "KradagradStarGradientMaker",
     "LayerNaturalGradientConfig",
     "LayerNaturalGradientMaker",
     "MfacGradientConfig",
     "MfacGradientMaker",
+    "MuonGradientConfig",
+    "MuonGradientMaker",
     "OneSidedGradientConfig",
     "OneSidedGradientMaker",
     "PlainGradientConfig",
@@ -141,6 +158,7 @@ __all__ = [
     "TripleError",
     "UnitNaturalGradientConfig",
     "UnitNaturalGradientMaker",
+    "compare",
     "from_config",
     "legality",
 ]

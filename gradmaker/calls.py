@@ -83,7 +83,7 @@ def example_axis(call: Call, value: Any, n: int, first: bool) -> int | None:
     if isinstance(module, nn.RNNBase):  # states have layers first, whatever ``batch_first`` says
         axes = () if value.ndim != 3 else (0,) if first and module.batch_first else (1,)
     elif isinstance(module, nn.MultiheadAttention):
-        given = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+        given = inspect.signature(nn.MultiheadAttention.forward).bind(module, *call.args, **call.kwargs).arguments
         mask = given.pop("attn_mask", None)
         sequence = first or any(value is given[k] for k in ("query", "key", "value"))
         axes = () if value is mask and value.ndim == 2 else (1,) if sequence and not module.batch_first else (0,)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gradmaker.calls import Call, check_lookup, example_axis
@@ -28,11 +30,24 @@ def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tens
     (module,) = site.modules
     total: Tensor | None = None
     for call, outputs in zip(tape.calls[module], gradients[module], strict=True):
-        with tape.paused(), _own_random_state(next(iter(site.parameters.values())).device):
+        with tape.paused(), _held_spectra(module), _own_random_state(next(iter(site.parameters.values())).device):
             rows = _rows_of_call(site, module, call, outputs, tape.examples)
         total = rows if total is None else total + rows
     assert total is not None
     return total
+
+
+@contextmanager
+def _held_spectra(module: nn.Module) -> Iterator[None]:
+    """A spectral norm in training mode moves its singular vectors at every use: a repeated call wants those of the recorded one."""
+    moving = [m for m in module.modules() if isinstance(m, _SpectralNorm) and m.training]
+    for m in moving:
+        m.eval()
+    try:
+        yield
+    finally:
+        for m in moving:
+            m.train()
 
 
 def _own_random_state(device: torch.device) -> AbstractContextManager[None]:

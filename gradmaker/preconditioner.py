@@ -140,8 +140,8 @@ class PreconditionedGradientMaker(GradientMaker):
         ridden: output gradients of the backward pass, for those that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
         """
-        masked = self._note_finite(check, terms)
-        if not self._finite:
+        masked, empty = self._note_finite(check, terms)
+        if empty or not self._finite:
             return
         if ridden is not None and weight * scale != 1.0:
             ridden = {m: [[g / (weight * scale) for g in outs] for outs in calls] for m, calls in ridden.items()}
@@ -162,23 +162,21 @@ class PreconditionedGradientMaker(GradientMaker):
         return step
 
     @torch.no_grad()
-    def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> bool:
-        """Record whether these tensors and the gradients are finite; returns whether the loss left out terms.
+    def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> tuple[bool, bool]:
+        """Record whether these tensors and the gradients are finite; returns whether the loss left out terms, and all of them.
 
-        A loss that left out all of its terms has nothing to say, and counts as not finite, as its mean is.
         One host read, and only on steps on which a statistic would take them in.
         """
         if not (self._measuring or any(b.momentum or b.norm_state for b in self.plan.blocks)):
-            return False
+            return False, False
         self._noted = True
         tensors = check + [p.grad for p in self.model.parameters() if p.grad is not None]
-        flags = [torch.stack([_finite(t) for t in tensors]).all()] if tensors else []
-        flags += [torch.stack([t.valid().any() for t in terms]).any()] if terms else []
-        checks = len(flags)
-        flags += [t.masked() for t in terms]
-        values = torch.stack(flags).tolist() if flags else []
-        self._finite = self._finite and all(values[:checks])
-        return any(values[checks:])
+        finite = torch.stack([_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
+        kept = [t.valid() for t in terms]
+        flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
+        values = torch.stack(flags).tolist()
+        self._finite = self._finite and values[0]
+        return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
 
     def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
         decay = self.config.decay

@@ -62,7 +62,7 @@ class ShapePolicy:
     Every block is a tensor of its own: factors, roots and the length of grafting. ``rows`` transposes matrices: ``"short"``
     makes the shorter side the rows, ``"right"`` always.
 
-    Reference: Anil et al., 2020, arXiv:2002.09018 (greedy merging, blocks), as in Google's code; Jordan et al., Muon, 2024 (to_2d).
+    Reference: Anil et al., 2020, arXiv:2002.09018 (greedy merging, blocks); Jordan et al., Muon, 2024 (to_2d).
     """
 
     merge: Merge = "none"

@@ -43,13 +43,14 @@ def refusal(curvature: Curvature, representation: Representation, solver: Solver
     c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
     if not _feeds(curvature, representation):
         gives, takes = (", ".join(t.__name__ for t in ts) for ts in (curvature.gives, representation.takes))
-        fits = _names(CURVATURES, lambda part: _feeds(part, representation))
+        fits = _names(CURVATURES, lambda part: _feeds(part, representation) and _places(part, representation))
         return f"{r} is built from {takes}, but {c} gives {gives}. Curvatures that fit {r}: {fits}"
-    if curvature.layerwise and representation.grain == "tensor":
-        fits = _names(CURVATURES, lambda part: _feeds(part, representation) and not part.layerwise)
+    if not _places(curvature, representation):
+        fits = _names(CURVATURES, lambda part: _feeds(part, representation) and _places(part, representation))
+        hint = f"Use {r}(granularity='layer'). " if hasattr(representation, "granularity") else ""
         return (
             f"{c} is measured by layers, but {r} was asked to hold single parameter tensors. "
-            f"Use {r}(granularity='layer'). Curvatures that fit {r} of single tensors: {fits}"
+            f"{hint}Curvatures that fit {r} of single tensors: {fits}"
         )
     reason = _unsolvable(curvature, representation, solver)
     if reason is None:
@@ -70,6 +71,11 @@ def _unsolvable(curvature: Curvature, representation: Representation, solver: So
 
 def _feeds(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
     return set(curvature.gives) <= set(representation.takes)
+
+
+def _places(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
+    """Whether what is measured by layers is held by layers."""
+    return not (curvature.layerwise and representation.grain == "tensor")
 
 
 def _names(registry: dict[str, Any], fits: Any) -> str:

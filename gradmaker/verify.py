@@ -199,6 +199,8 @@ def _solve_error(block: Block) -> float:
     block.prepare({s.name for s in block.sites})
     generator = torch.Generator(frame.device).manual_seed(2)
     g = torch.randn(frame.stack, *frame.shape, dtype=frame.dtype, device=frame.device, generator=generator)
+    if not solver.linear:  # P is that of the very gradient
+        representation.update(block.state, Gradient(g), Fold(0.0, 1.0, 1.0))
     found = solver.solve(representation, block.cache, g)
     P = solver.operator(representation, {k: v.double() for k, v in block.state.items()})
     return _relative(found, (P @ g.double().reshape(frame.stack, -1, 1)).reshape(g.shape))

@@ -1,5 +1,6 @@
 """Representations: how a curvature matrix is held."""
 
+from gradmaker.representations.alternating_inverse import AlternatingInverse
 from gradmaker.representations.base import (
     Elementwise,
     Factored,
@@ -12,6 +13,7 @@ from gradmaker.representations.base import (
     RowFactored,
     State,
 )
+from gradmaker.representations.cross_dims import CrossDims
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.eigenbasis import Eigenbasis
@@ -20,7 +22,7 @@ from gradmaker.representations.kron_rows import KronRows
 from gradmaker.representations.kronecker import Kron, KronDims
 from gradmaker.representations.kronecker_sum import KronSum
 from gradmaker.representations.low_rank import Truncated, Window
-from gradmaker.representations.one_sided import OneSided
+from gradmaker.representations.one_sided import OneSided, ZeroHistory
 from gradmaker.representations.rotated_dims import RotatedDims
 from gradmaker.representations.rows import Rows
 from gradmaker.representations.sketched import Sketched
@@ -44,11 +46,16 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
         Truncated,
         RotatedDims,
         InverseDims,
+        ZeroHistory,
+        CrossDims,
+        AlternatingInverse,
     )
 }
 
 __all__ = [
     "REPRESENTATIONS",
+    "AlternatingInverse",
+    "CrossDims",
     "Dense",
     "Diagonal",
     "Eigenbasis",
@@ -74,4 +81,5 @@ __all__ = [
     "TensorNormal",
     "Truncated",
     "Window",
+    "ZeroHistory",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "Frame",
     "Grain",
     "Inverse",
+    "Momentary",
     "Multiplies",
     "Representation",
     "Rotated",
@@ -224,6 +225,17 @@ class Summed(Protocol):
 
     def passes(self, factors: int) -> int:
         """``p``."""
+
+
+@runtime_checkable
+class Momentary(Protocol):
+    """``C = (G G^T) (x) I`` of the newest gradient alone, the one that is preconditioned."""
+
+    def newest(self, state: State) -> Tensor:
+        """``G G^T``.  # (B, d, d)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient as a matrix.  # (B, d, n)"""
 
 
 @runtime_checkable

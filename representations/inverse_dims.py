@@ -137,7 +137,7 @@ class InverseDims(Representation):
     # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
         """Of ``L_k``; no basis for a diagonal.  # (B, d), (B, d, d)"""
-        return [self._spectrum(state[f"inverse_{axis}"]) for axis in range(len(state) - 1)]
+        return [self._spectrum(state[f"inverse_{axis}"]) for axis in range(sum(k.startswith("inverse_") for k in state))]
 
     def _spectrum(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
         if L.ndim == 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
-__all__ = ["OneSided"]
+__all__ = ["OneSided", "ZeroHistory"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,19 @@ class OneSided(Representation):
     def order(self, factors: int) -> float:
         """One: the factor is ``C``."""
         return 1
+
+
+@dataclass(frozen=True)
+class ZeroHistory(OneSided):
+    """``C = (G G^T) (x) I`` of the newest gradient: one-sided Shampoo without memory, whatever ``decay`` says.
+
+    Reference: Bernstein, Newhouse 2024, "Old optimizer, new norm", arXiv:2409.20325, proposition 5.
+    """
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        super().update(state, evidence, Fold(0.0, 1.0, 1.0))
+
+    def newest(self, state: State) -> Tensor:
+        """``G G^T``.  # (B, d, d)"""
+        (L,) = self.factors(state)
+        return torch.diag_embed(L) if L.ndim == 2 else L

@@ -86,7 +86,8 @@ class Part:
             a = torch.cat([a, torch.ones_like(self.gradients[:, 0, :, :, :1])], -1)
         J = torch.einsum("gknro,gnri->gknoi", self.gradients, a)
         J = (J.mT if self.transposed else J).flatten(1, 2).flatten(2)  # (G, N, o i)
-        return J.unflatten(0, self.layout[:2]).transpose(1, 2).flatten(2)
+        out: Tensor = J.unflatten(0, self.layout[:2]).transpose(1, 2).flatten(2)
+        return out
 
     def project(self, v: Tensor) -> Tensor:
         """``J v``.  # (B, H, rows, columns) -> (B, N)"""
@@ -98,8 +99,8 @@ class Part:
             moved = (self.inputs.flatten(1, 2) @ v[..., :i].mT).unflatten(1, self.inputs.shape[1:3])
         if self.bias:
             moved = moved + v[:, None, None, :, i]
-        products = torch.einsum("gknro,gnro->gkn", self.gradients, moved)
-        return products.flatten(1).unflatten(0, self.layout[:2]).sum(1)
+        products: Tensor = torch.einsum("gknro,gnro->gkn", self.gradients, moved).flatten(1)
+        return products.view(*self.layout[:2], -1).sum(1)
 
     def combine(self, z: Tensor) -> Tensor:
         """``J^T z``.  # (B, N) -> (B, H, rows, columns)"""
@@ -109,11 +110,11 @@ class Part:
         if self.lookup:
             out = weighted.new_zeros(1, self.layout[2 if self.transposed else 3], o)
             out.index_add_(1, self.inputs.long().flatten(), weighted.flatten(1, 2))
-            return (out if self.transposed else out.mT).unflatten(0, self.layout[:2])
+            return (out if self.transposed else out.mT).reshape(self.layout[:4])
         out = weighted.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
         if self.bias:
             out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
-        return (out.mT if self.transposed else out).unflatten(0, self.layout[:2])
+        return (out.mT if self.transposed else out).reshape(self.layout[:4])
 
 
 @dataclass(frozen=True)

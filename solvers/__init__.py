@@ -9,13 +9,27 @@ from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.factor_woodbury import FactorWoodbury
 from gradmaker.solvers.gram import Gram
 from gradmaker.solvers.newton_root import NewtonRoot
+from gradmaker.solvers.polar_factor import PolarFactor
 from gradmaker.solvers.positive_root import PositiveRoot
 from gradmaker.solvers.rotate import Rotate
 from gradmaker.solvers.rotated_division import RotatedDivision
 
 SOLVERS: dict[str, type[Solver]] = {
     s.__name__: s
-    for s in (Cholesky, Eigh, NewtonRoot, FactorWoodbury, Rotate, Gram, CG, Division, AxisMean, RotatedDivision, PositiveRoot)
+    for s in (
+        Cholesky,
+        Eigh,
+        NewtonRoot,
+        FactorWoodbury,
+        Rotate,
+        Gram,
+        CG,
+        Division,
+        AxisMean,
+        RotatedDivision,
+        PositiveRoot,
+        PolarFactor,
+    )
 }
 
 __all__ = [
@@ -28,6 +42,7 @@ __all__ = [
     "FactorWoodbury",
     "Gram",
     "NewtonRoot",
+    "PolarFactor",
     "PositiveRoot",
     "Rotate",
     "RotatedDivision",

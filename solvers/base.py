@@ -25,6 +25,9 @@ class Solver(ABC):
     definite: ClassVar[bool] = True
     """Whether ``C`` has to be positive semidefinite."""
 
+    linear: ClassVar[bool] = True
+    """Whether `solve` is linear: ``P`` does not depend on the gradient that it is applied to."""
+
     @property
     @abstractmethod
     def exponent(self) -> float:

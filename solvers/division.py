@@ -42,8 +42,9 @@ class Division(Solver):
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         d = representation.diagonal(state)
-        denominator = d.clamp(min=0) ** abs(self.power) + self.damping
-        lost = ~torch.isfinite(denominator).reshape(d.shape[0], -1).all(1)
+        root = d.clamp(min=0)
+        denominator = (root.sqrt_() if self.power == -0.5 else root.pow_(abs(self.power))).add_(self.damping)
+        lost = ~torch.isfinite(denominator.reshape(d.shape[0], -1).sum(1))  # one pass; a mask of the elements takes three
         return settle({"denominator": denominator}, lost, previous, {"denominator": d.new_tensor(self.damping)})
 
     def operator(self, representation: Any, state: State) -> Tensor:

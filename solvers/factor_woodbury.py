@@ -25,8 +25,8 @@ class FactorWoodbury(Solver):
     """``P = (B + r_B I)^-1 (x) (A + r_A I)^-1`` with ``(X^T X + r I)^-1 = (I - X^T (r I + X X^T)^-1 X) / r``.
 
     The matrix that is inverted has the rows' number, not the columns'; a factor that is given whole is inverted by `Cholesky`'s
-    rule. The ridges are those of K-FAC, ``r_A = pi sqrt(damping)``, ``r_B = sqrt(damping) / pi``. The small matrix is inverted in
-    float64: the identity subtracts what nearly cancels when ``r`` is small.
+    rule. The ridges are those of K-FAC, ``r_A = pi sqrt(damping)``, ``r_B = sqrt(damping) / pi``. The small matrix is inverted
+    in float64: the identity subtracts what nearly cancels when ``r`` is small.
     A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
 
     Reference: Tang et al., CVPR 2021 (SKFAC); ridges: Martens, Grosse, ICML 2015, arXiv:1503.05671, section 6.3.
@@ -62,8 +62,8 @@ class FactorWoodbury(Solver):
         """What stands in the cache where the factor is zero: ``1 / sqrt(damping)``."""
         gain = self.damping**-0.5
         if whole:
-            unit = x.new_ones(x.shape[-1])
-            return gain * (unit if x.ndim == 2 else unit.diag())
+            unit = x.new_full(x.shape[-1:], gain)
+            return unit if x.ndim == 2 else torch.diag(unit)
         return x.new_tensor(1 / gain if name == "ridge" else 0.0)
 
     def _ridges(self, representation: Any, state: State) -> list[Tensor]:

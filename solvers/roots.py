@@ -35,10 +35,13 @@ def verify(A: Tensor, X: Tensor, p: int) -> Tensor:
     direction shows in the entries by only about ``1/d``, so whoever calls this also makes sure that ``A`` is positive.
     """  # (B, d, d), (B, d, d) -> (B,)
     u = torch.finfo(A.dtype).eps / 2
-    left, right = torch.linalg.matrix_power(X, p // 2), torch.linalg.matrix_power(X, p - p // 2)
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    residual = (left @ A @ right - eye).abs().amax((-2, -1))
-    kappa = _norm(left) * _norm(A) * _norm(right)
+    right = torch.linalg.matrix_power(X, p - p // 2)
+    product, kappa = A @ right, _norm(A) * _norm(right)
+    if p > 1:
+        left = torch.linalg.matrix_power(X, p // 2)
+        product, kappa = left @ product, kappa * _norm(left)
+    product.diagonal(dim1=-2, dim2=-1).sub_(1)
+    residual = product.abs_().amax((-2, -1))
     accepted: Tensor = residual <= (50 * u * kappa).clamp(max(1e-5, 1e4 * u), 0.45)
     return accepted
 

@@ -278,6 +278,40 @@ def test_loss_scaling_does_not_change_the_step(method: str) -> None:
         close(found, results[0])
 
 
+@pytest.mark.parametrize("name", ["kfac_emp", "kfac_tokens"])
+def test_captured_gradients_are_unscaled_by_the_scaler(name: str) -> None:
+    results = []
+    for scale in (None, 2.0**8, 2.0**16):
+        case = tagger() if name == "kfac_tokens" else mlp()
+        optimizer = torch.optim.SGD(case.model.parameters(), 0.02)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=1000)
+        maker = maker_of(case.model, CONFIGS[name]()).attach(optimizer, Categorical(axis=1), scaler=scaler)
+        for x, t in batches(case):
+            optimizer.zero_grad()
+            scaler.scale(case.loss(case.model(x), t)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert maker.step == STEPS
+        results.append([p.detach().clone() for p in case.model.parameters()])
+    for found in results[1:]:
+        close(found, results[0])
+
+
+def test_a_step_that_the_scaler_leaves_out_spoils_no_later_one() -> None:
+    case = mlp()
+    optimizer = torch.optim.SGD(case.model.parameters(), 0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    maker = maker_of(case.model, CONFIGS["kfac_exact"]()).attach(optimizer, "categorical", scaler=scaler)
+    for bad in (False, True, False, False):
+        optimizer.zero_grad()
+        loss = case.loss(case.model(case.x), case.t)
+        scaler.scale(loss * float("inf") if bad else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert (maker.step, maker.skipped) == (3, 0)
+    assert not maker.silent()
+
+
 def test_two_attached_makers_on_two_optimizers() -> None:
     first, second = mlp(), normed()
     results = []

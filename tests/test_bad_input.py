@@ -352,6 +352,19 @@ def test_an_all_ignored_micro_batch_of_a_sum_adds_nothing() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
 
 
+def test_an_all_ignored_batch_of_a_sum_leaves_the_statistics_alone() -> None:
+    case = mlp()._replace(loss=lambda y, t: F.cross_entropy(y, t, reduction="sum"))
+    maker = maker_of(case.model, gm.KfacGradientConfig(fisher=FisherExact()))
+    declare(maker, case)
+    maker.forward_and_backward()
+    before = {k: v["state"]["left"] for k, v in maker.state_dict()["sites"].items()}
+    case.model.zero_grad()
+    declare(maker, case._replace(t=torch.full_like(case.t, -100)))
+    maker.forward_and_backward()
+    assert all(torch.equal(v["state"]["left"], before[k]) for k, v in maker.state_dict()["sites"].items())
+    assert all(p.grad is not None and not p.grad.any() for p in case.model.parameters())
+
+
 # --- unusual, and defined -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_model_in_eval_is_treated_as_it_is(method: str) -> None:

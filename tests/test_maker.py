@@ -468,6 +468,20 @@ def test_draws_follow_the_seed_and_the_step_and_leave_the_global_state_alone() -
     same(sampled(steps=2), sampled(steps=2))
 
 
+def test_micro_batches_of_a_step_draw_independently() -> None:
+    """Two equal micro-batches: equal draws would give the statistic of one of them."""
+    statistics = []
+    for parts in (1, 2):
+        case = mlp()
+        maker = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(decay=0.0))
+        for _ in range(parts):
+            maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+            maker.accumulate(1 / parts)
+        maker.precondition()
+        statistics.append(maker.state_dict()["sites"]["0"]["state"]["left"])
+    assert not torch.allclose(*statistics, rtol=1e-3)
+
+
 def test_seed_zero_is_a_seed() -> None:
     draws = [sampled(seed=seed)[0] for seed in (0, 1, 2, 0)]
     assert len({tuple(v.flatten().tolist()) for v in draws if v is not None}) == 3

@@ -157,21 +157,23 @@ def refusal_of(*parts: Any) -> str:
 def test_sentences_are_computed_from_the_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_solver, wrong_curvature = (BatchGradient(), Diagonal(), Cholesky()), (BatchGradient(), Kron(), Cholesky())
     assert refusal_of(*wrong_solver).endswith(": CG, Division")
-    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherMC, FisherEmp")
+    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherMC, FisherEmp, FisherRecursive")
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient")
     monkeypatch.setitem(SOLVERS, "Another", Another)
     monkeypatch.delitem(SOLVERS, "CG")
     monkeypatch.delitem(CURVATURES, "FisherMC")
     monkeypatch.setitem(CURVATURES, "Indefinite", Indefinite)
     assert refusal_of(*wrong_solver).endswith(": Division, Another")
-    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherEmp")
+    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherEmp, FisherRecursive")
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Indefinite")
 
 
 @pytest.mark.parametrize("solver", [s for s in SOLVERS.values() if s.definite])
 def test_indefinite_curvature_is_refused(solver: type[Solver]) -> None:
-    representation = next(r for r in (Dense(), Diagonal(), Window()) if isinstance(r, solver.needs))
-    reason = refusal_of(Indefinite(), representation, solver())
+    kinds = [Dense(), Diagonal(), Window(), *(make() for make in REPRESENTATIONS.values())]
+    representation = next(r for r in kinds if isinstance(r, solver.needs))
+    measured = type("Indefinite", (Indefinite,), {"gives": representation.takes})
+    reason = refusal_of(measured(), representation, solver())
     assert "positive semidefinite" in reason and solver.__name__ in reason
     indifferent = [n for n, s in SOLVERS.items() if not s.definite and isinstance(representation, s.needs)]
     assert reason.endswith(", ".join(indifferent) or "none")

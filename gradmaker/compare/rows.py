@@ -27,11 +27,12 @@ class Default(NamedTuple):
 # Four half decades a row. Their place: Adam, Kingma & Ba 2015, section 2 (1e-3 inside); AdaGrad, torch.optim.Adagrad (1e-2
 # inside); the others: a coarse search on digits. SGD, and Shampoo, which keeps the length of SGD's step by default, run with
 # the customary momentum 0.9. A direction with a momentum of its own, or one scaled by an
-# inverse curvature, gets none: with 0.9 K-FAC diverged on digits at a tenth of these rates.
+# inverse curvature, gets none: with 0.9 K-FAC diverged on digits at a tenth of these rates. M-FAC: 1e-3, the authors' code, inside.
 _NATURAL = Default((0.003, 0.01, 0.03, 0.1), 0.0)
 _ADAPTIVE = Default((3e-4, 1e-3, 3e-3, 1e-2), 0.0)
 _MOMENTUM = Default((0.01, 0.03, 0.1, 0.3), 0.9)
 _SUMMING = Default((0.003, 0.01, 0.03, 0.1), 0.0)
+_ROOTED = Default((0.1, 0.3, 1.0, 3.0), 0.0)  # GGT divides by the root of a sum over the window, as AdaGrad, but for all axes at once
 DEFAULTS = {
     "gradient": _MOMENTUM,
     "SGD": _MOMENTUM,
@@ -39,6 +40,8 @@ DEFAULTS = {
     "adam": _ADAPTIVE,
     "adagrad": _SUMMING,
     "Adagrad": _SUMMING,
+    "mfac": _ADAPTIVE,
+    "ggt": _ROOTED,
 }
 FALLBACK = {"maker": _NATURAL, "optimizer": _ADAPTIVE}  # any other maker, any other torch optimizer
 

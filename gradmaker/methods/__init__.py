@@ -19,7 +19,7 @@ from gradmaker.methods.fisher_kronecker import (
     SkfacGradientMaker,
     TntGradientMaker,
 )
-from gradmaker.methods.inverse_kronecker import KradagradStarGradientMaker
+from gradmaker.methods.inverse_kronecker import KlShampooGradientMaker, KradagradGradientMaker, KradagradStarGradientMaker
 from gradmaker.methods.kronecker import KfacGradientMaker, ShampooGradientMaker
 from gradmaker.methods.low_rank import (
     GgtGradientMaker,
@@ -36,6 +36,7 @@ from gradmaker.methods.natural import (
     LayerNaturalGradientMaker,
     UnitNaturalGradientMaker,
 )
+from gradmaker.methods.spectral import MuonGradientMaker
 from gradmaker.methods.tensor_kronecker import CasprGradientMaker, FullAdagradGradientMaker, OneSidedGradientMaker
 from gradmaker.triple import did_you_mean
 
@@ -57,6 +58,9 @@ METHODS: dict[str, type[GradientMaker]] = {
     "soap": SoapGradientMaker,
     "eshampoo": EshampooGradientMaker,
     "kradagrad_star": KradagradStarGradientMaker,
+    "kradagrad": KradagradGradientMaker,
+    "kl_shampoo": KlShampooGradientMaker,
+    "muon": MuonGradientMaker,
     "unit_ng": UnitNaturalGradientMaker,
     "layer_ng": LayerNaturalGradientMaker,
     "full_ng": FullNaturalGradientMaker,

@@ -86,7 +86,7 @@ class KfraGradientMaker(ClippedGradientMaker):
 
 @dataclass(frozen=True, kw_only=True)
 class EkfacGradientConfig(KroneckerGradientConfig):
-    """EKFAC: ``P = Q (D + damping)^-1 Q^T``, ``Q`` the eigenbasis of K-FAC's factors, ``D`` the gradients' second moments in it.
+    """EKFAC: ``P = Q (D + damping)^-1 Q^T``, ``Q`` the eigenbasis of K-FAC's factors, ``D`` the gradients' second moment there.
 
     The moments follow the curvature at every measurement, at the cost of products; the decomposition is every
     ``basis_interval`` measurements: every 50 steps once ``warmup_steps`` are over.

@@ -1,4 +1,4 @@
-"""Kronecker factors that are held inverted and updated directly: KrADagrad*."""
+"""Kronecker factors that are held inverted, or measured through the inverses of the others: KrADagrad and KL-Shampoo."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import InverseDims
+from gradmaker.representations import AlternatingInverse, CrossDims, InverseDims
 from gradmaker.representations.inverse_dims import Denominator
 from gradmaker.schedule import Schedule
+from gradmaker.shapes import Merge
 from gradmaker.sites import Site
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
 
-__all__ = ["KradagradStarGradientConfig", "KradagradStarGradientMaker"]
+__all__ = [
+    "KlShampooGradientConfig",
+    "KlShampooGradientMaker",
+    "KradagradGradientConfig",
+    "KradagradGradientMaker",
+    "KradagradStarGradientConfig",
+    "KradagradStarGradientMaker",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,7 @@ class KradagradStarGradientConfig(AxesGradientConfig):
     Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416; the array form: our specification.
     """
 
-    damping: float = 1e-6
+    damping: float = 1e-5
     decay: float | None = None
     norm: str = "keep"
     preconditioner_interval: int | Schedule = 20
@@ -59,3 +67,68 @@ class KradagradStarGradientMaker(PreconditionedGradientMaker):
     """KrADagrad* as a gradient maker; see `KradagradStarGradientConfig`."""
 
     Config = KradagradStarGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KradagradGradientConfig(AxesGradientConfig):
+    """KrADagrad: ``P G = G x_1 L_1^(1/2) ... x_k L_k^(1/2)``, ``L_m`` jointly the inverse covariance, one updated a step.
+
+    ``basis_interval`` is that of the roots; ``start`` the variance, in mean squares of the first gradient, that the inverse
+    starts from (None: one, as published).
+
+    Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416.
+    """
+
+    damping: float = 1e-8
+    decay: float | None = None
+    basis_interval: int = 3
+    start: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._state()
+
+    def _state(self) -> AlternatingInverse:
+        return AlternatingInverse(self.damping, self.basis_interval, self.start)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(BatchGradient(), self._state(), PositiveRoot())
+
+
+class KradagradGradientMaker(PreconditionedGradientMaker):
+    """KrADagrad as a gradient maker; see `KradagradGradientConfig`."""
+
+    Config = KradagradGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlShampooGradientConfig(AxesGradientConfig):
+    """KL-Shampoo: ``P G = S_1^(-1/2) M S_2^(-1/2)``, ``S_1 = E[G S_2^-1 G^T] / n`` and ``S_2 = E[G^T S_1^-1 G] / m`` at rest.
+
+    ``damping`` is the least eigenvalue that is inverted. The result has the scale of a whitened gradient; no grafting.
+
+    Reference: Lin et al. 2025, arXiv:2509.03378.
+    """
+
+    damping: float = 1e-8
+    decay: float | None = 0.98
+    momentum: float = 0.9
+    merge: Merge = "to_2d"
+    basis_interval: int = 10
+    start: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._state()
+
+    def _state(self) -> CrossDims:
+        return CrossDims(self.basis_interval, self.start, self.damping)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(BatchGradient(), self._state(), PositiveRoot())
+
+
+class KlShampooGradientMaker(PreconditionedGradientMaker):
+    """KL-Shampoo as a gradient maker; see `KlShampooGradientConfig`."""
+
+    Config = KlShampooGradientConfig

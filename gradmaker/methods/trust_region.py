@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,8 +46,7 @@ class ClippedGradientConfig(GradientConfig):
 class ClippedGradientMaker(PreconditionedGradientMaker):
     """A gradient maker with a KL clip; see `ClippedGradientConfig`."""
 
-    Config: ClassVar[type[GradientConfig]] = ClippedGradientConfig
-    config: ClippedGradientConfig
+    config: ClippedGradientConfig  # type: ignore[assignment]
 
     clip_learning_rate: float | None = None
     """Replaces that of the config."""

@@ -1,0 +1,142 @@
+"""KrADagrad's state: a Kronecker product for the inverse of the whole covariance, one factor updated a step.
+
+Letters: ``L_k`` the factor of axis ``k``, ``P_k = L_k^(1/2)`` as of its last refresh, ``m`` the number of axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.inverse_dims import krad_update
+from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.solvers.spectrum import symmetrise
+
+__all__ = ["AlternatingInverse", "scheduled_axis"]
+
+
+def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
+    """Whose turn it is: in rounds at first, then each axis once between two squares and the longest axis otherwise."""
+    m = len(shape)
+    if step < m * m:
+        return step % m
+    since = step - isqrt(step) ** 2
+    return since if since < m else shape.index(max(shape))
+
+
+@dataclass(frozen=True)
+class AlternatingInverse(Representation):
+    """``C^-1 ~ L_1 (x) ... (x) L_m`` jointly; at each step one ``L_k`` takes in the gradient.
+
+    ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
+    ``g g^T / (r (1 + tr))`` is added to the implied covariance, ``r`` the rank. ``damping`` is that of the covariance to
+    first order, ``L - damping L^2 / (1 + damping lambda_max(L))``, kept positive by the division. Touched roots are renewed
+    after ``basis_interval`` steps. ``start=None`` begins with ``L_k = I``, as published, which small gradients hardly move;
+    a number with the inverse of that many mean squares of the first gradient, split evenly.
+
+    Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    damping: float = 1e-8
+    basis_interval: int = 3
+    start: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
+            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping = {self.damping!r}: legal are non-negative numbers")
+        if self.start is not None and not self.start > 0:
+            raise ValueError(f"start = {self.start!r}: legal are positive numbers, or None")
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        for axis, size in enumerate(frame.shape or (1,)):
+            state[f"values_{axis}"] = frame.zeros(size) + 1
+            state[f"inverse_{axis}"] = frame.zeros(size) + 1
+            if axis not in frame.diagonal:
+                eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
+                state[f"inverse_{axis}"] = frame.zeros(size, size) + eye
+                state[f"basis_{axis}"] = frame.zeros(size, size) + eye
+        return state
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
+        shape = tuple(G.shape[1:])
+        if age == 0 and self.start is not None:
+            self._scale(state, self.start * G.flatten(1).square().mean(1))
+        axis = scheduled_axis(age, shape)
+        whiteners = [None if k == axis else self._root(state, k) for k in range(len(shape))]
+        L = state[f"inverse_{axis}"]
+        L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta or 1.0))
+        if age % self.basis_interval == 0:
+            turns = range(max(0, age - self.basis_interval + 1), age + 1)
+            self._refresh(state, {scheduled_axis(t, shape) for t in turns})
+        state["age"].add_(1)
+
+    def _scale(self, state: State, variance: Tensor) -> None:
+        """Begin at ``L_1 (x) ... = I / variance``; a zero gradient has none.  # (B,)"""
+        axes = self._axes(state)
+        share = torch.where(variance > 0, variance, 1.0) ** (-1 / len(axes))
+        for tensor in (state[f"{name}_{axis}"] for axis in axes for name in ("values", "inverse")):
+            tensor.mul_(share.view(-1, *[1] * (tensor.ndim - 1)))
+
+    def _updated(self, L: Tensor, x: Tensor, beta: float) -> Tensor:
+        L = L / beta
+        if L.ndim == 2:
+            s = x.square().sum(-1)
+            L = L - self.damping * L.square() / (1 + self.damping * L.amax(-1, keepdim=True))
+            return L - L.square() * s / (1 + torch.linalg.vector_norm(L * s, dim=-1, keepdim=True))
+        if self.damping:
+            top = torch.linalg.matrix_norm(L, ord=float("inf"))  # at least lambda_max
+            L = symmetrise(L - self.damping * (L @ L) / (1 + self.damping * top)[:, None, None])
+        return krad_update(L, x, "fro")
+
+    def _refresh(self, state: State, axes: set[int]) -> None:
+        for axis in axes:
+            L, held = state[f"inverse_{axis}"], state[f"values_{axis}"]
+            if L.ndim == 2:
+                held.copy_(torch.where(torch.isfinite(L).all(-1, keepdim=True), L, held))
+                continue
+            finite = torch.isfinite(L).all(-1).all(-1)
+            s, Q = torch.linalg.eigh(torch.where(finite[:, None, None], L, 0.0))
+            held.copy_(torch.where(finite[:, None], s.clamp(min=0), held))
+            state[f"basis_{axis}"].copy_(torch.where(finite[:, None, None], Q, state[f"basis_{axis}"]))
+
+    def _root(self, state: State, axis: int, power: float = 0.5) -> Tensor:
+        s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
+        return s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT
+
+    def _axes(self, state: State) -> range:
+        return range(sum(name.startswith("values_") for name in state))
+
+    def to_dense(self, state: State) -> Tensor:
+        """Of the last refresh."""
+        return expand([self._root(state, axis, -1.0) for axis in self._axes(state)])
+
+    # ---------------------------------------------------------------- Inverse
+    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """Of ``L_k``, as of the last refresh.  # (B, d), (B, d, d)"""
+        return [(state[f"values_{axis}"], state.get(f"basis_{axis}")) for axis in self._axes(state)]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)
+
+    def order(self, factors: int) -> float:
+        """One: ``C^-1`` is the product."""
+        return 1

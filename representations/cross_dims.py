@@ -1,0 +1,112 @@
+"""Covariance factors that minimise a KL divergence: each axis measured after the others are whitened.
+
+Letters: ``S_k`` the factor of axis ``k``, ``d_k`` its length, ``D`` the number of elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+
+__all__ = ["CrossDims"]
+
+
+@dataclass(frozen=True)
+class CrossDims(Representation):
+    """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``, others whitened in ``G_w``.
+
+    The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Whitening uses the factors of the last refresh,
+    every ``basis_interval`` measured steps, with eigenvalues above ``floor``. Only the product has a scale: at a refresh all
+    average eigenvalues are made equal, which leaves the product as it is. Not bias-corrected: ``S_k`` starts at ``start I``.
+
+    Reference: Lin et al. 2025, arXiv:2509.03378, KL-Shampoo.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    basis_interval: int = 10
+    start: float = 0.1
+    floor: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
+            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        for name in ("start", "floor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are positive numbers")
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        for axis, size in enumerate(frame.shape or (1,)):
+            state[f"values_{axis}"] = frame.zeros(size) + self.start
+            state[f"factor_{axis}"] = frame.zeros(size) + self.start
+            if axis not in frame.diagonal:
+                eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
+                state[f"factor_{axis}"] = frame.zeros(size, size) + self.start * eye
+                state[f"basis_{axis}"] = frame.zeros(size, size) + eye
+        return state
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G = self.unfold(evidence.gradient)
+        axes, age = range(G.ndim - 1), int(state["age"][0])  # the one host read of a measurement
+        whiteners = [self._power(state, axis, -0.5) for axis in axes]
+        for axis in axes:
+            others = [None if k == axis else W for k, W in enumerate(whiteners)]
+            x = mode_matrix(apply_factors(others, G), axis)
+            S, alpha = state[f"factor_{axis}"], fold.alpha / x.shape[-1]
+            if S.ndim == 2:
+                S.mul_(fold.beta).add_(x.square().sum(-1), alpha=alpha)
+            else:
+                S.baddbmm_(x, x.mT, beta=fold.beta, alpha=alpha)
+        if age % self.basis_interval == 0:
+            self._refresh(state, axes)
+        state["age"].add_(1)
+
+    def _refresh(self, state: State, axes: range) -> None:
+        factors = [state[f"factor_{axis}"] for axis in axes]
+        means = torch.stack([(S if S.ndim == 2 else S.diagonal(dim1=-2, dim2=-1)).mean(-1) for S in factors])
+        usable = (torch.isfinite(means) & (means > 0)).all(0)
+        scales = torch.where(usable, means.log().mean(0).exp() / means, 1.0)
+        for axis, S in zip(axes, factors, strict=True):
+            S.mul_(scales[axis].view(-1, *[1] * (S.ndim - 1)))
+            s, Q = (S, None) if S.ndim == 2 else torch.linalg.eigh(torch.where(usable[:, None, None], S, 0.0))
+            state[f"values_{axis}"].copy_(torch.where(usable[:, None], s.clamp(min=self.floor), state[f"values_{axis}"]))
+            if Q is not None:
+                state[f"basis_{axis}"].copy_(torch.where(usable[:, None, None], Q, state[f"basis_{axis}"]))
+
+    def _power(self, state: State, axis: int, power: float) -> Tensor:
+        s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
+        return s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT
+
+    def to_dense(self, state: State) -> Tensor:
+        """Of the last refresh, with the floor."""
+        return expand([self._power(state, axis, 1.0) for axis in range(self._count(state))])
+
+    def _count(self, state: State) -> int:
+        return sum(name.startswith("values_") for name in state)
+
+    # ---------------------------------------------------------------- Inverse
+    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """Of ``S_k^-1``, as of the last refresh.  # (B, d), (B, d, d)"""
+        return [(1 / state[f"values_{axis}"], state.get(f"basis_{axis}")) for axis in range(self._count(state))]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)
+
+    def order(self, factors: int) -> float:
+        """One: ``C`` is the product."""
+        return 1

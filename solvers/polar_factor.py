@@ -1,0 +1,144 @@
+"""The polar factor of a gradient: preconditioning by its own second moment, with no history.
+
+Polynomials in ``X X^T`` push all singular values towards one; products only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf, isfinite, sqrt
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Momentary, State
+from gradmaker.solvers.base import Solver
+from gradmaker.solvers.damping import check_choice, check_interval
+
+__all__ = ["PolarFactor", "Quintic", "polar_express", "polar_factor"]
+
+Quintic = tuple[float, float, float]
+"""``a x + b x^3 + c x^5``."""
+MUON: Quintic = (3.4445, -4.7750, 2.0315)
+"""Steep at zero; ends between 0.7 and 1.2 and not at one, which does no harm (Jordan et al. 2024)."""
+CUSHION, SAFETY = 0.02407327424182761, 1.01
+
+
+@lru_cache(maxsize=32)
+def polar_express(lowest: float, steps: int) -> tuple[Quintic, ...]:
+    """Odd quintics whose composition is nearest to one on ``[lowest, 1]``: each is minimax on what the last one left.
+
+    All but the last are shrunk by 1.01 against rounding beyond one.
+
+    Reference: Amsel, Persson, Musco, Gower, 2025, arXiv:2505.16932, theorem 3.1 and algorithm 1.
+    """
+    low, high, out = lowest, 1.0, list[Quintic]()
+    for step in range(steps):
+        a, b, c = _minimax(max(low, CUSHION * high), high)
+        centre = 2 / (_value((a, b, c), low) + _value((a, b, c), high))
+        quintic = (a * centre, b * centre, c * centre)
+        low = _value(quintic, low)
+        high = 2 - low
+        s = SAFETY if step < steps - 1 else 1.0
+        out.append((quintic[0] / s, quintic[1] / s**3, quintic[2] / s**5))
+    return tuple(out)
+
+
+def _value(quintic: Quintic, x: float) -> float:
+    a, b, c = quintic
+    return x * (a + x * x * (b + x * x * c))
+
+
+def _minimax(low: float, high: float) -> Quintic:
+    """The odd quintic nearest to one on ``[low, high]``, by Remez' exchange of the two inner extrema."""
+    if low / high > 1 - 5e-6:  # the equations are singular here; Pade's is as good
+        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
+    nodes, error = [low, (3 * low + high) / 4, (low + 3 * high) / 4, high], inf
+    for _ in range(100):
+        rows = [[x, x**3, x**5, (-1.0) ** k] for k, x in enumerate(nodes)]
+        a, b, c, new = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.ones(4, dtype=torch.float64)).tolist()
+        if abs(error - new) < 1e-15:
+            break
+        root, error = sqrt(9 * b * b - 20 * a * c), new
+        nodes[1:3] = [sqrt((-3 * b - root) / (10 * c)), sqrt((-3 * b + root) / (10 * c))]
+    return a, b, c
+
+
+def polar_factor(G: Tensor, quintics: tuple[Quintic, ...]) -> Tensor:
+    """``U p(S) V^T`` of ``G = U S V^T`` over its Frobenius norm, ``p`` the composition; zero stays zero.  # (B, d, n)"""
+    norm = torch.linalg.matrix_norm(G)
+    X = G / torch.where(norm > 0, norm, 1.0)[:, None, None]
+    X = X.mT if G.shape[-2] > G.shape[-1] else X
+    for a, b, c in quintics:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarFactor(Solver):
+    """``P G = gain (G G^T)^(-1/2) G = gain U V^T`` of the very gradient that it is applied to.
+
+    - ``method="quintic"``: Muon's polynomial; ``"polar_express"``: minimax ones for singular values down to ``lowest`` of the
+      norm; ``"svd"``: exactly, with directions below 1e-12 of the norm left out.
+    - ``nuclear`` scales by the sum of the singular values: steepest descent in the spectral norm.
+    - ``half`` iterates in bfloat16.
+
+    Reference: Jordan et al. 2024, Muon; Amsel et al. 2025, arXiv:2505.16932; Carlson et al., AISTATS 2015 (spectral descent).
+    """
+
+    needs: ClassVar[type] = Momentary
+    definite: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+
+    method: Literal["quintic", "polar_express", "svd"] = "quintic"
+    steps: int = 5
+    lowest: float = 1e-3
+    gain: float = 1.0
+    nuclear: bool = False
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, ("quintic", "polar_express", "svd"))
+        check_interval("steps", self.steps, 1, 100, closed=True)
+        check_interval("lowest", self.lowest, 0, 1)
+        if not (self.gain > 0 and isfinite(self.gain)):
+            raise ValueError(f"gain = {self.gain!r}: legal are positive numbers")
+
+    @property
+    def exponent(self) -> float:
+        return -0.5
+
+    def _quintics(self) -> tuple[Quintic, ...]:
+        return (MUON,) * self.steps if self.method == "quintic" else polar_express(self.lowest, self.steps)
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        failures = torch.zeros(len(state["mass"]), dtype=torch.int64, device=state["mass"].device)
+        return {"failures": failures if previous is None else previous["failures"].clone()}
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        s, U = torch.linalg.eigh(representation.newest(state))
+        norm = s.clamp(min=0).sum(-1, keepdim=True).sqrt()
+        sigma = s.clamp(min=0).sqrt() / norm
+        x = sigma
+        for quintic in self._quintics() if self.method != "svd" else ():
+            a, b, c = quintic
+            x = x * (a + b * x**2 + c * x**4)
+        x = torch.where(sigma > 1e-12, 1.0, 0.0) if self.method == "svd" else x
+        ratio = torch.where(sigma > 1e-7, x / (sigma * norm), 0.0) * self.gain
+        if self.nuclear:
+            ratio = ratio * (sigma * norm * (x if self.method != "svd" else 1.0)).sum(-1, keepdim=True)
+        P: Tensor = representation.widen(state, (U * ratio.unsqueeze(-2)) @ U.mT)
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        G = representation.unfold(g)
+        if self.method == "svd":
+            U, s, Vh = torch.linalg.svd(G, full_matrices=False)
+            X = (U * (s > 1e-12 * torch.linalg.vector_norm(s, dim=-1, keepdim=True)).unsqueeze(-2)) @ Vh
+        else:
+            X = polar_factor(G.bfloat16() if self.half else G, self._quintics()).to(G.dtype)
+        length = (X * G).sum((-2, -1), keepdim=True) if self.nuclear else 1.0  # the sum of the singular values, where p = 1
+        return (X * self.gain * length).reshape(g.shape)
