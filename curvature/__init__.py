@@ -1,15 +1,34 @@
 """Curvature matrices: what is measured."""
 
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Evidence, Factors, Gradient, Joint, OneHot, Outer
+from gradmaker.curvature.evidence import Contrast, Evidence, Factors, Gradient, Inputs, Joint, OneHot, Outer, Pair, Product
 from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
+from gradmaker.curvature.fisher_forward import FisherForward
 from gradmaker.curvature.gradient import BatchGradient
+from gradmaker.curvature.hessian import GaussNewton, Hessian
 from gradmaker.curvature.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
+from gradmaker.curvature.probe import GradientProbe, HessianProbe
 from gradmaker.curvature.recursive import FisherRecursive
 from gradmaker.curvature.sampled_gradient import SampledGradient
+from gradmaker.curvature.secant import LayerSecant, Secant
 
 CURVATURES: dict[str, type[Curvature]] = {
-    c.__name__: c for c in (FisherExact, FisherMC, FisherEmp, BatchGradient, SampledGradient, FisherRecursive)
+    c.__name__: c
+    for c in (
+        FisherExact,
+        FisherMC,
+        FisherEmp,
+        BatchGradient,
+        SampledGradient,
+        FisherRecursive,
+        FisherForward,
+        Hessian,
+        GaussNewton,
+        HessianProbe,
+        GradientProbe,
+        Secant,
+        LayerSecant,
+    )
 }
 
 __all__ = [
@@ -18,18 +37,29 @@ __all__ = [
     "BatchGradient",
     "Bernoulli",
     "Categorical",
+    "Contrast",
     "Curvature",
     "Evidence",
     "Factors",
     "FisherEmp",
     "FisherExact",
+    "FisherForward",
     "FisherMC",
     "FisherRecursive",
+    "GaussNewton",
     "Gaussian",
     "Gradient",
+    "GradientProbe",
+    "Hessian",
+    "HessianProbe",
+    "Inputs",
     "Joint",
+    "LayerSecant",
     "Likelihood",
     "OneHot",
     "Outer",
+    "Pair",
+    "Product",
     "SampledGradient",
+    "Secant",
 ]

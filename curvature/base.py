@@ -40,6 +40,10 @@ class Curvature(ABC):
         """Whether it is measured for every pass (micro-batch), not once a step from the gradient."""
         return self.layerwise or bool(self.asks)
 
+    def secants(self, step: Step) -> dict[str, Evidence]:
+        """What ``step.previous`` has to say, by site, now that the weights have moved: for those that ask for ``previous``."""
+        return {}
+
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         """The evidence of a step by site name, in one or several portions that add up."""

@@ -18,7 +18,25 @@ import torch
 from opt_einsum import contract
 from torch import Tensor
 
-__all__ = ["Evidence", "Factors", "Gradient", "Joint", "OneHot", "Outer"]
+__all__ = [
+    "WHOLE",
+    "Contrast",
+    "Evidence",
+    "Factors",
+    "Gradient",
+    "Inputs",
+    "Joint",
+    "OneHot",
+    "Opening",
+    "Outer",
+    "OutputPair",
+    "Pair",
+    "PairedInputs",
+    "Product",
+]
+
+WHOLE = ""
+"""Name, in a portion of evidence, of what speaks of all sites as one vector, in the order of ``step.sites``."""
 
 
 class Evidence(ABC):
@@ -207,6 +225,26 @@ class Outer(Evidence):
 
 
 @dataclass(frozen=True)
+class Inputs(Outer):
+    """Layer inputs alone, ``C = I (x) mean_nr a a^T``; ``gradients`` holds no cotangent and tells the number of outputs."""
+
+    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha I``."""
+        out.mul_(beta)
+        (out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_(alpha)
+
+    def rows(self) -> Tensor:
+        a = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.bias and a.shape[-1] else a
+        a = a if a.shape[-1] else a.new_ones(*a.shape[:-1], 1)
+        w = a.new_ones(a.shape[1:3]) if self.weights is None else self.weights
+        a = a * (w / w.sum().clamp(min=1)).sqrt().unsqueeze(-1)
+        eye = torch.eye(self.gradients.shape[-1], dtype=a.dtype, device=a.device)
+        J = torch.einsum("op,gnri->pnrgoi", eye, a).flatten(0, 2)
+        return J.mT if self.transposed else J
+
+
+@dataclass(frozen=True)
 class Joint(Evidence):
     """Several layers as one block: their rows side by side, for the granularity ``full``."""
 
@@ -232,10 +270,25 @@ class Pair(Evidence):
 
 
 @dataclass(frozen=True)
+class Contrast(Pair):
+    """Noise ``v`` and a gradient ``cv`` that has nothing to do with it: only their covariances are compared."""
+
+
+@dataclass(frozen=True)
+class PairedInputs(Outer):
+    """A layer's inputs, with the output gradients that came along: one half of what K-BFGS is told."""
+
+
+@dataclass(frozen=True)
+class OutputPair(Pair):
+    """A secant of a layer's mean output, (G, o): the other half."""
+
+
+@dataclass(frozen=True)
 class Product(Evidence):
     """The curvature as a function, for the whole block: valid while the step's graph is."""
 
-    matvec: Callable[[Tensor], Tensor]  # (1, *shape) -> (1, *shape)
+    matvec: Callable[[Tensor], Tensor]  # of k vectors, each flat or in the block's shape: (k, ...) -> (k, ...)
     loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
 
     def rows(self) -> Tensor:
@@ -250,6 +303,11 @@ class Gradient(Evidence):
 
     def rows(self) -> Tensor:
         return self.gradient.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Opening(Gradient):
+    """A gradient that says how long a first step should be, where there is no pair yet."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Attention: `nn.MultiheadAttention` as its four linear maps.
 
-The module multiplies by its weights without calling a layer, so hooks see nothing of them. While a pass is recorded, torch's own
-code for it runs with its calls of linear maps replaced: the same calls, which also tell what went in and what came out. Values
-and random numbers are those of an ordinary pass, bit for bit.
+The module multiplies by its weights without calling a layer, so hooks see nothing of them. While a pass is recorded, torch's
+own code for it runs with its calls of linear maps replaced: the same calls, which also tell what went in and what came out.
+Values and random numbers are those of an ordinary pass, bit for bit.
 """
 
 from __future__ import annotations
@@ -112,11 +112,12 @@ def _telling(tell: Tell) -> Any:
         tell("out", x.unflatten(0, (-1, batch)), y)
         return y
 
-    original: Any = F.multi_head_attention_forward
+    functional: Any = F
+    original = functional.multi_head_attention_forward
     names = {
         **vars(F),
-        "_in_projection_packed": partial(project, F._in_projection_packed),
-        "_in_projection": partial(project, F._in_projection),
+        "_in_projection_packed": partial(project, functional._in_projection_packed),
+        "_in_projection": partial(project, functional._in_projection),
         "linear": out,
         "has_torch_function": lambda tensors: False,  # that question was asked and led here
     }

@@ -57,8 +57,8 @@ def batch_first(x: Tensor, n: int, axes: int, lead: int = 0) -> Tensor:
     """As `to_examples`, where the first axis is known to be the batch: examples, or examples times windows."""
     if x.shape[lead] % n:
         raise ValueError(
-            f"cannot find {n} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument is read as the "
-            "examples; give an unbatched input an axis of its own, or leave the layer out with ignore="
+            f"cannot find {n} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument is read as "
+            "the examples; give an unbatched input an axis of its own, or leave the layer out with ignore="
         )
     return x.reshape(*x.shape[:lead], n, -1, *x.shape[x.ndim - axes :])
 
@@ -79,7 +79,8 @@ def example_axis(call: Call, value: Any, n: int, first: bool) -> int | None:
     """The axis of the examples in something that goes in or out of a call (first: before all others); None if it has none."""
     if not isinstance(value, Tensor):
         return None
-    module, axes = call.module, (0, 1)
+    module = call.module
+    axes: tuple[int, ...] = (0, 1)
     if isinstance(module, nn.RNNBase):  # states have layers first, whatever ``batch_first`` says
         axes = () if value.ndim != 3 else (0,) if first and module.batch_first else (1,)
     elif isinstance(module, nn.MultiheadAttention):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.blocks import Block
+from gradmaker.previous import dump_secants, load_secants
 from gradmaker.representations.base import State
 from gradmaker.schedule import Clock
 
@@ -40,6 +41,7 @@ def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
             "part": maker._part,
             "further": sorted(maker._further),
         },
+        **({"secants": dump_secants(maker)} if maker.plan.asks("previous") else {}),
     }
 
 
@@ -79,6 +81,8 @@ def load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
         block.ready = {site.name for site in block.sites if sites[block.name if block.full else site.name]["cache"]}
     maker.step, maker.skipped = int(saved["step"]), int(saved["skipped"])
     maker._ever = set(saved["measured"])
+    if "secants" in saved:
+        load_secants(maker, saved["secants"])
     for key, value in saved["pass"].items():
         setattr(maker, f"_{key}", set(value) if key == "further" else value)
     for clock, key in ((maker._curvature_clock, "curvature_clock"), (maker._refresh_clock, "refresh_clock")):
@@ -141,7 +145,7 @@ def _gather_live(block: Block, part: str, member: State, like: State, other: tor
 
     other: dtype of the floating tensors that ``like`` does not have; None leaves it
     """
-    loaded = {}
+    loaded: State = type(like)()  # which may carry more than tensors
     for key, value in member.items():
         if value.shape[:1] != (block.frame.stack,):
             what = f"{block.name}: {part}[{key!r}] has shape {tuple(value.shape)}"

@@ -30,12 +30,14 @@ def _grouped(module: Any, patches: Tensor, lead: int = 0) -> Tensor:
     """Channels and kernel of a group as one feature axis.  # (*lead, N, r, G, features)"""
     d = len(module.kernel_size)
     rows = patches.movedim(lead + 1, lead + 1 + d).flatten(lead + 1, lead + d)  # (*lead, N, r, C, *kernel)
-    return rows.unflatten(lead + 2, (module.groups, -1)).flatten(lead + 3)
+    grouped: Tensor = rows.unflatten(lead + 2, (module.groups, -1)).flatten(lead + 3)
+    return grouped
 
 
 def _pointwise(module: Any, x: Tensor, lead: int = 0) -> Tensor:
     """The channels at each position.  # (*lead, N, r, G, C / G)"""
-    return x.flatten(lead + 2).mT.unflatten(-1, (module.groups, -1))
+    grouped: Tensor = x.flatten(lead + 2).mT.unflatten(-1, (module.groups, -1))
+    return grouped
 
 
 def _as_inputs(grouped: Tensor, n: int) -> Tensor:

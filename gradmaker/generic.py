@@ -39,7 +39,7 @@ def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tens
 
 @contextmanager
 def _held_spectra(module: nn.Module) -> Iterator[None]:
-    """A spectral norm in training mode moves its singular vectors at every use: a repeated call wants those of the recorded one."""
+    """A spectral norm in training mode moves its singular vectors at every use: a repeated call is to keep them."""
     moving = [m for m in module.modules() if isinstance(m, _SpectralNorm) and m.training]
     for m in moving:
         m.eval()
@@ -84,7 +84,8 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
 
         pull = vjp(outputs_of, parameter.detach())[1]
         shaped = [_batch_of_one(c, a) for c, a in zip(cotangents, g_axes, strict=True)]
-        return pull(shaped)[0].reshape(-1)
+        gradient: Tensor = pull(shaped)[0]
+        return gradient.reshape(-1)
 
     detached = [v.detach() if isinstance(v, Tensor) else v for v in leaves]
     rows = [
@@ -95,7 +96,8 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
 
 def _over_examples(function: Any, values: list[Any], axes: list[int | None], n: int) -> Tensor:
     try:
-        return vmap(function, in_dims=tuple(axes), randomness="different")(*values)
+        mapped: Tensor = vmap(function, in_dims=tuple(axes), randomness="different")(*values)
+        return mapped
     except (RuntimeError, ValueError, NotImplementedError):  # an operation that vmap cannot map: example by example
         rows = []
         for j in range(n):

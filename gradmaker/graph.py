@@ -22,7 +22,9 @@ class Graph:
     Double backward: Pearlmutter, Neural Computation 1994; Gauss-Newton products: Schraudolph, Neural Computation 2002.
     """
 
-    def __init__(self, model: nn.Module, loss: Tensor, terms: Sequence[Terms]) -> None:
+    def __init__(self, model: nn.Module, loss: Tensor, terms: Sequence[Terms], logits: Tensor | None = None) -> None:
+        """logits: what the loss is a convex function of, where it was not recognised."""
+        self.outputs = [t.z for t in terms] or ([] if logits is None else [logits])
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss, self.terms = loss, list(terms)
         found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
@@ -39,10 +41,9 @@ class Graph:
         return self._differentiate([g for g, _ in pairs], [v for _, v in pairs])
 
     def gauss_newton(self, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-        """``J^T H_L J v``, with ``H_L`` the Hessian of the loss in the outputs that the recognised losses were given."""
-        if not self.terms:
-            raise ValueError("Gauss-Newton products need a recognised loss, or setup_logits_repr and likelihood=")
-        outputs = [t.z for t in self.terms]
+        """``J^T H_L J v``, with ``H_L`` the Hessian of the loss in the logits."""
+        self.check_outputs()
+        outputs = self.outputs
         pushed = self.push(outputs, vectors)
         slopes = torch.autograd.grad(self.loss, outputs, create_graph=True)
         live = [(s, u) for s, u in zip(slopes, pushed, strict=True) if s.requires_grad]
@@ -51,6 +52,15 @@ class Graph:
         curved = torch.autograd.grad([s for s, _ in live], outputs, [u for _, u in live], retain_graph=True, allow_unused=True)
         reached = [(z, c) for z, c in zip(outputs, curved, strict=True) if c is not None]
         return self._differentiate([z for z, _ in reached], [c for _, c in reached])
+
+    def check_outputs(self) -> None:
+        """ValueError unless it is known what the loss is a convex function of."""
+        if not self.outputs:
+            raise ValueError(
+                "Gauss-Newton products need a recognised loss (F.cross_entropy, F.nll_loss, F.mse_loss or "
+                "F.binary_cross_entropy_with_logits, as functions or modules), or setup_logits_repr to name what the loss is a "
+                "convex function of"
+            )
 
     def push(self, outputs: Sequence[Tensor], vectors: Vectors) -> list[Tensor]:
         """``J v`` for several outputs: the derivative of ``u -> J^T u`` in the direction ``v``."""

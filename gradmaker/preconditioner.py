@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from gradmaker.deferred import resolve
 from gradmaker.graph import Graph
 from gradmaker.maker import GradientMaker
 from gradmaker.plan import make_plan
+from gradmaker.previous import bookmark, complete
 from gradmaker.replay import Replay
 from gradmaker.representations.base import Fold
 from gradmaker.schedule import Clock, as_schedule
@@ -40,6 +41,7 @@ class Extra:
     graph: Graph | None = None
     replay: Replay | None = None
     previous: Previous | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 NOTHING = Extra()
@@ -74,7 +76,8 @@ class PreconditionedGradientMaker(GradientMaker):
     def begin_pass(self) -> bool:
         """Whether the coming pass is to be recorded; asked before every forward pass."""
         if self._asked != self.step:
-            self._measuring, self._asked = self._curvature_clock.tick(self.step), self.step
+            due = self._curvature_clock.tick(self.step)  # its periods run on, whatever is measured besides
+            self._measuring, self._asked = due or self.plan.fleeting, self.step
         self._part += 1
         return self._measuring and bool(self.plan.curvatures(of_passes=True))
 
@@ -84,18 +87,20 @@ class PreconditionedGradientMaker(GradientMaker):
         return Tape(self.model, dict.fromkeys(m for s in sites for m in s.modules))
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
+        complete(self)
         if not self.begin_pass():
             output, loss = super()._run(weight)
             self._note_finite([loss], [])
             return output, loss
         tape, known = self.new_tape(), dict[int, Any]()
-        replay = Replay(self.model, lambda: self._forward({})) if self._replays() else None
+        replay = self._new_replay() if self._replays() else None
         with tape.recording():
             with LossRecorder() as recorder:
                 output, loss = self._forward(known)
             tape.end_forward()
             terms = self._terms(recorder, loss, known)
-            graph = Graph(self.model, loss, terms) if self.plan.asks("graph") else None
+            logits = None if self._logits is None else resolve(self._logits, known)
+            graph = Graph(self.model, loss, terms, logits) if self.plan.asks("graph") else None
             ridden = tape.collect(lambda: self._backward(loss, weight, graph))
 
             def slopes() -> list[Tensor]:
@@ -103,10 +108,20 @@ class PreconditionedGradientMaker(GradientMaker):
 
             extra = Extra(graph, replay, self._previous)
             self.take_in(tape, terms, weight, [loss], slopes=slopes, extra=extra)
-            self.take_in(tape, terms, weight, [], ridden=ridden)
-        if replay is not None and self.plan.asks("previous"):
-            self._previous = _bookmarked(self.model, replay)
+            self.take_in(tape, terms, weight, [], ridden=ridden, extra=extra)
+        if replay is not None and self.plan.asks("previous") and self._finite:
+            self._previous = bookmark(self, replay, weight, extra.notes)
         return output, loss
+
+    def _new_replay(self) -> Replay:
+        """Of the calls that are declared now, whatever is declared later."""
+        call, loss = self._call, self._loss
+
+        def repeat() -> tuple[Any, Tensor]:
+            known: dict[int, Any] = {}
+            return resolve(call, known), resolve(loss, known)
+
+        return Replay(self.model, repeat)
 
     def _replays(self) -> bool:
         return self.plan.asks("replay") or self.plan.asks("previous")
@@ -150,6 +165,7 @@ class PreconditionedGradientMaker(GradientMaker):
                 step = self._step(curvature, tape, terms, masked)
                 step.ridden, step.slopes = ridden, slopes
                 step.graph, step.replay, step.previous = extra.graph, extra.replay, extra.previous
+                step.notes = extra.notes
                 if curvature.layerwise:
                     _check_fired(step)
                 self._fold(curvature, step, weight)
@@ -303,12 +319,6 @@ class PreconditionedGradientMaker(GradientMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
-
-
-def _bookmarked(model: nn.Module, replay: Replay) -> Previous:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters}
-    return Previous(replay, {p: p.detach().clone() for p in parameters}, gradients)
 
 
 def _check_fired(step: Step) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.capture import OutputGradients, Tape
+from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.graph import Graph
 from gradmaker.replay import Replay
@@ -18,13 +20,16 @@ from gradmaker.sites import Site
 __all__ = ["Previous", "Step"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Previous:
-    """A pass of the last step, with the weights and the gradient that it had."""
+    """The last measured pass, with the weights and the gradient that it had; `complete` leaves only its pairs."""
 
-    replay: Replay
+    replay: Replay | None
     weights: dict[nn.Parameter, Tensor]
-    gradients: dict[nn.Parameter, Tensor]
+    gradients: dict[nn.Parameter, Tensor]  # of its loss, where the loss reaches
+    notes: dict[str, Any]  # what curvatures wrote down for the next step, by site
+    index: int  # of its step
+    pairs: dict[str, Evidence] | None = None  # by site, once they are known
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Step:
     part: int = 0  # which micro-batch of the step this is
     graph: Graph | None = None  # of the loss, for curvatures that ask for it
     replay: Replay | None = None  # of this pass
-    previous: Previous | None = None  # the last step
+    previous: Previous | None = None  # the last step that was measured
+    notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
 
     @property
     def examples(self) -> int:

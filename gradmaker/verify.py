@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradmaker.blocks import Block
 from gradmaker.capture import Tape
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.curvature.likelihood import read_terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.representations.base import Fold
@@ -41,8 +41,8 @@ a few percent: the unit roundoff times a condition number of 1e6."""
 class Check:
     """Relative errors of one site; None where a check does not apply.
 
-    Batch norm in training mode couples the examples of a batch: a layer before it has no gradients of single examples. There the
-    check holds the batch's mean and variance fixed, as the batch norm's own block does; `Verification` says so.
+    Batch norm in training mode couples the examples of a batch: a layer before it has no gradients of single examples. The
+    check then holds the batch's mean and variance fixed, as the batch norm's own block does, and `Verification` says so.
 
     gradients: per-example gradients as captured, against a backward pass for one example alone.
     solve: ``P g`` as solved, against the method's formula with dense float64 matrices.
@@ -138,7 +138,15 @@ def _checks(maker: PreconditionedGradientMaker) -> list[Check]:
         pulled = tape.pull(z, cotangent.unsqueeze(0)) if layered else {}
         evidence: dict[str, Evidence] = {s.name: s.outer(tape, pulled, None, _dtype(s)) for s in layered}
         errors = _gradient_errors(tape, z, cotangent, layered, evidence) if layered else {}
+        evidence = {name: _scaled(e) for name, e in evidence.items()}
     return [check for block in maker.plan.blocks for check in _check_block(block, evidence, errors)]
+
+
+def _scaled(evidence: Evidence) -> Evidence:
+    """With a curvature of mean diagonal one: what the damping adds is then neither lost in rounding nor all that there is."""
+    assert isinstance(evidence, Outer)
+    mean = evidence.rows().square().sum(0).mean()
+    return replace(evidence, gradients=evidence.gradients / torch.where(mean > 0, mean, 1.0).sqrt())
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -175,9 +183,11 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 # ------------------------------------------------------------------ representation and solver
 def _check_block(block: Block, evidence: Mapping[str, Evidence], errors: dict[str, float]) -> list[Check]:
+    if block.triple.representation.fleeting:  # an iteration that is cut short has no dense matrix to be compared with
+        return [Check(s.name, block.frame.dtype, None, None, None) for s in block.sites]
     scratch = copy.copy(block)
     scratch.state, scratch.cache, scratch.ready = block.triple.representation.init(block.frame), {}, set()
-    portion = evidence if block.triple.curvature.layerwise else _random_gradients(block)
+    portion = evidence if block.triple.curvature.layerwise else _random_evidence(block)
     scratch.update(portion, Fold(0.0, 1.0, 1.0), set())
     layerwise = block.triple.curvature.layerwise
     solve = approximation = None
@@ -188,10 +198,14 @@ def _check_block(block: Block, evidence: Mapping[str, Evidence], errors: dict[st
     return [Check(s.name, dtype, errors.get(s.name), solve, approximation) for s in block.sites]
 
 
-def _random_gradients(block: Block) -> dict[str, Evidence]:
+def _random_evidence(block: Block) -> dict[str, Evidence]:
+    """Gradients, or pairs of positive curvature where only these are understood."""
     generator = torch.Generator(block.frame.device).manual_seed(1)
     options: Any = {"dtype": block.frame.dtype, "device": block.frame.device, "generator": generator}
-    return {s.name: Gradient(torch.randn(s.shape, **options)) for s in block.sites}
+    drawn = {s.name: torch.randn(s.shape, **options) for s in block.sites}
+    if Pair not in block.triple.representation.takes:
+        return {name: Gradient(x) for name, x in drawn.items()}
+    return {name: Pair(x, x * (0.5 + torch.rand(x.shape, **options))) for name, x in drawn.items()}
 
 
 def _solve_error(block: Block) -> float:

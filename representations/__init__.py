@@ -8,6 +8,7 @@ from gradmaker.representations.base import (
     Frame,
     LowRank,
     Multiplies,
+    Preconditions,
     Representation,
     Rotated,
     RowFactored,
@@ -17,12 +18,19 @@ from gradmaker.representations.cross_dims import CrossDims
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.eigenbasis import Eigenbasis
+from gradmaker.representations.graph import GaussianGraph
+from gradmaker.representations.implicit import Implicit, MatrixFree
 from gradmaker.representations.inverse_dims import InverseDims
+from gradmaker.representations.kron_pairs import KronPairs
 from gradmaker.representations.kron_rows import KronRows
 from gradmaker.representations.kronecker import Kron, KronDims
 from gradmaker.representations.kronecker_sum import KronSum
+from gradmaker.representations.lie import KronQ, TriangularQ
 from gradmaker.representations.low_rank import Truncated, Window
+from gradmaker.representations.memory import Pairs
 from gradmaker.representations.one_sided import OneSided, ZeroHistory
+from gradmaker.representations.probe_diagonal import ProbeDiagonal
+from gradmaker.representations.root_dims import RootKronDims
 from gradmaker.representations.rotated_dims import RotatedDims
 from gradmaker.representations.rows import Rows
 from gradmaker.representations.sketched import Sketched
@@ -49,6 +57,14 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
         ZeroHistory,
         CrossDims,
         AlternatingInverse,
+        Implicit,
+        GaussianGraph,
+        ProbeDiagonal,
+        TriangularQ,
+        KronQ,
+        Pairs,
+        KronPairs,
+        RootKronDims,
     )
 }
 
@@ -63,15 +79,24 @@ __all__ = [
     "Factored",
     "Fold",
     "Frame",
+    "GaussianGraph",
+    "Implicit",
     "InverseDims",
     "Kron",
     "KronDims",
+    "KronPairs",
+    "KronQ",
     "KronRows",
     "KronSum",
     "LowRank",
+    "MatrixFree",
     "Multiplies",
     "OneSided",
+    "Pairs",
+    "Preconditions",
+    "ProbeDiagonal",
     "Representation",
+    "RootKronDims",
     "Rotated",
     "RotatedDims",
     "RowFactored",
@@ -79,6 +104,7 @@ __all__ = [
     "Sketched",
     "State",
     "TensorNormal",
+    "TriangularQ",
     "Truncated",
     "Window",
     "ZeroHistory",

@@ -100,7 +100,8 @@ class AlternatingInverse(Representation):
         if L.ndim == 2:
             s = x.square().sum(-1)
             L = L - self.damping * L.square() / (1 + self.damping * L.amax(-1, keepdim=True))
-            return L - L.square() * s / (1 + torch.linalg.vector_norm(L * s, dim=-1, keepdim=True))
+            out: Tensor = L - L.square() * s / (1 + torch.linalg.vector_norm(L * s, dim=-1, keepdim=True))
+            return out
         if self.damping:
             top = torch.linalg.matrix_norm(L, ord=float("inf"))  # at least lambda_max
             L = symmetrise(L - self.damping * (L @ L) / (1 + self.damping * top)[:, None, None])

@@ -18,10 +18,13 @@ __all__ = [
     "Fold",
     "Frame",
     "Grain",
+    "Graphical",
     "Inverse",
     "Momentary",
     "Multiplies",
+    "Preconditions",
     "Representation",
+    "RootFactored",
     "Rotated",
     "RowFactored",
     "State",
@@ -92,6 +95,8 @@ class Representation(ABC):
     """Whether every axis of a block has a factor of its own, which may be a diagonal."""
     live: ClassVar[bool] = False
     """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
+    fleeting: ClassVar[bool] = False
+    """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
 
@@ -124,6 +129,10 @@ class Representation(ABC):
     @abstractmethod
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         """Fold evidence into ``state`` in place; ``state`` is the slice of the stack that the evidence speaks of."""
+
+    def snapshot(self, state: State) -> State:
+        """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
+        return dict(state)
 
     def release(self, state: State) -> None:  # noqa: B027
         """Let go of what is valid for one step only; called at the end of every step."""
@@ -200,6 +209,20 @@ class RowFactored(Protocol):
 
 
 @runtime_checkable
+class RootFactored(Protocol):
+    """`Factored` where the factors ``F_k = R_k^T R_k`` are held by their square roots ``R_k``."""
+
+    def square_roots(self, state: State) -> list[Tensor]:
+        """``R_k``, bias-corrected.  # each (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def order(self, factors: int) -> float:
+        """The root as of `Factored`."""
+
+
+@runtime_checkable
 class LowRank(Protocol):
     """``C = J^T J`` with few rows ``J`` (N, P), which are held behind three products; every scale is folded into ``J``."""
 
@@ -228,6 +251,23 @@ class Summed(Protocol):
 
 
 @runtime_checkable
+class Graphical(Protocol):
+    """``C`` is known on the families of an acyclic graph: an entry of a block and its parents, ``q`` at most."""
+
+    def families(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances of the parents, of parents and child, of the child.  # (B, P, q, q), (B, P, q), (B, P)"""
+
+    def predict(self, coefficients: Tensor, v: Tensor) -> Tensor:
+        """``S v``, every entry from its parents.  # (B, P, q), (B, *shape) -> (B, *shape)"""
+
+    def spread(self, coefficients: Tensor, v: Tensor) -> Tensor:
+        """``S^T v``.  # (B, P, q), (B, *shape) -> (B, *shape)"""
+
+    def regressions(self, state: State, ridge: float) -> tuple[Tensor, Tensor]:
+        """``S`` and the residual variances of ``C + ridge I``, formed.  # (B, P, P), (B, P)"""
+
+
+@runtime_checkable
 class Momentary(Protocol):
     """``C = (G G^T) (x) I`` of the newest gradient alone, the one that is preconditioned."""
 
@@ -250,3 +290,11 @@ class Inverse(Protocol):
 
     def order(self, factors: int) -> float:
         """The root in the formula above."""
+
+
+@runtime_checkable
+class Preconditions(Protocol):
+    """The state holds ``P``, an approximate inverse of ``C``, and can apply it: it was fitted or updated directly."""
+
+    def apply(self, state: State, g: Tensor) -> Tensor:
+        """``P g``.  # (B, *shape)"""

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Product
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.columns import form_blocks
 
 __all__ = ["Dense"]
 
@@ -23,7 +24,7 @@ class Dense(Representation):
     Reference: Amari, Neural Computation 1998, 10(2); for units Ollivier, Information and Inference 2015, arXiv:1303.0818.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint, Gradient)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint, Gradient, Product)
 
     granularity: Literal["full", "layer", "unit"] = "layer"
 
@@ -41,11 +42,14 @@ class Dense(Representation):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         matrix = state["matrix"]
+        fold.weigh_(state["mass"])
+        if isinstance(evidence, Product):
+            matrix.mul_(fold.beta).add_(form_blocks(evidence.matvec, matrix), alpha=fold.alpha)
+            return
         rows = evidence.rows()
         # With units, the G o members of this slice are the rows of G layers: one reshape serves every granularity.
         J = rows.reshape(rows.shape[0], *matrix.shape[:2]).transpose(0, 1)  # (B, N, P)
         matrix.baddbmm_(J.mT, J, beta=fold.beta, alpha=fold.alpha)
-        fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:
         return average(state["matrix"], state["mass"])

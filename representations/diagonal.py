@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Product
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.columns import form_diagonal
 
 __all__ = ["Diagonal"]
 
@@ -24,7 +25,7 @@ class Diagonal(Representation):
     Reference: Duchi, Hazan, Singer, JMLR 2011, section 1.1; Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Gradient)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Gradient, Product)
     elementwise: ClassVar[bool] = True
 
     granularity: Literal["tensor", "layer"] = "tensor"
@@ -44,6 +45,8 @@ class Diagonal(Representation):
         diagonal = state["diagonal"].mul_(fold.beta)
         if isinstance(evidence, Gradient):
             diagonal.addcmul_(evidence.gradient, evidence.gradient, value=fold.alpha)
+        elif isinstance(evidence, Product):
+            diagonal.add_(form_diagonal(evidence.matvec, diagonal), alpha=fold.alpha)
         else:
             assert isinstance(evidence, Outer)
             diagonal.add_(evidence.squares(), alpha=fold.alpha)

@@ -38,7 +38,8 @@ def krad_update(L: Tensor, X: Tensor, denominator: Denominator) -> Tensor:
 def _size(X: Tensor, Y: Tensor, denominator: Denominator) -> Tensor:
     """What is subtracted is compared with.  X, Y = L X: (B, d, c) -> (B,)"""
     if denominator == "fro":
-        return torch.linalg.matrix_norm(X @ Y.mT)
+        out: Tensor = torch.linalg.matrix_norm(X @ Y.mT)
+        return out
     if denominator == "op":
         top = largest_eigenvalue(X.mT @ Y) if X.shape[-1] <= X.shape[-2] else torch.linalg.eigvals(X @ Y.mT).abs().amax(-1)
         return top.nan_to_num(0)  # zero gradients
@@ -58,7 +59,8 @@ def array_update(C: Tensor, X: Tensor) -> Tensor:
     B, c = len(X), X.shape[-1]
     top = torch.cat([torch.eye(c, dtype=X.dtype, device=X.device).expand(B, c, c), X.new_zeros(B, c, d)], -1)
     rows = torch.cat([top, torch.cat([C.mT @ X, C.mT], -1)], -2)
-    return torch.linalg.qr(rows, mode="r")[1][:, c:, c:].mT
+    updated: Tensor = torch.linalg.qr(rows, mode="r")[1][:, c:, c:].mT
+    return updated
 
 
 @dataclass(frozen=True)

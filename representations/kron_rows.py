@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import ClassVar, Literal
 
 import torch
@@ -158,6 +159,6 @@ def _input_rows(evidence: Outer, inputs: Tensor) -> Tensor:
     if evidence.bias:
         X = torch.cat([X, X.new_ones(G, n * R, 1)], -1)
     if evidence.weights is None:
-        return X / (n * R) ** 0.5
+        return X / sqrt(n * R)
     w = evidence.weights.reshape(1, n * R, 1).to(X)
     return X * (w / w.sum().clamp(min=1)).sqrt()

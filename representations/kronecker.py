@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Factors, Gradient, OneHot, Outer
+from gradmaker.curvature.evidence import Evidence, Factors, Gradient, Inputs, OneHot, Outer
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["Kron", "KronDims", "apply_factors", "expand", "mode_matrix"]
@@ -66,7 +66,7 @@ class Kron(Representation):
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Factors)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Factors, Inputs)
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
@@ -90,7 +90,8 @@ class Kron(Representation):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
         evidence.add_gradient_moment_(state[outer], fold.beta, fold.alpha)
-        fold.weigh_(state[f"{outer}_mass"])
+        weigh = fold.weigh_mean_ if isinstance(evidence, Inputs) else fold.weigh_  # an identity does not add up
+        weigh(state[f"{outer}_mass"])
         if evidence.fresh:
             evidence.add_input_moment_(state[inner], fold.beta, fold.alpha)
             fold.weigh_mean_(state[f"{inner}_mass"])

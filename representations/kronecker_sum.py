@@ -74,7 +74,8 @@ class KronSum(Representation):
             floor = torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
             out.append((Q * (torch.maximum(s, floor) ** (-1 / (2 * p))).unsqueeze(-2)) @ Q.mT)
         inverse = torch.linalg.matrix_power(torch.linalg.inv(dense_mean(out)), 2 * p)
-        return (inverse + inverse.mT) / 2
+        C: Tensor = (inverse + inverse.mT) / 2
+        return C
 
     # ---------------------------------------------------------------- Summed: one factor for each axis
     def summands(self, state: State) -> list[Tensor]:

@@ -1,18 +1,30 @@
 """Solvers: how a preconditioned gradient is obtained."""
 
+from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh
+from gradmaker.solvers.apply import Apply
 from gradmaker.solvers.axis_mean import AxisMean
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
+from gradmaker.solvers.curveball import CurveBall
+from gradmaker.solvers.denman_beavers import DenmanBeavers
 from gradmaker.solvers.division import Division
 from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.factor_woodbury import FactorWoodbury
 from gradmaker.solvers.gram import Gram
+from gradmaker.solvers.higher_order import HigherOrder
+from gradmaker.solvers.krylov import Krylov
+from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
+from gradmaker.solvers.local_regression import LocalRegression
+from gradmaker.solvers.neumann import Neumann
 from gradmaker.solvers.newton_root import NewtonRoot
+from gradmaker.solvers.newton_schulz import NewtonSchulz
 from gradmaker.solvers.polar_factor import PolarFactor
 from gradmaker.solvers.positive_root import PositiveRoot
 from gradmaker.solvers.rotate import Rotate
 from gradmaker.solvers.rotated_division import RotatedDivision
+from gradmaker.solvers.svd_root import SvdRoot
+from gradmaker.solvers.truncated_cg import TruncatedCG
 
 SOLVERS: dict[str, type[Solver]] = {
     s.__name__: s
@@ -29,22 +41,49 @@ SOLVERS: dict[str, type[Solver]] = {
         RotatedDivision,
         PositiveRoot,
         PolarFactor,
+        AbsoluteEigh,
+        LU,
+        AbsoluteDivision,
+        TruncatedCG,
+        Krylov,
+        Neumann,
+        CurveBall,
+        Apply,
+        LocalRegression,
+        HigherOrder,
+        NewtonSchulz,
+        DenmanBeavers,
+        SvdRoot,
     )
 }
 
 __all__ = [
     "CG",
+    "LU",
     "SOLVERS",
+    "AbsoluteDivision",
+    "AbsoluteEigh",
+    "Apply",
     "AxisMean",
     "Cholesky",
+    "CurveBall",
+    "DenmanBeavers",
     "Division",
     "Eigh",
     "FactorWoodbury",
     "Gram",
+    "HigherOrder",
+    "Krylov",
+    "LevenbergMarquardt",
+    "LocalRegression",
+    "Neumann",
     "NewtonRoot",
+    "NewtonSchulz",
     "PolarFactor",
     "PositiveRoot",
     "Rotate",
     "RotatedDivision",
     "Solver",
+    "SvdRoot",
+    "TruncatedCG",
 ]

@@ -15,6 +15,7 @@ from gradmaker.solvers.base import Solver, spectral_power
 from gradmaker.solvers.damping import check_choice, check_interval
 from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.newton_root import NewtonRoot
+from gradmaker.solvers.roots import held_roots
 
 __all__ = ["AxisMean"]
 
@@ -75,11 +76,12 @@ class AxisMean(Solver):
         p = representation.passes(len(factors))
         tops = [torch.linalg.eigvalsh(F).amax(-1, keepdim=True) for F in factors]
         roots = [spectral_power(F, self.damping * top, -1 / (2 * p)) for F, top in zip(factors, tops, strict=True)]
-        return torch.linalg.matrix_power(dense_mean(roots), p)
+        out: Tensor = torch.linalg.matrix_power(dense_mean(roots), p)
+        return out
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        roots = [cache[f"root_{k}"] for k in range(len(cache) - 1)]  # all but "failures"
-        out = representation.unfold(g)
+        roots = held_roots(cache)
+        out: Tensor = representation.unfold(g)
         for _ in range(representation.passes(len(roots))):
             out = axis_mean(roots, out)
         return out.reshape(g.shape)

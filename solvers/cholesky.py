@@ -13,14 +13,15 @@ from torch import Tensor
 from gradmaker.representations.base import Factored, State
 from gradmaker.solvers.base import Solver, kronecker_power
 from gradmaker.solvers.damping import check_choice, check_interval, equal_ridges, pi_ridges
-from gradmaker.solvers.ladder import Parts, climb, scalars
-from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, settle_roots, verify
+from gradmaker.solvers.diagnosis import diagnose, estimate_largest
+from gradmaker.solvers.ladder import Parts, ascend, scalars
+from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, residual, settle_roots
 from gradmaker.solvers.spectrum import add_ridge, symmetrise
 
-__all__ = ["Cholesky"]
+__all__ = ["Cholesky", "CholeskyInverse"]
 
 
-class _CholeskyInverse(InverseRoot):
+class CholeskyInverse(InverseRoot):
     rungs = 5
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
@@ -29,7 +30,12 @@ class _CholeskyInverse(InverseRoot):
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         positive = info == 0
         X = symmetrise(torch.cholesky_inverse(torch.where(positive[:, None, None], L, eye)))
-        return (X,), positive & verify(damped, X, 1)
+        found, tolerance = residual(damped, X, 1)
+        return self.parts(X, 0, found, ridge), positive & (found <= tolerance)
+
+
+class _Described(CholeskyInverse):
+    described: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +72,12 @@ class Cholesky(Solver):
         p = integer_root(self.exponent, representation.order(len(factors)))
         if p != 1:
             raise ValueError(self.refuse(representation))
-        results, lost = climb(_CholeskyInverse(p), factors, self._ridges(factors))
+        results, lost, rungs = ascend(_Described(p), factors, self._ridges(factors))
         # The inverses are stored, not the triangles: on one CPU core in float32 the two products of a d x d gradient take 0.02,
         # 0.67, 17 ms at d = 64, 256, 785, two `cholesky_solve` 0.11, 2.2, 30 ms; a stack of 8: 0.09, 5, 151 and 0.75, 17, 271.
         gain = 1 / self.damping if self.damping else 1.0
-        return settle_roots([X for (X,) in results], lost, previous, gain)
+        diagnosis = diagnose([info for _, info in results], [estimate_largest(F) for F in factors], rungs)
+        return settle_roots([X for X, _ in results], lost, previous, gain, diagnosis)
 
     def _ridges(self, factors: Sequence[Tensor]) -> list[Tensor]:
         if self.split == "pi":
@@ -79,7 +86,8 @@ class Cholesky(Solver):
 
     def operator(self, representation: Any, state: State) -> Tensor:
         factors = representation.factors(state)
-        return representation.widen(state, kronecker_power(factors, self._ridges(factors), -1.0))
+        out: Tensor = representation.widen(state, kronecker_power(factors, self._ridges(factors), -1.0))
+        return out
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

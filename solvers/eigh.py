@@ -14,14 +14,15 @@ from gradmaker.representations.base import Factored, State
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import Solver, kronecker_power, spectral_power
 from gradmaker.solvers.damping import Split, check_choice, check_interval, equal_ridges, pi_ridges
-from gradmaker.solvers.ladder import Factorisation, Parts, climb, scalars, settle
+from gradmaker.solvers.diagnosis import described, diagnose, unknown
+from gradmaker.solvers.ladder import Factorisation, Parts, ascend, scalars, settle
 from gradmaker.solvers.roots import apply_roots, settle_roots
 from gradmaker.solvers.spectrum import decompose, is_definite
 
-__all__ = ["Eigh"]
+__all__ = ["Decomposition", "Eigh"]
 
 
-class _Decomposition(Factorisation):
+class Decomposition(Factorisation):
     """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards, where it costs nothing."""
 
     rungs = 0
@@ -70,13 +71,16 @@ class Eigh(Solver):
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         factors = scalars(representation.factors(state))
         order = representation.order(len(factors))
-        results, lost = climb(_Decomposition(), factors, [F.new_zeros(F.shape[:1]) for F in factors])
+        results, lost, rungs = ascend(Decomposition(), factors, [F.new_zeros(F.shape[:1]) for F in factors])
         gain = 1.0 if self.relative or not self.damping else self.damping**self.power
         if self.split == "exact":
-            return self._settle_exact(results, lost, previous, order, gain)
-        ridges = self._ridges(factors, [parts[0].amax(-1) for parts in results], order)
+            return self._settle_exact(factors, (results, lost, rungs), previous, order, gain)
+        largest = [parts[0].amax(-1) for parts in results]
+        ridges = self._ridges(factors, largest, order)
         roots = [_power(parts, r, self.power / order) for parts, r in zip(results, ridges, strict=True)]
-        return settle_roots(roots, _add_infinite(lost, roots), previous, gain)
+        found = [_residual(*each) for each in zip(factors, results, ridges, strict=True)]
+        diagnosis = diagnose(described(found, ridges), largest, rungs)
+        return settle_roots(roots, _add_infinite(lost, roots), previous, gain, diagnosis)
 
     def _ridges(self, factors: Sequence[Tensor], largest: Sequence[Tensor], order: float) -> list[Tensor]:
         if self.split == "each":
@@ -89,7 +93,15 @@ class Eigh(Solver):
             share = share * prod(top ** (1 / m) for top in largest)
         return pi_ridges(factors, share)
 
-    def _settle_exact(self, results: Sequence[Parts], lost: Tensor, previous: State | None, order: float, gain: float) -> State:
+    def _settle_exact(
+        self,
+        factors: Sequence[Tensor],
+        found: tuple[list[Parts], Tensor, Tensor],
+        previous: State | None,
+        order: float,
+        gain: float,
+    ) -> State:
+        results, lost, rungs = found
         spectrum = _outer([parts[0] ** (1 / order) for parts in results])  # of C: (B, d_1, ..., d_m)
         damping: Tensor | float = self.damping
         if self.relative:
@@ -98,6 +110,10 @@ class Eigh(Solver):
         new.update({f"basis_{k}": parts[1] for k, parts in enumerate(results) if len(parts) == 2})
         default = {name: torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for name, x in new.items() if name != "scale"}
         default["scale"] = spectrum.new_tensor(gain)
+        residuals = [_residual(F, parts, None) for F, parts in zip(factors, results, strict=True)]
+        ridges = [lost.new_zeros(lost.shape, dtype=spectrum.dtype) + torch.as_tensor(damping).reshape(-1)] * len(factors)
+        new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], rungs)
+        default["diagnosis"] = unknown(new["diagnosis"])
         return settle(new, _add_infinite(lost, [new["scale"]]), previous, default)
 
     def operator(self, representation: Any, state: State) -> Tensor:
@@ -105,9 +121,9 @@ class Eigh(Solver):
         if self.split != "exact":
             largest = [(F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
             order = representation.order(len(factors))
-            return representation.widen(
-                state, kronecker_power(factors, self._ridges(factors, largest, order), self.power / order)
-            )
+            powered = kronecker_power(factors, self._ridges(factors, largest, order), self.power / order)
+            P: Tensor = representation.widen(state, powered)
+            return P
         C = representation.to_dense(state)
         top = torch.linalg.eigvalsh(C).amax(-1, keepdim=True) if self.relative else 1.0
         return spectral_power(C, self.damping * top, self.power)
@@ -133,6 +149,24 @@ def _power(parts: Parts, ridge: Tensor, exponent: float) -> Tensor:
     """``Q (S + ridge)^exponent Q^T``, or the diagonal.  # (B, d, d) or (B, d)"""
     damped = (parts[0] + ridge.unsqueeze(-1)) ** exponent
     return (parts[1] * damped.unsqueeze(-2)) @ parts[1].mT if len(parts) == 2 else damped
+
+
+def _residual(F: Tensor, parts: Parts, ridge: Tensor | None) -> Tensor:
+    """``max|W^T (F + ridge) W - I|``, ``W = Q (S + ridge)^(-1/2)``: that of ``A X^p`` for any real ``p``.  # (B,)
+
+    Without a ridge, which belongs to the product of the factors then, ``max|Q^T F Q - S| / max S``.
+    """
+    if len(parts) == 1:
+        return F.new_zeros(F.shape[:1])
+    s, Q = parts
+    product = Q.mT @ F @ Q
+    if ridge is None:
+        error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
+        return (error / s.amax(-1)).nan_to_num(0.0)
+    w = (s + ridge.unsqueeze(-1)).rsqrt()
+    scaled = w.unsqueeze(-1) * (product + torch.diag_embed(ridge.unsqueeze(-1).expand_as(s))) * w.unsqueeze(-2)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    return (scaled - eye).abs().amax((-2, -1))
 
 
 def _add_infinite(lost: Tensor, tensors: Sequence[Tensor]) -> Tensor:

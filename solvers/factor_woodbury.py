@@ -13,7 +13,7 @@ from torch import Tensor
 from gradmaker.representations.base import RowFactored, State
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import Solver, kronecker_power
-from gradmaker.solvers.cholesky import _CholeskyInverse
+from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import average_trace, check_interval
 from gradmaker.solvers.ladder import climb, scalars, settle
 
@@ -95,7 +95,7 @@ def _apply(cache: State, k: int) -> Callable[[Tensor], Tensor]:
 def _invert(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """``(F + r I)^-1`` and the members for which nothing helped."""
     factors = scalars([F])
-    ((inverse,),), lost = climb(_CholeskyInverse(1), factors, [ridge.to(F.dtype)])
+    ((inverse,),), lost = climb(CholeskyInverse(1), factors, [ridge.to(F.dtype)])
     return inverse.reshape(F.shape), lost
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from gradmaker.representations.base import LowRank, State
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.cholesky import _CholeskyInverse
+from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import check_choice, check_interval
-from gradmaker.solvers.eigh import _Decomposition
+from gradmaker.solvers.eigh import Decomposition
 from gradmaker.solvers.ladder import climb
 
 __all__ = ["Gram", "Tail"]
@@ -90,11 +90,11 @@ class Gram(Solver):
 
     def _invert(self, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``M``, ``t`` and who is lost.  # (B, N, N), (B,), (B,)"""
-        ((inverse,),), lost = climb(_CholeskyInverse(1), [K], [K.new_full(K.shape[:1], self.damping)])
+        ((inverse,),), lost = climb(CholeskyInverse(1), [K], [K.new_full(K.shape[:1], self.damping)])
         return -inverse / self.damping, K.new_full(K.shape[:1], 1 / self.damping), lost
 
     def _decompose(self, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (parts,), lost = climb(_Decomposition(), [K.double()], [K.new_zeros(K.shape[:1], dtype=torch.float64)])
+        (parts,), lost = climb(Decomposition(), [K.double()], [K.new_zeros(K.shape[:1], dtype=torch.float64)])
         s, V = parts
         kept = s > s.amax(-1, keepdim=True) * max(SMALLEST**2, 10 * torch.finfo(K.dtype).eps)
         values, tail = self._spectrum(s.sqrt(), kept)

@@ -20,7 +20,7 @@ from torch import Tensor
 from gradmaker.representations.base import State
 from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
 
-__all__ = ["Factorisation", "Parts", "climb", "scalars", "settle"]
+__all__ = ["Factorisation", "Parts", "ascend", "climb", "scalars", "settle"]
 
 Parts: TypeAlias = tuple[Tensor, ...]
 """What a factorisation makes of a stack of factors, each (B, ...)."""
@@ -33,6 +33,8 @@ class Factorisation(ABC):
 
     rungs: ClassVar[int]
     """How often the ridge is multiplied by ten."""
+    symmetric: ClassVar[bool] = True
+    """Whether factors are symmetric up to rounding, and made so."""
 
     @abstractmethod
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
@@ -54,7 +56,13 @@ def scalars(factors: Sequence[Tensor]) -> list[Tensor]:
 
 def climb(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor]:
     """Factorise every stack of factors: the parts, and the members for which nothing helped.  # m of parts, (B,)"""
-    safe = [_sanitise(F, ridge) for F, ridge in zip(factors, ridges, strict=True)]
+    results, lost, _ = ascend(method, factors, ridges)
+    return results, lost
+
+
+def ascend(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor, Tensor]:
+    """`climb`, and the rung on which every factor succeeded, 0 for the first choice.  # m of parts, (B,), (m, B)"""
+    safe = [_sanitise(F, ridge, method.symmetric) for F, ridge in zip(factors, ridges, strict=True)]
     results: list[Parts] = []
     accepted: list[Tensor] = []
     for A, ridge, finite in safe:
@@ -62,27 +70,31 @@ def climb(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Ten
         results.append(parts)
         accepted.append(ok & finite)
     table = torch.stack(accepted)  # (m, B)
+    rungs = torch.zeros_like(table, dtype=torch.int64)
     for k, row in enumerate(table.tolist()):
         A, ridge, finite = safe[k]
         failed = [b for b, ok in enumerate(row) if not ok]
         if failed and A.ndim == 3:
             rows = torch.tensor(failed, device=A.device)
-            table[k, rows] = _rescue(method, A[rows], ridge[rows], results[k], rows) & finite[rows]
-    return results, ~table.all(0)
+            done, rungs[k, rows] = _rescue(method, A[rows], ridge[rows], results[k], rows)
+            table[k, rows] = done & finite[rows]
+    return results, ~table.all(0), rungs
 
 
-def _sanitise(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A symmetric copy in which members that are not finite are replaced: `eigh` raises for them.  # F, ridge, finite (B,)"""
     finite = torch.isfinite(F).flatten(1).all(1) & torch.isfinite(ridge)
     if F.ndim == 2:
         return torch.where(finite.unsqueeze(-1), F, 1.0), torch.where(finite, ridge, 1.0), finite
     eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
-    return torch.where(finite[:, None, None], symmetrise(F), eye), torch.where(finite, ridge, 1.0), finite
+    A = symmetrise(F) if symmetric else F
+    return torch.where(finite[:, None, None], A, eye), torch.where(finite, ridge, 1.0), finite
 
 
-def _rescue(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> Tensor:
-    """Climb with the failed members and write what succeeds into ``parts``: who succeeded.  # (b,)"""
+def _rescue(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Climb with the failed members and write what succeeds into ``parts``: who succeeded, and on which rung.  # (b,), (b,)"""
     done = torch.zeros_like(ridge, dtype=torch.bool)
+    height = torch.zeros_like(ridge, dtype=torch.int64)
     for attempt, A_rung, ridge_rung in _rungs(method, A, ridge):
         if A.device.type == "cpu" and bool(done.all()):  # a host read costs nothing here, a rung does
             break
@@ -91,11 +103,12 @@ def _rescue(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows:
             new = candidate.to(part.dtype)
             ok = ok & torch.isfinite(new).flatten(1).all(1)  # a float64 root may be too large for the statistic's dtype
         ok = ok & ~done
+        height = height + ~done
         for part, candidate in zip(parts, candidates, strict=True):
             mask = ok.view(-1, *[1] * (part.ndim - 1))
             part[rows] = torch.where(mask, candidate.to(part.dtype), part[rows])
         done = done | ok
-    return done
+    return done, height
 
 
 def _rungs(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[Attempt, Tensor, Tensor]]:

@@ -13,7 +13,8 @@ __all__ = ["off_diagonal", "power_step", "qr_steps", "sorted_eigenvectors"]
 
 def sorted_eigenvectors(A: Tensor) -> Tensor:
     """Eigenvectors of ``A``, the largest eigenvalue first.  # (B, d, d)"""
-    return torch.linalg.eigh((A + A.mT) / 2)[1].flip(-1)
+    Q: Tensor = torch.linalg.eigh((A + A.mT) / 2)[1].flip(-1)
+    return Q
 
 
 def off_diagonal(A: Tensor, Q: Tensor) -> Tensor:
@@ -21,7 +22,8 @@ def off_diagonal(A: Tensor, Q: Tensor) -> Tensor:
     B = Q.mT @ A @ Q
     diagonal = torch.diag_embed(B.diagonal(dim1=-2, dim2=-1))
     size = torch.linalg.matrix_norm(B)
-    return torch.linalg.matrix_norm(B - diagonal) / torch.where(size > 0, size, 1.0)
+    ratio: Tensor = torch.linalg.matrix_norm(B - diagonal) / torch.where(size > 0, size, 1.0)
+    return ratio
 
 
 def power_step(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

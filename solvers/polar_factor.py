@@ -141,4 +141,5 @@ class PolarFactor(Solver):
         else:
             X = polar_factor(G.bfloat16() if self.half else G, self._quintics()).to(G.dtype)
         length = (X * G).sum((-2, -1), keepdim=True) if self.nuclear else 1.0  # the sum of the singular values, where p = 1
-        return (X * self.gain * length).reshape(g.shape)
+        out: Tensor = (X * self.gain * length).reshape(g.shape)
+        return out

@@ -1,20 +1,21 @@
-"""Inverse roots of factors, held as matrices: ``X = (A + ridge I)^(-1/p)``. What `Cholesky` and `NewtonRoot` share."""
+"""Inverse roots of factors, held as matrices: ``X = (A + ridge I)^(-1/p)``. What all solvers share that form them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State
 from gradmaker.representations.kronecker import apply_factors
+from gradmaker.solvers.diagnosis import unknown
 from gradmaker.solvers.ladder import Factorisation, Parts, settle
 from gradmaker.solvers.spectrum import add_ridge, decompose, is_definite
 
-__all__ = ["InverseRoot", "apply_roots", "integer_root", "settle_roots", "verify"]
+__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "residual", "settle_roots", "verify"]
 
 
 def integer_root(power: float, order: float) -> int:
@@ -26,14 +27,20 @@ def integer_root(power: float, order: float) -> int:
 
 
 def verify(A: Tensor, X: Tensor, p: int) -> Tensor:
-    """Whether ``max|X^h A X^(p-h) - I|``, ``h = floor(p / 2)``, is below ``50 u kappa``, within 1e-5 (float32: 6e-4) and 0.45.
+    """Whether a root's `residual` is within its tolerance.  # (B, d, d), (B, d, d) -> (B,)"""
+    found, tolerance = residual(A, X, p)
+    return found <= tolerance
+
+
+def residual(A: Tensor, X: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """``max|X^h A X^(p-h) - I|``, ``h = floor(p / 2)``, and its tolerance ``50 u kappa``, within 1e-5 (float32: 6e-4) and 0.45.
 
     This is ``A X^p - I`` of the matrix itself, since ``X`` commutes with ``A``: the coupled iterate of Newton's method reads
     2e-7 where the root is off by 3e-3. Split in halves it measures the root and not its own rounding: in float32, for a
     rank-deficient ``A`` with the customary ridge of 1e-6 ``lambda_max``, it reads 0.03-0.1 (p = 1: 0.1-0.35) where the root is
     good to 0.002-0.07, and ``A X^p`` up to 1.0. A root that is off by a factor of two reads 0.5 or more. A single wrong
     direction shows in the entries by only about ``1/d``, so whoever calls this also makes sure that ``A`` is positive.
-    """  # (B, d, d), (B, d, d) -> (B,)
+    """  # (B, d, d), (B, d, d) -> (B,), (B,)
     u = torch.finfo(A.dtype).eps / 2
     right = torch.linalg.matrix_power(X, p - p // 2)
     product, kappa = A @ right, _norm(A) * _norm(right)
@@ -41,9 +48,7 @@ def verify(A: Tensor, X: Tensor, p: int) -> Tensor:
         left = torch.linalg.matrix_power(X, p // 2)
         product, kappa = left @ product, kappa * _norm(left)
     product.diagonal(dim1=-2, dim2=-1).sub_(1)
-    residual = product.abs_().amax((-2, -1))
-    accepted: Tensor = residual <= (50 * u * kappa).clamp(max(1e-5, 1e4 * u), 0.45)
-    return accepted
+    return product.abs_().amax((-2, -1)), (50 * u * kappa).clamp(max(1e-5, 1e4 * u), 0.45)
 
 
 def _norm(A: Tensor) -> Tensor:
@@ -53,25 +58,40 @@ def _norm(A: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InverseRoot(Factorisation):
-    """``(A + ridge I)^(-1/p)``; parts are one tensor, (B, d, d) or (B, d)."""
+    """``(A + ridge I)^(-1/p)``; parts are one tensor, (B, d, d) or (B, d).
+
+    Where it is ``described`` a second part (B, 3) holds iterations, residual and ridge of the attempt.
+    """
 
     p: int
+    described: ClassVar[bool] = False
+
+    def parts(self, X: Tensor, iterations: Tensor | float, found: Tensor, ridge: Tensor) -> Parts:
+        """The parts of an attempt.  # residual (B,), ridge (B,)"""
+        return (X, torch.stack([torch.zeros_like(ridge) + iterations, found, ridge], -1)) if self.described else (X,)
 
     def diagonal(self, a: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
-        x = (a.clamp(min=0) + ridge.unsqueeze(-1)) ** (-1 / self.p)
-        return (x,), is_definite(a) & torch.isfinite(x).all(-1)
+        damped = a.clamp(min=0) + ridge.unsqueeze(-1)
+        x = damped ** (-1 / self.p)
+        found = (damped * x**self.p - 1).abs().amax(-1)
+        return self.parts(x, 0, found, ridge), is_definite(a) & torch.isfinite(x).all(-1)
 
     def last_resort(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)
         X = (Q * ((s.clamp(min=0) + ridge.unsqueeze(-1)) ** (-1 / self.p)).unsqueeze(-2)) @ Q.mT
-        return (X,), ok & (s.amin(-1) + ridge > 0) & verify(add_ridge(A, ridge), X, self.p)
+        found, tolerance = residual(add_ridge(A, ridge), X, self.p)
+        return self.parts(X, 0, found, ridge), ok & (s.amin(-1) + ridge > 0) & (found <= tolerance)
 
 
-def settle_roots(roots: Sequence[Tensor], lost: Tensor, previous: State | None, gain: float) -> State:
+def settle_roots(
+    roots: Sequence[Tensor], lost: Tensor, previous: State | None, gain: float, diagnosis: Tensor | None = None
+) -> State:
     """A cache of one root for each factor. A lost member without a past gets ``P = gain I``."""
     new = {f"root_{k}": X for k, X in enumerate(roots)}
     share = gain ** (1 / len(roots))
     default = {name: share * _identity(X) for name, X in new.items()}
+    if diagnosis is not None:
+        new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
     return settle(new, lost, previous, default)
 
 
@@ -80,7 +100,11 @@ def _identity(X: Tensor) -> Tensor:
     return X.new_ones(d) if X.ndim == 2 else torch.eye(d, dtype=X.dtype, device=X.device)
 
 
+def held_roots(cache: State) -> list[Tensor]:
+    """The roots in a cache, one for each factor.  # each (B, d, d) or (B, d)"""
+    return [cache[f"root_{k}"] for k in range(sum(name.startswith("root_") for name in cache))]
+
+
 def apply_roots(representation: Any, cache: State, g: Tensor) -> Tensor:
     """``g x_1 X_1 x_2 X_2 ...``.  # (B, *shape)"""
-    roots = [cache[f"root_{k}"] for k in range(len(cache) - 1)]  # all but "failures"
-    return apply_factors(roots, representation.unfold(g)).reshape(g.shape)
+    return apply_factors(held_roots(cache), representation.unfold(g)).reshape(g.shape)

@@ -125,6 +125,36 @@ def test_micro_batches_are_one_batch(method: str, name: str) -> None:
     assert oracles.relative_error(found, expected) < 1e-10
 
 
+class Sometimes(nn.Module):
+    """A hidden layer that is left out where all inputs are negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x if bool((x < 0).all()) else torch.tanh(self.extra(x)))
+        return y
+
+
+@pytest.mark.parametrize("first", [0, 2], ids=["silent first", "silent last"])
+def test_a_layer_that_only_some_micro_batches_use(first: int) -> None:
+    """Its rows are zero for the others."""
+    found = []
+    options: dict[str, Any] = {"decay": 0.0, "damping": 0.05}
+    dense = {"curvature": "FisherEmp", "representation": {"Dense": {"granularity": "full"}}, "solver": "Cholesky"}
+    for method in ({"method": "smw_ng"}, {"method": "custom", **dense}):
+        case = models.build(Sometimes, 4, 4)
+        x = torch.cat([-case.x[:2].abs(), case.x[2:].abs()])
+        maker: Any = from_config(case.model, {**method, **options})
+        for rows in (slice(first, first + 2), slice(2 - first, 4 - first)):
+            maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x[rows]), case.t[rows])
+            maker.accumulate(weight=0.5)
+        maker.precondition()
+        found.append(oracles.gradient_vector(case.model))
+    assert oracles.relative_error(*found) < 1e-10
+
+
 def test_gram_has_the_spectrum_of_the_matrix() -> None:
     """Property 18: J J^T has the non-zero eigenvalues of J^T J."""
     case = mixed()

@@ -244,8 +244,7 @@ def test_preconditioner_is_linear_symmetric_positive(method: str, name: str) -> 
     maker = maker_of(method, case.model, norm="none", momentum=0.0, **frozen)
     if not all(b.triple.solver.linear for b in maker.plan.blocks):
         pytest.skip("P is that of the gradient that it is applied to")
-    for x, t in batches(case, 4):
-        passes(maker, case, x, t)
+    train(maker, case, 4, 1e-3)  # a secant needs weights that move
     eye = torch.eye(len(oracles.parameter_vector(case.model)), dtype=torch.float64)
     P = torch.stack([probe(maker, case.model, e) for e in eye], 1)
     assert oracles.relative_error(P, P.mT) < 1e-9
@@ -263,6 +262,11 @@ def without_draws(method: str) -> dict[str, Any]:
     return plain_options(method, fisher=FisherExact())
 
 
+def damped_probes(method: str) -> dict[str, Any]:
+    """Where the curvature is zero, a product with the Hessian is rounding alone, and what is divided by it is anything."""
+    return {"damping": 0.1} if method in ("adahessian", "esgd", "saddle_free_diagonal") else {}
+
+
 @every_method
 @pytest.mark.parametrize("dtype, cosine", [(torch.float32, 0.9999), (torch.bfloat16, 0.9)])
 @pytest.mark.parametrize("name", ["mlp", "convolution", "layer_norm", "embedding"])
@@ -276,7 +280,7 @@ def test_low_precision_models(method: str, dtype: torch.dtype, cosine: float, na
     low = Case(copy.deepcopy(exact.model).to(dtype), exact.x.to(dtype) if exact.x.is_floating_point() else exact.x, *exact[2:])
     directions = []
     for case in (exact, low):
-        maker = maker_of(method, case.model, **without_draws(method))
+        maker = maker_of(method, case.model, **without_draws(method), **damped_probes(method))
         passes(maker, case)
         assert all(p.grad is None or p.grad.dtype == p.dtype for p in case.model.parameters())
         directions.append(oracles.gradient_vector(case.model).double())

@@ -101,6 +101,7 @@ def test_table_names_every_part() -> None:
 @pytest.mark.parametrize("row", LEGAL, ids="-".join)
 def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
     best = []
+    late = "previous" in CURVATURES[row[0]].asks  # says nothing of the first step
     for lr in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         case = models.mlp()
         maker = from_config(case.model, mapping(*row))
@@ -111,7 +112,7 @@ def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
             step(maker, case)
             for p, g in zip(case.model.parameters(), raw, strict=True):
                 assert p.grad is not None and p.grad.isfinite().all()
-                assert k > 0 or oracles.relative_error(p.grad, g) > 1e-3
+                assert k > 0 or late or oracles.relative_error(p.grad, g) > 1e-3
             optimizer.step()
         best.append(case.run().item())
     assert min(v for v in best if v == v) < 0.95 * first

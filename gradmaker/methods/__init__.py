@@ -30,12 +30,30 @@ from gradmaker.methods.low_rank import (
     TongaGradientMaker,
     TongaUnitGradientMaker,
 )
+from gradmaker.methods.matrix_free import (
+    CurveballGradientMaker,
+    HessianFreeGradientMaker,
+    KsdGradientMaker,
+    LissaGradientMaker,
+    NeumannGradientMaker,
+    NewtonGradientMaker,
+    SaddleFreeGradientMaker,
+)
 from gradmaker.methods.natural import (
     DiagonalNaturalGradientMaker,
     FullNaturalGradientMaker,
     LayerNaturalGradientMaker,
     UnitNaturalGradientMaker,
 )
+from gradmaker.methods.probes import (
+    AdahessianGradientMaker,
+    EsgdGradientMaker,
+    PsgdGradientMaker,
+    PsgdKfGradientMaker,
+    SaddleFreeDiagonalGradientMaker,
+)
+from gradmaker.methods.secants import KbfgsGradientMaker, KbfgsLGradientMaker, LbfgsGradientMaker
+from gradmaker.methods.sparse_inverse import FangGradientMaker
 from gradmaker.methods.spectral import MuonGradientMaker
 from gradmaker.methods.tensor_kronecker import CasprGradientMaker, FullAdagradGradientMaker, OneSidedGradientMaker
 from gradmaker.triple import did_you_mean
@@ -65,6 +83,7 @@ METHODS: dict[str, type[GradientMaker]] = {
     "layer_ng": LayerNaturalGradientMaker,
     "full_ng": FullNaturalGradientMaker,
     "diag_ng": DiagonalNaturalGradientMaker,
+    "fang": FangGradientMaker,
     "smw_ng": SmwNaturalGradientMaker,
     "smw_gn": SmwGaussNewtonGradientMaker,
     "tonga": TongaGradientMaker,
@@ -72,6 +91,21 @@ METHODS: dict[str, type[GradientMaker]] = {
     "mfac": MfacGradientMaker,
     "ggt": GgtGradientMaker,
     "seng": SengGradientMaker,
+    "newton": NewtonGradientMaker,
+    "hessian_free": HessianFreeGradientMaker,
+    "ksd": KsdGradientMaker,
+    "saddle_free": SaddleFreeGradientMaker,
+    "lissa": LissaGradientMaker,
+    "neumann": NeumannGradientMaker,
+    "curveball": CurveballGradientMaker,
+    "psgd": PsgdGradientMaker,
+    "psgd_kf": PsgdKfGradientMaker,
+    "adahessian": AdahessianGradientMaker,
+    "esgd": EsgdGradientMaker,
+    "saddle_free_diagonal": SaddleFreeDiagonalGradientMaker,
+    "lbfgs": LbfgsGradientMaker,
+    "kbfgs": KbfgsGradientMaker,
+    "kbfgs_l": KbfgsLGradientMaker,
     "custom": CustomGradientMaker,
 }
 """Method by name, as in ``{method: kfac}``."""

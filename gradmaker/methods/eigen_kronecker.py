@@ -37,8 +37,9 @@ class SoapGradientConfig(AxesGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("skip_first", self.skip_first, [True, False])
-        check_choice("precondition_vectors", self.precondition_vectors, [True, False])
+        for name in ("skip_first", "precondition_vectors"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected bool")
         self._state()
 
     def _state(self) -> RotatedDims:

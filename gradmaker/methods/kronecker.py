@@ -32,7 +32,7 @@ class KroneckerGradientConfig(ClippedGradientConfig, ABC):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact or FisherEmp."""
+    """FisherMC, FisherExact, FisherEmp; for `kfac` also FisherForward, which leaves out the output factors (FOOF)."""
     bias: Literal["joint", "separate"] = "joint"
     """Whether a bias is one more input of its layer's block, or a block of its own."""
     curvature_interval: int | Schedule = 10
@@ -56,7 +56,7 @@ class KroneckerGradientConfig(ClippedGradientConfig, ABC):
     def triple(self, site: Site) -> Triple | None:
         if site.kind == "generic":
             return None
-        if site.kind == "scale":
+        if site.kind == "scale" and {*self.fisher.gives} <= {*Dense.takes}:
             return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping))
         return self.layer()
 

@@ -46,7 +46,7 @@ class ClippedGradientConfig(GradientConfig):
 class ClippedGradientMaker(PreconditionedGradientMaker):
     """A gradient maker with a KL clip; see `ClippedGradientConfig`."""
 
-    config: ClippedGradientConfig  # type: ignore[assignment]
+    config: ClippedGradientConfig
 
     clip_learning_rate: float | None = None
     """Replaces that of the config."""

@@ -1,0 +1,58 @@
+"""The forward-only curvature of a layer: the second moment of its inputs, whatever lies behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.evidence import Evidence, Inputs, Outer
+from gradmaker.curvature.fisher import _Portion
+
+if TYPE_CHECKING:
+    from gradmaker.step import Step
+
+__all__ = ["FisherForward"]
+
+
+class _Forward(_Portion):
+    """The same evidence without its output gradients."""
+
+    def __getitem__(self, name: str) -> Evidence:
+        site = self.sites[name]
+        if site.rule is None:  # no input is known: what is left of C is the identity
+            like = next(iter(site.parameters.values()))
+            dtype = self.step.statistics_dtype(site)
+            empty = torch.zeros(1, self.step.examples, 1, 0, dtype=dtype, device=like.device)
+            return Inputs(empty, empty.new_zeros(0, 1, self.step.examples, 1, like.numel()), bias=True)
+        outer = super().__getitem__(name)
+        assert isinstance(outer, Outer)
+        return Inputs(outer.inputs, outer.gradients[:0], outer.bias, outer.transposed, outer.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherForward(Curvature):
+    """``C = I (x) A``, ``A = mean a a^T`` over examples and positions: K-FAC without output gradients (FOOF).
+
+    With exact damping (`Eigh`) ``P G = G (A + damping I)^-1``: the step whose change of the layer's outputs is nearest to the
+    negative gradient at these outputs. No targets, no likelihood, no pass besides the ordinary one. Scale: ``C`` has that of
+    the inputs alone, so that ``P g`` grows with the loss, and the damping is in units of squared inputs. With weight sharing
+    ``A`` is the mean over positions, as in K-FAC, not their sum; further micro-batches and steps enter as a mean too, also
+    with ``decay=None``. In quantisation ``A`` is, up to a factor, the Hessian of the layer's reconstruction error.
+
+    Reference: Benzing, ICML 2022, arXiv:2201.12250, section 4 (FOOF); Frantar et al., ICLR 2023, arXiv:2210.17323 (GPTQ).
+    """
+
+    gives: ClassVar[tuple[type[Evidence], ...]] = (Inputs,)
+
+    @property
+    def rides(self) -> bool:
+        """Nothing is pulled back: the recorded forward pass is read when the ordinary backward pass is through."""
+        return True
+
+    def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
+        assert step.ridden is not None
+        yield _Forward(step, step.ridden, step.mask(step.terms[0]) if step.terms else None, True)

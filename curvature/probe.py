@@ -1,0 +1,116 @@
+"""Probes: random vectors and what the curvature makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+
+if TYPE_CHECKING:
+    from gradmaker.step import Step
+
+__all__ = ["GradientProbe", "HessianProbe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianProbe(Curvature):
+    """Pairs ``(v, H v)`` with random ``v``: one product with the Hessian of the loss for all parameters at once.
+
+    What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
+    ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
+    the dtype. Each micro-batch is probed by itself, with vectors of its own. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to
+    ``H v``, which bounds a fitted inverse by ``1 / lift``.
+
+    Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
+    arXiv:1512.04202, section 3 (pairs, noise).
+    """
+
+    gives: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
+    layerwise: ClassVar[bool] = False
+    asks: ClassVar[frozenset[str]] = frozenset({"graph"})
+
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    samples: int = 1
+    lift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("rademacher", "gaussian"):
+            raise ValueError(f"distribution={self.distribution!r}: expected 'rademacher' or 'gaussian'")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
+        _check_lift(self.lift)
+
+    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+        assert step.graph is not None
+        reached = {p for p, g in step.graph.gradients.items() if g is not None}
+        sites = [s for s in step.sites if reached.intersection(s.parameters.values())]
+        named = {k: p for s in sites for k, p in s.parameters.items()}
+        for sample in range(self.samples):
+            v = {p: self._draw(step, f"probe {sample} {k}", p) for k, p in named.items()}
+            image = step.graph.hessian(v)
+            found: dict[str, Evidence] = {}
+            for site in sites:
+                dtype = step.statistics_dtype(site)
+                cv = site.lay_out(dict(image)).to(dtype)
+                lifted = _lifted(step, f"lift {sample} {site.name}", cv, self.lift)
+                found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), lifted)
+            yield found
+
+    def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
+        """``v`` for one parameter."""
+        generator = step.generator(name, p.device)
+        if self.distribution == "gaussian":
+            return _normal(generator, p).to(p.dtype)
+        return torch.randint(0, 2, p.shape, generator=generator, device=p.device).mul_(2).sub_(1).to(p.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientProbe(Curvature):
+    """Pairs ``(v, g)`` of independent normal noise and the mini-batch gradient, from which PSGD fits a whitening.
+
+    The criterion ``E[g^T P g + v^T P^-1 v]`` is least at ``P = E[g g^T]^(-1/2)``; no pass beyond the ordinary backward.
+
+    Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Pooladzandi, Li, 2024, arXiv:2402.04553, section 3 (whitening).
+    """
+
+    gives: ClassVar[tuple[type[Evidence], ...]] = (Contrast,)
+    layerwise: ClassVar[bool] = False
+
+    lift: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_lift(self.lift)
+
+    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+        found: dict[str, Evidence] = {}
+        for site in step.sites:
+            g = site.read()
+            if g is not None:
+                g = g.to(step.statistics_dtype(site))
+                v = _normal(step.generator(f"probe {site.name}", g.device), g).to(g.dtype)
+                found[site.name] = Contrast(v, _lifted(step, f"lift {site.name}", g, self.lift))
+        yield found
+
+
+def _check_lift(lift: float) -> None:
+    if not 0 <= lift < inf:
+        raise ValueError(f"lift={lift!r}: expected a non-negative number")
+
+
+def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Noise that is the same for every dtype of what it is for."""
+    return torch.randn(like.shape, generator=generator, device=like.device)
+
+
+def _lifted(step: Step, name: str, h: Tensor, lift: float) -> Tensor:
+    if not lift:
+        return h
+    noise = _normal(step.generator(name, h.device), h).to(h.dtype)
+    return h + (lift + torch.finfo(h.dtype).eps * h.abs()) * noise

@@ -1,0 +1,187 @@
+"""Methods on probes of the Hessian: PSGD, AdaHessian, equilibrated SGD, saddle-free Newton of the diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gradmaker.config import GradientConfig, check_count, check_interval
+from gradmaker.curvature import Curvature, GradientProbe, HessianProbe
+from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.representations import KronQ, ProbeDiagonal, TriangularQ
+from gradmaker.representations.lie import Normaliser
+from gradmaker.schedule import Schedule
+from gradmaker.sites import Site
+from gradmaker.solvers import Apply, Division
+from gradmaker.triple import Triple
+
+__all__ = [
+    "AdahessianGradientConfig",
+    "AdahessianGradientMaker",
+    "EsgdGradientConfig",
+    "EsgdGradientMaker",
+    "PsgdGradientConfig",
+    "PsgdGradientMaker",
+    "PsgdKfGradientConfig",
+    "PsgdKfGradientMaker",
+    "SaddleFreeDiagonalGradientConfig",
+    "SaddleFreeDiagonalGradientMaker",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsgdGradientConfig(GradientConfig):
+    """PSGD: ``P = Q^T Q``, one upper triangular matrix for all parameters, fitted to ``|H|^-1`` on Hessian-vector pairs.
+
+    ``rate`` is that of the fit, which has no average, so that ``decay`` does not apply; ``damping`` is the noise that is added
+    to ``H v``: ``P`` stays below its inverse. ``whiten=True`` fits ``E[g g^T]^(-1/2)`` on gradients instead, without a Hessian.
+
+    Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; defaults of the author's psgd_torch.
+    """
+
+    damping: float = 1e-9
+    rate: float = 0.1
+    normaliser: Normaliser = "slow"
+    """What a step of the fit is divided by: ``slow`` maximum of the terms' sizes (2025), or ``max``imal entry (2018)."""
+    whiten: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._representation()
+
+    def _representation(self) -> TriangularQ | KronQ:
+        return TriangularQ(self.rate, self.normaliser)
+
+    def _curvature(self) -> Curvature:
+        return GradientProbe(lift=self.damping) if self.whiten else HessianProbe(distribution="gaussian", lift=self.damping)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(self._curvature(), self._representation(), Apply())
+
+
+class PsgdGradientMaker(PreconditionedGradientMaker):
+    """PSGD as a gradient maker; see `PsgdGradientConfig`."""
+
+    Config = PsgdGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsgdKfGradientConfig(PsgdGradientConfig):
+    """PSGD-KF: ``P G = Q_l^T Q_l G Q_r^T Q_r`` for the weight and bias of each layer, options as PSGD's.
+
+    One product with the Hessian of all layers serves them all: what other layers contribute to ``H v`` acts as damping.
+    ``max_skew`` gives an axis with ``d^2 > max_skew n`` (``n`` elements) a diagonal; None none but those over ``max_dim``.
+
+    Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group); defaults of psgd_torch, but for ``max_skew``, there 1.
+    """
+
+    max_skew: float | None = None
+
+    def _representation(self) -> TriangularQ | KronQ:
+        return KronQ(self.rate, self.normaliser, "layer", self.max_skew)
+
+
+class PsgdKfGradientMaker(PreconditionedGradientMaker):
+    """PSGD-KF as a gradient maker; see `PsgdKfGradientConfig`."""
+
+    Config = PsgdKfGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdahessianGradientConfig(GradientConfig):
+    """AdaHessian: ``P g = m / (v^(power / 2) + damping)``, ``v`` the average of ``D^2``, ``D = |H z|`` averaged over kernels.
+
+    ``momentum`` is beta_1, ``decay`` beta_2, ``z`` a vector of signs.
+
+    Reference: Yao et al., AAAI 2021, arXiv:2006.00719, algorithm 1; defaults of the authors' code.
+    """
+
+    damping: float = 1e-4
+    decay: float | None = 0.999
+    momentum: float = 0.9
+    power: float = 1.0
+    """The Hessian power."""
+    spatial: bool = True
+    """Whether ``|H z|`` is averaged over the kernel of a convolution."""
+    per_tensor: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._solver()
+
+    def _solver(self) -> Division:
+        return Division(power=-self.power, damping=self.damping)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(HessianProbe(), ProbeDiagonal("squares", self.spatial), self._solver())
+
+
+class AdahessianGradientMaker(PreconditionedGradientMaker):
+    """AdaHessian as a gradient maker; see `AdahessianGradientConfig`."""
+
+    Config = AdahessianGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EsgdGradientConfig(GradientConfig):
+    """Equilibrated SGD: ``P g = g / (sqrt(mean (H v)^2) + damping)``, the mean over all probes so far, ``v`` normal.
+
+    A ``decay`` forgets: with it, and probes at every step, this is AdaHessian without momentum and kernels.
+
+    Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, algorithm 1 (one probe in 20 steps, damping 1e-4).
+    """
+
+    damping: float = 1e-4
+    decay: float | None = None
+    curvature_interval: int | Schedule = 20
+    preconditioner_interval: int | Schedule = 20
+    spread: bool = False
+    samples: int = 1
+    """Probes a measurement."""
+    per_tensor: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_interval("damping", self.damping, 1e-300, float("inf"))
+        check_count("samples", self.samples, 1)
+
+    def triple(self, site: Site) -> Triple | None:
+        probe = HessianProbe(distribution="gaussian", samples=self.samples)
+        return Triple(probe, ProbeDiagonal(), Division(damping=self.damping))
+
+
+class EsgdGradientMaker(PreconditionedGradientMaker):
+    """Equilibrated SGD as a gradient maker; see `EsgdGradientConfig`."""
+
+    Config = EsgdGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaddleFreeDiagonalGradientConfig(GradientConfig):
+    """Saddle-free Newton of the diagonal: ``P g = g / (|mean v * H v| + damping)``, an average that estimates ``diag H``.
+
+    A probe of signs misses entry ``i`` by a variance of ``sum_(j != i) H_ij^2``, which the average has to bring down.
+
+    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (absolute values); Bekas, Kokiopoulou, Saad 2007
+    (diagonal).
+    """
+
+    damping: float = 1e-3
+    decay: float | None = 0.95
+    samples: int = 1
+    """Probes a measurement."""
+    per_tensor: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_interval("damping", self.damping, 1e-300, float("inf"))
+        check_count("samples", self.samples, 1)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(HessianProbe(samples=self.samples), ProbeDiagonal("signed"), Division(damping=self.damping))
+
+
+class SaddleFreeDiagonalGradientMaker(PreconditionedGradientMaker):
+    """Saddle-free Newton of the diagonal as a gradient maker; see `SaddleFreeDiagonalGradientConfig`."""
+
+    Config = SaddleFreeDiagonalGradientConfig

@@ -1,0 +1,288 @@
+"""Curvature of a model without a maker: products, leading eigenpairs, trace and spectral density, matrix-free.
+
+Everywhere ``loss`` is a function without arguments that calls the model on a batch and returns its loss, and vectors are flat,
+in the order of ``torch.nn.utils.parameters_to_vector`` for the trainable parameters. Weights, gradients, buffers and the global
+random state stay as they are; dropout draws the same masks in every product of one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import pi
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.curvature.hessian import Mode, multiply_gauss_newton, multiply_hessian
+from gradmaker.curvature.likelihood import Terms, read_terms
+from gradmaker.curvature.recorder import LossRecorder
+from gradmaker.graph import Graph
+from gradmaker.replay import Replay
+
+__all__ = ["Density", "eigenpairs", "fvp", "ggnvp", "hvp", "ntk_vp", "spectral_density", "trace"]
+
+Loss: TypeAlias = Callable[[], Tensor]
+Matvec: TypeAlias = Callable[[Tensor], Tensor]
+Matrix: TypeAlias = Literal["hessian", "ggn", "fisher"]
+Kind: TypeAlias = Literal["exact", "mc", "empirical"]
+
+
+def hvp(model: nn.Module, loss: Loss, vector: Tensor, mode: Mode = "reverse") -> Tensor:
+    """``H v``, ``H`` the Hessian of the loss.  # (P,) -> (P,)
+
+    mode: reverse (backwards twice; forwards over backwards where that is not supported), forward, or difference.
+    Reference: Pearlmutter, Neural Computation 1994.
+    """
+    return _Curvature(model, loss).hessian(vector, mode)
+
+
+def ggnvp(model: nn.Module, loss: Loss, vector: Tensor, outputs: Callable[[], Tensor] | None = None) -> Tensor:
+    """``J^T Lambda J v``, ``Lambda`` the Hessian of the loss in the model's outputs.  # (P,) -> (P,)
+
+    outputs: for a loss that gradmaker does not recognise: the outputs, of which ``loss`` then is a function, ``loss(outputs)``.
+    Reference: Schraudolph, Neural Computation 2002.
+    """
+    return _Curvature(model, loss, outputs).gauss_newton(vector)
+
+
+def fvp(model: nn.Module, loss: Loss, vector: Tensor, kind: Kind = "exact", samples: int = 1, seed: int = 0) -> Tensor:
+    """``F v``, ``F`` the Fisher matrix of a recognised loss; loss terms (tokens of a sequence) are examples.  # (P,) -> (P,)
+
+    kind: exact, mc (``samples`` targets drawn from the model, keyed by ``seed``) or empirical (the observed targets).
+    Reference: Martens, JMLR 2020, arXiv:1412.1193; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
+    """
+    return _Curvature(model, loss).fisher(vector, kind, samples, seed)
+
+
+def ntk_vp(model: nn.Module, outputs: Callable[[], Tensor], vector: Tensor) -> Tensor:
+    """``J J^T u``, the neural tangent kernel of a batch times a vector in the shape of the outputs.
+
+    Reference: Jacot, Gabriel & Hongler, NeurIPS 2018, arXiv:1806.07572.
+    """
+    z = Replay(model, lambda: (None, outputs())).run()[1]
+    graph = Graph(model, (z * vector.to(z.dtype)).sum(), [])
+    pulled = {p: g.detach() for p, g in graph.gradients.items() if g is not None}
+    return graph.push([z], pulled)[0].detach()
+
+
+def eigenpairs(
+    model: nn.Module,
+    loss: Loss,
+    count: int = 1,
+    matrix: Matrix = "hessian",
+    method: Literal["lanczos", "power"] = "lanczos",
+    iterations: int = 100,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The eigenvalues largest in absolute value, in falling order, and their eigenvectors as rows.  # (count,), (count, P)
+
+    lanczos: Ritz pairs of ``iterations`` vectors, all of which are held. power: ``iterations`` products for every pair, with
+    those that are known projected out, which holds ``count`` vectors.
+    Reference: Golub & Van Loan, Matrix Computations, chapter 10; Yao et al., 2020, arXiv:1912.07145 (PyHessian).
+    """
+    curvature = _Curvature(model, loss)
+    if not 1 <= count <= curvature.size:
+        raise ValueError(f"count={count!r}: expected 1 to {curvature.size}, the number of trainable parameters")
+    _check("method", method, ("lanczos", "power"))
+    matvec, start = curvature.matvec(matrix), curvature.draw(seed, "gaussian")
+    if method == "power":
+        return _power(matvec, start, count, iterations)
+    T, V = _lanczos(matvec, start, max(count, min(iterations, curvature.size)))
+    s, Q = torch.linalg.eigh(T)
+    order = s.abs().argsort(descending=True)[:count]
+    return s[order].to(V.dtype), Q[:, order].mT.to(V.dtype) @ V
+
+
+def trace(model: nn.Module, loss: Loss, samples: int = 100, matrix: Matrix = "hessian", seed: int = 0) -> tuple[float, float]:
+    """The trace and its standard error, as the mean of ``v^T C v`` over random signs ``v``.
+
+    Reference: Hutchinson, Communications in Statistics 1990.
+    """
+    if samples < 2:
+        raise ValueError(f"samples={samples!r}: expected at least 2, so that there is a standard error")
+    curvature = _Curvature(model, loss)
+    matvec = curvature.matvec(matrix)
+    probes = (curvature.draw(seed + j, "signs") for j in range(samples))
+    values = torch.stack([(v.double() * matvec(v).double()).sum() for v in probes])
+    return float(values.mean()), float(values.std() / samples**0.5)
+
+
+@dataclass(frozen=True)
+class Density:
+    """A spectrum as point masses: ``weights`` sum to one, and their mean is the trace over ``P``.
+
+    ``smooth(grid, width)`` is the density with a Gaussian of this width in the place of every point.
+    """
+
+    nodes: Tensor  # (m,)
+    weights: Tensor  # (m,)
+
+    def smooth(self, grid: Tensor, width: float) -> Tensor:
+        """The density on a grid.  # like grid"""
+        distance = (grid.unsqueeze(-1) - self.nodes) / width
+        density: Tensor = (self.weights * (-distance.square() / 2).exp()).sum(-1) / (width * (2 * pi) ** 0.5)
+        return density
+
+
+def spectral_density(
+    model: nn.Module, loss: Loss, probes: int = 10, steps: int = 50, matrix: Matrix = "hessian", seed: int = 0
+) -> Density:
+    """The density of eigenvalues by stochastic Lanczos quadrature: ``probes`` random vectors, ``steps`` products for each.
+
+    Reference: Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159; Golub & Welsch 1969 for nodes and weights.
+    """
+    if probes < 1 or steps < 1:
+        raise ValueError(f"probes={probes!r}, steps={steps!r}: expected integers of at least 1")
+    curvature = _Curvature(model, loss)
+    matvec = curvature.matvec(matrix)
+    nodes, weights = [], []
+    for j in range(probes):
+        T, _ = _lanczos(matvec, curvature.draw(seed + j, "signs"), min(steps, curvature.size))
+        s, Q = torch.linalg.eigh(T)
+        nodes.append(s)
+        weights.append(Q[0].square() / probes)
+    return Density(torch.cat(nodes), torch.cat(weights))
+
+
+# ------------------------------------------------------------------ the curvature of one batch
+class _Curvature:
+    """The graph of one evaluation of the loss, and products with flat vectors."""
+
+    def __init__(self, model: nn.Module, loss: Loss | Callable[[Tensor], Tensor], outputs: Callable[[], Tensor] | None = None):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter: set requires_grad on those that are meant")
+        self.size = sum(p.numel() for p in self.parameters)
+
+        def evaluate() -> tuple[Any, Tensor]:
+            arguments = () if outputs is None else (outputs(),)
+            return arguments, loss(*arguments)
+
+        self.replay = Replay(model, evaluate)
+        with torch.enable_grad():
+            with LossRecorder() as recorder:
+                declared, value = self.replay.run()
+            if value.numel() != 1:
+                raise ValueError(f"the loss must be a tensor with one element, got shape {tuple(value.shape)}")
+            self.terms: list[Terms] = [] if declared else read_terms(recorder, value)
+            self.graph = Graph(model, value, self.terms, declared[0] if declared else None)
+
+    def matvec(self, matrix: Matrix) -> Matvec:
+        """The product with a matrix by its name."""
+        _check("matrix", matrix, get_args(Matrix))
+        return {"hessian": self.hessian, "ggn": self.gauss_newton, "fisher": self.fisher}[matrix]
+
+    def hessian(self, v: Tensor, mode: Mode = "reverse") -> Tensor:
+        """``H v``."""
+        _check("mode", mode, get_args(Mode))
+        return self._flat(multiply_hessian(self.graph, self.replay, mode, self._split(v)))
+
+    def gauss_newton(self, v: Tensor) -> Tensor:
+        """``J^T Lambda J v``."""
+        return self._flat(multiply_gauss_newton(self.graph, self._split(v)))
+
+    @torch.enable_grad()
+    def fisher(self, v: Tensor, kind: Kind = "exact", samples: int = 1, seed: int = 0) -> Tensor:
+        """``F v``: cotangents ``c_mk`` of every loss term ``m``, with ``w_m = sum_k c_mk <c_mk, (J v)_m>`` pulled back."""
+        _check("kind", kind, get_args(Kind))
+        if not self.terms:
+            raise ValueError(
+                "a Fisher product needs a recognised loss: F.cross_entropy, F.nll_loss, F.mse_loss or "
+                "F.binary_cross_entropy_with_logits, as functions or modules"
+            )
+        outputs = [t.z for t in self.terms]
+        pushed = self.graph.push(outputs, self._split(v))
+        pairs = zip(self.terms, pushed, strict=True)
+        weighted = [_weigh(t, u, self._cotangents(j, t, kind, samples, seed)) for j, (t, u) in enumerate(pairs)]
+        found = torch.autograd.grad(outputs, self.parameters, weighted, retain_graph=True, allow_unused=True)
+        return self._flat(dict(zip(self.parameters, found, strict=True)))
+
+    def _cotangents(self, index: int, terms: Terms, kind: Kind, samples: int, seed: int) -> Sequence[Tensor]:
+        """Each (k, *z.shape)."""
+        count = terms.omega.numel()
+        if kind == "exact":
+            return list(terms.exact(count))
+        if kind == "mc":
+            return [terms.sample(samples, torch.Generator(terms.z.device).manual_seed(seed + 7919 * index))]
+        (slope,) = torch.autograd.grad(self.graph.loss, terms.z, retain_graph=True)
+        return [terms.empirical(slope, count)]
+
+    def draw(self, seed: int, distribution: Literal["gaussian", "signs"]) -> Tensor:
+        """A random vector.  # (P,)"""
+        like = self.parameters[0]
+        generator = torch.Generator(like.device).manual_seed(seed)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        v = torch.randn(self.size, dtype=dtype, device=like.device, generator=generator)
+        return v if distribution == "gaussian" else torch.where(v < 0, -1.0, 1.0).to(dtype)
+
+    def _split(self, v: Tensor) -> dict[nn.Parameter, Tensor]:
+        if tuple(v.shape) != (self.size,):
+            raise ValueError(
+                f"the vector has shape {tuple(v.shape)}, expected ({self.size},): one number a trainable parameter"
+            )
+        pieces = v.split([p.numel() for p in self.parameters])
+        return {p: piece.reshape(p.shape).to(p.dtype) for p, piece in zip(self.parameters, pieces, strict=True)}
+
+    def _flat(self, values: Any) -> Tensor:
+        pieces = [p.new_zeros(p.numel()) if values[p] is None else values[p].detach().reshape(-1) for p in self.parameters]
+        return torch.cat(pieces).to(torch.promote_types(self.parameters[0].dtype, torch.float32))
+
+
+def _weigh(terms: Terms, u: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    """``sum_k c_k <c_k, u>`` for every loss term.  # like z"""
+    out = torch.zeros_like(u)
+    for c in cotangents:
+        inner = c * u if terms.axis is None else (c * u).sum(terms.axis + 1, keepdim=True)
+        out = out + (c * inner).sum(0)
+    return out
+
+
+def _check(name: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name}={value!r}: legal are {', '.join(map(repr, legal))}")
+
+
+# ------------------------------------------------------------------ linear algebra
+def _power(matvec: Matvec, start: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Power iteration of ``C^2`` with deflation; pairs of opposite eigenvalues are parted at the end by Rayleigh-Ritz."""
+    found = start.new_zeros(0, len(start))
+    for _ in range(count):
+        v = _without(start, found)
+        for _ in range(iterations):
+            v = _without(matvec(v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)), found)
+        found = torch.cat([found, (v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).unsqueeze(0)])
+    images = torch.stack([matvec(v) for v in found])
+    s, Q = torch.linalg.eigh(_symmetric(found @ images.mT))
+    order = s.abs().argsort(descending=True)
+    return s[order], Q[:, order].mT @ found
+
+
+def _lanczos(matvec: Matvec, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """``T = V C V^T`` and orthonormal rows ``V``, orthogonalised twice against all; shorter when the space is used up.
+
+    Where it is used up early, the part of ``C`` that it has met is exact.  # (m, m) float64, (m, P)
+    """
+    V, images = start.new_zeros(0, len(start)), start.new_zeros(0, len(start))
+    u, size = start, start.norm()
+    while len(V) < steps:
+        u = _without(u, V)
+        if not u.norm() > max(1e-10, 1e3 * torch.finfo(u.dtype).eps) * size:
+            break
+        v = u / u.norm()
+        u = matvec(v)
+        V, images = torch.cat([V, v.unsqueeze(0)]), torch.cat([images, u.unsqueeze(0)])
+        size = u.norm()
+    return _symmetric(V @ images.mT).double(), V
+
+
+def _without(u: Tensor, V: Tensor) -> Tensor:
+    """``u`` less its part in the span of the rows of ``V``."""
+    for _ in range(2):
+        u = u - (V @ u) @ V
+    return u
+
+
+def _symmetric(A: Tensor) -> Tensor:
+    return (A + A.mT) / 2

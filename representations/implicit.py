@@ -1,0 +1,105 @@
+"""Matrix-free curvature: nothing but a product with vectors, for as long as the step that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Product
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.columns import form_blocks
+
+__all__ = ["Held", "Implicit", "MatrixFree"]
+
+
+class Held(dict[str, Tensor]):
+    """Tensors, and besides them the products of the step that is under way."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(tensors or {})
+        self.products: list[tuple[float, Product]] = []  # with the weights of their micro-batches
+        self.mass = 1.0  # of the step's first fold
+
+
+@runtime_checkable
+class MatrixFree(Protocol):
+    """``C v`` and the loss at displaced parameters, of one block for the whole model."""
+
+    def origin(self, state: State) -> Tensor:
+        """The zero vector.  # (1, P)"""
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        """``C v``.  # (1, P)"""
+
+    def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
+        """``L(theta + displacement)``; None where it cannot be evaluated.  # (1, P) -> ()"""
+
+
+@dataclass(frozen=True)
+class Implicit(Representation):
+    """``C`` as a function, all parameters one vector: the weighted sum of the products of a step's micro-batches.
+
+    A product keeps the graph of its pass. It ends with the step, so that there are no averages over steps, and intervals
+    between measurements have no meaning. Nothing is saved but the number of parameters.
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Product,)
+    live: ClassVar[bool] = True
+    fleeting: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
+
+    @property
+    def grain(self) -> Grain:
+        return "full"
+
+    def init(self, frame: Frame) -> State:
+        return Held({"extent": frame.zeros(*frame.shape, 0)})
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(state, Held) and isinstance(evidence, Product)
+        if not state.products:
+            if not fold.mass:
+                raise RuntimeError("the products of this step's first micro-batches are gone: begin the step again")
+            state.mass = fold.mass
+        state.products.append((fold.alpha / state.mass, evidence))  # the decay, which has no meaning here, cancels
+
+    def release(self, state: State) -> None:
+        if isinstance(state, Held):
+            state.products.clear()
+
+    def snapshot(self, state: State) -> State:
+        held = Held(state)
+        held.products = _products(state)  # the same list: it ends with the step
+        return held
+
+    def origin(self, state: State) -> Tensor:
+        extent = state["extent"]
+        return extent.new_zeros(extent.shape[:2])
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        image = torch.zeros_like(v)
+        for weight, product in _products(state):
+            image.add_(product.matvec(v), alpha=weight)
+        return image
+
+    def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
+        """``sum_j w_j L_j(theta + displacement)``, on the micro-batches of this step.  # (1, P) -> ()"""
+        losses = [(w, product.loss_at) for w, product in _products(state)]
+        if any(loss_at is None for _, loss_at in losses):
+            return None
+        return torch.stack([w * loss_at(displacement) for w, loss_at in losses if loss_at is not None]).sum()
+
+    def to_dense(self, state: State) -> Tensor:
+        origin = self.origin(state)
+        return form_blocks(partial(self.matvec, state), origin.unsqueeze(-1).expand(1, -1, origin.shape[1]))
+
+
+def _products(state: State) -> list[tuple[float, Product]]:
+    if not isinstance(state, Held) or not state.products:
+        raise RuntimeError("a matrix-free curvature lives as long as the step that it was measured in, and that is over")
+    return state.products

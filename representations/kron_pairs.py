@@ -1,0 +1,184 @@
+"""K-BFGS's state: for each layer the inverses of an input and an output factor, updated by BFGS and never factorised.
+
+``H_a`` (i, i) of the inputs' second moment, ``H_g`` (o, o) of the pre-activation Hessian, ``R`` sharing positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.kronecker import expand
+from gradmaker.representations.memory import dot, push, two_loop
+from gradmaker.solvers.spectrum import add_ridge, symmetrise
+
+__all__ = ["KronPairs", "bfgs_update", "double_damping"]
+
+SMALLEST = 1e-4
+"""A pair is left out whose ``s^T y / (s^T s |y|)`` is not above this."""
+
+
+def bfgs_update(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> Tensor:
+    """``(I - r s y^T) H (I - r y s^T) + r s s^T``, ``r = 1 / s^T y``, for the members that accept it.
+
+    Reference: Nocedal, Wright 2006, eq. 6.17.  # (B, d, d), (B, d), (B, d), (B,) -> (B, d, d)
+    """
+    r = torch.where(accepted, 1 / dot(s, y).squeeze(1), 0.0)[:, None, None]
+    s, y = (torch.where(accepted.unsqueeze(1), x, 0.0).unsqueeze(-1) for x in (s, y))
+    Hy = H @ y
+    cross = s @ Hy.mT
+    return symmetrise(H + (r * r * (y.mT @ Hy) + r) * (s @ s.mT) - r * (cross + cross.mT))
+
+
+def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """``s^T y >= least y^T H y`` by moving ``s`` towards ``H y``, then ``s^T y >= floor s^T s`` by moving ``y`` towards ``s``.
+
+    ``form``: ``powell`` moves ``y`` where the second bound is broken, ``shift`` always adds ``floor s`` to it.
+
+    Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 4.2.  # s, y, Hy: (B, d); floor: (B,)
+    """
+    sy, yHy = dot(s, y), dot(y, Hy)
+    share = torch.where(sy < least * yHy, (1 - least) * yHy / (yHy - sy), 1.0)
+    s = share * s + (1 - share) * Hy
+    sy, ss, low = dot(s, y), dot(s, s), floor.unsqueeze(1)
+    if form == "shift":
+        return s, y + low * s
+    share = torch.where(sy < low * ss, (1 - low) * ss / (ss - sy), 1.0)
+    return s, share * y + (1 - share) * s
+
+
+@dataclass(frozen=True)
+class KronPairs(Representation):
+    """``P G = H_g G H_a``.
+
+    ``H_a`` follows ``A + sqrt(damping R)``, ``A`` the average of ``sum_r mean_n a a^T``, from the exact inverse of the first:
+    each batch gives the pair ``s = H_a mean(a)``, ``y = A_damped s`` (Hessian action). ``H_g`` starts at ``I`` and takes
+    averages, with ``memory_decay``, of the layer's secants, doubly damped: ``s^T y >= 0.2 y^T H_g y`` and
+    ``s^T y >= sqrt(damping / R) s^T s``.
+
+    With ``pairs`` both are held as that many pairs, from ``I``. In ``C`` the damping is that of the product.
+
+    Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, algorithm 1; the authors' code (averages, limits).
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
+
+    damping: float = 0.3
+    pairs: int | None = None
+    memory_decay: float = 0.9
+    least: float = 0.2
+    form: Literal["powell", "shift"] = "powell"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < inf:
+            raise ValueError(f"damping = {self.damping!r}: legal are positive numbers")
+        if self.pairs is not None and self.pairs < 1:
+            raise ValueError(f"pairs = {self.pairs!r}: legal are integers of at least 1, or None for whole matrices")
+        for name in ("memory_decay", "least"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are numbers in [0, 1)")
+        if self.form not in ("powell", "shift"):
+            raise ValueError(f"form = {self.form!r}: legal are 'powell', 'shift'")
+
+    @property
+    def grain(self) -> Grain:
+        return "layer"
+
+    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+        """None: a side over ``max_dim`` is an error, since a BFGS matrix has no diagonal form."""
+        if max(shape) > max_dim:
+            raise ValueError(
+                f"KronPairs holds a matrix for each side of a layer, and {shape} has one over max_dim={max_dim}: raise it, or "
+                "leave the layer out with ignore="
+            )
+        return frozenset()
+
+    def init(self, frame: Frame) -> State:
+        o, i = frame.shape
+        state = {"A": frame.zeros(i, i), "A_mass": frame.zeros(), "positions": frame.zeros() + 1}
+        state |= {"step": frame.zeros(o), "change": frame.zeros(o), "refused": frame.zeros()}
+        for name, d in (("left", o), ("right", i)):
+            if self.pairs is None:
+                state[name] = frame.zeros(d, d) + torch.eye(d, dtype=frame.dtype, device=frame.device)
+            else:
+                state |= {f"{name}_s": frame.zeros(self.pairs, d), f"{name}_y": frame.zeros(self.pairs, d)}
+                state[f"{name}_inverse"] = frame.zeros(self.pairs)
+        return state
+
+    # ---------------------------------------------------------------- updates
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        if isinstance(evidence, Outer):
+            self._take_inputs(state, evidence, fold)
+        else:
+            assert isinstance(evidence, Pair)
+            self._take_secant(state, evidence.v, evidence.cv)
+
+    def _take_inputs(self, state: State, evidence: Outer, fold: Fold) -> None:
+        assert not isinstance(evidence.inputs, OneHot)
+        first = state["A_mass"] == 0
+        R = evidence.inputs.shape[2]
+        state["positions"].fill_(R)
+        evidence.add_input_moment_(state["A"], fold.beta, fold.alpha * R)
+        fold.weigh_mean_(state["A_mass"])
+        damped = self._damped_input(state)
+        if self.pairs is None:
+            begun = torch.cholesky_inverse(torch.linalg.cholesky_ex(symmetrise(damped))[0])
+            state["right"].copy_(torch.where(first[:, None, None], begun, state["right"]))
+        a = evidence.inputs.mean((1, 2))
+        a = torch.cat([a, a.new_ones(len(a), 1)], 1) if evidence.bias else a
+        s = self._inverse(state, "right", a.unsqueeze(-1)).squeeze(-1)
+        self._push(state, "right", s, (damped @ s.unsqueeze(-1)).squeeze(-1))
+
+    def _take_secant(self, state: State, s: Tensor, y: Tensor) -> None:
+        for name, new in (("step", s), ("change", y)):
+            finite = torch.isfinite(new).all(1, keepdim=True) & torch.isfinite(s + y).all(1, keepdim=True)
+            state[name].copy_(torch.where(finite, state[name].lerp(new, 1 - self.memory_decay), state[name]))
+        s, y = state["step"], state["change"]
+        floor = (self.damping / state["positions"]).sqrt()
+        Hy = self._inverse(state, "left", y.unsqueeze(-1)).squeeze(-1)
+        self._push(state, "left", *double_damping(s, y, Hy, self.least, floor, self.form))
+
+    def _push(self, state: State, side: str, s: Tensor, y: Tensor) -> None:
+        """A BFGS update, where the curvature along ``s`` is finite and far enough from zero."""
+        sy = dot(s, y)
+        limit = SMALLEST * dot(s, s) * torch.linalg.vector_norm(y, dim=-1, keepdim=True) if side == "left" else 0 * sy
+        accepted = ((sy > limit) & torch.isfinite(1 / sy)).squeeze(1)
+        state["refused"].add_(~accepted)
+        if self.pairs is None:
+            state[side].copy_(bfgs_update(state[side], s, y, accepted))
+            return
+        for name, new in (("s", s), ("y", y), ("inverse", 1 / sy.squeeze(1))):
+            push(state[f"{side}_{name}"], new, accepted)
+
+    def _damped_input(self, state: State) -> Tensor:
+        """``A + sqrt(damping R)``.  # (B, i, i)"""
+        return add_ridge(average(state["A"], state["A_mass"]), (self.damping * state["positions"]).sqrt())
+
+    # ---------------------------------------------------------------- P and C
+    def _inverse(self, state: State, side: str, X: Tensor) -> Tensor:
+        """``H X``.  # (B, d, c)"""
+        if self.pairs is None:
+            return state[side] @ X
+        S, Y, r = (state[f"{side}_{name}"] for name in ("s", "y", "inverse"))
+        return two_loop(S, Y, r, torch.ones_like(r[:, 0]), X)
+
+    def apply(self, state: State, g: Tensor) -> Tensor:
+        """``H_g G H_a``.  # (B, o, i)"""
+        return self._inverse(state, "right", self._inverse(state, "left", g).mT).mT
+
+    def to_dense(self, state: State) -> Tensor:
+        return expand([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
+
+    def _formed(self, state: State, side: str) -> Tensor:
+        """``H``.  # (B, d, d)"""
+        if self.pairs is None:
+            return state[side]
+        S = state[f"{side}_s"]
+        eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand(len(S), -1, -1)
+        return symmetrise(self._inverse(state, side, eye))

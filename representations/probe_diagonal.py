@@ -1,0 +1,71 @@
+"""Diagonals of curvature from probes ``(v, H v)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+
+__all__ = ["ProbeDiagonal"]
+
+
+@dataclass(frozen=True)
+class ProbeDiagonal(Representation):
+    """``|H|`` by its rows' lengths, ``sqrt(mean (H v)^2) = sqrt(diag(H^2))``, or by its diagonal, ``|mean v * H v| = |diag H|``.
+
+    The means are over all probes. The absolute value of ``signed`` is taken after averaging: ``E|v * H v|`` is larger.
+    ``spatial`` replaces ``|H v|`` by its mean over the kernel (axes from the third on) before it is squared. All probes of all
+    micro-batches count, by their weight; without a decay they count alike forever.
+
+    Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, eq. 10 (squares); Yao et al., AAAI 2021,
+    arXiv:2006.00719, eq. 10 (kernels); Bekas, Kokiopoulou, Saad 2007 (signed).
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
+    elementwise: ClassVar[bool] = True
+
+    statistic: Literal["squares", "signed"] = "squares"
+    spatial: bool = False
+
+    def __post_init__(self) -> None:
+        if self.statistic not in ("squares", "signed"):
+            raise ValueError(f"statistic = {self.statistic!r}: legal are 'squares', 'signed'")
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        return {"diagonal": frame.zeros(*frame.shape), "mass": frame.zeros()}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Pair)
+        diagonal = state["diagonal"].mul_(fold.beta)
+        if self.statistic == "signed":
+            diagonal.add_(self._smooth(evidence.v * evidence.cv), alpha=fold.alpha)
+        else:
+            D = self._smooth(evidence.cv.abs())
+            diagonal.addcmul_(D, D, value=fold.alpha)
+        fold.weigh_mean_(state["mass"])
+
+    def _smooth(self, x: Tensor) -> Tensor:
+        if not self.spatial or x.ndim < 4:
+            return x
+        return x.mean(tuple(range(3, x.ndim)), keepdim=True).expand_as(x)
+
+    def diagonal(self, state: State) -> Tensor:
+        """The diagonal.  # (B, *shape)"""
+        mean = average(state["diagonal"], state["mass"])
+        return mean.abs() if self.statistic == "signed" else mean.sqrt()
+
+    def to_dense(self, state: State) -> Tensor:
+        d = self.diagonal(state)
+        return torch.diag_embed(d.reshape(d.shape[0], -1))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return self.diagonal(state) * v

@@ -1,0 +1,57 @@
+"""Shampoo's statistics held by their square roots: half the digits of a condition number are lost, not all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, State
+from gradmaker.representations.kronecker import KronDims, mode_matrix
+
+__all__ = ["RootKronDims"]
+
+
+@dataclass(frozen=True)
+class RootKronDims(KronDims):
+    """`KronDims` with ``H_k = R_k^T R_k``: ``R <- R of QR([sqrt(beta) R; sqrt(alpha) mat_k(G)^T])``, upper triangular.
+
+    ``H_k`` is never formed where a solver takes ``R_k`` (`SvdRoot`): eigenvalues down to ``u^2 lambda_max`` survive in a
+    precision of unit roundoff ``u``, where ``H_k`` itself keeps those above ``u lambda_max``. Axes that are held as a diagonal
+    hold its root.
+
+    Reference: Golub & Van Loan, Matrix Computations, section 6.5 (updating a QR factorisation).
+    """
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G = self.unfold(evidence.gradient)
+        for axis in range(G.ndim - 1):
+            R, x = state[f"factor_{axis}"], mode_matrix(G, axis) * fold.alpha**0.5
+            kept = R * fold.beta**0.5
+            if R.ndim == 2:
+                R.copy_(torch.linalg.vector_norm(torch.cat([kept.unsqueeze(-1), x], -1), dim=-1))
+            else:
+                R.copy_(torch.linalg.qr(torch.cat([kept, x.mT], -2), mode="r")[1])
+        fold.weigh_(state["mass"])
+
+    # ---------------------------------------------------------------- RootFactored, and so Factored
+    def square_roots(self, state: State) -> list[Tensor]:
+        """``R_k``, bias-corrected.  # (B, d_k, d_k), or (B, d_k) when diagonal"""
+        mass = torch.where(state["mass"] > 0, state["mass"], 1.0).sqrt()
+        axes = sum(name.startswith("factor_") for name in state)
+        found = [state[f"factor_{axis}"] for axis in range(axes)]
+        found = [R / mass.view(-1, *[1] * (R.ndim - 1)) for R in found]
+        return [R / c for R, c in zip(found, self._lengths(found), strict=True)] if self.balanced else found
+
+    def _lengths(self, roots: list[Tensor]) -> list[Tensor]:
+        """``tr(H_k)^(share / 2)``: what balancing divides ``R_k`` by.  # (B, 1, 1) or (B, 1)"""
+        share = 1 - self.order(len(roots)) / len(roots)
+        norms = [torch.linalg.vector_norm(R, dim=tuple(range(1, R.ndim)), keepdim=True) for R in roots]
+        return [torch.where(n > 0, n, 1.0) ** share for n in norms]
+
+    def factors(self, state: State) -> list[Tensor]:
+        """``R_k^T R_k``.  # (B, d_k, d_k), or (B, d_k) when diagonal"""
+        return [R.square() if R.ndim == 2 else R.mT @ R for R in self.square_roots(state)]

@@ -1,0 +1,129 @@
+"""Solvers of indefinite matrices that are at hand: with absolute eigenvalues, or as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Elementwise, Factored, State
+from gradmaker.representations.dense import Dense
+from gradmaker.solvers.base import Solver
+from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.ladder import settle
+from gradmaker.solvers.spectrum import decompose, symmetrise
+
+__all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DenseSolver(Solver):
+    needs: ClassVar[type] = Factored
+    definite: ClassVar[bool] = False
+
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf)
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def refuse(self, representation: Any) -> str | None:
+        if isinstance(representation, Dense):
+            return None
+        return f"{type(self).__name__} needs the matrix itself, and {type(representation).__name__} holds factors of it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsoluteEigh(_DenseSolver):
+    """``P g = Q ((Q^T g) / (|s| + damping))`` with ``C = Q diag(s) Q^T``: the damping is added after the absolute value.
+
+    A block that fails before it ever succeeded gets ``g / damping``.
+
+    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (saddle-free Newton, dense).
+    """
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        C = symmetrise(representation.to_dense(state))
+        finite = torch.isfinite(C).flatten(1).all(1)
+        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+        s, Q, ok = decompose(torch.where(finite[:, None, None], C, eye))
+        new = {"scale": 1 / (s.abs() + self.damping), "basis": Q}
+        return settle(new, ~(ok & finite), previous, {"scale": C.new_tensor(1 / self.damping), "basis": eye})
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        s, Q = torch.linalg.eigh(representation.to_dense(state))
+        P: Tensor = (Q / (s.abs() + self.damping).unsqueeze(-2)) @ Q.mT
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        Q = cache["basis"]
+        rotated = Q.mT @ g.reshape(len(g), -1, 1)
+        return (Q @ (cache["scale"].unsqueeze(-1) * rotated)).reshape(g.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LU(_DenseSolver):
+    """``P g = (C + damping I)^-1 g`` of any symmetric matrix: a direction that may ascend where ``C`` is indefinite.
+
+    A block that fails before it ever succeeded gets ``g / damping``.
+
+    Reference: Golub & Van Loan, Matrix Computations, section 3.4.
+    """
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        C = representation.to_dense(state)
+        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+        finite = torch.isfinite(C).flatten(1).all(1)
+        factors, pivots, info = torch.linalg.lu_factor_ex(torch.where(finite[:, None, None], C, eye) + self.damping * eye)
+        order = torch.arange(1, C.shape[-1] + 1, dtype=pivots.dtype, device=C.device)
+        new, default = {"factors": factors, "pivots": pivots}, {"factors": self.damping * eye, "pivots": order}
+        return settle(new, ~finite | (info != 0), previous, default)
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        C = representation.to_dense(state)
+        P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        x: Tensor = torch.linalg.lu_solve(cache["factors"], cache["pivots"], g.reshape(len(g), -1, 1))
+        return x.reshape(g.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsoluteDivision(Solver):
+    """``P g = g / (|d| + damping)`` with the diagonal ``d`` of a matrix that may be indefinite.
+
+    A block that fails before it ever succeeded gets ``g / damping``.
+
+    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, with the diagonal for the matrix; Becker & LeCun 1988.
+    """
+
+    needs: ClassVar[type] = Elementwise
+    definite: ClassVar[bool] = False
+
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf)
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        d = representation.diagonal(state)
+        lost = ~torch.isfinite(d.reshape(d.shape[0], -1).sum(1))
+        return settle({"denominator": d.abs() + self.damping}, lost, previous, {"denominator": d.new_tensor(self.damping)})
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        d = representation.diagonal(state)
+        return torch.diag_embed(1 / (d.reshape(d.shape[0], -1).abs() + self.damping))
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return g / cache["denominator"]

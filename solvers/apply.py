@@ -1,0 +1,42 @@
+"""Application of a preconditioner that the state holds already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Preconditions, State
+from gradmaker.solvers.base import Solver
+
+__all__ = ["Apply"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apply(Solver):
+    """``P g`` with the ``P`` that was fitted or updated directly.
+
+    The cache is a copy of the state, which is never lost: a representation of this kind refuses what would make it infinite.
+
+    Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Liu, Nocedal, Math. Programming 1989.
+    """
+
+    needs: ClassVar[type] = Preconditions
+    definite: ClassVar[bool] = True
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        return {name: x.clone() for name, x in state.items()}
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        P: Tensor = torch.linalg.inv(representation.to_dense(state))
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        P: Tensor = representation.apply(cache, g)
+        return P

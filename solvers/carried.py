@@ -1,0 +1,37 @@
+"""What iterative solvers share: a cache that goes on from step to step, and inner products in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import State
+
+__all__ = ["carry", "dot", "keep_finite"]
+
+
+def carry(representation: Any, state: State, previous: State | None, initial: State) -> State:
+    """The cache of an iterative solver: the product of this step, and tensors of its own that the last step has left."""
+    cache: State = representation.snapshot(state)
+    for name, value in {**initial, "failures": torch.zeros(1, dtype=torch.int64, device=value_device(state))}.items():
+        cache[name] = value if previous is None else previous[name]
+    return cache
+
+
+def value_device(state: State) -> torch.device:
+    """Where a state lies."""
+    return next(iter(state.values())).device
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """``<a, b>`` in double precision: squares of small gradients would underflow.  # ()"""
+    return (a.double() * b.double()).sum()
+
+
+def keep_finite(cache: State, value: Tensor, fallback: Tensor) -> Tensor:
+    """A result, or ``fallback``, which is counted, where it overflowed.  # (1, P)"""
+    lost = ~torch.isfinite(value).all()
+    cache["failures"] = cache["failures"] + lost
+    return torch.where(lost, fallback, value)

@@ -1,0 +1,108 @@
+"""CurveBall: one gradient step on the linear system in every iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import State
+from gradmaker.representations.implicit import MatrixFree
+from gradmaker.solvers.base import Solver
+from gradmaker.solvers.carried import carry, dot
+from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
+
+__all__ = ["CurveBall"]
+
+_RATE = 0.999**5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveBall(Solver):
+    """``P g = -z``, ``z <- rho z - beta (A z + g)``, ``A = C + lambda I``: a step to ``-A^-1 g`` from where the last ended.
+
+    ``rho`` and ``beta`` None are those that minimise ``z^T A z / 2 + g^T z`` over the plane of ``z`` and ``A z + g``. Every
+    ``interval`` steps ``adapt`` compares the loss at ``theta + z`` with that model and changes ``lambda``.
+
+    Reference: Henriques, Ehrhardt, Albanie & Vedaldi, ICCV 2019, arXiv:1805.08095, algorithm 1 and section 3; constants of the
+    authors' code.
+    """
+
+    needs: ClassVar[type] = MatrixFree
+    definite: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+
+    damping: float = 1.0
+    rho: float | None = None
+    beta: float | None = None
+    adapt: LevenbergMarquardt | None = LevenbergMarquardt(low=0.5, high=1.5, grow=1 / _RATE, shrink=_RATE)
+    interval: int = 5
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf, closed=True)
+        check_interval("interval", self.interval, 1, inf, closed=True)
+        if (self.rho is None) != (self.beta is None):
+            raise ValueError(f"rho={self.rho!r}, beta={self.beta!r}: give both, or neither to have them chosen at every step")
+        if self.rho is not None and self.beta is not None:
+            check_interval("rho", self.rho, 0, 1 + 1e-12, closed=True)
+            check_interval("beta", self.beta, 0, inf)
+
+    @property
+    def exponent(self) -> float:
+        return -1.0
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        zero = representation.origin(state)
+        count = torch.zeros(1, dtype=torch.int64, device=zero.device)
+        return carry(representation, state, previous, {"z": zero, "damping": zero[:, 0] + self.damping, "count": count})
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        """The fixed point, at the initial damping."""
+        C = representation.to_dense(state)
+        P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        z, damping = cache["z"], cache["damping"]
+        Az = representation.matvec(cache, z) + damping * z
+        delta = Az + g
+        if self.rho is None or self.beta is None:
+            A_delta = representation.matvec(cache, delta) + damping * delta
+            rho, beta = _best(g, z, delta, Az, A_delta)
+        else:
+            A_delta, rho, beta = None, z.new_tensor(self.rho), z.new_tensor(self.beta)
+        following = rho * z - beta * delta
+        lost = ~torch.isfinite(following).all()
+        cache["failures"] = cache["failures"] + lost
+        cache["z"] = torch.where(lost, torch.zeros_like(z), following)
+        cache["count"] = cache["count"] + 1
+        if self.adapt is not None and int(cache["count"]) % self.interval == 0:
+            cache["damping"] = self._adapted(self.adapt, representation, cache, g)
+        return -cache["z"]
+
+    def _adapted(self, rule: LevenbergMarquardt, representation: Any, cache: State, g: Tensor) -> Tensor:
+        z = cache["z"]
+        now, then = (representation.loss_at(cache, d) for d in (torch.zeros_like(z), z))
+        if now is None or then is None:
+            return cache["damping"]
+        predicted = dot(z, representation.matvec(cache, z) + cache["damping"] * z) / 2 + dot(z, g)
+        return rule.adapt(cache["damping"], (then - now).double(), predicted)
+
+
+def _best(g: Tensor, z: Tensor, delta: Tensor, Az: Tensor, A_delta: Tensor) -> tuple[Tensor, Tensor]:
+    """``rho`` and ``beta`` of the least ``m(rho z - beta delta)``; of parallel vectors the shortest pair.  # (), ()
+
+    Directions of length one, or the smaller would be rounded away.
+    """
+    a, b = (torch.where(v.any(), v.norm(), 1.0) for v in (delta, z))
+    cross = dot(z / b, A_delta / a)
+    M = torch.stack([dot(delta / a, A_delta / a), cross, cross, dot(z / b, Az / b)]).reshape(2, 2)
+    right = torch.stack([dot(g, delta / a), dot(g, z / b)])
+    if not torch.isfinite(M).all():
+        return torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)
+    first, second = torch.linalg.pinv(M, rtol=1e-12, hermitian=True) @ right
+    return (-second / b.double()).to(z.dtype), (first / a.double()).to(z.dtype)

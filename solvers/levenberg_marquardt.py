@@ -1,0 +1,45 @@
+"""The rule of Levenberg and Marquardt: damping that follows how well the quadratic model predicts the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from gradmaker.solvers.damping import check_interval
+
+__all__ = ["LevenbergMarquardt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevenbergMarquardt:
+    """``rho = (L(theta + delta) - L(theta)) / (m(delta) - m(0))``: damping shrinks above ``high`` and grows below ``low``.
+
+    The losses are those of the step's own batch, at the full step ``delta``, whatever the learning rate.
+
+    Reference: Moré 1978; Martens, ICML 2010, section 4.1, for the default constants.
+    """
+
+    low: float = 0.25
+    high: float = 0.75
+    grow: float = 1.5
+    shrink: float = 2 / 3
+    least: float = 1e-8
+    most: float = 1e8
+
+    def __post_init__(self) -> None:
+        check_interval("low", self.low, -inf, inf)
+        check_interval("high", self.high, self.low, inf, closed=True)
+        check_interval("grow", self.grow, 1, inf, closed=True)
+        check_interval("shrink", self.shrink, 0, 1 + 1e-12)
+        check_interval("least", self.least, 0, inf)
+        check_interval("most", self.most, self.least, inf)
+
+    def adapt(self, damping: Tensor, change: Tensor, predicted: Tensor) -> Tensor:
+        """The next damping. A loss that is not finite, or a model that predicts no decrease, counts as a failure.  # (1,)"""
+        usable = torch.isfinite(change) & (predicted < 0)
+        rho = torch.where(usable, change / torch.where(usable, predicted, -1.0), -inf)
+        factor = torch.where(rho < self.low, self.grow, torch.where(rho > self.high, self.shrink, 1.0))
+        return (damping * factor.to(damping.dtype)).clamp(self.least, self.most)

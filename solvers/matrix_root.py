@@ -1,0 +1,128 @@
+"""Inverse roots of factors by iterations: what `NewtonRoot`, `HigherOrder`, `NewtonSchulz` and `DenmanBeavers` share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import Factored, State
+from gradmaker.solvers.base import Solver, kronecker_power
+from gradmaker.solvers.damping import average_trace, check_interval
+from gradmaker.solvers.diagnosis import diagnose
+from gradmaker.solvers.ladder import Parts, ascend, scalars
+from gradmaker.solvers.roots import InverseRoot, apply_roots, residual, settle_roots
+from gradmaker.solvers.spectrum import add_ridge, largest_eigenvalue
+
+__all__ = ["IteratedRoot", "MatrixRoot", "fraction"]
+
+LARGEST = 64
+"""Of numerators and denominators of fractional roots."""
+
+
+def fraction(power: float, order: float) -> Fraction:
+    """``p = order / |power|`` such that a factor's ``-1/p`` gives ``C^power``, as a fraction of small integers."""
+    p = Fraction(order / abs(power)).limit_denominator(LARGEST)
+    if not 0 < p.numerator <= LARGEST or abs(p - order / abs(power)) > 1e-9:
+        raise ValueError(
+            f"power = {power!r} needs the inverse root p = {order / abs(power):g} of a factor: legal are a/b with whole "
+            f"a, b <= {LARGEST}; use Eigh"
+        )
+    return p
+
+
+@dataclass(frozen=True)
+class IteratedRoot(InverseRoot):
+    """`InverseRoot` by an iteration, which is believed where the matrix is positive and the residual small."""
+
+    described: ClassVar[bool] = True
+    rungs = 5
+
+    @abstractmethod
+    def root(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        """``A^(-1/p)`` and the number of iterations.  # (B, d, d), (B,)"""
+
+    def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        damped = add_ridge(A, ridge)
+        X, iterations = self.root(damped)
+        positive = torch.linalg.cholesky_ex(damped)[1] == 0  # a negative direction among many would not show in the residual
+        found, tolerance = residual(damped, X, self.p)
+        return self.parts(X, iterations, found, ridge), positive & (found <= tolerance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRoot(Solver):
+    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = order / |power|``.
+
+    Factors are divided by their average trace first and roots scaled back, so that no scale under- or overflows. A block that
+    fails before it ever succeeded keeps its gradient: relative damping leaves no scale for it.
+    """
+
+    needs: ClassVar[type] = Factored
+    definite: ClassVar[bool] = True
+
+    power: float = -0.5
+    damping: float = 1e-6
+    iterations: int = 100
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_interval("power", self.power, -inf, 0)
+        check_interval("damping", self.damping, 0, inf, closed=True)
+        check_interval("iterations", self.iterations, 1, inf, closed=True)
+        check_interval("tolerance", self.tolerance, 0, 1e-4)
+
+    @property
+    def exponent(self) -> float:
+        return self.power
+
+    @abstractmethod
+    def root_and_power(self, order: float) -> tuple[int, int]:
+        """``a``, ``b`` of ``p = a / b``: the root that is iterated for and the power that it is raised to. ValueError if none."""
+
+    @abstractmethod
+    def method(self, p: int, d: int) -> IteratedRoot:
+        """The iteration for the root ``p`` of d x d matrices."""
+
+    def refuse(self, representation: Any) -> str | None:
+        try:
+            self.root_and_power(representation.order(1))
+        except ValueError as error:
+            return f"{type(self).__name__} with {error}"
+        return None
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        factors = scalars(representation.factors(state))
+        a, b = self.root_and_power(representation.order(len(factors)))
+        traces = [average_trace(F) for F in factors]
+        scales = [torch.where(t > 0, t, 1.0) for t in traces]
+        normal = [F / s.view(-1, *[1] * (F.ndim - 1)) for F, s in zip(factors, scales, strict=True)]
+        largest = [F.amax(-1) if F.ndim == 2 else largest_eigenvalue(F) for F in normal]
+        method = self.method(a, max(F.shape[-1] for F in factors))
+        results, lost, rungs = ascend(method, normal, [self.damping * top for top in largest])
+        powered = [_raise(X, b) for X, _ in results]
+        roots = [X * s.view(-1, *[1] * (X.ndim - 1)) ** (-b / a) for X, s in zip(powered, scales, strict=True)]
+        diagnosis = diagnose([info for _, info in results], largest, rungs, scales)
+        return settle_roots(roots, lost, previous, 1.0, diagnosis)
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        factors = representation.factors(state)
+        ridges = [self.damping * (F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
+        powered = kronecker_power(factors, ridges, self.power / representation.order(len(factors)))
+        P: Tensor = representation.widen(state, powered)
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(representation, cache, g)
+
+
+def _raise(X: Tensor, b: int) -> Tensor:
+    """``X^b``, of a matrix or a diagonal; itself for one."""
+    if b == 1:
+        return X
+    return X**b if X.ndim == 2 else torch.linalg.matrix_power(X, b)

@@ -1,0 +1,125 @@
+"""Inverse roots of statistics that are held by their square roots: singular values instead of eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.base import RootFactored, State
+from gradmaker.solvers.base import Solver, kronecker_power
+from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.diagnosis import described, diagnose
+from gradmaker.solvers.ladder import Factorisation, Parts, ascend
+from gradmaker.solvers.roots import apply_roots, settle_roots
+
+__all__ = ["SvdRoot"]
+
+
+class _SingularValues(Factorisation):
+    """Parts ``(s, V)`` of ``R = U diag(s) V^T``, or ``(s,)`` for a diagonal. The damping comes afterwards."""
+
+    rungs = 0
+    symmetric = False
+
+    def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        s, V = _decompose(A)
+        tolerance = 1e4 * torch.finfo(A.dtype).eps
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        AV = A @ V
+        skew = (V.mT @ V - eye).abs().amax((-2, -1))
+        lengths = (torch.linalg.vector_norm(AV, dim=-2) - s).abs().amax(-1)
+        mixed = (AV.mT @ AV - torch.diag_embed(s.square())).abs().amax((-2, -1))  # U^T U = I without U
+        top = s.amax(-1)
+        return (s, V), (skew <= tolerance) & (lengths <= tolerance * top) & (mixed <= tolerance * top.square())
+
+    def diagonal(self, a: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        return (a.abs(),), torch.isfinite(a).all(-1)
+
+    last_resort = matrix
+
+
+def _decompose(R: Tensor) -> tuple[Tensor, Tensor]:
+    """``s``, ``V``; a member that LAPACK gives up gets what is not a number.  # (B, d), (B, d, d)"""
+    try:
+        _, s, Vh = torch.linalg.svd(R)
+    except RuntimeError:  # one member fails the whole call: find out which
+        s, Vh = torch.full_like(R[..., 0], torch.nan), torch.full_like(R, torch.nan)
+        for b in range(len(R)):
+            try:
+                _, s[b], Vh[b] = torch.linalg.svd(R[b])
+            except RuntimeError:
+                continue
+    return s, Vh.mT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvdRoot(Solver):
+    """``C^power`` from ``V (S^2 + damping s_max^2)^(power/order) V^T`` of every ``R_k = U S V^T``, where ``F_k = R_k^T R_k``.
+
+    Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are good down to ``u^2 lambda_max``; the damping
+    can be as small (1e-10 in float32). Roots are divided by their norm first. A block that fails before it ever succeeded keeps
+    its gradient: relative damping leaves no scale for it.
+
+    Reference: Golub & Van Loan, Matrix Computations, section 8.6; Anil et al. 2020, arXiv:2002.09018 (the ridge).
+    """
+
+    needs: ClassVar[type] = RootFactored
+    definite: ClassVar[bool] = True
+
+    power: float = -0.5
+    damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_interval("power", self.power, -inf, 0)
+        check_interval("damping", self.damping, 0, inf, closed=True)
+
+    @property
+    def exponent(self) -> float:
+        return self.power
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        held = [R.reshape(-1, 1) if R.shape[1:] == (1, 1) else R for R in representation.square_roots(state)]
+        norms = [R.flatten(1).abs().amax(1) for R in held]
+        scales = [torch.where(n > 0, n, 1.0) for n in norms]
+        normal = [R / s.view(-1, *[1] * (R.ndim - 1)) for R, s in zip(held, scales, strict=True)]
+        results, lost, rungs = ascend(_SingularValues(), normal, [R.new_zeros(R.shape[:1]) for R in normal])
+        spectra = [parts[0].square() for parts in results]
+        ridges = [self.damping * s.amax(-1) for s in spectra]
+        exponent = self.power / representation.order(len(held))
+        roots = [self._root(*each, exponent) for each in zip(results, ridges, scales, strict=True)]
+        for X in roots:  # no damping on a singular matrix
+            lost = lost | ~torch.isfinite(X).flatten(1).all(1)
+        found = [_residual(*each) for each in zip(normal, results, ridges, strict=True)]
+        squares = [s.square() for s in scales]
+        diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs, squares)
+        return settle_roots(roots, lost, previous, 1.0, diagnosis)
+
+    def _root(self, parts: Parts, ridge: Tensor, scale: Tensor, exponent: float) -> Tensor:
+        powered = (parts[0].square() + ridge.unsqueeze(-1)) ** exponent * (scale ** (2 * exponent)).unsqueeze(-1)
+        return (parts[1] * powered.unsqueeze(-2)) @ parts[1].mT if len(parts) == 2 else powered
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        factors: Sequence[Tensor] = representation.factors(state)
+        ridges = [self.damping * (F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
+        powered = kronecker_power(factors, ridges, self.power / representation.order(len(factors)))
+        P: Tensor = representation.widen(state, powered)
+        return P
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(representation, cache, g)
+
+
+def _residual(R: Tensor, parts: Parts, ridge: Tensor) -> Tensor:
+    """``max|W^T (R^T R + ridge) W - I|``, ``W = V (S^2 + ridge)^(-1/2)``, and ``R^T R`` is not formed.  # (B,)"""
+    if len(parts) == 1:
+        return R.new_zeros(R.shape[:1])
+    s, V = parts
+    w = (s.square() + ridge.unsqueeze(-1)).rsqrt()
+    RW = (R @ V) * w.unsqueeze(-2)
+    rest = torch.diag_embed(ridge.unsqueeze(-1) * w.square() - 1)
+    return (RW.mT @ RW + rest).abs().amax((-2, -1))

@@ -1,0 +1,242 @@
+"""Products with the Hessian and the Gauss-Newton matrix: dense oracles, differences, randomness, buffers, micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmaker import METHODS, from_config
+from gradmaker.curvature import GaussNewton, Hessian
+from gradmaker.methods.custom import CustomGradientConfig
+from gradmaker.representations import Implicit
+from gradmaker.solvers import CG
+from gradmaker.spectrum import ggnvp, hvp
+from tests import models, oracles
+from tests.models import CLASSES, ZOO, Case
+
+ODD = ("weight_norm", "structured", "checkpoint_reentrant")  # torch: a wrong double backward; no tensor; no autograd.grad
+NAMES = [name for name in ZOO if not name.startswith(ODD) and not name.startswith(("conv1d", "conv3d", "conv_transpose3d"))]
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+def vectors(case: Case, count: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    size = len(oracles.parameter_vector(case.model))
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def loss_of(case: Case) -> Callable[[Tensor], Tensor]:
+    return lambda y: case.loss(y, case.t)
+
+
+def dense(case: Case, matrix: str) -> Tensor:
+    make = oracles.hessian if matrix == "hessian" else oracles.loss_ggn
+    return make(case.model, case.x, loss_of(case))
+
+
+def step(maker: Any, case: Case) -> Tensor:
+    case.model.zero_grad(set_to_none=True)
+    y = maker.setup_model_call(case.model, case.x)
+    maker.setup_loss_call(case.loss, y, case.t)
+    maker.forward_and_backward()
+    return oracles.gradient_vector(case.model)
+
+
+def solved(case: Case, curvature: Any, damping: float) -> Tensor:
+    solver = CG(damping=damping, iterations=2000, tolerance=1e-13)
+    config = CustomGradientConfig(curvature=curvature, representation=Implicit(), solver=solver)
+    return step(METHODS["custom"](case.model, config), case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_products_are_dense_products(name: str, matrix: str) -> None:
+    case = ZOO[name]()
+    C = dense(case, matrix)
+    multiply = hvp if matrix == "hessian" else ggnvp
+    assert oracles.relative_error(C, C.mT) < 1e-12
+    for v in vectors(case):
+        assert oracles.relative_error(multiply(case.model, case.run, v), C @ v) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["mlp", "tagger_last", "layer_norm", "batch_norm", "attention", "tied", "unused", "frozen"])
+def test_matrix_free_solve_is_the_dense_solve(name: str) -> None:
+    """Of the vector that a maker makes of all layers, whatever their order and form."""
+    case = ZOO[name]()
+    G = dense(case, "ggn")
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(case.run(), trainable(case), materialize_grads=True)])
+    assert oracles.relative_error(solved(ZOO[name](), GaussNewton(), 0.1), oracles.tikhonov_solve(G, 0.1, g)) < 1e-9
+
+
+def trainable(case: Case) -> list[nn.Parameter]:
+    return [p for p in case.model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("name", ["mlp", "layer_norm", "batch_norm", "conv2d_plain", "embedding_mean", "attention"])
+def test_modes_agree_and_are_symmetric(name: str) -> None:
+    """Property 33."""
+    case = ZOO[name]()
+    u, v = vectors(case)
+    found = {mode: hvp(case.model, case.run, v, mode) for mode in ("reverse", "forward", "difference")}
+    assert oracles.relative_error(found["forward"], found["reverse"]) < 1e-12
+    assert oracles.relative_error(found["difference"], found["reverse"]) < 1e-6
+    for multiply in (hvp, ggnvp):
+        left, right = u @ multiply(case.model, case.run, v), v @ multiply(case.model, case.run, u)
+        assert float((left - right).abs()) < 1e-12 * float(u.norm() * v.norm())
+
+
+def test_gauss_newton_is_the_hessian_where_the_model_is_linear() -> None:
+    """Property 4."""
+    linear, relu = models.linear(), models.mlp_relu()
+    assert oracles.relative_error(dense(linear, "ggn"), dense(linear, "hessian")) < 1e-9
+    for v in vectors(linear):
+        assert oracles.relative_error(ggnvp(*args(linear), v), hvp(*args(linear), v)) < 1e-9
+    for where in (slice(0, 30), slice(30, 51)):  # one layer of a piecewise linear network
+        for v in vectors(relu):
+            alone = torch.zeros_like(v)
+            alone[where] = v[where]
+            found = [multiply(*args(relu), alone)[where] for multiply in (hvp, ggnvp)]
+            assert oracles.relative_error(*found) < 1e-9
+    assert oracles.relative_error(dense(relu, "ggn"), dense(relu, "hessian")) > 1e-2
+
+
+def args(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
+    return case.model, case.run
+
+
+# --- any convex loss ------------------------------------------------------------------------------------------------------
+def test_any_convex_loss() -> None:
+    case = models.mlp_gaussian()
+    huber = Case(case.model, case.x, case.t, lambda y, t: F.huber_loss(y, t, delta=0.4))
+    G = dense(huber, "ggn")
+    for v in vectors(huber):
+        found = ggnvp(case.model, partial(F.huber_loss, target=case.t, delta=0.4), v, outputs=lambda: case.model(case.x))
+        assert oracles.relative_error(found, G @ v) < 1e-12
+    maker = METHODS["custom"](
+        case.model, CustomGradientConfig(curvature=GaussNewton(), representation=Implicit(), solver=CG(damping=0.1))
+    )
+    y = maker.setup_model_call(case.model, case.x)
+    maker.setup_loss_call(huber.loss, y, case.t)
+    with pytest.raises(ValueError, match="setup_logits_repr"):
+        maker.forward_and_backward()
+    y = maker.setup_model_call(case.model, case.x)
+    maker.setup_loss_call(huber.loss, y, case.t)
+    maker.setup_logits_repr(y)
+    case.model.zero_grad(set_to_none=True)
+    maker.forward_and_backward()
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(huber.run(), trainable(huber))])
+    assert oracles.relative_error(oracles.gradient_vector(case.model), oracles.tikhonov_solve(G, 0.1, g)) < 1e-8
+
+
+# --- random numbers and buffers -------------------------------------------------------------------------------------------
+def noisy() -> Case:
+    make = lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, CLASSES))  # noqa: E731
+    return models.build(make, 8, 4)
+
+
+MATRIX_FREE = ("hessian_free", "ksd", "saddle_free", "lissa", "neumann", "curveball")
+
+
+@pytest.mark.parametrize("method", [*MATRIX_FREE, "newton"])
+def test_random_state_and_statistics_are_as_after_one_pass(method: str) -> None:
+    case, plain = noisy(), noisy()
+    maker = from_config(case.model, {"method": method})
+    for k in range(7):
+        torch.manual_seed(k)
+        step(maker, case)
+        after = torch.get_rng_state()
+        torch.manual_seed(k)
+        plain.run()
+        assert torch.equal(after, torch.get_rng_state())
+        for (key, mine), its in zip(case.model.named_buffers(), plain.model.buffers(), strict=True):
+            assert torch.equal(mine, its), key
+
+
+def test_dropout_masks_are_those_of_the_gradient() -> None:
+    """Backwards twice uses the masks of the pass; the other modes have to draw them again."""
+    case = noisy()
+    found = []
+    for mode in ("reverse", "forward", "difference"):
+        twin = copy.deepcopy(case.model)
+        torch.manual_seed(11)
+        maker = METHODS["custom"](
+            twin, CustomGradientConfig(curvature=Hessian(mode=mode), representation=Implicit(), solver=krylov())  # type: ignore[arg-type]
+        )
+        found.append(step(maker, case._replace(model=twin)))
+    assert oracles.relative_error(found[1], found[0]) < 1e-9
+    assert oracles.relative_error(found[2], found[0]) < 1e-6
+
+
+def krylov() -> Any:
+    from gradmaker.solvers import Krylov
+
+    return Krylov(damping=0.1, dimension=6)
+
+
+# --- micro-batches --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [*MATRIX_FREE, "newton"])
+def test_micro_batches_add_up(method: str) -> None:
+    """Products and losses of both halves, each with its own batch, are those of the whole."""
+    whole, halves = models.mlp(), models.mlp()
+    one, two = (from_config(case.model, {"method": method}) for case in (whole, halves))
+    for _ in range(6):
+        g = step(one, whole)
+        halves.model.zero_grad(set_to_none=True)
+        for rows, weight in ((slice(0, 2), 1 / 3), (slice(2, 6), 2 / 3)):
+            y = two.setup_model_call(halves.model, halves.x[rows])
+            two.setup_loss_call(F.cross_entropy, y, halves.t[rows])
+            two.accumulate(weight)
+        two.precondition()
+        assert oracles.relative_error(oracles.gradient_vector(halves.model), g) < 1e-8
+        with torch.no_grad():
+            for case in (whole, halves):
+                for p in case.model.parameters():
+                    p -= 0.5 * p.grad  # type: ignore[operator]
+
+
+# --- what has no second derivative ----------------------------------------------------------------------------------------
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(h, h, h).transpose(1, 2).flatten(2)
+        y: Tensor = self.head(h.mean(1))
+        return y
+
+
+class OnceOnly(torch.autograd.Function):
+    """A backward pass that cannot be differentiated, and no forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = g * (1 - x.tanh().square())
+        return slope
+
+
+def test_fused_attention_says_what_to_do() -> None:
+    case = models.build(Fused, 3, 5, 4)
+    (v,) = vectors(case, 1)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        exact = hvp(case.model, case.run, v)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        for multiply in (hvp, ggnvp):
+            with pytest.raises(RuntimeError, match="SDPBackend.MATH"):
+                multiply(case.model, case.run, v)
+        assert oracles.relative_error(hvp(case.model, case.run, v, "difference"), exact) < 1e-6

@@ -1,0 +1,118 @@
+"""Every legal triple of the registries trains on digits, and every other one is refused in the words of docs/legality.md.
+
+One rule for all: 50 full-batch steps of SGD on 128 digits from the default options, statistics and preconditioner every tenth
+step after the first five; the first learning rate of `RATES` that ends finite and with at most 95 % of the initial loss counts.
+The whole sweep takes minutes (``-m slow``); a cover, in which every curvature, every representation at every granularity and
+every solver occurs, runs always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmaker import TripleError, from_config
+from gradmaker.curvature import CURVATURES
+from gradmaker.representations import REPRESENTATIONS
+from gradmaker.solvers import SOLVERS
+from tests.test_triples import LEGAL, REFUSED, mapping
+
+datasets = pytest.importorskip("sklearn.datasets")
+
+RATES = (0.1, 1.0, 0.01, 1e-3, 1e-4)
+STEPS = 50
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "legality.md"
+Row = tuple[str, str, str]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10))
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    found = datasets.load_digits()
+    return torch.tensor(found.data[:128] / 16, dtype=torch.float32), torch.tensor(found.target[:128])
+
+
+def train(make: Callable[[], nn.Module], row: Row, rate: float, x: Tensor, t: Tensor) -> tuple[float, float]:
+    """The loss before the first and after the last step; infinite as soon as a gradient is not finite."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    maker = from_config(
+        model, {**mapping(*row), "curvature_interval": 10, "preconditioner_interval": 10, "warmup_steps": 5, "spread": False}
+    )
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    first = F.cross_entropy(model(x), t).item()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), t)
+        _, loss = maker.forward_and_backward()
+        if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters()) or loss > 100 * first:
+            return first, float("inf")
+        optimizer.step()
+    return first, F.cross_entropy(model(x), t).item()
+
+
+def learns(make: Callable[[], nn.Module], row: Row) -> bool:
+    x, t = digits()
+    return any(last <= 0.95 * first for first, last in (train(make, row, rate, x, t) for rate in RATES))
+
+
+def cover(rows: list[Row]) -> list[Row]:
+    """Rows in which every part occurs: always the first that brings the most parts that were not there."""
+    missing = {part for row in rows for part in row}
+    chosen = []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(missing & set(row))))
+        missing -= set(chosen[-1])
+    return chosen
+
+
+COVER = cover(LEGAL)
+REST = [row for row in LEGAL if row not in COVER]
+IMAGES = list({row[:2]: row for row in reversed(LEGAL) if row[0] != "FisherRecursive"}.values())  # which is for chains alone
+
+
+def test_the_cover_has_every_part() -> None:
+    assert {row[0] for row in COVER} == set(CURVATURES)
+    assert {row[1].split("(")[0] for row in COVER} == set(REPRESENTATIONS)
+    assert {row[2] for row in COVER} == set(SOLVERS)
+    assert {row[1] for row in COVER} == {row[1] for row in LEGAL}  # at every granularity
+
+
+@pytest.mark.parametrize("row", COVER, ids="-".join)
+def test_a_cover_of_the_parts_trains(row: Row) -> None:
+    assert learns(mlp, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", REST, ids="-".join)
+def test_every_legal_triple_trains(row: Row) -> None:
+    assert learns(mlp, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", IMAGES, ids="-".join)
+def test_every_pair_of_curvature_and_representation_trains_a_convolution(row: Row) -> None:
+    assert learns(convolution, row)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_every_other_triple_is_refused_with_the_documented_sentence(curvature: str) -> None:
+    page = set(line.partition(". ")[2] for line in PAGE.read_text(encoding="utf-8").splitlines())
+    model = nn.Linear(2, 2)
+    for row in REFUSED:
+        if row[0] == curvature:
+            with pytest.raises(TripleError) as caught:
+                from_config(model, mapping(*row[:3]))
+            assert str(caught.value) == row[3] and row[3] in page
