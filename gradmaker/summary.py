@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
+
+from gradmaker.blocks import Block
 from gradmaker.plan import Plan
+from gradmaker.solvers.diagnosis import COLUMNS
 
 __all__ = ["Summary", "summarise"]
 
+DIAGNOSIS = ("factor", *COLUMNS, "failures")
 HEADER = ("parameters", "block", "curvature", "representation", "solver", "bytes")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows of (parameters, block, curvature, representation, solver, bytes); prints as a table."""
+    """Rows of (parameters, block, curvature, representation, solver, bytes); prints as a table.
+
+    ``refreshes`` tell how the last refresh of every factor went: its name, `gradmaker.solvers.diagnosis.COLUMNS`, and how often
+    its block has failed.
+    """
 
     rows: list[tuple[str, str, str, str, str, int]]
+    refreshes: list[tuple[str, int, float, float, float, int, int]] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -23,10 +34,18 @@ class Summary:
         return sum(row[-1] for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [HEADER, *[(*row[:-1], f"{row[-1]:,}") for row in self.rows]]
-        widths = [max(len(row[j]) for row in cells) for j in range(len(HEADER))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"total {self.bytes:,} bytes"])
+        lines = _table([HEADER, *[(*row[:-1], f"{row[-1]:,}") for row in self.rows]])
+        if self.refreshes:
+            shown = [(name, str(n), *(f"{x:.2g}" for x in xs), str(r), str(f)) for name, n, *xs, r, f in self.refreshes]
+            lines += ["", *_table([DIAGNOSIS, *shown]), ""]
+        return "\n".join([*lines, f"total {self.bytes:,} bytes"])
+
+
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, the first row underlined."""
+    widths = [max(len(row[j]) for row in cells) for j in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def summarise(plan: Plan, reached: set[str]) -> Summary:
@@ -44,4 +63,29 @@ def summarise(plan: Plan, reached: set[str]) -> Summary:
             names = ", ".join(site.parameters) + mark
             rows.append((names, shape, *(str(p) for p in parts), size * count // total))
     rows += [(name, "-", reason, "-", "plain gradient", 0) for name, reason in plan.plain.items()]
-    return Summary(rows)
+    return Summary(rows, _refreshes(plan.blocks))
+
+
+def _refreshes(blocks: Sequence[Block]) -> list[tuple[str, int, float, float, float, int, int]]:
+    """What the caches tell about their last refresh, with one host read."""
+    names, found = [], []
+    for block in blocks:
+        if "diagnosis" not in block.cache:
+            continue
+        factors = block.cache["diagnosis"].double()  # (B, m, 5)
+        failures = block.cache["failures"].double().view(-1, 1, 1).expand(-1, factors.shape[1], 1)
+        found.append(torch.cat([factors, failures], -1).flatten(0, 1).cpu())
+        names += [f"{name}.{k}" for name in _members(block) for k in range(factors.shape[1])]
+    values = torch.cat(found).tolist() if found else []
+    return [(name, int(n), e, top, r, int(t), int(f)) for name, (n, e, top, r, t, f) in zip(names, values, strict=True)]
+
+
+def _members(block: Block) -> list[str]:
+    """Names of the members of a stack: of the site, with a number where it has several."""
+    if block.full:
+        return [block.name]
+    members = []
+    for site, slot in zip(block.sites, block.slots, strict=True):
+        count = slot.stop - slot.start
+        members += [site.name if count == 1 else f"{site.name}[{j}]" for j in range(count)]
+    return members

@@ -22,6 +22,8 @@ __all__ = ["Cholesky", "CholeskyInverse"]
 
 
 class CholeskyInverse(InverseRoot):
+    """``(A + ridge I)^-1``."""
+
     rungs = 5
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:

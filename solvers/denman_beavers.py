@@ -17,8 +17,10 @@ __all__ = ["DenmanBeavers", "denman_beavers"]
 
 
 def denman_beavers(A: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``A^(1/2)``, ``A^(-1/2)``, and the steps: ``X <- X (I + M^-1) / 2``, ``Y <- Y (I + M^-1) / 2``,
-    ``M <- (I + (M + M^-1) / 2) / 2`` from ``M = X = A / s``, ``Y = I``, with ``s`` the average trace.
+    """``A^(1/2)``, ``A^(-1/2)``, and the steps.
+
+    ``X <- X (I + M^-1) / 2``, ``Y <- Y (I + M^-1) / 2``, ``M <- (I + (M + M^-1) / 2) / 2`` from ``M = X = A / s``, ``Y = I``,
+    with ``s`` the average trace.
 
     Reference: Cheng, Higham, Kenney, Laub, SIAM J. Matrix Anal. 2001, 22(4), eq. 3.5 (the product form).
     """  # (B, d, d), (B, d, d), (B,)
@@ -48,7 +50,7 @@ class _DenmanBeavers(IteratedRoot):
 
 @dataclass(frozen=True, kw_only=True)
 class DenmanBeavers(MatrixRoot):
-    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2, 4, 8, ...`` or a fraction of these.
+    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2, 4, 8, ...`` over a whole one.
 
     Fourth and higher roots are square roots of square roots. Scaling and failures as in `MatrixRoot`.
 
@@ -62,7 +64,7 @@ class DenmanBeavers(MatrixRoot):
         return _DenmanBeavers(p, self._limit(d), self.tolerance)
 
     def _limit(self, d: int) -> int:
-        """The largest ``M``, a quarter of the inverse of the smallest or ``d``, is divided by four a step; then as elsewhere."""
+        """The eigenvalues of ``M`` are divided by four in every step, from ``d (1 + 1 / damping)``; then as elsewhere."""
         if self.damping == 0:
             return self.iterations
         return min(self.iterations, ceil(log2(sqrt(d * (1 + 1 / self.damping)))) + 4 + 8)

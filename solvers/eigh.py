@@ -111,7 +111,7 @@ class Eigh(Solver):
         default = {name: torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for name, x in new.items() if name != "scale"}
         default["scale"] = spectrum.new_tensor(gain)
         residuals = [_residual(F, parts, None) for F, parts in zip(factors, results, strict=True)]
-        ridges = [lost.new_zeros(lost.shape, dtype=spectrum.dtype) + torch.as_tensor(damping).reshape(-1)] * len(factors)
+        ridges = [(torch.zeros_like(spectrum) + damping).flatten(1)[:, 0]] * len(factors)
         new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], rungs)
         default["diagnosis"] = unknown(new["diagnosis"])
         return settle(new, _add_infinite(lost, [new["scale"]]), previous, default)

@@ -83,7 +83,7 @@ class MatrixRoot(Solver):
 
     @abstractmethod
     def root_and_power(self, order: float) -> tuple[int, int]:
-        """``a``, ``b`` of ``p = a / b``: the root that is iterated for and the power that it is raised to. ValueError if none."""
+        """``a``, ``b`` of ``p = a / b``: the root that is iterated for and the power it is raised to. ValueError if none."""
 
     @abstractmethod
     def method(self, p: int, d: int) -> IteratedRoot:

@@ -102,7 +102,7 @@ def binary_root(power: float, order: float) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonSchulz(MatrixRoot):
-    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2, 4, 8, ...`` or a fraction of these.
+    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2, 4, 8, ...`` over a whole one.
 
     Fourth and higher roots are square roots of square roots. Scaling and failures as in `MatrixRoot`.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from torch import nn
@@ -16,7 +15,6 @@ from gradmaker import METHODS, GradientConfig, PreconditionedGradientMaker
 from tests.test_readme import PAGES, blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPONENTS = {-1.0: "-1", -0.5: "-1/2"}
 PRECONDITIONED = {name: make for name, make in METHODS.items() if issubclass(make, PreconditionedGradientMaker)}
 NAMED = [name for name in PRECONDITIONED if name != "custom"]
 
@@ -25,42 +23,29 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def method_table() -> dict[str, list[str]]:
-    """Rows of the README's table of methods, by name."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Methods")[1].split("\n## ")[0]
-    rows = [cells(line) for line in text.splitlines() if line.startswith("| `")]
-    assert len({row[0] for row in rows}) == len(rows)
-    return {row[0].strip("`"): row[1:] for row in rows}
-
-
 def code(cell: str) -> list[str]:
     return re.findall(r"`([^`]*)`", cell)
 
 
-# --- the table of methods -------------------------------------------------------------------------------------------------
-def test_method_table_has_every_method() -> None:
-    table = method_table()
-    assert list(table) == list(METHODS)
-    assert {name: code(row[0]) for name, row in table.items()} == {name: [make.__name__] for name, make in METHODS.items()}
+def script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- methods and options --------------------------------------------------------------------------------------------------
+def test_method_tables_are_current() -> None:
+    generated = script(ROOT / "docs" / "make_methods.py")
+    assert generated.README.read_text(encoding="utf-8") == generated.readme(), "run python docs/make_methods.py"
+    assert generated.PAGE.read_text(encoding="utf-8") == generated.render(), "run python docs/make_methods.py"
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_method_table_names_the_parts(name: str) -> None:
-    maker = PRECONDITIONED[name](nn.Linear(3, 2))
-    triple = maker.plan.blocks[0].triple
-    _, parts, exponent, *_ = method_table()[name]
-    assert code(parts) == [type(part).__name__ for part in (triple.curvature, triple.representation, triple.solver)]
-    assert exponent == EXPONENTS[triple.solver.exponent]
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_method_table_names_the_defaults(name: str) -> None:
-    """Damping, decay, and every option that a method has of its own or starts from elsewhere."""
-    common = {f.name: f.default for f in fields(GradientConfig)}
-    config: Any = PRECONDITIONED[name].Config()
-    shown = ["damping", "decay"]
-    shown += [f.name for f in fields(config) if common.get(f.name, MISSING) != getattr(config, f.name) and f.name not in shown]
-    assert sorted(code(method_table()[name][3])) == sorted(f"{key}={getattr(config, key)!r}" for key in shown)
+def test_every_method_names_its_source(name: str) -> None:
+    reference = script(ROOT / "docs" / "make_methods.py").reference(name)
+    assert re.search(r"(19|20)\d\d", reference), f"{name}: no source with a year in the docstring of its config"
 
 
 def test_options_of_all_methods_are_described() -> None:
@@ -76,14 +61,6 @@ def test_options_of_all_methods_are_described() -> None:
 
 
 # --- generated and linked -------------------------------------------------------------------------------------------------
-def script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_legality_page_is_current() -> None:
     generated = script(ROOT / "docs" / "make_legality.py")
     assert generated.PAGE.read_text(encoding="utf-8") == generated.render(), "run python docs/make_legality.py"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
 from gradmaker.curvature import GaussNewton, Hessian
+from gradmaker.graph import Graph
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Implicit
-from gradmaker.solvers import CG
+from gradmaker.solvers import CG, Krylov
 from gradmaker.spectrum import ggnvp, hvp
 from tests import models, oracles
 from tests.models import CLASSES, ZOO, Case
@@ -167,17 +168,11 @@ def test_dropout_masks_are_those_of_the_gradient() -> None:
         twin = copy.deepcopy(case.model)
         torch.manual_seed(11)
         maker = METHODS["custom"](
-            twin, CustomGradientConfig(curvature=Hessian(mode=mode), representation=Implicit(), solver=krylov())  # type: ignore[arg-type]
+            twin, CustomGradientConfig(curvature=Hessian(mode=mode), representation=Implicit(), solver=Krylov(damping=0.1, dimension=6))  # type: ignore[arg-type]
         )
         found.append(step(maker, case._replace(model=twin)))
     assert oracles.relative_error(found[1], found[0]) < 1e-9
     assert oracles.relative_error(found[2], found[0]) < 1e-6
-
-
-def krylov() -> Any:
-    from gradmaker.solvers import Krylov
-
-    return Krylov(damping=0.1, dimension=6)
 
 
 # --- micro-batches --------------------------------------------------------------------------------------------------------
@@ -214,20 +209,23 @@ class Fused(nn.Module):
         return y
 
 
-class OnceOnly(torch.autograd.Function):
-    """A backward pass that cannot be differentiated, and no forward mode."""
+def test_forward_mode_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = models.mlp()
+    (v,) = vectors(case, 1)
+    exact = hvp(*args(case), v)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("derivative for aten::some_backward is not implemented")
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        slope: Tensor = g * (1 - x.tanh().square())
-        return slope
+    monkeypatch.setattr(Graph, "hessian", fail)
+    assert oracles.relative_error(hvp(*args(case), v), exact) < 1e-12
+
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Graph, "hessian", break_down)  # nothing but a missing derivative is a reason
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hvp(*args(case), v)
 
 
 def test_fused_attention_says_what_to_do() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 from gradmaker.config import GradientConfig, check_choice, check_count
 from gradmaker.shapes import Merge, ShapePolicy
-from gradmaker.solvers import Eigh, NewtonRoot, Solver
+from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, Solver, SvdRoot
 
-__all__ = ["AxesGradientConfig", "rooting"]
+__all__ = ["AxesGradientConfig", "Root", "rooting"]
+
+Root: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers", "svd"]
+"""How factors are rooted. ``svd`` needs statistics that are held by their square roots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,17 @@ class AxesGradientConfig(GradientConfig):
         return ShapePolicy(self.merge, self.block_size)
 
 
-def rooting(root: Literal["eigh", "newton"], damping: float, power: float = -0.5) -> Solver:
+ROOTS: dict[str, type[Solver]] = {
+    "newton": NewtonRoot,
+    "higher_order": HigherOrder,
+    "newton_schulz": NewtonSchulz,
+    "denman_beavers": DenmanBeavers,
+    "svd": SvdRoot,
+}
+
+
+def rooting(root: Root, damping: float, power: float = -0.5) -> Solver:
     """The solver for ``(F_k + damping lambda_max(F_k) I)^power`` of every factor."""
-    if root == "newton":
-        return NewtonRoot(power=power, damping=damping)
-    return Eigh(power=power, damping=damping, split="each", relative=True)
+    if root == "eigh":
+        return Eigh(power=power, damping=damping, split="each", relative=True)
+    return ROOTS[root](power=power, damping=damping)  # type: ignore[call-arg]

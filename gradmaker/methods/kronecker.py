@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient, Curvature, FisherMC
-from gradmaker.methods.axes import AxesGradientConfig, rooting
+from gradmaker.methods.axes import AxesGradientConfig, Root, rooting
 from gradmaker.methods.trust_region import ClippedGradientConfig, ClippedGradientMaker
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import Dense, Kron, KronDims
+from gradmaker.representations import Dense, Kron, KronDims, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky, Eigh, Solver
+from gradmaker.solvers.matrix_root import MatrixRoot
 from gradmaker.triple import Triple
 
 __all__ = [
@@ -108,8 +109,8 @@ class ShampooGradientConfig(AxesGradientConfig):
     norm: str = "keep"
     preconditioner_interval: int | Schedule = 20
     warmup_steps: int = 5
-    root: Literal["eigh", "newton"] = "eigh"
-    """How factors are rooted: eigendecomposition, or the coupled Newton iteration."""
+    root: Root = "eigh"
+    """How factors are rooted, see docs/roots.md. ``svd`` holds statistics by their square roots, for float32."""
     exponent: float | None = None
     """``e`` of ``H^(-e)`` on every axis, instead of ``1/2k``; 1/2 fits better (Morwani et al. 2024, arXiv:2406.17748)."""
     balanced: bool = False
@@ -117,14 +118,18 @@ class ShampooGradientConfig(AxesGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("root", self.root, ["eigh", "newton"])
+        check_choice("root", self.root, list(get_args(Root)))
         self._factors()
 
     def _factors(self) -> KronDims:
-        return KronDims(None if self.exponent is None else 2 * self.exponent, self.balanced)
+        make = RootKronDims if self.root == "svd" else KronDims
+        return make(None if self.exponent is None else 2 * self.exponent, self.balanced)
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(BatchGradient(), self._factors(), rooting(self.root, self.damping))
+        factors, solver = self._factors(), rooting(self.root, self.damping)
+        if isinstance(solver, MatrixRoot):
+            solver.root_and_power(factors.order(len(site.shape[1:]) or 1))  # not every order has every root
+        return Triple(BatchGradient(), factors, solver)
 
 
 class ShampooGradientMaker(PreconditionedGradientMaker):
