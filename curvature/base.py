@@ -28,7 +28,7 @@ class Curvature(ABC):
     """Whether layer inputs and output gradients are captured."""
 
     asks: ClassVar[frozenset[str]] = frozenset()
-    """What is kept for it besides: ``graph`` (of the loss), ``replay`` (of the pass), ``previous`` (the last batch and step)."""
+    """What is kept for it: ``graph`` (of the loss), ``replay`` (of the pass), ``previous`` (the last batch and step)."""
 
     @property
     def rides(self) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "Pair",
     "PairedInputs",
     "Product",
+    "SecantPair",
 ]
 
 WHOLE = ""
@@ -197,7 +198,8 @@ class Outer(Evidence):
         if self.bias:
             a = a + 1
         gg = torch.einsum("ngro,mgso->gnrms", g, g).reshape(G, k, n, r, k, n, r)
-        return contract("gknrlms,gnrms->knlm", gg, a).reshape(k * n, k * n)
+        gram: Tensor = contract("gknrlms,gnrms->knlm", gg, a)
+        return gram.reshape(k * n, k * n)
 
     def project(self, v: Tensor) -> Tensor:
         """``<J_N, v>`` for each row.  v: (G, *shape) -> (N,)"""
@@ -267,6 +269,11 @@ class Pair(Evidence):
 
     def rows(self) -> Tensor:
         raise TypeError("a pair is one column of the curvature, it has no rows")
+
+
+@dataclass(frozen=True)
+class SecantPair(Pair):
+    """The last step and the change of the gradient over it, on one batch."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _mse(call: LossCall, factor: Tensor) -> Weighting:
     """The loss is symmetric, so that z is whichever side is in the graph; if both are, the target is held fixed."""
     z, target, w = call.arguments["input"], call.arguments["target"], call.arguments.get("weight")
     z = z if z.requires_grad else target
-    shape = torch.broadcast_shapes(call.arguments["input"].shape, target.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(call.arguments["input"].shape, target.shape)
     weight = _given(w, factor.new_ones(())).expand(shape)
     total = weight.new_full((), weight.numel()) if w is None else weight.sum()
     return _elements("gaussian", call, z, compute(factor) * weight, total)

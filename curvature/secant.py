@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradmaker.capture import Tape
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Evidence, OneHot, Opening, Outer, OutputPair, Pair, PairedInputs
+from gradmaker.curvature.evidence import Evidence, OneHot, Opening, Outer, OutputPair, PairedInputs, SecantPair
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
@@ -50,7 +50,7 @@ class Secant(_Lazy):
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Pair, Opening)
+    gives: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
     layerwise: ClassVar[bool] = False
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
@@ -69,7 +69,7 @@ class Secant(_Lazy):
             if any(p in previous.gradients for p in site.parameters.values()):
                 weights: Mapping[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
                 s = _difference(step, site, weights, previous.weights)
-                found[site.name] = Pair(s, _difference(step, site, dict(now), previous.gradients))
+                found[site.name] = SecantPair(s, _difference(step, site, dict(now), previous.gradients))
         return found
 
 

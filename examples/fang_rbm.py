@@ -2,8 +2,8 @@
 
     python examples/fang_rbm.py            8 hidden units, 100 steps on the whole data: seconds
 
-``p(v, h) = exp(b v + c h + v W h) / Z``. With few hidden units all their states can be listed: the likelihood is exact, and model
-samples need no Markov chain. The Fisher matrix is the covariance of the statistics ``v_i, h_j, v_i h_j`` under the model;
+``p(v, h) = exp(b v + c h + v W h) / Z``. With few hidden units all their states can be listed: the likelihood is exact, and
+model samples need no Markov chain. The Fisher matrix is the covariance of the statistics ``v_i, h_j, v_i h_j`` under the model;
 its inverse is modelled by a graph in which ``v_i h_j`` has the parents ``v_i`` and ``h_j`` (Grosse & Salakhutdinov, ICML 2015).
 """
 

@@ -9,6 +9,8 @@ del _root
 
 from gradmaker.compare import Comparison, Data, compare  # noqa: E402
 from gradmaker.config import GradientConfig  # noqa: E402
+from gradmaker.cost_report import cost_report  # noqa: E402
+from gradmaker.damping_sweep import damping_sweep  # noqa: E402
 from gradmaker.maker import GradientMaker, PlainGradientConfig  # noqa: E402
 from gradmaker.methods import METHODS, from_config  # noqa: E402
 from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker  # noqa: E402
@@ -228,6 +230,8 @@ __all__ = [
     "UnitNaturalGradientConfig",
     "UnitNaturalGradientMaker",
     "compare",
+    "cost_report",
+    "damping_sweep",
     "from_config",
     "legality",
 ]

@@ -96,6 +96,7 @@ class Block:
 
         further: names whose first evidence of this step has been folded in before; extended here.
         """
+        self.state = self.triple.representation.adopt(self.state)
         for slot, evidence, names in self._evidence(portion):
             whole = self.full or self.triple.representation.live
             state = self.state if whole else {k: v[slot] for k, v in self.state.items()}
@@ -121,7 +122,8 @@ class Block:
         if any(isinstance(e, Pair) for e in known):
             pairs = [e if isinstance(e, Pair) else None for e in known]
             v, cv = ([None if e is None else getattr(e, part) for e in pairs] for part in ("v", "cv"))
-            return Pair(self._flat(v), self._flat(cv))
+            kind = next(type(e) for e in pairs if e is not None)
+            return kind(self._flat(v), self._flat(cv))
         like = next(e for e in known if isinstance(e, Outer))
         k, _, n = like.gradients.shape[:3]
         return Joint(

@@ -145,7 +145,7 @@ def _gather_live(block: Block, part: str, member: State, like: State, other: tor
 
     other: dtype of the floating tensors that ``like`` does not have; None leaves it
     """
-    loaded: State = type(like)()  # which may carry more than tensors
+    loaded = {}
     for key, value in member.items():
         if value.shape[:1] != (block.frame.stack,):
             what = f"{block.name}: {part}[{key!r}] has shape {tuple(value.shape)}"

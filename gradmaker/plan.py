@@ -37,11 +37,6 @@ class Plan:
         found = dict.fromkeys(b.triple.curvature for b in self.blocks)
         return [c for c in found if c.of_passes == of_passes]
 
-    @property
-    def fleeting(self) -> bool:
-        """Whether any block has to be measured at every step."""
-        return any(b.triple.representation.fleeting for b in self.blocks)
-
     def asks(self, what: str) -> bool:
         """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
         return any(what in b.triple.curvature.asks for b in self.blocks)

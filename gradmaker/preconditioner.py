@@ -77,7 +77,8 @@ class PreconditionedGradientMaker(GradientMaker):
         """Whether the coming pass is to be recorded; asked before every forward pass."""
         if self._asked != self.step:
             due = self._curvature_clock.tick(self.step)  # its periods run on, whatever is measured besides
-            self._measuring, self._asked = due or self.plan.fleeting, self.step
+            self._measuring = due or any(b.triple.representation.fleeting for b in self.plan.blocks)
+            self._asked = self.step
         self._part += 1
         return self._measuring and bool(self.plan.curvatures(of_passes=True))
 

@@ -183,7 +183,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 # ------------------------------------------------------------------ representation and solver
 def _check_block(block: Block, evidence: Mapping[str, Evidence], errors: dict[str, float]) -> list[Check]:
-    if block.triple.representation.fleeting:  # an iteration that is cut short has no dense matrix to be compared with
+    if block.triple.representation.fleeting:  # nothing is held that could be compared
         return [Check(s.name, block.frame.dtype, None, None, None) for s in block.sites]
     scratch = copy.copy(block)
     scratch.state, scratch.cache, scratch.ready = block.triple.representation.init(block.frame), {}, set()

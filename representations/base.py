@@ -130,6 +130,10 @@ class Representation(ABC):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         """Fold evidence into ``state`` in place; ``state`` is the slice of the stack that the evidence speaks of."""
 
+    def adopt(self, state: State) -> State:
+        """A state in the form that `update` wants, from the plain dict that a checkpoint has."""
+        return state
+
     def snapshot(self, state: State) -> State:
         """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
         return dict(state)

@@ -175,4 +175,4 @@ def _rotate_inputs(evidence: Outer, Q: Tensor | None) -> Outer:
 
 def _turned(x: Tensor, Q: Tensor) -> Tensor:
     """``x Q`` over the last axis, group by group.  # (G, ..., d), (G, d, e) -> (G, ..., e)"""
-    return (x.reshape(len(x), -1, x.shape[-1]) @ Q).reshape(*x.shape[:-1], Q.shape[-1])
+    return (x.flatten(1, -2) @ Q).reshape(*x.shape[:-1], Q.shape[-1])

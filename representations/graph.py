@@ -194,13 +194,15 @@ def _star_moments(evidence: Outer) -> tuple[Tensor, Tensor]:
     if evidence.inputs.shape[2] == 1:
         g2 = evidence.gradients[:, :, :, 0].square().sum(0)  # (G, n, o)
         return evidence.squares(), torch.nn.functional.pad(g2.mT @ evidence.inputs[:, :, 0], (0, 1))
-    squares, cross = 0.0, 0.0
-    for g in evidence.gradients.split(1):  # positions are summed first: one cotangent at a time bounds the memory
-        J = replace(evidence, gradients=g).rows()
-        squares = squares + J.square().sum(0)
-        cross = cross + (J[..., :-1] * J[..., -1:]).sum(0)
-    assert isinstance(squares, Tensor) and isinstance(cross, Tensor)
+    parts = [replace(evidence, gradients=g) for g in evidence.gradients.split(1)]  # one cotangent at a time bounds the memory
+    moments = [_row_moments(part.rows()) for part in parts]  # positions are summed first
+    squares, cross = (torch.stack(m).sum(0) for m in zip(*moments, strict=True))
     return squares, torch.nn.functional.pad(cross, (0, 1))
+
+
+def _row_moments(J: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_N J * J`` and ``sum_N J * J_bias``.  # (N, G, o, i) -> (G, o, i), (G, o, i - 1)"""
+    return J.square().sum(0), (J[..., :-1] * J[..., -1:]).sum(0)
 
 
 @dataclass(frozen=True)

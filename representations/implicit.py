@@ -61,7 +61,9 @@ class Implicit(Representation):
         return Held({"extent": frame.zeros(*frame.shape, 0)})
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        assert isinstance(state, Held) and isinstance(evidence, Product)
+        if not isinstance(evidence, Product):
+            raise TypeError("a matrix-free curvature is built from products alone, and verify() has no dense matrix to offer")
+        assert isinstance(state, Held)
         if not state.products:
             if not fold.mass:
                 raise RuntimeError("the products of this step's first micro-batches are gone: begin the step again")
@@ -71,6 +73,9 @@ class Implicit(Representation):
     def release(self, state: State) -> None:
         if isinstance(state, Held):
             state.products.clear()
+
+    def adopt(self, state: State) -> State:
+        return state if isinstance(state, Held) else Held(state)
 
     def snapshot(self, state: State) -> State:
         held = Held(state)

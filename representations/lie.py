@@ -1,7 +1,8 @@
 """PSGD: preconditioners on Lie groups of triangular matrices, fitted to pairs ``(v, h)`` by relative gradient steps.
 
 ``c(P) = E[h^T P h + v^T P^-1 v]`` with ``P = Q^T Q`` is least where ``P E[h h^T] P = E[v v^T]``: at ``|H|^-1`` for ``h = H v``
-and unit ``v``. With ``dQ = E Q``, ``E`` upper triangular, the gradient is ``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``.
+and unit ``v``. With ``dQ = E Q``, ``E`` upper triangular, the gradient is
+``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``.
 """
 
 from __future__ import annotations

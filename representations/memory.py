@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair
+from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair, SecantPair
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 
 __all__ = ["Pairs", "dot", "push", "two_loop"]
@@ -57,7 +57,7 @@ class Pairs(Representation):
     Reference: Liu, Nocedal, Math. Programming 1989; Powell 1978; Nocedal, Wright 2006, procedure 18.2.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Pair, Opening)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
 
     memory: int = 10
     indefinite: Literal["skip", "damp"] = "skip"

@@ -16,7 +16,7 @@ __all__ = ["ProbeDiagonal"]
 
 @dataclass(frozen=True)
 class ProbeDiagonal(Representation):
-    """``|H|`` by its rows' lengths, ``sqrt(mean (H v)^2) = sqrt(diag(H^2))``, or by its diagonal, ``|mean v * H v| = |diag H|``.
+    """``|H|`` by its rows' lengths ``sqrt(mean (H v)^2) = sqrt(diag(H^2))`` or by its diagonal ``|mean v * H v| = |diag H|``.
 
     The means are over all probes. The absolute value of ``signed`` is taken after averaging: ``E|v * H v|`` is larger.
     ``spatial`` replaces ``|H v|`` by its mean over the kernel (axes from the third on) before it is squared. All probes of all

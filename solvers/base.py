@@ -56,7 +56,9 @@ class Solver(ABC):
 def spectral_power(C: Tensor, damping: float | Tensor, exponent: float) -> Tensor:
     """``(C + damping I)^exponent`` of a dense positive semidefinite matrix.  # (B, P, P)"""
     s, Q = torch.linalg.eigh(C)
-    return (Q * ((s.clamp(min=0) + damping) ** exponent).unsqueeze(-2)) @ Q.mT
+    powered: Tensor = (s.clamp(min=0) + damping) ** exponent
+    result: Tensor = (Q * powered.unsqueeze(-2)) @ Q.mT
+    return result
 
 
 def kronecker_power(factors: Sequence[Tensor], ridges: Sequence[Tensor], exponent: float) -> Tensor:

@@ -55,4 +55,5 @@ def estimate_largest(F: Tensor) -> Tensor:
     for _ in range(8):
         norm = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
         v = F @ (v / torch.where(norm > 0, norm, 1.0))
-    return torch.linalg.vector_norm(v, dim=(-2, -1))
+    top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+    return top

@@ -41,5 +41,6 @@ class LevenbergMarquardt:
         """The next damping. A loss that is not finite, or a model that predicts no decrease, counts as a failure.  # (1,)"""
         usable = torch.isfinite(change) & (predicted < 0)
         rho = torch.where(usable, change / torch.where(usable, predicted, -1.0), -inf)
-        factor = torch.where(rho < self.low, self.grow, torch.where(rho > self.high, self.shrink, 1.0))
-        return (damping * factor.to(damping.dtype)).clamp(self.least, self.most)
+        one = torch.ones_like(damping)  # of its dtype: a number in `where` would be rounded to float32
+        factor = torch.where(rho < self.low, one * self.grow, torch.where(rho > self.high, one * self.shrink, one))
+        return (damping * factor).clamp(self.least, self.most)

@@ -67,4 +67,5 @@ class LocalRegression(Solver):
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         S = cache["coefficients"]
         z = (g - representation.predict(S, g)) / cache["residual"].reshape(g.shape)
-        return z - representation.spread(S, z)
+        out: Tensor = z - representation.spread(S, z)
+        return out

@@ -26,8 +26,8 @@ class Neumann(Solver):
     """``P g = eta sum_(j=0..terms) (I - eta C_lambda)^j g``, ``C_lambda = C + lambda I``, ``eta = 1 / scale``.
 
     By ``u_0 = g, u_j = g + u_(j-1) - eta C_lambda u_(j-1)``. The limit ``C_lambda^-1 g`` exists for ``0 < eta C_lambda < 2``;
-    the truncated series is positive definite also where ``C_lambda`` is not. ``scale`` None takes 1.1 times the largest absolute
-    eigenvalue, by power iteration. A series that grows beyond ten times what a convergent one can is cut there, and counted.
+    the truncated series is positive definite also where ``C_lambda`` is not. ``scale`` None takes 1.1 times the largest
+    absolute eigenvalue, by power iteration. A series that grows beyond ten times what a convergent one can is cut, and counted.
 
     Reference: Agarwal, Bullins & Hazan, JMLR 2017, arXiv:1602.03943 (LiSSA); Krishnan, Xiao & Saurous, ICLR 2018,
     arXiv:1712.03298 (Neumann optimizer).
@@ -60,7 +60,7 @@ class Neumann(Solver):
     def operator(self, representation: Any, state: State) -> Tensor:
         """The series, with a power iteration that has converged."""
         C = representation.to_dense(state)
-        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
         eta = 1 / (self.scale or MARGIN * torch.linalg.eigvalsh(C).abs().amax() + self.damping)
         P = eye
         for _ in range(self.terms):

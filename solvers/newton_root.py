@@ -13,7 +13,7 @@ from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot
 from gradmaker.solvers.roots import integer_root
 from gradmaker.solvers.spectrum import symmetrise
 
-__all__ = ["NewtonRoot", "coupled_newton"]
+__all__ = ["NewtonRoot", "coupled_newton", "iterate_newton"]
 
 
 def coupled_newton(A: Tensor, p: int, iterations: int, tolerance: float) -> Tensor:
@@ -24,10 +24,11 @@ def coupled_newton(A: Tensor, p: int, iterations: int, tolerance: float) -> Tens
     Reference: Guo, Higham, SIAM J. Matrix Anal. 2006, 28(3), eq. 3.6; Anil et al. 2020, arXiv:2002.09018, algorithm 2 and
     appendix D (``z``, stopping).  # (B, d, d)
     """
-    return _iterate(A, p, iterations, tolerance)[0]
+    return iterate_newton(A, p, iterations, tolerance)[0]
 
 
-def _iterate(A: Tensor, p: int, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+def iterate_newton(A: Tensor, p: int, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """`coupled_newton`, and the steps.  # (B, d, d), (B,)"""
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     z = (1 + p) / (2 * torch.linalg.matrix_norm(A))[:, None, None]
 
@@ -46,7 +47,7 @@ class _CoupledNewton(IteratedRoot):
     tolerance: float
 
     def root(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _iterate(A, self.p, self.iterations, self.tolerance)
+        return iterate_newton(A, self.p, self.iterations, self.tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,13 +69,13 @@ class _CoupledSquareRoot(IteratedRoot):
     polynomial: Polynomial
     iterations: int
     tolerance: float
-    share: float  # lambda_min / |A|_F that the ridge guarantees; 0: nothing is known
+    share: float  # lambda_min / lambda_max that the ridge guarantees; 0: nothing is known
 
     def root(self, A: Tensor) -> tuple[Tensor, Tensor]:
         known = max(self.share, torch.finfo(A.dtype).eps)
 
         def half(A: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-            lowest = sqrt(known ** (1 / 2**stage))
+            lowest = sqrt(known ** (1 / 2**stage) / sqrt(A.shape[-1]))  # of |A|_F
             return coupled_square_root(A, self.polynomial, self._limit(lowest), self.tolerance, lowest)
 
         return compose(half, A, self.p)
@@ -119,5 +119,5 @@ class NewtonSchulz(MatrixRoot):
         return binary_root(self.power, order)
 
     def method(self, p: int, d: int) -> IteratedRoot:
-        share = self.damping / (1 + self.damping) / sqrt(d)
+        share = self.damping / (1 + self.damping)
         return _CoupledSquareRoot(p, self.polynomial, self.iterations, self.tolerance, share)

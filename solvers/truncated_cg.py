@@ -132,6 +132,9 @@ def _conjugate(
     for _ in range(iterations):
         Ap = multiply(p)
         curvature = dot(p, Ap)
+        if not torch.isfinite(curvature):
+            yield torch.full_like(x, torch.nan), torch.nan
+            return
         if not (rz > least and curvature > 0):
             if x.any():
                 yield x, float(-dot(x, g + r) / 2)

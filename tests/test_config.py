@@ -59,7 +59,7 @@ OWN: list[tuple[str, str, Any]] = [
     ("shampoo", "damping", None),
     ("adam", "damping", None),
     ("unit_ng", "fisher", 3),
-    ("full_ng", "fisher", "Hessian"),
+    ("full_ng", "fisher", "Hessan"),
     ("custom", "curvature", "Fisher"),
     ("custom", "representation", Diagonal),
     ("custom", "solver", {"Eigh": {"powers": 2}}),
@@ -306,7 +306,7 @@ def test_what_a_method_does_not_cover_goes_to_the_fallback(fallback: str) -> Non
     case = bare_scale()
     maker: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(fallback=fallback))
     covered = {k for b in maker.plan.blocks for s in b.sites for k in s.parameters}
-    leaving = ("gradient", "kfac", "kflr", "ekfac", "skfac", "tnt", "smw_ng", "smw_gn", "seng")
+    leaving = ("gradient", "kfac", "kflr", "ekfac", "skfac", "tnt", "smw_ng", "smw_gn", "seng", "kbfgs", "kbfgs_l")
     plain = {"scale"} if fallback in leaving else set()
     assert set(maker.plan.plain) == plain and covered == {k for k, _ in case.model.named_parameters()} - plain
     maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)

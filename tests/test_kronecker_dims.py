@@ -346,7 +346,7 @@ def test_a_one_by_one_factor_is_a_scalar_root(method: str) -> None:
     torch.testing.assert_close(found, steps[-1][0] / total.sqrt(), rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("method", METHODS.keys() & set(BLOCKED))
+@pytest.mark.parametrize("method", [m for m in METHODS if m in BLOCKED])
 @pytest.mark.parametrize("norm", ["none", "keep", "adam", "rmsprop_normalised", "sqrtn"])
 def test_zero_gradients_stay_zero_and_finite(method: str, norm: str) -> None:
     """CASPR's code divides by the length of the step."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature import Curvature, FisherExact, GaussNewton, Hessian
+from gradmaker.curvature import Curvature, FisherExact, GaussNewton
 from gradmaker.curvature.evidence import Product
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Dense, Diagonal, Implicit, Representation
@@ -245,7 +245,9 @@ def test_saddle() -> None:
 def test_neumann_is_its_sum(terms: int, definite: bool) -> None:
     C, g = matrix(definite)
     eta, A = 0.3, C + 0.1 * torch.eye(P, dtype=torch.float64)
-    expected = sum(eta * torch.linalg.matrix_power(torch.eye(P, dtype=torch.float64) - eta * A, j) @ g for j in range(terms + 1))
+    expected = sum(
+        eta * torch.linalg.matrix_power(torch.eye(P, dtype=torch.float64) - eta * A, j) @ g for j in range(terms + 1)
+    )
     solver = Neumann(damping=0.1, terms=terms, scale=1 / 0.3)
     problem = Quadratic(C)
     x, _ = problem.solve(solver, g)
@@ -263,7 +265,7 @@ def test_neumann_limit_and_divergence() -> None:
 
 def test_curveball_reaches_the_fixed_point() -> None:
     C, g = matrix()
-    for options in ({}, {"rho": 0.9, "beta": 0.1}):
+    for options in ({}, {"rho": 1.0, "beta": 0.4}):
         x, _ = Quadratic(C).solve(CurveBall(damping=0.1, **options), g, 600)
         assert oracles.relative_error(x, oracles.tikhonov_solve(C, 0.1, g)) < 1e-7
 
@@ -277,7 +279,9 @@ def test_curveball_step() -> None:
     before, after = (-Quadratic(C).solve(CurveBall(damping=0.1), g, steps)[0] for steps in (3, 4))
     plane = torch.stack([before, A @ before + g], 1)
     model = plane.mT @ (A @ after + g)  # its gradient along the plane
-    assert float(model.abs().max()) < 1e-10 and oracles.relative_error(plane @ torch.linalg.lstsq(plane, after)[0], after) < 1e-9
+    assert (
+        float(model.abs().max()) < 1e-10 and oracles.relative_error(plane @ torch.linalg.lstsq(plane, after)[0], after) < 1e-9
+    )
 
 
 def test_curveball_damping() -> None:
@@ -316,7 +320,9 @@ def test_agreement_on_one_gauss_newton_matrix(make: Callable[[], Case]) -> None:
     assert oracles.relative_error(other, expected) < 1e-9
     if "smw_gn" in METHODS:
         case = make()
-        assert oracles.relative_error(step(from_config(case.model, {"method": "smw_gn", "damping": 0.1}), case), expected) < 1e-9
+        assert (
+            oracles.relative_error(step(from_config(case.model, {"method": "smw_gn", "damping": 0.1}), case), expected) < 1e-9
+        )
 
 
 # --- Newton ---------------------------------------------------------------------------------------------------------------
@@ -401,7 +407,7 @@ def test_too_many_products_are_refused() -> None:
 def test_attach_is_refused(method: str) -> None:
     model = nn.Linear(3, 2)
     maker = from_config(model, {"method": method})
-    with pytest.raises(ValueError, match="attach: .* has to differentiate or repeat the loss, which is out of sight here"):
+    with pytest.raises(ValueError, match=r"attach: .* has to differentiate or repeat the loss, which is out of sight here"):
         maker.attach(torch.optim.SGD(model.parameters(), 0.1), likelihood="categorical")  # type: ignore[attr-defined]
 
 
@@ -460,7 +466,7 @@ def live_tensors() -> int:
     """Before the collector runs: a cycle that waits for it would keep a graph alive."""
     gc.disable()
     try:
-        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
     finally:
         gc.enable()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, TripleError, from_config
 from gradmaker.curvature import HessianProbe, Pair, Secant
-from gradmaker.representations import Pairs, ProbeDiagonal
+from gradmaker.representations import ProbeDiagonal, TriangularQ
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import Apply, Division
 from gradmaker.triple import Triple
@@ -232,7 +232,7 @@ def test_pairs_are_products_with_the_hessian(distribution: Any, name: str) -> No
                 yield portion
 
     config = METHODS["custom"].Config(
-        curvature=Watching(distribution=distribution, samples=2), representation=Pairs(), solver=Apply(), damping=None
+        curvature=Watching(distribution=distribution, samples=2), representation=TriangularQ(), solver=Apply(), damping=None
     )
     maker: Any = METHODS["custom"](case.model, config)
     step(maker, case)

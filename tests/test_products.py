@@ -168,7 +168,10 @@ def test_dropout_masks_are_those_of_the_gradient() -> None:
         twin = copy.deepcopy(case.model)
         torch.manual_seed(11)
         maker = METHODS["custom"](
-            twin, CustomGradientConfig(curvature=Hessian(mode=mode), representation=Implicit(), solver=Krylov(damping=0.1, dimension=6))  # type: ignore[arg-type]
+            twin,
+            CustomGradientConfig(
+                curvature=Hessian(mode=mode), representation=Implicit(), solver=Krylov(damping=0.1, dimension=6)
+            ),  # type: ignore[arg-type]
         )
         found.append(step(maker, case._replace(model=twin)))
     assert oracles.relative_error(found[1], found[0]) < 1e-9
@@ -235,6 +238,6 @@ def test_fused_attention_says_what_to_do() -> None:
         exact = hvp(case.model, case.run, v)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         for multiply in (hvp, ggnvp):
-            with pytest.raises(RuntimeError, match="SDPBackend.MATH"):
+            with pytest.raises(RuntimeError, match=r"SDPBackend\.MATH"):
                 multiply(case.model, case.run, v)
         assert oracles.relative_error(hvp(case.model, case.run, v, "difference"), exact) < 1e-6

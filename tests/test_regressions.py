@@ -1,6 +1,6 @@
 """Defects of ASDL (numbers of specs/peers_curvature.md, 3.4), each with the tests that would catch it here.
 
-Most are caught by tests of what is right; the rest of this file closes the gaps. A defect that has no counterpart here says why.
+Most are caught by tests of what is right; the rest of this file closes the gaps. A defect that cannot be here says why.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ COVERED: dict[int, str] = {
     3: "test_fisher::test_sequence_layouts_as_torch_takes_them",
     4: f"{HERE}::test_squared_error_of_positions",
     5: f"test_fisher::test_ignored_tokens_are_as_if_removed {HERE}::test_a_class_may_have_the_number_that_is_ignored",
-    6: "test_fisher::test_class_weight_two_is_the_class_twice test_maker::test_steps_off_the_schedule_have_the_scale_of_those_on_it",
+    6: "test_fisher::test_class_weight_two_is_the_class_twice "
+    "test_maker::test_steps_off_the_schedule_have_the_scale_of_those_on_it",
     7: "test_maker::test_what_was_in_grad_stays_and_the_step_is_added_in_its_storage",
     8: "test_maker::test_the_loss_may_come_from_inside_the_model",
     9: "test_maker::test_any_spelling_of_a_loss_is_the_loss test_maker::test_declared_calls_may_run_again",
@@ -49,7 +50,8 @@ COVERED: dict[int, str] = {
     16: "test_methods::test_covered_gradients_differ_and_others_are_raw",
     17: f"{HERE}::test_extra_passes_leave_the_gradient_and_batches_may_shrink",
     18: f"{HERE}::test_extra_passes_leave_the_gradient_and_batches_may_shrink",
-    19: "test_kronecker_dims::test_block_grid_equals_independent_tensors test_kronecker_dims::test_a_solve_leaves_the_statistic "
+    19: "test_kronecker_dims::test_block_grid_equals_independent_tensors "
+    "test_kronecker_dims::test_a_solve_leaves_the_statistic "
     "test_kronecker_dims::test_a_one_by_one_factor_is_a_scalar_root test_methods::test_unused_layer "
     "test_config::test_what_is_ignored_keeps_its_plain_gradient",
     20: "test_methods::test_frozen_layer test_capture::test_a_step_holds_no_graph "
@@ -71,7 +73,8 @@ COVERED: dict[int, str] = {
     37: "test_methods::test_state_round_trip_is_bitwise test_state::test_a_state_is_a_snapshot_in_both_directions",
     38: f"test_maker::test_two_makers_on_one_model_do_not_see_each_other {HERE}::test_nothing_is_kept_on_the_model",
     40: "test_capture::test_an_exception_leaves_everything_as_it_was",
-    41: "test_methods::test_low_precision_models test_adapters::test_layers_called_twice_in_checkpoints test_capture::test_twins",
+    41: "test_methods::test_low_precision_models test_capture::test_twins "
+    "test_adapters::test_layers_called_twice_in_checkpoints",
     42: "solvers/test_solvers::test_a_statistic_survives_a_hundred_prepares "
     "solvers/test_ladder::test_a_cholesky_that_always_fails_ends_at_eigh",
     43: "test_kronecker_methods::test_skfac_micro_batches_append",
@@ -119,7 +122,11 @@ def fisher_of(case: Case, curvature: Any, **options: Any) -> Tensor:
     maker: Any = from_config(case.model, {"method": "custom", **parts, **options})
     passes(maker, case)
     (block,) = maker.plan.blocks
-    return block.triple.representation.to_dense(block.state)[0]  # type: ignore[no-any-return]
+    where = oracles.parameter_slices(case.model)
+    index = {p: torch.arange(where[k].start, where[k].stop).reshape(p.shape) for k, p in case.model.named_parameters()}
+    order = torch.cat([site.lay_out(index).reshape(-1) for site in block.sites])  # biases are the last columns there
+    C: Tensor = block.triple.representation.to_dense(block.state)[0]
+    return oracles.reorder(C, order.argsort())
 
 
 @pytest.mark.parametrize("curvature", [FisherExact(), FisherMC(samples=2)], ids=["exact", "mc"])

@@ -25,6 +25,8 @@ from tests.models import Case
 ROWS = list(legality())
 LEGAL = [row[:3] for row in ROWS if row[3] is None]
 REFUSED = [row for row in ROWS if row[3] is not None]
+KNOWN = frozenset(LEGAL)
+PAIRS_THAT_FIT = frozenset(row[:2] for row in LEGAL)
 
 
 def step(maker: Any, case: Case, x: Tensor | None = None, t: Tensor | None = None) -> None:
@@ -100,9 +102,8 @@ def test_table_names_every_part() -> None:
 
 @pytest.mark.parametrize("row", LEGAL, ids="-".join)
 def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
-    best = []
     late = "previous" in CURVATURES[row[0]].asks  # says nothing of the first step
-    for lr in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+    for lr in (1e-2, 1e-1, 1e-3, 1.0, 1e-4):
         case = models.mlp()
         maker = from_config(case.model, mapping(*row))
         first = case.run().item()
@@ -114,13 +115,21 @@ def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
                 assert p.grad is not None and p.grad.isfinite().all()
                 assert k > 0 or late or oracles.relative_error(p.grad, g) > 1e-3
             optimizer.step()
-        best.append(case.run().item())
-    assert min(v for v in best if v == v) < 0.95 * first
+        if case.run().item() < 0.95 * first:
+            return
+    raise AssertionError("no learning rate lowers the loss by 5 %")
 
 
-@pytest.mark.parametrize("row", REFUSED, ids=lambda row: "-".join(row[:3]))
-def test_refused_triple_says_why_and_what_fits(row: tuple[str, str, str, str]) -> None:
-    c, label, s, reason = row
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_refused_triples_say_why_and_what_fits(curvature: str) -> None:
+    """Thousands of rows: one test for each curvature."""
+    rows = [row for row in REFUSED if row[0] == curvature]
+    assert rows
+    for row in rows:
+        check_refusal(*row)
+
+
+def check_refusal(c: str, label: str, s: str, reason: str) -> None:
     with pytest.raises(TripleError) as caught:
         from_config(nn.Linear(2, 2), mapping(c, label, s))
     assert str(caught.value) == reason
@@ -131,12 +140,12 @@ def test_refused_triple_says_why_and_what_fits(row: tuple[str, str, str, str]) -
     registry = CURVATURES if kind == "Curvatures" else SOLVERS
     for name in registry:
         if kind == "Solvers":
-            legal = (c, label, name) in LEGAL
+            legal = (c, label, name) in KNOWN
         else:
-            legal = any((name, label, other) in LEGAL for other in SOLVERS)
+            legal = (name, label) in PAIRS_THAT_FIT
         assert (name in fits) == legal, f"{name} is {'legal' if legal else 'refused'}"
     if "granularity='layer'" in reason:
-        assert any((c, "Diagonal(layer)", other) in LEGAL for other in SOLVERS)
+        assert (c, "Diagonal(layer)") in PAIRS_THAT_FIT
 
 
 @dataclass(frozen=True)
@@ -157,16 +166,16 @@ def refusal_of(*parts: Any) -> str:
 
 def test_sentences_are_computed_from_the_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_solver, wrong_curvature = (BatchGradient(), Diagonal(), Cholesky()), (BatchGradient(), Kron(), Cholesky())
-    assert refusal_of(*wrong_solver).endswith(": CG, Division")
-    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherMC, FisherEmp, FisherRecursive")
-    assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient")
+    assert refusal_of(*wrong_solver).endswith(": CG, Division, AbsoluteDivision")
+    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherMC, FisherEmp, FisherRecursive, FisherForward")
+    assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton")
     monkeypatch.setitem(SOLVERS, "Another", Another)
     monkeypatch.delitem(SOLVERS, "CG")
     monkeypatch.delitem(CURVATURES, "FisherMC")
     monkeypatch.setitem(CURVATURES, "Indefinite", Indefinite)
-    assert refusal_of(*wrong_solver).endswith(": Division, Another")
-    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherEmp, FisherRecursive")
-    assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Indefinite")
+    assert refusal_of(*wrong_solver).endswith(": Division, AbsoluteDivision, Another")
+    assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherEmp, FisherRecursive, FisherForward")
+    assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton, Indefinite")
 
 
 @pytest.mark.parametrize("solver", [s for s in SOLVERS.values() if s.definite])
@@ -176,7 +185,8 @@ def test_indefinite_curvature_is_refused(solver: type[Solver]) -> None:
     measured = type("Indefinite", (Indefinite,), {"gives": representation.takes})
     reason = refusal_of(measured(), representation, solver())
     assert "positive semidefinite" in reason and solver.__name__ in reason
-    indifferent = [n for n, s in SOLVERS.items() if not s.definite and isinstance(representation, s.needs)]
+    others = [(n, s) for n, s in SOLVERS.items() if not s.definite and isinstance(representation, s.needs)]
+    indifferent = [n for n, s in others if s().refuse(representation) is None]
     assert reason.endswith(", ".join(indifferent) or "none")
 
 

@@ -37,6 +37,7 @@ _SUMMING = Default((0.003, 0.01, 0.03, 0.1), 0.0)
 _ROOTED = Default((0.1, 0.3, 1.0, 3.0), 0.0)
 _DAMPED = Default((0.01, 0.03, 0.1, 0.3), 0.0)  # TNT: a damping of 0.1 on every factor makes short steps
 _FITTED = Default((0.01, 0.03, 0.1, 0.3), 0.0)  # AdaHessian: 0.15, the authors' code; K-BFGS: 0.3, the paper
+_WHOLE = Default((0.03, 0.1, 0.3, 1.0), 0.0)  # steps to the minimum of a model of this batch: one is the model's own length
 DEFAULTS = {
     "gradient": _MOMENTUM,
     "SGD": _MOMENTUM,
@@ -56,6 +57,7 @@ DEFAULTS = {
     "mfac": _ADAPTIVE,
     "tnt": _DAMPED,
     "ggt": _ROOTED,
+    **dict.fromkeys(("newton", "hessian_free", "ksd", "saddle_free", "lissa", "neumann", "curveball"), _WHOLE),
     "adahessian": _FITTED,
     "psgd": _FITTED,
     "psgd_kf": _FITTED,

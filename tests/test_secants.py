@@ -1,0 +1,455 @@
+"""Secants on consistent batches: L-BFGS, K-BFGS and K-BFGS(L)."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmaker import METHODS, from_config
+from gradmaker.curvature.evidence import Opening, OutputPair, Pair, PairedInputs
+from gradmaker.previous import _secants
+from gradmaker.representations import KronPairs, Pairs
+from gradmaker.representations.base import Fold, Frame
+from gradmaker.representations.kron_pairs import bfgs_update, double_damping
+from tests import models, oracles
+from tests.measure import site_order
+from tests.models import Case
+from tests.test_probes import dropout, quadratic, step, symmetric
+
+FOLD = Fold(0.9, 0.1, 0.1)
+SECANTS = ("lbfgs", "kbfgs", "kbfgs_l")
+ALL = (*SECANTS, "psgd", "psgd_kf", "adahessian", "esgd", "saddle_free_diagonal")
+
+
+def frame(*shape: int, stack: int = 1) -> Frame:
+    return Frame(stack, shape, frozenset(), torch.float64, torch.device("cpu"))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def dense_bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """(I - r s y^T) H (I - r y s^T) + r s s^T, as a product of matrices."""
+    r, eye = 1 / (s @ y), torch.eye(len(s), dtype=s.dtype)
+    V = eye - r * torch.outer(y, s)
+    return V.mT @ H @ V + r * torch.outer(s, s)
+
+
+def positive(size: int, seed: int = 0) -> Tensor:
+    X = randn(size, size, seed=seed)
+    return X @ X.mT + torch.eye(size, dtype=torch.float64)
+
+
+# --- the two loops ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("memory", [1, 4, 10])
+def test_two_loops_are_the_dense_recursion(memory: int) -> None:
+    """And take in the last ``memory`` pairs only; the secant equation of the newest holds (specification 2.8, 1e-12)."""
+    held, A = Pairs(memory), positive(6)
+    state = held.init(frame(6))
+    pairs = [(s, A @ s) for s in randn(7, 6, seed=1)]
+    for k, (s, y) in enumerate(pairs):
+        held.update(state, Pair(s[None], y[None]), FOLD)
+        H = torch.eye(6, dtype=torch.float64) * (s @ y) / (y @ y)
+        for one in pairs[max(0, k + 1 - memory) : k + 1]:
+            H = dense_bfgs(H, *one)
+        g = randn(1, 6, seed=k)
+        assert oracles.relative_error(held.apply(state, g)[0], H @ g[0]) < 1e-12
+        assert oracles.relative_error(held.apply(state, y[None])[0], s) < 1e-12
+        assert oracles.relative_error(torch.linalg.inv(held.to_dense(state)[0]), H) < 1e-9
+
+
+def test_no_memory_is_a_scale() -> None:
+    held = Pairs(0)
+    state = held.init(frame(4))
+    s, y = randn(2, 1, 4)
+    held.update(state, Pair(s, y * (s * y).sum().sign()), FOLD)
+    gamma = (s * y).sum().abs() / y.square().sum()
+    assert oracles.relative_error(held.apply(state, s), gamma * s) < 1e-12
+
+
+def test_quadratic_termination() -> None:
+    """With exact line searches and room for all pairs: P steps (specification 2.8)."""
+    A = positive(5)
+    case = quadratic(A)
+    maker: Any = METHODS["lbfgs"](case.model, METHODS["lbfgs"].Config(memory=5))
+    w = case.model.get_parameter("w")
+    for _ in range(5):
+        step(maker, case)
+        with torch.no_grad():
+            assert w.grad is not None
+            d, g = w.grad, A @ w
+            w -= (g @ d) / (d @ A @ d) * d
+    assert float((A @ w.detach()).norm()) < 1e-9
+
+
+@pytest.mark.parametrize("indefinite", ["skip", "damp"])
+def test_pairs_of_negative_curvature(indefinite: Any) -> None:
+    """Left out, or damped to a fifth of I / gamma: P stays positive through a thousand adversarial pairs."""
+    held = Pairs(5, indefinite)
+    state = held.init(frame(4, stack=2))
+    for k in range(1000):
+        s, y = randn(2, 2, 4, seed=k) * 10.0 ** (k % 7 - 3)
+        y = y if k % 97 else torch.full_like(y, torch.inf)
+        s = s if k % 89 else torch.zeros_like(s)
+        held.update(state, Pair(s, y), FOLD)
+        if k % 50 == 0:
+            P = held.apply(state, torch.eye(4, dtype=torch.float64)[None, 0].expand(2, 4))
+            assert P.isfinite().all() and (P[:, 0] > 0).all()
+    assert (state["inverse"] >= 0).all() and (state["taken"] + state["refused"] == 1000).all()
+    taken = float(state["taken"].double().mean())
+    assert taken > 950 if indefinite == "damp" else 300 < taken < 700
+
+
+def test_powell_damping_by_hand() -> None:
+    s, y = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[-1.0, 0.5]]).double()
+    held = Pairs(3, "damp")
+    state = held.init(frame(2))
+    held.update(state, Pair(s, y), FOLD)  # gamma is 1: s^T B s = 1, tau = 0.8 / (1 + 1) = 0.4
+    assert oracles.relative_error(state["y"][0, -1], torch.tensor([0.2, 0.2], dtype=torch.float64)) < 1e-12
+
+
+def test_tikhonov_is_added_to_every_pair() -> None:
+    held = Pairs(3, damping=0.5)
+    state = held.init(frame(3))
+    s, y = randn(1, 3), 2 * randn(1, 3)
+    held.update(state, Pair(s, y), FOLD)
+    assert oracles.relative_error(state["y"][0, -1], (y + 0.5 * s)[0]) < 1e-12
+
+
+def test_first_step_has_the_length_of_torch() -> None:
+    """min(1, 1 / |g|_1), until a pair has been taken."""
+    held = Pairs(3)
+    state = held.init(frame(3))
+    for g, gamma in (([2.0, -3.0, 5.0], 0.1), ([0.1, 0.0, 0.1], 1.0), ([0.0, 0.0, 0.0], 1.0)):
+        held.update(state, Opening(torch.tensor([g]).double()), FOLD)
+        assert float(state["gamma"]) == pytest.approx(gamma)
+
+
+# --- the pairs ---------------------------------------------------------------------------------------------------------------
+def flat_gradient(case: Case, x: Tensor, t: Tensor) -> Tensor:
+    named = [p for p in case.model.parameters() if p.requires_grad]
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(case.loss(case.model(x), t), named, materialize_grads=True)])
+
+
+def halves(case: Case) -> list[tuple[Tensor, Tensor]]:
+    n = len(case.x) // 2
+    return [(case.x[:n], case.t[:n]), (case.x[n:], case.t[n:])]
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_pairs_come_from_one_batch(interval: int) -> None:
+    """s and y of the batch before the step, at the weights before and after it, though the next batch is another one."""
+    case = models.mlp()
+    maker: Any = METHODS["lbfgs"](case.model, METHODS["lbfgs"].Config(curvature_interval=interval, acceptance=0.0))
+    (block,) = maker.plan.blocks
+    order = torch.cat([site_order(case.model, s) for s in block.sites])
+    last: Any = None
+    for k in range(7):
+        x, t = halves(case)[k % 2]
+        step(maker, case._replace(x=x, t=t))
+        if last is not None and k % interval == 0:
+            s, y = (v[order] for v in last)
+            if float(s @ y) > 0:
+                assert oracles.relative_error(block.state["s"][0, -1], s) < 1e-12
+                assert oracles.relative_error(block.state["y"][0, -1], y) < 1e-9
+        before, g = oracles.parameter_vector(case.model), flat_gradient(case, x, t)
+        with torch.no_grad():
+            for p in case.model.parameters():
+                p -= 0.1 * p.grad
+        if k % interval == 0:
+            last = oracles.parameter_vector(case.model) - before, flat_gradient(case, x, t) - g
+
+
+def test_dropout_is_the_same_on_both_sides() -> None:
+    """Without a move of the weights y is zero to the last bit, with dropout and batch norm."""
+    case = dropout()
+    maker: Any = METHODS["lbfgs"](case.model)
+    step(maker, case)
+    step(maker, case)
+    pairs = maker._previous
+    assert pairs.pairs is None and pairs.replay is not None
+    step(maker, case)
+    (block,) = maker.plan.blocks
+    assert int(block.state["refused"]) == 2 and int(block.state["taken"]) == 0
+    found = _secants(maker, maker._previous)
+    assert all(float(e.v.abs().max()) == float(e.cv.abs().max()) == 0 for e in found.values() if isinstance(e, Pair))
+
+
+def test_micro_batches_have_pairs_of_their_own_loss() -> None:
+    """The gradient in ``.grad`` carries the micro-batch's weight, its secant does not."""
+    case = models.mlp()
+    maker: Any = METHODS["lbfgs"](case.model, METHODS["lbfgs"].Config(acceptance=0.0))
+    expected = []
+    for _ in range(2):
+        case.model.zero_grad(set_to_none=True)
+        for x, t in halves(case):
+            y = maker.setup_model_call(case.model, x)
+            maker.setup_loss_call(case.loss, y, t)
+            maker.accumulate(0.5)
+        maker.precondition()
+        expected.append((oracles.parameter_vector(case.model), flat_gradient(case, x, t)))
+        with torch.no_grad():
+            for p in case.model.parameters():
+                p -= 0.3 * p.grad
+        expected.append((oracles.parameter_vector(case.model), flat_gradient(case, x, t)))
+    (block,) = maker.plan.blocks
+    order = torch.cat([site_order(case.model, s) for s in block.sites])
+    s, y = (a - b for a, b in zip(expected[1], expected[0], strict=True))
+    assert float(s @ y) > 0 and int(block.state["taken"]) == 1
+    assert oracles.relative_error(block.state["y"][0, -1], y[order]) < 1e-9
+
+
+def test_losses_that_are_not_finite_leave_the_pair_alone() -> None:
+    case = models.mlp()
+    maker: Any = METHODS["lbfgs"](case.model)
+    step(maker, case)
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p -= 0.1 * p.grad
+    step(maker, case._replace(loss=lambda y, t: case.loss(y, t) * torch.inf))
+    assert maker.skipped == 1 and maker._previous.pairs is not None
+    step(maker, case)
+    assert int(maker.plan.blocks[0].state["taken"]) == 1
+
+
+# --- K-BFGS ------------------------------------------------------------------------------------------------------------------
+def test_update_is_the_product_form() -> None:
+    """And holds the secant equation; a member that refuses keeps its matrix to the last bit."""
+    H, s, y = torch.stack([positive(4), positive(4, 1)]), randn(2, 4, seed=2), randn(2, 4, seed=3)
+    y = y * (s * y).sum(1, keepdim=True).sign()
+    found = bfgs_update(H, s, y, torch.tensor([True, False]))
+    assert oracles.relative_error(found[0], dense_bfgs(H[0], s[0], y[0])) < 1e-12
+    assert oracles.relative_error(found[0] @ y[0], s[0]) < 1e-12
+    assert torch.equal(found[1], (H[1] + H[1].mT) / 2)
+
+
+@pytest.mark.parametrize("form", ["powell", "shift"])
+def test_double_damping_bounds(form: str) -> None:
+    """s^T y >= 0.2 y^T H y and >= floor s^T s for any pair; a good one is not touched."""
+    H, floor = positive(4).expand(500, 4, 4), torch.full((500,), 0.3, dtype=torch.float64)
+    s, y = randn(2, 500, 4)
+    Hy = (H @ y.unsqueeze(-1)).squeeze(-1)
+    s1, y1 = double_damping(s, y, Hy, 0.2, floor, form)
+    assert ((s1 * y).sum(1) >= 0.2 * (y * Hy).sum(1) - 1e-9).all()
+    assert ((s1 * y1).sum(1) >= 0.3 * s1.square().sum(1) - 1e-9).all()
+    same = (s * y).sum(1) > torch.maximum(0.2 * (y * Hy).sum(1), 0.3 * s.square().sum(1))
+    assert same.any() and torch.equal(s1[same], s[same])
+    assert form == "shift" or torch.equal(y1[same], y[same])
+
+
+def inputs_of(a: Tensor, outputs: int) -> PairedInputs:
+    """(n, i) -> one position an example, a one appended."""
+    n = len(a)
+    return PairedInputs(a[None, :, None], torch.zeros(1, 1, n, 1, outputs, dtype=a.dtype), bias=True)
+
+
+def test_hessian_action_goes_to_the_inverse() -> None:
+    """One moment, many random directions: H_a -> (A + sqrt(damping) I)^-1 (specification 2.10: 4e-16 after 400)."""
+    held = KronPairs(damping=0.25)
+    state = held.init(frame(2, 4))
+    a = randn(50, 3)
+    held.update(state, inputs_of(a, 2), Fold(0.0, 1.0, 1.0))
+    x = torch.cat([a, torch.ones(50, 1, dtype=torch.float64)], 1)
+    exact = torch.linalg.inv(x.mT @ x / 50 + 0.5 * torch.eye(4, dtype=torch.float64))
+    assert oracles.relative_error(state["right"][0], exact) < 1e-12  # the first is inverted exactly
+    state["right"].copy_(torch.eye(4, dtype=torch.float64))
+    damped = held._damped_input(state)
+    for v in randn(400, 1, 4, seed=1):
+        s = (state["right"] @ v.unsqueeze(-1)).squeeze(-1)
+        held._push(state, "right", s, (damped @ s.unsqueeze(-1)).squeeze(-1))
+    assert oracles.relative_error(state["right"][0], exact) < 1e-12
+
+
+@pytest.mark.parametrize("pairs", [None, 10])
+def test_both_sides_stay_positive(pairs: int | None) -> None:
+    """A thousand adversarial pairs (property 44: s^T y < 0 among them), infinite ones, inputs of any scale."""
+    held = KronPairs(damping=0.3, pairs=pairs)
+    state = held.init(frame(3, 4, stack=2))
+    for k in range(1000):
+        s, y = randn(2, 2, 3, seed=k) * 10.0 ** (k % 5 - 2)
+        y = y if k % 97 else torch.full_like(y, torch.nan)
+        held.update(state, OutputPair(s, y), FOLD)
+        a = randn(2, 6, 1, 3, seed=-k) * 10.0 ** (k % 3 - 1)
+        held.update(state, PairedInputs(a, torch.zeros(1, 2, 6, 1, 3).double(), bias=True), FOLD)
+    for side in ("left", "right"):
+        H = held._formed(state, side)
+        assert torch.linalg.eigvalsh(H)[:, 0].min() > 0 and torch.equal(H, H.mT)
+    g = randn(2, 3, 4)
+    P = torch.linalg.inv(held.to_dense(state))
+    assert oracles.relative_error(held.apply(state, g), (P @ g.reshape(2, -1, 1)).reshape(g.shape)) < 1e-6
+
+
+def test_secant_equation_without_damping() -> None:
+    """Property 44: H_g y = s for a pair that needs no damping, in both forms of memory."""
+    for pairs in (None, 5):
+        held = KronPairs(damping=1e-12, pairs=pairs, memory_decay=0.0, least=0.0)
+        state = held.init(frame(3, 2))
+        for k in range(4):
+            s = randn(1, 3, seed=k)
+            held.update(state, OutputPair(s, s @ positive(3)), FOLD)
+        assert (
+            oracles.relative_error(held._inverse(state, "left", state["change"].unsqueeze(-1)).squeeze(-1), state["step"])
+            < 1e-12
+        )
+
+
+def secants_of(case: Case, method: str = "kbfgs", rate: float = 0.1) -> tuple[Any, dict[str, Any]]:
+    """The layer secants of one step."""
+    maker: Any = METHODS[method](case.model, METHODS[method].Config(momentum=0.0))
+    step(maker, case)
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p -= 0 if p.grad is None else rate * p.grad
+    return maker, _secants(maker, maker._previous)
+
+
+def test_last_layer_with_squares_keeps_the_identity() -> None:
+    """Half the squared error: y = s (specification 2.10, 1e-16), so that H_g stays I."""
+    base = models.mlp_gaussian()
+    case = base._replace(loss=lambda y, t: F.mse_loss(y, t, reduction="sum") / (2 * len(t)))
+    maker, found = secants_of(case)
+    assert oracles.relative_error(found["2"].cv, found["2"].v) < 1e-12
+    for _ in range(4):
+        step(maker, case)
+        with torch.no_grad():
+            for p in case.model.parameters():
+                p -= 0.1 * p.grad
+    block = next(b for b in maker.plan.blocks if b.sites[0].name == "2")
+    assert oracles.relative_error(block.state["left"][0], torch.eye(3, dtype=torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("make", [models.mlp, lambda: models.convolution(2, groups=2), lambda: models.convolution(1)])
+def test_layer_secants_by_hand(make: Callable[[], Case], reduction: str) -> None:
+    """Mean output, and sum over examples of the mean over locations of dL/d(output), before and after: by hooks."""
+    case = make()
+    case = case._replace(loss=lambda y, t: F.cross_entropy(y, t, reduction=reduction))
+    layers = {k: m for k, m in case.model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
+
+    def look() -> dict[str, tuple[Tensor, Tensor]]:
+        outputs: dict[str, Tensor] = {}
+        handles = [m.register_forward_hook(lambda _, __, y, k=k: outputs.__setitem__(k, y)) for k, m in layers.items()]
+        loss = case.run()
+        for handle in handles:
+            handle.remove()
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        flat = {k: (y.flatten(2).mean((0, 2)), g.flatten(2).mean(2).sum(0)) for (k, y), g in _spatial(outputs, gradients)}
+        return {k: (s.detach(), g) for k, (s, g) in flat.items()}
+
+    before = look()
+    _, found = secants_of(case)
+    after = look()
+    assert found.keys() == layers.keys()
+    for name, pair in found.items():
+        assert oracles.relative_error(pair.v.reshape(-1), after[name][0] - before[name][0]) < 1e-9
+        assert oracles.relative_error(pair.cv.reshape(-1), after[name][1] - before[name][1]) < 1e-9
+
+
+def _spatial(outputs: dict[str, Tensor], gradients: Any) -> Any:
+    wide = {k: y if y.ndim > 2 else y.unsqueeze(-1) for k, y in outputs.items()}
+    return zip(wide.items(), (g if g.ndim > 2 else g.unsqueeze(-1) for g in gradients), strict=True)
+
+
+def test_inputs_of_a_convolution_are_summed_over_locations() -> None:
+    """A = Omega, the sum over T locations, and sqrt(damping T) on it (specification 2.10)."""
+    case = models.convolution(2)
+    maker: Any = METHODS["kbfgs"](case.model, METHODS["kbfgs"].Config(damping=0.3))
+    patches = oracles.conv_patches(case.model.get_submodule("convolution"), case.x)
+    rows = patches.reshape(len(case.x), -1, patches.shape[-1])
+    x = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+    A = torch.einsum("nri,nrj->ij", x, x) / len(x)
+    step(maker, case)
+    block = next(b for b in maker.plan.blocks if b.sites[0].name == "convolution")
+    T = rows.shape[1]
+    found = block.triple.representation._damped_input(block.state)[0]
+    assert oracles.relative_error(found, A + (0.3 * T) ** 0.5 * torch.eye(len(A), dtype=A.dtype)) < 1e-10
+
+
+# --- state -------------------------------------------------------------------------------------------------------------------
+def reloaded(maker: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(maker.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def train(maker: Any, case: Case, start: int, stop: int) -> None:
+    for k in range(start, stop):
+        torch.manual_seed(k)  # dropout
+        x, t = halves(case)[k % 2]
+        step(maker, case._replace(x=x, t=t))
+        with torch.no_grad():
+            for p in case.model.parameters():
+                p -= 0.05 * p.grad
+
+
+@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_resume_is_bitwise_at_any_step(method: str, interval: int, at: int) -> None:
+    """Also while a pair is under way, with dropout and batch norm: saving completes it."""
+    case = dropout()
+    options = {"curvature_interval": interval, **({"pairs": 5} if method == "kbfgs_l" else {})}
+    maker = from_config(case.model, {"method": method, **options})
+    train(maker, case, 0, at)
+    state, model = reloaded(maker), copy.deepcopy(case.model.state_dict())
+    train(maker, case, at, at + 5)
+    twin = dropout()
+    twin.model.load_state_dict(model)
+    second = from_config(twin.model, {"method": method, **options})
+    second.load_state_dict(state)
+    train(second, twin, at, at + 5)
+    for p, q in zip(case.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_saved_before_the_optimizer_has_stepped() -> None:
+    """Nothing can be completed then: the pair is left out, and the next one is as ever."""
+    case = models.mlp()
+    maker: Any = METHODS["lbfgs"](case.model)
+    step(maker, case)
+    state = reloaded(maker)
+    assert state["secants"] == {}
+    second: Any = METHODS["lbfgs"](case.model)
+    second.load_state_dict(state)
+    for _ in range(2):
+        with torch.no_grad():
+            for p in case.model.parameters():
+                p -= 0.05 * p.grad
+        step(second, case)
+    assert int(second.plan.blocks[0].state["taken"] + second.plan.blocks[0].state["refused"]) == 1
+
+
+@pytest.mark.parametrize("method", SECANTS)
+def test_bad_options_are_refused(method: str) -> None:
+    bad: dict[str, list[dict[str, Any]]] = {
+        "lbfgs": [{"memory": -1}, {"indefinite": "flip"}, {"acceptance": -1.0}],
+        "kbfgs": [{"output_damping": "none"}, {"damping": 0.0}],
+        "kbfgs_l": [{"pairs": 0}, {"damping": 0.0}],
+    }
+    for options in bad[method]:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            METHODS[method].Config(**options)
+
+
+def test_hessian_is_not_consulted_where_it_is_wrong() -> None:
+    """The pairs of an indefinite quadratic: y = H s, and only those with s^T H s > 0 are taken."""
+    H = symmetric(4)
+    case = quadratic(H)
+    maker: Any = METHODS["lbfgs"](case.model)
+    for _ in range(6):
+        step(maker, case)
+        w = case.model.get_parameter("w")
+        with torch.no_grad():
+            w -= 0.1 * w.grad
+    state = maker.plan.blocks[0].state
+    kept = state["inverse"][0] > 0
+    assert oracles.relative_error(state["y"][0][kept], state["s"][0][kept] @ H) < 1e-9
