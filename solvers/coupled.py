@@ -49,8 +49,9 @@ def converge(
 def compose(half: Half, A: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """``A^(-1/p)`` for ``p = 2, 4, 8, ...`` as roots of ``A^(-1/2)``, and all iterations.  # (B, d, d), (B,)
 
-    The other way, ``(A^(1/2))^(-1/2)``, starts again from the small eigenvalues of ``A``, of which ``A^(1/2)`` has lost more than
-    its inverse: at a condition of 1e7 in float32 Denman and Beavers' ``A^(-1/4)`` is off by 2e-2 then, and by 7e-3 this way.
+    The other way, ``(A^(1/2))^(-1/2)``, starts again from the small eigenvalues of ``A``, of which ``A^(1/2)`` has lost more
+    than its inverse: at a condition of 1e7 in float32 Denman and Beavers' ``A^(-1/4)`` is off by 2e-2 then, and by 7e-3 this
+    way.
     """
     _, X, total = half(A, 0)
     for stage in range(1, p.bit_length() - 1):

@@ -55,7 +55,7 @@ OWN: list[tuple[str, str, Any]] = [
     ("kfac", "sharing", "expanded"),
     ("kfac", "bias", "both"),
     ("kfac", "damping", None),
-    ("shampoo", "root", "svd"),
+    ("shampoo", "root", "lu"),
     ("shampoo", "damping", None),
     ("adam", "damping", None),
     ("unit_ng", "fisher", 3),

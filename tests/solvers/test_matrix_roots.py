@@ -31,6 +31,7 @@ from gradmaker.solvers import (
     SvdRoot,
 )
 from gradmaker.solvers.diagnosis import COLUMNS
+from gradmaker.solvers.higher_order import _coefficients, coupled_series
 from gradmaker.solvers.matrix_root import MatrixRoot
 from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps
 
@@ -323,6 +324,19 @@ def test_polar_express_needs_the_fewest_steps() -> None:
             solver = NewtonSchulz(power=-0.5, damping=1 / condition, polynomial=polynomial)  # type: ignore[arg-type]
             found[polynomial] = read(solver.prepare(Dense(), {"matrix": A, "mass": A.new_ones(1)}, None), "iterations")[0]
         assert found["polar_express"] <= steps < found["quintic"] < found["cubic"] <= cubic + 3
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 8])
+def test_higher_order_has_its_order(p: int) -> None:
+    """From ``M = I - E`` a step leaves ``M^-1/p``'s series cut off: an error of the order of ``E^degree``."""
+    M = torch.diag(torch.tensor([1.0, 0.99, 0.999], dtype=torch.float64)).unsqueeze(0)
+    for degree in (2, 3, 5):
+        e = 1 - M[0].diagonal()
+        series = sum(b * e**j for j, b in enumerate(_coefficients(p, degree)))
+        assert ((series - (1 - e) ** (-1 / p)).abs() <= 1.1 * e**degree + 1e-15).all()
+    A = matrix(1e6, 96).unsqueeze(0)
+    counts = [float(coupled_series(A, p, degree, 100, 1e-8)[1]) for degree in (2, 3, 5)]
+    assert counts[0] > counts[1] > counts[2]
 
 
 @pytest.mark.parametrize("p", [2, 4, 6, 8])
