@@ -221,7 +221,9 @@ def test_order_of_examples(method: str) -> None:
     """Property 37, for methods that do not sample."""
     case = models.mlp()
     names = METHODS[method].Config.__dataclass_fields__
-    options = {"fisher": FisherExact()} if "fisher" in names else {}
+    options: dict[str, Any] = {"fisher": FisherExact()} if "fisher" in names else {}
+    if method == "hessian_free":  # which iterate is taken may hang on rounding, unless the last one is
+        options = {"backtrack": False, "tolerance": 1e-12}
     rows = torch.randperm(len(case.x))
     shuffled = models.mlp()._replace(x=case.x[rows], t=case.t[rows])
     tolerance = 1e-6 if method == "shampoo" else 1e-10  # roots of singular statistics amplify rounding
