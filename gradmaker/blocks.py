@@ -32,6 +32,7 @@ class Placement:
     max_dim: int
     dtype: torch.dtype | None
     nesterov: bool = False
+    decay: float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ class Block:
     def __init__(self, placements: list[Placement]) -> None:
         first = placements[0]
         self.sites = [p.site for p in placements]
-        self.triple, self.norm, self.momentum = first.triple, first.norm, first.momentum
+        self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
         self.nesterov = first.nesterov
         self.full = self.triple.representation.grain == "full"
         self.frame = _joined_frame(placements, self.full)
@@ -91,6 +92,12 @@ class Block:
         return float(self.frame.stack * sum(s**3 for s in sides) + 1)
 
     # ---------------------------------------------------------------- statistics
+    def fold(self, weight: float) -> Fold:
+        """How evidence of a micro-batch with this share of the loss enters the statistic."""
+        if self.decay is None:
+            return Fold(1.0, weight, 1.0, summed=True)
+        return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay)
+
     def update(self, portion: Mapping[str, Evidence], fold: Fold, further: set[str]) -> None:
         """Fold in one portion of a step's evidence.
 
@@ -263,7 +270,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
-        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.dtype)
+        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.dtype)
         if frame is not None:
             large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
             alone = p.site.name if large else ""

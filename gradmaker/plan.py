@@ -97,7 +97,7 @@ def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) ->
             continue
         norm = NORMS[method.norm]
         dtype = common.statistics_dtype()
-        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, method.nesterov))
+        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, method.nesterov, method.decay))
     return placements, rest
 
 

@@ -25,7 +25,6 @@ from gradmaker.maker import GradientMaker
 from gradmaker.plan import make_plan
 from gradmaker.previous import bookmark, complete
 from gradmaker.replay import Replay
-from gradmaker.representations.base import Fold
 from gradmaker.schedule import Clock, as_schedule
 from gradmaker.step import Previous, Step
 from gradmaker.summary import Summary, summarise
@@ -196,14 +195,12 @@ class PreconditionedGradientMaker(GradientMaker):
         return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
 
     def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
-        decay = self.config.decay
-        fold = Fold(1.0, weight, 1.0, summed=True) if decay is None else Fold(decay, (1 - decay) * weight, 1 - decay)
         blocks = [b for b in self.plan.blocks if b.triple.curvature == curvature]
         with _plain_arithmetic(self.model):
             for portion in curvature.measure(step):
                 with torch.no_grad():
                     for block in blocks:
-                        block.update(portion, fold, self._further)
+                        block.update(portion, block.fold(weight), self._further)
         self._ever |= self._further
 
     def forget_pass(self) -> None:

@@ -6,6 +6,7 @@ every step, whatever the intervals: a product ends with the graph of its step.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from gradmaker.config import GradientConfig, check_choice
@@ -84,8 +85,9 @@ class _MatrixFreeConfig(GradientConfig):
         super().__post_init__()
         self._triple()
 
+    @abstractmethod
     def _triple(self) -> Triple:
-        raise NotImplementedError
+        """The parts, the same for every site."""
 
     def triple(self, site: Site) -> Triple | None:
         return self._triple()
