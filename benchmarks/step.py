@@ -25,7 +25,14 @@ from gradmaker.compare.data import Data, Split, split
 from gradmaker.compare.rows import Row, parse_rows
 from gradmaker.compare.trial import Setting
 
-LEFT_OUT = ("gradient", "custom", "full_ng", "unit_ng")  # nothing to measure, or too large for these models
+LEFT_OUT = (
+    "gradient",
+    "custom",
+    "full_ng",
+    "unit_ng",
+    "layer_ng",
+    "newton",
+)  # nothing to measure, or too large for these models
 
 
 class Transformer(nn.Module):
@@ -120,7 +127,17 @@ def main(
     results = {}
     for case, (model, data, batch) in CASES.items():
         parts = split(data, 0.1)
-        setting = Setting(1, batch, "constant", 0.1, device, "cross_entropy", data.name, case, "")
+        setting = Setting(
+            epochs=1,
+            batch_size=batch,
+            schedule="constant",
+            validation=0.1,
+            device=device,
+            loss="",
+            data="",
+            model=case,
+            version="",
+        )
         costs = measure({row.label: row for row in rows}, model, parts, F.cross_entropy, setting, lambda: None)
         base = flops(REFERENCE, model, parts, setting)
         results[case] = {
