@@ -118,6 +118,7 @@ def flops(row: Row, model: Callable[[], nn.Module], parts: Split, setting: Setti
 def main(
     methods: Annotated[list[str] | None, typer.Argument(help="Methods; default: all but a few.")] = None,
     out: Annotated[Path, typer.Option(help="Markdown file; a JSON file is written beside it.")] = Path("benchmarks/step.md"),
+    case: Annotated[str, typer.Option(help="Only models whose name holds this.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -125,7 +126,9 @@ def main(
     torch.set_num_threads(threads)
     rows = parse_rows(methods or [m for m in METHODS if m not in LEFT_OUT], None, None)
     results = {}
-    for case, (model, data, batch) in CASES.items():
+    for name, (model, data, batch) in CASES.items():
+        if case not in name:
+            continue
         parts = split(data, 0.1)
         setting = Setting(
             epochs=1,
@@ -140,10 +143,10 @@ def main(
         )
         costs = measure({row.label: row for row in rows}, model, parts, F.cross_entropy, setting, lambda: None)
         base = flops(REFERENCE, model, parts, setting)
-        results[case] = {
+        results[name] = {
             row.label: {**costs[row.label].as_dict(), "flop_ratio": flops(row, model, parts, setting) / base} for row in rows
         }
-        print(case, json.dumps(results[case], indent=1))
+        print(name, json.dumps(results[name], indent=1))
     facts = machine(device)
     out.with_suffix(".json").write_text(json.dumps({"machine": facts, "cases": results}, indent=1) + "\n")
     out.write_text(render(results, facts))
