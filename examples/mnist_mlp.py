@@ -21,6 +21,12 @@ from gradmaker.compare import compare
 from gradmaker.compare.data import load
 
 METHODS = ["sgd", "adam", "kfac", "shampoo"]
+NOTE = """
+## What was seen before
+
+The default grids of K-FAC and Shampoo were shortened after earlier runs of this script, with one step more at the upper end: K-FAC
+diverged at 0.1; Shampoo was selected at 0.3, where one of three seeds diverged and the others reached 98.28 %.
+"""
 
 
 def model() -> nn.Module:
@@ -31,7 +37,7 @@ def model() -> nn.Module:
 def publish(out: Path, docs: Path) -> None:
     """Copy the page, its picture and the numbers."""
     page = (out / "report.md").read_text().replace("(overview.png)", "(images/mnist.png)")
-    (docs / "mnist.md").write_text(page)
+    (docs / "mnist.md").write_text(page.rstrip() + "\n" + NOTE)
     for name, place in (
         ("overview.png", "images/mnist.png"),
         ("results.csv", "data/mnist.csv"),
