@@ -24,8 +24,8 @@ METHODS = ["sgd", "adam", "kfac", "shampoo"]
 NOTE = """
 ## What was seen before
 
-The default grids of K-FAC and Shampoo were shortened after earlier runs of this script, with one step more at the upper end: K-FAC
-diverged at 0.1; Shampoo was selected at 0.3, where one of three seeds diverged and the others reached 98.28 %.
+The default grids of K-FAC and Shampoo were shortened after earlier runs of this script, with one step more at the upper end:
+K-FAC diverged at 0.1; Shampoo was selected at 0.3, where one of three seeds diverged and the others reached 98.28 %.
 """
 
 
