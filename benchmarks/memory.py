@@ -30,7 +30,7 @@ LIMIT = 6.0
 
 def run(row: str, width: int, batch: int) -> tuple[float, float]:
     """GiB at the peak of this process, and seconds of the step."""
-    from verify_models import resnet18
+    from networks import resnet18
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

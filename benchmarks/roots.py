@@ -223,7 +223,7 @@ def seconds(n: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     A = ((Q * torch.logspace(-6, 0, n)) @ Q.mT).to(dtype)
     R = (Q * torch.logspace(-3, 0, n)).mT.to(dtype)
     solvers: dict[str, Solver] = {
-        "Eigh": Eigh(power=-0.25, damping=1e-6, split="each", relative=True),
+        "Eigh": Eigh(power=-0.25, damping=1e-6, split="each", mode="largest"),
         "NewtonRoot": NewtonRoot(power=-0.25),
         "HigherOrder": HigherOrder(power=-0.25),
         "NewtonSchulz cubic": NewtonSchulz(power=-0.25, polynomial="cubic"),

@@ -4,7 +4,7 @@ from gradmaker.curvature.base import Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Factors, Gradient, Inputs, Joint, OneHot, Outer, Pair, Product
 from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
 from gradmaker.curvature.fisher_forward import FisherForward
-from gradmaker.curvature.gradient import BatchGradient
+from gradmaker.curvature.gradient import BatchGradient, DisplacedGradient
 from gradmaker.curvature.hessian import GaussNewton, Hessian
 from gradmaker.curvature.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
 from gradmaker.curvature.probe import GradientProbe, HessianProbe
@@ -28,6 +28,7 @@ CURVATURES: dict[str, type[Curvature]] = {
         GradientProbe,
         Secant,
         LayerSecant,
+        DisplacedGradient,
     )
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "Categorical",
     "Contrast",
     "Curvature",
+    "DisplacedGradient",
     "Evidence",
     "Factors",
     "FisherEmp",

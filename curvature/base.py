@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
 
 from gradmaker.curvature.evidence import Evidence
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
 
-__all__ = ["Curvature"]
+__all__ = ["NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
+
+NO_DRAWS = {"seed": "nothing is drawn at random here; sampled targets and probes are what a seed is for"}
+NO_OUTPUTS = {"likelihood": "this curvature needs none; FisherMC and FisherExact are those of a likelihood"}
+NO_REDUCTION = {"loss_reduction": "only FisherEmp reads it; a likelihood has its own, as in Categorical(reduction='sum')"}
 
 
 class Curvature(ABC):
@@ -25,10 +31,25 @@ class Curvature(ABC):
     definite: ClassVar[bool] = True
     """Whether ``C`` is positive semidefinite by construction."""
     layerwise: ClassVar[bool] = True
-    """Whether layer inputs and output gradients are captured."""
+    """Whether the evidence is that of layers: it speaks of their inputs and output gradients."""
 
-    asks: ClassVar[frozenset[str]] = frozenset()
-    """What is kept for it: ``graph`` (of the loss), ``replay`` (of the pass), ``previous`` (the last batch and step)."""
+    idle: ClassVar[dict[str, str]] = {}
+    """Options of a config that say nothing to this curvature, with the reason and a way out: configs refuse them."""
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What is kept for it: ``graph`` (of the loss), ``replay`` (of the pass), ``previous`` (the last batch and step)."""
+        return frozenset()
+
+    @property
+    def recorded(self) -> bool:
+        """Whether layer inputs and output gradients are captured."""
+        return self.layerwise
+
+    @property
+    def steady(self) -> bool:
+        """Whether it is one and the same matrix throughout a solve."""
+        return True
 
     @property
     def rides(self) -> bool:
@@ -39,6 +60,10 @@ class Curvature(ABC):
     def of_passes(self) -> bool:
         """Whether it is measured for every pass (micro-batch), not once a step from the gradient."""
         return self.layerwise or bool(self.asks)
+
+    def watches(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Modules whose calls it needs besides those of its sites."""
+        return ()
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         """What ``step.previous`` has to say, by site, now that the weights have moved: for those that ask for ``previous``."""

@@ -26,6 +26,7 @@ __all__ = [
     "Gradient",
     "Inputs",
     "Joint",
+    "Located",
     "OneHot",
     "Opening",
     "Outer",
@@ -297,6 +298,8 @@ class Product(Evidence):
 
     matvec: Callable[[Tensor], Tensor]  # of k vectors, each flat or in the block's shape: (k, ...) -> (k, ...)
     loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
+    slope_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # the loss there, and its gradient: (1, P) -> (), (1, P)
+    squares: Tensor | None = None  # the diagonal of the empirical Fisher matrix  # (1, P)
 
     def rows(self) -> Tensor:
         raise TypeError("a product has no rows")
@@ -314,7 +317,14 @@ class Gradient(Evidence):
 
 @dataclass(frozen=True)
 class Opening(Gradient):
-    """A gradient that says how long a first step should be, where there is no pair yet."""
+    """A gradient that comes along with pairs: how long a first step should be, and whether what they give is sound."""
+
+
+@dataclass(frozen=True)
+class Located(Gradient):
+    """A gradient, and the weights that it was taken at."""
+
+    weights: Tensor  # like the gradient
 
 
 @dataclass(frozen=True)

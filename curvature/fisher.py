@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
 
@@ -46,6 +46,7 @@ class _Pulled(Curvature):
     """A Fisher whose cotangents at the loss are pulled back in extra passes."""
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    idle = NO_REDUCTION
 
     @abstractmethod
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
@@ -74,6 +75,8 @@ class FisherExact(_Pulled):
 
     Reference: Martens, 2014, arXiv:1412.1193, section 9; Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662.
     """
+
+    idle = NO_DRAWS | NO_REDUCTION
 
     chunk: int | None = None
     """Cotangents that are pulled back at once; None takes as many as ``memory`` has room for."""
@@ -131,6 +134,11 @@ class FisherEmp(Curvature):
     def __post_init__(self) -> None:
         if self.examples not in ("sequence", "token"):
             raise ValueError(f"examples={self.examples!r}: expected 'sequence' or 'token'")
+
+    @property
+    def idle(self) -> dict[str, str]:  # type: ignore[override]
+        """Single tokens come from a recognised loss alone."""
+        return NO_DRAWS if self.rides else NO_DRAWS | NO_REDUCTION
 
     @property
     def rides(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Inputs, Outer
 from gradmaker.curvature.fisher import _Portion
 
@@ -47,6 +47,7 @@ class FisherForward(Curvature):
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Inputs,)
+    idle = NO_DRAWS | NO_REDUCTION
 
     @property
     def rides(self) -> bool:

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Evidence, Gradient
+import torch
+from torch import Tensor, nn
+
+from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
+from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Located
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
 
-__all__ = ["BatchGradient"]
+__all__ = ["BatchGradient", "DisplacedGradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,37 @@ class BatchGradient(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
     layerwise: ClassVar[bool] = False
+    idle = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found = ((site, site.read()) for site in step.sites)
         yield {site.name: Gradient(g.to(step.statistics_dtype(site))) for site, g in found if g is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisplacedGradient(Curvature):
+    """Mini-batch gradients and the weights at which they are taken: ``grad f(w + v) = grad f(w) + H v`` to first order.
+
+    The Hessian of each batch is in what a displacement of the weights changes. No pass beyond the ordinary backward.
+
+    Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, section 2.
+    """
+
+    gives: ClassVar[tuple[type[Evidence], ...]] = (Located,)
+    layerwise: ClassVar[bool] = False
+    definite: ClassVar[bool] = False
+    idle = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
+
+    def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
+        found: dict[str, Located] = {}
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for site in step.sites:
+            dtype, g = step.statistics_dtype(site), site.read()
+            held: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
+            w = site.lay_out(held).to(dtype)
+            located = Located(torch.zeros_like(w) if g is None else g.to(dtype), w)
+            pieces.append((located.gradient.reshape(1, -1), w.reshape(1, -1)))
+            if g is not None:
+                found[site.name] = located
+        g, w = (torch.cat(part, 1) for part in zip(*pieces, strict=True))
+        yield {**found, WHOLE: Located(g, w)} if found else {}

@@ -6,28 +6,34 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import WHOLE, Evidence, Product
+from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
+from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
+from gradmaker.curvature.fisher import FisherEmp
 from gradmaker.vectors import Layout
 
 if TYPE_CHECKING:
+    from gradmaker.batches import Batch
     from gradmaker.graph import Graph, Vectors
     from gradmaker.replay import Replay
     from gradmaker.sites import Site
     from gradmaker.step import Step
 
-__all__ = ["GaussNewton", "Hessian", "Mode", "multiply_gauss_newton", "multiply_hessian"]
+__all__ = ["GaussNewton", "Hessian", "Mode", "Products", "multiply_gauss_newton", "multiply_hessian"]
 
 Mode: TypeAlias = Literal["reverse", "forward", "difference"]
 """``reverse``: backward of backward; ``forward``: forward-over-reverse; ``difference``: of gradients at displaced weights."""
 
 Multiply: TypeAlias = Callable[[Mapping[nn.Parameter, Tensor]], dict[nn.Parameter, Tensor]]
 """One vector, as a tensor for each parameter, to its image."""
+
+Apply: TypeAlias = Callable[[Layout, Tensor], Tensor]
+"""Vectors as the rows of a matrix, laid out as sites, to their images."""
 
 DIFFERENCE = 1 / 3
 """The error of a central difference is least where the relative displacement is the unit roundoff to this power."""
@@ -39,29 +45,106 @@ ADVICE = (
 )
 
 
-class _Products(Curvature):
+@dataclass(frozen=True, kw_only=True)
+class Products(Curvature):
     """Evidence ``v -> C v``: of all sites as one vector, and of every site alone."""
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Product,)
     layerwise: ClassVar[bool] = False
-    asks: ClassVar[frozenset[str]] = frozenset({"graph", "replay"})
+
+    examples: int | None = None
+    """Products are on so many examples of the batch, drawn anew for every step; None takes all of them."""
+    fresh: bool = False
+    """Whether they are drawn anew for every product, which few solvers can live with."""
+    squares: bool = False
+    """Whether the diagonal of the empirical Fisher matrix is measured along, from the ordinary backward pass."""
+
+    def __post_init__(self) -> None:
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"examples={self.examples!r}: expected an integer of at least 1, or None for the whole batch")
+        if self.fresh and self.examples is None:
+            raise ValueError("fresh=True: say how many examples are drawn for every product, by examples=")
+
+    @property
+    def idle(self) -> dict[str, str]:  # type: ignore[override]
+        """What draws and what has to know the loss or how it reduces depends on the options."""
+        drawn, squares = self.examples is not None, self.squares
+        known = ({} if squares else NO_OUTPUTS) | ({} if drawn or squares else NO_REDUCTION)
+        return known if drawn else known | NO_DRAWS
+
+    @property
+    def steady(self) -> bool:
+        return not self.fresh
+
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"graph", "replay"} if self.examples is None else {"replay"})
+
+    @property
+    def recorded(self) -> bool:
+        return self.squares
+
+    @property
+    def rides(self) -> bool:
+        """The gradients of examples come with the ordinary backward pass."""
+        return self.squares
 
     @abstractmethod
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
         """``v -> C v`` for one vector."""
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
-        assert step.graph is not None and step.replay is not None
-        gradients = step.graph.gradients
-        reached = [s for s in step.sites if any(gradients[p] is not None for p in s.parameters.values())]
-        multiply = self.multiplier(step.graph, step.replay)
-        portion: dict[str, Evidence] = {site.name: _product(multiply, step.replay, [site]) for site in reached}
-        portion[WHOLE] = _product(multiply, step.replay, step.sites)
+        assert step.batches is not None
+        apply, own, search = self._applied(step, step.batches.curvature), step.batches.own, step.batches.search
+
+        def product(sites: list[Site], squares: Tensor | None = None) -> Product:
+            layout = Layout(sites)
+            losses = partial(_loss_at, layout, own.replay), partial(_slope_at, layout, search.replay)
+            return Product(partial(apply, layout), *losses, squares)
+
+        reached = [s for s in step.sites if any(p.grad is not None for p in s.parameters.values())]
+        portion: dict[str, Evidence] = {site.name: product([site]) for site in reached}
+        portion[WHOLE] = product(step.sites, _squares(step) if self.squares else None)
         yield portion
+
+    def _applied(self, step: Step, batch: Batch) -> Apply:
+        """On all examples, on the ones drawn now, or on others in every call."""
+        if self.examples is None:
+            assert step.graph is not None
+            return self._bound(batch, step.graph)
+        generator = step.generator("examples", torch.device("cpu"))
+        if self.fresh:
+            return lambda layout, vectors: self._drawn(batch, generator)(layout, vectors)
+        with step.tape.paused():
+            return self._drawn(batch, generator)
+
+    def _drawn(self, batch: Batch, generator: torch.Generator) -> Apply:
+        assert self.examples is not None
+        part = batch.sample(self.examples, generator)
+        return self._bound(part, part.graph())
+
+    def _bound(self, batch: Batch, graph: Graph) -> Apply:
+        return partial(_apply, self.multiplier(graph, batch.replay), batch.scale())
+
+
+@torch.no_grad()
+def _squares(step: Step) -> Tensor:
+    """The diagonal of `FisherEmp`: squares of the gradients of examples; zeros for layers that took no part.  # (1, P)"""
+    (portion,) = FisherEmp().measure(step)
+    pieces = []
+    for site in step.sites:
+        if site.name in portion:
+            outer = portion[site.name]
+            assert isinstance(outer, Outer)
+            pieces.append(outer.squares().reshape(1, -1))
+        else:
+            like = next(iter(site.parameters.values()))
+            pieces.append(torch.zeros(1, prod(site.shape), dtype=step.statistics_dtype(site), device=like.device))
+    return torch.cat(pieces, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hessian(_Products):
+class Hessian(Products):
     """``H = d^2 L / d theta^2`` of the loss of the batch, with its dropout masks and batch statistics.
 
     What cannot be differentiated backwards twice is differentiated forwards over backwards; ``mode="forward"`` does so at once,
@@ -76,6 +159,7 @@ class Hessian(_Products):
     mode: Mode = "reverse"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r}: legal are {', '.join(map(repr, get_args(Mode)))}")
 
@@ -84,7 +168,7 @@ class Hessian(_Products):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussNewton(_Products):
+class GaussNewton(Products):
     """``G = J^T Lambda J``, ``J`` the Jacobian of the logits and ``Lambda`` the Hessian of the loss in them.
 
     For the recognised losses it is the Fisher matrix; another loss needs to be convex in what ``setup_logits_repr`` names.
@@ -97,23 +181,26 @@ class GaussNewton(_Products):
         return partial(multiply_gauss_newton, graph)
 
 
-def _product(multiply: Multiply, replay: Replay, sites: list[Site]) -> Product:
-    layout = Layout(sites)
-    return Product(partial(_apply, layout, multiply), partial(_loss_at, layout, replay))
-
-
-def _apply(layout: Layout, multiply: Multiply, vectors: Tensor) -> Tensor:
+def _apply(multiply: Multiply, scale: Tensor | float, layout: Layout, vectors: Tensor) -> Tensor:
     """Vectors as rows; several at once in one pass where torch can.  # (k, ...) -> (k, ...)"""
     spread = layout.spread(vectors)
     if len(vectors) == 1:
-        image = multiply({p: v[0] for p, v in spread.items()})
-        return layout.gather({p: v.unsqueeze(0) for p, v in image.items()}, vectors.dtype).reshape(vectors.shape)
-    return layout.gather(torch.vmap(multiply)(spread), vectors.dtype).reshape(vectors.shape)
+        images = {p: v.unsqueeze(0) for p, v in multiply({p: v[0] for p, v in spread.items()}).items()}
+    else:
+        images = torch.vmap(multiply)(spread)
+    found = layout.gather(images, vectors.dtype).reshape(vectors.shape)
+    return found * scale if isinstance(scale, Tensor) or scale != 1.0 else found
 
 
 def _loss_at(layout: Layout, replay: Replay, displacement: Tensor) -> Tensor:
     """The loss at ``theta + displacement``.  # (1, P) -> ()"""
     return replay.loss_at({p: d[0] for p, d in layout.spread(displacement).items()}).reshape(())
+
+
+def _slope_at(layout: Layout, replay: Replay, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss at ``theta + displacement`` and its gradient.  # (1, P) -> (), (1, P)"""
+    loss, gradient = replay.slope_at({p: d[0] for p, d in layout.spread(displacement).items()})
+    return loss.reshape(()), layout.gather({p: g.unsqueeze(0) for p, g in gradient.items()}, displacement.dtype)
 
 
 # ------------------------------------------------------------------ products

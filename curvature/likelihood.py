@@ -1,26 +1,19 @@
 """Losses as likelihoods: the one place that knows reductions, masks, class weights, smoothing, soft labels and loss factors.
 
-Every recognised loss is ``L = sum_m omega_m l_m(z_m) + const``, and its generalised Gauss-Newton matrix is
-``G = sum_m J_m^T Lambda_m J_m`` with ``Lambda_m = omega_m d^2 l_m / dz_m^2 = sum_k s_mk s_mk^T``. The cotangents ``s`` carry
-every scale of the loss: nothing is left to fold in afterwards.
-
-Letters: ``m`` loss terms (rows), ``C`` coordinates of a term, ``n`` examples, ``R`` positions per example (``m = n R``, the
-position runs fastest), ``k`` columns, ``M`` the denominator of a mean.
-
-Reference: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, sections 8-10;
-Kunstner, Hennig, Balles, "Limitations of the empirical Fisher approximation", NeurIPS 2019, arXiv:1905.12558.
+The terms themselves, and the factors of their curvature, are in `gradmaker.curvature.terms`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.recorder import LossCall, LossRecorder, Weighting, compute
+from gradmaker.curvature.recorder import LossCall, LossRecorder, Weighting
+from gradmaker.curvature.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, rows_of
 
 __all__ = [
     "LIKELIHOODS",
@@ -37,166 +30,7 @@ __all__ = [
 ]
 
 
-# -------------------------------------------------------------------- loss terms and the factors of their curvature
-@dataclass(frozen=True, eq=False)
-class Terms(ABC):
-    """The terms of one loss call: ``L = sum_m omega_m l_m(z_m) + const``.
-
-    ``denominator`` is the ``M`` of the loss' own mean: the number of valid terms, or their summed class weights; 1 for
-    ``sum``; for ``none`` the number of terms that count, as if the user took their mean.
-    A term that the user subtracts has no semidefinite curvature: its omega is 0.
-    """
-
-    z: Tensor  # as given to the loss, in the graph
-    axis: int | None  # of z, the one that holds the C coordinates; None: every element is a term
-    omega: Tensor  # (m,) dL/dl_m, detached
-    denominator: Tensor  # ()
-
-    def valid(self) -> Tensor:
-        """Whether a term counts at all.  # (m,) bool"""
-        return self.omega != 0
-
-    def masked(self) -> Tensor:
-        """Whether any term does not count.  # () bool"""
-        return ~self.valid().all()
-
-    def positions(self, examples: int) -> int:
-        """Loss terms per example, ``R``."""
-        terms = self.omega.numel()
-        if examples < 1 or terms % examples:
-            raise ValueError(
-                f"{terms} loss terms (z of shape {tuple(self.z.shape)}) do not divide into {examples} examples: every example "
-                "needs the same number of terms; give the size of the batch that this z was computed from"
-            )
-        return terms // examples
-
-    def columns(self, examples: int) -> int:
-        """Number of cotangents of `exact`, ``R C``."""
-        return self.positions(examples) * self._width
-
-    def exact(self, examples: int, chunk: int | None = None) -> Iterator[Tensor]:
-        """Cotangents whose outer products sum to the GGN of each example; column ``(t, c)`` lives at position ``t`` only.
-
-        One position at a time keeps cross terms between positions out of ``sum_k (J^T s_k)(J^T s_k)^T``.
-        At most ``chunk`` columns are formed at once.  # yields (k, *z.shape)
-        """
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk={chunk} columns cannot be formed: give 1 or more, or None for all at once")
-        total = self.columns(examples)
-        size = max(1, total if chunk is None else chunk)
-        for start in range(0, total, size):
-            yield self._chunk(examples, start, min(start + size, total))
-
-    @torch.no_grad()
-    def sample(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Gradients at labels drawn from the model, over ``sqrt(samples)``: ``E sum_k s_k s_k^T = Lambda``.
-
-        Labels of different terms are independent; the user's labels, smoothed or not, do not enter.  # (samples, *z.shape)
-        """
-        if samples < 1:
-            raise ValueError(f"samples={samples} cannot be drawn: give 1 or more")
-        return self._restore(self._draw(samples, generator) / samples**0.5)
-
-    @torch.no_grad()
-    def empirical(self, gradient: Tensor, examples: int) -> Tensor:
-        """The gradient of the loss itself, terms apart: ``sqrt(M) dL/dz`` at position ``t``, zero elsewhere, for each ``t``.
-
-        Together ``1/M sum_m g_m g_m^T`` with ``g_m = M dL/dz_m``.  gradient: like z  # (R, *z.shape)
-        """
-        R = self.positions(examples)
-        scaled = _rows(gradient, self.axis) * self.denominator.sqrt()  # (m, C)
-        eye = torch.eye(R, dtype=scaled.dtype, device=scaled.device)
-        return self._restore(scaled.reshape(examples, R, -1) * eye[:, None, :, None])
-
-    @property
-    def _width(self) -> int:
-        return 1 if self.axis is None else self.z.shape[self.axis]
-
-    @torch.no_grad()
-    def _chunk(self, examples: int, start: int, stop: int) -> Tensor:
-        R, device = self.positions(examples), self.omega.device
-        column = torch.arange(start, stop, device=device)
-        t, c = column // self._width, column % self._width
-        rows = t.unsqueeze(1) + R * torch.arange(examples, device=device)  # (k, n)
-        out = self.omega.new_zeros(stop - start, self.omega.numel(), self._width)
-        out[torch.arange(stop - start, device=device).unsqueeze(1), rows] = self._columns(rows, c)
-        return self._restore(out)
-
-    def _restore(self, rows: Tensor) -> Tensor:
-        """From rows back to the layout of z.  # (k, m, C) or (k, n, R, C) -> (k, *z.shape)"""
-        shape = list(self.z.shape)
-        if self.axis is None:
-            return rows.reshape(-1, *shape).to(self.z.dtype)
-        shape.append(shape.pop(self.axis))
-        return rows.reshape(rows.shape[0], *shape).movedim(-1, self.axis + 1).to(self.z.dtype)
-
-    @abstractmethod
-    def _columns(self, rows: Tensor, c: Tensor) -> Tensor:
-        """Column ``c`` of the factor of each row.  # (k, n), (k,) -> (k, n, C)"""
-
-    @abstractmethod
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Gradients at sampled labels.  # (samples, m, C)"""
-
-
-@dataclass(frozen=True, eq=False)
-class CategoricalTerms(Terms):
-    """``Lambda = omega (diag p - p p^T)``, columns ``sqrt(omega p_c) (p - e_c)``."""
-
-    p: Tensor  # (m, C)
-
-    def _columns(self, rows: Tensor, c: Tensor) -> Tensor:
-        out = self.p[rows]
-        out[torch.arange(len(c), device=c.device), :, c] -= 1
-        scale = self.omega[rows] * self.p[rows, c.unsqueeze(1)]
-        return out.mul_(scale.sqrt().unsqueeze(-1))
-
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        # by the inverse of the cumulative sum: torch.multinomial reads back to the host when one sample is asked for
-        m, C = self.p.shape
-        total = self.p.cumsum(-1)
-        u = torch.rand(m, samples, generator=generator, dtype=self.p.dtype, device=self.p.device)
-        label = torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=C - 1)
-        out = self.p.repeat(samples, 1, 1)
-        out.scatter_add_(2, label.mT.unsqueeze(-1), out.new_full((samples, m, 1), -1.0))
-        return out.mul_(self.omega.sqrt().unsqueeze(-1))
-
-
-@dataclass(frozen=True, eq=False)
-class GaussianTerms(Terms):
-    """``Lambda`` diagonal; the gradient at a sampled label is normal."""
-
-    curvature: Tensor  # (m, C), the diagonal of Lambda
-
-    def _columns(self, rows: Tensor, c: Tensor) -> Tensor:
-        out = self.omega.new_zeros(*rows.shape, self._width)
-        out[torch.arange(len(c), device=c.device), :, c] = self.curvature[rows, c.unsqueeze(1)].sqrt()
-        return out
-
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        noise = self.omega.new_empty(samples, *self.curvature.shape).normal_(generator=generator)
-        return noise.mul_(self.curvature.sqrt())
-
-
-@dataclass(frozen=True, eq=False)
-class BernoulliTerms(GaussianTerms):
-    """``Lambda = diag(scale sigma (1 - sigma))``; the gradient at a sampled label is ``sqrt(scale) (sigma - y)``."""
-
-    scale: Tensor  # (m, C)
-    sigma: Tensor  # (m, C)
-
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        label = torch.bernoulli(self.sigma.expand(samples, -1, -1), generator=generator)
-        return (self.sigma - label).mul_(self.scale.sqrt())
-
-
 # -------------------------------------------------------------------- from weights to terms
-def _rows(x: Tensor, axis: int | None) -> Tensor:
-    """Terms as rows, detached, in single precision or better.  # (m, C)"""
-    x = compute(x.detach())
-    return x.reshape(-1, 1) if axis is None else x.movedim(axis, -1).reshape(-1, x.shape[axis])
-
-
 def _denominator(total: Tensor, count: Tensor, reduction: str) -> Tensor:
     """``M``, with 1 for an empty mean: all of its terms are masked, so they stay 0 instead of NaN."""
     M = {"mean": total, "sum": torch.ones_like(total), "none": count.to(total.dtype)}[reduction]
@@ -217,7 +51,7 @@ class Likelihood(ABC):
 
     def terms(self, z: Tensor, factor: float | Tensor = 1.0, valid: Tensor | None = None) -> Terms:
         """The terms of ``factor * reduction_m l_m(z_m)``.  factor: a number, () or one for each term; valid: None for all"""
-        rows = _rows(z, self.axis_of(z))
+        rows = rows_of(z, self.axis_of(z))
         kept = rows.new_ones(len(rows)) if valid is None else valid.detach().reshape(-1).to(rows)
         if len(kept) != len(rows):
             raise ValueError(
@@ -254,7 +88,7 @@ class Categorical(Likelihood):
 
     def read(self, w: Weighting) -> Terms:
         axis = self.axis_of(w.z)
-        z = _rows(w.z, axis)
+        z = rows_of(w.z, axis)
         weight = w.weight.reshape(-1).to(z.dtype).clamp(min=0)
         M = _denominator(w.total, weight.count_nonzero(), w.reduction)
         omega = weight / M if w.reduction == "mean" else weight
@@ -273,14 +107,14 @@ class Independent(Likelihood):
         return z.ndim - 1 if z.ndim > 1 else None
 
     def _spread(self, weight: Tensor, z: Tensor) -> Tensor:
-        return weight.unsqueeze(-1).expand_as(_rows(z, self.axis_of(z))).reshape(z.shape)
+        return weight.unsqueeze(-1).expand_as(rows_of(z, self.axis_of(z))).reshape(z.shape)
 
     def _scale(self, w: Weighting) -> tuple[Tensor, Tensor, Tensor]:
         """A mean over elements is the mean over ``M = total / per`` terms, each the mean of its elements.
 
         Returns the scale of each element (m, C), omega (m,) and ``M`` ().
         """
-        weight = _rows(w.weight, self.axis_of(w.z)).to(torch.promote_types(w.z.dtype, torch.float32)).clamp(min=0)
+        weight = rows_of(w.weight, self.axis_of(w.z)).to(torch.promote_types(w.z.dtype, torch.float32)).clamp(min=0)
         M = _denominator(w.total / w.per, weight.any(-1).sum(), w.reduction)
         if w.reduction == "mean":
             scale = weight / (M * w.per)
@@ -304,7 +138,7 @@ class Bernoulli(Independent):
     def read(self, w: Weighting) -> Terms:
         scale, omega, M = self._scale(w)
         axis = self.axis_of(w.z)
-        z = torch.where(scale != 0, _rows(w.z, axis), 0.0)  # logits of masked elements may be anything
+        z = torch.where(scale != 0, rows_of(w.z, axis), 0.0)  # logits of masked elements may be anything
         sigma = z.sigmoid()
         return BernoulliTerms(w.z, axis, omega, M, scale * sigma * (-z).sigmoid(), scale, sigma)
 
@@ -327,7 +161,7 @@ def terms_from_gradient(likelihood: str | Likelihood, z: Tensor, gradient: Tenso
     A term whose gradient is exactly zero is taken as masked. Factors of the loss cannot be seen and are taken as 1.
     """
     likelihood = find_likelihood(likelihood)
-    return likelihood.terms(z, valid=_rows(gradient, likelihood.axis_of(z)).any(-1))
+    return likelihood.terms(z, valid=rows_of(gradient, likelihood.axis_of(z)).any(-1))
 
 
 def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.base import NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class HessianProbe(Curvature):
     What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
     ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
     the dtype. Each micro-batch is probed by itself, with vectors of its own. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to
-    ``H v``, which bounds a fitted inverse by ``1 / lift``.
+    ``H v``, unless that is zero throughout, which bounds a fitted inverse by ``1 / lift``.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
@@ -34,11 +34,15 @@ class HessianProbe(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
     layerwise: ClassVar[bool] = False
-    asks: ClassVar[frozenset[str]] = frozenset({"graph"})
+    idle = NO_OUTPUTS | NO_REDUCTION
 
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     samples: int = 1
     lift: float = 0.0
+
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"graph"})
 
     def __post_init__(self) -> None:
         if self.distribution not in ("rademacher", "gaussian"):
@@ -75,13 +79,15 @@ class HessianProbe(Curvature):
 class GradientProbe(Curvature):
     """Pairs ``(v, g)`` of independent normal noise and the mini-batch gradient, from which PSGD fits a whitening.
 
-    The criterion ``E[g^T P g + v^T P^-1 v]`` is least at ``P = E[g g^T]^(-1/2)``; no pass beyond the ordinary backward.
+    The criterion ``E[g^T P g + v^T P^-1 v]`` is least at ``P = E[g g^T]^(-1/2)``, so that the curvature is ``E[g g^T]^(1/2)``;
+    no pass beyond the ordinary backward. ``lift`` as of `HessianProbe`: a gradient that is zero throughout says nothing.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Pooladzandi, Li, 2024, arXiv:2402.04553, section 3 (whitening).
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Contrast,)
     layerwise: ClassVar[bool] = False
+    idle = NO_OUTPUTS | NO_REDUCTION
 
     lift: float = 0.0
 
@@ -113,4 +119,5 @@ def _lifted(step: Step, name: str, h: Tensor, lift: float) -> Tensor:
     if not lift:
         return h
     noise = _normal(step.generator(name, h.device), h).to(h.dtype)
-    return h + (lift + torch.finfo(h.dtype).eps * h.abs()) * noise
+    lifted = h + (lift + torch.finfo(h.dtype).eps * h.abs()) * noise
+    return torch.where(h.flatten(1).any(1).view(-1, *[1] * (h.ndim - 1)), lifted, h)

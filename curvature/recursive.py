@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Factors
 from gradmaker.curvature.likelihood import Terms
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gradmaker.sites import Site
     from gradmaker.step import Step
 
-__all__ = ["FisherRecursive", "find_chain"]
+__all__ = ["FisherRecursive", "break_of_chain", "find_chain"]
 
 ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
@@ -40,6 +40,7 @@ class FisherRecursive(Curvature):
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Factors,)
+    idle = NO_DRAWS | NO_REDUCTION
 
     chunk: int = 64
     """Columns of the factor of ``Lambda`` that are formed at once: a bound on memory."""
@@ -48,28 +49,25 @@ class FisherRecursive(Curvature):
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk}: expected an integer of at least 1")
 
+    def watches(self, model: nn.Module) -> Iterable[nn.Module]:
+        """All linear layers: the recursion goes through those that are frozen or ignored as well."""
+        return [module for _, module in find_chain(model)]
+
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         terms, chain = _only(step.terms), find_chain(step.tape.root)
         sites = {m: [s for s in step.active() if m in s.modules] for _, m in chain}
-        for name, module in chain:
-            if not sites[module] or len(step.tape.calls[module]) != 1:
-                raise ValueError(
-                    f"FisherRecursive: {name} takes no part, is frozen or ignored, or is called more than once, which breaks "
-                    "the chain: use FisherExact (kflr)"
-                )
-        calls = [step.tape.calls[m][0] for _, m in chain]
+        lowest = next(j for j, (_, m) in enumerate(chain) if sites[m])
+        calls = [_call(step, name, module) for name, module in chain[lowest:]]
         weights = _example_weights(step, terms)
         found: dict[str, Evidence] = {}
-        B = self._output_factor(terms, step.examples)
-        B = B * _slope_moment(terms.z, calls[-1], weights)
-        for j in range(len(chain) - 1, -1, -1):
-            module = chain[j][1]
+        after, B = terms.z, self._output_factor(terms, step.examples)
+        for (_, module), call in zip(reversed(chain), reversed(calls), strict=False):
+            B = B * _slope_moment(after, call, weights)
             for site in sites[module]:
-                found[site.name] = _factors(site, calls[j].input, B, weights, step.statistics_dtype(site))
-            if j > 0:
-                W = module.weight.detach().to(B)
-                B = (W.mT @ B @ W) * _slope_moment(calls[j].input, calls[j - 1], weights)
-                B = (B + B.mT) / 2
+                found[site.name] = _factors(site, call.input, B, weights, step.statistics_dtype(site))
+            after, W = call.input, module.weight.detach().to(B)
+            B = W.mT @ B @ W
+            B = (B + B.mT) / 2
         yield found
 
     @torch.no_grad()
@@ -89,25 +87,50 @@ class FisherRecursive(Curvature):
 
 
 def find_chain(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linear layers of a feed-forward chain, by name, in order. ValueError that names the first module that breaks it."""
-    chain = []
+    """The linear layers of a feed-forward chain, by name, in order. ValueError that says where the chain breaks."""
+    if reason := break_of_chain(model):
+        raise ValueError(reason)
+    return [(name, module) for name, module in _leaves("", model) if isinstance(module, nn.Linear)]
+
+
+def break_of_chain(model: nn.Module) -> str | None:
+    """Why a model is no chain of linear and element-wise layers, each used once; None if it is one."""
+    known: dict[nn.Parameter, str] = {}
     for name, module in _leaves("", model):
-        if type(module) is nn.Linear:
-            chain.append((name, module))
-        elif not isinstance(module, ELEMENTWISE):
-            raise ValueError(
+        named = name or "the model"
+        if type(module) is not nn.Linear and not any(type(module).forward is kind.forward for kind in ELEMENTWISE):
+            return (
                 f"FisherRecursive (kfra) needs an nn.Sequential of nn.Linear and element-wise modules, and "
-                f"{name or 'the model'} is {type(module).__name__}: use FisherExact (kflr), which has no such limits"
+                f"{named} is {type(module).__name__}: use FisherExact (kflr), which has no such limits"
             )
-    return chain
+        for shared in module.parameters() if isinstance(module, nn.Linear) else ():
+            if known.setdefault(shared, named) != named:
+                return (
+                    f"FisherRecursive (kfra) needs every layer to be used once, and {known[shared]} and {named} share weights: "
+                    "use FisherExact (kflr), which has no such limits"
+                )
+    if not known:
+        return "FisherRecursive (kfra) needs an nn.Sequential with nn.Linear in it, and the model has none"
+    return None
 
 
 def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """In order, those that stand in several places as often."""
     if type(module).forward is not nn.Sequential.forward:
         yield name, module
         return
-    for key, child in module.named_children():
-        yield from _leaves(f"{name}.{key}" if name else key, child)
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _leaves(f"{name}.{key}" if name else key, child)
+
+
+def _call(step: Step, name: str, module: nn.Linear) -> Call:
+    calls = step.tape.calls[module]
+    if len(calls) != 1:
+        raise ValueError(
+            f"FisherRecursive: {name} takes no part or is called more than once, which breaks the chain: use FisherExact (kflr)"
+        )
+    return calls[0]
 
 
 def _only(terms: list[Terms]) -> Terms:

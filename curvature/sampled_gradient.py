@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.base import NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.curvature.likelihood import LIKELIHOODS
 
@@ -31,6 +31,7 @@ class SampledGradient(Curvature):
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    idle = NO_REDUCTION
 
     samples: int = 1
 

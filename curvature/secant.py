@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.capture import Tape
-from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, OneHot, Opening, Outer, OutputPair, PairedInputs, SecantPair
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ __all__ = ["LayerSecant", "Secant"]
 class _Lazy(Curvature):
     """Evidence about the step before."""
 
-    asks: ClassVar[frozenset[str]] = frozenset({"previous"})
+    idle = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
+
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"previous"})
 
     @abstractmethod
     def secants(self, step: Step) -> dict[str, Evidence]:
@@ -44,8 +48,8 @@ class _Lazy(Curvature):
 class Secant(_Lazy):
     """``s = theta_(t+1) - theta_t`` and ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``, both on batch ``t``.
 
-    One more forward and backward pass a step. Until the first pair is there, gradients are passed on, which say how long a
-    first step should be. With micro-batches the pair is that of the last one.
+    One more forward and backward pass a step. Gradients are passed on as well: they say how long a first step should be, and
+    whether what was made of the pairs is still sound. With micro-batches the pair is that of the last one.
 
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
@@ -54,11 +58,10 @@ class Secant(_Lazy):
     layerwise: ClassVar[bool] = False
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if step.previous is None:
-            found = ((site, site.read()) for site in step.sites)
-            yield {site.name: Opening(g.to(step.statistics_dtype(site))) for site, g in found if g is not None}
-        else:
+        if step.previous is not None:
             yield self._completed(step)
+        found = ((site, site.read()) for site in step.sites)
+        yield {site.name: Opening(g.to(step.statistics_dtype(site))) for site, g in found if g is not None}
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         previous = step.previous

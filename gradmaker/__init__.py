@@ -13,6 +13,7 @@ from gradmaker.cost_report import cost_report  # noqa: E402
 from gradmaker.damping_sweep import damping_sweep  # noqa: E402
 from gradmaker.maker import GradientMaker, PlainGradientConfig  # noqa: E402
 from gradmaker.methods import METHODS, from_config  # noqa: E402
+from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientConfig, CasprAdaptiveGradientMaker  # noqa: E402
 from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker  # noqa: E402
 from gradmaker.methods.eigen_kronecker import (  # noqa: E402  # noqa: E402
     EshampooGradientConfig,
@@ -38,6 +39,7 @@ from gradmaker.methods.fisher_kronecker import (  # noqa: E402
     TntGradientConfig,
     TntGradientMaker,
 )
+from gradmaker.methods.full_adagrad import FullAdagradGradientConfig, FullAdagradGradientMaker  # noqa: E402
 from gradmaker.methods.inverse_kronecker import (  # noqa: E402  # noqa: E402  # noqa: E402
     KlShampooGradientConfig,
     KlShampooGradientMaker,
@@ -75,10 +77,6 @@ from gradmaker.methods.matrix_free import (  # noqa: E402
     HessianFreeGradientMaker,
     KsdGradientConfig,
     KsdGradientMaker,
-    LissaGradientConfig,
-    LissaGradientMaker,
-    NeumannGradientConfig,
-    NeumannGradientMaker,
     NewtonGradientConfig,
     NewtonGradientMaker,
     SaddleFreeGradientConfig,
@@ -103,6 +101,8 @@ from gradmaker.methods.probes import (  # noqa: E402
     PsgdGradientMaker,
     PsgdKfGradientConfig,
     PsgdKfGradientMaker,
+    PsgdWhitenGradientConfig,
+    PsgdWhitenGradientMaker,
     SaddleFreeDiagonalGradientConfig,
     SaddleFreeDiagonalGradientMaker,
 )
@@ -114,13 +114,19 @@ from gradmaker.methods.secants import (  # noqa: E402
     LbfgsGradientConfig,
     LbfgsGradientMaker,
 )
+from gradmaker.methods.series import (  # noqa: E402
+    LissaGradientConfig,
+    LissaGradientMaker,
+    NeumannGradientConfig,
+    NeumannGradientMaker,
+    NeumannPracticalGradientConfig,
+    NeumannPracticalGradientMaker,
+)
 from gradmaker.methods.sparse_inverse import FangGradientConfig, FangGradientMaker  # noqa: E402
 from gradmaker.methods.spectral import MuonGradientConfig, MuonGradientMaker  # noqa: E402
 from gradmaker.methods.tensor_kronecker import (  # noqa: E402  # noqa: E402  # noqa: E402
     CasprGradientConfig,
     CasprGradientMaker,
-    FullAdagradGradientConfig,
-    FullAdagradGradientMaker,
     OneSidedGradientConfig,
     OneSidedGradientMaker,
 )
@@ -135,6 +141,8 @@ __all__ = [
     "AdahessianGradientMaker",
     "AdamGradientConfig",
     "AdamGradientMaker",
+    "CasprAdaptiveGradientConfig",
+    "CasprAdaptiveGradientMaker",
     "CasprGradientConfig",
     "CasprGradientMaker",
     "Comparison",
@@ -193,6 +201,8 @@ __all__ = [
     "MuonGradientMaker",
     "NeumannGradientConfig",
     "NeumannGradientMaker",
+    "NeumannPracticalGradientConfig",
+    "NeumannPracticalGradientMaker",
     "NewtonGradientConfig",
     "NewtonGradientMaker",
     "OneSidedGradientConfig",
@@ -203,6 +213,8 @@ __all__ = [
     "PsgdGradientMaker",
     "PsgdKfGradientConfig",
     "PsgdKfGradientMaker",
+    "PsgdWhitenGradientConfig",
+    "PsgdWhitenGradientMaker",
     "SaddleFreeDiagonalGradientConfig",
     "SaddleFreeDiagonalGradientMaker",
     "SaddleFreeGradientConfig",

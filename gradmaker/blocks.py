@@ -33,6 +33,7 @@ class Placement:
     dtype: torch.dtype | None
     nesterov: bool = False
     decay: float | None = None
+    averaging: str = "corrected"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +59,7 @@ class Placement:
         own = self.site.one_hot_axis
         if own is not None and self.triple.representation.factored_axes:
             diagonal |= {own}
-        return Frame(self.count, self.shape, diagonal, dtype, like.device)
+        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.max_dim)
 
 
 class Block:
@@ -68,7 +69,7 @@ class Block:
         first = placements[0]
         self.sites = [p.site for p in placements]
         self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
-        self.nesterov = first.nesterov
+        self.nesterov, self.averaging = first.nesterov, first.averaging
         self.full = self.triple.representation.grain == "full"
         self.frame = _joined_frame(placements, self.full)
         self.slots = _slots(placements, self.full)
@@ -89,13 +90,16 @@ class Block:
         sides = [s for j, s in enumerate(self.frame.shape) if j not in self.frame.diagonal]
         if not self.triple.representation.factored_axes:
             sides = [prod(self.frame.shape)]
-        return float(self.frame.stack * sum(s**3 for s in sides) + 1)
+        longest = self.frame.longest or max(sides, default=1)
+        return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
 
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic."""
         if self.decay is None:
             return Fold(1.0, weight, 1.0, summed=True)
+        if self.averaging != "corrected":
+            return Fold(self.decay, weight if self.averaging == "raw" else (1 - self.decay) * weight, 1.0, summed=True)
         return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay)
 
     def update(self, portion: Mapping[str, Evidence], fold: Fold, further: set[str]) -> None:
@@ -270,7 +274,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
-        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.dtype)
+        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype)
         if frame is not None:
             large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
             alone = p.site.name if large else ""

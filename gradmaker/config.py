@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
 from gradmaker.norms import NORMS
 from gradmaker.representations import REPRESENTATIONS, Representation
+from gradmaker.rules import Rule, check_rule
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
 from gradmaker.shapes import ShapePolicy
 from gradmaker.sites import Site
-from gradmaker.solvers import SOLVERS, Solver
+from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
 from gradmaker.triple import Triple, did_you_mean
 
-__all__ = ["GradientConfig", "build", "read_mapping"]
+__all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
+
+COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
+ONE_BLOCK = {"spread": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
+OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "norm")
+"""Options that a fallback has values of its own for; the others are shared with it."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -50,7 +55,7 @@ class GradientConfig(ABC):
     """Before this step statistics are gathered, and ``.grad`` stays plain, or is the step of a grafted method."""
     spread: bool = True
     """Whether the refreshes of different blocks are spread over the interval, instead of all at one step."""
-    ignore: tuple[nn.Module | type[nn.Module] | str, ...] = ()
+    ignore: tuple[Rule, ...] = ()
     """Modules, classes and name patterns (``'head.*'``) that keep their plain gradient."""
     fallback: str = "gradient"
     """The method, by name, of parameters that this one does not cover."""
@@ -70,8 +75,14 @@ class GradientConfig(ABC):
     per_tensor: ClassVar[bool] = False
     """Whether the method treats every parameter tensor on its own, instead of layers."""
     joint_bias: ClassVar[bool] = True
+    averaging: ClassVar[str] = "corrected"
+    """What running averages of statistics are: see `RootedGradientConfig`, where it is an option."""
     shapes: ClassVar[ShapePolicy | None] = None
     """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
+    idle: ClassVar[dict[str, str]] = {}
+    """Options that say nothing to this method, with the reason and a way out: only their defaults are accepted."""
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Options that say something only beside a value of another, or one of several, or, with ``bool``, where it is set."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.name in PARTS):
@@ -92,10 +103,38 @@ class GradientConfig(ABC):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {kind.__name__}")
         self.statistics_dtype()
         object.__setattr__(self, "ignore", _rules(self.ignore))
+        self._refuse_idle()
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:
         """The parts for a site; None if the method does not cover it."""
+
+    def idle_options(self) -> dict[str, str]:
+        """`idle` of the method and of the parts that it was given."""
+        parts = [getattr(self, f.name) for f in fields(self) if f.name in ("curvature", "fisher", "representation", "solver")]
+        found = {name: reason for part in (self, *parts) for name, reason in part.idle.items()}
+        if self.nesterov and not self.momentum:
+            found["nesterov"] = "there is no average of gradients; set momentum"
+        for name, others in self.only_with.items():
+            for other, wanted in others.items():
+                value = getattr(self, other)
+                if wanted is bool and not value:
+                    found[name] = f"set {other} as well"
+                elif wanted is not bool and value not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+                    found[name] = f"it goes with {other}={wanted!r}"
+        return found
+
+    def _refuse_idle(self) -> None:
+        """ValueError for an option that was given and would be ignored."""
+        defaults = {f.name: f.default for f in fields(self)}
+        plain = self.fallback == defaults["fallback"]
+        for name, reason in self.idle_options().items():
+            value = getattr(self, name)
+            if value != defaults[name] and (plain or name in OF_A_FALLBACK or name == "fallback"):
+                raise ValueError(f"{name}={value!r} would have no effect: {reason}")
+
+    def check_sites(self, sites: Sequence[Site]) -> None:  # noqa: B027
+        """ValueError for an option that speaks of layers which the model does not have."""
 
     def statistics_dtype(self) -> torch.dtype | None:
         """`dtype` as torch's."""
@@ -115,8 +154,7 @@ def _rules(ignore: Any) -> tuple[Any, ...]:
     if not isinstance(ignore, (tuple, list)):
         raise ValueError(f"ignore={ignore!r}: expected a sequence, as in ignore=({ignore!r},)")
     for rule in ignore:
-        if not isinstance(rule, (str, nn.Module)) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
-            raise ValueError(f"ignore: {rule!r} is neither a module, a class of modules nor a name pattern")
+        check_rule("ignore", rule)
     return tuple(ignore)
 
 
@@ -145,6 +183,7 @@ PARTS: dict[str, tuple[Mapping[str, Any], Any]] = {
     "representation": (REPRESENTATIONS, Representation),
     "solver": (SOLVERS, Solver),
     "likelihood": (LIKELIHOODS, (Likelihood, NoneType)),
+    "adaptive_damping": ({"AdaptiveDamping": AdaptiveDamping}, (AdaptiveDamping, NoneType)),
     "curvature_interval": (SCHEDULES, (Schedule, int)),
     "preconditioner_interval": (SCHEDULES, (Schedule, int)),
 }

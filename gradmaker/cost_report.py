@@ -188,4 +188,6 @@ def _statistic(block: Block, site: Site, g: Tensor, step: float, share: float) -
     positions = step / (6 * max(weights, 1))  # a forward pass multiplies and adds once for each weight and position
     sides = block.frame.shape if representation.factored_axes else (prod(block.frame.shape),)
     blocks = prod(site.shape) / prod(block.frame.shape)
-    return blocks * sum(2 * positions * (d if k in block.frame.diagonal else d * d) for k, d in enumerate(sides))
+    longest = block.frame.longest or max(sides)
+    widths = [1 if k in block.frame.diagonal else min(d, longest) for k, d in enumerate(sides)]
+    return blocks * sum(2 * positions * d * width for d, width in zip(sides, widths, strict=True))

@@ -83,7 +83,7 @@ def damping_sweep(
 
 def _solvers(p: int) -> dict[str, Solver]:
     every: dict[str, Any] = {
-        "Eigh": Eigh(power=-1 / p, split="each", relative=True),
+        "Eigh": Eigh(power=-1 / p, split="each", mode="largest"),
         "NewtonRoot": NewtonRoot(power=-1 / p),
         "HigherOrder": HigherOrder(power=-1 / p),
         "NewtonSchulz": NewtonSchulz(power=-1 / p),

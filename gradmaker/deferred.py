@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from typing import Any, NoReturn
 
-__all__ = ["Deferred", "resolve"]
+__all__ = ["Deferred", "exchange", "resolve"]
 
 _SLOTS = ("_function", "_args", "_kwargs", "_text")
 
@@ -126,13 +126,33 @@ def resolve(value: Any, known: dict[int, Any]) -> Any:
         return known[id(value)]
     if not any(isinstance(v, Deferred) for v in _leaves(value)):  # the very object, whatever its type
         return value
+    return _rebuilt(value, lambda v: resolve(v, known))
+
+
+def exchange(value: Any, leaf: Callable[[Any], Any], known: dict[int, Deferred]) -> Any:
+    """A tree, deferred calls and their arguments included, with every leaf replaced by what ``leaf`` makes of it.
+
+    known: the new deferred objects by ``id`` of the old ones; filled, so that parts of one call stay parts of one call.
+    """
+    if isinstance(value, Deferred):
+        if id(value) not in known:
+            args, kwargs = (exchange(part, leaf, known) for part in (value._args, value._kwargs))
+            known[id(value)] = Deferred(value._function, args, kwargs, value._text)
+        return known[id(value)]
+    if isinstance(value, (tuple, list, Mapping, slice)):
+        return _rebuilt(value, lambda v: exchange(v, leaf, known))
+    return leaf(value)
+
+
+def _rebuilt(value: Any, member: Callable[[Any], Any]) -> Any:
+    """A container of the same type, its members replaced."""
     if isinstance(value, slice):
-        return slice(*(resolve(v, known) for v in (value.start, value.stop, value.step)))
+        return slice(*(member(v) for v in (value.start, value.stop, value.step)))
     if isinstance(value, Mapping):
         rebuilt: Any = copy(value)  # keeps what a subclass of dict knows besides its items
-        rebuilt.update({k: resolve(v, known) for k, v in value.items()})
+        rebuilt.update({k: member(v) for k, v in value.items()})
         return rebuilt
-    members = [resolve(v, known) for v in value]
+    members = [member(v) for v in value]
     return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradmaker.batches import Declared
 from gradmaker.deferred import Deferred, depends_on, describe, resolve
 
 __all__ = ["GradientMaker", "PlainGradientConfig"]
@@ -41,13 +42,18 @@ class GradientMaker:
                 f"{type(self).__name__} takes a {self.Config.__name__}, got {type(config).__name__}; "
                 "from_config(model, mapping) accepts mappings"
             )
+        if reason := self.refuse(model):
+            raise ValueError(reason)
         self.model, self.config = model, config
         self.step = 0
-        self._call: Deferred | None = None
-        self._loss: Deferred | None = None
-        self._logits: Deferred | None = None
+        self._declared: dict[str, Declared] = {}  # by purpose; that of the pass itself is ""
         self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # gradients from before the step that is under way
         self._open = False
+
+    @classmethod
+    def refuse(cls, model: nn.Module) -> str | None:
+        """Why this method cannot serve a model, whatever the batch; None if it can. A maker of such a model is a ValueError."""
+        return None
 
     # ---------------------------------------------------------------- setup
     def setup_model_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
@@ -55,12 +61,33 @@ class GradientMaker:
 
         function: usually the model; anything callable that uses it.
         """
-        if not callable(function):
-            raise TypeError(f"setup_model_call: expected a callable first, got {type(function).__name__}")
-        name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
-        self._call = Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
-        self._loss = self._logits = None
-        return self._call
+        call = _deferred("setup_model_call", function, args, kwargs)
+        self._declared = {"": Declared(call)}
+        return call
+
+    def setup_curvature_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
+        """Declare a further batch for products with the curvature; the gradient stays that of `setup_model_call`.
+
+        It comes after that, and goes with the next one. A loss that is declared on its result is the loss of the products.
+        """
+        return self._declare("curvature", function, args, kwargs)
+
+    def setup_search_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
+        """Declare a further batch for a search among displaced weights, in the same way as `setup_curvature_call`."""
+        return self._declare("search", function, args, kwargs)
+
+    def _declare(self, purpose: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
+        verb = f"setup_{purpose}_call"
+        if self._call is None:
+            raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
+        if purpose not in self.purposes():
+            raise ValueError(f"{verb}: {type(self).__name__} with this config has no use for a batch of its own for this")
+        self._declared[purpose] = Declared(_deferred(verb, function, args, kwargs))
+        return self._declared[purpose].call
+
+    def purposes(self) -> frozenset[str]:
+        """What a batch of its own can be declared for: ``curvature``, ``search``."""
+        return frozenset()
 
     def setup_loss_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
         """Declare the loss as a call on parts of the model's result; returns a stand-in for it."""
@@ -76,19 +103,32 @@ class GradientMaker:
 
     def setup_loss_repr(self, loss: Deferred) -> None:
         """Declare which part of the model's result is the loss, as in ``maker.setup_loss_repr(y.loss)``."""
-        self._check_part("setup_loss_repr", loss)
-        self._loss = loss
+        self._owner("setup_loss_repr", loss).loss = loss
 
     def setup_logits_repr(self, logits: Deferred) -> None:
         """Declare which part of the model's result is the logits; needed only for losses that are not recognised."""
-        self._check_part("setup_logits_repr", logits)
-        self._logits = logits
+        self._owner("setup_logits_repr", logits).logits = logits
 
-    def _check_part(self, verb: str, part: Any) -> None:
+    def _owner(self, verb: str, part: Any) -> Declared:
+        """The call that a part is computed from."""
         if self._call is None:
             raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
-        if not isinstance(part, Deferred) or not depends_on(part, self._call):
-            raise ValueError(f"{verb}: {part!r} is not computed from the latest setup_model_call, {self._call!r}")
+        for declared in self._declared.values():
+            if isinstance(part, Deferred) and depends_on(part, declared.call):
+                return declared
+        raise ValueError(f"{verb}: {part!r} is not computed from the latest setup_model_call, {self._call!r}")
+
+    @property
+    def _call(self) -> Deferred | None:
+        return self._declared[""].call if self._declared else None
+
+    @property
+    def _loss(self) -> Deferred | None:
+        return self._declared[""].loss if self._declared else None
+
+    @property
+    def _logits(self) -> Deferred | None:
+        return self._declared[""].logits if self._declared else None
 
     # ---------------------------------------------------------------- passes
     def forward_and_backward(self, weight: float = 1.0) -> tuple[Any, Tensor]:
@@ -109,6 +149,9 @@ class GradientMaker:
         if self._call is None or self._loss is None:
             missing = "setup_model_call" if self._call is None else "setup_loss_call (or setup_loss_repr)"
             raise RuntimeError(f"nothing to run: {missing} has not been called")
+        for purpose, declared in self._declared.items():
+            if declared.loss is None:
+                raise RuntimeError(f"setup_{purpose}_call: no loss was declared on its result, by setup_loss_call")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [(p, p.grad) for p in parameters]
         undo = self._bookmark()
@@ -191,6 +234,13 @@ class GradientMaker:
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer."""
+
+
+def _deferred(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
+    if not callable(function):
+        raise TypeError(f"{verb}: expected a callable first, got {type(function).__name__}")
+    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
+    return Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
 
 
 def _add_into(parameter: nn.Parameter, earlier: Tensor | None) -> None:

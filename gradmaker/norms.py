@@ -1,4 +1,4 @@
-"""What length a preconditioned gradient is given: its own, the gradient's, or that of another method (grafting)."""
+"""What length a preconditioned gradient is given: its own, up to a bound, the gradient's, or another method's (grafting)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gradmaker.curvature.evidence import Gradient
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.representations.diagonal import Diagonal
 
-__all__ = ["NORMS", "Graft", "Keep", "Norm", "Sign"]
+__all__ = ["NORMS", "Amplitude", "Graft", "Keep", "Norm", "Sign"]
 
 
 class Norm(ABC):
-    """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``."""
+    """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``, unless it says otherwise."""
 
     leads: ClassVar[bool] = False
     """Whether ``V`` itself is the gradient before ``start_step``; otherwise the plain one stays."""
@@ -85,6 +85,25 @@ class Sign(Norm):
         return g.sign()
 
 
+@dataclass(frozen=True)
+class Amplitude(Norm):
+    """A root mean square of at most ``mean``, then entries of at most ``largest`` in size: a whitened gradient has one.
+
+    Reference: Li, psgd_torch (2025), whose defaults these are.
+    """
+
+    mean: float
+    largest: float
+
+    def target(self, state: State, g: Tensor, raw: Tensor) -> Tensor:
+        return g
+
+    def rescale(self, state: State, value: Tensor, g: Tensor, raw: Tensor) -> Tensor:
+        size = value.reshape(len(value), -1).square().mean(1).sqrt()
+        share = (self.mean / size).clamp(max=1.0).reshape(-1, *[1] * (value.ndim - 1))
+        return (value * share).clamp(-self.largest, self.largest)
+
+
 def _unit(g: Tensor) -> Tensor:
     """Each block over its length; zero stays zero.  # (B, *shape)"""
     length = torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1)
@@ -99,4 +118,5 @@ NORMS: dict[str, Norm | None] = {
     "rmsprop": Graft(0.999, 1e-8, corrected=False),
     "rmsprop_normalised": Graft(0.999, 1e-8, corrected=False, normalised=True),
     "sqrtn": Sign(),
+    "amplitude": Amplitude(2.0, 10.0),
 }

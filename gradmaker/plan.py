@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from gradmaker.blocks import Block, Placement, build_blocks
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
 from gradmaker.norms import NORMS
+from gradmaker.rules import names, paths
 from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.triple import did_you_mean
 
@@ -37,6 +37,14 @@ class Plan:
         found = dict.fromkeys(b.triple.curvature for b in self.blocks)
         return [c for c in found if c.of_passes == of_passes]
 
+    def purposes(self) -> frozenset[str]:
+        """What a batch of its own can be declared for."""
+        found = {
+            "curvature": self.asks("graph") or self.asks("replay"),
+            "search": any(b.triple.solver.searches for b in self.blocks),
+        }
+        return frozenset(purpose for purpose, legal in found.items() if legal)
+
     def asks(self, what: str) -> bool:
         """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
         return any(what in b.triple.curvature.asks for b in self.blocks)
@@ -47,6 +55,7 @@ def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[
     _check_model(model)
     ignored = {p for rule in config.ignore for p in _matches(model, rule)}
     sites = layer_sites(model, config.joint_bias, ignored)
+    config.check_sites(sites)
     plain = {k: "ignored" for k, p in model.named_parameters() if p.requires_grad and p in ignored}
     placements, rest = _place(sites, config, config)
     if not placements:
@@ -58,6 +67,8 @@ def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[
     fallback = _fallback(config, methods)
     if fallback is not None and rest:
         more, rest = _place(rest, fallback, config)
+        if more and (reason := methods[config.fallback].refuse(model)):
+            raise ValueError(f"fallback={config.fallback!r}: {reason}")
         placements += more
     plain |= {k: f"not covered, fallback {config.fallback!r}" for s in rest for k in s.parameters}
     return Plan(build_blocks(placements), plain)
@@ -73,17 +84,17 @@ def _check_model(model: nn.Module) -> None:
 
 def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
     """The parameters that a rule of ``ignore`` names, or that lie in a module that it names."""
-    modules, named = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-    if isinstance(rule, str):
-        roots = [m for k, m in modules.items() if k and fnmatch(k, rule)]
-    else:
-        roots = [m for m in modules.values() if m is rule or (isinstance(rule, type) and isinstance(m, rule))]
-    found = {p for m in roots for p in m.parameters()}
-    if isinstance(rule, str):
-        found |= {p for k, p in named.items() if fnmatch(k, rule)}
+    own: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        own.setdefault(p, []).append(name)
+    found = {p for p, path in paths(model).items() if names(rule, path, own[p])}
     if not found:
-        names = sorted({type(m).__name__ for m in modules.values()} if isinstance(rule, type) else {*modules, *named} - {""})
-        raise ValueError(f"ignore: {rule!r} matches no parameter: {did_you_mean(getattr(rule, '__name__', rule), names)}")
+        modules = dict(model.named_modules())
+        legal = {type(m).__name__ for m in modules.values()}
+        if not isinstance(rule, type):
+            legal = {*modules, *(name for each in own.values() for name in each)}
+        hint = did_you_mean(getattr(rule, "__name__", rule), sorted(legal - {""}))
+        raise ValueError(f"ignore: {rule!r} matches no parameter: {hint}")
     return found
 
 
@@ -97,7 +108,8 @@ def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) ->
             continue
         norm = NORMS[method.norm]
         dtype = common.statistics_dtype()
-        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, method.nesterov, method.decay))
+        averages = (method.nesterov, method.decay, method.averaging)
+        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, *averages))
     return placements, rest
 
 

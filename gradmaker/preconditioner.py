@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,38 +12,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.attachment import Attachment
+from gradmaker.batches import Batches, terms_of
 from gradmaker.blocks import Block
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature, Likelihood
-from gradmaker.curvature.likelihood import Terms, read_terms
+from gradmaker.curvature.likelihood import Terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
 from gradmaker.graph import Graph
 from gradmaker.maker import GradientMaker
 from gradmaker.plan import make_plan
 from gradmaker.previous import bookmark, complete
-from gradmaker.replay import Replay
 from gradmaker.schedule import Clock, as_schedule
-from gradmaker.step import Previous, Step
+from gradmaker.step import NOTHING, Extra, Previous, Step
 from gradmaker.summary import Summary, summarise
 from gradmaker.verify import Verification, verify
 
 __all__ = ["PreconditionedGradientMaker"]
-
-
-@dataclass(frozen=True)
-class Extra:
-    """What curvatures may ask for besides the tape."""
-
-    graph: Graph | None = None
-    replay: Replay | None = None
-    previous: Previous | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
-NOTHING = Extra()
 
 
 class PreconditionedGradientMaker(GradientMaker):
@@ -71,6 +58,9 @@ class PreconditionedGradientMaker(GradientMaker):
         self._ever: set[str] = set()  # sites that have given evidence at all
         self._attachments: list[Attachment] = []
 
+    def purposes(self) -> frozenset[str]:
+        return self.plan.purposes()
+
     # ---------------------------------------------------------------- the step
     def begin_pass(self) -> bool:
         """Whether the coming pass is to be recorded; asked before every forward pass."""
@@ -82,9 +72,10 @@ class PreconditionedGradientMaker(GradientMaker):
         return self._measuring and bool(self.plan.curvatures(of_passes=True))
 
     def new_tape(self) -> Tape:
-        """A tape that watches the modules of every site whose curvature is layer-wise."""
-        sites = [s for c in self.plan.curvatures(of_passes=True) if c.layerwise for s in self.plan.sites(c)]
-        return Tape(self.model, dict.fromkeys(m for s in sites for m in s.modules))
+        """A tape that watches the modules of every site whose curvature is layer-wise, and what else such a curvature needs."""
+        recorded = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
+        own = (m for c in recorded for s in self.plan.sites(c) for m in s.modules)
+        return Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         complete(self)
@@ -93,51 +84,53 @@ class PreconditionedGradientMaker(GradientMaker):
             self._note_finite([loss], [])
             return output, loss
         tape, known = self.new_tape(), dict[int, Any]()
-        replay = self._new_replay() if self._replays() else None
+        batches = Batches.of(self.model, self._declared, self.config) if self._repeats() else None
         with tape.recording():
             with LossRecorder() as recorder:
                 output, loss = self._forward(known)
             tape.end_forward()
-            terms = self._terms(recorder, loss, known)
             logits = None if self._logits is None else resolve(self._logits, known)
-            graph = Graph(self.model, loss, terms, logits) if self.plan.asks("graph") else None
-            ridden = tape.collect(lambda: self._backward(loss, weight, graph))
+            terms = terms_of(recorder, loss, logits, self.config.likelihood)
+            if batches is not None:
+                batches.own.note(terms)
+            graph, ridden = self._backward(tape, partial(Graph, self.model, loss, terms, logits), loss, weight, batches)
 
             def slopes() -> list[Tensor]:
                 return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
 
-            extra = Extra(graph, replay, self._previous)
+            extra = Extra(graph, batches, self._previous)
             self.take_in(tape, terms, weight, [loss], slopes=slopes, extra=extra)
             self.take_in(tape, terms, weight, [], ridden=ridden, extra=extra)
-        if replay is not None and self.plan.asks("previous") and self._finite:
-            self._previous = bookmark(self, replay, weight, extra.notes)
+        if batches is not None and self.plan.asks("previous") and self._finite:
+            self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
         return output, loss
 
-    def _new_replay(self) -> Replay:
-        """Of the calls that are declared now, whatever is declared later."""
-        call, loss = self._call, self._loss
+    def _repeats(self) -> bool:
+        return self.plan.asks("replay") or self.plan.asks("previous") or len(self._declared) > 1
 
-        def repeat() -> tuple[Any, Tensor]:
-            known: dict[int, Any] = {}
-            return resolve(call, known), resolve(loss, known)
+    def _backward(
+        self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None
+    ) -> tuple[Graph | None, OutputGradients]:
+        """The backward pass, with its output gradients; and the graph for products, of this pass or of a batch of their own."""
+        products = self.plan.asks("graph")
+        shared = products and (batches is None or batches.shared)
+        made: list[Graph] = []
 
-        return Replay(self.model, repeat)
+        def differentiate() -> None:
+            if shared:
+                made.append(make())
+                made[0].write_gradients(weight)
+                return
+            pulled = any(not c.rides for c in self.plan.curvatures(of_passes=True))
+            (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
 
-    def _replays(self) -> bool:
-        return self.plan.asks("replay") or self.plan.asks("previous")
-
-    def _backward(self, loss: Tensor, weight: float, graph: Graph | None) -> None:
-        if graph is not None:
-            graph.write_gradients(weight)
-            return
-        pulled = any(not c.rides for c in self.plan.curvatures(of_passes=True))
-        (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
-
-    def _terms(self, recorder: LossRecorder, loss: Tensor, known: dict[int, Any]) -> list[Terms]:
-        terms = read_terms(recorder, loss)
-        if terms or self.config.likelihood is None or self._logits is None:
-            return terms
-        return [self.config.likelihood.terms(resolve(self._logits, known))]
+        ridden = tape.collect(differentiate)
+        if shared:
+            return made[0], _scaled(ridden, weight)
+        if not products or batches is None:
+            return None, ridden
+        with tape.paused():
+            return batches.curvature.graph(), ridden
 
     def take_in(
         self,
@@ -158,13 +151,13 @@ class PreconditionedGradientMaker(GradientMaker):
         masked, empty = self._note_finite(check, terms)
         if empty or not self._finite:
             return
-        if ridden is not None and weight * scale != 1.0:
-            ridden = {m: [[g / (weight * scale) for g in outs] for outs in calls] for m, calls in ridden.items()}
+        if ridden is not None:
+            ridden = _scaled(ridden, 1 / (weight * scale))
         for curvature in self.plan.curvatures(of_passes=True):
             if curvature.rides == (ridden is not None):
                 step = self._step(curvature, tape, terms, masked)
                 step.ridden, step.slopes = ridden, slopes
-                step.graph, step.replay, step.previous = extra.graph, extra.replay, extra.previous
+                step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
                 if curvature.layerwise:
                     _check_fired(step)
@@ -325,6 +318,12 @@ def _check_fired(step: Step) -> None:
             "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
             "very model that the maker was made for (compile it after making the maker, not before)"
         )
+
+
+def _scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
+    if factor == 1.0:
+        return gradients
+    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}
 
 
 def _finite(value: Tensor) -> Tensor:

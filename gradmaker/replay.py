@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Replay:
         self.model, self.function = model, function
         indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         self._devices = sorted(i for i in indices if i is not None)
+        self._modes = {m: m.training for m in model.modules()}
         self._cpu_state = torch.get_rng_state()
         self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._devices]
 
@@ -39,23 +41,39 @@ class Replay:
         given = tensors or {}
         exchanged = {f"model.{k}": given.get(p, p) for k, p in self.model.named_parameters()}
         exchanged |= {f"model.{k}": b.clone() for k, b in self.model.named_buffers()}
-        with torch.random.fork_rng(devices=self._devices):
+        with torch.random.fork_rng(devices=self._devices), self._as_then():
             torch.set_rng_state(self._cpu_state)
             for device, state in zip(self._devices, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
             result: tuple[Any, Tensor] = functional_call(_Runner(self.model), exchanged, (self.function,))
         return result
 
+    @contextmanager
+    def _as_then(self) -> Iterator[None]:
+        """Modules train or evaluate as they did: a step may be looked at again after an evaluation in between."""
+        now = {m: m.training for m in self._modes}
+        try:
+            for m, training in self._modes.items():
+                m.training = training
+            yield
+        finally:
+            for m, training in now.items():
+                m.training = training
+
     @torch.no_grad()
     def loss_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """The loss at ``theta + displacement``.  # ()"""
         return self.run({p: p + d for p, d in displacement.items()})[1]
 
-    def gradient_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The loss' gradient at ``theta + displacement``, for all trainable parameters."""
+    def slope_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """The loss at ``theta + displacement`` and its gradient there, for all trainable parameters.  # (), ..."""
         moved = {p: p.detach() for p in self.model.parameters() if p.requires_grad}
         moved = {p: (v + displacement[p] if p in displacement else v).requires_grad_() for p, v in moved.items()}
         with torch.enable_grad():
             loss = self.run(moved)[1]
             found = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
-        return {p: torch.zeros_like(p) if g is None else g for p, g in zip(moved, found, strict=True)}
+        return loss.detach(), {p: torch.zeros_like(p) if g is None else g for p, g in zip(moved, found, strict=True)}
+
+    def gradient_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The loss' gradient at ``theta + displacement``."""
+        return self.slope_at(displacement)[1]

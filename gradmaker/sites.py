@@ -15,6 +15,8 @@ from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import OneHot, Outer
 from gradmaker.generic import per_example_rows
 from gradmaker.layers import OPAQUE, Kind, LayerRule, attends, rule_for
+from gradmaker.parts import natural_parts
+from gradmaker.rules import Path, Rule, names, paths
 from gradmaker.shapes import ShapePolicy, View
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
@@ -35,11 +37,16 @@ class Site:
     module_names: tuple[str, ...] = field(default=())
     rows: Mapping[str, slice] = field(default_factory=dict)  # of parameters that are only in part in this block
     view: View | None = None  # the part of the one parameter that this site is; None: all of it
+    path: Path = field(default_factory=dict)  # the modules that hold its parameters
 
     @property
     def one_hot_axis(self) -> int | None:
         """The axis of a block whose factor is diagonal by nature."""
         return 0 if self.kind == "embedding" else None
+
+    def named_by(self, rule: Rule) -> bool:
+        """Whether a rule, as of ``ignore``, names this site or a module that it lies in."""
+        return names(rule, self.path, (self.name, *self.parameters))
 
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:
@@ -54,7 +61,7 @@ class Site:
             value = values[p]
             found[name] = torch.zeros_like(p) if value is None else value
         if self.view is not None:
-            return self.view.read(next(iter(found.values()))).unsqueeze(0)
+            return self.view.read(next(iter(found.values())))
         pieces = [
             g[self._rows(k)].reshape(self.shape[0], *piece) for (k, g), piece in zip(found.items(), self._pieces(), strict=True)
         ]
@@ -66,7 +73,7 @@ class Site:
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
             if p.grad is not None and self.view is not None:
-                self.view.write(p.grad, piece[0])
+                self.view.write(p.grad, piece)
             elif p.grad is not None:
                 own = p.grad[self._rows(name)]
                 own.copy_(piece.reshape(own.shape))
@@ -149,27 +156,48 @@ def layer_sites(model: nn.Module, joint_bias: bool = True, ignored: Set[nn.Param
     rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
     sites += [_generic_site(model, k, p, owners) for k, p in rest.items()]
     order = {k: j for j, (k, _) in enumerate(model.named_parameters())}
-    return sorted(sites, key=lambda s: order[next(iter(s.parameters))])
+    held = paths(model)
+    placed = [replace(s, path={k: m for p in s.parameters.values() for k, m in held[p].items()}) for s in sites]
+    return sorted(placed, key=lambda s: order[next(iter(s.parameters))])
 
 
 def tensor_sites(sites: list[Site], policy: ShapePolicy | None = None) -> list[Site]:
     """The same parameters, each tensor on its own and in its own shape, or cut into blocks by a policy."""
     if policy is not None:
-        return [site for whole in tensor_sites(sites) for site in _cut(whole, policy)]
+        wholes = tensor_sites(sites)
+        _check_rules(wholes, policy)
+        return [site for whole in wholes for site in _cut(whole, policy)]
     users: dict[str, dict[nn.Module, None]] = {}
     for s in sites:
         for k in s.parameters:
             users.setdefault(k, {}).update(dict.fromkeys(s.modules))
     whole = {k: (s, p) for s in sites for k, p in s.parameters.items()}
     return [
-        Site(k, "tensor", {k: p}, (1, *p.shape), tuple(users[k]), module_names=s.module_names) for k, (s, p) in whole.items()
+        Site(k, "tensor", {k: p}, (1, *p.shape), tuple(users[k]), module_names=s.module_names, path=s.path)
+        for k, (s, p) in whole.items()
     ]
 
 
 def _cut(site: Site, policy: ShapePolicy) -> list[Site]:
-    """The blocks of a tensor, each a site of its own."""
-    views = policy.views(site.shape[1:])
-    return [replace(site, name=site.name + v.label, shape=(1, *v.shape), view=v) for v in views]
+    """The blocks of a tensor: each chunk is a site of its own, with a block for each part."""
+    try:
+        views = policy.views(site.shape[1:], _parts(site, policy))
+    except ValueError as error:
+        raise ValueError(f"split: {site.name}: {error}") from None
+    return [replace(site, name=site.name + v.label, shape=v.shape, view=v) for v in views]
+
+
+def _parts(site: Site, policy: ShapePolicy) -> int:
+    if policy.split == "layers":
+        return natural_parts(site.path, next(iter(site.parameters.values())))
+    return next((parts for rule, parts in policy.split if site.named_by(rule)), 1)
+
+
+def _check_rules(sites: list[Site], policy: ShapePolicy) -> None:
+    """ValueError for a rule that names no tensor."""
+    for rule, _ in () if policy.split == "layers" else policy.split:
+        if not any(site.named_by(rule) for site in sites):
+            raise ValueError(f"split: {rule!r} matches none of {', '.join(site.name for site in sites)}")
 
 
 def _join_name(module: str, parameter: str) -> str:

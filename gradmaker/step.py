@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmaker.batches import Batches
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
@@ -17,7 +18,7 @@ from gradmaker.graph import Graph
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
-__all__ = ["Previous", "Step"]
+__all__ = ["NOTHING", "Extra", "Previous", "Step"]
 
 
 @dataclass
@@ -30,6 +31,19 @@ class Previous:
     notes: dict[str, Any]  # what curvatures wrote down for the next step, by site
     index: int  # of its step
     pairs: dict[str, Evidence] | None = None  # by site, once they are known
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What curvatures may ask for besides the tape."""
+
+    graph: Graph | None = None
+    batches: Batches | None = None
+    previous: Previous | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+NOTHING = Extra()
 
 
 @dataclass
@@ -48,7 +62,7 @@ class Step:
     masked: bool = False  # whether the loss left out some of its terms
     part: int = 0  # which micro-batch of the step this is
     graph: Graph | None = None  # of the loss, for curvatures that ask for it
-    replay: Replay | None = None  # of this pass
+    batches: Batches | None = None  # of this pass, to be evaluated again
     previous: Previous | None = None  # the last step that was measured
     notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
 

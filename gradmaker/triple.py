@@ -66,6 +66,8 @@ def _unsolvable(curvature: Curvature, representation: Representation, solver: So
         return f"{s} needs a representation with the capability {solver.needs.__name__}, and {r} is not one"
     if solver.definite and not curvature.definite:
         return f"{s} needs a positive semidefinite matrix, and {c} need not be one"
+    if solver.steady and not curvature.steady:
+        return f"{s} needs one and the same matrix throughout a solve, and {c}(fresh=True) draws another for every product"
     return solver.refuse(representation)
 
 

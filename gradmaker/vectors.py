@@ -42,13 +42,13 @@ class Layout:
 
 
 def _spread_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> None:
-    """value: (k, G, o, i) or (k, 1, *tensor)"""
+    """value: (k, G, o, i) or (k, parts, *tensor)"""
     sizes = [piece[-1] for piece in site._pieces()] if len(site.parameters) > 1 else None
     pieces = value.split(sizes, -1) if sizes else (value,)
     for (name, p), piece in zip(site.parameters.items(), pieces, strict=True):
         if site.view is not None:
             for row, block in zip(out[p], piece, strict=True):
-                site.view.write(row, block[0].to(p.dtype))
+                site.view.write(row, block.to(p.dtype))
         else:
             own = out[p][_rows(site, name)]
             own.copy_(piece.reshape(own.shape))

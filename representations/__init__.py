@@ -29,6 +29,8 @@ from gradmaker.representations.lie import KronQ, TriangularQ
 from gradmaker.representations.low_rank import Truncated, Window
 from gradmaker.representations.memory import Pairs
 from gradmaker.representations.one_sided import OneSided, ZeroHistory
+from gradmaker.representations.one_way_dims import OneWayDims
+from gradmaker.representations.position import Position
 from gradmaker.representations.probe_diagonal import ProbeDiagonal
 from gradmaker.representations.root_dims import RootKronDims
 from gradmaker.representations.rotated_dims import RotatedDims
@@ -58,6 +60,7 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
         CrossDims,
         AlternatingInverse,
         Implicit,
+        Position,
         GaussianGraph,
         ProbeDiagonal,
         TriangularQ,
@@ -65,6 +68,7 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
         Pairs,
         KronPairs,
         RootKronDims,
+        OneWayDims,
     )
 }
 
@@ -92,7 +96,9 @@ __all__ = [
     "MatrixFree",
     "Multiplies",
     "OneSided",
+    "OneWayDims",
     "Pairs",
+    "Position",
     "Preconditions",
     "ProbeDiagonal",
     "Representation",

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.inverse_dims import krad_update
+from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_idle
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
-from gradmaker.solvers.spectrum import symmetrise
+from gradmaker.solvers.spectrum import decompose, symmetrise
 
-__all__ = ["AlternatingInverse", "scheduled_axis"]
+__all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
+
+ONE_AXIS = "decay=0: one axis takes in a gradient at a time, and would forget the others: give a decay above 0, or None to sum"
 
 
 def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
@@ -75,6 +77,8 @@ class AlternatingInverse(Representation):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
+        if fold.beta == 0:
+            raise ValueError(ONE_AXIS)
         G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
         shape = tuple(G.shape[1:])
         if age == 0 and self.start is not None:
@@ -82,11 +86,14 @@ class AlternatingInverse(Representation):
         axis = scheduled_axis(age, shape)
         whiteners = [None if k == axis else self._root(state, k) for k in range(len(shape))]
         L = state[f"inverse_{axis}"]
-        L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta or 1.0))
+        L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta))
         if age % self.basis_interval == 0:
             turns = range(max(0, age - self.basis_interval + 1), age + 1)
             self._refresh(state, {scheduled_axis(t, shape) for t in turns})
         state["age"].add_(1)
+        if age + 1 == PATIENCE and self.start is None:
+            low = torch.stack([s.amin(-1) for s, _ in self.spectra(state)]).amin(0)
+            warn_if_idle(low > 0.5, "start=1.0 begins at the scale of the first gradient")
 
     def _scale(self, state: State, variance: Tensor) -> None:
         """Begin at ``L_1 (x) ... = I / variance``; a zero gradient has none.  # (B,)"""
@@ -114,9 +121,10 @@ class AlternatingInverse(Representation):
                 held.copy_(torch.where(torch.isfinite(L).all(-1, keepdim=True), L, held))
                 continue
             finite = torch.isfinite(L).all(-1).all(-1)
-            s, Q = torch.linalg.eigh(torch.where(finite[:, None, None], L, 0.0))
-            held.copy_(torch.where(finite[:, None], s.clamp(min=0), held))
-            state[f"basis_{axis}"].copy_(torch.where(finite[:, None, None], Q, state[f"basis_{axis}"]))
+            s, Q, ok = decompose(torch.where(finite[:, None, None], L, 0.0))
+            ok &= finite
+            held.copy_(torch.where(ok[:, None], s.clamp(min=0), held))
+            state[f"basis_{axis}"].copy_(torch.where(ok[:, None, None], Q, state[f"basis_{axis}"]))
 
     def _root(self, state: State, axis: int, power: float = 0.5) -> Tensor:
         s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")

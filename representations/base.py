@@ -13,6 +13,8 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence
 
 __all__ = [
+    "NEWEST_ALONE",
+    "NO_LIMIT",
     "Elementwise",
     "Factored",
     "Fold",
@@ -25,12 +27,16 @@ __all__ = [
     "Preconditions",
     "Representation",
     "RootFactored",
+    "Rooted",
     "Rotated",
     "RowFactored",
     "State",
     "Summed",
     "average",
 ]
+
+NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
+NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
 
 State: TypeAlias = dict[str, Tensor]
 """Tensors only, every one with the stack axis ``B`` first."""
@@ -48,6 +54,7 @@ class Frame:
     diagonal: frozenset[int]  # axes whose factor is kept as a diagonal (one-hot inputs, axes over ``max_dim``)
     dtype: torch.dtype
     device: torch.device
+    longest: int | None = None  # side of a dense matrix, for representations that cut wider ones; None: any
 
     def zeros(self, *shape: int) -> Tensor:
         """A statistic at zero.  # (B, *shape)"""
@@ -99,6 +106,8 @@ class Representation(ABC):
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
+    idle: ClassVar[dict[str, str]] = {}
+    """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
 
     @property
     @abstractmethod
@@ -175,7 +184,7 @@ class Factored(Protocol):
     """``C = (F_1 (x) F_2 (x) ... (x) F_m)^(1 / order)`` with small PSD factors; one factor is a dense matrix."""
 
     def factors(self, state: State) -> list[Tensor]:
-        """Bias-corrected factors.  # each (B, d, d), or (B, d) when diagonal"""
+        """Bias-corrected factors, in any form of `gradmaker.representations.factor`.  # each (B, d, d), (B, d) or (B, d, b)"""
 
     def unfold(self, g: Tensor) -> Tensor:
         """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
@@ -189,7 +198,7 @@ class Rotated(Protocol):
     """``C = Q diag(s) Q^T`` with an orthogonal ``Q = Q_1 (x) Q_2 (x) ... (x) Q_m``."""
 
     def bases(self, state: State) -> list[Tensor | None]:
-        """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k)"""
+        """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k), or tiled"""
 
     def spectrum(self, state: State) -> Tensor:
         """``s``, bias-corrected.  # (B, d_1, ..., d_m)"""
@@ -224,6 +233,17 @@ class RootFactored(Protocol):
 
     def order(self, factors: int) -> float:
         """The root as of `Factored`."""
+
+
+@runtime_checkable
+class Rooted(Protocol):
+    """``C^(-1/2) = X_1 (x) ... (x) X_m`` is held: the representation measures through it."""
+
+    def rooted(self, state: State) -> State:
+        """``root_k`` and how they came about, as in the cache of a solver that roots.  # root_k: (B, d, d) or (B, d)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per root.  # (B, d_1, ..., d_m)"""
 
 
 @runtime_checkable

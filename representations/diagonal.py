@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Product
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.columns import form_diagonal
 
 __all__ = ["Diagonal"]
@@ -27,6 +27,7 @@ class Diagonal(Representation):
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Gradient, Product)
     elementwise: ClassVar[bool] = True
+    idle = NO_LIMIT
 
     granularity: Literal["tensor", "layer"] = "tensor"
 

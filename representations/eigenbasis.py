@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.factor import blocks, identity, rayleigh, transpose, turn
 from gradmaker.representations.kronecker import Kron, apply_factors
 
 __all__ = ["Eigenbasis", "rotated_squares"]
@@ -28,8 +29,8 @@ class Eigenbasis(Representation):
     ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
     The basis of the first step is that of its own factors, with ``D = b a^T``, their spectra. After ``basis_interval``
     measured steps it is renewed, from the factors as they were before the step, so that it does not depend on how a batch
-    is cut into micro-batches, and ``D`` starts again from ``b a^T``. One-hot inputs and axes that are too wide keep the unit
-    basis.
+    is cut into micro-batches, and ``D`` starts again from ``b a^T``. One-hot inputs keep the unit basis, and so do sides that
+    are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1; ``b a^T`` as in the authors' code.
     """
@@ -40,6 +41,7 @@ class Eigenbasis(Representation):
     sharing: Literal["expand", "reduce"] = "expand"
     basis_interval: int = 5
     """Measured steps for which a basis is kept."""
+    wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
         if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
@@ -47,18 +49,21 @@ class Eigenbasis(Representation):
         self._kron()
 
     def _kron(self) -> Kron:
-        return Kron(sharing=self.sharing)
+        return Kron(sharing=self.sharing, wide_sides=self.wide_sides)
 
     @property
     def grain(self) -> Grain:
         return "layer"
 
+    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+        """As of `Kron`."""
+        return self._kron().wide(shape, max_dim)
+
     def init(self, frame: Frame) -> State:
         state = self._kron().init(frame)
-        for axis, (side, size) in enumerate(zip(SIDES, frame.shape, strict=True)):
+        for axis, side in enumerate(SIDES):
             if axis not in frame.diagonal:
-                eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
-                state[f"basis_{side}"] = eye.expand(frame.stack, -1, -1).clone()
+                state[f"basis_{side}"] = identity(state[side]).expand(frame.stack, -1, -1).clone()
         age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
         return {**state, "moments": frame.zeros(*frame.shape), "mass": frame.zeros(), "age": age}
 
@@ -96,8 +101,9 @@ class Eigenbasis(Representation):
         for side, F in zip(SIDES, self._kron().factors(state), strict=True):
             Q = state.get(f"basis_{side}")
             if Q is not None:
-                Q.copy_(_eigenvectors(F, Q))
-                F = (Q * (F @ Q)).sum(-2)  # right also where the decomposition failed and the basis is an older one
+                for (_, block), (_, basis) in zip(blocks(F), blocks(Q), strict=True):
+                    basis.copy_(_eigenvectors(block, basis))
+                F = rayleigh(F, Q)  # right also where the decomposition failed and the basis is an older one
             spectra.append(F.clamp(min=0))
         left, right = spectra
         state["moments"].copy_(left.unsqueeze(-1) * right.unsqueeze(-2) * state["mass"].view(-1, 1, 1))
@@ -109,7 +115,7 @@ class Eigenbasis(Representation):
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         bases = self.bases(state)
-        rotated = apply_factors([None if Q is None else Q.mT for Q in bases], v)
+        rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], v)
         return apply_factors(bases, rotated * self.spectrum(state))
 
     # ---------------------------------------------------------------- Rotated: rows, then columns
@@ -149,7 +155,7 @@ def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) 
     outer, inner = (right, left) if evidence.transposed else (left, right)
     rotated = _rotate_inputs(evidence, inner)
     if outer is not None:
-        rotated = replace(rotated, gradients=_turned(rotated.gradients.transpose(0, 1), outer).transpose(0, 1))
+        rotated = replace(rotated, gradients=turn(rotated.gradients.transpose(0, 1), outer).transpose(0, 1))
     k, G, n, R, o = rotated.gradients.shape
     if isinstance(rotated.inputs, OneHot) or R == 1:
         return rotated.squares()
@@ -166,13 +172,8 @@ def _rotate_inputs(evidence: Outer, Q: Tensor | None) -> Outer:
     """Inputs in a basis; the one of the bias is absorbed."""
     if Q is None or isinstance(evidence.inputs, OneHot):
         return evidence
-    i = evidence.inputs.shape[-1]
-    rotated = _turned(evidence.inputs, Q[:, :i])
+    rotated = turn(evidence.inputs, Q)
     if evidence.bias:
-        rotated = rotated + Q[:, i].reshape(-1, 1, 1, Q.shape[-1])
+        rows, block = blocks(Q)[-1]
+        rotated[..., rows] += block[:, -1].reshape(-1, 1, 1, block.shape[-1])
     return replace(evidence, inputs=rotated, bias=False)
-
-
-def _turned(x: Tensor, Q: Tensor) -> Tensor:
-    """``x Q`` over the last axis, group by group.  # (G, ..., d), (G, d, e) -> (G, ..., e)"""
-    return (x.flatten(1, -2) @ Q).reshape(*x.shape[:-1], Q.shape[-1])

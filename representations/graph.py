@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.dense import Dense
 
 __all__ = ["GaussianGraph", "Parents"]
@@ -63,6 +63,11 @@ class GaussianGraph(Representation):
     @property
     def _graph(self) -> _Graph:
         return _Star() if self.structure == "bias" else _Sets(self.structure)
+
+    @property
+    def idle(self) -> dict[str, str]:  # type: ignore[override]
+        """The bias as a parent makes no matrix."""
+        return NO_LIMIT if self.structure == "bias" else {}
 
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         return frozenset() if self.structure == "bias" else super().wide(shape, max_dim)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Product
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
 from gradmaker.representations.columns import form_blocks
 
 __all__ = ["Held", "Implicit", "MatrixFree"]
+
+_NOW = "a product ends with its step, so that it is measured and prepared at every one; fewer iterations make it cheaper"
+EVERY_STEP = dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)
 
 
 class Held(dict[str, Tensor]):
@@ -28,7 +31,7 @@ class Held(dict[str, Tensor]):
 
 @runtime_checkable
 class MatrixFree(Protocol):
-    """``C v`` and the loss at displaced parameters, of one block for the whole model."""
+    """``C v``, losses at displaced parameters and what may help with them, of one block for the whole model."""
 
     def origin(self, state: State) -> Tensor:
         """The zero vector.  # (1, P)"""
@@ -38,6 +41,12 @@ class MatrixFree(Protocol):
 
     def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
         """``L(theta + displacement)``; None where it cannot be evaluated.  # (1, P) -> ()"""
+
+    def slope_at(self, state: State, displacement: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The loss of the search batch at ``theta + displacement`` and its gradient there.  # (1, P) -> (), (1, P)"""
+
+    def squares(self, state: State) -> Tensor | None:
+        """The diagonal of the empirical Fisher matrix.  # (1, P)"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Implicit(Representation):
     live: ClassVar[bool] = True
     fleeting: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    idle = NEWEST_ALONE | NO_LIMIT | EVERY_STEP
 
     @property
     def grain(self) -> Grain:
@@ -94,10 +104,21 @@ class Implicit(Representation):
 
     def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
         """``sum_j w_j L_j(theta + displacement)``, on the micro-batches of this step.  # (1, P) -> ()"""
-        losses = [(w, product.loss_at) for w, product in _products(state)]
-        if any(loss_at is None for _, loss_at in losses):
+        known = [(w, product.loss_at) for w, product in _products(state)]
+        losses = [w * loss_at(displacement) for w, loss_at in known if loss_at is not None]
+        return torch.stack(losses).sum() if len(losses) == len(known) else None
+
+    def slope_at(self, state: State, displacement: Tensor) -> tuple[Tensor, Tensor] | None:
+        known = [(w, product.slope_at) for w, product in _products(state)]
+        found = [(w, slope_at(displacement)) for w, slope_at in known if slope_at is not None]
+        if len(found) < len(known):
             return None
-        return torch.stack([w * loss_at(displacement) for w, loss_at in losses if loss_at is not None]).sum()
+        return torch.stack([w * loss for w, (loss, _) in found]).sum(), torch.stack([w * g for w, (_, g) in found]).sum(0)
+
+    def squares(self, state: State) -> Tensor | None:
+        known = [(w, product.squares) for w, product in _products(state)]
+        found = [w * squares for w, squares in known if squares is not None]
+        return torch.stack(found).sum(0) if len(found) == len(known) else None
 
     def to_dense(self, state: State) -> Tensor:
         origin = self.origin(state)

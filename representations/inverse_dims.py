@@ -5,6 +5,7 @@ Letters: ``H_k`` the statistic of axis ``k``, ``L_k = H_k^-1``, ``X = mat_k(G)``
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
 
@@ -14,11 +15,13 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import expand, mode_matrix
-from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
+from gradmaker.solvers.spectrum import decompose, largest_eigenvalue, symmetrise
 
-__all__ = ["Denominator", "InverseDims", "array_update", "krad_update"]
+__all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_idle"]
 
 Denominator: TypeAlias = Literal["exact", "tr", "fro", "op", "d-tr"]
+PATIENCE = 100
+"""Gradients after which an inverse that has hardly left its start is reported."""
 
 
 def krad_update(L: Tensor, X: Tensor, denominator: Denominator) -> Tensor:
@@ -63,12 +66,41 @@ def array_update(C: Tensor, X: Tensor) -> Tensor:
     return updated
 
 
+def array_spectrum(C: Tensor) -> tuple[Tensor, Tensor]:
+    """``C C^T = U diag(s) U^T`` without forming it; not a number for a member that has none.  # (B, d, d) -> (B, d), (B, d, d)
+
+    LAPACK's SVD gives up on some well-conditioned float32 matrices that it decomposes in float64.
+    """
+    try:
+        U, s, _ = torch.linalg.svd(C)
+    except RuntimeError:  # one member fails the whole call: find out which
+        if len(C) > 1:
+            spectra, bases = zip(*(array_spectrum(member) for member in C.split(1)), strict=True)
+            return torch.cat(spectra), torch.cat(bases)
+        if C.dtype == torch.float64:
+            return torch.full_like(C[..., 0], torch.nan), torch.full_like(C, torch.nan)
+        s2, U = array_spectrum(C.double())
+        return s2.to(C.dtype), U.to(C.dtype)
+    return s.square(), U
+
+
+def warn_if_idle(idle: Tensor, advice: str) -> None:
+    """Say that some member's inverse has not left its start.  # (B,)"""
+    if bool(idle.any()):  # a host read
+        warnings.warn(
+            f"preconditioner inactive: after {PATIENCE} gradients the held inverse still is the multiple of the identity it "
+            f"began with, and the step a multiple of the plain gradient: {advice}",
+            stacklevel=2,
+        )
+
+
 @dataclass(frozen=True)
 class InverseDims(Representation):
     """``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at or above the inverse of Shampoo's factor ``H_k + e I``.
 
     ``denominator="exact"`` carries an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
-    scalar forms of `krad_update`, over-estimates of the inverse (``tr``: by ten after 40 gradients, ``d-tr`` by 290).
+    scalar forms of `krad_update`, over-estimates of the inverse (``tr``: by ten after 40 gradients, ``d-tr`` by 290). ``d-tr``
+    takes at most ``1/d`` off an eigenvalue in a step; an inverse that has not moved after `PATIENCE` gradients warns.
     ``ridge`` is ``e``: as it is, or, with ``relative``, times the average eigenvalue of the first gradient's statistic.
     ``unit`` gives a new gradient weight one beside a running average, as published; otherwise one minus the decay.
 
@@ -95,17 +127,27 @@ class InverseDims(Representation):
 
     def init(self, frame: Frame) -> State:
         state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
-        start = (1 / self.ridge) ** 0.5 if self.denominator == "exact" else 1 / self.ridge
         for axis, size in enumerate(frame.shape or (1,)):
-            eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
-            if axis in frame.diagonal:
-                state[f"inverse_{axis}"] = frame.zeros(size) + 1 / self.ridge
-            else:
-                state[f"inverse_{axis}"] = frame.zeros(size, size) + start * eye
+            state[f"inverse_{axis}"] = frame.zeros(size) if axis in frame.diagonal else frame.zeros(size, size)
+        self._restart(state)
         return state
 
+    def _restart(self, state: State) -> None:
+        """The state of before any gradient."""
+        start = (1 / self.ridge) ** 0.5 if self.denominator == "exact" else 1 / self.ridge
+        for name, L in state.items():
+            if name == "age":
+                L.zero_()
+            elif L.ndim == 2:
+                L.fill_(1 / self.ridge)
+            else:
+                L.copy_(start * torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
+
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        """``beta = 0`` forgets everything: the next inverse is that of the newest statistic and the ridge."""
         assert isinstance(evidence, Gradient)
+        if fold.beta == 0:
+            self._restart(state)
         G = self.unfold(evidence.gradient)
         for axis in range(G.ndim - 1):
             L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
@@ -113,6 +155,8 @@ class InverseDims(Representation):
                 self._rescale(L, x, state["age"])
             L.copy_(self._updated(L, x, fold))
         state["age"].add_(1)
+        if self.denominator != "exact" and int(state["age"][0]) == PATIENCE:  # a host read, of the scalar forms alone
+            warn_if_idle(self._idle(state, G * (1.0 if self.unit else fold.alpha**0.5)), "denominator='exact' follows them")
 
     def _rescale(self, L: Tensor, x: Tensor, age: Tensor) -> None:
         """Set the start to the scale of the first gradient; a zero one has none."""
@@ -120,9 +164,18 @@ class InverseDims(Representation):
         scale = torch.where((age == 0) & (mean > 0), 1 / mean, 1.0)
         L.mul_((scale**0.5 if L.ndim == 3 and self.denominator == "exact" else scale).view(-1, *[1] * (L.ndim - 1)))
 
+    def _idle(self, state: State, G: Tensor) -> Tensor:
+        """No axis has a condition of two, and ``tr(L S) > d``, where an inverse that holds ``S`` has less.  # (B,)"""
+        found = [torch.zeros_like(state["age"], dtype=torch.bool)]
+        for axis, (s, _) in enumerate(self.spectra(state)):
+            if s.shape[-1] > 1:
+                L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
+                size = (x * (L.unsqueeze(-1) * x if L.ndim == 2 else L @ x)).sum((-2, -1))
+                found.append((s.amax(-1) < 2 * s.amin(-1)) & (size > s.shape[-1]))
+        return torch.stack(found[1:] or found).all(0)
+
     def _updated(self, L: Tensor, x: Tensor, fold: Fold) -> Tensor:
-        """``beta = 0`` forgets everything: then the next inverse is that of the newest statistic and the ridge."""
-        beta = fold.beta if fold.beta > 0 else 1.0
+        beta = fold.beta or 1.0  # 0 has begun again
         x = x if self.unit else x * fold.alpha**0.5
         if L.ndim == 2:
             L = L / beta
@@ -146,10 +199,9 @@ class InverseDims(Representation):
             return L, None
         safe = torch.where(torch.isfinite(L), L, 0.0)
         if self.denominator == "exact":
-            U, s, _ = torch.linalg.svd(safe)
-            return s.square(), U
-        s, Q = torch.linalg.eigh(safe)
-        return s.clamp(min=0), Q
+            return array_spectrum(safe)
+        s, Q, ok = decompose(safe)
+        return torch.where(ok.unsqueeze(-1), s.clamp(min=0), torch.nan), Q
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

@@ -15,25 +15,28 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import expand
-from gradmaker.representations.memory import dot, push, two_loop
+from gradmaker.representations.memory import dot, multiply, push, unfilled
 from gradmaker.solvers.spectrum import add_ridge, symmetrise
 
-__all__ = ["KronPairs", "bfgs_update", "double_damping"]
+__all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 
 SMALLEST = 1e-4
 """A pair is left out whose ``s^T y / (s^T s |y|)`` is not above this."""
 
 
-def bfgs_update(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> Tensor:
-    """``(I - r s y^T) H (I - r y s^T) + r s s^T``, ``r = 1 / s^T y``, for the members that accept it.
+def bfgs_update_(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
+    """``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``, ``r = 1 / s^T y``, for the members that accept it.
 
-    Reference: Nocedal, Wright 2006, eq. 6.17.  # (B, d, d), (B, d), (B, d), (B,) -> (B, d, d)
+    As ``H + s u^T + u s^T``, ``u = (r^2 y^T H y + r) s / 2 - r H y``, which keeps a symmetric matrix symmetric to the last bit.
+
+    Reference: Nocedal, Wright 2006, eq. 6.17.  # (B, d, d), (B, d), (B, d), (B,)
     """
     r = torch.where(accepted, 1 / dot(s, y).squeeze(1), 0.0)[:, None, None]
     s, y = (torch.where(accepted.unsqueeze(1), x, 0.0).unsqueeze(-1) for x in (s, y))
     Hy = H @ y
-    cross = s @ Hy.mT
-    return symmetrise(H + (r * r * (y.mT @ Hy) + r) * (s @ s.mT) - r * (cross + cross.mT))
+    u = (r * r * (y.mT @ Hy) + r) / 2 * s - r * Hy
+    cross = s @ u.mT
+    H.add_(cross + cross.mT)
 
 
 def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor, form: str) -> tuple[Tensor, Tensor]:
@@ -62,7 +65,8 @@ class KronPairs(Representation):
     averages, with ``memory_decay``, of the layer's secants, doubly damped: ``s^T y >= 0.2 y^T H_g y`` and
     ``s^T y >= sqrt(damping / R) s^T s``.
 
-    With ``pairs`` both are held as that many pairs, from ``I``. In ``C`` the damping is that of the product.
+    With ``pairs`` ``H_g`` is held as that many pairs, from ``I``; so is ``H_a`` with ``limited="both"``. In ``C`` the damping
+    is that of the product.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, algorithm 1; the authors' code (averages, limits).
     """
@@ -71,6 +75,7 @@ class KronPairs(Representation):
 
     damping: float = 0.3
     pairs: int | None = None
+    limited: Literal["outputs", "both"] = "outputs"
     memory_decay: float = 0.9
     least: float = 0.2
     form: Literal["powell", "shift"] = "powell"
@@ -80,6 +85,8 @@ class KronPairs(Representation):
             raise ValueError(f"damping = {self.damping!r}: legal are positive numbers")
         if self.pairs is not None and self.pairs < 1:
             raise ValueError(f"pairs = {self.pairs!r}: legal are integers of at least 1, or None for whole matrices")
+        if self.limited not in ("outputs", "both"):
+            raise ValueError(f"limited = {self.limited!r}: legal are 'outputs', 'both'")
         for name in ("memory_decay", "least"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: legal are numbers in [0, 1)")
@@ -104,12 +111,15 @@ class KronPairs(Representation):
         state = {"A": frame.zeros(i, i), "A_mass": frame.zeros(), "positions": frame.zeros() + 1}
         state |= {"step": frame.zeros(o), "change": frame.zeros(o), "refused": frame.zeros()}
         for name, d in (("left", o), ("right", i)):
-            if self.pairs is None:
+            if not self._limits(name):
                 state[name] = frame.zeros(d, d) + torch.eye(d, dtype=frame.dtype, device=frame.device)
             else:
-                state |= {f"{name}_s": frame.zeros(self.pairs, d), f"{name}_y": frame.zeros(self.pairs, d)}
-                state[f"{name}_inverse"] = frame.zeros(self.pairs)
+                state |= {f"{name}_{key}": x for key, x in unfilled(frame, self.pairs or 0, d).items()}
         return state
+
+    def _limits(self, side: str) -> bool:
+        """Whether a side is held as pairs."""
+        return self.pairs is not None and (side == "left" or self.limited == "both")
 
     # ---------------------------------------------------------------- updates
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
@@ -126,14 +136,14 @@ class KronPairs(Representation):
         state["positions"].fill_(R)
         evidence.add_input_moment_(state["A"], fold.beta, fold.alpha * R)
         fold.weigh_mean_(state["A_mass"])
-        damped = self._damped_input(state)
-        if self.pairs is None:
-            begun = torch.cholesky_inverse(torch.linalg.cholesky_ex(symmetrise(damped))[0])
-            state["right"].copy_(torch.where(first[:, None, None], begun, state["right"]))
+        if not self._limits("right") and bool(first.any()):  # a host read, which is cheaper than an inverse at every step
+            begun = torch.cholesky_inverse(torch.linalg.cholesky_ex(symmetrise(self._damped_input(state)))[0])
+            state["right"].copy_(torch.where(first[:, None, None], symmetrise(begun), state["right"]))
         a = evidence.inputs.mean((1, 2))
         a = torch.cat([a, a.new_ones(len(a), 1)], 1) if evidence.bias else a
         s = self._inverse(state, "right", a.unsqueeze(-1)).squeeze(-1)
-        self._push(state, "right", s, (damped @ s.unsqueeze(-1)).squeeze(-1))
+        y = (state["A"] @ s.unsqueeze(-1)).squeeze(-1) / state["A_mass"].unsqueeze(1)
+        self._push(state, "right", s, y + self._input_ridge(state).unsqueeze(1) * s)
 
     def _take_secant(self, state: State, s: Tensor, y: Tensor) -> None:
         for name, new in (("step", s), ("change", y)):
@@ -150,23 +160,25 @@ class KronPairs(Representation):
         limit = SMALLEST * dot(s, s) * torch.linalg.vector_norm(y, dim=-1, keepdim=True) if side == "left" else 0 * sy
         accepted = ((sy > limit) & torch.isfinite(1 / sy)).squeeze(1)
         state["refused"].add_(~accepted)
-        if self.pairs is None:
-            state[side].copy_(bfgs_update(state[side], s, y, accepted))
+        if not self._limits(side):
+            bfgs_update_(state[side], s, y, accepted)
             return
-        for name, new in (("s", s), ("y", y), ("inverse", 1 / sy.squeeze(1))):
-            push(state[f"{side}_{name}"], new, accepted)
+        push(_pairs(state, side), s, y, accepted)
 
     def _damped_input(self, state: State) -> Tensor:
         """``A + sqrt(damping R)``.  # (B, i, i)"""
-        return add_ridge(average(state["A"], state["A_mass"]), (self.damping * state["positions"]).sqrt())
+        return add_ridge(average(state["A"], state["A_mass"]), self._input_ridge(state))
+
+    def _input_ridge(self, state: State) -> Tensor:
+        """``sqrt(damping R)``.  # (B,)"""
+        return (self.damping * state["positions"]).sqrt()
 
     # ---------------------------------------------------------------- P and C
     def _inverse(self, state: State, side: str, X: Tensor) -> Tensor:
         """``H X``.  # (B, d, c)"""
-        if self.pairs is None:
+        if not self._limits(side):
             return state[side] @ X
-        S, Y, r = (state[f"{side}_{name}"] for name in ("s", "y", "inverse"))
-        return two_loop(S, Y, r, torch.ones_like(r[:, 0]), X)
+        return multiply(_pairs(state, side), torch.ones_like(X[:, 0, 0]), X)
 
     def apply(self, state: State, g: Tensor) -> Tensor:
         """``H_g G H_a``.  # (B, o, i)"""
@@ -177,8 +189,13 @@ class KronPairs(Representation):
 
     def _formed(self, state: State, side: str) -> Tensor:
         """``H``.  # (B, d, d)"""
-        if self.pairs is None:
+        if not self._limits(side):
             return state[side]
-        S = state[f"{side}_s"]
+        S = _pairs(state, side)["s"]
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand(len(S), -1, -1)
         return symmetrise(self._inverse(state, side, eye))
+
+
+def _pairs(state: State, side: str) -> State:
+    """The memory of one side."""
+    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products")}

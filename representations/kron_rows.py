@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import apply_factors
 
 __all__ = ["KronRows"]
@@ -32,6 +32,7 @@ class KronRows(Representation):
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
     factored_axes: ClassVar[bool] = True
     live: ClassVar[bool] = True
+    idle = NEWEST_ALONE | NO_LIMIT
 
     reduction: Literal["sum", "subsample", "none"] = "sum"
     positions: int = 16

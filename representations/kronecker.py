@@ -1,12 +1,13 @@
 """Kronecker products: an input and an output factor of a layer (KF-io), or one factor for each axis of a tensor (KF-dim).
 
-A factor is (B, d, d), or (B, d) when only its diagonal is kept. ``vec`` is row-major everywhere.
+A factor is (B, d, d), or (B, d) when only its diagonal is kept, or tiled, see `gradmaker.representations.factor`. ``vec`` is
+row-major everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Factors, Gradient, Inputs, OneHot, Outer
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.factor import blocks, dense, is_tiled, tile_width
 
 __all__ = ["Kron", "KronDims", "apply_factors", "expand", "mode_matrix"]
 
@@ -22,7 +24,7 @@ __all__ = ["Kron", "KronDims", "apply_factors", "expand", "mode_matrix"]
 def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
     """Mode products ``g x_1 F_1 x_2 F_2 ...``, the same as ``(F_1 (x) F_2 (x) ...) vec(g)``; None leaves its axis alone.
 
-    factors: (B, d_m, d_m) or (B, d_m); g: (B, d_1, ..., d_m) -> the same shape
+    factors: (B, d_m, d_m), (B, d_m) or tiled; g: (B, d_1, ..., d_m) -> the same shape
     """
     for axis, F in enumerate(factors, start=1):
         if F is not None:
@@ -37,6 +39,8 @@ def mode_matrix(g: Tensor, axis: int) -> Tensor:
 
 def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
     B, shape = g.shape[0], g.shape
+    if is_tiled(F):
+        return torch.cat([_apply_factor(block, g[(slice(None),) * axis + (rows,)], axis) for rows, block in blocks(F)], axis)
     if F.ndim == 2:
         return g * F.view(B, *[1] * (axis - 1), -1, *[1] * (g.ndim - axis - 1))
     if axis == g.ndim - 1:  # a product from the right, where the batched form would be a stack of matrix-vector products
@@ -46,14 +50,14 @@ def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
 
 def expand(factors: Sequence[Tensor]) -> Tensor:
     """``F_1 (x) F_2 (x) ...``, formed.  # (B, P, P)"""
-    out, *rest = [torch.diag_embed(F) if F.ndim == 2 else F for F in factors]
+    out, *rest = [dense(F) for F in factors]
     for F in rest:
         out = torch.einsum("bij,bkl->bikjl", out, F).reshape(F.shape[0], out.shape[1] * F.shape[1], -1)
     return out
 
 
-def _allocate(frame: Frame, axis: int, size: int) -> Tensor:
-    return frame.zeros(size) if axis in frame.diagonal else frame.zeros(size, size)
+def _allocate(frame: Frame, axis: int, size: int, longest: int | None = None) -> Tensor:
+    return frame.zeros(size) if axis in frame.diagonal else frame.zeros(size, tile_width(size, longest))
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Kron(Representation):
 
     ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` averages the
     inputs and sums the gradients of an example first. One-hot inputs stay expanded, so that ``A`` stays diagonal.
+    ``wide_sides`` says what is held of the factor of a side over ``max_dim``: its diagonal, or blocks of at most that size.
 
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
     """
@@ -70,18 +75,26 @@ class Kron(Representation):
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
+    wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"sharing = {self.sharing!r}: legal are 'expand', 'reduce'")
+        if self.wide_sides not in ("diagonal", "blocks"):
+            raise ValueError(f"wide_sides = {self.wide_sides!r}: legal are 'diagonal', 'blocks'")
 
     @property
     def grain(self) -> Grain:
         return "layer"
 
+    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+        """None with blocks, which serve wide sides."""
+        return frozenset() if self.wide_sides == "blocks" else super().wide(shape, max_dim)
+
     def init(self, frame: Frame) -> State:
         rows, columns = frame.shape
-        factors = {"left": _allocate(frame, 0, rows), "right": _allocate(frame, 1, columns)}
+        longest = frame.longest if self.wide_sides == "blocks" else None
+        factors = {"left": _allocate(frame, 0, rows, longest), "right": _allocate(frame, 1, columns, longest)}
         return {**factors, "left_mass": frame.zeros(), "right_mass": frame.zeros()}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
@@ -89,11 +102,13 @@ class Kron(Representation):
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        evidence.add_gradient_moment_(state[outer], fold.beta, fold.alpha)
+        for rows, block in blocks(state[outer]):
+            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.alpha)
         weigh = fold.weigh_mean_ if isinstance(evidence, Inputs) else fold.weigh_  # an identity does not add up
         weigh(state[f"{outer}_mass"])
         if evidence.fresh:
-            evidence.add_input_moment_(state[inner], fold.beta, fold.alpha)
+            for rows, block in blocks(state[inner]):
+                _of_inputs(evidence, rows).add_input_moment_(block, fold.beta, fold.alpha)
             fold.weigh_mean_(state[f"{inner}_mass"])
 
     def to_dense(self, state: State) -> Tensor:
@@ -114,6 +129,23 @@ class Kron(Representation):
     def order(self, factors: int) -> int:
         """One: ``C`` is the product of the factors."""
         return 1
+
+
+def _of_outputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
+    """Evidence of some of the outputs alone."""
+    if isinstance(evidence, Factors):
+        return replace(evidence, B=evidence.B[:, rows, rows])
+    return replace(evidence, gradients=evidence.gradients[..., rows])
+
+
+def _of_inputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
+    """Evidence of some of the inputs alone; the bias is the last of them."""
+    if isinstance(evidence, Factors):
+        return replace(evidence, A=evidence.A[:, rows, rows])
+    if isinstance(evidence.inputs, OneHot):  # a diagonal, which is one piece
+        return evidence
+    kept = evidence.inputs[..., rows]
+    return replace(evidence, inputs=kept, bias=evidence.bias and rows.stop > evidence.inputs.shape[-1])
 
 
 @dataclass(frozen=True)

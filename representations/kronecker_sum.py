@@ -67,15 +67,28 @@ class KronSum(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of singular factors, the limit of a vanishing ridge."""
-        factors = [torch.diag_embed(F) if F.ndim == 2 else F for F in self.summands(state)]
-        p, out = self.passes(len(factors)), []
-        for F in factors:
-            s, Q = torch.linalg.eigh(F)
-            floor = torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
-            out.append((Q * (torch.maximum(s, floor) ** (-1 / (2 * p))).unsqueeze(-2)) @ Q.mT)
-        inverse = torch.linalg.matrix_power(torch.linalg.inv(dense_mean(out)), 2 * p)
+        spectra = self._roots(state)
+        roots = [torch.diag_embed(r) if Q is None else (Q * r.unsqueeze(-2)) @ Q.mT for r, Q in spectra]
+        inverse = torch.linalg.matrix_power(torch.linalg.inv(dense_mean(roots)), 2 * self.passes(len(roots)))
         C: Tensor = (inverse + inverse.mT) / 2
         return C
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        """In the eigenbasis of the factors, where the mean of the roots is diagonal."""
+        spectra, x = self._roots(state), self.unfold(v)
+        m = len(spectra)
+        mean = sum(r.reshape(len(x), *[1] * k, -1, *[1] * (m - k - 1)) for k, (r, _) in enumerate(spectra)) / m
+        x = apply_factors([None if Q is None else Q.mT for _, Q in spectra], x) * mean ** (-2 * self.passes(m))
+        return apply_factors([Q for _, Q in spectra], x).reshape(v.shape)
+
+    def _roots(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """``H_k^(-1/2p)`` as eigenvalues, floored, and eigenvectors; None for the unit basis.  # (B, d), (B, d, d)"""
+        factors, found = self.summands(state), []
+        for F in factors:
+            s, Q = (F, None) if F.ndim == 2 else torch.linalg.eigh(F)
+            floor = torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+            found.append((torch.maximum(s, floor) ** (-1 / (2 * self.passes(len(factors)))), Q))
+        return found
 
     # ---------------------------------------------------------------- Summed: one factor for each axis
     def summands(self, state: State) -> list[Tensor]:

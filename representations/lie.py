@@ -1,8 +1,8 @@
-"""PSGD: preconditioners on Lie groups of triangular matrices, fitted to pairs ``(v, h)`` by relative gradient steps.
+"""PSGD: preconditioners on Lie groups, fitted to pairs ``(v, h)`` by relative gradient steps.
 
 ``c(P) = E[h^T P h + v^T P^-1 v]`` with ``P = Q^T Q`` is least where ``P E[h h^T] P = E[v v^T]``: at ``|H|^-1`` for ``h = H v``
-and unit ``v``. With ``dQ = E Q``, ``E`` upper triangular, the gradient is
-``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``.
+and unit ``v``, at ``E[g g^T]^(-1/2)`` for ``h = g`` and noise ``v`` that has nothing to do with it. With ``dQ = E Q``, ``E``
+upper triangular, the gradient is ``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``; `geometries` has other coordinates.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
@@ -35,9 +36,13 @@ def relative_gradient(x: Tensor, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Fitted(Representation):
-    """``C = P^-1`` with a ``P`` that takes a step a pair: it has a memory of its own, and ``decay`` does not apply."""
+    """``C = P^-1`` with a ``P`` that takes a step a pair: it has a memory of its own, and ``decay`` does not apply.
+
+    A pair that is not finite, or whose ``h`` is zero throughout, says nothing: the members that it is for keep what they have.
+    """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Pair, Contrast)
+    idle: ClassVar[dict[str, str]] = {"decay": "what is fitted takes a step a pair and averages none; set rate"}
 
     rate: float = 0.1
     normaliser: Normaliser = "slow"
@@ -53,16 +58,17 @@ class _Fitted(Representation):
         old = {name: x.clone() for name, x in state.items()}
         v, h = (self.unfold(x) for x in (evidence.v, evidence.cv))
         self._start(state, v, h)
-        self.fit(state, v, h)
-        # a pair that overflowed says nothing
+        self.fit(state, v, h, independent=isinstance(evidence, Contrast))
         ok = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state.values()]).all(0)
+        ok &= h.flatten(1).any(1)
         for name, x in state.items():
             x.copy_(torch.where(ok.view(-1, *[1] * (x.ndim - 1)), x, old[name]))
 
     def _start(self, state: State, v: Tensor, h: Tensor) -> None:
-        """``Q = (v^T v / h^T h)^(1/4) I`` before the first pair."""
+        """``P = (v^T v / h^T h)^(1/2) I`` before the first pair."""
         factors = self.held(state)
-        size = (v.flatten(1).square().sum(1) / h.flatten(1).square().sum(1)) ** (0.25 / len(factors))
+        power = (0.5 if self.direct else 0.25) / len(factors)
+        size = (v.flatten(1).square().sum(1) / h.flatten(1).square().sum(1)) ** power
         scale = torch.where((state["age"] == 0) & torch.isfinite(size) & (size > 0), size, 1.0)
         for Q in factors:
             Q.mul_(scale.view(-1, *[1] * (Q.ndim - 1)))
@@ -75,9 +81,14 @@ class _Fitted(Representation):
             size = bound
         return self.rate / (size + torch.finfo(size.dtype).tiny)
 
+    @property
+    def direct(self) -> bool:
+        """Whether the factors are those of ``P`` itself, not of its ``Q``."""
+        return False
+
     @abstractmethod
-    def fit(self, state: State, v: Tensor, h: Tensor) -> None:
-        """One step on every factor, in place."""
+    def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
+        """One step on every factor, in place.  independent: whether ``v`` has nothing to do with ``h``"""
 
     @abstractmethod
     def held(self, state: State) -> list[Tensor]:
@@ -88,21 +99,18 @@ class _Fitted(Representation):
         """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
 
     def apply(self, state: State, g: Tensor) -> Tensor:
-        """``Q^T Q g``.  # (B, *shape)"""
+        """``Q^T Q g``, or ``P g`` by factors of ``P``.  # (B, *shape)"""
         factors = self.held(state)
         x = apply_factors(factors, self.unfold(g))
-        return apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x).reshape(g.shape)
+        if not self.direct:
+            x = apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)
+        return x.reshape(g.shape)
 
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
+        if self.direct:
+            return expand(inverses)
         return expand([R.square() if R.ndim == 2 else R @ R.mT for R in inverses])
-
-    def matvec(self, state: State, v: Tensor) -> Tensor:
-        x = self.unfold(v)
-        for transposed in (True, False):
-            for axis, Q in enumerate(self.held(state)):
-                x = _divide(Q, x, axis, transposed)
-        return x.reshape(v.shape)
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class TriangularQ(_Fitted):
         Q = frame.zeros(P, P) + torch.eye(P, dtype=frame.dtype, device=frame.device)
         return {"factor": Q, "bound": frame.zeros(), "age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
 
-    def fit(self, state: State, v: Tensor, h: Tensor) -> None:
+    def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
         Q = state["factor"]
         a = Q @ h.unsqueeze(-1)
         b = torch.linalg.solve_triangular(Q.mT, v.unsqueeze(-1), upper=False)
@@ -141,6 +149,12 @@ class TriangularQ(_Fitted):
         step = self.gain(state["bound"], size)[:, None, None]
         Q.sub_(step * (a * _sums_from_below(a * Q) - b * _sums_from_below(b * Q)))
 
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        x = self.unfold(v)
+        for transposed in (True, False):
+            x = divide(state["factor"], x, 0, transposed)
+        return x.reshape(v.shape)
+
     def held(self, state: State) -> list[Tensor]:
         return [state["factor"]]
 
@@ -150,19 +164,22 @@ class TriangularQ(_Fitted):
 
 @dataclass(frozen=True)
 class KronQ(_Fitted):
-    """``P = (x)_k Q_k^T Q_k``, one triangular factor for each axis, a diagonal where an axis is long.
+    """``P = (x)_k Q_k^T Q_k``, one factor for each axis, a diagonal where an axis is long.
 
+    ``geometry`` says how a factor moves, by a name of `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
     ``Q_k <- Q_k - (rate / size_k) triu(A_k A_k^T - Z_k Z_k^T) Q_k`` with the axis ``k`` of ``A = h x_1 Q_1 x_2 Q_2 ...`` and of
-    ``Z = v x_1 Q_1^-T x_2 Q_2^-T ...`` as rows; then all factors get one largest entry. An axis of length ``d`` of a block with
+    ``Z = v x_1 Q_1^-T x_2 Q_2^-T ...`` as rows. Then all factors get one largest entry. An axis of length ``d`` of a block with
     ``n`` elements has a diagonal if ``d > max_dim`` or ``d^2 > max_skew n``.
 
-    Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group), section 3; psgd_torch (2025) for ``max_skew`` and balancing.
+    Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group), section 3; Li, 2024, arXiv:2402.11858 (geometries); psgd_torch
+    (2025) for ``max_skew`` and balancing.
     """
 
     factored_axes: ClassVar[bool] = True
 
     granularity: Literal["layer", "tensor"] = "layer"
     max_skew: float | None = None
+    geometry: str = "EQ"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,10 +187,26 @@ class KronQ(_Fitted):
             raise ValueError(f"granularity = {self.granularity!r}: legal are 'layer', 'tensor'")
         if self.max_skew is not None and not self.max_skew >= 0:
             raise ValueError(f"max_skew = {self.max_skew!r}: legal are non-negative numbers, or None for no such limit")
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"geometry = {self.geometry!r}: legal are {', '.join(map(repr, GEOMETRIES))}")
+        if self.normaliser == "max" and not self._geometry.triangular:
+            raise ValueError(
+                f"normaliser = 'max' with geometry = {self.geometry!r}: the largest entry bounds the diagonal alone, which is "
+                "enough for a triangular factor; legal are 'slow', or geometry = 'EQ'"
+            )
 
     @property
     def grain(self) -> Grain:
         return self.granularity
+
+    @property
+    def _geometry(self) -> Geometry:
+        return GEOMETRIES[self.geometry]
+
+    @property
+    def direct(self) -> bool:
+        """As the geometry says."""
+        return self._geometry.direct
 
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         if self.max_skew is None:
@@ -190,29 +223,24 @@ class KronQ(_Fitted):
             state[f"bound_{axis}"] = frame.zeros()
         return state
 
-    def fit(self, state: State, v: Tensor, h: Tensor) -> None:
-        factors = self.held(state)
-        A, Z = apply_factors(factors, h), v
+    def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
+        factors, geometry = self.held(state), self._geometry
+        X, Z = geometry.images(factors, v, h)
         for axis, Q in enumerate(factors):
-            Z = _divide(Q, Z, axis, transposed=True)
-        for axis, Q in enumerate(factors):
-            x, z = mode_matrix(A, axis), mode_matrix(Z, axis)
-            bound = state[f"bound_{axis}"]
-            if Q.ndim == 2:
-                up, down = x.square().sum(-1), z.square().sum(-1)
-                size = (up - down).abs().amax(-1) if self.normaliser == "max" else (up + down).amax(-1)
-                Q.sub_(self.gain(bound, size)[:, None] * (up - down) * Q)
-            else:
-                E = relative_gradient(x, z)
-                Q.sub_(self.gain(bound, self._size(E, x, z))[:, None, None] * (E @ Q))
+            x, z, noise = (mode_matrix(T, axis) for T in (X, Z, v))
+            noise = noise[..., :STARTS].mT
+            E, size = geometry.gap(Q, x, None if independent and not geometry.triangular else z, noise)
+            if self.normaliser == "max":
+                size = E.abs().flatten(1).amax(1)
+            Q.copy_(geometry.move(Q, E, self.gain(state[f"bound_{axis}"], size), noise))
         _balance(factors)
 
-    def _size(self, E: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """The largest entry, or a bound on the largest eigenvalue of ``x x^T + z z^T``.  # (B,)"""
-        if self.normaliser == "max":
-            return E.abs().amax((-2, -1))
-        M = x @ x.mT + z @ z.mT
-        return torch.minimum(torch.linalg.matrix_norm(M), M.abs().sum(-1).amax(-1))
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        x = self.unfold(v)
+        for transposed in (False,) if self.direct else (True, False):
+            for axis, Q in enumerate(self.held(state)):
+                x = divide(Q, x, axis, transposed, self._geometry.triangular)
+        return x.reshape(v.shape)
 
     def held(self, state: State) -> list[Tensor]:
         return [state[f"factor_{axis}"] for axis in range(sum(name.startswith("factor_") for name in state))]
@@ -233,13 +261,3 @@ def _sums_from_below(X: Tensor) -> Tensor:
     """``Y_ij = sum_(k >= i) X_kj``.  # (B, d, d)"""
     sums: Tensor = X.flip(-2).cumsum(-2).flip(-2)
     return sums
-
-
-def _divide(Q: Tensor, x: Tensor, axis: int, transposed: bool) -> Tensor:
-    """``Q^-1``, or ``Q^-T``, along an axis.  # x: (B, d_1, ..., d_m)"""
-    if Q.ndim == 2:
-        return x / Q.view(len(Q), *[1] * axis, -1, *[1] * (x.ndim - axis - 2))
-    rows = x.movedim(axis + 1, 1)
-    flat = rows.reshape(len(x), rows.shape[1], -1)
-    solved: Tensor = torch.linalg.solve_triangular(Q.mT if transposed else Q, flat, upper=not transposed)
-    return solved.reshape(rows.shape).movedim(1, axis + 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
-from gradmaker.representations.base import Fold, Frame, Grain, LowRank, Representation, State
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, LowRank, Representation, State
 
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]
 
@@ -34,6 +34,7 @@ class Spanned(Representation):
     """``C = J^T J`` behind the three products of `LowRank`."""
 
     live: ClassVar[bool] = True
+    idle = NO_LIMIT
 
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """None: no matrix of the block's size is held."""
@@ -93,13 +94,19 @@ class _Stream(Spanned):
         return state["gram"] * root.unsqueeze(-1) * root.unsqueeze(-2)
 
     def project(self, state: State, v: Tensor) -> Tensor:
-        rows = state["rows"].flatten(2)
-        return self.shares(state).sqrt() * (rows @ v.to(rows.dtype).flatten(1).unsqueeze(-1)).squeeze(-1)
+        rows = _vectors(state["rows"])
+        vector = v.to(rows.dtype).reshape(len(v), -1, 1)
+        return self.shares(state).sqrt() * (rows @ vector).squeeze(-1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
         rows = state["rows"]
         weighted = self.shares(state).sqrt() * z.to(rows.dtype)
-        return (weighted.unsqueeze(1) @ rows.flatten(2)).reshape(rows.shape[0], *rows.shape[2:])
+        return (weighted.unsqueeze(1) @ _vectors(rows)).reshape(rows.shape[0], *rows.shape[2:])
+
+
+def _vectors(rows: Tensor) -> Tensor:
+    """Rows of any shape, also of none, as vectors; there may be no row.  # (B, c, *shape) -> (B, c, P)"""
+    return rows.unsqueeze(-1).flatten(2)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     largest.  # (B, c, *shape), (B, d, *shape) -> (B, c, d)
     """
     out = x.new_zeros(x.shape[0], x.shape[1], y.shape[1], dtype=torch.float64)
-    for a, b in zip(x.flatten(2).split(COLUMNS, -1), y.flatten(2).split(COLUMNS, -1), strict=True):
+    for a, b in zip(_vectors(x).split(COLUMNS, -1), _vectors(y).split(COLUMNS, -1), strict=True):
         out.baddbmm_(a.double(), b.double().mT)
     return out
 
@@ -180,7 +187,7 @@ class Truncated(_Stream):
     def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if rows.shape[1] < self.rank + self.window:
             return rows, gram, weights
-        X = weights.sqrt().unsqueeze(-1) * rows.flatten(2)
+        X = weights.sqrt().unsqueeze(-1) * _vectors(rows)
         s, Q = torch.linalg.eigh(_inner(X, X))  # anew: what was added up over many steps has drifted
         U = (Q[..., -self.rank :].mT.to(X.dtype) @ X).reshape(rows.shape[0], self.rank, *rows.shape[2:])
         return U, torch.diag_embed(s[..., -self.rank :].clamp(min=0)), torch.ones_like(weights[:, : self.rank])

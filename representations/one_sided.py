@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["OneSided", "ZeroHistory"]
 
@@ -81,6 +81,8 @@ class ZeroHistory(OneSided):
 
     Reference: Bernstein, Newhouse 2024, "Old optimizer, new norm", arXiv:2409.20325, proposition 5.
     """
+
+    idle = NEWEST_ALONE
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         super().update(state, evidence, Fold(0.0, 1.0, 1.0))

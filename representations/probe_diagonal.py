@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Pair
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["ProbeDiagonal"]
 
@@ -28,6 +28,7 @@ class ProbeDiagonal(Representation):
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
     elementwise: ClassVar[bool] = True
+    idle = NO_LIMIT
 
     statistic: Literal["squares", "signed"] = "squares"
     spatial: bool = False

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
-from gradmaker.representations.base import Fold, Frame, Grain, State
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
 from gradmaker.representations.low_rank import Spanned
 
 __all__ = ["Part", "Rows", "portions"]
@@ -128,6 +128,7 @@ class Rows(Spanned):
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint)
+    idle = NEWEST_ALONE | NO_LIMIT
 
     granularity: Literal["full", "layer"] = "full"
     max_rows: int = 8192

@@ -8,13 +8,15 @@ from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
 from gradmaker.solvers.curveball import CurveBall
 from gradmaker.solvers.denman_beavers import DenmanBeavers
+from gradmaker.solvers.displaced_neumann import DisplacedNeumann
 from gradmaker.solvers.division import Division
 from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.factor_woodbury import FactorWoodbury
 from gradmaker.solvers.gram import Gram
+from gradmaker.solvers.held_root import HeldRoot
 from gradmaker.solvers.higher_order import HigherOrder
 from gradmaker.solvers.krylov import Krylov
-from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
+from gradmaker.solvers.levenberg_marquardt import AdaptiveDamping, LevenbergMarquardt
 from gradmaker.solvers.local_regression import LocalRegression
 from gradmaker.solvers.neumann import Neumann
 from gradmaker.solvers.newton_root import NewtonRoot
@@ -47,6 +49,7 @@ SOLVERS: dict[str, type[Solver]] = {
         TruncatedCG,
         Krylov,
         Neumann,
+        DisplacedNeumann,
         CurveBall,
         Apply,
         LocalRegression,
@@ -54,6 +57,7 @@ SOLVERS: dict[str, type[Solver]] = {
         NewtonSchulz,
         DenmanBeavers,
         SvdRoot,
+        HeldRoot,
     )
 }
 
@@ -63,15 +67,18 @@ __all__ = [
     "SOLVERS",
     "AbsoluteDivision",
     "AbsoluteEigh",
+    "AdaptiveDamping",
     "Apply",
     "AxisMean",
     "Cholesky",
     "CurveBall",
     "DenmanBeavers",
+    "DisplacedNeumann",
     "Division",
     "Eigh",
     "FactorWoodbury",
     "Gram",
+    "HeldRoot",
     "HigherOrder",
     "Krylov",
     "LevenbergMarquardt",

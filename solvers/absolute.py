@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from gradmaker.representations.base import Elementwise, Factored, State
 from gradmaker.representations.dense import Dense
-from gradmaker.solvers.base import Solver
-from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.ladder import settle
 from gradmaker.solvers.spectrum import decompose, symmetrise
 
@@ -20,18 +18,9 @@ __all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DenseSolver(Solver):
+class _DenseSolver(InverseSolver):
     needs: ClassVar[type] = Factored
     definite: ClassVar[bool] = False
-
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf)
-
-    @property
-    def exponent(self) -> float:
-        return -1.0
 
     def refuse(self, representation: Any) -> str | None:
         if isinstance(representation, Dense):
@@ -71,10 +60,13 @@ class AbsoluteEigh(_DenseSolver):
 class LU(_DenseSolver):
     """``P g = (C + damping I)^-1 g`` of any symmetric matrix: a direction that may ascend where ``C`` is indefinite.
 
-    A block that fails before it ever succeeded gets ``g / damping``.
+    Below ``-lambda_min`` of ``C`` a damping leaves directions that ascend, and steps end in saddle points; the default is the
+    first one of Hessian-free optimization. A block that fails before it ever succeeded gets ``g / damping``.
 
     Reference: Golub & Van Loan, Matrix Computations, section 3.4.
     """
+
+    damping: float = 1.0
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         C = representation.to_dense(state)
@@ -96,7 +88,7 @@ class LU(_DenseSolver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbsoluteDivision(Solver):
+class AbsoluteDivision(InverseSolver):
     """``P g = g / (|d| + damping)`` with the diagonal ``d`` of a matrix that may be indefinite.
 
     A block that fails before it ever succeeded gets ``g / damping``.
@@ -106,15 +98,6 @@ class AbsoluteDivision(Solver):
 
     needs: ClassVar[type] = Elementwise
     definite: ClassVar[bool] = False
-
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf)
-
-    @property
-    def exponent(self) -> float:
-        return -1.0
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         d = representation.diagonal(state)

@@ -26,10 +26,6 @@ class Apply(Solver):
     needs: ClassVar[type] = Preconditions
     definite: ClassVar[bool] = True
 
-    @property
-    def exponent(self) -> float:
-        return -1.0
-
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         return {name: x.clone() for name, x in state.items()}
 

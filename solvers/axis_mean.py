@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from torch import Tensor
 from gradmaker.representations.base import State, Summed
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
 from gradmaker.solvers.base import Solver, spectral_power
-from gradmaker.solvers.damping import check_choice, check_interval
-from gradmaker.solvers.eigh import Eigh
-from gradmaker.solvers.newton_root import NewtonRoot
+from gradmaker.solvers.damping import Mode, check_choice, check_interval
+from gradmaker.solvers.rooting import FactorRoot, rooting
 from gradmaker.solvers.roots import held_roots
 
 __all__ = ["AxisMean"]
@@ -43,8 +42,8 @@ class _Factors:
 class AxisMean(Solver):
     """``P G``: ``p`` times ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
 
-    ``root`` says how factors are rooted, by `Eigh` or `NewtonRoot`. A block that fails before it ever succeeded keeps its
-    gradient.
+    ``root`` says how factors are rooted, ``mode`` damps in other units, see `gradmaker.solvers.damping`. A block that fails
+    before it ever succeeded keeps its gradient; with absolute damping it gets ``damping^(-1/2) g``.
 
     Reference: Duvvuri et al., ICLR 2024, algorithm 1 (``p = 2``); the factors 1/2, which its code leaves to grafting, are kept.
     """
@@ -53,20 +52,23 @@ class AxisMean(Solver):
     definite: ClassVar[bool] = True
 
     damping: float = 1e-6
-    root: Literal["eigh", "newton"] = "eigh"
+    root: FactorRoot = "eigh"
+    mode: Mode = "largest"
 
     def __post_init__(self) -> None:
         check_interval("damping", self.damping, 0, inf, closed=True)
-        check_choice("root", self.root, ("eigh", "newton"))
+        check_choice("root", self.root, get_args(FactorRoot))
+        self._rooter()
 
     @property
     def exponent(self) -> float:
         return -0.5
 
     def _rooter(self) -> Solver:
-        if self.root == "newton":
-            return NewtonRoot(power=-0.5, damping=self.damping)
-        return Eigh(power=-0.5, damping=self.damping, split="each", relative=True)
+        return rooting(self.root, self.damping, mode=self.mode)
+
+    def refuse(self, representation: Any) -> str | None:
+        return self._rooter().refuse(_Factors(representation))
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         return self._rooter().prepare(_Factors(representation), state, previous)
@@ -74,8 +76,7 @@ class AxisMean(Solver):
     def operator(self, representation: Any, state: State) -> Tensor:
         factors = [torch.diag_embed(F) if F.ndim == 2 else F for F in representation.summands(state)]
         p = representation.passes(len(factors))
-        tops = [torch.linalg.eigvalsh(F).amax(-1, keepdim=True) for F in factors]
-        roots = [spectral_power(F, self.damping * top, -1 / (2 * p)) for F, top in zip(factors, tops, strict=True)]
+        roots = [spectral_power(F, self.damping, -1 / (2 * p), self.mode) for F in factors]
         out: Tensor = torch.linalg.matrix_power(dense_mean(roots), p)
         return out
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State
+from gradmaker.representations.factor import dense
+from gradmaker.solvers.damping import check_interval, damp
 
-__all__ = ["Solver", "kronecker_power", "spectral_power"]
+__all__ = ["InverseSolver", "PowerSolver", "Solver", "kronecker_of", "kronecker_power", "spectral_power"]
 
 
 class Solver(ABC):
@@ -25,13 +29,22 @@ class Solver(ABC):
     definite: ClassVar[bool] = True
     """Whether ``C`` has to be positive semidefinite."""
 
+    steady: ClassVar[bool] = True
+    """Whether ``C`` has to be one and the same matrix throughout `solve`."""
     linear: ClassVar[bool] = True
     """Whether `solve` is linear: ``P`` does not depend on the gradient that it is applied to."""
+    idle: ClassVar[dict[str, str]] = {}
+    """Options of a config that say nothing to this solver, with the reason and a way out: `custom` refuses them."""
 
     @property
-    @abstractmethod
     def exponent(self) -> float:
         """The power of ``C`` that `solve` applies: -1, -1/2, ..."""
+        return -1.0
+
+    @property
+    def searches(self) -> bool:
+        """Whether it evaluates the loss and its gradient at displaced weights, for which a batch can be declared."""
+        return False
 
     def refuse(self, representation: Any) -> str | None:
         """Why this very solver cannot serve a representation that has the capability; None if it can."""
@@ -53,22 +66,53 @@ class Solver(ABC):
         """
 
 
-def spectral_power(C: Tensor, damping: float | Tensor, exponent: float) -> Tensor:
-    """``(C + damping I)^exponent`` of a dense positive semidefinite matrix.  # (B, P, P)"""
-    s, Q = torch.linalg.eigh(C)
-    powered: Tensor = (s.clamp(min=0) + damping) ** exponent
+@dataclass(frozen=True, kw_only=True)
+class InverseSolver(Solver):
+    """Options of the solvers of ``(C + damping I)^-1``."""
+
+    undamped: ClassVar[bool] = False
+    """Whether a damping of zero is legal."""
+
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.damping, 0, inf, closed=self.undamped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSolver(InverseSolver):
+    """Options of the solvers of any negative power of ``C``."""
+
+    undamped: ClassVar[bool] = True
+
+    power: float = -1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_interval("power", self.power, -inf, 0)
+
+    @property
+    def exponent(self) -> float:
+        return self.power
+
+
+def spectral_power(C: Tensor, damping: float | Tensor, exponent: float, mode: str = "absolute") -> Tensor:
+    """``(C + damping I)^exponent`` of a dense positive semidefinite matrix, or as another `Mode` says.  # (B, P, P)"""
+    s, Q = torch.linalg.eigh(dense(C))
+    powered: Tensor = damp(s.clamp(min=0), damping, mode) ** exponent
     result: Tensor = (Q * powered.unsqueeze(-2)) @ Q.mT
     return result
 
 
 def kronecker_power(factors: Sequence[Tensor], ridges: Sequence[Tensor], exponent: float) -> Tensor:
     """``(F_1 + r_1 I)^exponent (x) (F_2 + r_2 I)^exponent (x) ...``, formed.  # (B, P, P)"""
-    out: Tensor | None = None
-    for F, r in zip(factors, ridges, strict=True):
-        root = spectral_power(torch.diag_embed(F) if F.ndim == 2 else F, r.unsqueeze(-1), exponent)
-        if out is not None:
-            size = out.shape[-1] * root.shape[-1]
-            root = torch.einsum("bij,bkl->bikjl", out, root).reshape(-1, size, size)
-        out = root
-    assert out is not None
+    return kronecker_of([spectral_power(F, r.unsqueeze(-1), exponent) for F, r in zip(factors, ridges, strict=True)])
+
+
+def kronecker_of(matrices: Sequence[Tensor]) -> Tensor:
+    """``X_1 (x) X_2 (x) ...``, formed.  # each (B, d, d) -> (B, P, P)"""
+    out, *rest = matrices
+    for X in rest:
+        size = out.shape[-1] * X.shape[-1]
+        out = torch.einsum("bij,bkl->bikjl", out, X).reshape(-1, size, size)
     return out

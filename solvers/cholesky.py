@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
-from gradmaker.solvers.base import Solver, kronecker_power
-from gradmaker.solvers.damping import check_choice, check_interval, equal_ridges, pi_ridges
+from gradmaker.solvers.base import InverseSolver, kronecker_power
+from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
 from gradmaker.solvers.diagnosis import diagnose, estimate_largest
 from gradmaker.solvers.ladder import Parts, ascend, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, residual, settle_roots
@@ -41,7 +40,7 @@ class _Described(CholeskyInverse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cholesky(Solver):
+class Cholesky(InverseSolver):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
     ``split`` says how ``damping`` becomes the ridges ``r``: see `gradmaker.solvers.damping`. A block that fails before it ever
@@ -52,17 +51,13 @@ class Cholesky(Solver):
 
     needs: ClassVar[type] = Factored
     definite: ClassVar[bool] = True
+    undamped: ClassVar[bool] = True
 
-    damping: float = 1e-3
     split: Literal["pi", "each"] = "pi"
 
     def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf, closed=True)
+        super().__post_init__()
         check_choice("split", self.split, ("pi", "each"))
-
-    @property
-    def exponent(self) -> float:
-        return -1.0
 
     def refuse(self, representation: Any) -> str | None:
         if representation.order(2) == 1:

@@ -39,10 +39,6 @@ class CG(Solver):
         check_interval("iterations", self.iterations, 1, inf, closed=True)
         check_interval("tolerance", self.tolerance, 0, 1)
 
-    @property
-    def exponent(self) -> float:
-        return -1.0
-
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
         nothing = {name: x.new_zeros(()) for name, x in state.items()}

@@ -51,10 +51,6 @@ class CurveBall(Solver):
             check_interval("rho", self.rho, 0, 1 + 1e-12, closed=True)
             check_interval("beta", self.beta, 0, inf)
 
-    @property
-    def exponent(self) -> float:
-        return -1.0
-
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         zero = representation.origin(state)
         count = torch.zeros(1, dtype=torch.int64, device=zero.device)

@@ -1,7 +1,14 @@
-"""Damping: how much is added to a curvature before it is inverted, and how it is shared between factors.
+"""Damping: what keeps small eigenvalues from being inverted, in which units it is given, how factors share it.
 
-``lambda`` is absolute (Tikhonov, in units of the curvature, so that ``C + lambda I`` is what is inverted) or, where a solver
-says ``relative``, a fraction of the largest eigenvalue. Ridges are returned, never added to a statistic.
+One vocabulary for all solvers of powers, `Mode`, for ``damping = e`` and a factor with eigenvalues ``s_1 ... s_d``:
+
+- ``absolute``: ``s + e``, in the units of the statistic (Tikhonov);
+- ``largest``: ``s + e max s`` (Anil et al. 2020, arXiv:2002.09018, algorithm 1), at most ``1 + 1/e`` in condition;
+- ``trace``: ``s + e mean s``, weaker by ``max s / mean s``;
+- ``clamp``: ``max(s, e max s)``, the eigenvalues above the bound stay what they are;
+- ``pseudo``: ``s`` above ``max(e, d u) max s``, ``u`` the unit roundoff; directions below it get nothing (pseudo-inverse).
+
+The last two need the eigenvalues themselves. Nothing here is ever added to a statistic.
 """
 
 from __future__ import annotations
@@ -13,7 +20,28 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Split", "average_trace", "check_choice", "check_interval", "equal_ridges", "pi_ridges"]
+from gradmaker.representations.factor import average_trace
+
+__all__ = [
+    "Mode",
+    "Placement",
+    "Split",
+    "average_trace",
+    "check_choice",
+    "check_interval",
+    "damp",
+    "equal_ridges",
+    "pi_ridges",
+    "ridge_unit",
+]
+
+Mode: TypeAlias = Literal["absolute", "largest", "trace", "clamp", "pseudo"]
+"""What ``damping`` is measured in, and what it does: see above."""
+RIDGES = ("absolute", "largest", "trace")
+"""Modes that add to the matrix, which needs no eigenvalues but the largest."""
+
+Placement: TypeAlias = Literal["before", "after"]
+"""Of the damping of a root: ``(C + lambda)^(-1/2)``, or ``(C^(1/2) + lambda)^-1`` with ``lambda`` in units of ``C^(1/2)``."""
 
 Split: TypeAlias = Literal["exact", "pi", "each"]
 """``exact``: ``F_1 (x) F_2 + lambda I``; ``pi``: a ridge on every factor by `pi_ridges`; ``each``: lambda on every factor."""
@@ -31,9 +59,24 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{field} = {value!r}: legal are {', '.join(map(repr, choices))}")
 
 
-def average_trace(F: Tensor) -> Tensor:
-    """``tr F / dim F`` of full or diagonal factors.  # (B, d, d) or (B, d) -> (B,)"""
-    return (F if F.ndim == 2 else F.diagonal(dim1=-2, dim2=-1)).mean(-1)
+def ridge_unit(mode: str, largest: Tensor, average: Tensor) -> Tensor:
+    """What ``damping`` is a multiple of.  # eigenvalues (B, ...) -> (B, ...)"""
+    return {"absolute": torch.ones_like(largest), "trace": average}.get(mode, largest)
+
+
+def damp(s: Tensor, damping: float | Tensor, mode: str) -> Tensor:
+    """What is raised to a negative power in place of the spectrum; infinite for directions that get nothing.
+
+    s: eigenvalues of one matrix a member, not negative  # (B, ...) -> (B, ...)
+    """
+    axes = tuple(range(1, s.ndim))
+    top = s.amax(axes, keepdim=True)
+    if mode == "clamp":
+        return torch.maximum(s, damping * top)
+    if mode == "pseudo":
+        least = torch.as_tensor(damping, dtype=s.dtype, device=s.device).clamp(min=s[:1].numel() * torch.finfo(s.dtype).eps / 2)
+        return torch.where(s > least * top, s, torch.inf)
+    return s + damping * ridge_unit(mode, top, s.mean(axes, keepdim=True))
 
 
 def pi_ridges(factors: Sequence[Tensor], share: Tensor | float) -> list[Tensor]:

@@ -65,6 +65,6 @@ class DenmanBeavers(MatrixRoot):
 
     def _limit(self, d: int) -> int:
         """The eigenvalues of ``M`` are divided by four in every step, from ``d (1 + 1 / damping)``; then as elsewhere."""
-        if self.damping == 0:
+        if self.least(d) == 0:
             return self.iterations
-        return min(self.iterations, ceil(log2(sqrt(d * (1 + 1 / self.damping)))) + 4 + 8)
+        return min(self.iterations, ceil(log2(sqrt(d * (1 + 1 / self.least(d))))) + 4 + 8)

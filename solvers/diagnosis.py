@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradmaker.representations.factor import widest
+
 __all__ = ["COLUMNS", "described", "diagnose", "estimate_largest", "unknown"]
 
 COLUMNS = ("iterations", "residual", "lambda_max", "damping", "retries")
@@ -46,10 +48,12 @@ def unknown(diagnosis: Tensor) -> Tensor:
 def estimate_largest(F: Tensor) -> Tensor:
     """``lambda_max`` from below, by eight steps of power iteration from the largest column: for a report, not for a ridge.
 
-    Matrix-vector products only, for those solvers that have no other use for it.  # (B, d, d) or (B, d) -> (B,)
+    Matrix-vector products only, for those solvers that have no other use for it.  # any form -> (B,)
     """
-    if F.ndim == 2:
-        return F.amax(-1)
+    return F.amax(-1) if F.ndim == 2 else widest(_iterate, F)
+
+
+def _iterate(F: Tensor) -> Tensor:
     longest = torch.linalg.vector_norm(F, dim=-2).argmax(-1)
     v = torch.take_along_dim(F, longest[:, None, None], -1)  # (B, d, 1)
     for _ in range(8):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Elementwise, State
-from gradmaker.solvers.base import Solver
-from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.ladder import settle
 
 __all__ = ["Division"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division(Solver):
+class Division(PowerSolver):
     """``P g = g / (d^|power| + damping)``: the damping is added after the root, as Adam and AdaGrad do.
 
     A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
@@ -28,17 +26,9 @@ class Division(Solver):
 
     needs: ClassVar[type] = Elementwise
     definite: ClassVar[bool] = True
+    undamped: ClassVar[bool] = False
 
-    power: float = -1.0
     damping: float = 1e-8
-
-    def __post_init__(self) -> None:
-        check_interval("power", self.power, -inf, 0)
-        check_interval("damping", self.damping, 0, inf)
-
-    @property
-    def exponent(self) -> float:
-        return self.power
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         d = representation.diagonal(state)

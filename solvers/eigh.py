@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from math import prod
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
+from gradmaker.representations.factor import conjugate, dense, identity, transpose, widest
 from gradmaker.representations.kronecker import apply_factors
-from gradmaker.solvers.base import Solver, kronecker_power, spectral_power
-from gradmaker.solvers.damping import Split, check_choice, check_interval, equal_ridges, pi_ridges
+from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
+from gradmaker.solvers.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
 from gradmaker.solvers.diagnosis import described, diagnose, unknown
 from gradmaker.solvers.ladder import Factorisation, Parts, ascend, scalars, settle
 from gradmaker.solvers.roots import apply_roots, settle_roots
@@ -38,15 +39,16 @@ class Decomposition(Factorisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigh(Solver):
+class Eigh(PowerSolver):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
-    - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step;
+    - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step; here
+      ``placement="after"`` damps what is inverted, ``(C^|power| + lambda)^-1``, in units of ``C^|power|``;
     - ``"pi"``, ``"each"``: ``(F_k + r_k I)^(power/order)``, collapsed to one matrix a factor.
 
-    With ``relative``, ``lambda`` is ``damping`` times the largest eigenvalue of ``C`` (of each factor for ``each``). Negative
-    eigenvalues count as zero. A block that fails before it ever succeeded gets ``damping^power g``, what a zero curvature would
-    give; with relative damping, which leaves no scale for it, it keeps its gradient.
+    ``mode`` says what ``damping`` is measured in, see `gradmaker.solvers.damping`: by the spectrum of ``C``, for ``each`` by
+    that of each factor; ``pi`` takes ridges alone. Negative eigenvalues count as zero. A block that fails before it ever
+    succeeded gets ``damping^power g``, what a zero curvature would give; where the mode leaves no scale, it keeps its gradient.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3; Gupta, Koren, Singer 2018, arXiv:1802.09568.
     """
@@ -54,44 +56,41 @@ class Eigh(Solver):
     needs: ClassVar[type] = Factored
     definite: ClassVar[bool] = True
 
-    power: float = -1.0
-    damping: float = 1e-3
     split: Split = "exact"
-    relative: bool = False
+    mode: Mode = "absolute"
+    placement: Placement = "before"
 
     def __post_init__(self) -> None:
-        check_interval("power", self.power, -inf, 0)
-        check_interval("damping", self.damping, 0, inf, closed=True)
+        super().__post_init__()
         check_choice("split", self.split, get_args(Split))
-
-    @property
-    def exponent(self) -> float:
-        return self.power
+        check_choice("mode", self.mode, RIDGES if self.split == "pi" else get_args(Mode))
+        check_choice("placement", self.placement, get_args(Placement) if self.split == "exact" else ("before",))
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         factors = scalars(representation.factors(state))
         order = representation.order(len(factors))
         results, lost, rungs = ascend(Decomposition(), factors, [F.new_zeros(F.shape[:1]) for F in factors])
-        gain = 1.0 if self.relative or not self.damping else self.damping**self.power
+        power = -1.0 if self.placement == "after" else self.power
+        gain = self.damping**power if self.mode == "absolute" and self.damping else 1.0
         if self.split == "exact":
             return self._settle_exact(factors, (results, lost, rungs), previous, order, gain)
-        largest = [parts[0].amax(-1) for parts in results]
-        ridges = self._ridges(factors, largest, order)
-        roots = [_power(parts, r, self.power / order) for parts, r in zip(results, ridges, strict=True)]
-        found = [_residual(*each) for each in zip(factors, results, ridges, strict=True)]
-        diagnosis = diagnose(described(found, ridges), largest, rungs)
+        spectra = [parts[0] for parts in results]
+        damped, ridges = self._damped(factors, spectra, order)
+        roots = [_power(parts, s, self.power / order) for parts, s in zip(results, damped, strict=True)]
+        found = [_residual(*each) for each in zip(factors, results, damped, strict=True)]
+        diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs)
         return settle_roots(roots, _add_infinite(lost, roots), previous, gain, diagnosis)
 
-    def _ridges(self, factors: Sequence[Tensor], largest: Sequence[Tensor], order: float) -> list[Tensor]:
+    def _damped(self, factors: Sequence[Tensor], spectra: Sequence[Tensor], order: float) -> tuple[list[Tensor], list[Tensor]]:
+        """What is raised to a power in place of each factor's spectrum, and the ridges, as they are reported."""
+        tops = [s.amax(-1) for s in spectra]
         if self.split == "each":
-            if self.relative:
-                return [self.damping * top for top in largest]
-            return equal_ridges(factors, self.damping)
-        m = len(factors)
-        share: Tensor | float = self.damping ** (order / m)
-        if self.relative:  # lambda^(order/m), where lambda = damping (prod_k lambda_max(F_k))^(1/order)
-            share = share * prod(top ** (1 / m) for top in largest)
-        return pi_ridges(factors, share)
+            damped = [damp(s, self.damping, self.mode) for s in spectra]
+            return damped, [self.damping * ridge_unit(self.mode, *each) for each in zip(tops, map(_mean, spectra), strict=True)]
+        m = len(spectra)  # damping^(order/m) in units of C = (F_1 (x) ... (x) F_m)^(1/order)
+        units = [ridge_unit(self.mode, *each) for each in zip(tops, map(_mean, spectra), strict=True)]
+        ridges = pi_ridges(factors, self.damping ** (order / m) * prod(u ** (1 / m) for u in units))
+        return [s + r.unsqueeze(-1) for s, r in zip(spectra, ridges, strict=True)], ridges
 
     def _settle_exact(
         self,
@@ -103,36 +102,42 @@ class Eigh(Solver):
     ) -> State:
         results, lost, rungs = found
         spectrum = _outer([parts[0] ** (1 / order) for parts in results])  # of C: (B, d_1, ..., d_m)
-        damping: Tensor | float = self.damping
-        if self.relative:
-            damping = damping * spectrum.amax(tuple(range(1, spectrum.ndim)), keepdim=True)
-        new = {"scale": (spectrum + damping) ** self.power}
+        power = self.power
+        if self.placement == "after":
+            spectrum, power = spectrum**-power, -1.0
+        new = {"scale": damp(spectrum, self.damping, self.mode) ** power}
         new.update({f"basis_{k}": parts[1] for k, parts in enumerate(results) if len(parts) == 2})
-        default = {name: torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for name, x in new.items() if name != "scale"}
+        default = {name: identity(x) for name, x in new.items() if name != "scale"}
         default["scale"] = spectrum.new_tensor(gain)
         residuals = [_residual(F, parts, None) for F, parts in zip(factors, results, strict=True)]
-        ridges = [(torch.zeros_like(spectrum) + damping).flatten(1)[:, 0]] * len(factors)
+        flat = spectrum.flatten(1)
+        ridges = [self.damping * ridge_unit(self.mode, flat.amax(-1), _mean(flat))] * len(factors)
         new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], rungs)
         default["diagnosis"] = unknown(new["diagnosis"])
         return settle(new, _add_infinite(lost, [new["scale"]]), previous, default)
 
     def operator(self, representation: Any, state: State) -> Tensor:
+        if self.split == "exact":
+            C, power = representation.to_dense(state), self.power
+            if self.placement == "after":
+                C, power = spectral_power(C, 0.0, -power), -1.0
+            return spectral_power(C, self.damping, power, self.mode)
         factors = representation.factors(state)
-        if self.split != "exact":
-            largest = [(F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
-            order = representation.order(len(factors))
-            powered = kronecker_power(factors, self._ridges(factors, largest, order), self.power / order)
-            P: Tensor = representation.widen(state, powered)
-            return P
-        C = representation.to_dense(state)
-        top = torch.linalg.eigvalsh(C).amax(-1, keepdim=True) if self.relative else 1.0
-        return spectral_power(C, self.damping * top, self.power)
+        exponent = self.power / representation.order(len(factors))
+        if self.split == "each":
+            powered = [spectral_power(F, self.damping, exponent, self.mode) for F in factors]
+        else:
+            spectra = [F if F.ndim == 2 else torch.linalg.eigvalsh(dense(F)) for F in factors]
+            ridges = self._damped(factors, spectra, representation.order(len(factors)))[1]
+            powered = [spectral_power(F, r.unsqueeze(-1), exponent) for F, r in zip(factors, ridges, strict=True)]
+        P: Tensor = representation.widen(state, kronecker_of(powered))
+        return P
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         if self.split != "exact":
             return apply_roots(representation, cache, g)
         bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for a diagonal axis
-        rotated = apply_factors([None if Q is None else Q.mT for Q in bases], representation.unfold(g))
+        rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
         scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))
         return apply_factors(bases, rotated * scale).reshape(g.shape)
 
@@ -145,28 +150,34 @@ def _outer(spectra: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _power(parts: Parts, ridge: Tensor, exponent: float) -> Tensor:
-    """``Q (S + ridge)^exponent Q^T``, or the diagonal.  # (B, d, d) or (B, d)"""
-    damped = (parts[0] + ridge.unsqueeze(-1)) ** exponent
-    return (parts[1] * damped.unsqueeze(-2)) @ parts[1].mT if len(parts) == 2 else damped
+def _mean(s: Tensor) -> Tensor:
+    return s.mean(-1)
 
 
-def _residual(F: Tensor, parts: Parts, ridge: Tensor | None) -> Tensor:
-    """``max|W^T (F + ridge) W - I|``, ``W = Q (S + ridge)^(-1/2)``: that of ``A X^p`` for any real ``p``.  # (B,)
+def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
+    """``Q diag(damped)^exponent Q^T``, or the diagonal.  # (B, d, d) or (B, d)"""
+    powered = damped**exponent
+    return conjugate(parts[1], powered) if len(parts) == 2 else powered
 
-    Without a ridge, which belongs to the product of the factors then, ``max|Q^T F Q - S| / max S``.
+
+def _residual(F: Tensor, parts: Parts, damped: Tensor | None) -> Tensor:
+    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: that of ``A X^p`` for any real ``p``.  # (B,)
+
+    Where no factor has a root of its own, ``max|Q^T F Q - S| / max S``.
     """
-    if len(parts) == 1:
-        return F.new_zeros(F.shape[:1])
-    s, Q = parts
+    return F.new_zeros(F.shape[:1]) if len(parts) == 1 else widest(_error, F, *parts, damped)
+
+
+def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
+    """`_residual` of square matrices."""
     product = Q.mT @ F @ Q
-    if ridge is None:
+    if damped is None:
         error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
         return (error / s.amax(-1)).nan_to_num(0.0)
-    w = (s + ridge.unsqueeze(-1)).rsqrt()
-    scaled = w.unsqueeze(-1) * (product + torch.diag_embed(ridge.unsqueeze(-1).expand_as(s))) * w.unsqueeze(-2)
-    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    return (scaled - eye).abs().amax((-2, -1))
+    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
+    w = damped.rsqrt()
+    whole = product + torch.diag_embed(torch.where(taken, damped - s, 0.0))
+    return (w.unsqueeze(-1) * whole * w.unsqueeze(-2) - torch.diag_embed(taken.to(w.dtype))).abs().amax((-2, -1))
 
 
 def _add_infinite(lost: Tensor, tensors: Sequence[Tensor]) -> Tensor:

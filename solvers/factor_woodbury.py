@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -12,16 +11,16 @@ from torch import Tensor
 
 from gradmaker.representations.base import RowFactored, State
 from gradmaker.representations.kronecker import apply_factors
-from gradmaker.solvers.base import Solver, kronecker_power
+from gradmaker.solvers.base import InverseSolver, kronecker_power
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.damping import average_trace, check_interval
+from gradmaker.solvers.damping import average_trace
 from gradmaker.solvers.ladder import climb, scalars, settle
 
 __all__ = ["FactorWoodbury"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorWoodbury(Solver):
+class FactorWoodbury(InverseSolver):
     """``P = (B + r_B I)^-1 (x) (A + r_A I)^-1`` with ``(X^T X + r I)^-1 = (I - X^T (r I + X X^T)^-1 X) / r``.
 
     The matrix that is inverted has the rows' number, not the columns'; a factor that is given whole is inverted by `Cholesky`'s
@@ -34,15 +33,6 @@ class FactorWoodbury(Solver):
 
     needs: ClassVar[type] = RowFactored
     definite: ClassVar[bool] = True
-
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf)
-
-    @property
-    def exponent(self) -> float:
-        return -1.0
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         new: State = {}

@@ -13,7 +13,7 @@ from gradmaker.representations.base import LowRank, State
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.damping import check_choice, check_interval
+from gradmaker.solvers.damping import Placement, check_choice, check_interval
 from gradmaker.solvers.eigh import Decomposition
 from gradmaker.solvers.ladder import climb
 
@@ -24,21 +24,27 @@ Tail = Literal["eps", "none", "sigma_min"]
 
 SMALLEST = 1e-6
 """Singular values of ``J`` below this share of the largest one count as zero."""
+ROUNDOFFS = 10
+"""What the rows leave of a gradient counts as zero below so many roundoffs of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gram(Solver):
     """``P g = t g + J^T M J g`` with a small symmetric ``M`` from ``K = J J^T = V S V^T``, by the products of `LowRank` alone.
 
-    - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury);
-    - ``power=-1/2``: ``(C^(1/2) + damping)^-1``: the damping follows the root.
+    With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is what is left of ``g`` outside of the rows.
 
-    ``tail`` is ``t``: ``eps`` is the formula above; ``none`` drops what the rows do not span, where Woodbury would subtract two
-    large numbers for a gradient that they do span (push-through); ``sigma_min`` gives it the smallest singular value's gain, in
-    place of the damping. For ``power=-1/2`` only ``eps`` is damped. ``scale_preserving`` returns ``damping P g``.
+    - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury);
+    - ``power=-1/2``: ``(C^(1/2) + damping)^-1``, the damping follows the root; ``placement="before"`` puts it under the root,
+      ``(C + damping)^(-1/2)``.
+
+    ``mode="largest"`` measures the damping by the largest eigenvalue of what it is added to. ``tail`` is ``t``: ``eps`` is the
+    formula above; ``none`` drops what the rows do not span, where Woodbury would subtract two large numbers for a gradient that
+    they do span (push-through); ``sigma_min`` gives it the smallest singular value's gain, in place of the damping. For
+    ``power=-1/2`` only ``eps`` is damped. ``scale_preserving`` returns ``damping P g``.
 
     All that is small is done in double precision. A block that fails keeps its last cache, with the rows of then; one that
-    fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+    fails before it ever succeeded gets what a zero curvature would give, or keeps its gradient where the mode leaves no scale.
 
     Reference: Ren & Goldfarb 2019, arXiv:1906.02353, section 3; Agarwal et al., ICML 2019, arXiv:1806.02958, section 2.
     """
@@ -50,6 +56,8 @@ class Gram(Solver):
     damping: float = 1e-3
     tail: Tail = "eps"
     scale_preserving: bool = False
+    placement: Placement = "after"
+    mode: Literal["absolute", "largest"] = "absolute"
 
     def __post_init__(self) -> None:
         if self.power not in (-1.0, -0.5):
@@ -58,65 +66,82 @@ class Gram(Solver):
         check_interval("damping", self.damping, 0, inf, closed=self.tail != "eps" and not self.scale_preserving)
         if self.tail == "sigma_min" and self.power != -0.5:
             raise ValueError("tail = 'sigma_min': legal with power = -0.5")
+        check_choice("placement", self.placement, get_args(Placement))
+        check_choice("mode", self.mode, ("absolute", "largest"))
+        if self.placement == "before" and not (self.power == -0.5 and self.tail == "eps"):
+            raise ValueError(
+                "placement = 'before': legal with power = -0.5 and tail = 'eps', where there is a root that is damped"
+            )
+        if self.mode == "largest" and (self.tail != "eps" or self.scale_preserving):
+            raise ValueError("mode = 'largest': legal with tail = 'eps', and without scale_preserving")
 
     @property
     def exponent(self) -> float:
         return self.power
 
+    @property
+    def _direct(self) -> bool:
+        """Whether no spectrum is needed."""
+        return self.power == -1 and self.tail == "eps" and self.mode == "absolute"
+
     def refuse(self, representation: Any) -> str | None:
-        exact = getattr(representation, "coordinates", None) is None or (self.power == -1 and self.tail == "eps")
-        return None if exact else "Gram cannot root what is sampled by coordinates: use power=-1 with tail='eps'"
+        if getattr(representation, "coordinates", None) is None or self._direct:
+            return None
+        return "Gram cannot root what is sampled by coordinates: use power=-1 with tail='eps' and mode='absolute'"
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        K = representation.gram(state)
-        middle, gain, lost = self._invert(K.double()) if self.power == -1 and self.tail == "eps" else self._decompose(K)
+        K = representation.gram(state).double()
+        new, lost = self._invert(K) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
         held = state if representation.live else {name: x.clone() for name, x in state.items()}
         failures = lost.to(torch.int64) + (0 if previous is None else previous["failures"])
         if not bool(lost.any()):
-            return {**held, "middle": unit * middle, "gain": unit * gain, "failures": failures}
+            return {**held, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], "failures": failures}
         if previous is not None:  # with its own rows: they fit together
             return {**previous, "failures": failures}
-        nothing = {name: torch.zeros_like(x) for name, x in held.items()}
-        return {
-            **nothing,
-            "middle": torch.zeros_like(middle),
-            "gain": unit * torch.where(lost, self._rest(), gain),
-            "failures": failures,
-        }
+        nothing = {name: torch.zeros_like(x) for name, x in {**held, **new}.items()}
+        return {**nothing, "gain": unit * torch.where(lost, self._rest(), new["gain"]), "failures": failures}
 
     def _rest(self) -> float:
-        return 1 / self.damping if self.damping else 1.0
+        """What a zero curvature would do to a gradient."""
+        if not self.damping or self.mode == "largest":
+            return 1.0
+        return self.damping**-0.5 if self.placement == "before" else 1 / self.damping
 
-    def _invert(self, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``M``, ``t`` and who is lost.  # (B, N, N), (B,), (B,)"""
+    def _invert(self, K: Tensor) -> tuple[State, Tensor]:
+        """``M`` and ``t``, and who is lost.  # (B, N, N), (B,), (B,)"""
         ((inverse,),), lost = climb(CholeskyInverse(1), [K], [K.new_full(K.shape[:1], self.damping)])
-        return -inverse / self.damping, K.new_full(K.shape[:1], 1 / self.damping), lost
+        return {"middle": -inverse / self.damping, "gain": K.new_full(K.shape[:1], 1 / self.damping)}, lost
 
-    def _decompose(self, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (parts,), lost = climb(Decomposition(), [K.double()], [K.new_zeros(K.shape[:1], dtype=torch.float64)])
-        s, V = parts
-        kept = s > s.amax(-1, keepdim=True) * max(SMALLEST**2, 10 * torch.finfo(K.dtype).eps)
+    def _decompose(self, K: Tensor) -> tuple[State, Tensor]:
+        """``P`` on the span of the rows, the projector on it, ``t``.  # (B, N, N), (B, N, N), (B,), (B,)"""
+        ((s, V),), lost = climb(Decomposition(), [K], [K.new_zeros(K.shape[:1])])
+        kept = s > s.amax(-1, keepdim=True) * SMALLEST**2
         values, tail = self._spectrum(s.sqrt(), kept)
-        entries = torch.where(kept, (values - tail.unsqueeze(-1)) / torch.where(kept, s, 1.0), 0.0)
-        return (V * entries.unsqueeze(-2)) @ V.mT, tail, lost
+        inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
+        middle, projector = ((V * (entries * inverse).unsqueeze(-2)) @ V.mT for entries in (values, torch.ones_like(s)))
+        return {"middle": middle, "projector": projector, "gain": tail}, lost | ~torch.isfinite(tail)
 
     def _spectrum(self, sigma: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """What ``P`` does in the directions of the singular values ``sigma`` of ``J``, and to the rest.  # (B, N), (B,)"""
         safe = torch.where(kept, sigma, 1.0)
-        if self.power == -1:
-            values = 1 / (safe.square() + self.damping)
+        squared = self.power == -1 or self.placement == "before"
+        top = sigma.amax(-1, keepdim=True) ** (2 if squared else 1)
+        damping = self.damping * (top if self.mode == "largest" else torch.ones_like(top))
+        exponent = -0.5 if self.placement == "before" else -1.0
+        if squared or self.tail == "eps":
+            values = ((safe.square() if squared else safe) + damping) ** exponent
         else:
-            values = 1 / (safe + self.damping if self.tail == "eps" else safe)
+            values = 1 / safe
         if self.tail == "eps":
-            return values, sigma.new_full(sigma.shape[:1], 1 / self.damping)
+            return values, damping.squeeze(-1) ** exponent
         if self.tail == "none":
             return values, sigma.new_zeros(sigma.shape[:1])
         return values, 1 / torch.where(kept, sigma, inf).amin(-1)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         unit = self.damping if self.scale_preserving else 1.0
-        if self.power == -1 and self.tail == "eps":
+        if self._direct:
             C = representation.to_dense(state)
             eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
             inverse: Tensor = torch.linalg.inv(C + self.damping * eye)
@@ -130,6 +155,25 @@ class Gram(Solver):
         return unit * P
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        z = cache["middle"] @ representation.project(cache, g).double().unsqueeze(-1)
-        spanned = representation.combine(cache, z.squeeze(-1).to(g.dtype)).to(g.dtype)
-        return torch.addcmul(spanned, cache["gain"].to(g.dtype).view(-1, *[1] * (g.ndim - 1)), g)
+        def through(middle: str, z: Tensor) -> Tensor:
+            weights = (cache[middle] @ z).squeeze(-1)
+            spanned: Tensor = representation.combine(cache, weights.to(g.dtype)).to(g.dtype)
+            return spanned
+
+        def seen(v: Tensor) -> Tensor:
+            z: Tensor = representation.project(cache, v).double().unsqueeze(-1)
+            return z
+
+        z, rest = seen(g), g
+        spanned = through("middle", z)
+        if "projector" in cache and self.tail != "none":
+            rest = rest - through("projector", z)
+            rest = _beyond_rounding(rest - through("projector", seen(rest)), g)  # again, for rows that are almost parallel
+        return torch.addcmul(spanned, cache["gain"].to(g.dtype).view(-1, *[1] * (g.ndim - 1)), rest)
+
+
+def _beyond_rounding(rest: Tensor, g: Tensor) -> Tensor:
+    """What is left of ``g``, or zero where that is its rounding: its gain may be the inverse of a roundoff.  # (B, *shape)"""
+    left, whole = (torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1) for x in (rest, g))
+    small = left <= ROUNDOFFS * torch.finfo(g.dtype).eps * whole
+    return torch.where(small.view(-1, *[1] * (g.ndim - 1)), 0.0, rest)

@@ -83,7 +83,7 @@ class HigherOrder(MatrixRoot):
 
     def _limit(self, p: int, d: int) -> int:
         """As for `NewtonRoot`: the smallest eigenvalue grows by ``(sum_j b_j)^p`` a step from ``damping / d``."""
-        if self.damping == 0:
+        if self.least(d) == 0:
             return self.iterations
-        growth = log(d * (1 + 1 / self.damping)) / (p * log(sum(_coefficients(p, self.degree))))
+        growth = log(d * (1 + 1 / self.least(d))) / (p * log(sum(_coefficients(p, self.degree))))
         return min(self.iterations, 1 + max(0, ceil(growth)) + 4 + 8)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,23 +14,30 @@ from gradmaker.representations.base import State
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.carried import carry, keep_finite
-from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.damping import check_choice, check_interval
+from gradmaker.solvers.quasi_newton import minimise
 
 __all__ = ["Krylov"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Krylov(Solver):
-    """``P g = V^T (|V C V^T| + lambda I)^-1 V g`` with orthonormal rows ``V`` (K, P).
+    """``P g = -V^T a`` with orthonormal rows ``V`` (K, P) and ``a`` the least of a model, or of the loss, in their span.
 
     ``v_1`` is ``D^-1 g``, ``v_(k+1)`` is ``D^-1 C v_k`` made orthogonal to all before it, twice, and the last is the previous
-    step. It is shorter where nothing new comes. ``|.|`` takes absolute eigenvalues: those of a positive semidefinite matrix
-    are the same. ``D = max(g^2, 1e-4 max g^2)`` with ``precondition``, else one.
+    step. It is shorter where nothing new comes. ``D = max(S, 1e-4 max S)`` with ``precondition``, else one; ``S`` is the mean
+    of the squared gradients of examples where the curvature has measured it (``squares``), else the square of the gradient.
 
-    Of a positive semidefinite ``C`` it is Krylov subspace descent, its search in the subspace replaced by the minimum of
-    the quadratic model; of the Hessian it is saddle-free Newton by Lanczos vectors.
+    - ``search="model"``: ``a = -(T + lambda)^-1 V g`` with ``T = |V C V^T|``, by absolute eigenvalues: those of a positive
+      semidefinite matrix are the same. Those below ``floor max T`` are raised to it.
+    - ``search="bfgs"``: ``a`` minimises ``L(theta + V^T a) + lambda |a|^2 / 2`` from zero, by `minimise` with that inverse to
+      begin with and at most ``2 K`` iterations; ``L`` is the loss of the search batch, if there is one.
 
-    Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259; Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 6.
+    Of a positive semidefinite ``C`` it is Krylov subspace descent; of the Hessian, by its model, saddle-free Newton by Lanczos
+    vectors.
+
+    Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259, sections 3-4; Dauphin et al., NeurIPS 2014, arXiv:1406.2572,
+    section 6.
     """
 
     needs: ClassVar[type] = MatrixFree
@@ -41,35 +49,63 @@ class Krylov(Solver):
     remember: bool = True
     """Whether the last step is the last vector."""
     precondition: bool = False
+    floor: float = 0.0
+    search: Literal["model", "bfgs"] = "model"
 
     def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf)
+        check_interval("floor", self.floor, 0, 1, closed=True)
+        check_interval("damping", self.damping, 0, inf, closed=self.floor > 0)
         check_interval("dimension", self.dimension, 1, inf, closed=True)
+        check_choice("search", self.search, ["model", "bfgs"])
 
     @property
-    def exponent(self) -> float:
-        return -1.0
+    def searches(self) -> bool:
+        return self.search == "bfgs"
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         return carry(representation, state, previous, {"solution": representation.origin(state)})
 
     def operator(self, representation: Any, state: State) -> Tensor:
         """The limit of many dimensions."""
-        s, Q = torch.linalg.eigh(representation.to_dense(state))
-        P: Tensor = (Q / (s.abs() + self.damping).unsqueeze(-2)) @ Q.mT
-        return P
+        C = representation.to_dense(state)
+        return torch.stack([self._inverse(member) for member in C])
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        D = _floored(g.square()) if self.precondition else torch.ones_like(g)
+        D = self._diagonal(representation, cache, g)
         V, CV = self._basis(representation, cache, g / D, D)
         x = torch.zeros_like(g)
         if len(V):
-            T = (V @ CV.mT).double()
-            x = _invert(T, (V @ g[0]).double(), self.damping).to(g.dtype) @ V
-            x = x.unsqueeze(0)
-        x = keep_finite(cache, x, g / self.damping)
+            H = self._inverse((V @ CV.mT).double())
+            a = -(H @ (V @ g[0]).double())
+            if self.search == "bfgs" and torch.isfinite(H).all():
+                a = minimise(partial(self._slope, representation, cache, V), H, 2 * len(V))
+            x = -(a.to(g.dtype) @ V).unsqueeze(0)
+        x = keep_finite(cache, x, g / (self.damping or 1.0))
         cache["solution"] = x
         return x
+
+    def _slope(self, representation: Any, cache: State, V: Tensor, a: Tensor) -> tuple[float, Tensor]:
+        """``L(theta + V^T a) + lambda |a|^2 / 2`` and its gradient.  # (K,) -> , (K,)"""
+        found = representation.slope_at(cache, (a.to(V.dtype) @ V).unsqueeze(0))
+        if found is None:
+            raise RuntimeError("Krylov(search='bfgs') needs the loss at displaced weights, and this curvature has none")
+        loss, gradient = found
+        return float(loss) + self.damping * float(a @ a) / 2, (V @ gradient[0]).double() + self.damping * a
+
+    def _inverse(self, T: Tensor) -> Tensor:
+        """``(T + damping)^-1`` with raised eigenvalues, NaN where ``T`` is not finite.  # (K, K)"""
+        if not torch.isfinite(T).all():
+            return torch.full_like(T, torch.nan)
+        s, Q = torch.linalg.eigh((T + T.mT) / 2)
+        s = s.abs()
+        P: Tensor = (Q / (s.clamp(min=self.floor * float(s.max())) + self.damping)) @ Q.mT
+        return P
+
+    def _diagonal(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        if not self.precondition:
+            return torch.ones_like(g)
+        squares = representation.squares(cache)
+        return _floored(g.square() if squares is None else squares.to(g.dtype))
 
     def _basis(self, representation: Any, cache: State, start: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
         """``V`` and ``C V``.  # (K, P), (K, P)"""
@@ -99,15 +135,6 @@ def _orthonormal(u: Tensor, V: Tensor) -> Tensor | None:
         u = u - (u @ V.mT) @ V
     left = u.norm()
     return u / left if left > max(1e-10, 1e3 * torch.finfo(u.dtype).eps) else None
-
-
-def _invert(T: Tensor, b: Tensor, damping: float) -> Tensor:
-    """``(|T| + damping)^-1 b``, NaN where ``T`` is not finite.  # (K, K), (K,) -> (K,)"""
-    if not torch.isfinite(T).all():
-        return torch.full_like(b, torch.nan)
-    s, Q = torch.linalg.eigh((T + T.mT) / 2)
-    x: Tensor = Q @ ((Q.mT @ b) / (s.abs() + damping))
-    return x
 
 
 def _floored(squares: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State
+from gradmaker.representations.factor import is_tiled, join, join_vector, split
 from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
 
 __all__ = ["Factorisation", "Parts", "ascend", "climb", "scalars", "settle"]
@@ -33,6 +34,12 @@ class Factorisation(ABC):
 
     rungs: ClassVar[int]
     """How often the ridge is multiplied by ten."""
+
+    @property
+    def summaries(self) -> int:
+        """How many parts, at the end, say something of a whole matrix, instead of its coordinates."""
+        return 0
+
     symmetric: ClassVar[bool] = True
     """Whether factors are symmetric up to rounding, and made so."""
 
@@ -62,6 +69,8 @@ def climb(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Ten
 
 def ascend(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor, Tensor]:
     """`climb`, and the rung on which every factor succeeded, 0 for the first choice.  # m of parts, (B,), (m, B)"""
+    if any(is_tiled(F) for F in factors):
+        return _ascend_tiled(method, factors, ridges)
     safe = [_sanitise(F, ridge, method.symmetric) for F, ridge in zip(factors, ridges, strict=True)]
     results: list[Parts] = []
     accepted: list[Tensor] = []
@@ -79,6 +88,35 @@ def ascend(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Te
             done, rungs[k, rows] = _rescue(method, A[rows], ridge[rows], results[k], rows)
             table[k, rows] = done & finite[rows]
     return results, ~table.all(0), rungs
+
+
+def _ascend_tiled(
+    method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]
+) -> tuple[list[Parts], Tensor, Tensor]:
+    """`ascend` where a factor has several blocks, each of which climbs by itself: a member is lost with any of them."""
+    results, lost, rungs = [], [], []
+    for F, ridge in zip(factors, ridges, strict=True):
+        pieces = split(F) if is_tiled(F) else [F]
+        B = len(F)
+        climbed = [ascend(method, [x], [ridge.repeat_interleave(len(x) // B)]) for x in pieces]
+        lost.append(torch.stack([each.view(B, -1).any(1) for _, each, _ in climbed]).any(0))
+        rungs.append(torch.stack([each[0].view(B, -1).amax(1) for *_, each in climbed]).amax(0))
+        parts = [found[0] for found, *_ in climbed]
+        results.append(_joined(method, parts, F) if is_tiled(F) else parts[0])
+    return results, torch.stack(lost).any(0), torch.stack(rungs)
+
+
+def _joined(method: Factorisation, parts: list[Parts], F: Tensor) -> Parts:
+    """The parts of all blocks of a factor, as those of the factor."""
+    B, d = F.shape[:2]
+    joined = []
+    columns = list(zip(*parts, strict=True))
+    for k, pieces in enumerate(columns):
+        if k >= len(columns) - method.summaries:
+            joined.append(torch.stack([x.view(B, -1, x.shape[-1]).amax(1) for x in pieces]).amax(0))
+        else:
+            joined.append(join(pieces, d) if pieces[0].ndim == 3 else join_vector(pieces, B))
+    return tuple(joined)
 
 
 def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.solvers.damping import check_interval
 
-__all__ = ["LevenbergMarquardt"]
+__all__ = ["AdaptiveDamping", "LevenbergMarquardt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,47 @@ class LevenbergMarquardt:
 
     def adapt(self, damping: Tensor, change: Tensor, predicted: Tensor) -> Tensor:
         """The next damping. A loss that is not finite, or a model that predicts no decrease, counts as a failure.  # (1,)"""
-        usable = torch.isfinite(change) & (predicted < 0)
-        rho = torch.where(usable, change / torch.where(usable, predicted, -1.0), -inf)
+        rho = self.ratio(change, predicted)
         one = torch.ones_like(damping)  # of its dtype: a number in `where` would be rounded to float32
         factor = torch.where(rho < self.low, one * self.grow, torch.where(rho > self.high, one * self.shrink, one))
         return (damping * factor).clamp(self.least, self.most)
+
+    def ratio(self, change: Tensor, predicted: Tensor) -> Tensor:
+        """``rho``; minus infinity for a failure."""
+        usable = torch.isfinite(change) & (predicted < 0)
+        return torch.where(usable, change / torch.where(usable, predicted, -1.0), -inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveDamping:
+    """Every ``interval`` steps ``lambda`` falls by ``omega^interval`` if ``rho > high`` and rises by it if ``rho < low``.
+
+    ``rho = (L(theta + d) - L(theta)) / (g^T d + d^T F d / 2)`` for the step ``d`` that the optimizer has taken, on that step's
+    own batch, with its exact Fisher matrix ``F``. ``penalised`` counts ``lambda |d|^2 / 2`` as a part of the model too.
+
+    Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 6.5, for rule and constants; without the penalty as in
+    kfac-jax.
+    """
+
+    interval: int = 5
+    omega: float = 19 / 20
+    low: float = 0.25
+    high: float = 0.75
+    least: float = 1e-8
+    most: float = 1e8
+    penalised: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.interval, int) or isinstance(self.interval, bool) or self.interval < 1:
+            raise ValueError(f"interval = {self.interval!r}: legal are integers of at least 1")
+        check_interval("omega", self.omega, 0, 1)
+        if not isinstance(self.penalised, bool):
+            raise ValueError(f"penalised = {self.penalised!r}: legal are True, False")
+        self.rule()
+
+    def rule(self) -> LevenbergMarquardt:
+        """The rule that is applied once in ``interval`` steps."""
+        factor = self.omega**self.interval
+        return LevenbergMarquardt(
+            low=self.low, high=self.high, grow=1 / factor, shrink=factor, least=self.least, most=self.most
+        )

@@ -36,10 +36,6 @@ class LocalRegression(Solver):
     def __post_init__(self) -> None:
         check_interval("damping", self.damping, 0, inf, closed=True)
 
-    @property
-    def exponent(self) -> float:
-        return -1.0
-
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         inner, cross, own = representation.families(state)
         coefficients, lost = self._coefficients(inner, cross)

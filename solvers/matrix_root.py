@@ -6,14 +6,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
-from gradmaker.solvers.base import Solver, kronecker_power
-from gradmaker.solvers.damping import average_trace, check_interval
+from gradmaker.representations.factor import map_blocks, widest
+from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
+from gradmaker.solvers.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
 from gradmaker.solvers.diagnosis import diagnose
 from gradmaker.solvers.ladder import Parts, ascend, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, residual, settle_roots
@@ -56,11 +57,12 @@ class IteratedRoot(InverseRoot):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixRoot(Solver):
+class MatrixRoot(PowerSolver):
     """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = order / |power|``.
 
-    Factors are divided by their average trace first and roots scaled back, so that no scale under- or overflows. A block that
-    fails before it ever succeeded keeps its gradient: relative damping leaves no scale for it.
+    ``mode`` puts the average eigenvalue or 1 in the place of ``lambda_max``, see `gradmaker.solvers.damping`. Factors are
+    divided by their average trace first and roots scaled back, so that no scale under- or overflows. A block that fails before
+    it ever succeeded keeps its gradient; with absolute damping it gets ``damping^power g``, what a zero curvature would give.
     """
 
     needs: ClassVar[type] = Factored
@@ -68,18 +70,19 @@ class MatrixRoot(Solver):
 
     power: float = -0.5
     damping: float = 1e-6
+    mode: Literal["absolute", "largest", "trace"] = "largest"
     iterations: int = 100
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_interval("power", self.power, -inf, 0)
-        check_interval("damping", self.damping, 0, inf, closed=True)
+        super().__post_init__()
+        check_choice("mode", self.mode, RIDGES)
         check_interval("iterations", self.iterations, 1, inf, closed=True)
         check_interval("tolerance", self.tolerance, 0, 1e-4)
 
-    @property
-    def exponent(self) -> float:
-        return self.power
+    def least(self, d: int) -> float:
+        """What share of its largest eigenvalue the ridge of a d x d factor is at least; 0 where nothing is known."""
+        return {"largest": self.damping, "trace": self.damping / d}.get(self.mode, 0.0)
 
     @abstractmethod
     def root_and_power(self, order: float) -> tuple[int, int]:
@@ -102,19 +105,23 @@ class MatrixRoot(Solver):
         traces = [average_trace(F) for F in factors]
         scales = [torch.where(t > 0, t, 1.0) for t in traces]
         normal = [F / s.view(-1, *[1] * (F.ndim - 1)) for F, s in zip(factors, scales, strict=True)]
-        largest = [F.amax(-1) if F.ndim == 2 else largest_eigenvalue(F) for F in normal]
-        method = self.method(a, max(F.shape[-1] for F in factors))
-        results, lost, rungs = ascend(method, normal, [self.damping * top for top in largest])
+        largest = [F.amax(-1) if F.ndim == 2 else widest(_largest, F) for F in normal]
+        method = self.method(a, max(F.shape[1] for F in factors))
+        units = [ridge_unit(self.mode, top, average_trace(F)) for top, F in zip(largest, normal, strict=True)]
+        if self.mode == "absolute":
+            units = [1 / s for s in scales]
+        results, lost, rungs = ascend(method, normal, [self.damping * unit for unit in units])
         powered = [_raise(X, b) for X, _ in results]
         roots = [X * s.view(-1, *[1] * (X.ndim - 1)) ** (-b / a) for X, s in zip(powered, scales, strict=True)]
         diagnosis = diagnose([info for _, info in results], largest, rungs, scales)
-        return settle_roots(roots, lost, previous, 1.0, diagnosis)
+        gain = self.damping**self.power if self.mode == "absolute" and self.damping else 1.0
+        return settle_roots(roots, lost, previous, gain, diagnosis)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         factors = representation.factors(state)
-        ridges = [self.damping * (F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
-        powered = kronecker_power(factors, ridges, self.power / representation.order(len(factors)))
-        P: Tensor = representation.widen(state, powered)
+        exponent = self.power / representation.order(len(factors))
+        powered = [spectral_power(F, self.damping, exponent, self.mode) for F in factors]
+        P: Tensor = representation.widen(state, kronecker_of(powered))
         return P
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
@@ -125,4 +132,9 @@ def _raise(X: Tensor, b: int) -> Tensor:
     """``X^b``, of a matrix or a diagonal; itself for one."""
     if b == 1:
         return X
-    return X**b if X.ndim == 2 else torch.linalg.matrix_power(X, b)
+    return X**b if X.ndim == 2 else map_blocks(lambda x: torch.linalg.matrix_power(x, b), X)
+
+
+def _largest(F: Tensor) -> Tensor:
+    """`largest_eigenvalue`, which knows no zero matrix."""
+    return largest_eigenvalue(F).nan_to_num(0.0)

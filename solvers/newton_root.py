@@ -69,9 +69,9 @@ class NewtonRoot(MatrixRoot):
         """The number of iterations that the ridge allows to be needed: a device without early exit must not run them all.
 
         The smallest eigenvalue grows by ``(1 + 1/p)^p`` a step from ``z lambda_min >= (1 + p) damping / (2 sqrt(d))``; then
-        come four quadratic steps (methods_kronecker.md, S2). Eight more are slack for a ridge that rounding has eaten into.
+        come four quadratic steps. Eight more are slack for a ridge that rounding has eaten into.
         """
-        if self.damping == 0:
+        if self.least(d) == 0:
             return self.iterations
-        growth = log(2 * sqrt(d) * (1 + 1 / self.damping) / (1 + p)) / (p * log(1 + 1 / p))
+        growth = log(2 * sqrt(d) * (1 + 1 / self.least(d)) / (1 + p)) / (p * log(1 + 1 / p))
         return min(self.iterations, max(0, ceil(growth)) + 4 + 8)

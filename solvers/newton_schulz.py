@@ -119,5 +119,6 @@ class NewtonSchulz(MatrixRoot):
         return binary_root(self.power, order)
 
     def method(self, p: int, d: int) -> IteratedRoot:
-        share = self.damping / (1 + self.damping)
+        least = self.least(d)
+        share = least / (1 + least)
         return _CoupledSquareRoot(p, self.polynomial, self.iterations, self.tolerance, share)

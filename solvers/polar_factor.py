@@ -92,6 +92,10 @@ class PolarFactor(Solver):
     needs: ClassVar[type] = Momentary
     definite: ClassVar[bool] = True
     linear: ClassVar[bool] = False
+    idle: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("curvature_interval", "preconditioner_interval", "warmup_steps", "spread"),
+        "the factor is that of the very gradient, at every step; fewer steps of the iteration make it cheaper",
+    )
 
     method: Literal["quintic", "polar_express", "svd"] = "quintic"
     steps: int = 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +10,14 @@ from torch import Tensor
 
 from gradmaker.representations.base import Inverse, State
 from gradmaker.representations.kronecker import expand
-from gradmaker.solvers.base import Solver
-from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.roots import apply_roots, settle_roots
 
 __all__ = ["PositiveRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositiveRoot(Solver):
+class PositiveRoot(PowerSolver):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
     A block that fails before it ever succeeded keeps its gradient.
@@ -33,14 +31,6 @@ class PositiveRoot(Solver):
     power: float = -0.5
     damping: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_interval("power", self.power, -inf, 0)
-        check_interval("damping", self.damping, 0, inf, closed=True)
-
-    @property
-    def exponent(self) -> float:
-        return self.power
-
     def _roots(self, representation: Any, state: State) -> list[Tensor]:
         spectra = representation.spectra(state)
         power = abs(self.power) / representation.order(len(spectra))
@@ -48,8 +38,10 @@ class PositiveRoot(Solver):
         return [s if Q is None else (Q * s.unsqueeze(-2)) @ Q.mT for s, Q in powered]
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        finite = [torch.isfinite(x).reshape(len(x), -1).all(1) for x in state.values() if x.is_floating_point()]
-        return settle_roots(self._roots(representation, state), ~torch.stack(finite).all(0), previous, 1.0)
+        roots = self._roots(representation, state)
+        held = [x for x in (*state.values(), *roots) if x.is_floating_point()]
+        finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in held]).all(0)
+        return settle_roots(roots, ~finite, previous, 1.0)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         return expand(self._roots(representation, state))

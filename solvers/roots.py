@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State
+from gradmaker.representations.factor import identity
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.diagnosis import unknown
 from gradmaker.solvers.ladder import Factorisation, Parts, settle
@@ -66,6 +67,10 @@ class InverseRoot(Factorisation):
     p: int
     described: ClassVar[bool] = False
 
+    @property
+    def summaries(self) -> int:
+        return int(self.described)
+
     def parts(self, X: Tensor, iterations: Tensor | float, found: Tensor, ridge: Tensor) -> Parts:
         """The parts of an attempt.  # residual (B,), ridge (B,)"""
         return (X, torch.stack([torch.zeros_like(ridge) + iterations, found, ridge], -1)) if self.described else (X,)
@@ -89,15 +94,10 @@ def settle_roots(
     """A cache of one root for each factor. A lost member without a past gets ``P = gain I``."""
     new = {f"root_{k}": X for k, X in enumerate(roots)}
     share = gain ** (1 / len(roots))
-    default = {name: share * _identity(X) for name, X in new.items()}
+    default = {name: share * identity(X) for name, X in new.items()}
     if diagnosis is not None:
         new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
     return settle(new, lost, previous, default)
-
-
-def _identity(X: Tensor) -> Tensor:
-    d = X.shape[-1]
-    return X.new_ones(d) if X.ndim == 2 else torch.eye(d, dtype=X.dtype, device=X.device)
 
 
 def held_roots(cache: State) -> list[Tensor]:

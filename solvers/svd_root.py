@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import RootFactored, State
-from gradmaker.solvers.base import Solver, kronecker_power
-from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
+from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
 from gradmaker.solvers.diagnosis import described, diagnose
 from gradmaker.solvers.ladder import Factorisation, Parts, ascend
 from gradmaker.solvers.roots import apply_roots, settle_roots
@@ -58,12 +57,13 @@ def _decompose(R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SvdRoot(Solver):
+class SvdRoot(PowerSolver):
     """``C^power`` from ``V (S^2 + damping s_max^2)^(power/order) V^T`` of every ``R_k = U S V^T``, where ``F_k = R_k^T R_k``.
 
     Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are good down to ``u^2 lambda_max``; the damping
-    can be as small (1e-10 in float32). Roots are divided by their norm first. A block that fails before it ever succeeded keeps
-    its gradient: relative damping leaves no scale for it.
+    can be as small (1e-10 in float32). Roots are divided by their norm first. ``mode`` damps in other units, see
+    `gradmaker.solvers.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
+    ``damping^power g``, what a zero curvature would give.
 
     Reference: Golub & Van Loan, Matrix Computations, section 8.6; Anil et al. 2020, arXiv:2002.09018 (the ridge).
     """
@@ -73,14 +73,11 @@ class SvdRoot(Solver):
 
     power: float = -0.5
     damping: float = 1e-6
+    mode: Mode = "largest"
 
     def __post_init__(self) -> None:
-        check_interval("power", self.power, -inf, 0)
-        check_interval("damping", self.damping, 0, inf, closed=True)
-
-    @property
-    def exponent(self) -> float:
-        return self.power
+        super().__post_init__()
+        check_choice("mode", self.mode, get_args(Mode))
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         held = [R.reshape(-1, 1) if R.shape[1:] == (1, 1) else R for R in representation.square_roots(state)]
@@ -89,37 +86,44 @@ class SvdRoot(Solver):
         normal = [R / s.view(-1, *[1] * (R.ndim - 1)) for R, s in zip(held, scales, strict=True)]
         results, lost, rungs = ascend(_SingularValues(), normal, [R.new_zeros(R.shape[:1]) for R in normal])
         spectra = [parts[0].square() for parts in results]
-        ridges = [self.damping * s.amax(-1) for s in spectra]
+        squares = [s.square() for s in scales]
+        absolute = self.mode == "absolute"
+        dampings = [self.damping / (s if absolute else torch.ones_like(s)) for s in squares]  # (B,)
+        damped = [damp(s, e.unsqueeze(-1), self.mode) for s, e in zip(spectra, dampings, strict=True)]
+        ridges = [e * ridge_unit(self.mode, s.amax(-1), s.mean(-1)) for s, e in zip(spectra, dampings, strict=True)]
         exponent = self.power / representation.order(len(held))
-        roots = [self._root(*each, exponent) for each in zip(results, ridges, scales, strict=True)]
+        roots = [_root(*each, exponent) for each in zip(results, damped, scales, strict=True)]
         for X in roots:  # no damping on a singular matrix
             lost = lost | ~torch.isfinite(X).flatten(1).all(1)
-        found = [_residual(*each) for each in zip(normal, results, ridges, strict=True)]
-        squares = [s.square() for s in scales]
+        found = [_residual(*each) for each in zip(normal, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs, squares)
-        return settle_roots(roots, lost, previous, 1.0, diagnosis)
-
-    def _root(self, parts: Parts, ridge: Tensor, scale: Tensor, exponent: float) -> Tensor:
-        powered = (parts[0].square() + ridge.unsqueeze(-1)) ** exponent * (scale ** (2 * exponent)).unsqueeze(-1)
-        return (parts[1] * powered.unsqueeze(-2)) @ parts[1].mT if len(parts) == 2 else powered
+        gain = self.damping**self.power if absolute and self.damping else 1.0
+        return settle_roots(roots, lost, previous, gain, diagnosis)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         factors: Sequence[Tensor] = representation.factors(state)
-        ridges = [self.damping * (F if F.ndim == 2 else torch.linalg.eigvalsh(F)).amax(-1) for F in factors]
-        powered = kronecker_power(factors, ridges, self.power / representation.order(len(factors)))
-        P: Tensor = representation.widen(state, powered)
+        exponent = self.power / representation.order(len(factors))
+        powered = [spectral_power(F, self.damping, exponent, self.mode) for F in factors]
+        P: Tensor = representation.widen(state, kronecker_of(powered))
         return P
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)
 
 
-def _residual(R: Tensor, parts: Parts, ridge: Tensor) -> Tensor:
-    """``max|W^T (R^T R + ridge) W - I|``, ``W = V (S^2 + ridge)^(-1/2)``, and ``R^T R`` is not formed.  # (B,)"""
+def _root(parts: Parts, damped: Tensor, scale: Tensor, exponent: float) -> Tensor:
+    """``V diag(damped scale^2)^exponent V^T``, or the diagonal.  # (B, d, d) or (B, d)"""
+    powered = damped**exponent * (scale ** (2 * exponent)).unsqueeze(-1)
+    return (parts[1] * powered.unsqueeze(-2)) @ parts[1].mT if len(parts) == 2 else powered
+
+
+def _residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
+    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, and ``R^T R`` is not formed.  # (B,)"""
     if len(parts) == 1:
         return R.new_zeros(R.shape[:1])
     s, V = parts
-    w = (s.square() + ridge.unsqueeze(-1)).rsqrt()
+    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
+    w = damped.rsqrt()
     RW = (R @ V) * w.unsqueeze(-2)
-    rest = torch.diag_embed(ridge.unsqueeze(-1) * w.square() - 1)
+    rest = torch.diag_embed(torch.where(taken, damped - s.square(), 0.0) * w.square() - taken.to(w.dtype))
     return (RW.mT @ RW + rest).abs().amax((-2, -1))

@@ -21,6 +21,8 @@ __all__ = ["TruncatedCG"]
 
 GROWTH = 1.3
 """Iterates ``ceil(1.3^j)`` are kept for backtracking (Martens 2010, section 4.6)."""
+SHRINK, SUFFICIENT, TRIES = 0.8, 1e-2, 60
+"""Of the line search (the code of Martens 2010)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +32,19 @@ class TruncatedCG(Solver):
     - ``phi(x) = x^T (C + lambda) x / 2 - x^T g``; stops at ``i > k = max(10, i / 10)`` when ``phi_i < 0`` and
       ``(phi_i - phi_(i-k)) / phi_i < k tolerance``, after ``iterations``, or, where ``C`` is indefinite, at the first direction
       ``p^T (C + lambda) p <= 0`` with what there is (``M^-1 g`` if nothing).
-    - preconditioner ``M = (g^2 + lambda)^exponent``; 0 takes none.
+    - ``M = (D + lambda)^preconditioner``; ``D`` is the mean of the squared gradients of examples (their sum for a sum) where
+      the curvature has measured it (``squares``), else the square of the gradient; 0 takes no preconditioner.
     - ``backtrack``: from the last iterate ``ceil(1.3^j)`` back to earlier ones as long as ``L(theta - x)`` falls.
     - ``adapt``: what changes ``lambda`` after every step, None leaves it.
+    - ``line_search``: ``P g = eta x`` with the first ``eta`` of 1, 0.8, 0.8^2, ... for which
+      ``L(theta - eta x) <= L(theta) - 0.01 eta g^T x``; none of 60 rejects the step, which is then zero and counted.
 
-    The last two evaluate the loss on the batch of the step. A warm start that is worse than zero is dropped, so that
-    ``phi(x) < 0`` and ``x`` descends.
+    The last three evaluate the loss on the batch of the step. A warm start that is worse than zero is dropped, so that
+    ``phi(x) < 0`` and ``x`` descends. ``lambda`` follows ``x``, whatever ``eta``; the next start is the last iterate, whichever
+    was taken.
 
     Reference: Martens, ICML 2010; Martens & Sutskever, 2012, "Training deep and recurrent networks with Hessian-free
-    optimization", sections 20.5 and 20.8.
+    optimization", sections 20.5 and 20.8; Armijo, Pacific J. Math. 1966.
     """
 
     needs: ClassVar[type] = MatrixFree
@@ -52,6 +58,7 @@ class TruncatedCG(Solver):
     preconditioner: float = 0.75
     backtrack: bool = True
     adapt: LevenbergMarquardt | None = LevenbergMarquardt()
+    line_search: bool = True
 
     def __post_init__(self) -> None:
         check_interval("damping", self.damping, 0, inf)
@@ -60,13 +67,12 @@ class TruncatedCG(Solver):
         check_interval("warm", self.warm, 0, 1 + 1e-12, closed=True)
         check_interval("preconditioner", self.preconditioner, 0, 1 + 1e-12, closed=True)
 
-    @property
-    def exponent(self) -> float:
-        return -1.0
-
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         zero = representation.origin(state)
-        return carry(representation, state, previous, {"solution": zero, "damping": zero[:, 0] + self.damping})
+        none = torch.zeros(1, dtype=torch.int64, device=zero.device)
+        return carry(
+            representation, state, previous, {"solution": zero, "damping": zero[:, 0] + self.damping, "rejected": none}
+        )
 
     def operator(self, representation: Any, state: State) -> Tensor:
         """The limit of many iterations, at the initial damping."""
@@ -76,7 +82,7 @@ class TruncatedCG(Solver):
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         damping = cache["damping"]
-        M = (g.square() + damping) ** self.preconditioner if self.preconditioner else torch.ones_like(g)
+        M = self._preconditioner(representation, cache, g)
 
         def multiply(v: Tensor) -> Tensor:
             image: Tensor = representation.matvec(cache, v) + damping * v
@@ -85,10 +91,16 @@ class TruncatedCG(Solver):
         kept = self._iterates(multiply, g, M, self.warm * cache["solution"])
         x = _best(representation, cache, kept) if self.backtrack else kept[-1]
         x = keep_finite(cache, x, g / damping)
-        cache["solution"] = x
+        cache["solution"] = torch.where(torch.isfinite(kept[-1]).all(), kept[-1], x)
         if self.adapt is not None:
             cache["damping"] = self._adapted(self.adapt, representation, cache, g, x)
-        return x
+        return _shortened(representation, cache, g, x) if self.line_search else x
+
+    def _preconditioner(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        if not self.preconditioner:
+            return torch.ones_like(g)
+        squares = representation.squares(cache)
+        return ((g.square() if squares is None else squares.to(g.dtype)) + cache["damping"]) ** self.preconditioner
 
     def _iterates(self, multiply: Callable[[Tensor], Tensor], g: Tensor, M: Tensor, start: Tensor) -> list[Tensor]:
         """Those that are kept for backtracking, the last one last."""
@@ -159,3 +171,18 @@ def _best(representation: Any, cache: State, kept: list[Tensor]) -> Tensor:
             break
         best, lowest = x, loss
     return best
+
+
+def _shortened(representation: Any, cache: State, g: Tensor, x: Tensor) -> Tensor:
+    """``eta x`` with Armijo's ``eta``; zero if there is none. All of ``x`` where the loss cannot be evaluated."""
+    now = representation.loss_at(cache, torch.zeros_like(x))
+    if now is None:
+        return x
+    slope, eta = dot(g, x), 1.0
+    for _ in range(TRIES):
+        then = representation.loss_at(cache, -eta * x)
+        if then.double() <= now.double() - SUFFICIENT * eta * slope:
+            return eta * x
+        eta *= SHRINK
+    cache["rejected"] = cache["rejected"] + 1
+    return torch.zeros_like(x)

@@ -74,7 +74,7 @@ def state_of(representation: Any, steps: list[Tensor]) -> dict[str, Tensor]:
 def X(p: int | None, steps: list[Tensor], ridge: float = 1e-8) -> Tensor:
     """The dense preconditioner; p = 0 for Shampoo."""
     representation: Any = KronDims() if p == 0 else KronSum(p)
-    solver: Any = Eigh(power=-0.5, damping=ridge, split="each", relative=True) if p == 0 else AxisMean(damping=ridge)
+    solver: Any = Eigh(power=-0.5, damping=ridge, split="each", mode="largest") if p == 0 else AxisMean(damping=ridge)
     state = state_of(representation, steps)
     shape, cache = steps[0].shape, solver.prepare(representation, state, None)
     units = torch.eye(steps[0].numel(), dtype=torch.float64)

@@ -62,7 +62,7 @@ def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kfax"], "did you mean 'kfac'"),
+        (["kfacc"], "did you mean 'kfac'"),
         (["--data", "mnits"], "did you mean 'mnist'"),
         (["--model", "mpl"], "did you mean 'mlp'"),
         (["--lr", "0"], "must be positive"),

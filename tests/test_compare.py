@@ -317,7 +317,7 @@ def test_rows_are_parsed(tmp_path: Path) -> None:
     ("methods", "options", "message"),
     [
         ([], {}, "at least one method"),
-        (["kfax"], {}, "did you mean 'kfac'"),
+        (["kfacc"], {}, "did you mean 'kfac'"),
         (["adam", "adam"], {}, "two rows are called 'adam'"),
         ([{"optimizer": "Adan"}], {}, "did you mean"),
         ([{"optimizer": "Adam", "eps": 1}], {}, "belongs inside"),

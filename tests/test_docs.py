@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,15 @@ def code(cell: str) -> list[str]:
 
 
 def script(path: Path) -> ModuleType:
+    """The script as a module; its folder comes first in the search for what it imports, as when Python runs it."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 
@@ -50,7 +56,7 @@ def test_every_method_names_its_source(name: str) -> None:
 
 def test_options_of_all_methods_are_described() -> None:
     """A row gives one default for all of its options, or one for each."""
-    page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8").split("## Options of all methods")[1].split("\n## ")[0]
+    page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8").split("## Options of all methods")[1].split("\n##")[0]
     described: dict[str, str] = {}
     for keys, defaults, _ in (cells(line) for line in page.splitlines() if line.startswith("| `")):
         names, values = code(keys), defaults.replace("`", "").split(", ")

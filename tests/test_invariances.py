@@ -15,6 +15,7 @@ from gradmaker import METHODS, from_config
 from gradmaker.curvature import Curvature, FisherEmp, FisherExact
 from tests import models, oracles
 from tests.models import Case
+from tests.registry import without_draws
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -220,8 +221,7 @@ def test_large_damping_leaves_the_gradient(method: str, options: dict[str, Any],
 def test_order_of_examples(method: str) -> None:
     """Property 37, for methods that do not sample."""
     case = models.mlp()
-    names = METHODS[method].Config.__dataclass_fields__
-    options: dict[str, Any] = {"fisher": FisherExact()} if "fisher" in names else {}
+    options = without_draws(method)
     if method == "hessian_free":  # which iterate is taken may hang on rounding, unless the last one is
         options = {"backtrack": False, "tolerance": 1e-12}
     rows = torch.randperm(len(case.x))

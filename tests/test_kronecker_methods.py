@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker import METHODS, KfraGradientConfig, KfraGradientMaker
+from gradmaker import METHODS
 from gradmaker.curvature import Curvature, FisherEmp, FisherExact, FisherRecursive, Gradient, OneHot, Outer, SampledGradient
 from gradmaker.representations import Dense, Kron, KronRows, Representation, TensorNormal
 from gradmaker.representations.base import Fold, Frame
@@ -27,8 +27,6 @@ NEW = Fold(0.0, 1.0, 1.0)
 
 
 def make_of(method: str, case: Case, **options: Any) -> Any:
-    if method == "kfra":  # refused by most models, so not among the methods that every model is tried with
-        return KfraGradientMaker(case.model, KfraGradientConfig(**options))
     return METHODS[method](case.model, METHODS[method].Config(**options))
 
 
@@ -175,12 +173,8 @@ def test_kfra_is_refused_elsewhere() -> None:
     ):
         with pytest.raises(ValueError, match=f"{name}.*use FisherExact .kflr."):
             make_of("kfra", make())
-    for case, message in (
-        (models.frozen(), "2 takes no part, is frozen"),
-        (sequences(), r"function of a tensor of shape \(4, 3, 3\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            step(make_of("kfra", case), case)
+    with pytest.raises(ValueError, match=r"function of a tensor of shape \(4, 3, 3\)"):
+        step(make_of("kfra", case := sequences()), case)
     with pytest.raises(ValueError, match="use kfac for another Fisher"):
         make_of("kfra", chain(nn.Tanh), fisher=EXACT)
 
@@ -334,7 +328,9 @@ def test_skfac_that_fails_falls_back() -> None:
     assert oracles.relative_error(solver.solve(representation, solver.prepare(representation, wider, good), g), g / 0.1) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{"decay": 0.9}, {"decay": None}, {"reduction": "mean"}, {"positions": 0}])
+@pytest.mark.parametrize(
+    "options", [{"decay": 0.9}, {"decay": None}, {"reduction": "mean"}, {"reduction": "subsample", "positions": 0}]
+)
 def test_skfac_illegal_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="legal"):
         make_of("skfac", models.mlp(), **options)
@@ -526,10 +522,10 @@ CLIPPED = ("kfac", "kflr", "ekfac", "skfac", "kfra")
 def test_clip_shortens_the_whole_step(method: str) -> None:
     """nu = min(1, sqrt(kappa / (eta^2 sum g.Pg))): one factor for the model, none where the step is short enough."""
     case = models.mlp()
-    free = step(make_of(method, case, seed=3), case)
+    free = step(make_of(method, case), case)
     product = float(free @ raw(case))
     for kappa in (1e-3 * product, 0.24 * product, 0.26 * product, product):
-        maker = make_of(method, case, seed=3, clip=kappa, clip_learning_rate=0.5)
+        maker = make_of(method, case, clip=kappa, clip_learning_rate=0.5)
         nu = min(1.0, (kappa / (0.25 * product)) ** 0.5)
         assert oracles.relative_error(step(maker, case), nu * free) < 1e-12
         assert (nu < 1) == (kappa < 0.25 * product)
@@ -538,7 +534,7 @@ def test_clip_shortens_the_whole_step(method: str) -> None:
 
 
 def make_and_set(method: str, case: Case, kappa: float, rate: float) -> Any:
-    maker = make_of(method, case, seed=3, clip=kappa, clip_learning_rate=0.5)
+    maker = make_of(method, case, clip=kappa, clip_learning_rate=0.5)
     maker.clip_learning_rate = rate
     return maker
 

@@ -25,6 +25,7 @@ from gradmaker.representations.rows import portions
 from gradmaker.solvers import CG, Cholesky, Gram
 from tests import models, oracles
 from tests.models import CLASSES, Case
+from tests.registry import legal_options
 from tests.test_methods import digits, leaves, passes, raw_gradients, reloaded
 from tests.test_triples import custom, direction, fisher_and_gradient, groups_of
 
@@ -222,7 +223,7 @@ def test_too_many_rows_are_refused() -> None:
 
 @pytest.mark.parametrize("method", ["smw_ng", "smw_gn", "seng"])
 def test_a_running_average_of_rows_is_refused(method: str) -> None:
-    with pytest.raises(ValueError, match=r"decay=0\.9: this method holds the current batch only"):
+    with pytest.raises(ValueError, match=r"decay=0\.9 would have no effect: the newest step alone is held"):
         METHODS[method].Config(decay=0.9)
 
 
@@ -552,7 +553,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_resuming_at_any_step_is_bitwise(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of another size at each step; evictions and cuts before and after; refreshes less often than updates."""
     monkeypatch.setattr(Sketched, "__init__", _sketch_everything(Sketched.__init__))
-    intervals = {"curvature_interval": 2, "preconditioner_interval": 3, "warmup_steps": 3, "spread": False}
+    wanted = {"curvature_interval": 2, "preconditioner_interval": 3, "warmup_steps": 3, "spread": False}
+    intervals = legal_options(method, **wanted)
 
     def run(maker: Any, case: Case, start: int, stop: int) -> None:
         for k in range(start, stop):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -87,7 +86,7 @@ def absolute(C: Tensor, damping: float) -> Tensor:
     return inverse
 
 
-PLAIN_CG = TruncatedCG(damping=0.1, tolerance=0.0, warm=0.0, preconditioner=0.0, backtrack=False, adapt=None)
+PLAIN_CG = TruncatedCG(damping=0.1, tolerance=0.0, warm=0.0, preconditioner=0.0, backtrack=False, adapt=None, line_search=False)
 
 
 @pytest.mark.parametrize("warm, preconditioner", [(0.0, 0.0), (0.95, 0.0), (0.0, 0.75), (0.95, 0.75), (1.0, 1.0)])
@@ -412,13 +411,10 @@ def test_attach_is_refused(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", MATRIX_FREE)
-def test_intervals_have_no_meaning(method: str) -> None:
-    found = []
-    for options in ({}, {"curvature_interval": 5, "preconditioner_interval": 7, "decay": 0.9}):
-        case = models.mlp()
-        maker = from_config(case.model, {"method": method, **options})
-        found.append(torch.stack([step(maker, case) for _ in range(4)]))
-    assert torch.equal(found[0], found[1]) or oracles.relative_error(found[0], found[1]) < 1e-12
+def test_averages_and_intervals_have_no_meaning(method: str) -> None:
+    for option, value in {"curvature_interval": 5, "preconditioner_interval": 7, "warmup_steps": 3, "decay": 0.9}.items():
+        with pytest.raises(ValueError, match=rf"{option}={value} would have no effect: "):
+            from_config(models.mlp().model, {"method": method, option: value})
 
 
 def test_a_step_without_a_pass_says_so() -> None:
@@ -447,28 +443,6 @@ def test_conv_net_learns(method: str) -> None:
             optimizer.step()
         final.append(case.run().item())
     assert min(final) < 0.7 * first
-
-
-@pytest.mark.parametrize("method", FAMILY)
-def test_memory_is_flat(method: str) -> None:
-    """Property 65: no graph outlives its step."""
-    case = models.linear()
-    maker, counts = from_config(case.model, {"method": method}), []
-    for k in range(200):
-        step(maker, case)
-        if k in (9, 199):
-            counts.append(live_tensors())
-    assert counts[0] == counts[1]
-    assert all(t.grad_fn is None for b in maker.plan.blocks for part in (b.state, b.cache) for t in part.values())  # type: ignore[attr-defined]
-
-
-def live_tensors() -> int:
-    """Before the collector runs: a cycle that waits for it would keep a graph alive."""
-    gc.disable()
-    try:
-        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-    finally:
-        gc.enable()
 
 
 def test_bad_options_are_refused() -> None:

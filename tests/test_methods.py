@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from gradmaker import blocks
 from gradmaker.config import GradientConfig
-from gradmaker.curvature import FisherExact
 from gradmaker.maker import GradientMaker
 from gradmaker.methods import METHODS, from_config
 from gradmaker.norms import NORMS
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from tests import models, oracles
 from tests.models import CLASSES, Case
+from tests.registry import legal_options, suited, without_draws, without_search
 
 PRECONDITIONED = [name for name, make in METHODS.items() if issubclass(make, PreconditionedGradientMaker)]
 PER_TENSOR = [name for name in PRECONDITIONED if from_config(nn.Linear(2, 2), {"method": name}).config.per_tensor]
@@ -33,12 +33,6 @@ every_preconditioned = pytest.mark.parametrize("method", PRECONDITIONED)
 
 def maker_of(method: str, model: nn.Module, **options: Any) -> Any:
     return from_config(model, {"method": method, **options})
-
-
-def plain_options(method: str, **wanted: Any) -> dict[str, Any]:
-    """Those of the wanted options that the method has (the plain gradient has none)."""
-    names = METHODS[method].Config.__dataclass_fields__
-    return {key: value for key, value in wanted.items() if key in names}
 
 
 def passes(maker: GradientMaker, case: Case, x: Tensor | None = None, t: Tensor | None = None) -> Tensor:
@@ -98,6 +92,12 @@ def towers() -> Case:
     return models.build(Towers, 8, 4)
 
 
+def tower() -> Case:
+    """Equal layers and nothing between them, for methods that take no more than a chain."""
+    make = lambda: nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(4, 4), nn.Tanh())], nn.Linear(4, CLASSES))  # noqa: E731
+    return models.build(make, 8, 4)
+
+
 def train(maker: GradientMaker, case: Case, steps: int, lr: float, start: int = 0) -> None:
     """Plain SGD on a fixed sequence of different batches."""
     for x, t in batches(case, start + steps)[start:]:
@@ -121,7 +121,7 @@ MODELS: dict[str, Callable[[], Case]] = {
 @every_preconditioned
 @pytest.mark.parametrize("name", MODELS)
 def test_covered_gradients_differ_and_others_are_raw(method: str, name: str) -> None:
-    case = MODELS[name]()
+    case = suited(method, MODELS[name])
     maker = maker_of(method, case.model)
     for x, t in batches(case, 3):
         raw = raw_gradients(case, x, t)
@@ -141,7 +141,7 @@ def test_covered_gradients_differ_and_others_are_raw(method: str, name: str) -> 
 @pytest.mark.parametrize("name", MODELS)
 def test_direction_descends(method: str, name: str) -> None:
     """g.P g > 0 at every step, of a preconditioner as old as its schedule lets it become; momentum would mix in other g."""
-    case = MODELS[name]()
+    case = suited(method, MODELS[name])
     maker = maker_of(method, case.model, momentum=0.0)
     for x, t in batches(case, 4):
         raw = raw_gradients(case, x, t)
@@ -183,14 +183,13 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 @every_method
 @pytest.mark.parametrize("at", [1, 3, 12])
 def test_state_round_trip_is_bitwise(method: str, at: int) -> None:
-    case = towers()
-    options = plain_options(method, warmup_steps=2, curvature_interval=2, preconditioner_interval=3, momentum=0.5, norm="adam")
+    case, twin = (suited(method, towers, tower) for _ in range(2))
+    options = legal_options(method, warmup_steps=2, curvature_interval=2, preconditioner_interval=3, momentum=0.5, norm="adam")
     maker = maker_of(method, case.model, **options)
     train(maker, case, at, 1e-3)
     state, weights = reloaded(maker.state_dict()), copy.deepcopy(case.model.state_dict())
     train(maker, case, 7, 1e-3, at)
 
-    twin = towers()
     twin.model.load_state_dict(weights)
     second = maker_of(method, twin.model, **options)
     second.load_state_dict(state)
@@ -201,17 +200,18 @@ def test_state_round_trip_is_bitwise(method: str, at: int) -> None:
     assert mine.keys() == its.keys()
     for key, value in mine.items():
         assert torch.equal(value, its[key]) if isinstance(value, Tensor) else value == its[key], key
-    assert not any(torch.equal(p, q) for p, q in zip(case.model.parameters(), towers().model.parameters(), strict=True))
+    untrained = suited(method, towers, tower).model
+    assert not any(torch.equal(p, q) for p, q in zip(case.model.parameters(), untrained.parameters(), strict=True))
 
 
 # --- (iv) stacks ----------------------------------------------------------------------------------------------------------
 @every_preconditioned
 def test_stacked_equals_unstacked(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refreshes are not spread here: a spread refresh falls on a step that depends on the grouping."""
-    together, apart = towers(), towers()
-    stacked = maker_of(method, together.model, spread=False)
+    together, apart = (suited(method, towers, tower) for _ in range(2))
+    stacked = maker_of(method, together.model, **legal_options(method, spread=False))
     monkeypatch.setattr(blocks, "STACK_LIMIT", 0)
-    single = maker_of(method, apart.model, spread=False)
+    single = maker_of(method, apart.model, **legal_options(method, spread=False))
     first = stacked.plan.blocks[0]
     if not first.full and not first.triple.representation.live:  # live evidence is never stacked
         assert len(stacked.plan.blocks) < len(single.plan.blocks)
@@ -239,9 +239,9 @@ def probe(maker: Any, model: nn.Module, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["mlp", "convolution", "embedding", "layer_norm", "bare_scale"])
 def test_preconditioner_is_linear_symmetric_positive(method: str, name: str) -> None:
     """Frozen after four measured steps, without the parts that are not linear: lengths and momentum."""
-    case = MODELS[name]()
-    frozen = {"curvature_interval": 1000, "preconditioner_interval": 1000, "warmup_steps": 4, "spread": False}
-    maker = maker_of(method, case.model, norm="none", momentum=0.0, **frozen)
+    case = suited(method, MODELS[name])
+    frozen = {"curvature_interval": 1000, "preconditioner_interval": 1000, "warmup_steps": 4, "start_step": 0, "spread": False}
+    maker = maker_of(method, case.model, norm="none", momentum=0.0, **legal_options(method, **frozen))
     if not all(b.triple.solver.linear for b in maker.plan.blocks):
         pytest.skip("P is that of the gradient that it is applied to")
     train(maker, case, 4, 1e-3)  # a secant needs weights that move
@@ -257,11 +257,6 @@ def test_preconditioner_is_linear_symmetric_positive(method: str, name: str) -> 
 
 
 # --- (vi) dtypes, layouts, orders -----------------------------------------------------------------------------------------
-def without_draws(method: str) -> dict[str, Any]:
-    """Draws depend on the dtype: methods that sample get the exact Fisher where results in two dtypes are compared."""
-    return plain_options(method, fisher=FisherExact())
-
-
 def damped_probes(method: str) -> dict[str, Any]:
     """Where the curvature is zero, a product with the Hessian is rounding alone, and what is divided by it is anything."""
     return {"damping": 0.1} if method in ("adahessian", "esgd", "saddle_free_diagonal") else {}
@@ -272,7 +267,7 @@ def damped_probes(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["mlp", "convolution", "layer_norm", "embedding"])
 def test_low_precision_models(method: str, dtype: torch.dtype, cosine: float, name: str) -> None:
     """Statistics in float32 or better; the result in the model's dtype and near the float64 one of the same (rounded) model."""
-    reference = MODELS[name]()
+    reference = suited(method, MODELS[name])
     reference.model.to(dtype).double()  # rounded weights
     exact = Case(
         reference.model, reference.x.to(dtype).double() if reference.x.is_floating_point() else reference.x, *reference[2:]
@@ -280,7 +275,7 @@ def test_low_precision_models(method: str, dtype: torch.dtype, cosine: float, na
     low = Case(copy.deepcopy(exact.model).to(dtype), exact.x.to(dtype) if exact.x.is_floating_point() else exact.x, *exact[2:])
     directions = []
     for case in (exact, low):
-        maker = maker_of(method, case.model, **without_draws(method), **damped_probes(method))
+        maker = maker_of(method, case.model, **without_draws(method), **damped_probes(method), **without_search(method))
         passes(maker, case)
         assert all(p.grad is None or p.grad.dtype == p.dtype for p in case.model.parameters())
         directions.append(oracles.gradient_vector(case.model).double())
@@ -292,7 +287,7 @@ def test_low_precision_models(method: str, dtype: torch.dtype, cosine: float, na
 
 @every_method
 def test_channels_last(method: str) -> None:
-    plain = models.convolution(2, groups=2)
+    plain = suited(method, partial(models.convolution, 2, groups=2))
     case = Case(copy.deepcopy(plain.model).to(memory_format=torch.channels_last), *plain[1:])
     case = case._replace(x=case.x.contiguous(memory_format=torch.channels_last))
     for twin in (plain, case):
@@ -337,9 +332,9 @@ def test_tensors_of_any_order(method: str, shape: tuple[int, ...], norm: str) ->
 @every_method
 def test_unused_layer(method: str) -> None:
     """Its `.grad` stays None and everything else is as if it were left out."""
-    case, twin = models.unused(), models.unused()
-    left_out = plain_options(method, ignore=("idle",))
-    makers = maker_of(method, case.model), maker_of(method, twin.model, **left_out)
+    case, twin = (suited(method, models.unused) for _ in range(2))
+    left_out, options = legal_options(method, ignore=("idle",)), without_search(method)
+    makers = maker_of(method, case.model, **options), maker_of(method, twin.model, **left_out, **options)
     for _ in range(3):
         passes(makers[0], case)
         passes(makers[1], twin)
@@ -355,7 +350,7 @@ def test_frozen_layer(method: str) -> None:
     """It is neither touched nor counted: the others get what they get when it is trainable but ignored."""
     case, twin = models.frozen(), models.frozen()
     twin.model.get_submodule("2").requires_grad_(True)
-    makers = maker_of(method, case.model), maker_of(method, twin.model, **plain_options(method, ignore=("2",)))
+    makers = maker_of(method, case.model), maker_of(method, twin.model, **legal_options(method, ignore=("2",)))
     before = copy.deepcopy(case.model.get_submodule("2").state_dict())
     for _ in range(3):
         passes(makers[0], case)

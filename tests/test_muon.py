@@ -37,6 +37,30 @@ def test_torch_agrees(shape: tuple[int, int], adjust: str, scale: str, nesterov:
     assert (ours - theirs).norm() < 3e-2 * moved  # single entries round differently: the average is scaled by its mass
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("adjust, scale", [("original", "aspect"), ("match_rms_adamw", "rms")])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_torch_agrees_in_float64(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], adjust: str, scale: str, nesterov: bool
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # the one place where torch leaves the precision
+    start = gradients(*shape, steps=1, seed=3)[0]
+    model = nn.Module()
+    model.w = ours = nn.Parameter(start.clone())
+    theirs = nn.Parameter(start.clone())
+    maker = from_config(model, {"method": "muon", "scale": scale, "nesterov": nesterov})
+    muon = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=nesterov, adjust_lr_fn=adjust)
+    sgd = torch.optim.SGD([ours], lr=0.02)
+    for g in gradients(*shape, steps=30):
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        maker.precondition()
+        with torch.no_grad():
+            ours.mul_(1 - 0.02 * 0.1)
+        sgd.step()
+        muon.step()
+    assert oracles.relative_error(ours.detach(), theirs.detach()) < 1e-10
+
+
 def test_thirty_steps_by_hand() -> None:
     steps = gradients(3, 5, steps=30)
     found = run({"method": "muon", "scale": "none"}, [[g] for g in steps])[0]

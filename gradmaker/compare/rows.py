@@ -38,6 +38,7 @@ _ROOTED = Default((0.1, 0.3, 1.0, 3.0), 0.0)
 _DAMPED = Default((0.01, 0.03, 0.1, 0.3), 0.0)  # TNT: a damping of 0.1 on every factor makes short steps
 _FITTED = Default((0.01, 0.03, 0.1, 0.3), 0.0)  # AdaHessian: 0.15, the authors' code; K-BFGS: 0.3, the paper
 _WHOLE = Default((0.03, 0.1, 0.3, 1.0), 0.0)  # steps to the minimum of a model of this batch: one is the model's own length
+_STATED = Default((0.1,), 0.0)  # the method has it as an option, `rate`, and a momentum of its own
 DEFAULTS = {
     "gradient": _MOMENTUM,
     "SGD": _MOMENTUM,
@@ -48,6 +49,7 @@ DEFAULTS = {
     "full_adagrad": _SUMMING,
     "one_sided": _KEPT,
     "caspr": _ADAPTIVE,
+    "caspr_adaptive": _ADAPTIVE,
     "soap": _ADAPTIVE,
     "eshampoo": _ADAPTIVE,
     "kradagrad_star": _MOMENTUM,
@@ -61,6 +63,8 @@ DEFAULTS = {
     "adahessian": _FITTED,
     "psgd": _FITTED,
     "psgd_kf": _FITTED,
+    "psgd_whiten": _ADAPTIVE,
+    "neumann_practical": _STATED,
     "lbfgs": _FITTED,
     "kbfgs": _FITTED,
     "kbfgs_l": _FITTED,

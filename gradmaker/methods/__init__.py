@@ -10,15 +10,18 @@ from torch import nn
 
 from gradmaker.config import build, read_mapping
 from gradmaker.maker import GradientMaker
+from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientMaker
 from gradmaker.methods.custom import CustomGradientMaker
 from gradmaker.methods.eigen_kronecker import EshampooGradientMaker, SoapGradientMaker
 from gradmaker.methods.elementwise import AdagradGradientMaker, AdamGradientMaker
 from gradmaker.methods.fisher_kronecker import (
     EkfacGradientMaker,
     KflrGradientMaker,
+    KfraGradientMaker,
     SkfacGradientMaker,
     TntGradientMaker,
 )
+from gradmaker.methods.full_adagrad import FullAdagradGradientMaker
 from gradmaker.methods.inverse_kronecker import KlShampooGradientMaker, KradagradGradientMaker, KradagradStarGradientMaker
 from gradmaker.methods.kronecker import KfacGradientMaker, ShampooGradientMaker
 from gradmaker.methods.low_rank import (
@@ -34,8 +37,6 @@ from gradmaker.methods.matrix_free import (
     CurveballGradientMaker,
     HessianFreeGradientMaker,
     KsdGradientMaker,
-    LissaGradientMaker,
-    NeumannGradientMaker,
     NewtonGradientMaker,
     SaddleFreeGradientMaker,
 )
@@ -50,12 +51,14 @@ from gradmaker.methods.probes import (
     EsgdGradientMaker,
     PsgdGradientMaker,
     PsgdKfGradientMaker,
+    PsgdWhitenGradientMaker,
     SaddleFreeDiagonalGradientMaker,
 )
 from gradmaker.methods.secants import KbfgsGradientMaker, KbfgsLGradientMaker, LbfgsGradientMaker
+from gradmaker.methods.series import LissaGradientMaker, NeumannGradientMaker, NeumannPracticalGradientMaker
 from gradmaker.methods.sparse_inverse import FangGradientMaker
 from gradmaker.methods.spectral import MuonGradientMaker
-from gradmaker.methods.tensor_kronecker import CasprGradientMaker, FullAdagradGradientMaker, OneSidedGradientMaker
+from gradmaker.methods.tensor_kronecker import CasprGradientMaker, OneSidedGradientMaker
 from gradmaker.triple import did_you_mean
 
 __all__ = ["METHODS", "from_config"]
@@ -66,6 +69,7 @@ METHODS: dict[str, type[GradientMaker]] = {
     "adam": AdamGradientMaker,
     "kfac": KfacGradientMaker,
     "kflr": KflrGradientMaker,
+    "kfra": KfraGradientMaker,
     "ekfac": EkfacGradientMaker,
     "skfac": SkfacGradientMaker,
     "tnt": TntGradientMaker,
@@ -73,6 +77,7 @@ METHODS: dict[str, type[GradientMaker]] = {
     "full_adagrad": FullAdagradGradientMaker,
     "one_sided": OneSidedGradientMaker,
     "caspr": CasprGradientMaker,
+    "caspr_adaptive": CasprAdaptiveGradientMaker,
     "soap": SoapGradientMaker,
     "eshampoo": EshampooGradientMaker,
     "kradagrad_star": KradagradStarGradientMaker,
@@ -97,9 +102,11 @@ METHODS: dict[str, type[GradientMaker]] = {
     "saddle_free": SaddleFreeGradientMaker,
     "lissa": LissaGradientMaker,
     "neumann": NeumannGradientMaker,
+    "neumann_practical": NeumannPracticalGradientMaker,
     "curveball": CurveballGradientMaker,
     "psgd": PsgdGradientMaker,
     "psgd_kf": PsgdKfGradientMaker,
+    "psgd_whiten": PsgdWhitenGradientMaker,
     "adahessian": AdahessianGradientMaker,
     "esgd": EsgdGradientMaker,
     "saddle_free_diagonal": SaddleFreeDiagonalGradientMaker,

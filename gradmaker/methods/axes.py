@@ -5,28 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
 
-from gradmaker.config import GradientConfig, check_choice, check_count
-from gradmaker.shapes import Merge, ShapePolicy
-from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, Solver, SvdRoot
+from gradmaker.config import COVERS_ALL, GradientConfig, check_choice, check_count
+from gradmaker.curvature import BatchGradient
+from gradmaker.shapes import Merge, ShapePolicy, Split, as_split
+from gradmaker.solvers import Solver
+from gradmaker.solvers.damping import Mode
+from gradmaker.solvers.matrix_root import MatrixRoot
+from gradmaker.solvers.rooting import Root, rooting
 
-__all__ = ["AxesGradientConfig", "Root", "rooting"]
+__all__ = ["Averaging", "AxesGradientConfig", "RootedGradientConfig"]
 
-Root: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers", "svd"]
-"""How factors are rooted. ``svd`` needs statistics that are held by their square roots."""
+Averaging: TypeAlias = Literal["corrected", "plain", "raw"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AxesGradientConfig(GradientConfig):
     """Every parameter tensor, or block of it, by itself, with a factor for each of its axes."""
 
+    idle = BatchGradient.idle | COVERS_ALL
+
     merge: Merge = "none"
-    """Axes that become one: none, to_2d (all but the first), greedy (as many as fit into ``block_size``)."""
+    """Axes that become one: none, squeeze (those of size one go), to_2d (all but the first), balanced (to a matrix as square as
+    can be), greedy (as many as fit into ``block_size``)."""
     block_size: int | None = None
     """Longest side of a block; every block has factors, roots and a grafted length of its own. None does not cut."""
+    split: Split = ()
+    """Into how many equal parts the first axis of a tensor falls, each a block of its own: ``{"*.qkv": 3}``, by rules as those
+    of ``ignore``; ``"layers"`` knows gates, projections and groups of torch's layers."""
     per_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "split", as_split(self.split))
         check_choice("merge", self.merge, list(get_args(Merge)))
         if self.block_size is not None:
             check_count("block_size", self.block_size, 1)
@@ -34,20 +44,38 @@ class AxesGradientConfig(GradientConfig):
     @property
     def shapes(self) -> ShapePolicy:  # type: ignore[override]
         """The blocks of a tensor."""
-        return ShapePolicy(self.merge, self.block_size)
+        return ShapePolicy(self.merge, self.block_size, split=self.split)
 
 
-ROOTS: dict[str, type[Solver]] = {
-    "newton": NewtonRoot,
-    "higher_order": HigherOrder,
-    "newton_schulz": NewtonSchulz,
-    "denman_beavers": DenmanBeavers,
-    "svd": SvdRoot,
-}
+@dataclass(frozen=True, kw_only=True)
+class RootedGradientConfig(AxesGradientConfig):
+    """Inverse roots of running statistics of the gradient's axes: Shampoo, one-sided Shampoo, CASPR."""
 
+    damping: float = 1e-6
+    root: Root = "eigh"
+    """How factors are rooted, see docs/roots.md. ``svd`` holds statistics by their square roots, for float32."""
+    mode: Mode = "largest"
+    """What ``damping`` is measured in, see docs/conventions.md: iterations have absolute, largest, trace alone."""
+    averaging: Averaging = "corrected"  # type: ignore[misc]
+    """Of a ``decay`` d: ``S <- d S + (1 - d) E`` over ``1 - d^t``, plain without that, or raw, ``S <- d S + E``. Only the scale
+    of ``S`` differs, which relative damping and a grafted length take away."""
 
-def rooting(root: Root, damping: float, power: float = -0.5) -> Solver:
-    """The solver for ``(F_k + damping lambda_max(F_k) I)^power`` of every factor."""
-    if root == "eigh":
-        return Eigh(power=power, damping=damping, split="each", relative=True)
-    return ROOTS[root](power=power, damping=damping)  # type: ignore[call-arg]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("averaging", self.averaging, list(get_args(Averaging)))
+        self.rooter()
+
+    def idle_options(self) -> dict[str, str]:
+        """A sum has no average."""
+        summed = {"averaging": "the statistic is a sum; set decay"} if self.decay is None else {}
+        return super().idle_options() | summed
+
+    def rooter(self) -> Solver:
+        """What roots the factors. ValueError for a mode that the root does not have."""
+        return rooting(self.root, self.damping, mode=self.mode)
+
+    def check_root(self, order: float) -> None:
+        """ValueError where the iteration has no such root: not every order has every one."""
+        solver = self.rooter()
+        if isinstance(solver, MatrixRoot):
+            solver.root_and_power(order)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gradmaker.config import GradientConfig
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient, Curvature
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, Representation
+from gradmaker.representations.base import NEWEST_ALONE
 from gradmaker.sites import Site
 from gradmaker.solvers import Division, Solver
 from gradmaker.triple import Triple
@@ -21,6 +22,8 @@ class CustomGradientConfig(GradientConfig):
 
     damping: float | None = None
     """Replaces that of the solver."""
+    idle = COVERS_ALL
+
     curvature: Curvature = BatchGradient()
     representation: Representation = Diagonal()
     solver: Solver = Division()
@@ -35,6 +38,15 @@ class CustomGradientConfig(GradientConfig):
         if self.damping is not None:
             object.__setattr__(self, "solver", replace(self.solver, damping=self.damping))  # type: ignore[type-var]
         Triple(self.curvature, self.representation, self.solver)
+
+    def idle_options(self) -> dict[str, str]:
+        """Also what the granularity and the solver leave without a meaning."""
+        found = super().idle_options() | (ONE_BLOCK if self.representation.grain == "full" else {})
+        if not hasattr(self.solver, "damping"):
+            found["damping"] = f"{type(self.solver).__name__} has none; set that of the representation or of the curvature"
+        if self.decay == 0 and found.items() >= NEWEST_ALONE.items():
+            del found["decay"]  # which is what it does
+        return found
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.curvature, self.representation, self.solver)

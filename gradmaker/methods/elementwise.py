@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradmaker.config import GradientConfig
+from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal
@@ -22,6 +22,8 @@ class AdagradGradientConfig(GradientConfig):
 
     Reference: Duchi, Hazan & Singer, JMLR 2011, figure 1; defaults of `torch.optim.Adagrad`.
     """
+
+    idle = BatchGradient.idle | Diagonal.idle | COVERS_ALL
 
     damping: float = 1e-10
     decay: float | None = None
@@ -44,6 +46,8 @@ class AdamGradientConfig(GradientConfig):
     ``momentum`` is beta_1 and ``decay`` beta_2.
     Reference: Kingma & Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
     """
+
+    idle = BatchGradient.idle | Diagonal.idle | COVERS_ALL
 
     damping: float = 1e-8
     decay: float | None = 0.999

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from gradmaker.config import GradientConfig
+from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import Curvature, FisherExact, FisherRecursive, SampledGradient
-from gradmaker.curvature.recursive import find_chain
-from gradmaker.methods.kronecker import KfacGradientConfig, KroneckerGradientConfig
-from gradmaker.methods.trust_region import ClippedGradientMaker
+from gradmaker.curvature.recursive import break_of_chain
+from gradmaker.methods.kronecker import KfacGradientConfig
+from gradmaker.methods.kronecker_family import KroneckerGradientConfig
+from gradmaker.methods.sharing import Sharing, SharingGradientConfig
+from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Eigenbasis, Kron, KronRows, TensorNormal
+from gradmaker.representations.base import NO_LIMIT
 from gradmaker.schedule import Schedule
 from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky, FactorWoodbury, Rotate
@@ -48,7 +51,7 @@ class KflrGradientConfig(KfacGradientConfig):
             raise ValueError(f"fisher={self.fisher!r}: KFLR is K-FAC with FisherExact(...); use kfac for another Fisher")
 
 
-class KflrGradientMaker(ClippedGradientMaker):
+class KflrGradientMaker(TrustRegionGradientMaker):
     """KFLR as a gradient maker; see `KflrGradientConfig`."""
 
     Config = KflrGradientConfig
@@ -63,6 +66,8 @@ class KfraGradientConfig(KroneckerGradientConfig):
     Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3; average and schedule are those of K-FAC.
     """
 
+    idle = COVERS_ALL
+
     fisher: Curvature = FisherRecursive()
 
     def __post_init__(self) -> None:
@@ -70,22 +75,22 @@ class KfraGradientConfig(KroneckerGradientConfig):
         if not isinstance(self.fisher, FisherRecursive):
             raise ValueError(f"fisher={self.fisher!r}: KFRA is the recursion FisherRecursive(...); use kfac for another Fisher")
 
-    def layer(self) -> Triple:
-        return Triple(self.fisher, Kron(), Cholesky(damping=self.damping, split="pi"))
+    def layer(self, site: Site) -> Triple:
+        return Triple(self.fisher, Kron(wide_sides=self.wide_sides), Cholesky(damping=self.damping, split="pi"))
 
 
-class KfraGradientMaker(ClippedGradientMaker):
+class KfraGradientMaker(TrustRegionGradientMaker):
     """KFRA as a gradient maker; see `KfraGradientConfig`."""
 
     Config = KfraGradientConfig
 
-    def __init__(self, model: nn.Module, config: Any = None) -> None:
-        find_chain(model)
-        super().__init__(model, config)
+    @classmethod
+    def refuse(cls, model: nn.Module) -> str | None:
+        return break_of_chain(model)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EkfacGradientConfig(KroneckerGradientConfig):
+class EkfacGradientConfig(SharingGradientConfig):
     """EKFAC: ``P = Q (D + damping)^-1 Q^T``, ``Q`` the eigenbasis of K-FAC's factors, ``D`` the gradients' second moment there.
 
     The moments follow the curvature at every measurement, at the cost of products; the decomposition is every
@@ -94,15 +99,20 @@ class EkfacGradientConfig(KroneckerGradientConfig):
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, algorithm 1 (EKFAC).
     """
 
-    sharing: Literal["expand", "reduce"] = "expand"
     basis_interval: int = 5
 
-    def layer(self) -> Triple:
-        representation = Eigenbasis(sharing=self.sharing, basis_interval=self.basis_interval)
-        return Triple(self.fisher, representation, Rotate(power=-1.0, damping=self.damping))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._basis("expand")
+
+    def _basis(self, sharing: Sharing) -> Eigenbasis:
+        return Eigenbasis(sharing=sharing, basis_interval=self.basis_interval, wide_sides=self.wide_sides)
+
+    def layer(self, site: Site) -> Triple:
+        return Triple(self.fisher, self._basis(self.sharing_of(site)), Rotate(power=-1.0, damping=self.damping))
 
 
-class EkfacGradientMaker(ClippedGradientMaker):
+class EkfacGradientMaker(TrustRegionGradientMaker):
     """EKFAC as a gradient maker; see `EkfacGradientConfig`."""
 
     Config = EkfacGradientConfig
@@ -117,6 +127,9 @@ class SkfacGradientConfig(KroneckerGradientConfig):
     Reference: Tang et al., CVPR 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature".
     """
 
+    idle = NO_LIMIT | {"wide_sides": "rows are what serves wide sides"}
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"positions": {"reduction": "subsample"}}
+
     decay: float | None = 0.0
     reduction: Literal["sum", "subsample", "none"] = "sum"
     positions: int = 16
@@ -126,12 +139,12 @@ class SkfacGradientConfig(KroneckerGradientConfig):
         if self.decay != 0.0:
             raise ValueError(f"decay={self.decay!r}: SKFAC keeps the newest batch alone, so only 0.0 is legal; kfac averages")
 
-    def layer(self) -> Triple:
+    def layer(self, site: Site) -> Triple:
         representation = KronRows(reduction=self.reduction, positions=self.positions)
         return Triple(self.fisher, representation, FactorWoodbury(damping=self.damping))
 
 
-class SkfacGradientMaker(ClippedGradientMaker):
+class SkfacGradientMaker(TrustRegionGradientMaker):
     """SKFAC as a gradient maker; see `SkfacGradientConfig`."""
 
     Config = SkfacGradientConfig

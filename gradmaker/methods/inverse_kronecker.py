@@ -10,6 +10,7 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import AlternatingInverse, CrossDims, InverseDims
+from gradmaker.representations.alternating_inverse import ONE_AXIS
 from gradmaker.representations.inverse_dims import Denominator
 from gradmaker.schedule import Schedule
 from gradmaker.shapes import Merge
@@ -50,8 +51,10 @@ class KradagradStarGradientConfig(AxesGradientConfig):
     def __post_init__(self) -> None:
         check_choice("compat", self.compat, ["none", "kradagrad"])
         if self.compat == "kradagrad":
-            object.__setattr__(self, "denominator", "d-tr")
-            object.__setattr__(self, "norm", "keep")
+            for name, value in (("denominator", "d-tr"), ("norm", "keep")):
+                if getattr(self, name) not in (value, getattr(type(self), name)):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: compat='kradagrad' has {value!r}; leave one of them out")
+                object.__setattr__(self, name, value)
         super().__post_init__()
         self._state()
 
@@ -86,6 +89,8 @@ class KradagradGradientConfig(AxesGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.decay == 0:
+            raise ValueError(ONE_AXIS)
         self._state()
 
     def _state(self) -> AlternatingInverse:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from gradmaker.config import GradientConfig, check_choice, check_count
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import BatchGradient, Curvature, FisherEmp, FisherExact
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Rows, Sketched, Truncated, Window
@@ -40,11 +40,6 @@ class _LatestBatchConfig(GradientConfig):
     decay: float | None = 0.0
     """Zero: rows of past batches would add up without bound."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decay != 0:
-            raise ValueError(f"decay={self.decay!r}: this method holds the current batch only, so decay is 0")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SmwNaturalGradientConfig(_LatestBatchConfig):
@@ -56,6 +51,8 @@ class SmwNaturalGradientConfig(_LatestBatchConfig):
     Reference: Ren & Goldfarb 2019, "Efficient subsampled Gauss-Newton and natural gradient methods for training neural
     networks", arXiv:1906.02353, section 3.
     """
+
+    idle = Rows.idle
 
     fisher: Curvature = FisherEmp()
     """FisherEmp, FisherMC or FisherExact."""
@@ -101,6 +98,8 @@ class TongaGradientConfig(GradientConfig):
     Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, "Topmoumoute online natural gradient algorithm", sections 4 and 5.
     """
 
+    idle = BatchGradient.idle | Truncated.idle | COVERS_ALL | ONE_BLOCK
+
     damping: float = 1e-3
     decay: float | None = 0.995
     rank: int = 10
@@ -134,6 +133,8 @@ class TongaUnitGradientConfig(TongaGradientConfig):
     Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, section 5 (block-diagonal version, rank 5).
     """
 
+    idle = BatchGradient.idle | Truncated.idle | COVERS_ALL
+
     rank: int = 5
 
     def triple(self, site: Site) -> Triple | None:
@@ -154,6 +155,8 @@ class MfacGradientConfig(GradientConfig):
 
     Reference: Frantar, Kurtic & Alistarh, NeurIPS 2021, arXiv:2107.03356, section 3.2; defaults of the authors' code.
     """
+
+    idle = BatchGradient.idle | Window.idle | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-5
     decay: float | None = None
@@ -184,6 +187,8 @@ class GgtGradientConfig(GradientConfig):
 
     Reference: Agarwal et al., ICML 2019, arXiv:1806.02958, algorithm 1.
     """
+
+    idle = BatchGradient.idle | Window.idle | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-4
     decay: float | None = None
@@ -219,6 +224,9 @@ class SengGradientConfig(_LatestBatchConfig):
     of the authors' code for CIFAR.
     """
 
+    idle = Sketched.idle
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"official": {"coordinates": bool}}
+
     damping: float = 0.05
     curvature_interval: int | Schedule = 200
     preconditioner_interval: int | Schedule = 200
@@ -233,6 +241,11 @@ class SengGradientConfig(_LatestBatchConfig):
         for name in ("positions", "coordinates"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
+
+    def idle_options(self) -> dict[str, str]:
+        """A seed is that of the coordinates too."""
+        found = super().idle_options()
+        return {name: reason for name, reason in found.items() if self.coordinates is None or name != "seed"}
 
     def triple(self, site: Site) -> Triple | None:
         if site.kind == "generic":

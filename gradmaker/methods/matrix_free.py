@@ -7,14 +7,16 @@ every step, whatever the intervals: a product ends with the graph of its step.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-from gradmaker.config import GradientConfig, check_choice
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import Curvature, GaussNewton, Hessian
+from gradmaker.curvature.hessian import Products
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Diagonal, Implicit
 from gradmaker.sites import Site
-from gradmaker.solvers import LU, AbsoluteDivision, AbsoluteEigh, CurveBall, Krylov, LevenbergMarquardt, Neumann, TruncatedCG
+from gradmaker.solvers import LU, AbsoluteDivision, AbsoluteEigh, CurveBall, Krylov, LevenbergMarquardt, TruncatedCG
 from gradmaker.triple import Triple
 
 __all__ = [
@@ -24,10 +26,7 @@ __all__ = [
     "HessianFreeGradientMaker",
     "KsdGradientConfig",
     "KsdGradientMaker",
-    "LissaGradientConfig",
-    "LissaGradientMaker",
-    "NeumannGradientConfig",
-    "NeumannGradientMaker",
+    "MatrixFreeConfig",
     "NewtonGradientConfig",
     "NewtonGradientMaker",
     "SaddleFreeGradientConfig",
@@ -45,6 +44,8 @@ class NewtonGradientConfig(GradientConfig):
     for the diagonal.
     """
 
+    idle = COVERS_ALL
+
     damping: float = 1e-2
     decay: float | None = 0.0
     granularity: str = "full"
@@ -60,6 +61,11 @@ class NewtonGradientConfig(GradientConfig):
         if self.granularity == "diagonal" and not self.absolute:
             raise ValueError("absolute=False: a negative diagonal entry has no Newton step; choose granularity full or layer")
 
+    def idle_options(self) -> dict[str, str]:
+        """Also what the granularity leaves without a meaning."""
+        held = {"full": ONE_BLOCK, "diagonal": Diagonal.idle}
+        return super().idle_options() | held.get(self.granularity, {})
+
     def triple(self, site: Site) -> Triple | None:
         if self.granularity == "diagonal":
             return Triple(self.curvature, Diagonal(granularity="layer"), AbsoluteDivision(damping=self.damping))
@@ -74,16 +80,35 @@ class NewtonGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MatrixFreeConfig(GradientConfig):
+class MatrixFreeConfig(GradientConfig):
+    """What methods on products with a curvature have in common."""
+
+    idle = Implicit.idle | COVERS_ALL | ONE_BLOCK
+
     damping: float = 1e-3
     decay: float | None = 0.0
     """Without effect: a product ends with its step."""
     curvature: Curvature = GaussNewton()
     """GaussNewton or Hessian."""
+    curvature_examples: int | None = None
+    """Products on so many examples, drawn anew at every step; None: on all. `setup_curvature_call` gives them other data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.curvature_examples is not None:
+            check_count("curvature_examples", self.curvature_examples, 1)
         self._triple()
+
+    def idle_options(self) -> dict[str, str]:
+        """Of the curvature as it is measured."""
+        own, measured = self.curvature.idle, self._triple().curvature.idle
+        return {name: why for name, why in super().idle_options().items() if name not in own or name in measured}
+
+    def measured(self, **options: Any) -> Curvature:
+        """The curvature with what the method wants of it.  options: fields of `Products`"""
+        if self.curvature_examples is not None:
+            options["examples"] = self.curvature_examples
+        return replace(self.curvature, **options) if options and isinstance(self.curvature, Products) else self.curvature
 
     @abstractmethod
     def _triple(self) -> Triple:
@@ -94,14 +119,16 @@ class _MatrixFreeConfig(GradientConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HessianFreeGradientConfig(_MatrixFreeConfig):
+class HessianFreeGradientConfig(MatrixFreeConfig):
     """Hessian-free optimization: ``(G + lambda I) P g = g`` by truncated, preconditioned CG; see `TruncatedCG`.
 
-    The last solution is where the next one starts, the best of the stored iterates is taken, and ``lambda`` follows the rule of
-    Levenberg and Marquardt: for a step of the learning rate 1.
+    The last solution is where the next one starts, the best of the stored iterates is taken, its length is found by a line
+    search, and ``lambda`` follows the rule of Levenberg and Marquardt: for a step of the learning rate 1.
 
     Reference: Martens, ICML 2010; Martens & Sutskever, 2012.
     """
+
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"squares": {"preconditioner": bool}}
 
     damping: float = 1.0
     """The first ``lambda``."""
@@ -109,8 +136,15 @@ class HessianFreeGradientConfig(_MatrixFreeConfig):
     tolerance: float = 5e-4
     warm: float = 0.95
     preconditioner: float = 0.75
+    squares: Literal["examples", "batch"] = "examples"
+    """What the preconditioner is made of: squared gradients of examples, or the square of the batch's, which costs nothing."""
     backtrack: bool = True
+    line_search: bool = True
     adapt: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("squares", self.squares, ["examples", "batch"])
+        super().__post_init__()
 
     def _triple(self) -> Triple:
         solver = TruncatedCG(
@@ -120,9 +154,11 @@ class HessianFreeGradientConfig(_MatrixFreeConfig):
             warm=self.warm,
             preconditioner=self.preconditioner,
             backtrack=self.backtrack,
+            line_search=self.line_search,
             adapt=LevenbergMarquardt() if self.adapt else None,
         )
-        return Triple(self.curvature, Implicit(), solver)
+        wanted = {"squares": True} if self.preconditioner and self.squares == "examples" else {}
+        return Triple(self.measured(**wanted), Implicit(), solver)
 
 
 class HessianFreeGradientMaker(PreconditionedGradientMaker):
@@ -132,23 +168,42 @@ class HessianFreeGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KsdGradientConfig(_MatrixFreeConfig):
-    """Krylov subspace descent: the quadratic model's minimum in the span of ``g, G g, ..., G^(K-1) g`` and the last step.
+class KsdGradientConfig(MatrixFreeConfig):
+    """Krylov subspace descent: the least loss in the span of ``g, G g, ..., G^(K-1) g`` and the last step; see `Krylov`.
 
-    Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259, whose search in the subspace is replaced by the model's minimum.
+    The space is made with the diagonal ``D`` of squared gradients, ``D^-1 g, D^-1 G D^-1 g, ...``, and searched by BFGS, on the
+    batch of the step or on one of its own (``setup_search_call``): for a step of the learning rate 1.
+
+    Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259, sections 3-4.
     """
 
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"squares": {"precondition": bool}}
+
     damping: float = 1e-2
+    """Added to the loss as ``damping |step|^2 / 2``; the paper has none."""
     dimension: int = 20
-    precondition: bool = False
-    """Whether the space is built with the squared gradient, floored, as a diagonal preconditioner."""
+    search: Literal["bfgs", "model"] = "bfgs"
+    """bfgs: of the loss, at most 2 K iterations; model: of the quadratic model, without further evaluations of the loss."""
+    precondition: bool = True
+    squares: Literal["examples", "batch"] = "examples"
+    """What ``D`` is made of: squared gradients of examples, or the square of the batch's, which costs nothing."""
+    floor: float = 1e-4
+    """Eigenvalues in the space are at least this part of the largest."""
+
+    def __post_init__(self) -> None:
+        check_choice("squares", self.squares, ["examples", "batch"])
+        super().__post_init__()
 
     def _triple(self) -> Triple:
-        return Triple(
-            self.curvature,
-            Implicit(),
-            Krylov(damping=self.damping, dimension=self.dimension, precondition=self.precondition),
+        solver = Krylov(
+            damping=self.damping,
+            dimension=self.dimension,
+            precondition=self.precondition,
+            floor=self.floor,
+            search=self.search,
         )
+        wanted = {"squares": True} if self.precondition and self.squares == "examples" else {}
+        return Triple(self.measured(**wanted), Implicit(), solver)
 
 
 class KsdGradientMaker(PreconditionedGradientMaker):
@@ -158,13 +213,18 @@ class KsdGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaddleFreeGradientConfig(KsdGradientConfig):
+class SaddleFreeGradientConfig(MatrixFreeConfig):
     """Saddle-free Newton: ``P g = (|H| + damping)^-1 g`` in a Krylov space of the Hessian and the last step.
 
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 6; its dense form is ``newton``.
     """
 
+    damping: float = 1e-2
+    dimension: int = 20
     curvature: Curvature = Hessian()
+
+    def _triple(self) -> Triple:
+        return Triple(self.measured(), Implicit(), Krylov(damping=self.damping, dimension=self.dimension))
 
 
 class SaddleFreeGradientMaker(PreconditionedGradientMaker):
@@ -174,50 +234,7 @@ class SaddleFreeGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LissaGradientConfig(_MatrixFreeConfig):
-    """LiSSA: ``P g = eta sum_(j=0..terms) (I - eta (G + damping))^j g``, on the batch of the step.
-
-    Reference: Agarwal, Bullins & Hazan, JMLR 2017, arXiv:1602.03943, algorithm 1 with ``S_1 = 1``; it takes a fresh sample for
-    every term, where this takes the batch.
-    """
-
-    damping: float = 1e-2
-    terms: int = 50
-    scale: float | None = None
-    """``1 / eta``; None: 1.1 times the largest eigenvalue, by power iteration."""
-
-    def _triple(self) -> Triple:
-        return Triple(self.curvature, Implicit(), Neumann(damping=self.damping, terms=self.terms, scale=self.scale))
-
-
-class LissaGradientMaker(PreconditionedGradientMaker):
-    """LiSSA as a gradient maker; see `LissaGradientConfig`."""
-
-    Config = LissaGradientConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeumannGradientConfig(LissaGradientConfig):
-    """Neumann optimizer, idealised: ``P g = -eta m_K``, ``m_k = (I - eta H) m_(k-1) - g``, ``m_0 = -g``, without damping.
-
-    The paper's gradients at displaced weights, ``g + eta H m`` to first order, are products with the Hessian here.
-
-    Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, algorithm 1.
-    """
-
-    damping: float = 0.0
-    terms: int = 10
-    curvature: Curvature = Hessian()
-
-
-class NeumannGradientMaker(PreconditionedGradientMaker):
-    """The Neumann optimizer as a gradient maker; see `NeumannGradientConfig`."""
-
-    Config = NeumannGradientConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveballGradientConfig(_MatrixFreeConfig):
+class CurveballGradientConfig(MatrixFreeConfig):
     """CurveBall: ``P g = -z``, ``z <- rho z - beta ((G + lambda I) z + g)``; see `CurveBall`.
 
     Reference: Henriques, Ehrhardt, Albanie & Vedaldi, ICCV 2019, arXiv:1805.08095, algorithm 1.
@@ -234,7 +251,7 @@ class CurveballGradientConfig(_MatrixFreeConfig):
         solver = CurveBall(damping=self.damping, rho=self.rho, beta=self.beta)
         if not self.adapt:
             solver = CurveBall(damping=self.damping, rho=self.rho, beta=self.beta, adapt=None)
-        return Triple(self.curvature, Implicit(), solver)
+        return Triple(self.measured(), Implicit(), solver)
 
 
 class CurveballGradientMaker(PreconditionedGradientMaker):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradmaker.config import GradientConfig
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Diagonal
@@ -33,6 +33,8 @@ class UnitNaturalGradientConfig(GradientConfig):
     Reference: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2.
     """
 
+    idle = COVERS_ALL
+
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
     """FisherMC, FisherExact or FisherEmp."""
@@ -53,6 +55,8 @@ class FullNaturalGradientConfig(GradientConfig):
 
     Reference: Amari, Neural Computation 1998.
     """
+
+    idle = COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
@@ -76,6 +80,8 @@ class LayerNaturalGradientConfig(GradientConfig):
     arXiv:1503.05671, section 4.1.
     """
 
+    idle = COVERS_ALL
+
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
     """FisherMC, FisherExact or FisherEmp."""
@@ -96,6 +102,8 @@ class DiagonalNaturalGradientConfig(GradientConfig):
 
     Reference: Becker & LeCun 1988 for the diagonal Gauss-Newton matrix; Martens, JMLR 2020, arXiv:1412.1193, section 11.
     """
+
+    idle = Diagonal.idle | COVERS_ALL
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)

@@ -1,16 +1,18 @@
-"""Methods on probes of the Hessian: PSGD, AdaHessian, equilibrated SGD, saddle-free Newton of the diagonal."""
+"""Methods on probes of Hessian or gradient: PSGD, AdaHessian, equilibrated SGD, saddle-free Newton of the diagonal."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradmaker.config import GradientConfig, check_count, check_interval
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_count, check_interval
 from gradmaker.curvature import Curvature, GradientProbe, HessianProbe
+from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import KronQ, ProbeDiagonal, TriangularQ
 from gradmaker.representations.lie import Normaliser
 from gradmaker.schedule import Schedule
+from gradmaker.shapes import Merge
 from gradmaker.sites import Site
 from gradmaker.solvers import Apply, Division
 from gradmaker.triple import Triple
@@ -24,6 +26,8 @@ __all__ = [
     "PsgdGradientMaker",
     "PsgdKfGradientConfig",
     "PsgdKfGradientMaker",
+    "PsgdWhitenGradientConfig",
+    "PsgdWhitenGradientMaker",
     "SaddleFreeDiagonalGradientConfig",
     "SaddleFreeDiagonalGradientMaker",
 ]
@@ -39,7 +43,10 @@ class PsgdGradientConfig(GradientConfig):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; defaults of the author's psgd_torch.
     """
 
+    idle = HessianProbe.idle | TriangularQ.idle | COVERS_ALL | ONE_BLOCK
+
     damping: float = 1e-9
+    decay: float | None = None
     rate: float = 0.1
     normaliser: Normaliser = "slow"
     """What a step of the fit is divided by: ``slow`` maximum of the terms' sizes (2025), or ``max``imal entry (2018)."""
@@ -72,19 +79,64 @@ class PsgdKfGradientConfig(PsgdGradientConfig):
     One product with the Hessian of all layers serves them all: what other layers contribute to ``H v`` acts as damping.
     ``max_skew`` gives an axis with ``d^2 > max_skew n`` (``n`` elements) a diagonal; None none but those over ``max_dim``.
 
-    Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group); defaults of psgd_torch, but for ``max_skew``, there 1.
+    Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group); defaults of psgd_torch, but for ``max_skew``, there 1, and
+    ``geometry``.
     """
 
+    idle = HessianProbe.idle | KronQ.idle | COVERS_ALL
+
     max_skew: float | None = None
+    geometry: str = "EQ"
+    """How a factor moves: EQ (triangular), QEP, QEQ, Q0.5EQ1.5, QUAD, QUAD4P or PRO4P."""
 
     def _representation(self) -> TriangularQ | KronQ:
-        return KronQ(self.rate, self.normaliser, "layer", self.max_skew)
+        return KronQ(self.rate, self.normaliser, "layer", self.max_skew, self.geometry)
 
 
 class PsgdKfGradientMaker(PreconditionedGradientMaker):
     """PSGD-KF as a gradient maker; see `PsgdKfGradientConfig`."""
 
     Config = PsgdKfGradientConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsgdWhitenGradientConfig(AxesGradientConfig):
+    """PSGD-Kron, whitening: ``P = (x)_k Q_k^T Q_k``, a factor for each axis of a tensor, fitted to ``E[g g^T]^(-1/2)``.
+
+    Options as of `PsgdKfGradientConfig`. ``norm='amplitude'`` bounds what is left of outliers; a whitened gradient has entries
+    of about one, so that learning rates are Adam's. ``momentum`` is preconditioned by what whitens the gradient. Differs from
+    psgd_torch in small things: an average of gradients with Adam's bias correction, a first ``P`` for each tensor by itself,
+    balanced factors at every step, and no update from a gradient that is zero throughout.
+
+    Reference: Li, 2024, arXiv:2402.11858; Pooladzandi, Li, 2024, arXiv:2402.04553; defaults of psgd_torch (2025).
+    """
+
+    idle = GradientProbe.idle | KronQ.idle | COVERS_ALL
+
+    damping: float = 1e-9
+    decay: float | None = None
+    norm: str = "amplitude"
+    merge: Merge = "squeeze"
+    rate: float = 0.1
+    max_skew: float | None = 1.0
+    geometry: str = "Q0.5EQ1.5"
+    """How a factor moves: Q0.5EQ1.5, EQ (triangular), QEP, QEQ, QUAD, QUAD4P or PRO4P."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._representation()
+
+    def _representation(self) -> KronQ:
+        return KronQ(self.rate, "slow", "tensor", self.max_skew, self.geometry)
+
+    def triple(self, site: Site) -> Triple | None:
+        return Triple(GradientProbe(lift=self.damping), self._representation(), Apply())
+
+
+class PsgdWhitenGradientMaker(PreconditionedGradientMaker):
+    """PSGD-Kron for whitening as a gradient maker; see `PsgdWhitenGradientConfig`."""
+
+    Config = PsgdWhitenGradientConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +147,8 @@ class AdahessianGradientConfig(GradientConfig):
 
     Reference: Yao et al., AAAI 2021, arXiv:2006.00719, algorithm 1; defaults of the authors' code.
     """
+
+    idle = HessianProbe.idle | ProbeDiagonal.idle | COVERS_ALL
 
     damping: float = 1e-4
     decay: float | None = 0.999
@@ -131,6 +185,8 @@ class EsgdGradientConfig(GradientConfig):
     Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, algorithm 1 (one probe in 20 steps, damping 1e-4).
     """
 
+    idle = HessianProbe.idle | ProbeDiagonal.idle | COVERS_ALL
+
     damping: float = 1e-4
     decay: float | None = None
     curvature_interval: int | Schedule = 20
@@ -165,6 +221,8 @@ class SaddleFreeDiagonalGradientConfig(GradientConfig):
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (absolute values); Bekas, Kokiopoulou, Saad 2007
     (diagonal).
     """
+
+    idle = HessianProbe.idle | ProbeDiagonal.idle | COVERS_ALL
 
     damping: float = 1e-3
     decay: float | None = 0.95

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gradmaker.config import GradientConfig, check_choice, check_count
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import LayerSecant, Secant
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import KronPairs, Pairs
@@ -32,6 +32,8 @@ class LbfgsGradientConfig(GradientConfig):
 
     Reference: Liu, Nocedal, Math. Programming 1989; consistent batches: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
+
+    idle = Secant.idle | Pairs.idle | COVERS_ALL | ONE_BLOCK
 
     damping: float = 0.0
     memory: int = 10
@@ -68,6 +70,8 @@ class KbfgsGradientConfig(GradientConfig):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877; defaults of the authors' code.
     """
 
+    idle = LayerSecant.idle
+
     damping: float = 0.3
     decay: float | None = 0.9
     momentum: float = 0.9
@@ -80,7 +84,7 @@ class KbfgsGradientConfig(GradientConfig):
         self._representation()
 
     def _representation(self) -> KronPairs:
-        return KronPairs(self.damping, None, self.secant_decay, form=self.output_damping)
+        return KronPairs(self.damping, memory_decay=self.secant_decay, form=self.output_damping)
 
     def triple(self, site: Site) -> Triple | None:
         if site.kind != "matrix" or not site.weighted or site.rule is None or site.rule.transposed:
@@ -96,15 +100,22 @@ class KbfgsGradientMaker(PreconditionedGradientMaker):
 
 @dataclass(frozen=True, kw_only=True)
 class KbfgsLGradientConfig(KbfgsGradientConfig):
-    """K-BFGS(L): K-BFGS with both inverses as the last ``pairs`` pairs, from the identity.
+    """K-BFGS(L): K-BFGS with ``H_g`` as the last ``pairs`` pairs, from the identity.
 
-    Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 5; 100 pairs as in the authors' code.
+    Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 5; 100 pairs, and ``H_a`` as a matrix, as in the
+    authors' code.
     """
 
     pairs: int = 100
+    limited: Literal["outputs", "both"] = "outputs"
+    """What is held as pairs: ``H_g``, or ``H_a`` as well, which then starts from the identity too."""
+
+    def __post_init__(self) -> None:
+        check_choice("limited", self.limited, ["outputs", "both"])
+        super().__post_init__()
 
     def _representation(self) -> KronPairs:
-        return KronPairs(self.damping, self.pairs, self.secant_decay, form=self.output_damping)
+        return KronPairs(self.damping, self.pairs, self.limited, self.secant_decay, form=self.output_damping)
 
 
 class KbfgsLGradientMaker(PreconditionedGradientMaker):

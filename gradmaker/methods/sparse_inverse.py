@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gradmaker.config import GradientConfig
+from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import GaussianGraph
@@ -30,6 +30,8 @@ class FangGradientConfig(GradientConfig):
     section 2.2.
     """
 
+    idle = COVERS_ALL
+
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
     """FisherMC, FisherExact or FisherEmp."""
@@ -39,6 +41,10 @@ class FangGradientConfig(GradientConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         GaussianGraph(self.structure)
+
+    def idle_options(self) -> dict[str, str]:
+        """Also what the structure leaves without a meaning."""
+        return super().idle_options() | GaussianGraph(self.structure).idle
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.fisher, GaussianGraph(self.structure), LocalRegression(damping=self.damping))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import sqrt
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
@@ -30,6 +30,11 @@ class MuonGradientConfig(AxesGradientConfig):
 
     Reference: Jordan et al. 2024, Muon; Liu et al. 2025, arXiv:2502.16982 (rms); Carlson et al., AISTATS 2015 (nuclear).
     """
+
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {
+        "steps": {"iteration": ("quintic", "polar_express")},
+        "half": {"iteration": ("quintic", "polar_express")},
+    }
 
     damping: float = 1e-8
     decay: float | None = 0.999

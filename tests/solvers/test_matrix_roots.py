@@ -75,8 +75,8 @@ def binary(p: float) -> bool:
 
 
 KINDS = {
-    "eigh": Kind(lambda p: Eigh(power=-1 / p, damping=RIDGE, split="each", relative=True), lambda p: True),
-    "eigh_exact": Kind(lambda p: Eigh(power=-1 / p, damping=RIDGE, relative=True), lambda p: True),
+    "eigh": Kind(lambda p: Eigh(power=-1 / p, damping=RIDGE, split="each", mode="largest"), lambda p: True),
+    "eigh_exact": Kind(lambda p: Eigh(power=-1 / p, damping=RIDGE, mode="largest"), lambda p: True),
     "newton": Kind(lambda p: NewtonRoot(power=-1 / p, damping=RIDGE, tolerance=1e-10), whole),
     "higher_order": Kind(lambda p: HigherOrder(power=-1 / p, damping=RIDGE, tolerance=1e-12), lambda p: True),
     "degree_2": Kind(lambda p: HigherOrder(power=-1 / p, damping=RIDGE, tolerance=1e-12, degree=2), lambda p: True),
@@ -382,7 +382,7 @@ def test_square_roots_hold_the_same_statistic(shape: tuple[int, ...], decay: flo
             torch.testing.assert_close(found, H, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(other.to_dense(states[1]), one.to_dense(states[0]), rtol=1e-6, atol=1e-6)
         g = torch.randn(2, *shape, dtype=torch.float64)
-        eigh = Eigh(power=-0.5, damping=1e-4, split="each", relative=True)
+        eigh = Eigh(power=-0.5, damping=1e-4, split="each", mode="largest")
         expected = eigh.solve(one, eigh.prepare(one, states[0], None), g)
         solver = SvdRoot(power=-0.5, damping=1e-4)
         torch.testing.assert_close(

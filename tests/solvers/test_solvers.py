@@ -65,11 +65,13 @@ SOLVERS: list[Solver] = [
     Cholesky(damping=0.3),
     Cholesky(damping=0.3, split="each"),
     *(
-        Eigh(damping=0.3, split=s, relative=q, power=p)
+        Eigh(damping=0.3, split=s, mode=mode, power=p)
         for s in ("exact", "pi", "each")
-        for q in (False, True)
+        for mode in ("absolute", "largest", "trace", "clamp", "pseudo")
         for p in (-1.0, -0.3)
+        if s != "pi" or mode in ("absolute", "largest", "trace")
     ),
+    *(NewtonRoot(damping=1e-2, tolerance=1e-12, mode=mode) for mode in ("absolute", "trace")),
     NewtonRoot(damping=1e-2, tolerance=1e-12),
     NewtonRoot(power=-1.0, damping=1e-3, tolerance=1e-12),
     Division(damping=0.3),
@@ -100,32 +102,46 @@ def power(A: Tensor, exponent: float) -> Tensor:
 def judge(representation: Representation, state: State, solver: Solver, b: int) -> Tensor:
     """``P`` of member ``b``, formed."""
     C = representation.to_dense(state)[b]
-    eye = torch.eye(len(C))
     if isinstance(solver, Division):
         return torch.diag(1 / (C.diagonal() ** abs(solver.power) + solver.damping))
     if isinstance(solver, CG) or (isinstance(solver, Eigh) and solver.split == "exact"):
-        relative = isinstance(solver, Eigh) and solver.relative
-        damping = solver.damping * (torch.linalg.eigvalsh(C).max() if relative else 1)
-        return power(C + damping * eye, solver.exponent)
+        return damped_power(C, solver.damping, getattr(solver, "mode", "absolute"), solver.exponent)
     return judge_factored(representation, state, solver, b)
+
+
+def damped_power(A: Tensor, damping: float, mode: str, exponent: float) -> Tensor:
+    """Eigenvalue by eigenvalue, in Python numbers."""
+    s, Q = torch.linalg.eigh(A)
+    values, top = s.tolist(), float(s.max())
+    mean = sum(values) / len(values)
+    rules = {
+        "absolute": lambda x: (x + damping) ** exponent,
+        "largest": lambda x: (x + damping * top) ** exponent,
+        "trace": lambda x: (x + damping * mean) ** exponent,
+        "clamp": lambda x: max(x, damping * top) ** exponent,
+        "pseudo": lambda x: x**exponent if x > damping * top else 0.0,
+    }
+    return Q @ torch.diag(torch.tensor([rules[mode](x) for x in values])) @ Q.T
 
 
 def judge_factored(representation: Factored, state: State, solver: Solver, b: int) -> Tensor:
     factors = [F[b] if F.ndim == 3 else torch.diag(F[b]) for F in representation.factors(state)]
     m, order = len(factors), representation.order(len(factors))
     out = torch.ones(1, 1)
-    for F, ridge in zip(factors, ridges_of(factors, solver, order, m), strict=True):
+    mode = getattr(solver, "mode", "absolute")
+    if isinstance(solver, NewtonRoot) or solver.split == "each":
+        for F in factors:
+            out = torch.kron(out, damped_power(F, solver.damping, mode, solver.exponent / order))
+        return out
+    for F, ridge in zip(factors, ridges_of(factors, solver, order, m, mode), strict=True):
         out = torch.kron(out, power(F + ridge * torch.eye(len(F)), solver.exponent / order))
     return out
 
 
-def ridges_of(factors: list[Tensor], solver: Solver, order: int, m: int) -> list[Tensor | float]:
+def ridges_of(factors: list[Tensor], solver: Solver, order: int, m: int, mode: str) -> list[Tensor | float]:
     tops = [torch.linalg.eigvalsh(F).max() for F in factors]
-    relative = isinstance(solver, NewtonRoot) or getattr(solver, "relative", False)
-    if isinstance(solver, NewtonRoot) or solver.split == "each":
-        return [solver.damping * (top if relative else 1) for top in tops]
-    damping = solver.damping * (prod(tops) ** (1 / order) if relative else 1)
     t = [torch.trace(F) / len(F) for F in factors]
+    damping = solver.damping * {"absolute": 1, "largest": prod(tops), "trace": prod(t)}[mode] ** (1 / order)
     return [damping ** (order / m) * x / prod(t) ** (1 / m) for x in t]
 
 
@@ -159,7 +175,8 @@ def check_positive_and_symmetric(representation: Representation, cache: State, s
     columns = [solver.solve(representation, cache, e.expand(B, P).reshape(B, *shape)).reshape(B, P) for e in torch.eye(P)]
     matrix = torch.stack(columns, -1)
     torch.testing.assert_close(matrix, matrix.mT, rtol=1e-8, atol=1e-8)
-    assert torch.linalg.eigvalsh(matrix).min() > 0
+    singular = getattr(solver, "mode", "") == "pseudo"
+    assert torch.linalg.eigvalsh(matrix).min() > (-1e-12 if singular else 0)
 
 
 def test_every_capability_has_a_solver():

@@ -1,0 +1,68 @@
+"""CASPR-adaptive: a product of factors that are measured one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from gradmaker.config import check_choice
+from gradmaker.curvature import BatchGradient
+from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.representations import Diagonal, OneWayDims
+from gradmaker.shapes import Merge
+from gradmaker.sites import Site
+from gradmaker.solvers import Division, HeldRoot
+from gradmaker.solvers.rooting import FactorRoot
+from gradmaker.triple import Triple
+
+__all__ = ["CasprAdaptiveGradientConfig", "CasprAdaptiveGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CasprAdaptiveGradientConfig(AxesGradientConfig):
+    """CASPR-adaptive: ``P G = L^(-1/2) M R^(-1/2)``, ``L = E[G G^T]``, ``R = E[K^T K] / m`` with ``K = L^(-1/2) G``.
+
+    No Kronecker sum, in spite of its name: KL-Shampoo in one direction. ``M`` is a Nesterov average of gradients, the length
+    that of NAdam's step for each block; vectors, and tensors with a merged axis over ``max_dim``, take NAdam's step itself, and
+    so does everything before ``start_step``. Roots are renewed after every ``basis_interval``-th measurement, and after each of
+    the first ``warmup_steps``: none by default, since roots of the first few gradients, which lack rank, spoil ``R``. The
+    weights of Nesterov averages sum to one here and to ``(1 - b^(t+1)) / (1 - b^t)`` in the release, ``b = momentum``.
+
+    Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5, external tuning.
+    """
+
+    damping: float = 1e-6
+    decay: float | None = 0.999
+    momentum: float = 0.9
+    nesterov: bool = True
+    norm: str = "adam"
+    start_step: int = 101
+    merge: Merge = "to_2d"
+    block_size: int | None = 1024
+    max_dim: int = 40000
+    basis_interval: int = 20
+    start: float = 1e-6
+    """What ``L`` starts from, times the identity; ``R`` starts from the identity."""
+    root: FactorRoot = "eigh"
+    """How roots are taken; the release has ``newton``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("root", self.root, list(get_args(FactorRoot)))
+        self._state()
+
+    def _state(self) -> OneWayDims:
+        return OneWayDims(self.basis_interval, self.warmup_steps, self.damping, self.start, self.root)
+
+    def triple(self, site: Site) -> Triple | None:
+        whole = site.shape[1:] if site.view is None else site.view.merged
+        if len(site.shape) < 3 or max(whole) > self.max_dim:
+            return Triple(BatchGradient(), Diagonal(), Division(power=-0.5, damping=1e-8))
+        return Triple(BatchGradient(), self._state(), HeldRoot())
+
+
+class CasprAdaptiveGradientMaker(PreconditionedGradientMaker):
+    """CASPR-adaptive as a gradient maker; see `CasprAdaptiveGradientConfig`."""
+
+    Config = CasprAdaptiveGradientConfig

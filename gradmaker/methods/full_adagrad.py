@@ -1,0 +1,69 @@
+"""Full-matrix AdaGrad."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from gradmaker.config import check_choice, check_count
+from gradmaker.curvature import BatchGradient
+from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.representations import Dense, Window
+from gradmaker.sites import Site
+from gradmaker.solvers import Eigh, Gram
+from gradmaker.triple import Triple
+
+__all__ = ["FullAdagradGradientConfig", "FullAdagradGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullAdagradGradientConfig(AxesGradientConfig):
+    """Full-matrix AdaGrad: ``P g = (sum_t g_t g_t^T + damping lambda_max I)^(-1/2) g`` for each tensor.
+
+    ``window`` sums over the last so many gradients, with their inner products in place of a matrix of the tensor's size (GGT);
+    of a ``decay`` it takes the mean over those that it holds. ``placement="after"`` damps the root, ``(A^(1/2) + damping
+    lambda_max(A^(1/2)) I)^-1``; ``mode="absolute"`` takes the damping as it is. ``block_size`` cuts tensors whose matrix would
+    be too large.
+
+    Reference: Duchi, Hazan & Singer, JMLR 2011, section 1.1; windows: Agarwal et al., ICML 2019, arXiv:1806.02958, section 2.
+    """
+
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"merge": {"block_size": bool}}
+
+    damping: float = 1e-8
+    decay: float | None = None
+    max_dim: int = 4096
+    window: int | None = None
+    placement: Literal["before", "after"] = "before"
+    """Whether the damping comes before or after the root."""
+    mode: Literal["absolute", "largest"] = "largest"
+    """What the damping is measured in: nothing, or the largest eigenvalue of what it is added to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None:
+            check_count("window", self.window, 1)
+        check_choice("placement", self.placement, ["before", "after"])
+        check_choice("mode", self.mode, ["absolute", "largest"])
+        self._triple()
+
+    def idle_options(self) -> dict[str, str]:
+        """A window holds no matrix of the tensor's size."""
+        return super().idle_options() | ({} if self.window is None else Window.idle)
+
+    def _triple(self) -> Triple:
+        if self.window is None:
+            dense = Eigh(power=-0.5, damping=self.damping, split="exact", mode=self.mode, placement=self.placement)
+            return Triple(BatchGradient(), Dense(granularity="layer"), dense)
+        held = Window(size=self.window, granularity="layer", scale="sum" if self.decay is None else "mean")
+        return Triple(BatchGradient(), held, Gram(power=-0.5, damping=self.damping, mode=self.mode, placement=self.placement))
+
+    def triple(self, site: Site) -> Triple | None:
+        return self._triple()
+
+
+class FullAdagradGradientMaker(PreconditionedGradientMaker):
+    """Full-matrix AdaGrad as a gradient maker; see `FullAdagradGradientConfig`."""
+
+    Config = FullAdagradGradientConfig

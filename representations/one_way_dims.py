@@ -1,0 +1,173 @@
+"""CASPR-adaptive's factors: each axis is measured after the axes before it are whitened, never the other way round.
+
+Letters: ``S_k`` the statistic of axis ``k``, ``X_k`` its inverse square root as of the last refresh, ``d_k`` its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.solvers.damping import check_choice, check_interval
+from gradmaker.solvers.diagnosis import COLUMNS
+from gradmaker.solvers.rooting import FactorRoot, rooting
+
+__all__ = ["OneWayDims"]
+
+RIDGE = COLUMNS.index("damping")
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """The statistics as they stand, as factors of a product, for the solver that roots them."""
+
+    axes: int
+
+    def factors(self, state: State) -> list[Tensor]:
+        return [state[f"factor_{axis}"] for axis in range(self.axes)]
+
+    def unfold(self, g: Tensor) -> Tensor:
+        return g
+
+    def order(self, factors: int) -> float:
+        return 1
+
+
+@dataclass(frozen=True)
+class OneWayDims(Representation):
+    """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
+
+    ``G_k = G x_1 X_1 ... x_(k-1) X_(k-1)`` with ``X_j = (S_j + damping lambda_max(S_j) I)^(-1/2)`` as of the last refresh,
+    after every ``basis_interval``-th measurement. Of a matrix the rows come first, as ``G G^T``, and the columns see whitened
+    rows: a transposed parameter is treated otherwise. A refresh changes what has whitened the history of the axes that follow;
+    ``c_k = prod_(j<k) tr(X_j F_j X_j) / d_j`` carries it over, with ``F_j`` what ``X_j`` was the root of before (``c_k`` is one
+    on steps without a refresh). ``S_1`` starts at ``start I``, the others (but for an interval of one) and all ``X`` at ``I``;
+    no bias is corrected.
+
+    The first ``warmup`` measurements have a refresh each. Roots of a few gradients, which lack rank, blow up what they whiten,
+    and a sum never forgets that. A root that fails is refused: the block keeps all of its former ones and ``failures`` counts
+    it. ``root`` says how roots are taken.
+
+    Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5 (matrices; more axes are ours).
+    """
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    factored_axes: ClassVar[bool] = True
+
+    basis_interval: int = 20
+    warmup: int = 1
+    damping: float = 1e-6
+    start: float = 1e-6
+    root: FactorRoot = "eigh"
+
+    def __post_init__(self) -> None:
+        for name, least in (("basis_interval", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} = {value!r}: legal are integers of at least {least}")
+        check_interval("damping", self.damping, 0, float("inf"), closed=True)
+        check_interval("start", self.start, 0, float("inf"))
+        check_choice("root", self.root, get_args(FactorRoot))
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def init(self, frame: Frame) -> State:
+        shape = frame.shape or (1,)
+        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state = {"age": age, "failures": age.clone(), "diagnosis": frame.zeros(len(shape), len(COLUMNS))}
+        for axis, size in enumerate(shape):
+            unit = frame.zeros(size) + 1  # 1 x 1 matrices are held as the diagonals that they are
+            if size > 1 and axis not in frame.diagonal:
+                unit = frame.zeros(size, size) + torch.eye(size, dtype=frame.dtype, device=frame.device)
+            state[f"root_{axis}"] = unit
+            state[f"factor_{axis}"] = unit * (self._later() if axis else self.start)
+            if axis + 1 < len(shape):
+                state[f"rooted_{axis}"] = state[f"factor_{axis}"] * (1 + self.damping)
+        return state
+
+    def _later(self) -> float:
+        """What the axes after the first start from. The release counts step 1 as one after a refresh if all others are."""
+        return self.start * (1 + self.damping) if self.basis_interval == 1 else 1.0
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        assert isinstance(evidence, Gradient)
+        G, before = self.unfold(evidence.gradient), 1
+        for axis in self._axes(state):
+            x, S = mode_matrix(G, axis), state[f"factor_{axis}"]
+            if S.ndim == 2:
+                S.mul_(fold.beta).add_(x.square().sum(-1), alpha=fold.alpha / before)
+            else:
+                S.baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha / before)
+            G, before = apply_factors([*[None] * axis, state[f"root_{axis}"]], G), before * S.shape[-1]
+        state["age"].add_(1)
+        age = int(state["age"][0])  # the one host read of a measurement
+        if age <= self.warmup or age % self.basis_interval == 0:
+            self._refresh(state)
+
+    def _refresh(self, state: State) -> None:
+        """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
+        axes = self._axes(state)
+        new = rooting(self.root, self.damping).prepare(_Statistics(len(axes)), state, self.rooted(state))
+        lost = new["failures"] > state["failures"]
+        change = torch.ones_like(new["diagnosis"][:, 0, 0])  # (B,)
+        for axis in axes:
+            S, X = state[f"factor_{axis}"], new[f"root_{axis}"]
+            damped = _damped(S, new["diagnosis"][:, axis, RIDGE])
+            S.mul_(_like(change, S))
+            if (before := state.get(f"rooted_{axis}")) is not None:
+                change = torch.where(lost, 1.0, change * _overlap(X, before))
+                before.copy_(torch.where(_like(lost, S), before, damped))
+        for name, value in new.items():
+            state[name].copy_(value)
+
+    def _axes(self, state: State) -> range:
+        return range(sum(name.startswith("root_") for name in state))
+
+    def to_dense(self, state: State) -> Tensor:
+        """Of the last refresh, with the ridge; the identity before the first."""
+        return expand(self._covariances(state))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)
+
+    def _covariances(self, state: State) -> list[Tensor]:
+        """``X_k^-2``.  # each (B, d_k, d_k) or (B, d_k)"""
+        roots = [state[f"root_{axis}"] for axis in self._axes(state)]
+        inverses = [1 / X if X.ndim == 2 else torch.linalg.inv(X) for X in roots]
+        return [R.square() if R.ndim == 2 else R @ R.mT for R in inverses]
+
+    # ---------------------------------------------------------------- Rooted
+    def rooted(self, state: State) -> State:
+        """``X_k`` and how their last refresh went.  # root_k: (B, d_k, d_k) or (B, d_k)"""
+        return {name: x for name, x in state.items() if name.startswith("root_") or name in ("failures", "diagnosis")}
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)
+
+
+def _like(x: Tensor, S: Tensor) -> Tensor:
+    """A number for each member, to be broadcast.  # (B,) -> (B, 1, ...)"""
+    return x.view(-1, *[1] * (S.ndim - 1))
+
+
+def _damped(S: Tensor, ridge: Tensor) -> Tensor:
+    """``S + ridge I``.  # (B, d, d) or (B, d), (B,)"""
+    if S.ndim == 2:
+        return S + ridge.unsqueeze(-1)
+    return S + ridge[:, None, None] * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+
+
+def _overlap(X: Tensor, F: Tensor) -> Tensor:
+    """``tr(X F X) / d``, one where ``X = F^(-1/2)``.  # (B,)"""
+    if X.ndim == 2:
+        return (X.square() * F).mean(-1)
+    return ((F @ X) * X).sum((-2, -1)) / X.shape[-1]

@@ -1,0 +1,53 @@
+"""Where the weights are: all that a method may need that sees the curvature through the gradients along its own path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence, Located
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+
+__all__ = ["Placed", "Position"]
+
+_NOW = "the weights move with every step, and so does what is measured of them"
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """It is known at which weights the gradient was taken."""
+
+    def weights(self, state: State) -> Tensor:
+        """All of them as one vector.  # (1, P)"""
+
+
+@dataclass(frozen=True)
+class Position(Representation):
+    """The weights of the newest gradient, as one vector. Of ``C`` nothing is held: taken alone, it stands for ``C = I``."""
+
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Located,)
+    fleeting: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
+    idle = NEWEST_ALONE | NO_LIMIT | dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)
+
+    @property
+    def grain(self) -> Grain:
+        return "full"
+
+    def init(self, frame: Frame) -> State:
+        return {"weights": frame.zeros(*frame.shape)}
+
+    def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        if not isinstance(evidence, Located):
+            raise TypeError("a position is that of a gradient, and verify() has none to offer")
+        state["weights"].copy_(evidence.weights)
+
+    def weights(self, state: State) -> Tensor:
+        return state["weights"]
+
+    def to_dense(self, state: State) -> Tensor:
+        w = state["weights"]
+        return torch.eye(w.shape[1], dtype=w.dtype, device=w.device).unsqueeze(0)

@@ -1,0 +1,41 @@
+"""Inverse square roots that a representation has formed already, because it measures through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gradmaker.representations.base import Rooted, State
+from gradmaker.solvers.base import Solver, spectral_power
+from gradmaker.solvers.roots import apply_roots
+
+__all__ = ["HeldRoot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldRoot(Solver):
+    """``C^(-1/2) g = g x_1 X_1 x_2 X_2 ...`` with the ``X_k`` that the representation holds.
+
+    The cache is a copy of them. Damping, refreshes and failures are the representation's.
+
+    Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5.
+    """
+
+    needs: ClassVar[type] = Rooted
+    definite: ClassVar[bool] = True
+
+    @property
+    def exponent(self) -> float:
+        return -0.5
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        return {name: x.clone() for name, x in representation.rooted(state).items()}
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        C: Tensor = representation.to_dense(state)
+        return spectral_power((C + C.mT) / 2, 0.0, self.exponent)
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(representation, cache, g)

@@ -1,0 +1,83 @@
+"""BFGS in a few dimensions, in double precision: the search of a subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf, isfinite
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["minimise"]
+
+Slope: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
+"""A point to the value there and its gradient.  # (K,) -> , (K,)"""
+
+DECREASE, CURVATURE = 1e-4, 0.9
+"""Of Wolfe's conditions (Nocedal & Wright 2006, section 3.1)."""
+TRIES = 25
+"""Points that one line search may look at."""
+DONE = 1e-28
+"""A decrement this much below the first is rounding."""
+NOISE = 1e-14
+"""Of a value, relative."""
+
+
+def minimise(slope: Slope, H: Tensor, iterations: int) -> Tensor:
+    """A point of lower value, by BFGS from zero with the inverse Hessian ``H`` to begin with.
+
+    ``d = -H g``, a step along it that fulfils Wolfe's conditions, ``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``. It ends
+    after ``iterations``, when ``g^T H g`` has become rounding, or when no step lowers the value.
+
+    Reference: Nocedal & Wright 2006, algorithm 6.1; line search by bisection: Lewis & Overton, Math. Programming 2013.
+    # H: (K, K) -> (K,)
+    """
+    x = torch.zeros_like(H[0])
+    f, g = slope(x)
+    first = float(g @ H @ g)
+    for _ in range(iterations):
+        d = -(H @ g)
+        descent = float(g @ d)
+        if not (isfinite(f) and descent < -DONE * first):
+            break
+        found = _search(slope, x, d, f, descent)
+        if found is None:
+            break
+        t, f, after = found
+        s, y = t * d, after - g
+        x, g = x + s, after
+        H = _updated(H, s, y)
+    return x
+
+
+def _search(slope: Slope, x: Tensor, d: Tensor, f: float, descent: float) -> tuple[float, float, Tensor] | None:
+    """A step length with the value and gradient there; None if nothing is lower.
+
+    Values that differ by rounding alone are compared by their slopes (Hager & Zhang, SIAM J. Optim. 2005).
+    """
+    noise = NOISE * abs(f)
+    low, high, t = 0.0, inf, 1.0
+    best: tuple[float, float, Tensor] | None = None
+    for _ in range(TRIES):
+        value, g = slope(x + t * d)
+        along = float(g @ d)
+        lower = value <= f + DECREASE * t * descent or (abs(value - f) <= noise and along <= (2 * DECREASE - 1) * descent)
+        if not (lower and isfinite(along)):
+            high = t
+        else:
+            low, best = t, (t, value, g)
+            if along >= CURVATURE * descent:
+                break
+        t = (low + high) / 2 if high < inf else 2 * low
+    return best
+
+
+def _updated(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The BFGS update; ``H`` itself for a pair of no curvature."""
+    sy = s @ y
+    if not float(sy) > 1e-12 * float(s.norm() * y.norm()):
+        return H
+    V = torch.eye(len(s), dtype=s.dtype, device=s.device) - torch.outer(s, y) / sy
+    new: Tensor = V @ H @ V.mT + torch.outer(s, s) / sy
+    return (new + new.mT) / 2

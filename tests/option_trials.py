@@ -1,0 +1,322 @@
+"""Trials of options: a method with one option away from its default, where that has something to say, and without.
+
+What is compared is the weights after some steps, the types of the parts and the bytes that are held.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmaker import METHODS
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import (
+    Categorical,
+    Curvature,
+    FisherEmp,
+    FisherExact,
+    FisherMC,
+    FisherRecursive,
+    GaussNewton,
+    Hessian,
+)
+from gradmaker.representations import Diagonal, KronDims
+from gradmaker.solvers import CG
+from gradmaker.solvers.levenberg_marquardt import AdaptiveDamping
+from tests import models, oracles
+from tests.models import Case
+from tests.registry import suited
+
+STEPS = 7
+NAMED = [name for name in METHODS if name != "gradient"]  # which has no options
+EVERY: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "basis_interval": 1}
+THIRD = EVERY | {"curvature_interval": 3, "preconditioner_interval": 3}
+
+COMMON: dict[str, list[Any]] = {
+    "damping": [0.37],
+    "decay": [0.5, 0.0, None],
+    "momentum": [0.6],
+    "nesterov": [True, False],
+    "curvature_interval": [3],
+    "preconditioner_interval": [3],
+    "warmup_steps": [4],
+    "start_step": [3],
+    "spread": [False, True],
+    "ignore": [("head*",)],
+    "fallback": ["adam"],
+    "norm": ["keep", "none"],
+    "max_dim": [3],
+    "dtype": ["float64"],
+    "seed": [5],
+    "likelihood": [Categorical(reduction="sum")],
+    "loss_reduction": ["sum"],
+}
+OWN: dict[tuple[str, str], list[Any]] = {
+    ("", "clip"): [1e-6],
+    ("", "clip_learning_rate"): [10.0],
+    ("", "block_size"): [3],
+    ("", "max_rows"): [2],
+    ("", "window"): [2],
+    ("", "pairs"): [1],
+    ("", "rank"): [1],
+    ("", "memory"): [1],
+    ("", "iterations"): [2],
+    ("", "dimension"): [2],
+    ("", "basis_interval"): [2],
+    ("", "acceptance"): [10.0],
+    ("", "tolerance"): [0.9],
+    ("", "elementwise"): [("head*",)],
+    ("", "max_skew"): [1.0],
+    ("", "scale"): [9.0],
+    ("muon", "scale"): ["rms", "nuclear", "none"],
+    ("shampoo", "exponent"): [0.5],
+    ("seng", "positions"): [2],
+    ("seng", "coordinates"): [300],
+    ("", "adaptive_damping"): [AdaptiveDamping(interval=1, low=0.99, high=1.01)],
+    ("", "curvature_examples"): [2],
+    ("", "floor"): [0.5],
+    ("", "merge"): ["none", "to_2d"],  # others need weights with an axis for heads: tests/test_shapes.py
+    ("one_sided", "merge"): ["greedy"],
+    ("", "split"): [(("head", 2),)],
+    ("psgd_whiten", "max_skew"): [None],
+    ("caspr_adaptive", "start"): [1.0],
+    ("neumann_practical", "alpha"): [1e3],
+    ("neumann_practical", "period"): [2],
+    ("neumann_practical", "beta"): [0.5],
+    ("skfac", "positions"): [2],
+    ("newton", "granularity"): ["layer", "diagonal"],
+    ("curveball", "rho"): [0.5],
+    ("curveball", "beta"): [0.3],
+    ("psgd_kf", "geometry"): ["QEP"],
+    ("psgd_whiten", "geometry"): ["EQ"],
+    ("custom", "curvature"): [FisherEmp()],
+    ("custom", "representation"): [KronDims()],
+    ("custom", "solver"): [CG()],
+}
+"""Values of options that are a method's own; by the type of the default where nothing is said. ``""`` is every method."""
+ELSEWHERE = {("neumann_practical", "rate")}  # for the weights of `undisplaced` alone
+BESIDE: dict[str, dict[str, Any]] = {
+    "decay": EVERY,
+    "nesterov": {"momentum": 0.5},
+    "curvature_interval": EVERY,
+    "preconditioner_interval": EVERY,
+    "warmup_steps": THIRD,
+    "spread": THIRD | {"curvature_interval": 1, "fallback": "adam"},
+    "loss_reduction": {"fisher": FisherEmp()},
+}
+"""Other options that have to be set for one to matter; those that a method does not have or refuses are left out."""
+OWN_BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    **{(method, "clip"): {"clip_learning_rate": 1.0} for method in METHODS},
+    **{(method, "clip_learning_rate"): {"clip": 1e-6} for method in METHODS},
+    **{(method, "rank"): {"window": 3} for method in METHODS},
+    ("tonga", "window"): {"rank": 1},
+    ("tonga_unit", "window"): {"rank": 1},
+    ("skfac", "positions"): {"reduction": "subsample"},
+    ("shampoo", "balanced"): {"exponent": 0.5, "norm": "none"},
+    ("seng", "coordinates"): {"coordinates": 1001},
+    ("seng", "official"): {"coordinates": 300},
+    ("hessian_free", "line_search"): {"damping": 1e-6, "backtrack": False, "adapt": False},
+    ("ksd", "floor"): {"search": "model"},
+    **{(method, "wide_sides"): {"max_dim": 3} for method in METHODS},
+    ("full_adagrad", "merge"): {"block_size": 3},
+    **{(method, "averaging"): {"norm": "none", "decay": 0.9} for method in ("shampoo", "one_sided", "caspr")},
+    ("curveball", "rho"): {"beta": 0.1},
+    ("custom", "curvature"): {"representation": Diagonal(granularity="layer")},
+    ("custom", "representation"): {"solver": CG()},
+}
+
+
+class Mixed(nn.Module):
+    """A convolution, a norm, matrices that are wide and tall, and a parameter that is in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, (2, 1), groups=2), nn.GroupNorm(2, 4)
+        self.hidden, self.head = nn.Linear(24, 5), nn.Linear(5, 6)
+        self.scale = nn.Parameter(torch.rand(5) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.conv(x))).flatten(1)
+        y: Tensor = self.head(torch.tanh(self.hidden(h)) * self.scale)
+        return y
+
+
+def mixed() -> Case:
+    return models.build(Mixed, 6, 2, 3, 3)
+
+
+def chain() -> Case:
+    layers = lambda: nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6))  # noqa: E731
+    return models.build(layers, 6, 9)
+
+
+def wide() -> Case:
+    """More than a million weights, where coordinates are drawn."""
+    return models.build(lambda: nn.Linear(1001, 1000), 6, 1001)
+
+
+def case_of(method: str, config: Any) -> Case:
+    if getattr(config, "coordinates", None):
+        return wide()
+    return chain() if isinstance(getattr(config, "curvature", None), FisherRecursive) else suited(method, mixed, chain)
+
+
+def attaches(method: str, config: GradientConfig) -> bool:
+    """Whether it rides a loop of which it does not see the loss."""
+    case = case_of(method, config)
+    maker: Any = METHODS[method](case.model, config)
+    try:
+        maker.attach(torch.optim.SGD(case.model.parameters(), 0.1))
+    except ValueError:
+        return False
+    maker.remove()
+    return True
+
+
+def unknown(y: Tensor, t: Tensor) -> Tensor:
+    """A loss that is not recognised."""
+    return -y.log_softmax(-1)[torch.arange(len(t)), t].mean()
+
+
+class Seen(NamedTuple):
+    """What a method did; a sentence if it refused."""
+
+    weights: Tensor | None
+    parts: tuple[str, ...] = ()
+    size: int = 0
+    sentence: str = ""
+
+    def same(self, other: Seen, tolerance: float) -> bool:
+        if self.weights is None or other.weights is None:
+            return self[1:] == other[1:] and self.weights is other.weights
+        return self[1:] == other[1:] and oracles.relative_error(self.weights, other.weights) <= tolerance
+
+
+def observe(method: str, config: GradientConfig, loss: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> Seen:
+    case = case_of(method, config)
+    model, x = case.model.to(dtype), case.x.to(dtype)
+    try:
+        maker: Any = METHODS[method](model, config)
+        for k in range(STEPS):
+            model.zero_grad()
+            y = maker.setup_model_call(model, x[k % 3 :])
+            maker.setup_loss_call(loss, y, case.t.roll(k)[k % 3 :])
+            maker.setup_logits_repr(y)
+            maker.forward_and_backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(p.grad, alpha=1e-2)
+    except ValueError as error:
+        return Seen(None, sentence=str(error))
+    triples = [block.triple for block in maker.plan.blocks]
+    parts = tuple(type(part).__name__ for t in triples for part in (t.curvature, t.representation, t.solver))
+    weights = torch.cat([p.detach().flatten().double() for p in model.parameters()])
+    return Seen(weights, parts, maker.summary().bytes)
+
+
+remembered = lru_cache(maxsize=None)(observe)
+
+
+class Trial(NamedTuple):
+    """One option at one value, beside those that it needs."""
+
+    method: str
+    fixed: dict[str, Any]  # the triple of `custom`
+    option: str
+    value: Any
+
+    def base(self) -> dict[str, Any]:
+        wanted = {
+            k: v for k, v in ({"basis_interval": 1, "start_step": 0} | BESIDE.get(self.option, {})).items() if k != self.option
+        }
+        wanted |= OWN_BESIDE.get((self.method, self.option), {})  # maybe with another start for the option itself
+        config = METHODS[self.method].Config
+        chosen = dict(self.fixed)
+        for name, value in wanted.items():
+            if name in config.__dataclass_fields__ and accepts(config, {**chosen, name: value}):
+                chosen[name] = value
+        return chosen
+
+    def run(self) -> None:
+        """AssertionError unless the option changes something, or is refused and would change nothing."""
+        config: Any = METHODS[self.method].Config
+        loss = unknown if self.option in ("likelihood", "loss_reduction") else F.cross_entropy
+        dtype, tolerance = (torch.float32, 1e-10) if self.option == "dtype" else (torch.float64, 1e-9)
+        base = config(**self.base())
+        before = remembered(self.method, base, loss, dtype)
+        try:
+            other = config(**{**self.base(), self.option: self.value})
+        except ValueError as error:
+            self.check_refusal(base, before, str(error), loss, dtype)
+            return
+        after = observe(self.method, other, loss, dtype)
+        if self.option == "likelihood" and before.same(after, tolerance):
+            assert not attaches(self.method, base) and attaches(self.method, other), f"{self}: accepted and ignored"
+            return
+        assert not before.same(after, tolerance), f"{self}: accepted and ignored"
+        assert after.weights is not None or self.option in after.sentence, after.sentence
+
+    def check_refusal(self, base: Any, before: Seen, sentence: str, *rest: Any) -> None:
+        assert self.option in sentence.lower() or "that fit" in sentence
+        if "would have no effect" not in sentence:
+            return  # another reason, with its own test
+        assert re.fullmatch(rf"{self.option}=.* would have no effect: .{{20,}}", sentence)
+        forced = copy.copy(base)
+        object.__setattr__(forced, self.option, self.value)
+        assert before.same(observe(self.method, forced, *rest), 1e-9), f"{self}: refused, but it has an effect"
+
+
+def accepts(config: type[GradientConfig], options: dict[str, Any]) -> bool:
+    try:
+        config(**options)
+    except ValueError:
+        return False
+    return True
+
+
+def values(method: str, name: str) -> list[Any]:
+    """Values other than the default."""
+    if (method, name) in ELSEWHERE:
+        return []
+    config = METHODS[method].Config
+    default, hint = getattr(config(), name), get_type_hints(config)[name]
+    given = OWN.get((method, name)) or COMMON.get(name) or OWN.get(("", name)) or derived(default, hint)
+    return [value for value in given if value != default]
+
+
+def derived(default: Any, hint: Any) -> list[Any]:
+    literals = [value for part in (hint, *get_args(hint)) if get_origin(part) is Literal for value in get_args(part)]
+    if isinstance(default, bool):
+        return [not default]
+    if literals:
+        return literals
+    if isinstance(default, int):
+        return [max(1, default // 2) if default > 1 else default + 1]
+    if isinstance(default, float):
+        return [default / 2 if default else 0.25]
+    return [FisherEmp(), FisherMC(), FisherExact(), Hessian(), GaussNewton()] if isinstance(default, Curvature) else []
+
+
+def trials(method: str) -> Iterator[Trial]:
+    for name in (f.name for f in fields(METHODS[method].Config)):
+        yield from (Trial(method, {}, name, value) for value in values(method, name))
+
+
+TRIALS = [trial for method in NAMED for trial in trials(method)]
+
+
+def few(found: list[Trial]) -> list[Trial]:
+    """Every option once, with its first value, of methods in turn."""
+    chosen: dict[str, Trial] = {}
+    for trial in sorted(found, key=lambda t: (t.option, NAMED.index(t.method))):
+        mine = [t for t in found if t.option == trial.option and t.value == trial.value]
+        chosen.setdefault(trial.option, mine[len(chosen) % len(mine)])
+    return list(chosen.values())

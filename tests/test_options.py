@@ -1,0 +1,199 @@
+"""Every option of every method changes what it does, or is refused by a sentence; what is refused would change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradmaker import (
+    METHODS,
+    CasprGradientConfig,
+    CustomGradientConfig,
+    CustomGradientMaker,
+    KbfgsGradientConfig,
+    KfacGradientConfig,
+    KradagradGradientConfig,
+    KradagradStarGradientConfig,
+    LbfgsGradientConfig,
+    NeumannPracticalGradientConfig,
+    NeumannPracticalGradientMaker,
+)
+from gradmaker.curvature import (
+    CURVATURES,
+    BatchGradient,
+    FisherEmp,
+    Secant,
+)
+from gradmaker.representations import REPRESENTATIONS, AlternatingInverse, Pairs, Rows
+from gradmaker.representations.base import NEWEST_ALONE
+from gradmaker.solvers import CG, Apply, PositiveRoot
+from tests import oracles
+from tests.option_trials import COMMON, ELSEWHERE, EVERY, NAMED, TRIALS, Trial, chain, few, mixed, observe, values
+from tests.registry import legal_options, suited, without_draws
+from tests.test_sweep import COVER
+from tests.test_triples import mapping
+
+
+def name_of(trial: Trial) -> str:
+    return f"{trial.method}-{trial.option}-{str(trial.value)[:16]}"
+
+
+@pytest.mark.parametrize("trial", few(TRIALS), ids=name_of)
+def test_every_option_has_an_effect_somewhere_or_is_refused(trial: Trial) -> None:
+    trial.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", TRIALS, ids=name_of)
+def test_every_option_of_every_method_has_an_effect_or_is_refused(trial: Trial) -> None:
+    trial.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", COMMON)
+@pytest.mark.parametrize("row", COVER, ids="-".join)
+def test_every_option_of_a_free_triple_has_an_effect_or_is_refused(row: tuple[str, str, str], option: str) -> None:
+    config: Any = CustomGradientConfig(**{key: part for key, part in mapping(*row).items() if key != "method"})
+    held = config.representation
+    if hasattr(held, "basis_interval"):
+        held = replace(held, basis_interval=1)
+    parts = {"curvature": config.curvature, "representation": held, "solver": config.solver}
+    for value in COMMON[option]:
+        natural = option == "decay" and value == 0.0 and NEWEST_ALONE.items() <= held.idle.items()
+        if value != getattr(config, option) and not natural:
+            Trial("custom", parts, option, value).run()
+
+
+def test_another_value_is_known_of_every_option() -> None:
+    """One that is not in `COMMON`, nor clear from its type, needs a line in `OWN` of tests/option_trials.py."""
+    options = [(method, f.name) for method in NAMED for f in fields(METHODS[method].Config)]
+    assert [option for option in options if not values(*option) and option not in ELSEWHERE] == []
+
+
+# --- declarations ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", NAMED)
+def test_an_idle_option_is_refused_and_its_default_is_not(method: str) -> None:
+    make: Any = METHODS[method].Config
+    idle = make().idle_options()
+    for name, reason in idle.items():
+        assert make(**{name: getattr(make(), name)}) == make()
+        for value in values(method, name):
+            with pytest.raises(ValueError) as caught:
+                make(**{name: value})
+            assert str(caught.value) == f"{name}={value!r} would have no effect: {reason}"
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_representations_say_what_they_ignore(name: str) -> None:
+    held = REPRESENTATIONS[name]()
+    try:
+        limited = bool(held.wide((9,) if held.grain in ("full", "unit") else (9, 9), 3))
+    except ValueError:
+        limited = True
+    assert ("max_dim" in held.idle) != limited
+    assert ("curvature_interval" in held.idle) == ("warmup_steps" in held.idle) == held.fleeting
+    assert set(held.idle) <= set(COMMON)
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_curvatures_say_what_they_ignore(name: str) -> None:
+    assert set(CURVATURES[name]().idle) <= {"seed", "likelihood", "loss_reduction"}
+
+
+def test_options_of_a_free_triple_are_those_of_its_parts() -> None:
+    rows: dict[str, Any] = {"curvature": FisherEmp(), "representation": Rows(), "solver": CG()}
+    assert CustomGradientConfig(**rows, decay=0.0).decay == 0.0  # which is what it does
+    for option, value in {"decay": 0.5, "max_dim": 5, "seed": 1, "spread": False, "fallback": "adam"}.items():
+        with pytest.raises(ValueError, match=f"{option}=.* would have no effect"):
+            CustomGradientConfig(**rows, **{option: value})
+    pairs: dict[str, Any] = {"curvature": Secant(), "representation": Pairs(), "solver": Apply()}
+    for option, value in {"decay": 0.0, "damping": 0.1}.items():
+        with pytest.raises(ValueError, match=f"{option}={value} would have no effect: .*set"):
+            CustomGradientConfig(**pairs, **{option: value})
+
+
+def test_what_a_fallback_shares_is_not_refused() -> None:
+    with pytest.raises(ValueError, match="seed=1 would have no effect"):
+        KbfgsGradientConfig(seed=1)
+    shared = [KbfgsGradientConfig(fallback="kfac", seed=seed) for seed in (0, 1)]
+    seen = [observe("kbfgs", config, F.cross_entropy, torch.float64) for config in shared]
+    assert not seen[0].same(seen[1], 1e-9)
+    with pytest.raises(ValueError, match=r"decay=0\.5 would have no effect"):
+        LbfgsGradientConfig(decay=0.5)
+
+
+def test_a_nesterov_average_needs_an_average() -> None:
+    with pytest.raises(ValueError, match="nesterov=True would have no effect: there is no average of gradients; set momentum"):
+        KfacGradientConfig(nesterov=True)
+    assert KfacGradientConfig(nesterov=True, momentum=0.5).nesterov
+    assert CasprGradientConfig(momentum=0.0).nesterov  # its default, which then says nothing
+    assert not CasprGradientConfig(momentum=0.0, nesterov=False).nesterov
+
+
+# --- single options -------------------------------------------------------------------------------------------------------
+OWN_MEMORY = (
+    *("ekfac", "soap", "eshampoo", "caspr_adaptive", "kl_shampoo"),  # a basis, or whitened axes, of the step before
+    *("kbfgs", "kbfgs_l"),  # secants
+    *("adahessian", "esgd", "saddle_free_diagonal"),  # probes that depend on the step
+    "kradagrad",  # refuses it
+)
+FORGETTING = [name for name in NAMED if "decay" not in METHODS[name].Config().idle_options() and name not in OWN_MEMORY]
+
+
+def directions(method: str, config: Any, first: int) -> Tensor:
+    """The result of the third batch, of a maker that has begun with the ``first`` one."""
+    case = suited(method, mixed, chain)
+    maker: Any = METHODS[method](case.model, config)
+    for k in range(first, 3):
+        case.model.zero_grad()
+        maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x[k:]), case.t[k:])
+        maker.forward_and_backward()
+    return oracles.gradient_vector(case.model)
+
+
+@pytest.mark.parametrize("method", FORGETTING)
+def test_a_decay_of_zero_keeps_the_newest_batch_alone(method: str) -> None:
+    options = legal_options(method, **EVERY, momentum=0.0, norm="none") | without_draws(method)
+    config: Any = METHODS[method].Config(**options, decay=0.0)
+    found = directions(method, config, 2)
+    assert oracles.relative_error(directions(method, config, 0), found) < 1e-11
+    if method != "skfac":  # which has no past
+        with_past = METHODS[method].Config(**options, decay=None)
+        assert oracles.relative_error(directions(method, with_past, 0), found) > 1e-3
+
+
+def test_an_inverse_that_cannot_forget_says_so() -> None:
+    with pytest.raises(ValueError, match="decay=0: one axis takes in a gradient at a time"):
+        KradagradGradientConfig(decay=0.0)
+    case = mixed()
+    parts: dict[str, Any] = {"curvature": BatchGradient(), "representation": AlternatingInverse(), "solver": PositiveRoot()}
+    maker = CustomGradientMaker(case.model, CustomGradientConfig(**parts, decay=0.0))
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    with pytest.raises(ValueError, match="decay=0: one axis takes in a gradient at a time"):
+        maker.forward_and_backward()
+
+
+@pytest.mark.parametrize(("option", "value"), [("denominator", "tr"), ("norm", "adam")])
+def test_a_published_variant_refuses_another_option(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}='{value}': compat='kradagrad' has"):
+        KradagradStarGradientConfig(compat="kradagrad", **{option: value})  # type: ignore[arg-type]
+
+
+def test_the_rate_of_the_neumann_optimizer_says_how_far_weights_are_displaced() -> None:
+    far = []
+    for rate in (0.1, 0.2):
+        case = mixed()
+        maker = NeumannPracticalGradientMaker(case.model, NeumannPracticalGradientConfig(rate=rate))
+        for _ in range(3):
+            case.model.zero_grad()
+            maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+            maker.forward_and_backward()
+        displaced = oracles.parameter_vector(case.model).clone()
+        with maker.undisplaced():
+            far.append(displaced - oracles.parameter_vector(case.model))
+    assert oracles.relative_error(far[1], 2 * far[0]) < 1e-12 and far[0].norm() > 0.01
