@@ -267,5 +267,5 @@ def test_the_page_is_current() -> None:
     assert page.render(text, saved) == text, "run python docs/make_autoencoder.py"
     tried = {row: [t["config"] for t in page.of_row(saved, row)[0]] for row in page.rows_of(saved)}
     for row, settings in example.ROWS.items():
-        assert sorted(map(str, tried[row])) == sorted(map(str, settings))
+        assert len(tried[row]) == len(settings) and all(config in tried[row] for config in settings)
     assert page.PICTURE.is_file()
