@@ -57,8 +57,10 @@ class Whitening:
         return out
 
 
-@every_geometry
-@pytest.mark.parametrize("make", [models.mlp, lambda: models.convolution(2, groups=2)])
+@pytest.mark.parametrize(
+    "geometry, make",
+    [*((name, models.mlp) for name in GEOMETRIES), ("Q0.5EQ1.5", lambda: models.convolution(2, groups=2))],
+)
 def test_thirty_steps(geometry: str, make: Any) -> None:
     case = make()
     maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(geometry=geometry, momentum=0.9, seed=3))
