@@ -100,6 +100,7 @@ NEGATIVE = inf
 COLUMNS = [("Eigh", "float32"), ("NewtonRoot", "float32"), ("HigherOrder", "float32"), ("NewtonSchulz cubic", "float32")]
 COLUMNS += [("Eigh", "float64"), ("NewtonRoot", "float64"), ("HigherOrder", "float64")]
 TABLE = {
+    (1e2, 4): (1.3e-6, 8.4e-7, 9.7e-7, 1.5e-6, 2.9e-15, 1.9e-8, 2.1e-15),
     (1e4, 4): (3.5e-5, 1.8e-5, 2.7e-5, 3.0e-5, 5.3e-14, 2.3e-9, 5.9e-14),
     (1e6, 4): (2.4e-2, 1.3e-3, 2.2e-3, 1.7e-3, 3.2e-12, 1.7e-9, 3.5e-12),
     (1e7, 4): (4.4e-2, 9.1e-3, 1.2e-2, 1.6e-2, 2.8e-11, 3.7e-7, 3.5e-11),

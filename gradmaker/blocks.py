@@ -93,6 +93,14 @@ class Block:
         longest = self.frame.longest or max(sides, default=1)
         return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
 
+    def members(self) -> list[str]:
+        """Names of the members of the stack: of the site, with a number where it has several."""
+        if self.full:
+            return [self.name]
+        counts = [slot.stop - slot.start for slot in self.slots]
+        named = zip(self.sites, counts, strict=True)
+        return [s.name if count == 1 else f"{s.name}[{j}]" for s, count in named for j in range(count)]
+
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic."""
@@ -190,20 +198,24 @@ class Block:
             return average.lerp(g, 1 - self.momentum) / (self.momentum * mass + 1 - self.momentum)
         return average / mass
 
-    def prepare(self, measured: set[str], due: bool = True) -> None:
+    def prepare(self, measured: set[str], due: bool = True) -> bool:
         """Refresh the cache from the statistic; where that is not due, only for sites that were never in it.
+
+        Returns whether anything was refreshed.
 
         measured: names of the sites that have given evidence at all.
         """
         known = measured & {s.name for s in self.sites}
         due = due or self.triple.representation.fleeting
-        if self.full and (known - self.ready or (known and due)):
+        refreshed = bool(known) if due else bool(known - self.ready)
+        if self.full and refreshed:
             self.cache = self.triple.solver.prepare(self.triple.representation, self.state, self.cache or None)
         elif not self.full:
             self._prepare(known & self.ready if due else set(), again=True)
             self._prepare(known - self.ready, again=False)
         self.fresh = known - self.ready if self.triple.representation.skips_first else set()
         self.ready = known
+        return refreshed
 
     def _prepare(self, names: set[str], again: bool) -> None:
         """Refresh the cache of some members.  again: whether they have been prepared before"""

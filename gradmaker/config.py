@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
-from gradmaker.norms import NORMS
+from gradmaker.norms import NORMS, Norm
 from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.rules import Rule, check_rule
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
@@ -27,7 +27,7 @@ __all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
 
 COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
 ONE_BLOCK = {"spread": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
-OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "norm")
+OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "norm", "norm_decay")
 """Options that a fallback has values of its own for; the others are shared with it."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -61,10 +61,14 @@ class GradientConfig(ABC):
     """The method, by name, of parameters that this one does not cover."""
     norm: str = "none"
     """Length of the result for each block: none (as it comes), keep (the gradient's), or a name of `NORMS` (grafting)."""
+    norm_decay: float = 0.999
+    """Weight of the OLD second moment of a grafted Adam or RMSProp (Google and Meta: 0.999, but 0.99 for Meta's RMSProp)."""
     max_dim: int = 8192
     """Axes longer than this get a diagonal factor; a dense block larger than this is refused."""
     dtype: str | torch.dtype | None = None
     """Of statistics and solves: float32 or float64; None takes the parameters', at least float32."""
+    failures_allowed: int | None = 3
+    """How many refreshes of a block may fail in a row, each keeping its last good root, before an error; None for any."""
     seed: int = 0
     """Of sampled targets and probes."""
     likelihood: Likelihood | None = None
@@ -92,6 +96,9 @@ class GradientConfig(ABC):
         if self.decay is not None:
             check_interval("decay", self.decay, 0.0, 1.0, hint=", or None to sum")
         check_interval("momentum", self.momentum, 0.0, 1.0)
+        check_interval("norm_decay", self.norm_decay, 0.0, 1.0)
+        if self.failures_allowed is not None:
+            check_count("failures_allowed", self.failures_allowed, 0)
         as_schedule("curvature_interval", self.curvature_interval)
         as_schedule("preconditioner_interval", self.preconditioner_interval)
         for name, least in (("warmup_steps", 0), ("start_step", 0), ("max_dim", 1)):
@@ -105,6 +112,11 @@ class GradientConfig(ABC):
         object.__setattr__(self, "ignore", _rules(self.ignore))
         self._refuse_idle()
 
+    def norm_rule(self) -> Norm | None:
+        """The rule of `norm`, with `norm_decay`."""
+        rule = NORMS[self.norm]
+        return rule and rule.decaying(self.norm_decay)
+
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:
         """The parts for a site; None if the method does not cover it."""
@@ -115,6 +127,8 @@ class GradientConfig(ABC):
         found = {name: reason for part in (self, *parts) for name, reason in part.idle.items()}
         if self.nesterov and not self.momentum:
             found["nesterov"] = "there is no average of gradients; set momentum"
+        if self.norm_decay != type(self).norm_decay and not ((rule := self.norm_rule()) and rule.decays):
+            found["norm_decay"] = f"norm={self.norm!r} has no second moment that decays; those of adam and rmsprop do"
         for name, others in self.only_with.items():
             for other, wanted in others.items():
                 value = getattr(self, other)

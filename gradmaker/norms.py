@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,15 @@ class Norm(ABC):
 
     leads: ClassVar[bool] = False
     """Whether ``V`` itself is the gradient before ``start_step``; otherwise the plain one stays."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether it has a running average, of which the decay can be chosen."""
+        return False
+
+    def decaying(self, decay: float) -> Norm:
+        """The rule with this decay; itself where there is none."""
+        return self
 
     def init(self, frame: Frame) -> State:
         """Whatever the rule has to remember."""
@@ -63,6 +72,13 @@ class Graft(Norm):
     damping: float
     corrected: bool = True
     normalised: bool = False
+
+    @property
+    def decays(self) -> bool:
+        return self.decay is not None
+
+    def decaying(self, decay: float) -> Norm:
+        return replace(self, decay=decay) if self.decays else self
 
     def init(self, frame: Frame) -> State:
         return Diagonal().init(frame)

@@ -10,7 +10,6 @@ from torch import nn
 from gradmaker.blocks import Block, Placement, build_blocks
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
-from gradmaker.norms import NORMS
 from gradmaker.rules import names, paths
 from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.triple import did_you_mean
@@ -106,7 +105,7 @@ def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) ->
         if triple is None:
             rest.append(site)
             continue
-        norm = NORMS[method.norm]
+        norm = method.norm_rule()
         dtype = common.statistics_dtype()
         averages = (method.nesterov, method.decay, method.averaging)
         placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, *averages))

@@ -21,6 +21,7 @@ from gradmaker.curvature import Curvature, Likelihood
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
+from gradmaker.failures import Failures
 from gradmaker.graph import Graph
 from gradmaker.maker import GradientMaker
 from gradmaker.plan import make_plan
@@ -57,6 +58,7 @@ class PreconditionedGradientMaker(GradientMaker):
         self._further: set[str] = set()  # sites that have given evidence in this step
         self._ever: set[str] = set()  # sites that have given evidence at all
         self._attachments: list[Attachment] = []
+        self._failures = Failures(self.config.failures_allowed)
 
     def purposes(self) -> frozenset[str]:
         return self.plan.purposes()
@@ -250,10 +252,13 @@ class PreconditionedGradientMaker(GradientMaker):
                 block.write(value)
 
     def _refresh(self) -> None:
+        self._failures.check()  # what was on its way from a device
         self._refresh_clock.tick(self.step)
-        for block in self.plan.blocks:
-            share = block.share if self.config.spread else 0.0
-            block.prepare(self._ever, self._refresh_clock.due(self.step, share))
+        shares = [block.share if self.config.spread else 0.0 for block in self.plan.blocks]
+        due = [self._refresh_clock.due(self.step, share) for share in shares]
+        refreshed = [b for b, now in zip(self.plan.blocks, due, strict=True) if b.prepare(self._ever, now)]
+        self._failures.note(refreshed, self.step)
+        self._failures.check()
 
     def _result(self, block: Block) -> tuple[Block, Tensor] | None:
         raw = block.read()

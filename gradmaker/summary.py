@@ -75,17 +75,6 @@ def _refreshes(blocks: Sequence[Block]) -> list[tuple[str, int, float, float, fl
         factors = block.cache["diagnosis"].double()  # (B, m, 5)
         failures = block.cache["failures"].double().view(-1, 1, 1).expand(-1, factors.shape[1], 1)
         found.append(torch.cat([factors, failures], -1).flatten(0, 1).cpu())
-        names += [f"{name}.{k}" for name in _members(block) for k in range(factors.shape[1])]
+        names += [f"{name}.{k}" for name in block.members() for k in range(factors.shape[1])]
     values = torch.cat(found).tolist() if found else []
     return [(name, int(n), e, top, r, int(t), int(f)) for name, (n, e, top, r, t, f) in zip(names, values, strict=True)]
-
-
-def _members(block: Block) -> list[str]:
-    """Names of the members of a stack: of the site, with a number where it has several."""
-    if block.full:
-        return [block.name]
-    members = []
-    for site, slot in zip(block.sites, block.slots, strict=True):
-        count = slot.stop - slot.start
-        members += [site.name if count == 1 else f"{site.name}[{j}]" for j in range(count)]
-    return members

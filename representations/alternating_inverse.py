@@ -16,6 +16,7 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_idle
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.solvers.ladder import count_failures
 from gradmaker.solvers.spectrum import decompose, symmetrise
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
@@ -65,7 +66,8 @@ class AlternatingInverse(Representation):
         return "tensor"
 
     def init(self, frame: Frame) -> State:
-        state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state = {"age": age, "failures": age.clone(), "failing": age.clone()}
         for axis, size in enumerate(frame.shape or (1,)):
             state[f"values_{axis}"] = frame.zeros(size) + 1
             state[f"inverse_{axis}"] = frame.zeros(size) + 1
@@ -115,16 +117,21 @@ class AlternatingInverse(Representation):
         return krad_update(L, x, "fro")
 
     def _refresh(self, state: State, axes: set[int]) -> None:
+        lost = torch.zeros_like(state["age"], dtype=torch.bool)
         for axis in axes:
             L, held = state[f"inverse_{axis}"], state[f"values_{axis}"]
+            finite = torch.isfinite(L).flatten(1).all(1)
             if L.ndim == 2:
-                held.copy_(torch.where(torch.isfinite(L).all(-1, keepdim=True), L, held))
+                held.copy_(torch.where(finite[:, None], L, held))
+                lost |= ~finite
                 continue
-            finite = torch.isfinite(L).all(-1).all(-1)
             s, Q, ok = decompose(torch.where(finite[:, None, None], L, 0.0))
             ok &= finite
+            lost |= ~ok
             held.copy_(torch.where(ok[:, None], s.clamp(min=0), held))
             state[f"basis_{axis}"].copy_(torch.where(ok[:, None, None], Q, state[f"basis_{axis}"]))
+        for name, value in count_failures(lost, state).items():
+            state[name].copy_(value)
 
     def _root(self, state: State, axis: int, power: float = 0.5) -> Tensor:
         s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")

@@ -14,6 +14,8 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.solvers.ladder import count_failures, is_empty
+from gradmaker.solvers.spectrum import decompose
 
 __all__ = ["CrossDims"]
 
@@ -48,7 +50,8 @@ class CrossDims(Representation):
         return "tensor"
 
     def init(self, frame: Frame) -> State:
-        state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state = {"age": age, "failures": age.clone(), "failing": age.clone()}
         for axis, size in enumerate(frame.shape or (1,)):
             state[f"values_{axis}"] = frame.zeros(size) + self.start
             state[f"factor_{axis}"] = frame.zeros(size) + self.start
@@ -80,12 +83,19 @@ class CrossDims(Representation):
         means = torch.stack([(S if S.ndim == 2 else S.diagonal(dim1=-2, dim2=-1)).mean(-1) for S in factors])
         usable = (torch.isfinite(means) & (means > 0)).all(0)
         scales = torch.where(usable, means.log().mean(0).exp() / means, 1.0)
+        found: list[tuple[Tensor, Tensor | None, Tensor]] = []
         for axis, S in zip(axes, factors, strict=True):
-            S.mul_(scales[axis].view(-1, *[1] * (S.ndim - 1)))
-            s, Q = (S, None) if S.ndim == 2 else torch.linalg.eigh(torch.where(usable[:, None, None], S, 0.0))
-            state[f"values_{axis}"].copy_(torch.where(usable[:, None], s.clamp(min=self.floor), state[f"values_{axis}"]))
+            S.mul_(_like(scales[axis], S))
+            found.append(_spectrum(torch.where(_like(usable, S), S, 0.0)))
+        lost = ~torch.stack([usable, *(ok for _, _, ok in found)]).all(0)
+        for axis, (s, Q, _) in enumerate(found):  # all axes of a member or none: each is measured through the others
+            held = state[f"values_{axis}"]
+            held.copy_(torch.where(lost[:, None], held, s.clamp(min=self.floor)))
             if Q is not None:
-                state[f"basis_{axis}"].copy_(torch.where(usable[:, None, None], Q, state[f"basis_{axis}"]))
+                basis = state[f"basis_{axis}"]
+                basis.copy_(torch.where(lost[:, None, None], basis, Q))
+        for name, value in count_failures(lost, state, is_empty(factors)).items():
+            state[name].copy_(value)
 
     def _power(self, state: State, axis: int, power: float) -> Tensor:
         s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
@@ -110,3 +120,15 @@ class CrossDims(Representation):
     def order(self, factors: int) -> float:
         """One: ``C`` is the product."""
         return 1
+
+
+def _like(x: Tensor, S: Tensor) -> Tensor:
+    """A number for each member, to be broadcast.  # (B,) -> (B, 1, ...)"""
+    return x.view(-1, *[1] * (S.ndim - 1))
+
+
+def _spectrum(S: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Eigenvalues, basis, whether they are right.  # (B, d, d) or (B, d) -> (B, d), (B, d, d), (B,)"""
+    if S.ndim == 3:
+        return decompose(S)
+    return S, None, torch.isfinite(S).all(-1)

@@ -21,6 +21,8 @@ from gradmaker.solvers.rooting import FactorRoot, rooting
 __all__ = ["OneWayDims"]
 
 RIDGE = COLUMNS.index("damping")
+HELD = ("failures", "failing", "diagnosis")
+"""How the last refresh went, beside the roots."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class OneWayDims(Representation):
     def init(self, frame: Frame) -> State:
         shape = frame.shape or (1,)
         age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
-        state = {"age": age, "failures": age.clone(), "diagnosis": frame.zeros(len(shape), len(COLUMNS))}
+        state = {"age": age, "failures": age.clone(), "failing": age.clone()}
+        state["diagnosis"] = frame.zeros(len(shape), len(COLUMNS))
         for axis, size in enumerate(shape):
             unit = frame.zeros(size) + 1  # 1 x 1 matrices are held as the diagonals that they are
             if size > 1 and axis not in frame.diagonal:
@@ -147,7 +150,7 @@ class OneWayDims(Representation):
     # ---------------------------------------------------------------- Rooted
     def rooted(self, state: State) -> State:
         """``X_k`` and how their last refresh went.  # root_k: (B, d_k, d_k) or (B, d_k)"""
-        return {name: x for name, x in state.items() if name.startswith("root_") or name in ("failures", "diagnosis")}
+        return {name: x for name, x in state.items() if name.startswith("root_") or name in HELD}
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

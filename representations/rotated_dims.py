@@ -14,9 +14,12 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import apply_factors, mode_matrix
+from gradmaker.solvers.ladder import count_failures
 from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
 
 __all__ = ["RotatedDims"]
+
+COUNTERS = ("age", "failures", "failing")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class RotatedDims(Representation):
     def init(self, frame: Frame) -> State:
         shape = frame.shape or (1,)
         state = {"moments": frame.zeros(*shape), "mass": frame.zeros(), "factor_mass": frame.zeros()}
-        state["age"] = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state |= {name: torch.zeros(frame.stack, dtype=torch.int64, device=frame.device) for name in COUNTERS}
         for axis, size in enumerate(shape):
             if axis not in frame.diagonal and (len(shape) > 1 or self.vectors):
                 state[f"factor_{axis}"] = frame.zeros(size, size)
@@ -107,9 +110,11 @@ class RotatedDims(Representation):
         fold.weigh_(state["mass"])
 
     def _renew(self, state: State, born: bool) -> None:
+        lost = torch.zeros_like(state["age"], dtype=torch.bool)
         for axis in self._axes(state):
             H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
             stale = torch.isfinite(H).all(-1).all(-1)
+            lost |= ~stale
             if not born and self.tolerance:
                 stale &= off_diagonal(H, Q) > self.tolerance
             order = torch.arange(H.shape[-1], device=H.device).expand(len(H), -1)
@@ -120,9 +125,13 @@ class RotatedDims(Representation):
                 new, order_new = power_step(H, Q)
             else:
                 new = qr_steps(H, Q, self.tolerance)
+            right = torch.isfinite(new).all(-1).all(-1)
+            stale, lost = stale & right, lost | (stale & ~right)
             Q.copy_(torch.where(stale[:, None, None], new, Q))
             if order_new is not None:
                 self._permute(state, axis, torch.where(stale[:, None], order_new, order))
+        for name, value in count_failures(lost, state).items():
+            state[name].copy_(value)
 
     def _permute(self, state: State, axis: int, order: Tensor) -> None:
         V = state["moments"]

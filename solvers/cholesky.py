@@ -13,7 +13,7 @@ from gradmaker.representations.base import Factored, State
 from gradmaker.solvers.base import InverseSolver, kronecker_power
 from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
 from gradmaker.solvers.diagnosis import diagnose, estimate_largest
-from gradmaker.solvers.ladder import Parts, ascend, scalars
+from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, residual, settle_roots
 from gradmaker.solvers.spectrum import add_ridge, symmetrise
 
@@ -74,7 +74,7 @@ class Cholesky(InverseSolver):
         # 0.67, 17 ms at d = 64, 256, 785, two `cholesky_solve` 0.11, 2.2, 30 ms; a stack of 8: 0.09, 5, 151 and 0.75, 17, 271.
         gain = 1 / self.damping if self.damping else 1.0
         diagnosis = diagnose([info for _, info in results], [estimate_largest(F) for F in factors], rungs)
-        return settle_roots([X for X, _ in results], lost, previous, gain, diagnosis)
+        return settle_roots([X for X, _ in results], lost, previous, gain, diagnosis, is_empty(factors))
 
     def _ridges(self, factors: Sequence[Tensor]) -> list[Tensor]:
         if self.split == "pi":

@@ -16,7 +16,7 @@ from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
 from gradmaker.solvers.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
 from gradmaker.solvers.diagnosis import described, diagnose, unknown
-from gradmaker.solvers.ladder import Factorisation, Parts, ascend, scalars, settle
+from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty, scalars, settle
 from gradmaker.solvers.roots import apply_roots, settle_roots
 from gradmaker.solvers.spectrum import decompose, is_definite
 
@@ -79,7 +79,7 @@ class Eigh(PowerSolver):
         roots = [_power(parts, s, self.power / order) for parts, s in zip(results, damped, strict=True)]
         found = [_residual(*each) for each in zip(factors, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs)
-        return settle_roots(roots, _add_infinite(lost, roots), previous, gain, diagnosis)
+        return settle_roots(roots, _add_infinite(lost, roots), previous, gain, diagnosis, is_empty(factors))
 
     def _damped(self, factors: Sequence[Tensor], spectra: Sequence[Tensor], order: float) -> tuple[list[Tensor], list[Tensor]]:
         """What is raised to a power in place of each factor's spectrum, and the ridges, as they are reported."""
@@ -114,7 +114,7 @@ class Eigh(PowerSolver):
         ridges = [self.damping * ridge_unit(self.mode, flat.amax(-1), _mean(flat))] * len(factors)
         new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], rungs)
         default["diagnosis"] = unknown(new["diagnosis"])
-        return settle(new, _add_infinite(lost, [new["scale"]]), previous, default)
+        return settle(new, _add_infinite(lost, [new["scale"]]), previous, default, is_empty(factors))
 
     def operator(self, representation: Any, state: State) -> Tensor:
         if self.split == "exact":

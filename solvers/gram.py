@@ -15,7 +15,7 @@ from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import Placement, check_choice, check_interval
 from gradmaker.solvers.eigh import Decomposition
-from gradmaker.solvers.ladder import climb
+from gradmaker.solvers.ladder import climb, count_failures
 
 __all__ = ["Gram", "Tail"]
 
@@ -94,13 +94,13 @@ class Gram(Solver):
         new, lost = self._invert(K) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
         held = state if representation.live else {name: x.clone() for name, x in state.items()}
-        failures = lost.to(torch.int64) + (0 if previous is None else previous["failures"])
+        counters = count_failures(lost, previous)
         if not bool(lost.any()):
-            return {**held, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], "failures": failures}
+            return {**held, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
         if previous is not None:  # with its own rows: they fit together
-            return {**previous, "failures": failures}
+            return {**previous, **counters}
         nothing = {name: torch.zeros_like(x) for name, x in {**held, **new}.items()}
-        return {**nothing, "gain": unit * torch.where(lost, self._rest(), new["gain"]), "failures": failures}
+        return {**nothing, "gain": unit * torch.where(lost, self._rest(), new["gain"]), **counters}
 
     def _rest(self) -> float:
         """What a zero curvature would do to a gradient."""

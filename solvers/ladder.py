@@ -1,8 +1,8 @@
 """The ladder of a failed factorisation, and what a block falls back to when all of it fails.
 
 Rungs: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the block's
-previous cache, counted in ``cache["failures"]``. Only members that failed climb, and the others keep their bits. One host read
-in a `prepare`: which members failed.
+previous cache, counted in ``cache["failures"]``, and in ``cache["failing"]`` as long as it goes on. Only members that failed
+climb, and the others keep their bits. One host read in a `prepare`: which members failed.
 
 All of it works on copies in the dtype of the statistic (float32 as a rule). No global flag is touched: whoever runs a step on
 a GPU decides about TF32 around it.
@@ -21,7 +21,7 @@ from gradmaker.representations.base import State
 from gradmaker.representations.factor import is_tiled, join, join_vector, split
 from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
 
-__all__ = ["Factorisation", "Parts", "ascend", "climb", "scalars", "settle"]
+__all__ = ["Factorisation", "Parts", "ascend", "climb", "count_failures", "is_empty", "scalars", "settle"]
 
 Parts: TypeAlias = tuple[Tensor, ...]
 """What a factorisation makes of a stack of factors, each (B, ...)."""
@@ -161,10 +161,28 @@ def _rungs(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[At
     yield method.last_resort, A.double(), ridge.double()
 
 
-def settle(new: State, lost: Tensor, previous: State | None, default: State) -> State:
-    """The cache: lost members keep what they had (``default``, broadcast, if there was nothing) and are counted."""
+def settle(new: State, lost: Tensor, previous: State | None, default: State, empty: Tensor | None = None) -> State:
+    """The cache: lost members keep what they had (``default``, broadcast, if there was nothing) and are counted.
+
+    ``failures`` counts in all, ``failing`` in a row, for `gradmaker.failures`.
+
+    empty: members without a root because their statistic is zero, as that of a layer without gradients is: no sign of harm,
+    so that they are no failures in a row  # (B,)
+    """
     before = default if previous is None else previous
     cache = {name: torch.where(lost.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in new.items()}
-    counted = 0 if previous is None else previous["failures"]
-    cache["failures"] = lost.to(torch.int64) + counted
-    return cache
+    return cache | count_failures(lost, previous, empty)
+
+
+def count_failures(lost: Tensor, previous: State | None, empty: Tensor | None = None) -> State:
+    """The counters after a refresh in which these members were lost; see `settle`.  # each (B,)"""
+    once = lost.to(torch.int64)
+    harmed = once if empty is None else (lost & ~empty).to(torch.int64)
+    if previous is None:
+        return {"failures": once, "failing": harmed.clone()}  # never one tensor: caches are updated in place
+    return {"failures": previous["failures"] + once, "failing": (previous["failing"] + 1) * harmed}
+
+
+def is_empty(factors: Sequence[Tensor]) -> Tensor:
+    """Members of which a factor is zero throughout.  # any form -> (B,)"""
+    return torch.stack([(F == 0).flatten(1).all(1) for F in factors]).any(0)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Graphical, State
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.damping import check_interval
 from gradmaker.solvers.ladder import climb, settle
 
 __all__ = ["LocalRegression"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalRegression(Solver):
+class LocalRegression(InverseSolver):
     """``P = (I - S)^T diag(1 / d) (I - S)`` with ``S`` and ``d`` the regressions of ``C + damping I`` on the parents.
 
     Two sparse products a step; an inverse of ``q x q`` for each entry with ``q`` parents a refresh, a division for one parent.
@@ -30,11 +28,7 @@ class LocalRegression(Solver):
 
     needs: ClassVar[type] = Graphical
     definite: ClassVar[bool] = True
-
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf, closed=True)
+    undamped: ClassVar[bool] = True
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         inner, cross, own = representation.families(state)

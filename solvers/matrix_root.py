@@ -16,7 +16,7 @@ from gradmaker.representations.factor import map_blocks, widest
 from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
 from gradmaker.solvers.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
 from gradmaker.solvers.diagnosis import diagnose
-from gradmaker.solvers.ladder import Parts, ascend, scalars
+from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, residual, settle_roots
 from gradmaker.solvers.spectrum import add_ridge, largest_eigenvalue
 
@@ -115,7 +115,7 @@ class MatrixRoot(PowerSolver):
         roots = [X * s.view(-1, *[1] * (X.ndim - 1)) ** (-b / a) for X, s in zip(powered, scales, strict=True)]
         diagnosis = diagnose([info for _, info in results], largest, rungs, scales)
         gain = self.damping**self.power if self.mode == "absolute" and self.damping else 1.0
-        return settle_roots(roots, lost, previous, gain, diagnosis)
+        return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(factors))
 
     def operator(self, representation: Any, state: State) -> Tensor:
         factors = representation.factors(state)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradmaker.solvers.spectrum import decompose, symmetrise
+
 __all__ = ["off_diagonal", "power_step", "qr_steps", "sorted_eigenvectors"]
 
 
 def sorted_eigenvectors(A: Tensor) -> Tensor:
-    """Eigenvectors of ``A``, the largest eigenvalue first.  # (B, d, d)"""
-    Q: Tensor = torch.linalg.eigh((A + A.mT) / 2)[1].flip(-1)
-    return Q
+    """Eigenvectors of ``A``, the largest eigenvalue first; not a number where the decomposition failed.  # (B, d, d)"""
+    _, Q, ok = decompose(symmetrise(A))
+    return torch.where(ok[:, None, None], Q, torch.nan).flip(-1)
 
 
 def off_diagonal(A: Tensor, Q: Tensor) -> Tensor:

@@ -89,15 +89,20 @@ class InverseRoot(Factorisation):
 
 
 def settle_roots(
-    roots: Sequence[Tensor], lost: Tensor, previous: State | None, gain: float, diagnosis: Tensor | None = None
+    roots: Sequence[Tensor],
+    lost: Tensor,
+    previous: State | None,
+    gain: float,
+    diagnosis: Tensor | None = None,
+    empty: Tensor | None = None,
 ) -> State:
-    """A cache of one root for each factor. A lost member without a past gets ``P = gain I``."""
+    """A cache of one root for each factor. A lost member without a past gets ``P = gain I``.  empty: as in `settle`"""
     new = {f"root_{k}": X for k, X in enumerate(roots)}
     share = gain ** (1 / len(roots))
     default = {name: share * identity(X) for name, X in new.items()}
     if diagnosis is not None:
         new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
-    return settle(new, lost, previous, default)
+    return settle(new, lost, previous, default, empty)
 
 
 def held_roots(cache: State) -> list[Tensor]:

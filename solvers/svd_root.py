@@ -13,7 +13,7 @@ from gradmaker.representations.base import RootFactored, State
 from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
 from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
 from gradmaker.solvers.diagnosis import described, diagnose
-from gradmaker.solvers.ladder import Factorisation, Parts, ascend
+from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty
 from gradmaker.solvers.roots import apply_roots, settle_roots
 
 __all__ = ["SvdRoot"]
@@ -98,7 +98,7 @@ class SvdRoot(PowerSolver):
         found = [_residual(*each) for each in zip(normal, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs, squares)
         gain = self.damping**self.power if absolute and self.damping else 1.0
-        return settle_roots(roots, lost, previous, gain, diagnosis)
+        return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(held))
 
     def operator(self, representation: Any, state: State) -> Tensor:
         factors: Sequence[Tensor] = representation.factors(state)

@@ -30,12 +30,14 @@ def unfolded(g: Tensor, axis: int) -> Tensor:
     return torch.stack([g.select(axis, j).reshape(-1) for j in range(g.shape[axis])])
 
 
-def moments(history: list[Tensor], axis: int, decay: float | None) -> Tensor:
-    """The sum, or the mean with weights ``decay^age``, of the unfolding's outer product."""
+def moments(history: list[Tensor], axis: int, decay: float | None, averaging: str = "corrected") -> Tensor:
+    """The sum, or the mean with weights ``decay^age``, of the unfolding's outer product; or as ``averaging`` says."""
     weights = [1.0 if decay is None else decay**age for age in reversed(range(len(history)))]
     total = sum(w * unfolded(g, axis) @ unfolded(g, axis).T for w, g in zip(weights, history, strict=True))
     assert isinstance(total, Tensor)
-    return total if decay is None else total / sum(weights)
+    if decay is None or averaging == "raw":
+        return total
+    return total * (1 - decay) if averaging == "plain" else total / sum(weights)
 
 
 def on_axis(X: Tensor, g: Tensor, axis: int) -> Tensor:
@@ -63,6 +65,7 @@ class Reference:
     def __init__(self, rule: Callable[[], Rule], **options: Any) -> None:
         self.rule, self.rules = rule, dict[tuple[str, int], Rule]()
         known = {"merge": "none", "block": None, "rows": "left", "norm": "none", "momentum": 0.0, "nesterov": False, "start": 0}
+        known |= {"norm_decay": 0.999}
         assert options.keys() <= known.keys()
         self.options = {**known, **options}
         self.history: dict[tuple[str, int], list[Tensor]] = {}
@@ -117,6 +120,7 @@ class Reference:
         squares = torch.stack(past).square()
         if kind == "adagrad":
             return m / (squares.sum(0).sqrt() + 1e-10)
-        weights = torch.tensor([0.001 * 0.999 ** (T - 1 - s) for s in range(T)], dtype=torch.float64)
+        d = self.options["norm_decay"]
+        weights = torch.tensor([(1 - d) * d ** (T - 1 - s) for s in range(T)], dtype=torch.float64)
         v = torch.einsum("t,t...->...", weights, squares)
         return m / ((v / weights.sum() if kind == "adam" else v).sqrt() + 1e-8)

@@ -38,6 +38,8 @@ WRONG: dict[str, list[Any]] = {
     "nesterov": ["yes", None, 2],
     "ignore": ["head", nn.Linear, nn.Linear(1, 1), 3, (3,), (int,), (None,)],
     "norm": ["kept", None, "sgd"],
+    "norm_decay": [-0.1, 1.0, None, NAN, "0.9", True],
+    "failures_allowed": [-1, 1.5, "3", True],
     "max_dim": [0, -1, 1.5, None],
     "dtype": ["float16", "double", torch.float16, torch.int64, 32],
     "seed": [None, 1.5, "0"],

@@ -319,7 +319,7 @@ def test_preconditioner_stays_positive(method: str) -> None:
     assert torch.linalg.eigvalsh((P + P.T) / 2)[0] > 0
 
 
-# --- regressions of reference codes (methods_kronecker.md, section 7) -----------------------------------------------------
+# --- regressions of reference codes ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", PRODUCTS)
 def test_a_solve_leaves_the_statistic(method: str) -> None:
     """The PyTorch references add the ridge in place."""

@@ -212,6 +212,8 @@ def test_parts_equal_separate_parameters(
     )
     parts = 2 if len(shape) > 1 else 4
     config = {"method": method, "block_size": block_size, **SCHEDULE}
+    if method == "full_adagrad":  # eight gradients leave its matrix without full rank: its ridge of 1e-8 magnifies rounding
+        config["damping"] = 1e-2
     steps = [randn(*shape, seed=k) for k in range(8)]
     (together,) = run({**config, "split": {"w.0": parts}}, [[g] for g in steps])
     apart = run(config, [list(g.chunk(parts)) for g in steps])

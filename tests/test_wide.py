@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, cost_report
 from gradmaker.curvature import FisherExact
-from gradmaker.curvature.evidence import Factors, Inputs, OneHot, Outer
+from gradmaker.curvature.evidence import Inputs, OneHot, Outer
+from gradmaker.curvature.factors import Factors
 from gradmaker.representations import Kron
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.representations.factor import (

@@ -37,7 +37,8 @@ class KradagradStarGradientConfig(AxesGradientConfig):
     are the scalar forms. ``compat='kradagrad'`` reproduces the authors' release: ``d-tr``, an absolute ridge, gradients at
     weight one, the length of the gradient, a ridge of 1e-8 under the root.
 
-    Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416; the array form: our specification.
+    Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416; the array form: their update before its
+    denominator is bounded by a scalar (square-root Woodbury).
     """
 
     damping: float = 1e-5

@@ -156,7 +156,7 @@ def test_a_rank_deficient_statistic_needs_no_larger_ridge(d, power):
         out = solver.solve(Dense(), solver.prepare(Dense(), state, None), g)
         double = {name: value.double() for name, value in state.items()}
         expected = solver.solve(Dense(), solver.prepare(Dense(), double, None), g.double())
-        assert float((out - expected).norm() / expected.norm()) < 0.1
+        assert float((out - expected).norm() / expected.norm()) < 0.2  # ten times the ridge: 0.9
 
 
 def counting(
@@ -189,7 +189,7 @@ def test_eigh_that_raises_is_repeated_in_float64(monkeypatch, split):
     assert not cache["failures"].any()
     out, expected = solver.solve(Kron(), cache, g), solver.solve(Kron(), oracle, g.double())
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
-    assert all(x.dtype == torch.float32 for name, x in cache.items() if name != "failures")
+    assert all(x.dtype == torch.float32 for name, x in cache.items() if name not in ("failures", "failing"))
 
 
 def test_eigh_that_raises_for_one_member_spares_the_others(monkeypatch):

@@ -163,6 +163,21 @@ def test_diagnosis_is_the_residual_of_the_matrix(kind: Kind, p: float) -> None:
         assert all(1 < n < 60 for n in counts) if isinstance(kind.make(p), MatrixRoot) else counts == [0, 0]
 
 
+@pytest.mark.parametrize("p, bounds", [(2, (3e-3, 9e-3)), (4, (1.1e-3, 3.6e-3))])
+@pytest.mark.parametrize("name", [name for name in RELATIVE if name != "eigh_exact"])
+def test_float32_has_the_measured_digits(name: str, p: int, bounds: tuple[float, float]) -> None:
+    """At conditions 1e6 and 1e8 with the ridge 1e-6, 256 x 256: within three times the errors that were measured.
+
+    That is of coupled Newton in Distributed Shampoo, with residuals below 0.05; `eigh` has bounds of its own, and 0.3.
+    """
+    bounds = {2: (3.5e-2, 3.5e-2), 4: (2e-2, 2e-2)}[p] if name == "eigh" else bounds
+    for condition, bound in zip((1e6, 1e8), bounds, strict=True):
+        A = matrix(condition, 256).float()
+        cache = prepared(KINDS[name], p, A.unsqueeze(0))
+        assert relative(cache["root_0"][0], exact(A, p)) <= 3 * bound
+        assert read(cache, "residual")[0] <= (0.3 if name == "eigh" else 0.05) and read(cache, "retries") == [0]
+
+
 @pytest.mark.parametrize("name", ["newton", "higher_order", "polar_express", "denman_beavers"])
 def test_residual_sees_what_the_coupled_iterate_does_not(name: str) -> None:
     A = matrix(1e6, 96).float()
@@ -219,8 +234,8 @@ def test_batched_is_looped_and_a_bad_member_is_alone(kind: Kind, p: int) -> None
         after = prepared(kind, p, spoilt, cache)
         others = [0, 1, 3]
         assert all(torch.equal(after[name][others], x[others]) for name, x in cache.items())
-        assert all(torch.equal(after[name][2], x[2]) for name, x in cache.items() if name != "failures")
-        assert after["failures"].tolist() == [0, 0, 1, 0]
+        assert all(torch.equal(after[name][2], x[2]) for name, x in cache.items() if name not in ("failures", "failing"))
+        assert after["failures"].tolist() == after["failing"].tolist() == [0, 0, 1, 0]
         assert torch.equal(spoilt.nan_to_num(7), before.nan_to_num(7))
 
 

@@ -1,0 +1,81 @@
+"""Refreshes that fail again and again: counted where they happen, read when that costs nothing, an error past a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmaker.blocks import Block
+from gradmaker.representations.base import State
+
+__all__ = ["Failures"]
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Counters on their way to the host."""
+
+    blocks: list[Block]
+    sizes: list[int]
+    counters: Tensor  # in a row, and in all  # (2, members)
+    arrived: torch.Event | None  # None: they are there
+    step: int
+
+
+class Failures:
+    """Raises when the refresh of a block has failed more than ``allowed`` times in a row; its last good root stays in use.
+
+    Counters are copied to the host after a refresh, without waiting for them: on a CPU they are judged at once, on an
+    accelerator by the first step that finds the copy complete. ``allowed=None`` never raises.
+
+    Reference: Distributed Shampoo (Shi et al. 2023, arXiv:2309.06497), whose tolerated failures these are.
+    """
+
+    def __init__(self, allowed: int | None) -> None:
+        self.allowed = allowed
+        self._reports: list[_Report] = []
+
+    def note(self, blocks: Sequence[Block], step: int) -> None:
+        """Start the copy of the counters of blocks that have been refreshed."""
+        counted = [(b, c) for b in blocks for c in (b.state, b.cache) if "failing" in c] if self.allowed is not None else []
+        for device in dict.fromkeys(b.frame.device for b, _ in counted):
+            own = [(b, c) for b, c in counted if b.frame.device == device]
+            self._reports.append(_report(own, device, step))
+
+    def check(self) -> None:
+        """RuntimeError for a block that is past the limit, if that is known by now."""
+        while self._reports and ((event := self._reports[0].arrived) is None or event.query()):
+            self._judge(self._reports.pop(0))
+
+    def _judge(self, report: _Report) -> None:
+        in_a_row, in_all = report.counters.numpy()  # on the host already
+        if self.allowed is None or not (in_a_row > self.allowed).any():
+            return
+        worst = int(in_a_row.argmax())
+        members = [(b, name) for b, size in zip(report.blocks, report.sizes, strict=True) for name in _names(b, size)]
+        block, name = members[worst]
+        parts = (block.triple.curvature, block.triple.representation, block.triple.solver)
+        raise RuntimeError(
+            f"{name} ({' x '.join(type(part).__name__ for part in parts)}): at step {report.step} its refresh failed for the "
+            f"{in_a_row[worst]}. time in a row, {in_all[worst]} times in all. It still has the last root that was good; the "
+            f"statistic is not finite, indefinite or too ill-conditioned: a larger damping or dtype='float64' may help. "
+            f"failures_allowed={self.allowed}; None goes on"
+        )
+
+
+def _report(counted: Sequence[tuple[Block, State]], device: torch.device, step: int) -> _Report:
+    counters = torch.cat([torch.stack([c["failing"], c["failures"]]) for _, c in counted], 1)
+    blocks, sizes = [b for b, _ in counted], [len(c["failing"]) for _, c in counted]
+    if device.type in ("cpu", "meta"):
+        return _Report(blocks, sizes, counters, None, step)
+    here = counters.to("cpu", non_blocking=True)
+    event = torch.Event(device)
+    event.record()
+    return _Report(blocks, sizes, here, event, step)
+
+
+def _names(block: Block, size: int) -> list[str]:
+    return block.members() if len(block.members()) == size else [block.name] * size
