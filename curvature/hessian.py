@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
+from gradmaker.curvature.factors import Layers
 from gradmaker.curvature.fisher import FisherEmp
+from gradmaker.curvature.layer_factors import layer_factors
 from gradmaker.vectors import Layout
 
 if TYPE_CHECKING:
@@ -24,7 +27,16 @@ if TYPE_CHECKING:
     from gradmaker.sites import Site
     from gradmaker.step import Step
 
-__all__ = ["GaussNewton", "Hessian", "Mode", "Products", "multiply_gauss_newton", "multiply_hessian"]
+__all__ = [
+    "GaussNewton",
+    "Hessian",
+    "Mode",
+    "Products",
+    "check_mode",
+    "multiply_gauss_newton",
+    "multiply_hessian",
+    "second_derivatives",
+]
 
 Mode: TypeAlias = Literal["reverse", "forward", "difference"]
 """``reverse``: backward of backward; ``forward``: forward-over-reverse; ``difference``: of gradients at displaced weights."""
@@ -38,9 +50,17 @@ Apply: TypeAlias = Callable[[Layout, Tensor], Tensor]
 DIFFERENCE = 1 / 3
 """The error of a central difference is least where the relative displacement is the unit roundoff to this power."""
 
-UNSUPPORTED = ("not implemented", "does not support", "marked with @once_differentiable", "Trying to use forward AD")
+UNSUPPORTED = (
+    "not implemented",
+    "does not support",
+    "does not currently support",  # compiled functions, backwards twice
+    "marked with @once_differentiable",
+    "Trying to use forward AD",
+    "autograd.Function",  # without setup_context, or without jvp
+)
+"""What torch says where a second derivative is missing."""
 ADVICE = (
-    "fused attention kernels have no second derivative: run the model inside "
+    "compiled models and fused attention kernels have none: run the model as it was before torch.compile, inside "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 )
 
@@ -58,19 +78,27 @@ class Products(Curvature):
     """Whether they are drawn anew for every product, which few solvers can live with."""
     squares: bool = False
     """Whether the diagonal of the empirical Fisher matrix is measured along, from the ordinary backward pass."""
+    factors: bool = False
+    """Whether Kronecker factors of the Fisher matrix are measured along, of targets drawn by the model: one backward pass."""
 
     def __post_init__(self) -> None:
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"examples={self.examples!r}: expected an integer of at least 1, or None for the whole batch")
         if self.fresh and self.examples is None:
             raise ValueError("fresh=True: say how many examples are drawn for every product, by examples=")
+        if self.squares and self.factors:
+            raise ValueError("squares=True and factors=True: choose one of them, there is one preconditioner")
 
     @property
     def idle(self) -> dict[str, str]:  # type: ignore[override]
         """What draws and what has to know the loss or how it reduces depends on the options."""
-        drawn, squares = self.examples is not None, self.squares
-        known = ({} if squares else NO_OUTPUTS) | ({} if drawn or squares else NO_REDUCTION)
-        return known if drawn else known | NO_DRAWS
+        cut, told = self.examples is not None, self.squares or self.factors
+        known = ({} if told else NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
+        return known if cut or self.factors else known | NO_DRAWS
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        return tuple(name for name in ("squares", "factors") if getattr(self, name))
 
     @property
     def steady(self) -> bool:
@@ -82,12 +110,17 @@ class Products(Curvature):
 
     @property
     def recorded(self) -> bool:
-        return self.squares
+        return self.squares or self.factors
 
     @property
     def rides(self) -> bool:
         """The gradients of examples come with the ordinary backward pass."""
         return self.squares
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a product can be vectorised over vectors."""
+        return True
 
     @abstractmethod
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
@@ -97,14 +130,15 @@ class Products(Curvature):
         assert step.batches is not None
         apply, own, search = self._applied(step, step.batches.curvature), step.batches.own, step.batches.search
 
-        def product(sites: list[Site], squares: Tensor | None = None) -> Product:
+        def product(sites: list[Site], squares: Tensor | None = None, layers: Layers | None = None) -> Product:
             layout = Layout(sites)
             losses = partial(_loss_at, layout, own.replay), partial(_slope_at, layout, search.replay)
-            return Product(partial(apply, layout), *losses, squares)
+            return Product(partial(apply, layout), *losses, squares, layers)
 
         reached = [s for s in step.sites if any(p.grad is not None for p in s.parameters.values())]
         portion: dict[str, Evidence] = {site.name: product([site]) for site in reached}
-        portion[WHOLE] = product(step.sites, _squares(step) if self.squares else None)
+        told = _squares(step) if self.squares else None, layer_factors(step) if self.factors else None
+        portion[WHOLE] = product(step.sites, *told)
         yield portion
 
     def _applied(self, step: Step, batch: Batch) -> Apply:
@@ -124,7 +158,7 @@ class Products(Curvature):
         return self._bound(part, part.graph())
 
     def _bound(self, batch: Batch, graph: Graph) -> Apply:
-        return partial(_apply, self.multiplier(graph, batch.replay), batch.scale())
+        return partial(_apply, self.multiplier(graph, batch.replay), self.at_once, batch.scale())
 
 
 @torch.no_grad()
@@ -160,8 +194,12 @@ class Hessian(Products):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}: legal are {', '.join(map(repr, get_args(Mode)))}")
+        check_mode(self.mode)
+
+    @property
+    def at_once(self) -> bool:
+        """Differences run the ordinary backward pass, which no transform can enter."""
+        return self.mode != "difference"
 
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
         return partial(multiply_hessian, graph, replay, self.mode)
@@ -171,7 +209,8 @@ class Hessian(Products):
 class GaussNewton(Products):
     """``G = J^T Lambda J``, ``J`` the Jacobian of the logits and ``Lambda`` the Hessian of the loss in them.
 
-    For the recognised losses it is the Fisher matrix; another loss needs to be convex in what ``setup_logits_repr`` names.
+    For the recognised losses it is the Fisher matrix. Of what ``setup_logits_repr`` names, ``Lambda`` is the Hessian of the
+    whole loss, by autograd: another loss, or what is added to a recognised one, needs to be convex in it.
 
     Reference: Schraudolph, Neural Computation 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
@@ -181,13 +220,14 @@ class GaussNewton(Products):
         return partial(multiply_gauss_newton, graph)
 
 
-def _apply(multiply: Multiply, scale: Tensor | float, layout: Layout, vectors: Tensor) -> Tensor:
-    """Vectors as rows; several at once in one pass where torch can.  # (k, ...) -> (k, ...)"""
+def _apply(multiply: Multiply, at_once: bool, scale: Tensor | float, layout: Layout, vectors: Tensor) -> Tensor:
+    """Vectors as rows; several in one pass where that can be, all with the same random numbers.  # (k, ...) -> (k, ...)"""
     spread = layout.spread(vectors)
-    if len(vectors) == 1:
-        images = {p: v.unsqueeze(0) for p, v in multiply({p: v[0] for p, v in spread.items()}).items()}
+    if at_once and len(vectors) > 1:
+        images = torch.vmap(multiply, randomness="same")(spread)
     else:
-        images = torch.vmap(multiply)(spread)
+        each = [multiply({p: v[j] for p, v in spread.items()}) for j in range(len(vectors))]
+        images = {p: torch.stack([image[p] for image in each]) for p in each[0]}
     found = layout.gather(images, vectors.dtype).reshape(vectors.shape)
     return found * scale if isinstance(scale, Tensor) or scale != 1.0 else found
 
@@ -222,22 +262,34 @@ def multiply_hessian(graph: Graph, replay: Replay, mode: Mode, vectors: Vectors)
             raise
         raise RuntimeError(
             "a product with the Hessian needs second derivatives, and this model has none, neither backwards twice nor "
-            f"forwards over backwards ({_first_line(error)}); {ADVICE}, or choose Hessian(mode='difference')"
+            f"forwards over backwards ({_first_line(error)}); {ADVICE}, or take differences of gradients, by mode='difference'"
         ) from error
 
 
 @torch.enable_grad()
 def multiply_gauss_newton(graph: Graph, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
     """``J^T Lambda J v``."""
-    try:
+    with second_derivatives("a Gauss-Newton product"):
         return graph.gauss_newton(vectors)
+
+
+@contextmanager
+def second_derivatives(product: str) -> Iterator[None]:
+    """An error about a missing derivative says what can be done.  product: what is computed inside"""
+    try:
+        yield
     except RuntimeError as error:
         if not _unsupported(error):
             raise
         raise RuntimeError(
-            f"a Gauss-Newton product differentiates a backward pass, which this model does not support "
-            f"({_first_line(error)}); {ADVICE}"
+            f"{product} needs second derivatives, which this model does not have ({_first_line(error)}); {ADVICE}"
         ) from error
+
+
+def check_mode(mode: str) -> None:
+    """Refuse what is none."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}: legal are {', '.join(map(repr, get_args(Mode)))}")
 
 
 def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:

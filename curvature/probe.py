@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
@@ -26,7 +27,7 @@ class HessianProbe(Curvature):
     What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
     ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
     the dtype. Each micro-batch is probed by itself, with vectors of its own. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to
-    ``H v``, unless that is zero throughout, which bounds a fitted inverse by ``1 / lift``.
+    ``H v``, unless that is zero throughout, which bounds a fitted inverse by ``1 / lift``. ``mode`` as of `Hessian`.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
@@ -39,10 +40,11 @@ class HessianProbe(Curvature):
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     samples: int = 1
     lift: float = 0.0
+    mode: Mode = "reverse"
 
     @property
     def asks(self) -> frozenset[str]:
-        return frozenset({"graph"})
+        return frozenset({"graph", "replay"})
 
     def __post_init__(self) -> None:
         if self.distribution not in ("rademacher", "gaussian"):
@@ -50,15 +52,17 @@ class HessianProbe(Curvature):
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
         _check_lift(self.lift)
+        check_mode(self.mode)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
-        assert step.graph is not None
+        assert step.graph is not None and step.batches is not None
+        replay = step.batches.curvature.replay
         reached = {p for p, g in step.graph.gradients.items() if g is not None}
         sites = [s for s in step.sites if reached.intersection(s.parameters.values())]
         named = {k: p for s in sites for k, p in s.parameters.items()}
         for sample in range(self.samples):
             v = {p: self._draw(step, f"probe {sample} {k}", p) for k, p in named.items()}
-            image = step.graph.hessian(v)
+            image = multiply_hessian(step.graph, replay, self.mode, v)
             found: dict[str, Evidence] = {}
             for site in sites:
                 dtype = step.statistics_dtype(site)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Factors
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.factors import Factors
 from gradmaker.curvature.likelihood import Terms
 
 if TYPE_CHECKING:

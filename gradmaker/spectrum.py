@@ -1,4 +1,4 @@
-"""Curvature of a model without a maker: products, leading eigenpairs, trace and spectral density, matrix-free.
+"""Curvature of a model without a maker: products, leading eigenpairs, trace, diagonal and spectral density, matrix-free.
 
 Everywhere ``loss`` is a function without arguments that calls the model on a batch and returns its loss, and vectors are flat,
 in the order of ``torch.nn.utils.parameters_to_vector`` for the trainable parameters. Weights, gradients, buffers and the global
@@ -7,21 +7,22 @@ random state stay as they are; dropout draws the same masks in every product of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import pi
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.hessian import Mode, multiply_gauss_newton, multiply_hessian
+from gradmaker.curvature.hessian import Mode, check_mode, multiply_gauss_newton, multiply_hessian, second_derivatives
 from gradmaker.curvature.likelihood import Terms, read_terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.graph import Graph
 from gradmaker.replay import Replay
 
-__all__ = ["Density", "eigenpairs", "fvp", "ggnvp", "hvp", "ntk_vp", "spectral_density", "trace"]
+__all__ = ["Density", "diagonal", "eigenpairs", "fvp", "ggnvp", "hvp", "ntk_vp", "spectral_density", "trace"]
 
 Loss: TypeAlias = Callable[[], Tensor]
 Matvec: TypeAlias = Callable[[Tensor], Tensor]
@@ -41,7 +42,8 @@ def hvp(model: nn.Module, loss: Loss, vector: Tensor, mode: Mode = "reverse") ->
 def ggnvp(model: nn.Module, loss: Loss, vector: Tensor, outputs: Callable[[], Tensor] | None = None) -> Tensor:
     """``J^T Lambda J v``, ``Lambda`` the Hessian of the loss in the model's outputs.  # (P,) -> (P,)
 
-    outputs: for a loss that gradmaker does not recognise: the outputs, of which ``loss`` then is a function, ``loss(outputs)``.
+    Without ``outputs`` it is that of the recognised parts of the loss.
+    outputs: for any other convex loss: the outputs, of which ``loss`` then is a function, ``loss(outputs)``.
     Reference: Schraudolph, Neural Computation 2002.
     """
     return _Curvature(model, loss, outputs).gauss_newton(vector)
@@ -56,6 +58,7 @@ def fvp(model: nn.Module, loss: Loss, vector: Tensor, kind: Kind = "exact", samp
     return _Curvature(model, loss).fisher(vector, kind, samples, seed)
 
 
+@torch.enable_grad()
 def ntk_vp(model: nn.Module, outputs: Callable[[], Tensor], vector: Tensor) -> Tensor:
     """``J J^T u``, the neural tangent kernel of a batch times a vector in the shape of the outputs.
 
@@ -64,7 +67,8 @@ def ntk_vp(model: nn.Module, outputs: Callable[[], Tensor], vector: Tensor) -> T
     z = Replay(model, lambda: (None, outputs())).run()[1]
     graph = Graph(model, (z * vector.to(z.dtype)).sum(), [])
     pulled = {p: g.detach() for p, g in graph.gradients.items() if g is not None}
-    return graph.push([z], pulled)[0].detach()
+    with second_derivatives("a product with the tangent kernel"):
+        return graph.push([z], pulled)[0].detach()
 
 
 def eigenpairs(
@@ -75,18 +79,19 @@ def eigenpairs(
     method: Literal["lanczos", "power"] = "lanczos",
     iterations: int = 100,
     seed: int = 0,
+    mode: Mode = "reverse",
 ) -> tuple[Tensor, Tensor]:
     """The eigenvalues largest in absolute value, in falling order, and their eigenvectors as rows.  # (count,), (count, P)
 
     lanczos: Ritz pairs of ``iterations`` vectors, all of which are held. power: ``iterations`` products for every pair, with
-    those that are known projected out, which holds ``count`` vectors.
+    those that are known projected out, which holds ``count`` vectors. mode: of products with the Hessian, as in `hvp`.
     Reference: Golub & Van Loan, Matrix Computations, chapter 10; Yao et al., 2020, arXiv:1912.07145 (PyHessian).
     """
     curvature = _Curvature(model, loss)
     if not 1 <= count <= curvature.size:
         raise ValueError(f"count={count!r}: expected 1 to {curvature.size}, the number of trainable parameters")
     _check("method", method, ("lanczos", "power"))
-    matvec, start = curvature.matvec(matrix), curvature.draw(seed, "gaussian")
+    matvec, start = curvature.matvec(matrix, mode), curvature.draw(seed, "gaussian")
     if method == "power":
         return _power(matvec, start, count, iterations)
     T, V = _lanczos(matvec, start, max(count, min(iterations, curvature.size)))
@@ -95,18 +100,43 @@ def eigenpairs(
     return s[order].to(V.dtype), Q[:, order].mT.to(V.dtype) @ V
 
 
-def trace(model: nn.Module, loss: Loss, samples: int = 100, matrix: Matrix = "hessian", seed: int = 0) -> tuple[float, float]:
+def trace(
+    model: nn.Module, loss: Loss, samples: int = 100, matrix: Matrix = "hessian", seed: int = 0, mode: Mode = "reverse"
+) -> tuple[float, float]:
     """The trace and its standard error, as the mean of ``v^T C v`` over random signs ``v``.
 
     Reference: Hutchinson, Communications in Statistics 1990.
     """
-    if samples < 2:
-        raise ValueError(f"samples={samples!r}: expected at least 2, so that there is a standard error")
-    curvature = _Curvature(model, loss)
-    matvec = curvature.matvec(matrix)
+    curvature = _sampled(model, loss, samples)
+    matvec = curvature.matvec(matrix, mode)
     probes = (curvature.draw(seed + j, "signs") for j in range(samples))
     values = torch.stack([(v.double() * matvec(v).double()).sum() for v in probes])
     return float(values.mean()), float(values.std() / samples**0.5)
+
+
+def diagonal(
+    model: nn.Module, loss: Loss, samples: int = 100, matrix: Matrix = "hessian", seed: int = 0, mode: Mode = "reverse"
+) -> tuple[Tensor, Tensor]:
+    """The diagonal and its standard error, as the mean of ``v * C v`` over random signs ``v``.  # (P,), (P,)
+
+    One sample of entry ``i`` has the variance ``sum_(j != i) C_ij^2``.
+    Reference: Bekas, Kokiopoulou & Saad, Applied Numerical Mathematics 2007.
+    """
+    curvature = _sampled(model, loss, samples)
+    matvec = curvature.matvec(matrix, mode)
+    mean = squares = curvature.draw(seed, "signs").mul_(0)
+    for j in range(samples):
+        v = curvature.draw(seed + j, "signs")
+        away = v * matvec(v) - mean
+        mean = mean + away / (j + 1)
+        squares = squares + away.square() * (j / (j + 1))
+    return mean, (squares / (samples - 1) / samples).sqrt()
+
+
+def _sampled(model: nn.Module, loss: Loss, samples: int) -> _Curvature:
+    if samples < 2:
+        raise ValueError(f"samples={samples!r}: expected at least 2, so that there is a standard error")
+    return _Curvature(model, loss)
 
 
 @dataclass(frozen=True)
@@ -127,19 +157,27 @@ class Density:
 
 
 def spectral_density(
-    model: nn.Module, loss: Loss, probes: int = 10, steps: int = 50, matrix: Matrix = "hessian", seed: int = 0
+    model: nn.Module,
+    loss: Loss,
+    probes: int = 10,
+    steps: int = 50,
+    matrix: Matrix = "hessian",
+    seed: int = 0,
+    mode: Mode = "reverse",
 ) -> Density:
     """The density of eigenvalues by stochastic Lanczos quadrature: ``probes`` random vectors, ``steps`` products for each.
+
+    All ``steps`` vectors of a probe are held.
 
     Reference: Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159; Golub & Welsch 1969 for nodes and weights.
     """
     if probes < 1 or steps < 1:
         raise ValueError(f"probes={probes!r}, steps={steps!r}: expected integers of at least 1")
     curvature = _Curvature(model, loss)
-    matvec = curvature.matvec(matrix)
+    matvec = curvature.matvec(matrix, mode)
     nodes, weights = [], []
     for j in range(probes):
-        T, _ = _lanczos(matvec, curvature.draw(seed + j, "signs"), min(steps, curvature.size))
+        T = _lanczos(matvec, curvature.draw(seed + j, "signs"), min(steps, curvature.size))[0]
         s, Q = torch.linalg.eigh(T)
         nodes.append(s)
         weights.append(Q[0].square() / probes)
@@ -169,14 +207,21 @@ class _Curvature:
             self.terms: list[Terms] = [] if declared else read_terms(recorder, value)
             self.graph = Graph(model, value, self.terms, declared[0] if declared else None)
 
-    def matvec(self, matrix: Matrix) -> Matvec:
+    def matvec(self, matrix: Matrix, mode: Mode) -> Matvec:
         """The product with a matrix by its name."""
         _check("matrix", matrix, get_args(Matrix))
-        return {"hessian": self.hessian, "ggn": self.gauss_newton, "fisher": self.fisher}[matrix]
+        if mode != "reverse" and matrix != "hessian":
+            raise ValueError(f"mode={mode!r} would have no effect: it is of products with the Hessian, and matrix={matrix!r}")
+        products: dict[Matrix, Matvec] = {
+            "hessian": partial(self.hessian, mode=mode),
+            "ggn": self.gauss_newton,
+            "fisher": self.fisher,
+        }
+        return products[matrix]
 
     def hessian(self, v: Tensor, mode: Mode = "reverse") -> Tensor:
         """``H v``."""
-        _check("mode", mode, get_args(Mode))
+        check_mode(mode)
         return self._flat(multiply_hessian(self.graph, self.replay, mode, self._split(v)))
 
     def gauss_newton(self, v: Tensor) -> Tensor:
@@ -185,29 +230,33 @@ class _Curvature:
 
     @torch.enable_grad()
     def fisher(self, v: Tensor, kind: Kind = "exact", samples: int = 1, seed: int = 0) -> Tensor:
-        """``F v``: cotangents ``c_mk`` of every loss term ``m``, with ``w_m = sum_k c_mk <c_mk, (J v)_m>`` pulled back."""
+        """``F v``: ``Lambda_m (J v)_m`` of every loss term ``m`` pulled back, with ``sum_k c_mk c_mk^T`` for ``Lambda_m``."""
         _check("kind", kind, get_args(Kind))
         if not self.terms:
             raise ValueError(
                 "a Fisher product needs a recognised loss: F.cross_entropy, F.nll_loss, F.mse_loss or "
                 "F.binary_cross_entropy_with_logits, as functions or modules"
             )
-        outputs = [t.z for t in self.terms]
-        pushed = self.graph.push(outputs, self._split(v))
-        pairs = zip(self.terms, pushed, strict=True)
-        weighted = [_weigh(t, u, self._cotangents(j, t, kind, samples, seed)) for j, (t, u) in enumerate(pairs)]
+        terms = self.terms
+        if kind == "empirical":  # whose slopes are those of the whole loss: logits of several terms count once
+            terms = list({id(t.z): t for t in terms}.values())
+        outputs = [t.z for t in terms]
+        with second_derivatives("a Fisher product"):
+            pushed = self.graph.push(outputs, self._split(v))
+        pairs = list(zip(terms, pushed, strict=True))
+        if kind == "exact":
+            weighted = [t.multiply(u) for t, u in pairs]
+        else:
+            weighted = [_weigh(t, u, self._cotangents(j, t, kind, samples, seed)) for j, (t, u) in enumerate(pairs)]
         found = torch.autograd.grad(outputs, self.parameters, weighted, retain_graph=True, allow_unused=True)
         return self._flat(dict(zip(self.parameters, found, strict=True)))
 
-    def _cotangents(self, index: int, terms: Terms, kind: Kind, samples: int, seed: int) -> Sequence[Tensor]:
-        """Each (k, *z.shape)."""
-        count = terms.omega.numel()
-        if kind == "exact":
-            return list(terms.exact(count))
+    def _cotangents(self, index: int, terms: Terms, kind: Kind, samples: int, seed: int) -> Tensor:
+        """``c``.  # (k, *z.shape)"""
         if kind == "mc":
-            return [terms.sample(samples, torch.Generator(terms.z.device).manual_seed(seed + 7919 * index))]
+            return terms.sample(samples, torch.Generator(terms.z.device).manual_seed(seed + 7919 * index))
         (slope,) = torch.autograd.grad(self.graph.loss, terms.z, retain_graph=True)
-        return [terms.empirical(slope, count)]
+        return terms.empirical(slope, terms.omega.numel())
 
     def draw(self, seed: int, distribution: Literal["gaussian", "signs"]) -> Tensor:
         """A random vector.  # (P,)"""
@@ -230,13 +279,10 @@ class _Curvature:
         return torch.cat(pieces).to(torch.promote_types(self.parameters[0].dtype, torch.float32))
 
 
-def _weigh(terms: Terms, u: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+def _weigh(terms: Terms, u: Tensor, c: Tensor) -> Tensor:
     """``sum_k c_k <c_k, u>`` for every loss term.  # like z"""
-    out = torch.zeros_like(u)
-    for c in cotangents:
-        inner = c * u if terms.axis is None else (c * u).sum(terms.axis + 1, keepdim=True)
-        out = out + (c * inner).sum(0)
-    return out
+    inner = c * u if terms.axis is None else (c * u).sum(terms.axis + 1, keepdim=True)
+    return (c * inner).sum(0)
 
 
 def _check(name: str, value: object, legal: tuple[str, ...]) -> None:
@@ -253,8 +299,7 @@ def _power(matvec: Matvec, start: Tensor, count: int, iterations: int) -> tuple[
         for _ in range(iterations):
             v = _without(matvec(v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)), found)
         found = torch.cat([found, (v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).unsqueeze(0)])
-    images = torch.stack([matvec(v) for v in found])
-    s, Q = torch.linalg.eigh(_symmetric(found @ images.mT))
+    s, Q = torch.linalg.eigh(_symmetric(torch.stack([found @ matvec(v) for v in found])))
     order = s.abs().argsort(descending=True)
     return s[order], Q[:, order].mT @ found
 
@@ -264,17 +309,19 @@ def _lanczos(matvec: Matvec, start: Tensor, steps: int) -> tuple[Tensor, Tensor]
 
     Where it is used up early, the part of ``C`` that it has met is exact.  # (m, m) float64, (m, P)
     """
-    V, images = start.new_zeros(0, len(start)), start.new_zeros(0, len(start))
-    u, size = start, start.norm()
-    while len(V) < steps:
-        u = _without(u, V)
+    V, T = start.new_empty(steps, len(start)), start.new_zeros(steps, steps, dtype=torch.float64)
+    u, size, m = start, start.norm(), 0
+    while m < steps:
+        u = _without(u, V[:m])
         if not u.norm() > max(1e-10, 1e3 * torch.finfo(u.dtype).eps) * size:
             break
-        v = u / u.norm()
-        u = matvec(v)
-        V, images = torch.cat([V, v.unsqueeze(0)]), torch.cat([images, u.unsqueeze(0)])
+        V[m] = u / u.norm()
+        u = matvec(V[m])
+        m += 1
+        T[:m, m - 1] = V[:m] @ u
         size = u.norm()
-    return _symmetric(V @ images.mT).double(), V
+    T = T[:m, :m]
+    return T + T.triu(1).mT, V[:m]
 
 
 def _without(u: Tensor, V: Tensor) -> Tensor:

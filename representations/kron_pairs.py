@@ -42,7 +42,8 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
 def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """``s^T y >= least y^T H y`` by moving ``s`` towards ``H y``, then ``s^T y >= floor s^T s`` by moving ``y`` towards ``s``.
 
-    ``form``: ``powell`` moves ``y`` where the second bound is broken, ``shift`` always adds ``floor s`` to it.
+    ``form``: ``powell`` moves ``y`` where the second bound is broken, ``shift`` always adds ``floor s`` to it. A floor above
+    one is out of the reach of ``s``: there ``powell`` takes ``floor s`` itself.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 4.2.  # s, y, Hy: (B, d); floor: (B,)
     """
@@ -52,8 +53,9 @@ def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor
     sy, ss, low = dot(s, y), dot(s, s), floor.unsqueeze(1)
     if form == "shift":
         return s, y + low * s
-    share = torch.where(sy < low * ss, (1 - low) * ss / (ss - sy), 1.0)
-    return s, share * y + (1 - share) * s
+    goal = low.clamp(min=1)
+    share = torch.where(sy < low * ss, (goal - low) * ss / (goal * ss - sy), 1.0)
+    return s, share * y + (1 - share) * goal * s
 
 
 @dataclass(frozen=True)

@@ -32,28 +32,45 @@ class _DenseSolver(InverseSolver):
 class AbsoluteEigh(_DenseSolver):
     """``P g = Q ((Q^T g) / (|s| + damping))`` with ``C = Q diag(s) Q^T``: the damping is added after the absolute value.
 
-    A block that fails before it ever succeeded gets ``g / damping``.
+    ``entries`` keeps of ``|C|`` the diagonal alone, ``P g = g / (diag |C| + damping)``: at least ``|diag C|``, at most
+    ``diag(C^2)^(1/2)``, entry by entry. A block that fails before it ever succeeded gets ``g / damping``.
 
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (saddle-free Newton, dense).
     """
+
+    entries: bool = False
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         C = symmetrise(representation.to_dense(state))
         finite = torch.isfinite(C).flatten(1).all(1)
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
         s, Q, ok = decompose(torch.where(finite[:, None, None], C, eye))
-        new = {"scale": 1 / (s.abs() + self.damping), "basis": Q}
-        return settle(new, ~(ok & finite), previous, {"scale": C.new_tensor(1 / self.damping), "basis": eye})
+        new, default = (
+            {"scale": 1 / (s.abs() + self.damping), "basis": Q},
+            {"scale": C.new_tensor(1 / self.damping), "basis": eye},
+        )
+        if self.entries:
+            new, default = {"scale": 1 / (_entries(s, Q) + self.damping)}, {"scale": default["scale"]}
+        return settle(new, ~(ok & finite), previous, default)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         s, Q = torch.linalg.eigh(representation.to_dense(state))
+        if self.entries:
+            return torch.diag_embed(1 / (((Q * s.abs().unsqueeze(-2)) @ Q.mT).diagonal(dim1=-2, dim2=-1) + self.damping))
         P: Tensor = (Q / (s.abs() + self.damping).unsqueeze(-2)) @ Q.mT
         return P
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        if self.entries:
+            return g * cache["scale"].reshape(g.shape)
         Q = cache["basis"]
         rotated = Q.mT @ g.reshape(len(g), -1, 1)
         return (Q @ (cache["scale"].unsqueeze(-1) * rotated)).reshape(g.shape)
+
+
+def _entries(s: Tensor, Q: Tensor) -> Tensor:
+    """``diag(Q |s| Q^T)``, without the matrix.  # (B, P), (B, P, P) -> (B, P)"""
+    return (Q.square() @ s.abs().unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

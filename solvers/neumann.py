@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradmaker.representations.base import State
 from gradmaker.representations.implicit import MatrixFree
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.carried import carry, keep_finite
 from gradmaker.solvers.damping import check_interval
 
@@ -22,7 +22,7 @@ MARGIN = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neumann(Solver):
+class Neumann(InverseSolver):
     """``P g = eta sum_(j=0..terms) (I - eta C_lambda)^j g``, ``C_lambda = C + lambda I``, ``eta = 1 / scale``.
 
     By ``u_0 = g, u_j = g + u_(j-1) - eta C_lambda u_(j-1)``. The limit ``C_lambda^-1 g`` exists for ``0 < eta C_lambda < 2``;
@@ -38,10 +38,10 @@ class Neumann(Solver):
 
     needs: ClassVar[type] = MatrixFree
     definite: ClassVar[bool] = False
+    undamped: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     steady: ClassVar[bool] = False
 
-    damping: float = 1e-3
     terms: int = 50
     repeats: int = 1
     scale: float | None = None
@@ -49,7 +49,7 @@ class Neumann(Solver):
     """Of power iteration."""
 
     def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf, closed=True)
+        super().__post_init__()
         check_interval("terms", self.terms, 0, inf, closed=True)
         check_interval("repeats", self.repeats, 1, inf, closed=True)
         check_interval("rounds", self.rounds, 1, inf, closed=True)

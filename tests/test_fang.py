@@ -30,7 +30,7 @@ SIZE = 7
 ONCE = Fold(0.0, 1.0, 1.0)
 
 
-# --- the four identities (methods_second_order.md 3.5) --------------------------------------------------------------------
+# --- the four identities --------------------------------------------------------------------------------------------------
 def held(C: Tensor, graph: GaussianGraph) -> State:
     """A state fed by rows whose second moment is C."""
     L = torch.linalg.cholesky(C)

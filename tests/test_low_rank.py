@@ -498,7 +498,7 @@ def test_sketched_blocks_solve_what_they_say(options: dict[str, Any]) -> None:
             assert oracles.relative_error(found.flatten(1), (P @ g.flatten(1).unsqueeze(-1)).squeeze(-1)) < 1e-9
 
 
-# --- equivalences (methods_second_order.md 4.4) ---------------------------------------------------------------------------
+# --- equivalences ---------------------------------------------------------------------------------------------------------
 def test_four_ways_to_one_solve() -> None:
     """SMW-NG, the dense natural gradient, CG, and M-FAC and TONGA with the examples of the batch as their stream."""
     case = models.mlp()

@@ -1,4 +1,4 @@
-"""curvlinops and BackPACK as outside judges, where their conventions are known (methods_second_order.md 1.8) and right.
+"""curvlinops and BackPACK as outside judges, where their conventions are known and right.
 
 curvlinops: parameters in the order of the model, bias joint on request; scaled like the loss' own reduction (a mean over all
 terms, MSE with torch's factor 2 / (N C)), as here. Only the empirical Fisher of a mean over elements differs: it keeps the

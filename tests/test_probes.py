@@ -73,7 +73,7 @@ def signs(size: int) -> Tensor:
 # --- what the statistics estimate -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("statistic", ["squares", "signed"])
 def test_mean_over_all_sign_vectors(statistic: Any) -> None:
-    """E (H v)^2 = diag(H^2) and E v * H v = diag H, by enumeration (specification 2.11, 2.13)."""
+    """E (H v)^2 = diag(H^2) and E v * H v = diag H, by enumeration."""
     H = symmetric(5)
     held = ProbeDiagonal(statistic)
     state = held.init(frame(5))
@@ -168,6 +168,20 @@ def test_adahessian_by_hand(make: Callable[[], Case]) -> None:
                 p -= 1e-2 * p.grad
 
 
+def test_adahessian_at_its_limits() -> None:
+    """Specification 2.11: a Hessian power of almost zero leaves ``m / (1 + eps)``; no gradient, no step."""
+    case = models.mlp()
+    maker = METHODS["adahessian"](case.model, METHODS["adahessian"].Config(power=1e-13, momentum=0.0))
+    step(maker, case)
+    raw = torch.cat([g.reshape(-1) for g in torch.autograd.grad(case.run(), list(case.model.parameters()))])
+    assert oracles.relative_error(oracles.gradient_vector(case.model), raw / (1 + 1e-4)) < 1e-10
+    flat = quadratic(symmetric(4))
+    with torch.no_grad():
+        flat.model.get_parameter("w").zero_()
+    step(METHODS["adahessian"](flat.model), flat)
+    assert not oracles.gradient_vector(flat.model).any()
+
+
 def test_adahessian_is_equilibration_with_a_decay() -> None:
     """Specification 4.4: without momentum and kernels, on the same signs."""
     one, two = models.convolution(2), models.convolution(2)
@@ -204,6 +218,22 @@ def test_equilibration_is_a_mean_over_all_probes() -> None:
     assert oracles.relative_error(*directions) < 1e-9
 
 
+def test_signs_of_the_curvature_do_not_matter_to_lengths_of_rows() -> None:
+    """Specification 2.12 and 2.13: H and -H give the same diagonal, and no step of the absolute diagonals ascends."""
+    H = symmetric(5, 2)
+    for method in ("esgd", "saddle_free_diagonal", "adahessian"):
+        found = []
+        for sign in (1.0, -1.0):
+            case = quadratic(sign * H)
+            maker: Any = METHODS[method](case.model)
+            step(maker, case)
+            w = case.model.get_parameter("w")
+            assert w.grad is not None and float(w.grad @ (sign * H @ w.detach())) >= 0
+            (block,) = maker.plan.blocks
+            found.append(block.triple.representation.diagonal(block.state))
+        assert torch.equal(*found)
+
+
 def test_saddle_is_left() -> None:
     """Along negative curvature the step goes away from the saddle, along positive curvature towards it."""
     case = quadratic(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64)))
@@ -212,6 +242,26 @@ def test_saddle_is_left() -> None:
     assert w.grad is not None
     towards = (w.grad * w).detach()
     assert towards[0] > 0 > towards[1]
+
+
+@pytest.mark.parametrize("make", [models.mlp, models.bare_scale, lambda: models.convolution(2)])
+@pytest.mark.parametrize("mode", ["reverse", "difference"])
+def test_diagonals_that_are_measured_exactly(make: Callable[[], Case], mode: str) -> None:
+    """``|diag H|`` and ``diag |H|``, and where they lie: ``|H_ii| <= |H|_ii <= sqrt (H^2)_ii``."""
+    case = make()
+    H = oracles.hessian(case.model, case.x, lambda y: case.loss(y, case.t))
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(case.run(), list(case.model.parameters()))])
+    s, Q = torch.linalg.eigh(H)
+    exact = {"hessian": H.diagonal().abs(), "absolute": (Q @ torch.diag(s.abs()) @ Q.mT).diagonal()}
+    for entries, d in exact.items():
+        twin = make()
+        step(from_config(twin.model, {"method": "saddle_free_diagonal", "entries": entries, "mode": mode}), twin)
+        error = oracles.relative_error(oracles.gradient_vector(twin.model), g / (d + 1e-3))
+        assert error < (1e-9 if mode == "reverse" else 1e-5)
+    rounding = 1e-12
+    assert (exact["hessian"] <= exact["absolute"] + rounding).all()
+    assert (exact["absolute"] <= H.square().sum(1).sqrt() + rounding).all()
+    assert float((exact["absolute"] - exact["hessian"]).max()) > 1e-3
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------------
@@ -247,6 +297,31 @@ def test_pairs_are_products_with_the_hessian(distribution: Any, name: str) -> No
         assert distribution != "rademacher" or torch.equal(v.abs(), torch.ones_like(v))
 
 
+@pytest.mark.parametrize("method", PROBES)
+def test_modes_are_ways_to_one_product(method: str) -> None:
+    """Over steps with dropout: products that evaluate the batch again see its masks and leave its statistics."""
+    ends = []
+    for mode in ("reverse", "forward", "difference"):
+        case = dropout(bias=False)
+        maker = from_config(case.model, {"method": method, "mode": mode})
+        torch.manual_seed(5)
+        for _ in range(3):
+            step(maker, case)
+            with torch.no_grad():
+                for p in case.model.parameters():
+                    p -= 1e-2 * p.grad / p.grad.norm()  # type: ignore[operator, union-attr]
+        ends.append(torch.cat([t.double().reshape(-1) for t in case.model.state_dict().values()]))
+    assert oracles.relative_error(ends[1], ends[0]) < 1e-7
+    assert oracles.relative_error(ends[2], ends[0]) < 1e-4
+
+
+def test_gradients_have_no_mode_of_products() -> None:
+    with pytest.raises(ValueError, match="mode='forward' would have no effect"):
+        METHODS["psgd"].Config(whiten=True, mode="forward")
+    with pytest.raises(ValueError, match="mode='backward': legal are"):
+        METHODS["esgd"].Config(mode="backward")
+
+
 def test_probes_do_not_depend_on_the_grouping_or_the_dtype() -> None:
     """By name, step and micro-batch: two makers see the same; the next step and the next sample other ones."""
     directions = []
@@ -259,9 +334,10 @@ def test_probes_do_not_depend_on_the_grouping_or_the_dtype() -> None:
     assert oracles.relative_error(*directions) < 1e-4
 
 
-def dropout() -> Case:
+def dropout(bias: bool = True) -> Case:
+    """bias: whether there is one before the norm, where its gradient is rounding"""
     case = models.build(
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)), 8, 4
+        lambda: nn.Sequential(nn.Linear(4, 6, bias), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)), 8, 4
     )
     return case._replace(model=case.model.train())
 

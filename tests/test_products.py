@@ -18,7 +18,7 @@ from gradmaker.graph import Graph
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Implicit
 from gradmaker.solvers import CG, Krylov
-from gradmaker.spectrum import ggnvp, hvp
+from gradmaker.spectrum import eigenpairs, fvp, ggnvp, hvp, ntk_vp
 from tests import models, oracles
 from tests.models import CLASSES, ZOO, Case
 
@@ -112,7 +112,80 @@ def args(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
     return case.model, case.run
 
 
+# --- every loss that is recognised ----------------------------------------------------------------------------------------
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+WHICH, HOLED = torch.tensor([0, 2, 1, 1, 0, 2]), torch.tensor([0, -100, 1, 1, -100, 2])
+WEIGHT, SOFT, REAL = numbers(CLASSES) + 0.5, numbers(6, CLASSES, seed=1), numbers(6, CLASSES, seed=2)
+RECOGNISED: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda z: F.cross_entropy(z, WHICH),
+    "cross_entropy_sum": lambda z: F.cross_entropy(z, WHICH, reduction="sum"),
+    "cross_entropy_none": lambda z: (F.cross_entropy(z, WHICH, reduction="none") * REAL[:, 0]).sum(),
+    "weights_smoothing_holes": lambda z: F.cross_entropy(z, HOLED, WEIGHT, label_smoothing=0.1),
+    "soft": lambda z: F.cross_entropy(z, SOFT, WEIGHT, label_smoothing=0.2),
+    "nll": lambda z: F.nll_loss(z.log_softmax(-1), WHICH),
+    "nll_weights_holes": lambda z: nn.NLLLoss(WEIGHT)(F.log_softmax(z, -1), HOLED),
+    "mse": lambda z: F.mse_loss(z, REAL),
+    "mse_sum": lambda z: F.mse_loss(z, REAL, reduction="sum"),
+    "mse_weights": lambda z: F.mse_loss(z, REAL, weight=SOFT),
+    "bernoulli": lambda z: F.binary_cross_entropy_with_logits(z, REAL),
+    "bernoulli_weights": lambda z: F.binary_cross_entropy_with_logits(z, REAL, SOFT, pos_weight=WEIGHT, reduction="sum"),
+    "two_on_the_same_logits": lambda z: 0.5 * F.cross_entropy(z, WHICH) + 0.3 * F.mse_loss(z, REAL),
+    "one_on_a_function_of_the_other's": lambda z: F.nll_loss(z.log_softmax(-1), WHICH) + 0.3 * F.mse_loss(z, REAL),
+    "parts": lambda z: F.cross_entropy(z[:, :2], WHICH % 2) + F.binary_cross_entropy_with_logits(z[:, 2:], REAL[:, 2:]),
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_every_recognised_loss(name: str) -> None:
+    """Products and the exact Fisher matrix; and the maker's products, several at once and one by one."""
+    loss, case = RECOGNISED[name], models.mlp()
+    G = oracles.loss_ggn(case.model, case.x, loss)
+    for v in vectors(case):
+        for multiply in (ggnvp, fvp):
+            assert oracles.relative_error(multiply(case.model, lambda: loss(case.model(case.x)), v), G @ v) < 1e-12
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(loss(case.model(case.x)), trainable(case))])
+    changed = case._replace(loss=lambda y, t: loss(y))
+    assert oracles.relative_error(solved(changed, GaussNewton(), 0.1), oracles.tikhonov_solve(G, 0.1, g)) < 1e-9
+    newton = from_config(case.model, {"method": "newton", "curvature": "GaussNewton", "damping": 0.1})
+    assert oracles.relative_error(step(newton, changed), oracles.tikhonov_solve(G, 0.1, g)) < 1e-9
+
+
+def test_what_is_added_to_a_recognised_loss() -> None:
+    """Its curvature counts where the logits are named, of which then all of the loss is a function."""
+    case = models.mlp()
+    whole = case._replace(loss=lambda y, t: F.cross_entropy(y, t) + 0.05 * y.logsumexp(-1).square().sum())
+    (v,) = vectors(case, 1)
+    assert oracles.relative_error(ggnvp(*args(whole), v), dense(case, "ggn") @ v) < 1e-12
+    found = []
+    for named in (False, True):
+        maker: Any = from_config(case.model, {"method": "newton", "curvature": "GaussNewton", "damping": 0.1})
+        y = maker.setup_model_call(case.model, case.x)
+        maker.setup_loss_call(whole.loss, y, case.t)
+        if named:
+            maker.setup_logits_repr(y)
+        case.model.zero_grad(set_to_none=True)
+        maker.forward_and_backward()
+        found.append(oracles.gradient_vector(case.model))
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(whole.run(), trainable(whole))])
+    for direction, G in zip(found, (dense(case, "ggn"), dense(whole, "ggn")), strict=True):
+        s, Q = torch.linalg.eigh(G)
+        assert oracles.relative_error(direction, (Q / (s.abs() + 0.1)) @ Q.mT @ g) < 1e-9
+
+
 # --- any convex loss ------------------------------------------------------------------------------------------------------
+def test_logits_that_the_loss_does_not_see() -> None:
+    case = models.mlp()
+    maker: Any = from_config(case.model, {"method": "curveball"})
+    y = maker.setup_model_call(case.model, case.x)
+    maker.setup_loss_call(case.loss, y, case.t)
+    maker.setup_logits_repr(y.softmax(-1))
+    with pytest.raises(ValueError, match="does not depend on what setup_logits_repr names"):
+        maker.forward_and_backward()
+
+
 def test_any_convex_loss() -> None:
     case = models.mlp_gaussian()
     huber = Case(case.model, case.x, case.t, lambda y, t: F.huber_loss(y, t, delta=0.4))
@@ -178,6 +251,25 @@ def test_dropout_masks_are_those_of_the_gradient() -> None:
     assert oracles.relative_error(found[2], found[0]) < 1e-6
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+def test_matrices_are_formed_with_the_masks_of_the_gradient(mode: str) -> None:
+    """Many products at once: dropout draws one mask for all of them, and statistics of the batch stay those of the pass."""
+    case = noisy()
+    torch.manual_seed(11)
+    loss = case.run()
+    parameters = trainable(case)
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(x, parameters, retain_graph=True) for x in g]
+    s, Q = torch.linalg.eigh(torch.stack([torch.cat([p.reshape(-1) for p in row]) for row in rows]))
+    fresh = noisy()
+    maker = from_config(fresh.model, {"method": "newton", "curvature": {"Hessian": {"mode": mode}}, "damping": 0.1})
+    torch.manual_seed(11)
+    expected = (Q / (s.abs() + 0.1)) @ Q.mT @ g.detach()
+    assert oracles.relative_error(step(maker, fresh), expected) < (1e-6 if mode == "difference" else 1e-9)
+    for mine, its in zip(fresh.model.buffers(), case.model.buffers(), strict=True):
+        assert torch.equal(mine, its)
+
+
 # --- micro-batches --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", [*MATRIX_FREE, "newton"])
 def test_micro_batches_add_up(method: str) -> None:
@@ -236,8 +328,74 @@ def test_fused_attention_says_what_to_do() -> None:
     (v,) = vectors(case, 1)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = hvp(case.model, case.run, v)
+    calls: list[Callable[[], Any]] = [
+        *(partial(multiply, case.model, case.run, v) for multiply in (hvp, ggnvp, fvp)),
+        lambda: ntk_vp(case.model, lambda: case.model(case.x), torch.ones(3, CLASSES)),
+        lambda: eigenpairs(case.model, case.run),
+        *(lambda m=method: step(from_config(case.model, {"method": m}), case) for method in (*MATRIX_FREE, *PROBES)),
+    ]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        for multiply in (hvp, ggnvp):
+        for call in calls:
             with pytest.raises(RuntimeError, match=r"SDPBackend\.MATH"):
-                multiply(case.model, case.run, v)
+                call()
         assert oracles.relative_error(hvp(case.model, case.run, v, "difference"), exact) < 1e-6
+        for method in PROBES:
+            step(from_config(case.model, {"method": method, "mode": "difference"}), case)
+
+
+PROBES = ("psgd", "psgd_kf", "adahessian", "esgd", "saddle_free_diagonal")
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward pass is nothing that torch could differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Squares(nn.Module):
+    def __init__(self, square: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.head, self.square = nn.Linear(4, 5), nn.Linear(5, CLASSES), square
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.square(self.first(x)))
+        return y
+
+
+def test_what_is_differentiable_once_is_not_taken_for_a_constant() -> None:
+    """Torch itself leaves such a term out of a second derivative, without a word."""
+    case, plain = (models.build(partial(Squares, square), 6, 4) for square in (Once.apply, torch.square))
+    (v,) = vectors(case, 1)
+    calls: list[Callable[[], Any]] = [
+        *(partial(multiply, case.model, case.run, v) for multiply in (hvp, ggnvp, fvp)),
+        partial(hvp, case.model, case.run, v, "forward"),
+        lambda: ntk_vp(case.model, lambda: case.model(case.x), torch.ones(6, CLASSES)),
+        lambda: step(from_config(case.model, {"method": "newton"}), case),
+        lambda: step(from_config(case.model, {"method": "hessian_free"}), case),
+        lambda: step(from_config(case.model, {"method": "adahessian"}), case),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="needs second derivatives"):
+            call()
+    expected = oracles.hessian(plain.model, plain.x, loss_of(plain))
+    assert oracles.relative_error(hvp(case.model, case.run, v, "difference"), expected @ v) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by the compiler, of what it traces
+def test_compiled_models() -> None:
+    """Torch differentiates their backward pass in no way, but forwards what is before it."""
+    case = models.mlp()
+    compiled = torch.compile(case.model, backend="aot_eager")
+    run, (v,) = (lambda: F.cross_entropy(compiled(case.x), case.t)), vectors(case, 1)
+    assert oracles.relative_error(hvp(case.model, run, v), dense(case, "hessian") @ v) < 1e-12
+    with pytest.raises(RuntimeError, match=r"Gauss-Newton product needs second derivatives.*before torch\.compile"):
+        ggnvp(case.model, run, v)

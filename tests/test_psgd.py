@@ -51,7 +51,7 @@ def inverse_of(held: Any, state: dict[str, Tensor]) -> Tensor:
 
 # --- the gradient -----------------------------------------------------------------------------------------------------------
 def test_gradient_of_the_criterion() -> None:
-    """c((I + eE) Q) by central differences = 2 <E, triu(aa^T - bb^T)> for upper triangular E (specification 2.3, 1e-8)."""
+    """c((I + eE) Q) by central differences = 2 <E, triu(aa^T - bb^T)> for upper triangular E (1e-8)."""
     Q = torch.triu(randn(5, 5)) + 3 * torch.eye(5, dtype=torch.float64)
     v, h = randn(5, seed=1), randn(5, seed=2)
     a, b = Q @ h, torch.linalg.solve(Q.mT, v)
@@ -124,7 +124,7 @@ def test_rests_at_the_absolute_inverse() -> None:
 
 
 def test_kronecker_rests_at_the_absolute_inverses() -> None:
-    """H = H_1 (x) H_2: both gradients vanish at |H_1|^-1 (x) |H_2|^-1 (specification 2.4, 1e-12)."""
+    """H = H_1 (x) H_2: both gradients vanish at |H_1|^-1 (x) |H_2|^-1 (1e-12)."""
     H1, H2 = symmetric(3, 1), symmetric(2, 2)
     Q = [upper_root(absolute(H, -1.0)) for H in (H1, H2)]
     sums = [torch.zeros(3, 3, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)]
@@ -147,13 +147,20 @@ def test_one_dimension_converges(normaliser: Any) -> None:
     assert float(state["factor"].square()) == pytest.approx(1 / 5, rel=1e-4)
 
 
-def test_fits_the_absolute_inverse() -> None:
-    """Property 36 for an indefinite quadratic: within a few per cent with a rate that falls."""
-    H, state = oracles.kron(symmetric(2, 2), symmetric(2, 1)), TriangularQ().init(frame(4))
-    for k, rate in enumerate((0.1, 0.03, 0.01)):
-        for v in randn(1500, 4, seed=k):
-            TriangularQ(rate).update(state, Pair(v[None], (H @ v)[None]), FOLD)
-    assert oracles.relative_error(inverse_of(TriangularQ(), state), absolute(H, -1.0)) < 0.08
+@pytest.mark.parametrize("make, shape, stated", [(TriangularQ, (4,), 0.02), (KronQ, (2, 2), 0.007)])
+def test_fits_the_absolute_inverse(make: Any, shape: tuple[int, ...], stated: float) -> None:
+    """Property 36 for an indefinite quadratic, with a rate that falls.
+
+    The mean error of sixteen fits, each on probes of its own.
+    """
+    H, state = oracles.kron(symmetric(2, 2), symmetric(2, 1)), make().init(frame(*shape, stack=16))
+    for k, rate in enumerate((0.1, 0.03, 0.01, 0.003, 0.001)):
+        held = make(rate)
+        for v in randn(1000, 16, 4, seed=k):
+            held.update(state, Pair(v.view(16, *shape), (v @ H).view(16, *shape)), FOLD)
+    exact = absolute(H, -1.0)
+    errors = [oracles.relative_error(P, exact) for P in torch.linalg.inv(make().to_dense(state))]
+    assert sum(errors) / 16 < stated
 
 
 def test_whitens() -> None:
@@ -217,7 +224,7 @@ def test_step_of_the_whole_is_the_product() -> None:
 
 
 def test_one_axis_is_the_full_form() -> None:
-    """A vector has one axis: the same factor, step for step (specification 2.4)."""
+    """A vector has one axis: the same factor, step for step."""
     one, other = TriangularQ(0.1, "max"), KronQ(0.1, "max")
     first, second = one.init(frame(5)), other.init(frame(5))
     for k in range(20):
@@ -230,7 +237,7 @@ def test_one_axis_is_the_full_form() -> None:
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 @pytest.mark.parametrize("method", ["psgd", "psgd_kf"])
 def test_scale_of_the_loss(method: str, normaliser: str) -> None:
-    """Loss x c: Q x c^(-1/2) on the same trajectory, so P g stays (specification 2.3)."""
+    """Loss x c: Q x c^(-1/2) on the same trajectory, so P g stays."""
     found = []
     for c in (1.0, 64.0):
         case = models.mlp()

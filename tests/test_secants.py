@@ -141,6 +141,19 @@ def test_double_damping_bounds(form: str) -> None:
     assert form == "shift" or torch.equal(y1[same], y[same])
 
 
+@pytest.mark.parametrize("floor", [0.999, 1.0, 1.5])
+def test_a_floor_that_is_out_of_reach_is_taken_itself(floor: float) -> None:
+    """Of a damping above one: ``y`` never turns around, and is nowhere near a pole."""
+    s, given = randn(300, 4), torch.linspace(0.05, 1.6, 300, dtype=torch.float64)
+    across = torch.stack([-s[:, 1], s[:, 0], -s[:, 3], s[:, 2]], 1)  # at right angles to s, as long
+    y = s * given.unsqueeze(1) + across
+    s1, y1 = double_damping(s, y, y, 0.0, torch.full((300,), floor, dtype=torch.float64), "powell")
+    assert torch.equal(s1, s)
+    assert oracles.relative_error((s * y1).sum(1) / s.square().sum(1), given.clamp(min=floor)) < 1e-9
+    kept = (y1 * across).sum(1) / s.square().sum(1)
+    assert -1e-9 < float(kept.min()) and float(kept.max()) < 1 + 1e-9
+
+
 def inputs_of(a: Tensor, outputs: int) -> PairedInputs:
     """(n, i) -> one position an example, a one appended."""
     n = len(a)
@@ -148,7 +161,7 @@ def inputs_of(a: Tensor, outputs: int) -> PairedInputs:
 
 
 def test_hessian_action_goes_to_the_inverse() -> None:
-    """One moment, many random directions: H_a -> (A + sqrt(damping) I)^-1 (specification 2.10: 4e-16 after 400)."""
+    """One moment, many random directions: H_a -> (A + sqrt(damping) I)^-1 (4e-16 after 400)."""
     held = KronPairs(damping=0.25)
     state = held.init(frame(2, 4))
     a = randn(50, 3)
@@ -208,7 +221,7 @@ def secants_of(case: Case, method: str = "kbfgs", rate: float = 0.1) -> tuple[An
 
 
 def test_last_layer_with_squares_keeps_the_identity() -> None:
-    """Half the squared error: y = s (specification 2.10, 1e-16), so that H_g stays I."""
+    """Half the squared error: y = s (1e-16), so that H_g stays I."""
     base = models.mlp_gaussian()
     case = base._replace(loss=lambda y, t: F.mse_loss(y, t, reduction="sum") / (2 * len(t)))
     maker, found = secants_of(case)
@@ -255,7 +268,7 @@ def _spatial(outputs: dict[str, Tensor], gradients: Any) -> Any:
 
 
 def test_inputs_of_a_convolution_are_summed_over_locations() -> None:
-    """A = Omega, the sum over T locations, and sqrt(damping T) on it (specification 2.10)."""
+    """A = Omega, the sum over T locations, and sqrt(damping T) on it."""
     case = models.convolution(2)
     maker: Any = METHODS["kbfgs"](case.model, METHODS["kbfgs"].Config(damping=0.3))
     patches = oracles.conv_patches(case.model.get_submodule("convolution"), case.x)

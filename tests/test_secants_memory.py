@@ -43,7 +43,7 @@ def positive(size: int, seed: int = 0) -> Tensor:
 # --- the two loops ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("memory", [1, 4, 10])
 def test_two_loops_are_the_dense_recursion(memory: int) -> None:
-    """And take in the last ``memory`` pairs only; the secant equation of the newest holds (specification 2.8, 1e-12)."""
+    """And take in the last ``memory`` pairs only; the secant equation of the newest holds (1e-12)."""
     held, A = Pairs(memory), positive(6)
     state = held.init(frame(6))
     pairs = [(s, A @ s) for s in randn(7, 6, seed=1)]
@@ -104,7 +104,7 @@ def test_no_memory_is_a_scale() -> None:
 
 
 def test_quadratic_termination() -> None:
-    """With exact line searches and room for all pairs: P steps (specification 2.8)."""
+    """With exact line searches and room for all pairs: P steps."""
     A = positive(5)
     case = quadratic(A)
     maker: Any = METHODS["lbfgs"](case.model, METHODS["lbfgs"].Config(memory=5))

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker.spectrum import eigenpairs, fvp, ggnvp, hvp, ntk_vp, spectral_density, trace
+from gradmaker.spectrum import diagonal, eigenpairs, fvp, ggnvp, hvp, ntk_vp, spectral_density, trace
 from tests import models, oracles
+from tests.live import Live
 from tests.models import CLASSES, Case
 from tests.test_products import dense, noisy, vectors
 
@@ -65,6 +66,70 @@ def test_trace(matrix: Any) -> None:
     assert trace(case.model, case.run, 10, matrix, seed=3) == trace(case.model, case.run, 10, matrix, seed=3)
 
 
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_diagonal(matrix: Any) -> None:
+    """Within the standard error, which is that of the known variance, ``sum_(j != i) C_ij^2``, entry by entry."""
+    case = models.mlp()
+    C = dense(case, matrix)
+    found, error = diagonal(case.model, case.run, 400, matrix)
+    exact = ((C.square().sum(1) - C.diagonal().square()) / 400).sqrt()
+    assert float(((found - C.diagonal()).abs() / exact).max()) < 5
+    assert float((error / exact - 1).abs().max()) < 0.25
+    probes = [hvp(case.model, case.run, v) * v for v in signs_of(5, 3)]  # mean and error of a few, by torch
+    few, spread = diagonal(case.model, case.run, 3, seed=5)
+    assert oracles.relative_error(few, torch.stack(probes).mean(0)) < 1e-12
+    assert oracles.relative_error(spread, torch.stack(probes).std(0) / 3**0.5) < 1e-9
+
+
+def signs_of(seed: int, count: int) -> list[Tensor]:
+    """The vectors that are drawn from a seed on."""
+    generators = (torch.Generator().manual_seed(seed + j) for j in range(count))
+    return [torch.where(torch.randn(43, dtype=torch.float64, generator=g) < 0, -1.0, 1.0).double() for g in generators]
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference"])
+def test_modes_of_the_hessian(mode: Any) -> None:
+    """Everything that is made of products with the Hessian can be had from any of them."""
+    case, tolerance = models.mlp(), 1e-9 if mode == "forward" else 1e-5
+    for look in (partial(eigenpairs, count=2), partial(trace, samples=5), partial(diagonal, samples=5)):
+        for found, expected in zip(look(case.model, case.run, mode=mode), look(case.model, case.run), strict=True):
+            assert oracles.relative_error(torch.as_tensor(found), torch.as_tensor(expected)) < tolerance
+    found, expected = (spectral_density(case.model, case.run, 2, 5, mode=m).nodes for m in (mode, "reverse"))
+    assert oracles.relative_error(found, expected) < tolerance
+    with pytest.raises(ValueError, match=rf"mode='{mode}' would have no effect"):
+        trace(case.model, case.run, matrix="ggn", mode=mode)
+
+
+def test_vectors_that_are_held() -> None:
+    """Lanczos has one for each of its iterations, the trace a handful, an exact Fisher product none for each class."""
+    case = models.build(lambda: nn.Sequential(nn.Linear(50, 100), nn.Tanh(), nn.Linear(100, 30)), 8, 50)
+    size, run = 8 * 8130, lambda: F.cross_entropy(case.model(case.x), case.t)  # bytes
+    calls: list[tuple[Callable[[], Any], int]] = [
+        (lambda: trace(case.model, run, 30), 0),
+        (lambda: diagonal(case.model, run, 30), 0),
+        (lambda: eigenpairs(case.model, run, 1, iterations=60), 60),
+        (lambda: eigenpairs(case.model, run, 2, method="power", iterations=20), 2),
+        (lambda: spectral_density(case.model, run, 2, 40), 40),
+        (lambda: fvp(case.model, run, torch.ones(8130, dtype=torch.float64)), 0),
+    ]
+    for call, vectors_held in calls:
+        with Live() as live:
+            call()
+        assert live.peak < (vectors_held + 16) * size
+
+
+def test_many_classes() -> None:
+    """The matrix of a term is applied, not formed: one of 30000 x 30000 would take 7 GB."""
+    case = models.build(lambda: nn.Linear(2, 30_000), 3, 2)
+    v = torch.randn(90_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    W, b = v[:60_000].view(-1, 2), v[60_000:]
+    p, u = case.model(case.x).detach().softmax(-1), case.x @ W.mT + b
+    w = p * (u - (p * u).sum(1, keepdim=True)) / 3
+    expected = torch.cat([(w.mT @ case.x).reshape(-1), w.sum(0)])
+    for multiply in (fvp, ggnvp):
+        assert oracles.relative_error(multiply(case.model, case.run, v), expected) < 1e-12
+
+
 def test_spectral_density() -> None:
     case = models.mlp()
     H = dense(case, "hessian")
@@ -98,6 +163,11 @@ def test_empirical_fisher() -> None:
     for which, C in ((case, E), (tokens, T)):
         for v in vectors(which):
             assert oracles.relative_error(fvp(which.model, which.run, v, "empirical"), C @ v) < 1e-12
+    squares = lambda y, t: F.cross_entropy(y, t) + F.mse_loss(y, torch.ones_like(y))  # noqa: E731
+    both = case._replace(loss=squares)  # two terms on the same logits: an example has one gradient
+    E = oracles.empirical_fisher(case.model, case.x, lambda y, n: squares(y, case.t[n : n + 1]), 6)
+    for v in vectors(both):
+        assert oracles.relative_error(fvp(both.model, both.run, v, "empirical"), E @ v) < 1e-12
 
 
 def test_sampled_fisher_is_unbiased() -> None:
@@ -134,10 +204,13 @@ def test_nothing_is_left_behind() -> None:
         lambda: ntk_vp(case.model, lambda: case.model(case.x), torch.ones(8, CLASSES, dtype=torch.float64)),
         lambda: eigenpairs(case.model, case.run),
         lambda: trace(case.model, case.run, 3),
+        lambda: diagonal(case.model, case.run, 3, mode="difference"),
         lambda: spectral_density(case.model, case.run, 2, 3),
     ]
     for call in calls:
         call()
+        with torch.no_grad():
+            call()
         assert torch.equal(torch.get_rng_state(), before[1])
         assert torch.equal(oracles.gradient_vector(case.model), before[0])
         for key, value in case.model.state_dict().items():
@@ -166,6 +239,7 @@ def test_bad_input_is_refused() -> None:
         (lambda: eigenpairs(case.model, case.run, 44), "expected 1 to 43"),
         (lambda: eigenpairs(case.model, case.run, 1, "kfac"), "matrix='kfac'"),  # type: ignore[arg-type]
         (lambda: trace(case.model, case.run, 1), "at least 2"),
+        (lambda: diagonal(case.model, case.run, 1), "at least 2"),
         (lambda: spectral_density(case.model, case.run, 0), "probes=0"),
         (lambda: hvp(case.model.requires_grad_(False), case.run, v), "no trainable parameter"),
     ]

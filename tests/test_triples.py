@@ -67,7 +67,7 @@ def legality_table() -> str:
 
 
 def expected_legal(c: str, label: str, s: str) -> bool:
-    """By hand: methods_second_order.md 4.1-4.3 for the parts of the first release."""
+    """By hand, for the parts of the first release."""
     if label == "Kron" and c == "BatchGradient":
         return False  # a batch gradient has no pairs (a, g)
     if label in ("KronDims", "Diagonal(tensor)") and c != "BatchGradient":
@@ -321,7 +321,7 @@ def test_full_matrix_adagrad() -> None:
         )
 
 
-# --- equivalences (methods_second_order.md 4.4) ---------------------------------------------------------------------------
+# --- equivalences ---------------------------------------------------------------------------------------------------------
 def one_output() -> Case:
     case = models.build(lambda: nn.Linear(4, 1), 7, 4, loss=F.binary_cross_entropy_with_logits)
     return case._replace(t=(case.t[:, None] > 0).double())

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_count, check_interval
-from gradmaker.curvature import Curvature, GradientProbe, HessianProbe
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count, check_interval
+from gradmaker.curvature import Curvature, GradientProbe, Hessian, HessianProbe
+from gradmaker.curvature.hessian import Mode, check_mode
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import KronQ, ProbeDiagonal, TriangularQ
+from gradmaker.representations import Dense, Diagonal, KronQ, ProbeDiagonal, TriangularQ
 from gradmaker.representations.lie import Normaliser
 from gradmaker.schedule import Schedule
 from gradmaker.shapes import Merge
 from gradmaker.sites import Site
-from gradmaker.solvers import Apply, Division
+from gradmaker.solvers import AbsoluteDivision, AbsoluteEigh, Apply, Division
 from gradmaker.triple import Triple
 
 __all__ = [
@@ -34,7 +35,20 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class PsgdGradientConfig(GradientConfig):
+class HessianProbeConfig(GradientConfig):
+    """What methods on probes of the Hessian have in common."""
+
+    mode: Mode = "reverse"
+    """How a product is taken: backwards twice, or forwards over backwards where that is not supported; by ``forward`` at once,
+    by ``difference`` from two gradients, for models without second derivatives."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mode(self.mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsgdGradientConfig(HessianProbeConfig):
     """PSGD: ``P = Q^T Q``, one upper triangular matrix for all parameters, fitted to ``|H|^-1`` on Hessian-vector pairs.
 
     ``rate`` is that of the fit, which has no average, so that ``decay`` does not apply; ``damping`` is the noise that is added
@@ -44,6 +58,7 @@ class PsgdGradientConfig(GradientConfig):
     """
 
     idle = HessianProbe.idle | TriangularQ.idle | COVERS_ALL | ONE_BLOCK
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"mode": {"whiten": False}}
 
     damping: float = 1e-9
     decay: float | None = None
@@ -60,7 +75,9 @@ class PsgdGradientConfig(GradientConfig):
         return TriangularQ(self.rate, self.normaliser)
 
     def _curvature(self) -> Curvature:
-        return GradientProbe(lift=self.damping) if self.whiten else HessianProbe(distribution="gaussian", lift=self.damping)
+        if self.whiten:
+            return GradientProbe(lift=self.damping)
+        return HessianProbe(distribution="gaussian", lift=self.damping, mode=self.mode)
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self._curvature(), self._representation(), Apply())
@@ -140,7 +157,7 @@ class PsgdWhitenGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdahessianGradientConfig(GradientConfig):
+class AdahessianGradientConfig(HessianProbeConfig):
     """AdaHessian: ``P g = m / (v^(power / 2) + damping)``, ``v`` the average of ``D^2``, ``D = |H z|`` averaged over kernels.
 
     ``momentum`` is beta_1, ``decay`` beta_2, ``z`` a vector of signs.
@@ -167,7 +184,7 @@ class AdahessianGradientConfig(GradientConfig):
         return Division(power=-self.power, damping=self.damping)
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(HessianProbe(), ProbeDiagonal("squares", self.spatial), self._solver())
+        return Triple(HessianProbe(mode=self.mode), ProbeDiagonal("squares", self.spatial), self._solver())
 
 
 class AdahessianGradientMaker(PreconditionedGradientMaker):
@@ -177,10 +194,12 @@ class AdahessianGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EsgdGradientConfig(GradientConfig):
+class EsgdGradientConfig(HessianProbeConfig):
     """Equilibrated SGD: ``P g = g / (sqrt(mean (H v)^2) + damping)``, the mean over all probes so far, ``v`` normal.
 
-    A ``decay`` forgets: with it, and probes at every step, this is AdaHessian without momentum and kernels.
+    A ``decay`` forgets: with it, and probes at every step, this is AdaHessian without momentum and kernels. Weights behind
+    units that were off have no curvature until a probe finds some, and are divided by ``damping`` alone: with ReLU units and
+    few probes it wants to be 1e-2 rather than the published value.
 
     Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, algorithm 1 (one probe in 20 steps, damping 1e-4).
     """
@@ -202,7 +221,7 @@ class EsgdGradientConfig(GradientConfig):
         check_count("samples", self.samples, 1)
 
     def triple(self, site: Site) -> Triple | None:
-        probe = HessianProbe(distribution="gaussian", samples=self.samples)
+        probe = HessianProbe(distribution="gaussian", samples=self.samples, mode=self.mode)
         return Triple(probe, ProbeDiagonal(), Division(damping=self.damping))
 
 
@@ -213,30 +232,46 @@ class EsgdGradientMaker(PreconditionedGradientMaker):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaddleFreeDiagonalGradientConfig(GradientConfig):
+class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
     """Saddle-free Newton of the diagonal: ``P g = g / (|mean v * H v| + damping)``, an average that estimates ``diag H``.
 
     A probe of signs misses entry ``i`` by a variance of ``sum_(j != i) H_ij^2``, which the average has to bring down.
+    ``entries`` measures without probes, by a product for each parameter: ``hessian`` takes ``|diag H|`` itself, ``absolute``
+    the diagonal of ``|H|``, for which the matrix of all parameters is held.
 
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (absolute values); Bekas, Kokiopoulou, Saad 2007
     (diagonal).
     """
 
-    idle = HessianProbe.idle | ProbeDiagonal.idle | COVERS_ALL
+    idle = HessianProbe.idle | COVERS_ALL
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"samples": {"entries": "probes"}}
 
     damping: float = 1e-3
     decay: float | None = 0.95
     samples: int = 1
     """Probes a measurement."""
+    entries: Literal["probes", "hessian", "absolute"] = "probes"
     per_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_choice("entries", self.entries, ["probes", "hessian", "absolute"])
         super().__post_init__()
         check_interval("damping", self.damping, 1e-300, float("inf"))
         check_count("samples", self.samples, 1)
 
+    def idle_options(self) -> dict[str, str]:
+        """Also what the way of measuring leaves without a meaning."""
+        exact = Hessian().idle
+        held = {"probes": ProbeDiagonal.idle, "hessian": exact | Diagonal.idle, "absolute": exact | ONE_BLOCK}
+        return super().idle_options() | held[self.entries]
+
     def triple(self, site: Site) -> Triple | None:
-        return Triple(HessianProbe(samples=self.samples), ProbeDiagonal("signed"), Division(damping=self.damping))
+        if self.entries == "absolute":
+            return Triple(Hessian(mode=self.mode), Dense(granularity="full"), AbsoluteEigh(damping=self.damping, entries=True))
+        if self.entries == "hessian":
+            return Triple(Hessian(mode=self.mode), Diagonal(granularity="tensor"), AbsoluteDivision(damping=self.damping))
+        probe = HessianProbe(samples=self.samples, mode=self.mode)
+        return Triple(probe, ProbeDiagonal("signed"), Division(damping=self.damping))
 
 
 class SaddleFreeDiagonalGradientMaker(PreconditionedGradientMaker):
