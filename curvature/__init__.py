@@ -1,7 +1,8 @@
 """Curvature matrices: what is measured."""
 
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Contrast, Evidence, Factors, Gradient, Inputs, Joint, OneHot, Outer, Pair, Product
+from gradmaker.curvature.evidence import Contrast, Evidence, Gradient, Inputs, Joint, OneHot, Outer, Pair, Product
+from gradmaker.curvature.factors import Factors
 from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
 from gradmaker.curvature.fisher_forward import FisherForward
 from gradmaker.curvature.gradient import BatchGradient, DisplacedGradient

@@ -52,6 +52,11 @@ class Curvature(ABC):
         return True
 
     @property
+    def aside(self) -> tuple[str, ...]:
+        """What is measured beside the curvature, for solvers that have a use for it."""
+        return ()
+
+    @property
     def rides(self) -> bool:
         """Whether the output gradients of the ordinary backward pass are all that is needed."""
         return False

@@ -13,16 +13,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from opt_einsum import contract
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from gradmaker.curvature.factors import Layers
+
 __all__ = [
     "WHOLE",
     "Contrast",
     "Evidence",
-    "Factors",
     "Gradient",
     "Inputs",
     "Joint",
@@ -300,6 +303,7 @@ class Product(Evidence):
     loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
     slope_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # the loss there, and its gradient: (1, P) -> (), (1, P)
     squares: Tensor | None = None  # the diagonal of the empirical Fisher matrix  # (1, P)
+    layers: Layers | None = None  # a Kronecker approximation of the Fisher matrix
 
     def rows(self) -> Tensor:
         raise TypeError("a product has no rows")
@@ -325,26 +329,3 @@ class Located(Gradient):
     """A gradient, and the weights that it was taken at."""
 
     weights: Tensor  # like the gradient
-
-
-@dataclass(frozen=True)
-class Factors(Evidence):
-    """A Kronecker product that is known already: ``C = B (x) A``."""
-
-    A: Tensor  # (G, i, i), of the inputs, the bias last
-    B: Tensor  # (G, o, o), of the output gradients, carrying every scale
-    transposed: bool = False  # as in `Outer`
-    fresh: bool = True  # as in `Outer`
-
-    def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha A``, or its diagonal."""
-        out.mul_(beta).add_(self.A if out.ndim == 3 else self.A.diagonal(dim1=-2, dim2=-1), alpha=alpha)
-
-    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha B``, or its diagonal."""
-        out.mul_(beta).add_(self.B if out.ndim == 3 else self.B.diagonal(dim1=-2, dim2=-1), alpha=alpha)
-
-    def rows(self) -> Tensor:
-        a, b = (Q * s.clamp(min=0).sqrt().unsqueeze(-2) for s, Q in (torch.linalg.eigh(F) for F in (self.A, self.B)))
-        J = torch.einsum("gok,gil->klgoi", b, a).flatten(0, 1)
-        return J.mT if self.transposed else J

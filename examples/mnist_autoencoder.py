@@ -67,29 +67,28 @@ def kbfgs(batch: int, damping: float, clip: float, **options: Any) -> Config:
     return {"batch": batch, "lr": 1.0, "optimizer": ["SGD", {"momentum": 0.9}], "method": method, "clip": clip, "decay": 0.5}
 
 
-def hessian_free(batch: int, examples: int, damping: float, cg: int, squares: str = "batch", decay: float = 0) -> Config:
-    """Hessian-free optimization with products on some of the batch; its damping adapts itself, and its steps are whole."""
-    method = {"method": "hessian_free", "damping": damping, "iterations": cg, "squares": squares}
-    method |= {"curvature_examples": examples}
-    return {"batch": batch, "lr": 1.0, "optimizer": ["SGD", {}], "method": method, "decay": decay}
+def hessian_free(batch: int, damping: float, cg: int, examples: int | None = None, **options: Any) -> Config:
+    """Hessian-free optimization, with products on some of the batch; its damping adapts itself, and its steps are whole."""
+    method = {"method": "hessian_free", "damping": damping, "iterations": cg, "curvature_examples": examples, **options}
+    return {"batch": batch, "lr": 1.0, "optimizer": ["SGD", {}], "method": method, "decay": 0.5}
 
 
 ROWS: dict[str, list[Config]] = {
-    "sgd": [sgd(100, lr, 0.9) for lr in (0.01, 0.02, 0.005)]
-    + [sgd(200, 0.02, 0.9), sgd(50, 0.005, 0.9), sgd(100, 0.005, 0.95), sgd(200, 0.01, 0.95), sgd(100, 0.02, 0.9, clip=100.0)],
-    "adam": [adam(100, lr) for lr in (0.002, 0.004, 0.001)]
-    + [adam(200, 0.004), adam(50, 0.001), adam(100, 0.002, 0.99), adam(200, 0.002), adam(100, 0.008)],
-    "kfac": [kfac(500, damping, 0.1) for damping in (0.1, 0.03, 0.01)]
-    + [kfac(500, 0.03, 0.3), kfac(250, 0.03, 0.03), kfac(1000, 0.03, 0.3)]
-    + [kfac(500, 0.03, 0.03), kfac(500, 0.05, 0.2)],
-    "kbfgs": [kbfgs(500, damping, 0.1) for damping in (0.3, 0.1, 0.03)]
-    + [kbfgs(500, 0.3, 0.3), kbfgs(1000, 0.3, 0.3), kbfgs(500, 0.3, 0.1, curvature_interval=20)]
-    + [kbfgs(500, 0.03, 0.3), kbfgs(500, 0.01, 0.1)],
-    "hessian_free": [
-        *(hessian_free(1000, 200, 10.0, 20), hessian_free(500, 100, 10.0, 15), hessian_free(2000, 500, 10.0, 20)),
-        *(hessian_free(1000, 200, 1.0, 20), hessian_free(1000, 200, 10.0, 50), hessian_free(1000, 200, 10.0, 20, "examples")),
-        *(hessian_free(1000, 200, 1.0, 10), hessian_free(1000, 200, 0.1, 20)),
-    ],
+    "sgd": [sgd(100, lr, 0.9, clip=100.0) for lr in (0.02, 0.01, 0.04)]
+    + [sgd(100, 0.01, 0.95, clip=100.0), sgd(100, 0.005, 0.95), sgd(50, 0.01, 0.9, clip=100.0)]
+    + [sgd(50, 0.005, 0.9), sgd(200, 0.04, 0.9, clip=100.0)],
+    "adam": [adam(100, lr) for lr in (0.008, 0.004, 0.016)]
+    + [adam(200, 0.008), adam(50, 0.004), adam(100, 0.008, 0.99), adam(200, 0.016), adam(50, 0.002)],
+    "kfac": [kfac(500, damping, 0.1) for damping in (0.03, 0.1, 0.01)]
+    + [kfac(500, 0.03, 0.2), kfac(250, 0.03, 0.03), kfac(1000, 0.03, 0.3), kfac(500, 0.05, 0.2), kfac(250, 0.03, 0.1)],
+    "kbfgs": [kbfgs(500, 0.03, clip, secant_decay=0.5) for clip in (0.2, 0.3, 0.1)]
+    + [kbfgs(500, 0.1, 0.2, secant_decay=0.5), kbfgs(250, 0.03, 0.1, secant_decay=0.5)]
+    + [kbfgs(500, 0.03, 0.2, secant_decay=0.5, curvature_interval=5)]
+    + [kbfgs(500, 0.03, 0.2, secant_decay=0.0), kbfgs(500, 0.03, 0.2)],
+    "hessian_free": [hessian_free(1000, damping, 8, factors=True) for damping in (0.01, 1.0)]
+    + [hessian_free(1000, 0.01, cg, factors=True) for cg in (5, 12)]
+    + [hessian_free(2000, 0.01, 8, factors=True), hessian_free(500, 0.01, 6, factors=True)]
+    + [hessian_free(1000, 0.01, 8, factors=True, adapt=False), hessian_free(1000, 1.0, 20, squares="batch")],
 }
 """By row. Those without a method are the baselines."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -23,12 +24,14 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module, loss: Tensor, terms: Sequence[Terms], logits: Tensor | None = None) -> None:
-        """logits: what the loss is a convex function of, where it was not recognised."""
-        self.outputs = [t.z for t in terms] or ([] if logits is None else [logits])
+        """logits: what all of the loss is a convex function of, where that was declared; else it is the sum of its terms."""
+        self.outputs = [t.z for t in terms] if logits is None else [logits]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.loss, self.terms = loss, list(terms)
+        self.loss, self.terms, self.logits = loss, list(terms), logits
         found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         self.gradients = dict(zip(self.parameters, found, strict=True))  # in the graph; None where the loss does not reach
+        self._pulled: tuple[list[Tensor], list[nn.Parameter], list[Tensor], Sequence[Tensor | None]] | None = None
+        self._sound = True  # whether what was pulled met no operation that cannot be differentiated twice
 
     def write_gradients(self, weight: float) -> None:
         """``.grad`` as a backward pass of ``weight * loss`` would leave it where there was none."""
@@ -37,21 +40,27 @@ class Graph:
 
     def hessian(self, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
         """``H v``: the gradient of ``<grad L, v>``."""
+        _refuse(self._cut)
         pairs = [(g, vectors[p]) for p, g in self.gradients.items() if g is not None and g.requires_grad and p in vectors]
         return self._differentiate([g for g, _ in pairs], [v for _, v in pairs])
 
+    @cached_property
+    def _cut(self) -> bool:
+        return _ends_early(g for g in self.gradients.values() if g is not None)
+
     def gauss_newton(self, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-        """``J^T H_L J v``, with ``H_L`` the Hessian of the loss in the logits."""
+        """``sum_t J_t^T Lambda_t J_t v`` over the terms of the loss, or ``J^T H_L J v`` with its Hessian in the logits."""
         self.check_outputs()
-        outputs = self.outputs
-        pushed = self.push(outputs, vectors)
-        slopes = torch.autograd.grad(self.loss, outputs, create_graph=True)
-        live = [(s, u) for s, u in zip(slopes, pushed, strict=True) if s.requires_grad]
-        if not live:
-            return {p: torch.zeros_like(p) for p in self.parameters}
-        curved = torch.autograd.grad([s for s, _ in live], outputs, [u for _, u in live], retain_graph=True, allow_unused=True)
-        reached = [(z, c) for z, c in zip(outputs, curved, strict=True) if c is not None]
-        return self._differentiate([z for z, _ in reached], [c for _, c in reached])
+        pushed = self.push(self.outputs, vectors)
+        if self.logits is None:
+            return self._differentiate(self.outputs, [t.multiply(u) for t, u in zip(self.terms, pushed, strict=True)])
+        (slope,) = torch.autograd.grad(self.loss, self.logits, create_graph=True, allow_unused=True)
+        if slope is None:
+            raise ValueError("the loss does not depend on what setup_logits_repr names as the logits")
+        if not slope.requires_grad:
+            return self._differentiate([], [])
+        curved = torch.autograd.grad(slope, self.logits, pushed, retain_graph=True, allow_unused=True)
+        return self._differentiate([self.logits], list(curved)) if curved[0] is not None else self._differentiate([], [])
 
     def check_outputs(self) -> None:
         """ValueError unless it is known what the loss is a convex function of."""
@@ -65,16 +74,54 @@ class Graph:
     def push(self, outputs: Sequence[Tensor], vectors: Vectors) -> list[Tensor]:
         """``J v`` for several outputs: the derivative of ``u -> J^T u`` in the direction ``v``."""
         moved = [p for p in self.parameters if p in vectors]
-        duals = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-        pulled = torch.autograd.grad(outputs, moved, duals, create_graph=True, allow_unused=True)
+        duals, pulled = self._pull(outputs, moved)
         pairs = [(g, vectors[p]) for g, p in zip(pulled, moved, strict=True) if g is not None]
         if not pairs:
             return [torch.zeros_like(z) for z in outputs]
         found = torch.autograd.grad([g for g, _ in pairs], duals, [v for _, v in pairs], retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(found, outputs, strict=True)]
 
+    def _pull(self, outputs: Sequence[Tensor], moved: list[nn.Parameter]) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+        """``u`` and ``J^T u`` in the graph, the same for every vector; that of the last call is kept."""
+        known = self._pulled
+        if known is None or not (_same(known[0], outputs) and _same(known[1], moved)):
+            duals = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+            found = torch.autograd.grad(outputs, moved, duals, create_graph=True, allow_unused=True)
+            self._pulled = known = list(outputs), moved, duals, found
+            self._sound = not _ends_early(g for g in found if g is not None)
+        _refuse(not self._sound)
+        return known[2], known[3]
+
     def _differentiate(self, values: list[Tensor], weights: list[Tensor]) -> dict[nn.Parameter, Tensor]:
         if not values:
             return {p: torch.zeros_like(p) for p in self.parameters}
         found = torch.autograd.grad(values, self.parameters, weights, retain_graph=True, allow_unused=True)
         return {p: torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)}
+
+
+# ------------------------------------------------------------------ operations that are differentiable once
+def _refuse(cut: bool) -> None:
+    if cut:
+        raise RuntimeError("the gradient of an operation that was marked with @once_differentiable cannot be differentiated")
+
+
+def _ends_early(gradients: Iterable[Tensor]) -> bool:
+    """Whether the gradients pass through an operation that is marked as differentiable once.
+
+    Torch ends such a gradient in a node that raises. It has leaves of its own, so that derivatives in other tensors never reach
+    it: without a look at the graph they would take the gradient for a constant, in silence.
+    """
+    waiting = [g.grad_fn for g in gradients if g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            return True
+        following = {f for f, _ in node.next_functions if f is not None} - seen
+        seen |= following
+        waiting.extend(following)
+    return False
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Product
+from gradmaker.curvature.factors import Layers
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
 from gradmaker.representations.columns import form_blocks
 
@@ -46,7 +47,10 @@ class MatrixFree(Protocol):
         """The loss of the search batch at ``theta + displacement`` and its gradient there.  # (1, P) -> (), (1, P)"""
 
     def squares(self, state: State) -> Tensor | None:
-        """The diagonal of the empirical Fisher matrix.  # (1, P)"""
+        """The diagonal of the empirical Fisher matrix; None where it was not measured.  # (1, P)"""
+
+    def layers(self, state: State) -> list[tuple[float, Layers]]:
+        """Kronecker factors of the micro-batches of this step, with their weights; none where they were not measured."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,10 @@ class Implicit(Representation):
         known = [(w, product.squares) for w, product in _products(state)]
         found = [w * squares for w, squares in known if squares is not None]
         return torch.stack(found).sum(0) if len(found) == len(known) else None
+
+    def layers(self, state: State) -> list[tuple[float, Layers]]:
+        known = [(w, product.layers) for w, product in _products(state)]
+        return [(w, layers) for w, layers in known if layers is not None]
 
     def to_dense(self, state: State) -> Tensor:
         origin = self.origin(state)

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Factors, Gradient, Inputs, OneHot, Outer
+from gradmaker.curvature.evidence import Evidence, Gradient, Inputs, OneHot, Outer
+from gradmaker.curvature.factors import Factors
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.factor import blocks, dense, is_tiled, tile_width
 
@@ -134,18 +135,23 @@ class Kron(Representation):
 def _of_outputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
     """Evidence of some of the outputs alone."""
     if isinstance(evidence, Factors):
-        return replace(evidence, B=evidence.B[:, rows, rows])
+        return replace(evidence, B=_cut(evidence.B, rows))
     return replace(evidence, gradients=evidence.gradients[..., rows])
 
 
 def _of_inputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
     """Evidence of some of the inputs alone; the bias is the last of them."""
     if isinstance(evidence, Factors):
-        return replace(evidence, A=evidence.A[:, rows, rows])
+        return replace(evidence, A=_cut(evidence.A, rows))
     if isinstance(evidence.inputs, OneHot):  # a diagonal, which is one piece
         return evidence
     kept = evidence.inputs[..., rows]
     return replace(evidence, inputs=kept, bias=evidence.bias and rows.stop > evidence.inputs.shape[-1])
+
+
+def _cut(F: Tensor, rows: slice) -> Tensor:
+    """A block of a factor, or a part of its diagonal.  # (G, d, d) or (G, d)"""
+    return F[:, rows, rows] if F.ndim == 3 else F[:, rows]
 
 
 @dataclass(frozen=True)

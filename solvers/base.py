@@ -42,6 +42,11 @@ class Solver(ABC):
         return -1.0
 
     @property
+    def reads(self) -> frozenset[str]:
+        """What it makes use of beside ``C``: names as in `Curvature.aside`."""
+        return frozenset()
+
+    @property
     def searches(self) -> bool:
         """Whether it evaluates the loss and its gradient at displaced weights, for which a batch can be declared."""
         return False

@@ -27,7 +27,7 @@ def value_device(state: State) -> torch.device:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """``<a, b>`` in double precision: squares of small gradients would underflow.  # ()"""
-    return (a.double() * b.double()).sum()
+    return torch.dot(a.double().reshape(-1), b.double().reshape(-1))
 
 
 def keep_finite(cache: State, value: Tensor, fallback: Tensor) -> Tensor:

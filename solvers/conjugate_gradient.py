@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Multiplies, State
-from gradmaker.solvers.base import Solver, spectral_power
+from gradmaker.solvers.base import InverseSolver, spectral_power
 from gradmaker.solvers.damping import check_interval
 from gradmaker.solvers.ladder import settle
 
@@ -18,7 +18,7 @@ __all__ = ["CG"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(Solver):
+class CG(InverseSolver):
     """``(C + damping I) x = g`` by conjugate gradients from ``x = 0``, each member of the stack stopped by itself.
 
     Stops at ``|r| <= tolerance |g|``, or where the curvature along the search direction is not positive. The cache is a copy of
@@ -30,12 +30,11 @@ class CG(Solver):
     needs: ClassVar[type] = Multiplies
     definite: ClassVar[bool] = True
 
-    damping: float = 1e-3
     iterations: int = 100
     tolerance: float = 1e-10
 
     def __post_init__(self) -> None:
-        check_interval("damping", self.damping, 0, inf)
+        super().__post_init__()
         check_interval("iterations", self.iterations, 1, inf, closed=True)
         check_interval("tolerance", self.tolerance, 0, 1)
 

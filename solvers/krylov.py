@@ -59,6 +59,10 @@ class Krylov(Solver):
         check_choice("search", self.search, ["model", "bfgs"])
 
     @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"squares"} if self.precondition else ())
+
+    @property
     def searches(self) -> bool:
         return self.search == "bfgs"
 

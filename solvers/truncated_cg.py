@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from gradmaker.representations.base import State
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.carried import carry, dot, keep_finite
+from gradmaker.solvers.carried import carry, dot
 from gradmaker.solvers.damping import check_interval
+from gradmaker.solvers.layer_inverse import LayerInverse
 from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
 
 __all__ = ["TruncatedCG"]
@@ -33,7 +35,9 @@ class TruncatedCG(Solver):
       ``(phi_i - phi_(i-k)) / phi_i < k tolerance``, after ``iterations``, or, where ``C`` is indefinite, at the first direction
       ``p^T (C + lambda) p <= 0`` with what there is (``M^-1 g`` if nothing).
     - ``M = (D + lambda)^preconditioner``; ``D`` is the mean of the squared gradients of examples (their sum for a sum) where
-      the curvature has measured it (``squares``), else the square of the gradient; 0 takes no preconditioner.
+      the curvature has measured it (``squares``), else the square of the gradient; 0 takes no preconditioner. Where it has
+      measured Kronecker factors (``factors``), ``M`` is what they make, damped by the greater of ``lambda`` and
+      ``factor_damping``; see `LayerInverse`.
     - ``backtrack``: from the last iterate ``ceil(1.3^j)`` back to earlier ones as long as ``L(theta - x)`` falls.
     - ``adapt``: what changes ``lambda`` after every step, None leaves it.
     - ``line_search``: ``P g = eta x`` with the first ``eta`` of 1, 0.8, 0.8^2, ... for which
@@ -56,6 +60,7 @@ class TruncatedCG(Solver):
     tolerance: float = 5e-4
     warm: float = 0.95
     preconditioner: float = 0.75
+    factor_damping: float = 1e-2
     backtrack: bool = True
     adapt: LevenbergMarquardt | None = LevenbergMarquardt()
     line_search: bool = True
@@ -66,6 +71,11 @@ class TruncatedCG(Solver):
         check_interval("tolerance", self.tolerance, 0, 1, closed=True)
         check_interval("warm", self.warm, 0, 1 + 1e-12, closed=True)
         check_interval("preconditioner", self.preconditioner, 0, 1 + 1e-12, closed=True)
+        check_interval("factor_damping", self.factor_damping, 0, inf)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"squares", "factors"} if self.preconditioner else {"factors"})
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         zero = representation.origin(state)
@@ -81,108 +91,159 @@ class TruncatedCG(Solver):
         return P
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        damping = cache["damping"]
-        M = self._preconditioner(representation, cache, g)
+        damping, losses = cache["damping"], _Losses(representation, cache)
 
         def multiply(v: Tensor) -> Tensor:
             image: Tensor = representation.matvec(cache, v) + damping * v
             return image
 
-        kept = self._iterates(multiply, g, M, self.warm * cache["solution"])
-        x = _best(representation, cache, kept) if self.backtrack else kept[-1]
-        x = keep_finite(cache, x, g / damping)
-        cache["solution"] = torch.where(torch.isfinite(kept[-1]).all(), kept[-1], x)
+        kept = self._iterates(multiply, g, self._preconditioner(representation, cache, g), self.warm * cache["solution"])
+        last, chosen = kept[-1], _best(losses, kept) if self.backtrack else kept[-1]
+        if not _finite(chosen.x):
+            chosen = _Iterate(g / damping, torch.nan)  # no model predicts its loss: the damping grows
+            cache["failures"] = cache["failures"] + 1
+        cache["solution"] = last.x if _finite(last.x) else chosen.x
         if self.adapt is not None:
-            cache["damping"] = self._adapted(self.adapt, representation, cache, g, x)
-        return _shortened(representation, cache, g, x) if self.line_search else x
+            cache["damping"] = self._adapted(self.adapt, damping, losses, chosen)
+        return _shortened(losses, cache, g, chosen.x) if self.line_search else chosen.x
 
-    def _preconditioner(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def _preconditioner(self, representation: Any, cache: State, g: Tensor) -> Callable[[Tensor], Tensor]:
+        """``r -> M^-1 r``."""
+        if portions := representation.layers(cache):
+            return LayerInverse(portions, max(float(cache["damping"]), self.factor_damping))
         if not self.preconditioner:
-            return torch.ones_like(g)
+            return lambda r: r
         squares = representation.squares(cache)
-        return ((g.square() if squares is None else squares.to(g.dtype)) + cache["damping"]) ** self.preconditioner
+        M = ((g.square() if squares is None else squares.to(g.dtype)) + cache["damping"]) ** self.preconditioner
+        inverse: Tensor = 1 / M
+        return inverse.mul
 
-    def _iterates(self, multiply: Callable[[Tensor], Tensor], g: Tensor, M: Tensor, start: Tensor) -> list[Tensor]:
+    def _iterates(
+        self, multiply: Callable[[Tensor], Tensor], g: Tensor, invert: Callable[[Tensor], Tensor], start: Tensor
+    ) -> list[_Iterate]:
         """Those that are kept for backtracking, the last one last."""
         kept, values, due = [], [0.0], 1
-        x = g / M  # where not even the first direction has positive curvature
-        for i, (x, phi) in enumerate(_conjugate(multiply, g, M, _improving(multiply, g, start), self.iterations), 1):
-            values.append(phi)
+        now: _Iterate | None = None
+        for i, now in enumerate(_conjugate(multiply, g, invert, _improving(multiply, g, start), self.iterations), 1):
+            values.append(now.phi)
             if i >= due:
-                kept.append(x)
+                kept.append(now)
                 due = max(i + 1, ceil(due * GROWTH))
             k = max(10, ceil(i / 10))
-            if i > k and phi < 0 and (phi - values[i - k]) / phi < k * self.tolerance:
+            if i > k and now.phi < 0 and (now.phi - values[i - k]) / now.phi < k * self.tolerance:
                 break
-        return kept if kept and kept[-1] is x else [*kept, x]
+        if now is None:  # not even the first direction has positive curvature
+            x = invert(g)
+            now = _Iterate(x, float(dot(x, multiply(x)) / 2 - dot(x, g)))
+        return kept if kept and kept[-1] is now else [*kept, now]
 
-    def _adapted(self, rule: LevenbergMarquardt, representation: Any, cache: State, g: Tensor, x: Tensor) -> Tensor:
-        now, then = (representation.loss_at(cache, d) for d in (torch.zeros_like(x), -x))
+    def _adapted(self, rule: LevenbergMarquardt, damping: Tensor, losses: _Losses, chosen: _Iterate) -> Tensor:
+        now, then = losses.now, losses.at(chosen.x)
         if now is None or then is None:
-            return cache["damping"]
-        predicted = dot(x, representation.matvec(cache, x)) / 2 - dot(x, g)
-        return rule.adapt(cache["damping"], (then - now).double(), predicted)
+            return damping
+        predicted = chosen.phi - damping.double() * dot(chosen.x, chosen.x) / 2
+        return rule.adapt(damping, (then - now).double(), predicted)
 
 
-def _improving(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """A start and its residual: the given one where ``phi`` is negative, else zero."""
+class _Iterate(NamedTuple):
+    """An iterate and the ``phi`` that conjugate gradients gave it."""
+
+    x: Tensor
+    phi: float
+
+
+class _Losses:
+    """Losses of the batch at displaced weights, each evaluated once."""
+
+    def __init__(self, representation: Any, cache: State) -> None:
+        self._evaluate: Callable[[Tensor], Tensor | None] = partial(representation.loss_at, cache)
+        self._origin = torch.zeros_like(cache["solution"])
+        self._known: list[tuple[Tensor, Tensor | None]] = []
+
+    @property
+    def now(self) -> Tensor | None:
+        """``L(theta)``; None where it cannot be evaluated."""
+        return self.at(self._origin)
+
+    def at(self, x: Tensor) -> Tensor | None:
+        """``L(theta - x)``."""
+        for known, loss in self._known:
+            if known is x:
+                return loss
+        self._known.append((x, self._evaluate(-x)))
+        return self._known[-1][1]
+
+
+def _improving(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A start, its residual and its ``phi``: the given one where ``phi`` is negative, else zero."""
     if bool(start.any()):
         r = g - multiply(start)
-        if dot(start, g + r) > 0:
-            return start, r
-    return torch.zeros_like(g), g
+        if (phi := float(-dot(start, g + r) / 2)) < 0:
+            return start, r, phi
+    return torch.zeros_like(g), g, 0.0
 
 
 def _conjugate(
-    multiply: Callable[[Tensor], Tensor], g: Tensor, M: Tensor, start: tuple[Tensor, Tensor], iterations: int
-) -> Iterator[tuple[Tensor, float]]:
+    multiply: Callable[[Tensor], Tensor],
+    g: Tensor,
+    invert: Callable[[Tensor], Tensor],
+    start: tuple[Tensor, Tensor, float],
+    iterations: int,
+) -> Iterator[_Iterate]:
     """Preconditioned conjugate gradients: iterates with their ``phi``, until the curvature or the residual is used up."""
-    x, r = start
-    p = z = r / M
+    x, r, phi = start
+    p = z = invert(r)
     rz = dot(r, z)
-    least = torch.finfo(g.dtype).eps ** 2 * dot(g, g / M)
+    least = torch.finfo(g.dtype).eps ** 2 * dot(g, invert(g))
     for _ in range(iterations):
         Ap = multiply(p)
         curvature = dot(p, Ap)
         if not torch.isfinite(curvature):
-            yield torch.full_like(x, torch.nan), torch.nan
+            yield _Iterate(torch.full_like(x, torch.nan), torch.nan)
             return
         if not (rz > least and curvature > 0):
             if x.any():
-                yield x, float(-dot(x, g + r) / 2)
+                yield _Iterate(x, phi)
             return
         step = rz / curvature
         x, r = x + (step * p).to(x.dtype), r - (step * Ap).to(x.dtype)
-        yield x, float(-dot(x, g + r) / 2)
-        z = r / M
+        phi -= float(step * rz) / 2
+        yield _Iterate(x, phi)
+        z = invert(r)
         before, rz = rz, dot(r, z)
         p = z + (rz / before * p).to(x.dtype)
 
 
-def _best(representation: Any, cache: State, kept: list[Tensor]) -> Tensor:
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
+
+
+def _best(losses: _Losses, kept: list[_Iterate]) -> _Iterate:
     """From the last iterate back to earlier ones as long as the loss falls."""
     best = kept[-1]
-    lowest = representation.loss_at(cache, -best)
-    for x in reversed(kept[:-1]):
+    lowest = losses.at(best.x)
+    for each in reversed(kept[:-1]):
         if lowest is None:
             break
-        loss = representation.loss_at(cache, -x)
-        if not (loss < lowest or lowest.isnan()):
+        loss = losses.at(each.x)
+        if loss is None or not (loss < lowest or lowest.isnan()):
             break
-        best, lowest = x, loss
+        best, lowest = each, loss
     return best
 
 
-def _shortened(representation: Any, cache: State, g: Tensor, x: Tensor) -> Tensor:
+def _shortened(losses: _Losses, cache: State, g: Tensor, x: Tensor) -> Tensor:
     """``eta x`` with Armijo's ``eta``; zero if there is none. All of ``x`` where the loss cannot be evaluated."""
-    now = representation.loss_at(cache, torch.zeros_like(x))
+    now = losses.now
     if now is None:
         return x
     slope, eta = dot(g, x), 1.0
     for _ in range(TRIES):
-        then = representation.loss_at(cache, -eta * x)
+        scaled = x if eta == 1.0 else eta * x
+        then = losses.at(scaled)
+        assert then is not None
         if then.double() <= now.double() - SUFFICIENT * eta * slope:
-            return eta * x
+            return scaled
         eta *= SHRINK
     cache["rejected"] = cache["rejected"] + 1
     return torch.zeros_like(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -102,6 +103,18 @@ def test_truncated_cg_after_p_iterations() -> None:
     C, g = matrix()
     x, _ = Quadratic(C).solve(TruncatedCG(**{**vars(PLAIN_CG), "iterations": P}), g)
     assert oracles.relative_error(x, oracles.tikhonov_solve(C, 0.1, g)) < 1e-9
+
+
+def test_the_model_falls_with_every_iteration() -> None:
+    """``phi`` of the iterates, by the matrix, of plain, warm and preconditioned runs."""
+    C, g = matrix()
+    A = C + 0.1 * torch.eye(P, dtype=torch.float64)
+    for options in ({}, {"warm": 0.95}, {"preconditioner": 0.75}):
+        found = []
+        for count in range(1, P + 1):
+            x, _ = Quadratic(C).solve(TruncatedCG(**{**vars(PLAIN_CG), "iterations": count, **options}), g)
+            found.append(float(x @ A @ x / 2 - x @ g))
+        assert all(after < before + 1e-12 for before, after in itertools.pairwise(found)) and found[0] < 0
 
 
 def test_warm_start_is_used() -> None:
@@ -283,6 +296,15 @@ def test_curveball_step() -> None:
     )
 
 
+def test_curveball_without_curvature_is_momentum() -> None:
+    """Heavy ball: z <- rho z - beta g."""
+    g, z = matrix()[1], torch.zeros(P, dtype=torch.float64)
+    for steps in range(1, 5):
+        z = 0.9 * z - 0.1 * g
+        x, _ = Quadratic(torch.zeros(P, P, dtype=torch.float64)).solve(CurveBall(damping=0.0, rho=0.9, beta=0.1), g, steps)
+        assert oracles.relative_error(-x, z) < 1e-12
+
+
 def test_curveball_damping() -> None:
     C, g = matrix()
     w = 0.999**5
@@ -310,7 +332,20 @@ AGREE: dict[str, tuple[Representation, Solver]] = {
 }
 
 
-@pytest.mark.parametrize("make", [models.mlp, models.mlp_bernoulli, partial(models.convolution, 2, groups=2)])
+def mlp_nll() -> Case:
+    """Log-probabilities, in which the loss is linear: the matrix is that of the distribution."""
+    return models.mlp()._replace(loss=lambda y, t: F.nll_loss(y.log_softmax(-1), t))
+
+
+def mlp_twice() -> Case:
+    """Two terms on the same logits."""
+    return models.mlp()._replace(loss=lambda y, t: 0.5 * F.cross_entropy(y, t) + 0.3 * F.mse_loss(y, torch.ones_like(y)))
+
+
+ONE_TERM = [models.mlp, models.mlp_bernoulli, mlp_nll, partial(models.convolution, 2, groups=2)]
+
+
+@pytest.mark.parametrize("make", [*ONE_TERM, mlp_twice])
 def test_agreement_on_one_gauss_newton_matrix(make: Callable[[], Case]) -> None:
     expected = oracles.tikhonov_solve(dense(make(), "ggn"), 0.1, gradient(make()))
     for name, (representation, solver) in AGREE.items():
@@ -351,6 +386,21 @@ def test_newton_is_the_dense_solve(name: str, granularity: str, absolutely: bool
             expected[pair] = P_ @ g[pair]
     config = {"method": "newton", "granularity": granularity, "absolute": absolutely, "damping": 0.05}
     assert oracles.relative_error(step(from_config(case.model, config), case), expected) < 1e-9
+
+
+def test_absolute_newton_descends_and_is_newton_where_the_hessian_is_definite() -> None:
+    """Specification 2.1."""
+    case = models.mlp()
+    s = torch.linalg.eigvalsh(dense(case, "hessian"))
+    assert float(s[0]) < -1e-3  # indefinite
+    found = step(from_config(case.model, {"method": "newton", "damping": 1e-4}), case)
+    assert float(found @ gradient(case)) > 0
+    convex = models.linear()
+    both = [
+        step(from_config(convex.model, {"method": "newton", "damping": 0.1, "absolute": chosen}), convex)
+        for chosen in (True, False)
+    ]
+    assert oracles.relative_error(*both) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["mlp", "mlp_relu", "conv2d_groups"])

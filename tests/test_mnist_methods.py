@@ -1,4 +1,4 @@
-"""Every method on handwritten digits, with its shipped defaults: by the declared calls, and by `attach` where that can be.
+"""Every method on handwritten digits, with its shipped defaults but for `METHOD`: by the declared calls, and by `attach`.
 
 Images are MNIST's where GRADMAKER_DATA names a folder that has them, else scikit-learn's; both at 7 or 8 pixels a side, so that
 methods with one matrix for the whole model run as well.
@@ -20,7 +20,10 @@ from gradmaker.compare.data import load
 from gradmaker.compare.rows import Row, parse_rows
 from tests import models
 
-METHOD = {"custom": {"curvature": "FisherMC", "representation": "Kron", "solver": "Eigh"}}
+METHOD: dict[str, dict[str, Any]] = {
+    "custom": {"curvature": "FisherMC", "representation": "Kron", "solver": "Eigh"},
+    "esgd": {"damping": 1e-2},  # one probe of a ReLU network leaves entries of zero, and 1 / 1e-4 for their gradients
+}
 ROWS: dict[str, Row] = {name: parse_rows([{"method": name, **METHOD.get(name, {})}])[0] for name in METHODS}
 SECOND_EVALUATION = {
     *("newton", "hessian_free", "ksd", "saddle_free", "lissa", "neumann", "curveball"),  # products, losses further on

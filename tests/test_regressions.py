@@ -1,4 +1,4 @@
-"""Defects of ASDL (numbers of specs/peers_curvature.md, 3.4), each with the tests that would catch it here.
+"""Defects of ASDL, each with the tests that would catch it here.
 
 Most are caught by tests of what is right; the rest of this file closes the gaps. A defect that cannot be here says why.
 """

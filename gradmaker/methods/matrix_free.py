@@ -128,7 +128,11 @@ class HessianFreeGradientConfig(MatrixFreeConfig):
     Reference: Martens, ICML 2010; Martens & Sutskever, 2012.
     """
 
-    only_with: ClassVar[dict[str, dict[str, Any]]] = {"squares": {"preconditioner": bool}}
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {
+        "squares": {"preconditioner": bool, "factors": False},
+        "preconditioner": {"factors": False},
+        "factor_damping": {"factors": True},
+    }
 
     damping: float = 1.0
     """The first ``lambda``."""
@@ -138,6 +142,10 @@ class HessianFreeGradientConfig(MatrixFreeConfig):
     preconditioner: float = 0.75
     squares: Literal["examples", "batch"] = "examples"
     """What the preconditioner is made of: squared gradients of examples, or the square of the batch's, which costs nothing."""
+    factors: bool = False
+    """Whether it is made of K-FAC's factors of the batch instead, with targets drawn by the model: fewer iterations."""
+    factor_damping: float = 1e-2
+    """The factors' damping once ``lambda`` is smaller."""
     backtrack: bool = True
     line_search: bool = True
     adapt: bool = True
@@ -153,12 +161,14 @@ class HessianFreeGradientConfig(MatrixFreeConfig):
             tolerance=self.tolerance,
             warm=self.warm,
             preconditioner=self.preconditioner,
+            factor_damping=self.factor_damping,
             backtrack=self.backtrack,
             line_search=self.line_search,
             adapt=LevenbergMarquardt() if self.adapt else None,
         )
-        wanted = {"squares": True} if self.preconditioner and self.squares == "examples" else {}
-        return Triple(self.measured(**wanted), Implicit(), solver)
+        squares = bool(self.preconditioner) and self.squares == "examples"
+        wanted = "factors" if self.factors else "squares" if squares else None
+        return Triple(self.measured(**({wanted: True} if wanted else {})), Implicit(), solver)
 
 
 class HessianFreeGradientMaker(PreconditionedGradientMaker):

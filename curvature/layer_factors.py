@@ -1,0 +1,52 @@
+"""Kronecker factors of one pass, for what is told of a curvature beside its products."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import OneHot, Outer
+from gradmaker.curvature.factors import Factors, Layers
+from gradmaker.curvature.fisher import FisherMC
+
+if TYPE_CHECKING:
+    from gradmaker.step import Step
+
+__all__ = ["LONGEST", "layer_factors"]
+
+LONGEST = 2048
+"""Longer sides have a diagonal factor: they are inverted at every step, which above this takes longer than the products."""
+
+
+@torch.no_grad()
+def layer_factors(step: Step) -> Layers:
+    """``A = mean_nr a a^T`` and ``B = sum_nr g g^T`` of every layer, as of `FisherMC` with one sample.
+
+    The pass is taken at once, a layer at a time: neither its graph nor its inputs are needed afterwards.
+
+    Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 3.1.
+    """
+    found: dict[str, Factors] = {}
+    for portion in FisherMC().measure(step):
+        for name in portion:
+            outer = portion[name]
+            assert isinstance(outer, Outer)
+            factors = found.setdefault(name, _empty(outer))
+            outer.add_gradient_moment_(factors.B, 1.0, 1.0)
+            if outer.fresh:
+                outer.add_input_moment_(factors.A, 1.0, 1.0)
+    return Layers(tuple(prod(s.shape) for s in step.sites), tuple(found.get(s.name) for s in step.sites))
+
+
+def _empty(outer: Outer) -> Factors:
+    """Zeros of the size of a layer's factors."""
+    g, a = outer.gradients, outer.inputs
+    inputs, outputs = (a.size if isinstance(a, OneHot) else a.shape[-1]) + outer.bias, g.shape[-1]
+
+    def zeros(d: int, diagonal: bool) -> Tensor:
+        return g.new_zeros(g.shape[1], d) if diagonal or d > LONGEST else g.new_zeros(g.shape[1], d, d)
+
+    return Factors(zeros(inputs, isinstance(a, OneHot)), zeros(outputs, False), outer.transposed)
