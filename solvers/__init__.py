@@ -1,6 +1,6 @@
 """Solvers: how a preconditioned gradient is obtained."""
 
-from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh
+from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh, SignedDivision
 from gradmaker.solvers.apply import Apply
 from gradmaker.solvers.axis_mean import AxisMean
 from gradmaker.solvers.base import Solver
@@ -46,6 +46,7 @@ SOLVERS: dict[str, type[Solver]] = {
         AbsoluteEigh,
         LU,
         AbsoluteDivision,
+        SignedDivision,
         TruncatedCG,
         Krylov,
         Neumann,
@@ -90,6 +91,7 @@ __all__ = [
     "PositiveRoot",
     "Rotate",
     "RotatedDivision",
+    "SignedDivision",
     "Solver",
     "SvdRoot",
     "TruncatedCG",

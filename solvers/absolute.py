@@ -14,7 +14,7 @@ from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.ladder import settle
 from gradmaker.solvers.spectrum import decompose, symmetrise
 
-__all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh"]
+__all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh", "SignedDivision"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,29 @@ class LU(_DenseSolver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbsoluteDivision(InverseSolver):
+class _DiagonalSolver(InverseSolver):
+    needs: ClassVar[type] = Elementwise
+    definite: ClassVar[bool] = False
+
+    def _denominator(self, d: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+        new = self._denominator(representation.diagonal(state))
+        flat = new.reshape(len(new), -1)
+        lost = ~torch.isfinite(flat.sum(1)) | (flat == 0).any(1)
+        return settle({"denominator": new}, lost, previous, {"denominator": new.new_tensor(self.damping)})
+
+    def operator(self, representation: Any, state: State) -> Tensor:
+        d = representation.diagonal(state)
+        return torch.diag_embed(1 / self._denominator(d.reshape(d.shape[0], -1)))
+
+    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+        return g / cache["denominator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsoluteDivision(_DiagonalSolver):
     """``P g = g / (|d| + damping)`` with the diagonal ``d`` of a matrix that may be indefinite.
 
     A block that fails before it ever succeeded gets ``g / damping``.
@@ -113,17 +135,21 @@ class AbsoluteDivision(InverseSolver):
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, with the diagonal for the matrix; Becker & LeCun 1988.
     """
 
-    needs: ClassVar[type] = Elementwise
-    definite: ClassVar[bool] = False
+    def _denominator(self, d: Tensor) -> Tensor:
+        return d.abs() + self.damping
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        d = representation.diagonal(state)
-        lost = ~torch.isfinite(d.reshape(d.shape[0], -1).sum(1))
-        return settle({"denominator": d.abs() + self.damping}, lost, previous, {"denominator": d.new_tensor(self.damping)})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
-        d = representation.diagonal(state)
-        return torch.diag_embed(1 / (d.reshape(d.shape[0], -1).abs() + self.damping))
+@dataclass(frozen=True, kw_only=True)
+class SignedDivision(_DiagonalSolver):
+    """``P g = g / (d + damping)`` with the diagonal ``d`` of a matrix that may be indefinite: `LU` of that diagonal.
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        return g / cache["denominator"]
+    Entries ascend where ``d < -damping``, and leap where the two nearly cancel; where they do exactly, the refresh has failed.
+    A block that fails before it ever succeeded gets ``g / damping``.
+
+    Reference: Becker & LeCun 1988, "Improving the convergence of back-propagation learning with second order methods".
+    """
+
+    damping: float = 1.0
+
+    def _denominator(self, d: Tensor) -> Tensor:
+        return d + self.damping

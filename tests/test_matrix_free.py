@@ -28,6 +28,7 @@ from gradmaker.solvers import (
     Krylov,
     LevenbergMarquardt,
     Neumann,
+    SignedDivision,
     Solver,
     TruncatedCG,
 )
@@ -389,7 +390,6 @@ def test_newton_is_the_dense_solve(name: str, granularity: str, absolutely: bool
 
 
 def test_absolute_newton_descends_and_is_newton_where_the_hessian_is_definite() -> None:
-    """Specification 2.1."""
     case = models.mlp()
     s = torch.linalg.eigvalsh(dense(case, "hessian"))
     assert float(s[0]) < -1e-3  # indefinite
@@ -413,6 +413,32 @@ def test_diagonal_newton(name: str) -> None:
         twin = models.ZOO[name]()
         found = direction(twin, GaussNewton(), Diagonal(granularity="layer"), AbsoluteDivision(damping=0.05))
         assert oracles.relative_error(found, g / (d.abs() + 0.05)) < 1e-9
+
+
+def test_diagonal_newton_with_its_signs() -> None:
+    """Entries below ``-damping`` ascend."""
+    case = models.mlp()
+    d, g = dense(case, "hessian").diagonal(), gradient(case)
+    damping = float(-d.min()) / 2
+    config = {"method": "newton", "granularity": "diagonal", "damping": damping, "absolute": False}
+    found = step(from_config(case.model, config), case)
+    assert oracles.relative_error(found, g / (d + damping)) < 1e-9
+    assert bool((found * g < 0).any())
+
+
+def test_a_diagonal_that_the_damping_cancels_has_failed() -> None:
+    """It keeps what it had, or divides by the damping."""
+    held, solver, g = Diagonal(granularity="layer"), SignedDivision(damping=0.5), torch.ones(1, 2, dtype=torch.float64)
+
+    def refreshed(previous: Any, *d: float) -> Any:
+        state = {"diagonal": torch.tensor([d], dtype=torch.float64), "mass": torch.ones(1, dtype=torch.float64)}
+        return solver.prepare(held, state, previous)
+
+    nothing = refreshed(None, -0.5, 1.5)
+    assert torch.equal(solver.solve(held, nothing, g), 2 * g) and int(nothing["failing"]) == 1
+    good = refreshed(nothing, 1.5, -1.0)
+    assert torch.equal(solver.solve(held, good, g), torch.tensor([[0.5, -2.0]], dtype=torch.float64))
+    assert torch.equal(solver.solve(held, refreshed(good, 1.5, -0.5), g), solver.solve(held, good, g))
 
 
 @pytest.mark.parametrize("options", [{"absolute": False}, {"absolute": True}])

@@ -169,7 +169,7 @@ def test_adahessian_by_hand(make: Callable[[], Case]) -> None:
 
 
 def test_adahessian_at_its_limits() -> None:
-    """Specification 2.11: a Hessian power of almost zero leaves ``m / (1 + eps)``; no gradient, no step."""
+    """A Hessian power of almost zero leaves ``m / (1 + eps)``; no gradient, no step."""
     case = models.mlp()
     maker = METHODS["adahessian"](case.model, METHODS["adahessian"].Config(power=1e-13, momentum=0.0))
     step(maker, case)
@@ -183,7 +183,7 @@ def test_adahessian_at_its_limits() -> None:
 
 
 def test_adahessian_is_equilibration_with_a_decay() -> None:
-    """Specification 4.4: without momentum and kernels, on the same signs."""
+    """Without momentum and kernels, on the same signs."""
     one, two = models.convolution(2), models.convolution(2)
     first = METHODS["adahessian"](one.model, METHODS["adahessian"].Config(momentum=0.0, spatial=False, decay=0.9))
     second = METHODS["custom"](
@@ -219,7 +219,7 @@ def test_equilibration_is_a_mean_over_all_probes() -> None:
 
 
 def test_signs_of_the_curvature_do_not_matter_to_lengths_of_rows() -> None:
-    """Specification 2.12 and 2.13: H and -H give the same diagonal, and no step of the absolute diagonals ascends."""
+    """H and -H give the same diagonal, and no step of the absolute diagonals ascends."""
     H = symmetric(5, 2)
     for method in ("esgd", "saddle_free_diagonal", "adahessian"):
         found = []

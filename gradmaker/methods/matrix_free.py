@@ -16,7 +16,16 @@ from gradmaker.curvature.hessian import Products
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Diagonal, Implicit
 from gradmaker.sites import Site
-from gradmaker.solvers import LU, AbsoluteDivision, AbsoluteEigh, CurveBall, Krylov, LevenbergMarquardt, TruncatedCG
+from gradmaker.solvers import (
+    LU,
+    AbsoluteDivision,
+    AbsoluteEigh,
+    CurveBall,
+    Krylov,
+    LevenbergMarquardt,
+    SignedDivision,
+    TruncatedCG,
+)
 from gradmaker.triple import Triple
 
 __all__ = [
@@ -58,8 +67,6 @@ class NewtonGradientConfig(GradientConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("granularity", self.granularity, ["full", "layer", "diagonal"])
-        if self.granularity == "diagonal" and not self.absolute:
-            raise ValueError("absolute=False: a negative diagonal entry has no Newton step; choose granularity full or layer")
 
     def idle_options(self) -> dict[str, str]:
         """Also what the granularity leaves without a meaning."""
@@ -68,7 +75,8 @@ class NewtonGradientConfig(GradientConfig):
 
     def triple(self, site: Site) -> Triple | None:
         if self.granularity == "diagonal":
-            return Triple(self.curvature, Diagonal(granularity="layer"), AbsoluteDivision(damping=self.damping))
+            division = AbsoluteDivision(damping=self.damping) if self.absolute else SignedDivision(damping=self.damping)
+            return Triple(self.curvature, Diagonal(granularity="layer"), division)
         solver = AbsoluteEigh(damping=self.damping) if self.absolute else LU(damping=self.damping)
         return Triple(self.curvature, Dense(granularity="full" if self.granularity == "full" else "layer"), solver)
 
