@@ -60,8 +60,9 @@ UNSUPPORTED = (
 )
 """What torch says where a second derivative is missing."""
 ADVICE = (
-    "compiled models and fused attention kernels have none: run the model as it was before torch.compile, inside "
-    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+    "compiled models, fused attention kernels and reentrant checkpoints have none: run the model as it was before "
+    "torch.compile, inside torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), with "
+    "checkpoint(..., use_reentrant=False)"
 )
 
 

@@ -7,7 +7,7 @@ that a model is never left changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmaker.attention import Listener, Projection
 from gradmaker.calls import Call, broadcasts
+from gradmaker.reentrant import reenters
 
 __all__ = ["OutputGradients", "Tape"]
 
@@ -162,7 +163,7 @@ class Tape:
 
     def pull(self, z: Tensor, cotangents: Tensor) -> OutputGradients:
         """Output gradients for given cotangents of ``z``; keeps the graph.  cotangents: (k, *z.shape)"""
-        if self._late:
+        if self._late or reenters(z):
             return self._pull_by_backward(z, cotangents)
         k = cotangents.shape[0]
         edges = [edge for calls in self.calls.values() for call in calls for edge in call.edges]
@@ -174,21 +175,37 @@ class Tape:
 
     def _pull_by_backward(self, z: Tensor, cotangents: Tensor) -> OutputGradients:
         """As `pull`, where a reentrant checkpoint allows nothing but a whole backward pass; ``.grad`` is put back."""
-        parameters = list(self.root.parameters())
-        kept = [p.grad for p in parameters]
-        try:
-            for p in parameters:
-                p.grad = None
+        with self.gradients_apart():
             passes = [self.collect(lambda c=c: z.backward(c, retain_graph=True)) for c in cotangents]  # type: ignore[misc]
-        finally:
-            for p, g in zip(parameters, kept, strict=True):
-                p.grad = g
         return {
             module: [
                 [torch.cat(same) for same in zip(*call, strict=True)] for call in zip(*(p[module] for p in passes), strict=True)
             ]
             for module in self.calls
         }
+
+    def pull_parameters(self, z: Tensor, cotangent: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangent: like z"""
+        if not reenters(z):
+            with self.paused():  # a checkpoint repeats its calls
+                pulled = torch.autograd.grad(z, parameters, cotangent, retain_graph=True, materialize_grads=True)
+            return list(pulled)
+        with self.gradients_apart():
+            self.collect(lambda: z.backward(cotangent, retain_graph=True))
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    @contextmanager
+    def gradients_apart(self) -> Iterator[None]:
+        """No parameter has a gradient inside; afterwards it is as it was."""
+        parameters = list(self.root.parameters())
+        kept = [p.grad for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            yield
+        finally:
+            for p, g in zip(parameters, kept, strict=True):
+                p.grad = g
 
 
 def _repeated(value: Any, n: int) -> Any:

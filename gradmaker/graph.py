@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.likelihood import Terms
+from gradmaker.reentrant import nodes, refuse_reentrant
 
 __all__ = ["Graph", "Vectors"]
 
@@ -25,6 +26,7 @@ class Graph:
 
     def __init__(self, model: nn.Module, loss: Tensor, terms: Sequence[Terms], logits: Tensor | None = None) -> None:
         """logits: what all of the loss is a convex function of, where that was declared; else it is the sum of its terms."""
+        refuse_reentrant(loss)
         self.outputs = [t.z for t in terms] if logits is None else [logits]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss, self.terms, self.logits = loss, list(terms), logits
@@ -111,16 +113,7 @@ def _ends_early(gradients: Iterable[Tensor]) -> bool:
     Torch ends such a gradient in a node that raises. It has leaves of its own, so that derivatives in other tensors never reach
     it: without a look at the graph they would take the gradient for a constant, in silence.
     """
-    waiting = [g.grad_fn for g in gradients if g.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node.name() == "torch::autograd::Error":
-            return True
-        following = {f for f, _ in node.next_functions if f is not None} - seen
-        seen |= following
-        waiting.extend(following)
-    return False
+    return any(node.name() == "torch::autograd::Error" for node in nodes(gradients))
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

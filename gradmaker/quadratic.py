@@ -17,6 +17,7 @@ from gradmaker.batches import Batch, terms_of
 from gradmaker.curvature.hessian import ADVICE, UNSUPPORTED
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.curvature.terms import Terms
+from gradmaker.reentrant import refuse_reentrant
 
 __all__ = ["Displacement", "QuadraticModel", "inner"]
 
@@ -66,6 +67,7 @@ class QuadraticModel:
             with forward.dual_level(), LossRecorder() as recorder:
                 duals = {p: forward.make_dual(w.detach().requires_grad_(), direction[p]) for p, w in self.weights.items()}
                 logits, loss = batch.replay.run(duals)
+                refuse_reentrant(loss)
                 terms = terms_of(recorder, loss, logits, batch.config.likelihood)
                 value, slope = forward.unpack_dual(loss)
                 images = [forward.unpack_dual(t.z).tangent for t in terms]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradmaker.reentrant import refuse_reentrant
+
 __all__ = ["Replay"]
 
 
@@ -71,6 +73,7 @@ class Replay:
         moved = {p: (v + displacement[p] if p in displacement else v).requires_grad_() for p, v in moved.items()}
         with torch.enable_grad():
             loss = self.run(moved)[1]
+            refuse_reentrant(loss)
             found = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
         return loss.detach(), {p: torch.zeros_like(p) if g is None else g for p, g in zip(moved, found, strict=True)}
 

@@ -273,6 +273,7 @@ ROWS: dict[str, Row] = {
     "weight_norm": Row(models.weight_norm, "0"),
     "spectral_norm, training": Row(spectral, "0", "The singular vectors are those of the recorded call, held fixed."),
     "bare parameter": Row(models.bare_scale, "scale"),
+    "bare parameter, before a batch norm in training": Row(partial(build, models.ScaledNorm, 6, 2, 4), "scale", HELD),
     "subclass with a forward of its own": Row(MORE["subclass"], "0"),
     "any other module (PReLU)": Row(MORE["prelu"], "1"),
 }

@@ -67,6 +67,19 @@ def coupled_block(case: Case) -> Tensor:
     return len(case.x) * J.mT @ J
 
 
+def test_parameters_of_no_layer_before_batch_norms() -> None:
+    """Their call is repeated for single examples, with mean and variance of the batch as constants, and nothing is moved."""
+    case, twin, plain = (models.build(models.ScaledNorm, 6, 2, 4) for _ in range(3))
+    with oracles.frozen_batch_statistics(twin.model, twin.x):
+        oracle = ggn(twin)
+    for representation in (GRAINS["layer"], GRAINS["unit"], GRAINS["diagonal"]):
+        case = models.build(models.ScaledNorm, 6, 2, 4)
+        compare(measure(case, FisherExact(), representation), oracle, skip=("conv", "norms.0"))  # before a coupling
+    plain.run()
+    assert all(torch.equal(b, c) for b, c in zip(case.model.buffers(), plain.model.buffers(), strict=True))
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in case.model.modules())
+
+
 @pytest.mark.parametrize("name", COUPLED)
 def test_batch_norm_in_evaluation(name: str) -> None:
     case = ZOO[name]()

@@ -1,0 +1,40 @@
+"""Reentrant checkpoints, which hide weights from every derivative but a whole backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["nodes", "reenters", "refuse_reentrant"]
+
+
+def nodes(values: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph behind some tensors, each once."""
+    waiting = [v.grad_fn for v in values if v.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        following = {f for f, _ in node.next_functions if f is not None} - seen
+        seen |= following
+        waiting.extend(following)
+
+
+def reenters(value: Tensor) -> bool:
+    """Whether a part of a computation lies in a checkpoint with ``use_reentrant=True``.
+
+    To the graph it is one node, of the inputs alone: `torch.autograd.grad` finds no way to the weights inside, takes them for
+    constants, and says nothing as long as others are reached.
+    """
+    return any(node.name().startswith("CheckpointFunction") for node in nodes([value]))
+
+
+def refuse_reentrant(value: Tensor) -> None:
+    """RuntimeError for such a computation, where more than a backward pass is needed."""
+    if reenters(value):
+        raise RuntimeError(
+            "the forward pass has a checkpoint with use_reentrant=True, which allows nothing but a whole backward pass, and "
+            "this method needs other derivatives: use checkpoint(..., use_reentrant=False)"
+        )
