@@ -11,7 +11,7 @@ is made, so that the curvature is always ``C = sum_N vec(J_N) vec(J_N)^T`` with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,9 @@ __all__ = [
     "Product",
     "SecantPair",
 ]
+
+PIECE = 1 << 24
+"""Entries of rows that are formed at once where only sums over them are wanted: a bound on memory, 64 MiB in float32."""
 
 WHOLE = ""
 """Name, in a portion of evidence, of what speaks of all sites as one vector, in the order of ``step.sites``."""
@@ -178,7 +181,22 @@ class Outer(Evidence):
             if self.bias:
                 out = torch.cat([out, g2.sum(1).unsqueeze(-1)], -1)
             return out.mT if self.transposed else out
-        return self.rows().square().sum(0)
+        parts = self.pieces()
+        total = next(parts).rows().square().sum(0)
+        for part in parts:
+            total += part.rows().square().sum(0)
+        return total
+
+    def pieces(self) -> Iterator[Outer]:
+        """The same rows in parts of at most `PIECE` entries, but of one row at least."""
+        assert isinstance(self.inputs, Tensor)
+        _, G, n, _, o = self.gradients.shape
+        row = G * o * (self.inputs.shape[-1] + self.bias)
+        step, together = (max(1, PIECE // max(1, size)) for size in (row, row * n))
+        for g in self.gradients.split(together):
+            for own in (slice(start, start + step) for start in range(0, n, step)):
+                weights = None if self.weights is None else self.weights[own]
+                yield replace(self, inputs=self.inputs[:, own], gradients=g[:, :, own], weights=weights)
 
     def _one_hot_squares(self) -> Tensor:
         """Positions of one example that hold one token are summed before the square is taken."""

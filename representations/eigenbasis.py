@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.curvature.evidence import PIECE, Evidence, Inputs, OneHot, Outer
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.factor import blocks, identity, rayleigh, transpose, turn
 from gradmaker.representations.kronecker import Kron, apply_factors
@@ -35,7 +35,7 @@ class Eigenbasis(Representation):
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1; ``b a^T`` as in the authors' code.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
@@ -72,7 +72,8 @@ class Eigenbasis(Representation):
         newborn = self._advance(state, first=fold.mass > 0)
         self._kron().update(state, evidence, fold)
         state["moments"].mul_(fold.beta)
-        fold.weigh_(state["mass"])
+        weigh = fold.weigh_mean_ if isinstance(evidence, Inputs) else fold.weigh_  # as in `Kron`
+        weigh(state["mass"])
         if newborn:
             self._renew(state)
         else:
@@ -147,25 +148,46 @@ def _eigenvectors(F: Tensor, before: Tensor) -> Tensor:
 
 
 def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """``sum_N (left^T J_N right)^2`` without more memory than the smaller of two ways takes.
+    """``sum_N (left^T J_N right)^2`` by the shorter of two ways, in pieces that bound the memory.
 
-    With one position the square of an outer product is the product of squares. With ``R`` positions either ``J`` is formed, or
-    ``sum_rs (g_r * g_s)(a_r * a_s)^T`` is contracted over pairs of positions.  # (B, o, i), or (B, i, o) when transposed
+    With one position the square of an outer product is the product of squares. With ``R`` positions either the ``k n`` rows are
+    formed, or ``sum_rs (g_r * g_s)(a_r * a_s)^T`` is contracted over the ``n R^2`` pairs of positions.
+
+    # (B, o, i), or (B, i, o) when transposed
     """
     outer, inner = (right, left) if evidence.transposed else (left, right)
     rotated = _rotate_inputs(evidence, inner)
+    if isinstance(rotated, Inputs):
+        return _input_squares(rotated)
     if outer is not None:
         rotated = replace(rotated, gradients=turn(rotated.gradients.transpose(0, 1), outer).transpose(0, 1))
-    k, G, n, R, o = rotated.gradients.shape
-    if isinstance(rotated.inputs, OneHot) or R == 1:
+    k, _, _, R, _ = rotated.gradients.shape
+    if isinstance(rotated.inputs, OneHot) or R == 1 or R >= k or rotated.bias:
         return rotated.squares()
-    i = rotated.inputs.shape[-1]
-    if R * R * (o + i) >= k * o * i or rotated.bias:
-        return rotated.squares()
-    g2 = torch.einsum("kgnro,kgnso->gnrso", rotated.gradients, rotated.gradients).reshape(G, -1, o)
-    a2 = torch.einsum("gnri,gnsi->gnrsi", rotated.inputs, rotated.inputs).reshape(G, -1, i)
-    out = g2.mT @ a2
-    return out.mT if rotated.transposed else out
+    return _paired_squares(rotated.inputs, rotated.gradients, rotated.transposed)
+
+
+def _paired_squares(a: Tensor, g: Tensor, transposed: bool) -> Tensor:
+    """By pairs of positions.  # (G, n, R, i), (k, G, n, R, o)"""
+    _, G, _, R, o = g.shape
+    i = a.shape[-1]
+    total = g.new_zeros(G, o, i)
+    step = max(1, PIECE // (G * R * R * (o + i)))
+    for own, x in zip(g.split(step, 2), a.split(step, 1), strict=True):
+        g2 = torch.einsum("kgnro,kgnso->gnrso", own, own).reshape(G, -1, o)
+        a2 = torch.einsum("gnri,gnsi->gnrsi", x, x).reshape(G, -1, i)
+        total.baddbmm_(g2.mT, a2)
+    return total.mT if transposed else total
+
+
+def _input_squares(evidence: Inputs) -> Tensor:
+    """The diagonal of ``I (x) A``, which no basis of the outputs changes.  # (G, o, i), or (G, i, o) when transposed"""
+    a, g = evidence.inputs, evidence.gradients
+    i = a.size if isinstance(a, OneHot) else a.shape[-1] + evidence.bias
+    diagonal = g.new_zeros(g.shape[1], i)
+    evidence.add_input_moment_(diagonal, 1.0, 1.0)
+    out = diagonal.unsqueeze(1).expand(-1, g.shape[-1], -1)
+    return out.mT if evidence.transposed else out
 
 
 def _rotate_inputs(evidence: Outer, Q: Tensor | None) -> Outer:

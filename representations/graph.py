@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import ClassVar, Literal, TypeAlias
@@ -199,9 +199,11 @@ def _star_moments(evidence: Outer) -> tuple[Tensor, Tensor]:
     if evidence.inputs.shape[2] == 1:
         g2 = evidence.gradients[:, :, :, 0].square().sum(0)  # (G, n, o)
         return evidence.squares(), torch.nn.functional.pad(g2.mT @ evidence.inputs[:, :, 0], (0, 1))
-    parts = [replace(evidence, gradients=g) for g in evidence.gradients.split(1)]  # one cotangent at a time bounds the memory
-    moments = [_row_moments(part.rows()) for part in parts]  # positions are summed first
-    squares, cross = (torch.stack(m).sum(0) for m in zip(*moments, strict=True))
+    parts = evidence.pieces()  # positions are summed first
+    squares, cross = _row_moments(next(parts).rows())
+    for part in parts:
+        for total, more in zip((squares, cross), _row_moments(part.rows()), strict=True):
+            total += more
     return squares, torch.nn.functional.pad(cross, (0, 1))
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.curvature.evidence import Evidence, Inputs, OneHot, Outer
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import apply_factors
 
@@ -29,7 +29,7 @@ class KronRows(Representation):
     There the positions are drawn; a representation draws no random numbers.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
     factored_axes: ClassVar[bool] = True
     live: ClassVar[bool] = True
     idle = NEWEST_ALONE | NO_LIMIT
@@ -68,9 +68,12 @@ class KronRows(Representation):
             _clear(state)
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
-        _append(state, outer, g.reshape(len(g), -1, g.shape[-1]) * fold.alpha**0.5)
-        state[f"{outer}_mass"] += fold.mass
+        if isinstance(evidence, Inputs):
+            _add_identity(state, outer, fold.alpha)
+        else:
+            g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
+            _append(state, outer, g.reshape(len(g), -1, g.shape[-1]) * fold.alpha**0.5)
+            state[f"{outer}_mass"] += fold.mass
         if evidence.fresh:
             self._add_inputs(state, inner, evidence, fold.alpha)
 
@@ -141,6 +144,13 @@ def _clear(state: State) -> None:
         diagonal = held.ndim == 2
         state[f"{side}_diagonal" if diagonal else f"{side}_rows"] = torch.zeros_like(held) if diagonal else held[:, :0]
         state[f"{side}_mass"] = torch.zeros_like(state[f"{side}_mass"])
+
+
+def _add_identity(state: State, side: str, alpha: float) -> None:
+    """``alpha I``, a mean as the inputs that it comes with are: a factor that needs no rows."""
+    rows = state.pop(f"{side}_rows", None)
+    state[f"{side}_diagonal"] = (state[f"{side}_diagonal"] if rows is None else rows.sum(1)) + alpha
+    state[f"{side}_mass"] += alpha
 
 
 def _append(state: State, side: str, rows: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Low-rank curvature ``C = J^T J``: what all of its forms share, and rows that are gathered from a stream of gradients.
 
 ``c`` rows are held at a time. Live states: tensors are replaced, never written to, so that a solver's cache may share them.
+They are held in pieces: what a step replaces is the newest of these, and an old one goes when its last row has gone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, LowRank, Representation, State
 
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]
+
+PIECE = 32
+"""Rows of a stream that lie in one tensor: a window takes at most two pieces more than itself, and two products a piece."""
 
 COLUMNS = 1 << 16
 """Entries of a row that are taken to double precision at once."""
@@ -67,22 +71,25 @@ class _Stream(Spanned):
 
     def init(self, frame: Frame) -> State:
         rows, gram = frame.zeros(0, *frame.shape), frame.zeros(0, 0).double()
-        return {"rows": rows, "gram": gram, "weights": frame.zeros(0), "mass": frame.zeros()}
+        return {"rows.0": rows, "gram": gram, "weights": frame.zeros(0), "mass": frame.zeros()}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
-        rows, gram, weights = self.make_room(state["rows"], state["gram"], state["weights"])
-        new = evidence.gradient.reshape(rows.shape[0], 1, *rows.shape[2:])
-        rows = torch.cat([rows, new], 1)
-        cross = _inner(rows, new)  # (B, c, 1)
-        state["rows"] = rows
+        pieces, gram, weights = self.make_room(_pieces(state), state["gram"], state["weights"])
+        new = evidence.gradient.reshape(pieces[0].shape[0], 1, *pieces[0].shape[2:])
+        last = pieces.pop()
+        pieces += [last, new.clone()] if last.shape[1] >= PIECE else [torch.cat([last, new], 1)]  # new may be .grad itself
+        cross = torch.cat([_inner(rows, new) for rows in pieces], 1)  # (B, c, 1)
+        for k in range(len(_pieces(state))):
+            del state[f"rows.{k}"]
+        state.update({f"rows.{k}": rows for k, rows in enumerate(pieces)})
         state["gram"] = torch.cat([torch.cat([gram, cross[:, :-1]], 2), cross.mT], 1)
         state["weights"] = torch.cat([weights * fold.beta, weights.new_ones(len(weights), 1)], 1)
         mass = state["mass"]
         state["mass"] = torch.ones_like(mass) if fold.summed else mass * fold.beta + 1
 
     @abstractmethod
-    def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def make_room(self, pieces: list[Tensor], gram: Tensor, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """The same with fewer rows, if a further one would be too many."""
 
     @abstractmethod
@@ -94,14 +101,22 @@ class _Stream(Spanned):
         return state["gram"] * root.unsqueeze(-1) * root.unsqueeze(-2)
 
     def project(self, state: State, v: Tensor) -> Tensor:
-        rows = _vectors(state["rows"])
-        vector = v.to(rows.dtype).reshape(len(v), -1, 1)
-        return self.shares(state).sqrt() * (rows @ vector).squeeze(-1)
+        pieces = _pieces(state)
+        vector = v.to(pieces[0].dtype).reshape(len(v), -1, 1)
+        return self.shares(state).sqrt() * torch.cat([_vectors(rows) @ vector for rows in pieces], 1).squeeze(-1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
-        rows = state["rows"]
-        weighted = self.shares(state).sqrt() * z.to(rows.dtype)
-        return (weighted.unsqueeze(1) @ _vectors(rows)).reshape(rows.shape[0], *rows.shape[2:])
+        pieces = _pieces(state)
+        weighted = (self.shares(state).sqrt() * z.to(pieces[0].dtype)).unsqueeze(1).split([x.shape[1] for x in pieces], 2)
+        total: Tensor = weighted[0] @ _vectors(pieces[0])
+        for share, rows in zip(weighted[1:], pieces[1:], strict=True):
+            total = torch.baddbmm(total, share, _vectors(rows))
+        return total.reshape(len(total), *pieces[0].shape[2:])
+
+
+def _pieces(state: State) -> list[Tensor]:
+    """The rows, oldest first.  # each (B, up to PIECE, *shape)"""
+    return [state[f"rows.{k}"] for k in range(sum(name.startswith("rows.") for name in state))]
 
 
 def _vectors(rows: Tensor) -> Tensor:
@@ -148,9 +163,12 @@ class Window(_Stream):
     def grain(self) -> Grain:
         return self.granularity
 
-    def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        start = max(0, rows.shape[1] - self.size + 1)
-        return rows[:, start:], gram[:, start:, start:], weights[:, start:]
+    def make_room(self, pieces: list[Tensor], gram: Tensor, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        start = over = max(0, weights.shape[1] - self.size + 1)
+        while over and pieces[0].shape[1] <= over and len(pieces) > 1:
+            over -= pieces[0].shape[1]
+            pieces = pieces[1:]
+        return [pieces[0][:, over:], *pieces[1:]], gram[:, start:, start:], weights[:, start:]
 
     def shares(self, state: State) -> Tensor:
         weights = state["weights"]
@@ -184,13 +202,14 @@ class Truncated(_Stream):
     def grain(self) -> Grain:
         return self.granularity
 
-    def make_room(self, rows: Tensor, gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if rows.shape[1] < self.rank + self.window:
-            return rows, gram, weights
+    def make_room(self, pieces: list[Tensor], gram: Tensor, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        if weights.shape[1] < self.rank + self.window:
+            return pieces, gram, weights
+        rows = torch.cat(pieces, 1)
         X = weights.sqrt().unsqueeze(-1) * _vectors(rows)
         s, Q = torch.linalg.eigh(_inner(X, X))  # anew: what was added up over many steps has drifted
         U = (Q[..., -self.rank :].mT.to(X.dtype) @ X).reshape(rows.shape[0], self.rank, *rows.shape[2:])
-        return U, torch.diag_embed(s[..., -self.rank :].clamp(min=0)), torch.ones_like(weights[:, : self.rank])
+        return [U], torch.diag_embed(s[..., -self.rank :].clamp(min=0)), torch.ones_like(weights[:, : self.rank])
 
     def shares(self, state: State) -> Tensor:
         mass = state["mass"]

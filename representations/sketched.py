@@ -29,7 +29,8 @@ class Sketched(Rows):
       is always taken. With ``official`` times ``(d / s)^2``, as in the authors' code, which is not.
 
     With sampled coordinates ``J^T`` itself stays whole, so that ``C`` is represented by ``J^T J S``, not symmetric, with
-    ``E[S] = I``.
+    ``E[S] = I``. The authors' code also merges all rows of a step into one outer product, which is right for a single row
+    alone; that is left out.
 
     Reference: Yang et al. 2021, "Sketch-based empirical natural gradient methods for deep learning", arXiv:2006.05924,
     section 3.

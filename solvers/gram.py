@@ -34,14 +34,15 @@ class Gram(Solver):
 
     With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is what is left of ``g`` outside of the rows.
 
-    - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury);
+    - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury). What the
+      rows span of a gradient is pushed through, ``P J^T y = J^T (K + damping)^-1 y``: Woodbury would subtract two numbers that
+      are ``1 / damping`` times as large as the gradient, and lose all digits of a gradient that is one of the rows;
     - ``power=-1/2``: ``(C^(1/2) + damping)^-1``, the damping follows the root; ``placement="before"`` puts it under the root,
       ``(C + damping)^(-1/2)``.
 
     ``mode="largest"`` measures the damping by the largest eigenvalue of what it is added to. ``tail`` is ``t``: ``eps`` is the
-    formula above; ``none`` drops what the rows do not span, where Woodbury would subtract two large numbers for a gradient that
-    they do span (push-through); ``sigma_min`` gives it the smallest singular value's gain, in place of the damping. For
-    ``power=-1/2`` only ``eps`` is damped. ``scale_preserving`` returns ``damping P g``.
+    formula above; ``none`` drops what the rows do not span; ``sigma_min`` gives it the smallest singular value's gain, in place
+    of the damping. For ``power=-1/2`` only ``eps`` is damped. ``scale_preserving`` returns ``damping P g``.
 
     All that is small is done in double precision. A block that fails keeps its last cache, with the rows of then; one that
     fails before it ever succeeded gets what a zero curvature would give, or keeps its gradient where the mode leaves no scale.
@@ -85,13 +86,13 @@ class Gram(Solver):
         return self.power == -1 and self.tail == "eps" and self.mode == "absolute"
 
     def refuse(self, representation: Any) -> str | None:
-        if getattr(representation, "coordinates", None) is None or self._direct:
+        if not _samples(representation) or self._direct:
             return None
         return "Gram cannot root what is sampled by coordinates: use power=-1 with tail='eps' and mode='absolute'"
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         K = representation.gram(state).double()
-        new, lost = self._invert(K) if self._direct else self._decompose(K)
+        new, lost = self._invert(K, self._slack(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
         held = state if representation.live else {name: x.clone() for name, x in state.items()}
         counters = count_failures(lost, previous)
@@ -108,10 +109,25 @@ class Gram(Solver):
             return 1.0
         return self.damping**-0.5 if self.placement == "before" else 1 / self.damping
 
-    def _invert(self, K: Tensor) -> tuple[State, Tensor]:
-        """``M`` and ``t``, and who is lost.  # (B, N, N), (B,), (B,)"""
-        ((inverse,),), lost = climb(CholeskyInverse(1), [K], [K.new_full(K.shape[:1], self.damping)])
-        return {"middle": -inverse / self.damping, "gain": K.new_full(K.shape[:1], 1 / self.damping)}, lost
+    def _slack(self, representation: Any, state: State) -> float | None:
+        """The share of the largest curvature that is lost in the rounding of products; None where rows are not to fit.
+
+        By some coordinates of the rows a gradient may be fitted with rows that are far larger than it elsewhere.
+        """
+        if _samples(representation):
+            return None
+        return ROUNDOFFS * max(torch.finfo(x.dtype).eps for x in state.values() if x.is_floating_point())
+
+    def _invert(self, K: Tensor, slack: float | None) -> tuple[State, Tensor]:
+        """``M`` and ``t``, maybe ``(K + slack |K|)^-1``, and who is lost.  # (B, N, N), (B,), (B, N, N), (B,)"""
+        ridges = [K.new_full(K.shape[:1], self.damping)]
+        if slack is not None:
+            size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # not below the largest eigenvalue
+            ridges.append(torch.where(size > 0, slack * size, 1.0))
+        found, lost = climb(CholeskyInverse(1), [K] * len(ridges), ridges)
+        inverse, *fits = (X for (X,) in found)
+        cache = {"middle": -inverse / self.damping, "gain": K.new_full(K.shape[:1], 1 / self.damping)}
+        return cache | dict(zip(("fit",), fits, strict=False)), lost
 
     def _decompose(self, K: Tensor) -> tuple[State, Tensor]:
         """``P`` on the span of the rows, the projector on it, ``t``.  # (B, N, N), (B, N, N), (B,), (B,)"""
@@ -165,11 +181,23 @@ class Gram(Solver):
             return z
 
         z, rest = seen(g), g
+        if "fit" in cache:  # P g = J^T (K + damping)^-1 y + P (g - J^T y), whatever y is
+            y = torch.zeros_like(z)
+            for _ in range(2):  # again, for what the ridge of the fit has left
+                y = y + cache["fit"] @ z
+                rest = _beyond_rounding(rest - through("fit", z), g)
+                z = seen(rest)
+            z = z - self.damping * y
         spanned = through("middle", z)
         if "projector" in cache and self.tail != "none":
             rest = rest - through("projector", z)
             rest = _beyond_rounding(rest - through("projector", seen(rest)), g)  # again, for rows that are almost parallel
         return torch.addcmul(spanned, cache["gain"].to(g.dtype).view(-1, *[1] * (g.ndim - 1)), rest)
+
+
+def _samples(representation: Any) -> bool:
+    """Whether products with rows are those of some coordinates."""
+    return getattr(representation, "coordinates", None) is not None
 
 
 def _beyond_rounding(rest: Tensor, g: Tensor) -> Tensor:

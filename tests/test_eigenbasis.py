@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
 from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer
+from gradmaker.curvature import evidence as curvature_evidence
 from gradmaker.methods.custom import CustomGradientConfig
-from gradmaker.representations import Eigenbasis, Kron
+from gradmaker.representations import Eigenbasis, Kron, eigenbasis
 from gradmaker.representations.eigenbasis import rotated_squares
 from gradmaker.solvers import Rotate
 from tests import models, oracles
@@ -152,9 +153,15 @@ def loop_squares(evidence: Outer, left: Tensor, right: Tensor, per_position: boo
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("sizes", [(2, 2, 3, 1, 4, 5), (1, 2, 3, 2, 9, 8), (6, 1, 2, 3, 9, 8), (1, 2, 3, 7, 3, 2)])
-def test_rotated_squares(sizes: tuple[int, ...], transposed: bool, bias: bool) -> None:
-    """One position; pairs of positions (the second and third sizes); J formed (the last)."""
+@pytest.mark.parametrize("sizes", [(2, 2, 3, 1, 4, 5), (4, 2, 3, 2, 9, 8), (6, 1, 2, 3, 9, 8), (1, 2, 3, 7, 3, 2)])
+@pytest.mark.parametrize("piece", [None, 1, 200])
+def test_rotated_squares(
+    sizes: tuple[int, ...], transposed: bool, bias: bool, piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One position; pairs of positions (the second and third sizes, without a bias); J formed (the last); all in pieces."""
+    if piece is not None:
+        for module in (curvature_evidence, eigenbasis):
+            monkeypatch.setattr(module, "PIECE", piece)
     k, G, n, R, o, i = sizes
     evidence = Outer(torch.randn(G, n, R, i).double(), torch.randn(k, G, n, R, o).double(), bias, transposed)
     of_outer, of_inner = (torch.linalg.qr(torch.randn(G, d, d).double())[0] for d in (o, i + bias))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from gradmaker import METHODS, Triple, TripleError
 from gradmaker.capture import Tape
 from gradmaker.curvature import FisherEmp, FisherExact, FisherForward, Inputs, OneHot, Outer
-from gradmaker.representations import Dense, GaussianGraph, Kron
+from gradmaker.representations import Dense, Eigenbasis, GaussianGraph, Kron, KronRows
 from gradmaker.representations.base import Fold, Frame, State
-from gradmaker.solvers import CG, Cholesky, Eigh, LocalRegression
+from gradmaker.solvers import CG, Cholesky, Eigh, FactorWoodbury, LocalRegression, Rotate
 from tests import models, oracles
 from tests.models import Case
 from tests.test_triples import FISHERS, MODELS, custom, direction, fisher_and_gradient, step
@@ -423,9 +423,83 @@ def test_rows_of_inputs_are_the_kronecker_product(transposed: bool, masked: bool
     assert oracles.relative_error(J.mT @ J, kron.to_dense(state)[0]) < 1e-12
 
 
+FORWARD: dict[str, Callable[[], Case]] = {
+    "mlp": models.mlp,
+    "few": lambda: (c := models.mlp())._replace(x=c.x[:2], t=c.t[:2]),
+    "no_bias": partial(models.mlp, bias=False),
+    "grouped": partial(models.convolution, 2, groups=2),
+    "transposed": partial(models.convolution, 2, transposed=True),
+    "norm": models.normed,
+    "bag": models.embedding_mean,
+    "tagger": partial(models.tagger, mix=True),
+}
+
+
+def run_of(method: str, make: Callable[[], Case], parts: int = 1, **options: Any) -> tuple[Tensor, Any]:
+    """The third direction with FisherForward, on other inputs in every step, maybe in micro-batches; and the maker."""
+    case = make()
+    config = {"fisher": FisherForward(), "damping": 0.05, "curvature_interval": 1, "preconditioner_interval": 1, **options}
+    maker: Any = METHODS[method](case.model, METHODS[method].Config(**config))
+    for k in range(3):
+        case.model.zero_grad()
+        x, n = case.x.roll(k, 0)[k % 2 :], len(case.x) - k % 2
+        cuts = [slice(0, n)] if parts == 1 else [slice(0, 1), slice(1, n)]
+        for cut in cuts:
+            maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x[cut]), case.t[k % 2 :][cut])
+            maker.accumulate(len(x[cut]) / n)
+        maker.precondition()
+    return oracles.gradient_vector(case.model), maker
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("reduction, sharing", [("sum", "reduce"), ("none", "expand")])
+def test_forward_only_by_rows_is_that_of_the_newest_factors(name: str, reduction: str, sharing: str) -> None:
+    """SKFAC with the inputs alone, by few rows or by whole factors."""
+    found, maker = run_of("skfac", FORWARD[name], reduction=reduction)
+    expected, _ = run_of("kfac", FORWARD[name], decay=0.0, sharing=sharing)
+    assert oracles.relative_error(found, expected) < 1e-10
+    assert maker.verify().passed
+    for block in maker.plan.blocks:
+        side = block.triple.representation.factors(block.state)[1 if block.sites[0].rule.transposed else 0]
+        assert oracles.relative_error(side, torch.ones_like(side)) < 1e-12  # of the outputs: the identity, as its diagonal
+    if name != "tagger":  # where micro-batches hold unlike numbers of tokens
+        assert oracles.relative_error(run_of("skfac", FORWARD[name], 2, reduction=reduction)[0], found) < 1e-10
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("basis_interval", [1, 9])
+@pytest.mark.parametrize("decay", [0.8, None])
+def test_forward_only_in_an_eigenbasis_is_the_diagonal_there(name: str, basis_interval: int, decay: float | None) -> None:
+    """``D = diag(Q^T (I (x) A) Q)`` with the average ``A``, also in the basis of an earlier one."""
+    options = {"basis_interval": basis_interval, "decay": decay}
+    _, maker = run_of("ekfac", FORWARD[name], **options)
+    _, exact = run_of("kfac", FORWARD[name], split="exact", decay=decay)
+    for block, other in zip(maker.plan.blocks, exact.plan.blocks, strict=True):
+        C = other.triple.representation.to_dense(other.state)
+        bases = [Q if Q is not None else torch.eye(d).double() for Q, d in zip(_bases(block), block.frame.shape, strict=True)]
+        bases = [Q.expand(block.frame.stack, *Q.shape[-2:]) for Q in bases]
+        Q = torch.stack([torch.kron(*pair) for pair in zip(*bases, strict=True)])
+        D = block.triple.representation.spectrum(block.state).flatten(1)
+        assert oracles.relative_error(D, (Q.mT @ C @ Q).diagonal(dim1=-2, dim2=-1)) < 1e-10
+    assert maker.verify().passed
+    if name != "tagger" and basis_interval == 9:  # a basis of the first step is that of its first micro-batches
+        _, parts = run_of("ekfac", FORWARD[name], 2, **options)
+        for block, other in zip(maker.plan.blocks, parts.plan.blocks, strict=True):
+            traces = (b.triple.representation.spectrum(b.state).flatten(1).sum(1) for b in (block, other))
+            assert oracles.relative_error(*traces) < 1e-10
+
+
+def _bases(block: Any) -> Any:
+    return block.triple.representation.bases(block.state)
+
+
 def test_forward_only_is_for_kronecker_factors_alone() -> None:
     for solver in (Cholesky(), Eigh(), CG()):
         Triple(FisherForward(), Kron(), solver)
+    Triple(FisherForward(), KronRows(), FactorWoodbury())
+    Triple(FisherForward(), Eigenbasis(), Rotate())
+    with pytest.raises(TripleError, match=r"TensorNormal is built from .* but FisherForward gives Inputs"):
+        METHODS["tnt"](models.mlp().model, METHODS["tnt"].Config(fisher=FisherForward()))
     with pytest.raises(TripleError, match=r"Dense is built from .* but FisherForward gives Inputs"):
         Triple(FisherForward(), Dense(), Cholesky())
     bare = METHODS["custom"](models.bare_scale().model, custom(FisherForward(), Kron(), Eigh(damping=0.5)))

@@ -47,16 +47,18 @@ COVERED: dict[int, str] = {
     13: "test_maker::test_constant_evidence_is_the_average_at_every_step",
     14: "test_methods::test_covered_gradients_differ_and_others_are_raw test_eigenbasis::test_whole_run",
     15: "test_methods::test_direction_descends test_methods::test_config_round_trip",
-    16: "test_methods::test_covered_gradients_differ_and_others_are_raw",
-    17: f"{HERE}::test_extra_passes_leave_the_gradient_and_batches_may_shrink",
-    18: f"{HERE}::test_extra_passes_leave_the_gradient_and_batches_may_shrink",
+    16: "test_secants::test_secant_equation_without_damping test_secants::test_hessian_action_goes_to_the_inverse",
+    17: f"{HERE}::test_extra_passes_leave_the_gradient_and_batches_may_shrink test_secants::test_pairs_come_from_one_batch",
+    18: f"{HERE}::test_extra_passes_leave_the_gradient_and_batches_may_shrink "
+    "test_secants::test_inputs_of_a_convolution_are_summed_over_locations",
     19: "test_kronecker_dims::test_block_grid_equals_independent_tensors "
     "test_kronecker_dims::test_a_solve_leaves_the_statistic "
     "test_kronecker_dims::test_a_one_by_one_factor_is_a_scalar_root test_methods::test_unused_layer "
     "test_config::test_what_is_ignored_keeps_its_plain_gradient",
     20: "test_methods::test_frozen_layer test_capture::test_a_step_holds_no_graph "
     "test_config::test_what_a_method_does_not_cover_goes_to_the_fallback",
-    21: "test_low_rank::test_seng_is_the_dense_solve_of_layers test_low_rank::test_parameters_without_a_layer_get_the_fallback",
+    21: "test_low_rank::test_seng_is_the_dense_solve_of_layers test_low_rank::test_parameters_without_a_layer_get_the_fallback "
+    "test_methods::test_covered_gradients_differ_and_others_are_raw",
     22: "test_low_rank::test_smw_is_the_dense_solve test_low_rank::test_batches_of_another_size_go_through_cg",
     25: "curvature/test_evidence::test_products test_fang::test_positions_are_summed_before_squares",
     26: "test_layers::test_zoo test_layers::test_groups_are_separate_convolutions",

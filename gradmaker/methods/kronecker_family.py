@@ -24,7 +24,7 @@ class KroneckerGradientConfig(TrustRegionGradientConfig, ABC):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact, FisherEmp; for `kfac` also FisherForward, which leaves out the output factors (FOOF)."""
+    """FisherMC, FisherExact, FisherEmp, FisherForward; the last one leaves out the output factors (FOOF)."""
     bias: Literal["joint", "separate"] = "joint"
     """Whether a bias is one more input of its layer's block, or a block of its own."""
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"

@@ -28,7 +28,8 @@ __all__ = [
 class UnitNaturalGradientConfig(GradientConfig):
     """Unit-wise natural gradient: ``P g_u = (F_u + damping)^-1 g_u`` for the incoming weights and bias of each unit ``u``.
 
-    A unit of an embedding is the row of a token. Other parameters are units of one number each.
+    A unit of an embedding is the row of a token. Other parameters are units of one number each. The quasi-diagonal form, of
+    three numbers a weight, is `fang` with its default structure.
 
     Reference: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2.
     """

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradmaker.curvature import evidence as module
 from gradmaker.curvature.evidence import Gradient, Joint, OneHot, Outer
 
 EXACT = 1e-12
@@ -92,6 +93,21 @@ def test_products(name: str) -> None:
     close(evidence.project(v), (J * v).flatten(1).sum(1))
     close(evidence.combine(z), torch.einsum("n,n...->...", z, J))
     close(evidence.gram(), J.flatten(1) @ J.flatten(1).mT)
+
+
+@pytest.mark.parametrize("name", [name for name, s in SHAPES.items() if not s.one_hot])
+@pytest.mark.parametrize("most", [1, 30, 100, 10**6])
+def test_pieces_are_the_rows(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of a bounded size, in which every row occurs once."""
+    s = SHAPES[name]
+    evidence, a = draw(s)
+    monkeypatch.setattr(module, "PIECE", most)
+    parts = [part.rows() for part in evidence.pieces()]
+    J = formed(s, evidence, a)
+    assert all(part.numel() <= max(most, J[0].numel()) for part in parts)
+    found = torch.cat(parts).flatten(1)
+    assert len(found) == len(J) and (torch.cdist(found, J.flatten(1)).amin(0) < EXACT).all()
+    close(evidence.squares(), J.square().sum(0))
 
 
 @pytest.mark.parametrize("name", SHAPES)
