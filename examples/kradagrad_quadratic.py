@@ -117,7 +117,7 @@ ABSOLUTE = {
 }
 STAR = {"method": "kradagrad_star", **COMMON}
 ARRAY = {"InverseDims": {"denominator": "exact", "ridge": 1e-8, "relative": False}}
-KRAD = {"method": "kradagrad", "damping": 1e-8, "start": None, "start_step": 3}
+KRAD = {"method": "kradagrad", "damping": 1e-8, "compat": "kradagrad", "start_step": 3}
 ROWS: dict[str, Row] = {
     "SGD": Row(None, "sgd", 1e-3, (1.35e3, 898, 681)),
     "Adam": Row(None, "adam", 1.0, (18.8, 14.5, 10.6)),

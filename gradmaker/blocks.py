@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
 from gradmaker.norms import Norm
+from gradmaker.precision import Precision
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.sites import Site
 from gradmaker.triple import Triple
@@ -34,6 +35,7 @@ class Placement:
     nesterov: bool = False
     decay: float | None = None
     averaging: str = "corrected"
+    precision: Precision = Precision()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +71,7 @@ class Block:
         first = placements[0]
         self.sites = [p.site for p in placements]
         self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
-        self.nesterov, self.averaging = first.nesterov, first.averaging
+        self.nesterov, self.averaging, self.precision = first.nesterov, first.averaging, first.precision
         self.full = self.triple.representation.grain == "full"
         self.frame = _joined_frame(placements, self.full)
         self.slots = _slots(placements, self.full)
@@ -209,13 +211,21 @@ class Block:
         due = due or self.triple.representation.fleeting
         refreshed = bool(known) if due else bool(known - self.ready)
         if self.full and refreshed:
-            self.cache = self.triple.solver.prepare(self.triple.representation, self.state, self.cache or None)
+            self.cache = self.refreshed(self.state, self.cache or None)
         elif not self.full:
             self._prepare(known & self.ready if due else set(), again=True)
             self._prepare(known - self.ready, again=False)
         self.fresh = known - self.ready if self.triple.representation.skips_first else set()
         self.ready = known
         return refreshed
+
+    def refreshed(self, state: State, previous: State | None) -> State:
+        """What a refresh makes of statistics of some members."""
+        return self.precision.prepare(self.triple, state, previous, self.frame.dtype)
+
+    def applied(self, cache: State, g: Tensor) -> Tensor:
+        """``P g``.  # (B, *shape)"""
+        return self.precision.solve(self.triple, cache, g)
 
     def _prepare(self, names: set[str], again: bool) -> None:
         """Refresh the cache of some members.  again: whether they have been prepared before"""
@@ -224,7 +234,7 @@ class Block:
             return
         whole = len(slots) == len(self.slots)
         state, before = (s if whole else _picked(s, slots) for s in (self.state, self.cache))
-        new = self.triple.solver.prepare(self.triple.representation, state, before if again else None)
+        new = self.refreshed(state, before if again else None)
         if whole:
             self.cache = new
             return
@@ -244,7 +254,7 @@ class Block:
             (v[slot], v[slot].clone()) for slot in self._idle() for v in (*self.average.values(), *self.norm_state.values())
         ]
         g = self.averaged(raw)
-        value = self.triple.solver.solve(self.triple.representation, self.cache, g)
+        value = self.applied(self.cache, g)
         if self.norm:
             value = self.norm.rescale(self.norm_state, value, g, raw) if started else self.norm.target(self.norm_state, g, raw)
         for now, before in kept:
@@ -286,7 +296,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
-        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype)
+        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
         if frame is not None:
             large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
             alone = p.site.name if large else ""

@@ -122,7 +122,7 @@ def _gather_cache(block: Block, state: State, members: list[State]) -> State:
         return _gather_live(block, "cache", members[0], state, None)
     slots = [slice(None)] if block.full else block.slots
     one = {k: v[slots[[bool(m) for m in members].index(True)]] for k, v in state.items()}
-    like = block.triple.solver.prepare(block.triple.representation, one, None)
+    like = block.refreshed(one, None)
     own = {k: v.new_zeros(len(v) if block.full else block.frame.stack, *v.shape[1:]) for k, v in like.items()}
     filled = [member or {k: v[slot] for k, v in own.items()} for slot, member in zip(slots, members, strict=True)]
     return _gather_part(block, "cache", filled, own)

@@ -15,6 +15,7 @@ import torch
 
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
 from gradmaker.norms import NORMS, Norm
+from gradmaker.precision import Precision
 from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.rules import Rule, check_rule
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
@@ -152,11 +153,16 @@ class GradientConfig(ABC):
 
     def statistics_dtype(self) -> torch.dtype | None:
         """`dtype` as torch's."""
-        if self.dtype is None or self.dtype in DTYPES.values():
-            return self.dtype  # type: ignore[return-value]
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: {did_you_mean(self.dtype, list(DTYPES))}, or None")
-        return DTYPES[self.dtype]
+        return as_dtype("dtype", self.dtype, DTYPES)
+
+    @property
+    def first_step(self) -> int:
+        """From which step on ``.grad`` holds ``P g``."""
+        return self.start_step
+
+    def precision(self) -> Precision:
+        """Of refreshes and of what is applied, where they are not those of the statistic."""
+        return Precision()
 
     def as_mapping(self) -> dict[str, Any]:
         """The fields by name."""
@@ -182,6 +188,15 @@ def check_count(name: str, value: object, least: int) -> None:
     """ValueError unless an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+
+
+def as_dtype(name: str, value: str | torch.dtype | None, legal: Mapping[str, torch.dtype]) -> torch.dtype | None:
+    """A dtype from its name or from itself. ValueError for one that is not in the mapping."""
+    if value is None or value in legal.values():
+        return value  # type: ignore[return-value]
+    if value not in legal:
+        raise ValueError(f"{name}={value!r}: {did_you_mean(value, list(legal))}, or None")
+    return legal[value]  # type: ignore[index]
 
 
 def check_choice(name: str, value: object, legal: list[str]) -> None:

@@ -144,12 +144,12 @@ def _count(run: Callable[[], object]) -> float:
 
 
 def _block_rows(maker: PreconditionedGradientMaker, block: Block, passes: dict[str, float]) -> list[LayerCost]:
-    triple, B = block.triple, block.frame.stack
+    B = block.frame.stack
     state = {k: v.clone() for k, v in block.state.items()}
     cache = {k: v.clone() for k, v in block.cache.items()}
     g = torch.ones(B, *block.frame.shape, dtype=block.frame.dtype, device=block.frame.device)
-    refresh = _count(lambda: triple.solver.prepare(triple.representation, state, cache))
-    apply = _count(lambda: triple.solver.solve(triple.representation, cache, g))
+    refresh = _count(lambda: block.refreshed(state, cache))
+    apply = _count(lambda: block.applied(cache, g))
     held = sum(t.numel() * t.element_size() for part in (block.state, block.cache) for t in part.values())
     every = [
         as_schedule("", interval).interval(maker.step)

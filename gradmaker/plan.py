@@ -107,8 +107,8 @@ def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) ->
             continue
         norm = method.norm_rule()
         dtype = common.statistics_dtype()
-        averages = (method.nesterov, method.decay, method.averaging)
-        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, *averages))
+        rest_of = (method.nesterov, method.decay, method.averaging, method.precision())
+        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, *rest_of))
     return placements, rest
 
 

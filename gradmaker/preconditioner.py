@@ -264,7 +264,7 @@ class PreconditionedGradientMaker(GradientMaker):
         raw = block.read()
         if raw is None or not block.cache:
             return None
-        started = self.step >= self.config.start_step
+        started = self.step >= self.config.first_step
         value = block.solve(raw, started)
         return (block, value) if started or (block.norm and block.norm.leads) else None
 

@@ -32,7 +32,7 @@ DENSE_LIMIT = 2048
 """Blocks with more parameters are not compared with a dense matrix."""
 
 
-TOLERANCES = {torch.float64: (1e-8, 1e-8), torch.float32: (1e-3, 1e-1)}
+TOLERANCES = {torch.float64: (1e-8, 1e-8), torch.float32: (1e-3, 1e-1), torch.bfloat16: (1e-3, 1e-1)}
 """For captured gradients and for solves. An inverse root in float32 with the customary ridge of 1e-6 lambda_max is only good to
 a few percent: the unit roundoff times a condition number of 1e6."""
 
@@ -168,8 +168,7 @@ def _gradient_errors(
     for j in sorted({0, n // 2, n - 1}):
         alone = torch.zeros_like(cotangent).reshape(n, -1)
         alone[j] = cotangent.reshape(n, -1)[j]
-        found = torch.autograd.grad(z, parameters, alone.reshape(z.shape), retain_graph=True, allow_unused=True)
-        truth = dict(zip(parameters, found, strict=True))
+        truth = dict(zip(parameters, tape.pull_parameters(z, alone.reshape(z.shape), parameters), strict=True))
         for site in sites:
             expected = site.lay_out(truth)
             worst[site.name] = max(worst[site.name], _relative(evidence[site.name].rows()[j], expected))
@@ -194,7 +193,7 @@ def _check_block(block: Block, evidence: Mapping[str, Evidence], errors: dict[st
     if prod(block.frame.shape) <= DENSE_LIMIT:
         solve = _solve_error(scratch)
         approximation = _approximation(scratch, portion) if layerwise else None
-    dtype = block.frame.dtype
+    dtype = block.precision.coarsest(block.frame.dtype)
     return [Check(s.name, dtype, errors.get(s.name), solve, approximation) for s in block.sites]
 
 
@@ -215,7 +214,7 @@ def _solve_error(block: Block) -> float:
     g = torch.randn(frame.stack, *frame.shape, dtype=frame.dtype, device=frame.device, generator=generator)
     if not solver.linear:  # P is that of the very gradient
         representation.update(block.state, Gradient(g), Fold(0.0, 1.0, 1.0))
-    found = solver.solve(representation, block.cache, g)
+    found = block.applied(block.cache, g)
     P = solver.operator(representation, {k: v.double() for k, v in block.state.items()})
     return _relative(found, (P @ g.double().reshape(frame.stack, -1, 1)).reshape(g.shape))
 

@@ -16,10 +16,13 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_idle
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.solvers.ladder import count_failures
-from gradmaker.solvers.spectrum import decompose, symmetrise
+from gradmaker.solvers.spectrum import decompose_again, symmetrise
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
+
+ROOT, USED = ("values_", "basis_"), "used_"
 
 ONE_AXIS = "decay=0: one axis takes in a gradient at a time, and would forget the others: give a decay above 0, or None to sum"
 
@@ -43,6 +46,9 @@ class AlternatingInverse(Representation):
     after ``basis_interval`` steps. ``start=None`` begins with ``L_k = I``, as published, which small gradients hardly move;
     a number with the inverse of that many mean squares of the first gradient, split evenly.
 
+    ``published`` is the release to the letter: ``L - damping L^2``, whatever its sign, and ``P g`` continues ``G_w``, so that
+    of a refresh it sees the root of axis ``k`` alone, and before ``plain`` gradients not even that.
+
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
 
@@ -52,6 +58,8 @@ class AlternatingInverse(Representation):
     damping: float = 1e-8
     basis_interval: int = 3
     start: float | None = 1.0
+    published: bool = False
+    plain: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
@@ -60,6 +68,8 @@ class AlternatingInverse(Representation):
             raise ValueError(f"damping = {self.damping!r}: legal are non-negative numbers")
         if self.start is not None and not self.start > 0:
             raise ValueError(f"start = {self.start!r}: legal are positive numbers, or None")
+        if not isinstance(self.plain, int) or self.plain < 0 or (self.plain and not self.published):
+            raise ValueError(f"plain = {self.plain!r}: legal are integers of at least 0, beside published=True")
 
     @property
     def grain(self) -> Grain:
@@ -75,7 +85,9 @@ class AlternatingInverse(Representation):
                 eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
                 state[f"inverse_{axis}"] = frame.zeros(size, size) + eye
                 state[f"basis_{axis}"] = frame.zeros(size, size) + eye
-        return state
+        state["diagnosis"] = frame.zeros(len(frame.shape or (1,)), len(COLUMNS))
+        held = [name for name in state if name.startswith(ROOT)] if self.published else []
+        return state | {USED + name: state[name].clone() for name in held}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
@@ -89,13 +101,23 @@ class AlternatingInverse(Representation):
         whiteners = [None if k == axis else self._root(state, k) for k in range(len(shape))]
         L = state[f"inverse_{axis}"]
         L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta))
+        self._use(state, [k for k in range(len(shape)) if k != axis])
         if age % self.basis_interval == 0:
             turns = range(max(0, age - self.basis_interval + 1), age + 1)
             self._refresh(state, {scheduled_axis(t, shape) for t in turns})
+        self._use(state, [axis])
+        if self.published and age < self.plain:
+            state[f"{USED}values_{axis}"].fill_(1)
         state["age"].add_(1)
         if age + 1 == PATIENCE and self.start is None:
-            low = torch.stack([s.amin(-1) for s, _ in self.spectra(state)]).amin(0)
+            low = torch.stack([state[f"values_{k}"].amin(-1) for k in self._axes(state)]).amin(0)
             warn_if_idle(low > 0.5, "start=1.0 begins at the scale of the first gradient")
+
+    def _use(self, state: State, axes: list[int]) -> None:
+        """Apply the roots of these axes as they are now."""
+        for name in (f"{USED}{kind}{k}" for kind in ROOT for k in axes):
+            if name in state:
+                state[name].copy_(state[name.removeprefix(USED)])
 
     def _scale(self, state: State, variance: Tensor) -> None:
         """Begin at ``L_1 (x) ... = I / variance``; a zero gradient has none.  # (B,)"""
@@ -108,12 +130,13 @@ class AlternatingInverse(Representation):
         L = L / beta
         if L.ndim == 2:
             s = x.square().sum(-1)
-            L = L - self.damping * L.square() / (1 + self.damping * L.amax(-1, keepdim=True))
+            top = 0.0 if self.published else L.amax(-1, keepdim=True)
+            L = L - self.damping * L.square() / (1 + self.damping * top)
             out: Tensor = L - L.square() * s / (1 + torch.linalg.vector_norm(L * s, dim=-1, keepdim=True))
             return out
         if self.damping:
-            top = torch.linalg.matrix_norm(L, ord=float("inf"))  # at least lambda_max
-            L = symmetrise(L - self.damping * (L @ L) / (1 + self.damping * top)[:, None, None])
+            top = torch.linalg.matrix_norm(L, ord=float("inf"))[:, None, None]  # at least lambda_max
+            L = symmetrise(L - self.damping * (L @ L) / (1 + self.damping * (0.0 if self.published else top)))
         return krad_update(L, x, "fro")
 
     def _refresh(self, state: State, axes: set[int]) -> None:
@@ -125,10 +148,13 @@ class AlternatingInverse(Representation):
                 held.copy_(torch.where(finite[:, None], L, held))
                 lost |= ~finite
                 continue
-            s, Q, ok = decompose(torch.where(finite[:, None, None], L, 0.0))
-            ok &= finite
+            s, Q, ok, rungs = decompose_again(torch.where(finite[:, None, None], L, 0.0))
+            ok = ok & finite
+            s = s.clamp(min=0)
+            error = spectral_residual(L, (s, Q), torch.where(s > 0, s, torch.inf))  # a root of zero is zero
+            renew_row(state["diagnosis"], axis, ~ok, error, s.amax(-1), rungs=rungs)
             lost |= ~ok
-            held.copy_(torch.where(ok[:, None], s.clamp(min=0), held))
+            held.copy_(torch.where(ok[:, None], s, held))
             state[f"basis_{axis}"].copy_(torch.where(ok[:, None, None], Q, state[f"basis_{axis}"]))
         for name, value in count_failures(lost, state).items():
             state[name].copy_(value)
@@ -146,8 +172,13 @@ class AlternatingInverse(Representation):
 
     # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
-        """Of ``L_k``, as of the last refresh.  # (B, d), (B, d, d)"""
-        return [(state[f"values_{axis}"], state.get(f"basis_{axis}")) for axis in self._axes(state)]
+        """Of ``L_k``, as of the last refresh, or as ``published`` says.  # (B, d), (B, d, d)"""
+        used = USED if self.published else ""
+        return [(state[f"{used}values_{axis}"], state.get(f"{used}basis_{axis}")) for axis in self._axes(state)]
+
+    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
+        """Of each axis' last refresh, in units of ``L_k``; the damping is in ``L_k`` already.  # (B, m, 5)"""
+        return state["diagnosis"].clone()
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

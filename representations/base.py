@@ -309,6 +309,9 @@ class Inverse(Protocol):
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
         """Eigenvalues and eigenvectors of ``L_k``; None for the unit basis.  # each (B, d), (B, d, d)"""
 
+    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
+        """How well `spectra` fit what is held, as rows of `gradmaker.solvers.diagnosis.COLUMNS`.  # (B, m, 5)"""
+
     def unfold(self, g: Tensor) -> Tensor:
         """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
 

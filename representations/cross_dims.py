@@ -14,8 +14,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.solvers.ladder import count_failures, is_empty
-from gradmaker.solvers.spectrum import decompose
+from gradmaker.solvers.spectrum import decompose_again
 
 __all__ = ["CrossDims"]
 
@@ -59,7 +60,7 @@ class CrossDims(Representation):
                 eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
                 state[f"factor_{axis}"] = frame.zeros(size, size) + self.start * eye
                 state[f"basis_{axis}"] = frame.zeros(size, size) + eye
-        return state
+        return state | {"diagnosis": frame.zeros(len(frame.shape or (1,)), len(COLUMNS))}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
@@ -83,17 +84,19 @@ class CrossDims(Representation):
         means = torch.stack([(S if S.ndim == 2 else S.diagonal(dim1=-2, dim2=-1)).mean(-1) for S in factors])
         usable = (torch.isfinite(means) & (means > 0)).all(0)
         scales = torch.where(usable, means.log().mean(0).exp() / means, 1.0)
-        found: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        found: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
         for axis, S in zip(axes, factors, strict=True):
             S.mul_(_like(scales[axis], S))
             found.append(_spectrum(torch.where(_like(usable, S), S, 0.0)))
-        lost = ~torch.stack([usable, *(ok for _, _, ok in found)]).all(0)
-        for axis, (s, Q, _) in enumerate(found):  # all axes of a member or none: each is measured through the others
+        lost = ~torch.stack([usable, *(ok for _, _, ok, _ in found)]).all(0)
+        for axis, (s, Q, _, rungs) in enumerate(found):  # all axes of a member or none: each is measured through the others
             held = state[f"values_{axis}"]
             held.copy_(torch.where(lost[:, None], held, s.clamp(min=self.floor)))
             if Q is not None:
                 basis = state[f"basis_{axis}"]
                 basis.copy_(torch.where(lost[:, None, None], basis, Q))
+            error = spectral_residual(factors[axis], (s,) if Q is None else (s, Q), s.clamp(min=self.floor))
+            renew_row(state["diagnosis"], axis, lost, error, s.amax(-1), self.floor, rungs=rungs)
         for name, value in count_failures(lost, state, is_empty(factors)).items():
             state[name].copy_(value)
 
@@ -113,6 +116,10 @@ class CrossDims(Representation):
         """Of ``S_k^-1``, as of the last refresh.  # (B, d), (B, d, d)"""
         return [(1 / state[f"values_{axis}"], state.get(f"basis_{axis}")) for axis in range(self._count(state))]
 
+    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
+        """Of the last refresh, in units of ``S_k``; the damping is the floor.  # (B, m, 5)"""
+        return state["diagnosis"].clone()
+
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
@@ -127,8 +134,8 @@ def _like(x: Tensor, S: Tensor) -> Tensor:
     return x.view(-1, *[1] * (S.ndim - 1))
 
 
-def _spectrum(S: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Eigenvalues, basis, whether they are right.  # (B, d, d) or (B, d) -> (B, d), (B, d, d), (B,)"""
+def _spectrum(S: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Eigenvalues, basis, whether they are right, rungs of the ladder.  # (B, d, d) or (B, d), then as `decompose_again`"""
     if S.ndim == 3:
-        return decompose(S)
-    return S, None, torch.isfinite(S).all(-1)
+        return decompose_again(S)
+    return S, None, torch.isfinite(S).all(-1), torch.zeros_like(S[:, 0])

@@ -15,7 +15,8 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import expand, mode_matrix
-from gradmaker.solvers.spectrum import decompose, largest_eigenvalue, symmetrise
+from gradmaker.solvers.diagnosis import described, diagnose, singular_residual, spectral_residual
+from gradmaker.solvers.spectrum import decompose_again, largest_eigenvalue, symmetrise
 
 __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_idle"]
 
@@ -194,13 +195,26 @@ class InverseDims(Representation):
         """Of ``L_k``; no basis for a diagonal.  # (B, d), (B, d, d)"""
         return [self._spectrum(state[f"inverse_{axis}"]) for axis in range(sum(k.startswith("inverse_") for k in state))]
 
+    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
+        """Of the roots of ``L_k + damping I``, in units of ``L_k``; a second attempt in float64 is not counted.  # (B, m, 5)"""
+        found = []
+        for axis, (s, Q) in enumerate(spectra):
+            L, damped = state[f"inverse_{axis}"], s + damping
+            if Q is None or self.denominator != "exact":
+                found.append(spectral_residual(L, (s,) if Q is None else (s, Q), damped))
+            else:
+                found.append(singular_residual(L.mT, (s.sqrt(), Q), damped))
+        ridges = [torch.full_like(e, damping) for e in found]
+        rungs = torch.zeros(len(found), len(state["age"]), device=found[0].device)
+        return diagnose(described(found, ridges), [s.amax(-1) for s, _ in spectra], rungs)
+
     def _spectrum(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
         if L.ndim == 2:
             return L, None
         safe = torch.where(torch.isfinite(L), L, 0.0)
         if self.denominator == "exact":
             return array_spectrum(safe)
-        s, Q, ok = decompose(safe)
+        s, Q, ok, _ = decompose_again(safe)
         return torch.where(ok.unsqueeze(-1), s.clamp(min=0), torch.nan), Q
 
     def unfold(self, g: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import KronDims, apply_factors
+from gradmaker.representations.root_dims import RootKronDims
 
 __all__ = ["KronSum", "axis_mean", "dense_mean"]
 
-_AXES = KronDims()
+_AXES, _ROOTS = KronDims(), RootKronDims()
 
 
 def axis_mean(roots: Sequence[Tensor], g: Tensor) -> Tensor:
@@ -41,6 +42,7 @@ class KronSum(Representation):
     geometric mean (``p -> inf``, which is `KronDims`); ``p=None`` takes the number of axes. In the Loewner order ``C^(-1/2)``
     falls as ``p`` rises, and never exceeds ``sqrt(r)`` times full-matrix AdaGrad's, ``r`` the largest rank of a gradient.
     Factors share one scale: unlike a product, the mean changes when one is multiplied and the other divided.
+    ``square_roots`` holds ``R_k`` with ``H_k = R_k^T R_k``, as `RootKronDims` does, for float32.
 
     Reference: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, ICLR 2024, "Combining axes preconditioners through Kronecker
     approximation for deep learning", section 3.
@@ -50,6 +52,7 @@ class KronSum(Representation):
     factored_axes: ClassVar[bool] = True
 
     p: int | None = 2
+    square_roots: bool = False
 
     def __post_init__(self) -> None:
         if self.p is not None and (not isinstance(self.p, int) or self.p < 1):
@@ -60,10 +63,14 @@ class KronSum(Representation):
         return "tensor"
 
     def init(self, frame: Frame) -> State:
-        return _AXES.init(frame)
+        return self._axes.init(frame)
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        _AXES.update(state, evidence, fold)
+        self._axes.update(state, evidence, fold)
+
+    @property
+    def _axes(self) -> KronDims:
+        return _ROOTS if self.square_roots else _AXES
 
     def to_dense(self, state: State) -> Tensor:
         """Of singular factors, the limit of a vanishing ridge."""
@@ -93,7 +100,11 @@ class KronSum(Representation):
     # ---------------------------------------------------------------- Summed: one factor for each axis
     def summands(self, state: State) -> list[Tensor]:
         """``H_k``, bias-corrected.  # (B, d_k, d_k)"""
-        return _AXES.factors(state)
+        return self._axes.factors(state)
+
+    def summand_roots(self, state: State) -> list[Tensor]:
+        """``R_k``, bias-corrected, where these are held.  # (B, d_k, d_k)"""
+        return _ROOTS.square_roots(state)
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

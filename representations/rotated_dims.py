@@ -14,6 +14,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import apply_factors, mode_matrix
+from gradmaker.solvers.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.solvers.ladder import count_failures
 from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
 
@@ -28,6 +29,8 @@ class RotatedDims(Representation):
 
     ``V`` is the diagonal nearest to ``C`` in its basis. It is not rotated when the basis turns, but follows its columns where
     they are sorted. A basis is kept for ``basis_interval`` measured steps, and longer while it is within ``tolerance``.
+
+    Of every renewal the state tells, in ``diagnosis``, how far the old basis was from diagonal, and whether there is a new one.
 
     - ``order="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
     - ``"basis_first"``: the factors take it in first, and the basis may be renewed by it (EShampoo).
@@ -71,6 +74,7 @@ class RotatedDims(Representation):
     def init(self, frame: Frame) -> State:
         shape = frame.shape or (1,)
         state = {"moments": frame.zeros(*shape), "mass": frame.zeros(), "factor_mass": frame.zeros()}
+        state["diagnosis"] = frame.zeros(len(shape), len(COLUMNS))
         state |= {name: torch.zeros(frame.stack, dtype=torch.int64, device=frame.device) for name in COUNTERS}
         for axis, size in enumerate(shape):
             if axis not in frame.diagonal and (len(shape) > 1 or self.vectors):
@@ -115,8 +119,9 @@ class RotatedDims(Representation):
             H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
             stale = torch.isfinite(H).all(-1).all(-1)
             lost |= ~stale
+            error = off_diagonal(H, Q)
             if not born and self.tolerance:
-                stale &= off_diagonal(H, Q) > self.tolerance
+                stale &= error > self.tolerance
             order = torch.arange(H.shape[-1], device=H.device).expand(len(H), -1)
             new = order_new = None
             if born or self.tracking == "eigh":
@@ -128,6 +133,8 @@ class RotatedDims(Representation):
             right = torch.isfinite(new).all(-1).all(-1)
             stale, lost = stale & right, lost | (stale & ~right)
             Q.copy_(torch.where(stale[:, None, None], new, Q))
+            told, done = state["diagnosis"], stale.to(H.dtype)
+            renew_row(told, axis, ~torch.isfinite(error), error, estimate_largest(H), iterations=done)
             if order_new is not None:
                 self._permute(state, axis, torch.where(stale[:, None], order_new, order))
         for name, value in count_failures(lost, state).items():

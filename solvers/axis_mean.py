@@ -13,7 +13,7 @@ from gradmaker.representations.base import State, Summed
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
 from gradmaker.solvers.base import Solver, spectral_power
 from gradmaker.solvers.damping import Mode, check_choice, check_interval
-from gradmaker.solvers.rooting import FactorRoot, rooting
+from gradmaker.solvers.rooting import Root, rooting
 from gradmaker.solvers.roots import held_roots
 
 __all__ = ["AxisMean"]
@@ -29,6 +29,10 @@ class _Factors:
         found: list[Tensor] = self.sum.summands(state)
         return found
 
+    def square_roots(self, state: State) -> list[Tensor]:
+        found: list[Tensor] = self.sum.summand_roots(state)
+        return found
+
     def unfold(self, g: Tensor) -> Tensor:
         shaped: Tensor = self.sum.unfold(g)
         return shaped
@@ -42,8 +46,9 @@ class _Factors:
 class AxisMean(Solver):
     """``P G``: ``p`` times ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
 
-    ``root`` says how factors are rooted, ``mode`` damps in other units, see `gradmaker.solvers.damping`. A block that fails
-    before it ever succeeded keeps its gradient; with absolute damping it gets ``damping^(-1/2) g``.
+    ``root`` says how factors are rooted, ``svd`` those that are held by their square roots; ``mode`` damps in other units, see
+    `gradmaker.solvers.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
+    ``damping^(-1/2) g``.
 
     Reference: Duvvuri et al., ICLR 2024, algorithm 1 (``p = 2``); the factors 1/2, which its code leaves to grafting, are kept.
     """
@@ -52,12 +57,12 @@ class AxisMean(Solver):
     definite: ClassVar[bool] = True
 
     damping: float = 1e-6
-    root: FactorRoot = "eigh"
+    root: Root = "eigh"
     mode: Mode = "largest"
 
     def __post_init__(self) -> None:
         check_interval("damping", self.damping, 0, inf, closed=True)
-        check_choice("root", self.root, get_args(FactorRoot))
+        check_choice("root", self.root, get_args(Root))
         self._rooter()
 
     @property
@@ -68,6 +73,8 @@ class AxisMean(Solver):
         return rooting(self.root, self.damping, mode=self.mode)
 
     def refuse(self, representation: Any) -> str | None:
+        if self.root == "svd" and not representation.square_roots:
+            return "AxisMean with root='svd' takes factors that are held by their square roots: give KronSum square_roots=True"
         return self._rooter().refuse(_Factors(representation))
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:

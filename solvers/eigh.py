@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
-from gradmaker.representations.factor import conjugate, dense, identity, transpose, widest
+from gradmaker.representations.factor import conjugate, dense, identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
 from gradmaker.solvers.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
-from gradmaker.solvers.diagnosis import described, diagnose, unknown
+from gradmaker.solvers.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty, scalars, settle
 from gradmaker.solvers.roots import apply_roots, settle_roots
 from gradmaker.solvers.spectrum import decompose, is_definite
@@ -77,7 +77,7 @@ class Eigh(PowerSolver):
         spectra = [parts[0] for parts in results]
         damped, ridges = self._damped(factors, spectra, order)
         roots = [_power(parts, s, self.power / order) for parts, s in zip(results, damped, strict=True)]
-        found = [_residual(*each) for each in zip(factors, results, damped, strict=True)]
+        found = [spectral_residual(*each) for each in zip(factors, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs)
         return settle_roots(roots, _add_infinite(lost, roots), previous, gain, diagnosis, is_empty(factors))
 
@@ -109,7 +109,7 @@ class Eigh(PowerSolver):
         new.update({f"basis_{k}": parts[1] for k, parts in enumerate(results) if len(parts) == 2})
         default = {name: identity(x) for name, x in new.items() if name != "scale"}
         default["scale"] = spectrum.new_tensor(gain)
-        residuals = [_residual(F, parts, None) for F, parts in zip(factors, results, strict=True)]
+        residuals = [spectral_residual(F, parts, None) for F, parts in zip(factors, results, strict=True)]
         flat = spectrum.flatten(1)
         ridges = [self.damping * ridge_unit(self.mode, flat.amax(-1), _mean(flat))] * len(factors)
         new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], rungs)
@@ -158,26 +158,6 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
     """``Q diag(damped)^exponent Q^T``, or the diagonal.  # (B, d, d) or (B, d)"""
     powered = damped**exponent
     return conjugate(parts[1], powered) if len(parts) == 2 else powered
-
-
-def _residual(F: Tensor, parts: Parts, damped: Tensor | None) -> Tensor:
-    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: that of ``A X^p`` for any real ``p``.  # (B,)
-
-    Where no factor has a root of its own, ``max|Q^T F Q - S| / max S``.
-    """
-    return F.new_zeros(F.shape[:1]) if len(parts) == 1 else widest(_error, F, *parts, damped)
-
-
-def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
-    """`_residual` of square matrices."""
-    product = Q.mT @ F @ Q
-    if damped is None:
-        error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
-        return (error / s.amax(-1)).nan_to_num(0.0)
-    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
-    w = damped.rsqrt()
-    whole = product + torch.diag_embed(torch.where(taken, damped - s, 0.0))
-    return (w.unsqueeze(-1) * whole * w.unsqueeze(-2) - torch.diag_embed(taken.to(w.dtype))).abs().amax((-2, -1))
 
 
 def _add_infinite(lost: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmaker.solvers.spectrum import decompose, symmetrise
+from gradmaker.solvers.spectrum import decompose_again, symmetrise
 
 __all__ = ["off_diagonal", "power_step", "qr_steps", "sorted_eigenvectors"]
 
 
 def sorted_eigenvectors(A: Tensor) -> Tensor:
     """Eigenvectors of ``A``, the largest eigenvalue first; not a number where the decomposition failed.  # (B, d, d)"""
-    _, Q, ok = decompose(symmetrise(A))
+    _, Q, ok, _ = decompose_again(symmetrise(A))
     return torch.where(ok[:, None, None], Q, torch.nan).flip(-1)
 
 

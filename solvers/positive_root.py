@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,20 +32,20 @@ class PositiveRoot(PowerSolver):
     power: float = -0.5
     damping: float = 0.0
 
-    def _roots(self, representation: Any, state: State) -> list[Tensor]:
-        spectra = representation.spectra(state)
+    def _roots(self, representation: Any, spectra: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         power = abs(self.power) / representation.order(len(spectra))
         powered = [((s + self.damping) ** power, Q) for s, Q in spectra]
         return [s if Q is None else (Q * s.unsqueeze(-2)) @ Q.mT for s, Q in powered]
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        roots = self._roots(representation, state)
+        spectra = representation.spectra(state)
+        roots = self._roots(representation, spectra)
         held = [x for x in (*state.values(), *roots) if x.is_floating_point()]
         finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in held]).all(0)
-        return settle_roots(roots, ~finite, previous, 1.0)
+        return settle_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
 
     def operator(self, representation: Any, state: State) -> Tensor:
-        return expand(self._roots(representation, state))
+        return expand(self._roots(representation, representation.spectra(state)))
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

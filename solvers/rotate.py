@@ -13,6 +13,7 @@ from gradmaker.representations.base import Rotated, State
 from gradmaker.representations.factor import identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
+from gradmaker.solvers.diagnosis import unknown
 from gradmaker.solvers.ladder import settle
 
 __all__ = ["Rotate", "RotatingSolver"]
@@ -40,6 +41,8 @@ class RotatingSolver(PowerSolver):
         lost = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in new.values()]).all(0)
         default = {name: identity(Q) for name, Q in bases.items()}
         default["scale"] = new["scale"].new_tensor(self.gain)
+        if "diagnosis" in state:
+            new["diagnosis"], default["diagnosis"] = state["diagnosis"], unknown(state["diagnosis"])
         return settle(new, lost, previous, default)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_ridge", "decompose", "is_definite", "largest_eigenvalue", "symmetrise"]
+__all__ = ["add_ridge", "decompose", "decompose_again", "is_definite", "largest_eigenvalue", "symmetrise"]
 
 NOISE = 1e-2
 """Negative eigenvalues up to this share of the largest are rounding (bf16 statistics: 5e-4); beyond, ``A`` is indefinite."""
@@ -43,6 +43,20 @@ def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     residual = (A @ Q - Q * s.unsqueeze(-2)).abs().amax((-2, -1))
     skew = (Q.mT @ Q - eye).abs().amax((-2, -1))
     return s, Q, (residual <= tolerance * A.abs().amax((-2, -1))) & (skew <= tolerance)
+
+
+def decompose_again(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`decompose`, in float64 for members that fail; and how often they did.  # (B, d), (B, d, d), (B,), (B,)
+
+    For statistics that hold their own bases. One host read: whether all succeeded.
+    """
+    s, Q, ok = decompose(A)
+    if A.dtype == torch.float64 or bool(ok.all()):
+        return s, Q, ok, (~ok).to(s.dtype)
+    values, basis, right = decompose(A.double())
+    climbed = ~ok
+    s, Q = torch.where(ok[:, None], s, values.to(s.dtype)), torch.where(ok[:, None, None], Q, basis.to(Q.dtype))
+    return s, Q, ok | right, climbed.to(s.dtype)
 
 
 def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor]:

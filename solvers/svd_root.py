@@ -12,7 +12,7 @@ from torch import Tensor
 from gradmaker.representations.base import RootFactored, State
 from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
 from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
-from gradmaker.solvers.diagnosis import described, diagnose
+from gradmaker.solvers.diagnosis import described, diagnose, singular_residual
 from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty
 from gradmaker.solvers.roots import apply_roots, settle_roots
 
@@ -95,7 +95,7 @@ class SvdRoot(PowerSolver):
         roots = [_root(*each, exponent) for each in zip(results, damped, scales, strict=True)]
         for X in roots:  # no damping on a singular matrix
             lost = lost | ~torch.isfinite(X).flatten(1).all(1)
-        found = [_residual(*each) for each in zip(normal, results, damped, strict=True)]
+        found = [singular_residual(*each) for each in zip(normal, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs, squares)
         gain = self.damping**self.power if absolute and self.damping else 1.0
         return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(held))
@@ -115,15 +115,3 @@ def _root(parts: Parts, damped: Tensor, scale: Tensor, exponent: float) -> Tenso
     """``V diag(damped scale^2)^exponent V^T``, or the diagonal.  # (B, d, d) or (B, d)"""
     powered = damped**exponent * (scale ** (2 * exponent)).unsqueeze(-1)
     return (parts[1] * powered.unsqueeze(-2)) @ parts[1].mT if len(parts) == 2 else powered
-
-
-def _residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
-    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, and ``R^T R`` is not formed.  # (B,)"""
-    if len(parts) == 1:
-        return R.new_zeros(R.shape[:1])
-    s, V = parts
-    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
-    w = damped.rsqrt()
-    RW = (R @ V) * w.unsqueeze(-2)
-    rest = torch.diag_embed(torch.where(taken, damped - s.square(), 0.0) * w.square() - taken.to(w.dtype))
-    return (RW.mT @ RW + rest).abs().amax((-2, -1))

@@ -64,6 +64,8 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "clip"): [1e-6],
     ("", "clip_learning_rate"): [10.0],
     ("", "block_size"): [3],
+    ("", "root_dtype"): ["float32"],
+    ("", "apply_dtype"): ["bfloat16"],
     ("", "max_rows"): [2],
     ("", "window"): [2],
     ("", "pairs"): [1],
@@ -79,6 +81,7 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "scale"): [9.0],
     ("muon", "scale"): ["rms", "nuclear", "none"],
     ("shampoo", "exponent"): [0.5],
+    ("caspr", "root"): ["newton", "higher_order", "newton_schulz", "denman_beavers"],  # svd is another rounding: test_caspr.py
     ("seng", "positions"): [2],
     ("seng", "coordinates"): [300],
     ("", "adaptive_damping"): [AdaptiveDamping(interval=1, low=0.99, high=1.01)],

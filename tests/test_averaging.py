@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker import CasprGradientConfig, ShampooGradientConfig
+from gradmaker import CasprGradientConfig, OneSidedGradientConfig, ShampooGradientConfig
 from tests import oracles
 from tests.test_kronecker_dims import gradients, run
 
@@ -72,4 +72,4 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="mode = 'clamp': legal are 'absolute', 'largest', 'trace'"):
         CasprGradientConfig(root="newton", mode="clamp")
     with pytest.raises(ValueError, match="root='svd'"):
-        CasprGradientConfig(root="svd")  # type: ignore[arg-type]
+        OneSidedGradientConfig(root="svd")  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("root, tolerance", [("eigh", 1e-7), ("newton", 1e-4)])
+@pytest.mark.parametrize("root, tolerance", [("eigh", 1e-7), ("newton", 1e-4), ("svd", 1e-7)])
 def test_thirty_steps(row: str, root: str, tolerance: float) -> None:
     make, rule, options, lr = ROWS[row]
     case = make()
@@ -214,6 +214,22 @@ def test_regret_is_below_shampoos_and_the_preconditioner_falls() -> None:
         assert smallest(older - newer) >= -1e-10
     caspr, shampoo = (torch.linalg.inv(X(p, steps, 1e-6)).trace() for p in (2, 0))
     assert caspr <= shampoo
+
+
+def test_square_roots_are_held_where_they_are_asked_for() -> None:
+    steps = gradients(4, 3)
+    plain, by_roots = KronSum(2), KronSum(2, square_roots=True)
+    one, other = state_of(plain, steps), state_of(by_roots, steps)
+    for H, R, formed in zip(plain.summands(one), by_roots.summand_roots(other), by_roots.summands(other), strict=True):
+        torch.testing.assert_close(R.mT @ R, H, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(formed, H, rtol=1e-12, atol=1e-12)
+        assert torch.equal(R, R.triu())
+    reason = AxisMean(root="svd").refuse(plain)
+    assert reason is not None and "square_roots=True" in reason and AxisMean(root="svd").refuse(by_roots) is None
+    g = gradients(4, 3, steps=1, seed=9)[0].unsqueeze(0)
+    eigh, svd = AxisMean(damping=1e-4), AxisMean(damping=1e-4, root="svd")
+    found = svd.solve(by_roots, svd.prepare(by_roots, other, None), g)
+    torch.testing.assert_close(found, eigh.solve(plain, eigh.prepare(plain, one, None), g), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "infinity", True])

@@ -58,6 +58,17 @@ def test_errors_by_hand(module: Any) -> None:
         assert found[metric] == pytest.approx(float((1 - cosine**2) ** 0.5), rel=1e-4)
 
 
+def test_units_are_the_diagonal_blocks(module: Any) -> None:
+    steps = gradients(3, 4, steps=9)
+    A = torch.stack([torch.outer(g.flatten(), g.flatten()) for g in steps]).sum(0)
+    found = module.preconditioner(module.METHODS["unit-wise"], steps)
+    for k in range(3):
+        own = slice(4 * k, 4 * k + 4)
+        ridge = 1e-6 * torch.linalg.eigvalsh(A[own, own])[-1] * torch.eye(4, dtype=A.dtype)
+        assert oracles.relative_error(found[own, own], oracles.matrix_power(A[own, own] + ridge, -0.5)) < 1e-8
+    assert torch.count_nonzero(found) == 3 * 16
+
+
 def test_links_by_hand(module: Any) -> None:
     """Four times the identity, 3 x 3: A is 12 in one direction, L = R = 4 I, and sqrt(r) is just enough there."""
     found = module.links([torch.eye(3, dtype=torch.float64)] * 4)

@@ -252,7 +252,7 @@ def test_rows_and_inverses_count_in_a_row() -> None:
     assert isinstance(maker.plan.blocks[0].triple.solver, Gram)
     steps = gradients(3, 4, steps=4)
     feed(maker, model, steps[0])
-    maker.plan.blocks[0].state["rows"].fill_(torch.nan)
+    maker.plan.blocks[0].state["rows.0"].fill_(torch.nan)
     feed(maker, model, steps[1])
     with pytest.raises(RuntimeError, match=r"Gram.*2. time in a row"):
         feed(maker, model, steps[2])

@@ -99,6 +99,32 @@ class Alternating:
         return e if e < k else shape.index(max(shape))
 
 
+class Release(Alternating):
+    """The authors' loop: ``.grad`` becomes ``G_w``, roots are renewed, and ``P_j`` alone is multiplied on from the start on."""
+
+    def __init__(self, eps: float, T: int, decay: float | None, start_step: int) -> None:
+        super().__init__(eps, T, None, decay)
+        self.start_step = start_step
+
+    def __call__(self, g: Tensor, m: Tensor, step: int) -> Tensor:
+        if not self.L:
+            self.L, self.P = ([eye(d) for d in g.shape] for _ in range(2))
+        j = self.turn(g.ndim, tuple(g.shape))
+        for axis in range(g.ndim):
+            g = on_axis(self.P[axis], g, axis) if axis != j else g
+        L = self.L[j] / (self.decay or 1.0)
+        L = L - self.eps * L @ L.T
+        Y = L @ unfolded(g, j) @ unfolded(g, j).T
+        self.L[j] = L - Y @ L.T / (1 + Y.norm())
+        self.touched.add(j)
+        if self.t % self.T == 0:
+            for axis in self.touched:
+                self.P[axis] = power(self.L[axis], 0.5)
+            self.touched = set()
+        self.t += 1
+        return on_axis(self.P[j], g, j) if step >= self.start_step else g
+
+
 class Kl:
     """The other factors' inverses on the right, both as of the last refresh; equal average eigenvalues at a refresh."""
 
@@ -161,6 +187,15 @@ def test_kradagrad(make: Any, T: int, start: float | None, eps: float, decay: fl
         case.model, {"method": "kradagrad", "basis_interval": T, "start": start, "damping": eps, "decay": decay}
     )
     compare(case, maker, Reference(lambda: Alternating(eps, T, start, decay)), 0.05, 1e-6)
+
+
+@pytest.mark.parametrize("T, eps, decay, start", [(1, 0.0, None, 0), (3, 1e-8, None, 3), (4, 1e-2, 0.95, 7)])
+@pytest.mark.parametrize("make", [models.mlp, convolution])
+def test_kradagrad_as_released(make: Any, T: int, eps: float, decay: float | None, start: int) -> None:
+    case = make()
+    options = {"basis_interval": T, "damping": eps, "decay": decay, "start_step": start, "compat": "kradagrad"}
+    maker = from_config(case.model, {"method": "kradagrad", **options})
+    compare(case, maker, Reference(lambda: Release(eps, T, decay, start)), 0.05, 1e-6)
 
 
 @pytest.mark.parametrize("T", [1, 4, 10])

@@ -31,7 +31,7 @@ COVERED: dict[str, str] = {
     f"{HERE}::test_without_a_graft_the_length_is_the_methods_own",
     "Nesterov's buffer decays twice, a longer step before the start": "test_trajectories_axes::test_thirty_steps "
     f"{HERE}::test_before_the_start_the_gradient_is_plain",
-    "the release is reproduced where that is asked for": "test_krad::test_kradagrad_star "
+    "the release is reproduced where that is asked for": "test_krad::test_kradagrad_star test_krad::test_kradagrad_as_released "
     "test_quadratic::test_rows_take_the_authors_steps test_options::test_a_published_variant_refuses_another_option",
     "L - eps L^2 is zero at L = I / eps": "test_krad::test_damping_at_the_start_does_not_annihilate",
     "only the first block's root is renewed": "test_krad::test_every_touched_root_of_every_block_is_renewed "

@@ -26,6 +26,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "hessian_free": {"iterations": 5},
     "mfac": {"window": 20},
     "ggt": {"window": 20},
+    "tonga": {"window": 10},  # so that the rows are one piece, before and after a cut
+    "tonga_unit": {"window": 10},
     "neumann_practical": {"period": 15},
 }
 

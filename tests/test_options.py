@@ -178,10 +178,18 @@ def test_an_inverse_that_cannot_forget_says_so() -> None:
         maker.forward_and_backward()
 
 
-@pytest.mark.parametrize(("option", "value"), [("denominator", "tr"), ("norm", "adam")])
-def test_a_published_variant_refuses_another_option(option: str, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"{option}='{value}': compat='kradagrad' has"):
-        KradagradStarGradientConfig(compat="kradagrad", **{option: value})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("make", "option", "value"),
+    [
+        (KradagradStarGradientConfig, "denominator", "tr"),
+        (KradagradStarGradientConfig, "norm", "adam"),
+        (KradagradGradientConfig, "start", 0.5),
+        (KradagradGradientConfig, "norm", "adam"),
+    ],
+)
+def test_a_published_variant_refuses_another_option(make: Any, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{option}={value!r}: compat='kradagrad' has"):
+        make(compat="kradagrad", **{option: value})
 
 
 def test_the_rate_of_the_neumann_optimizer_says_how_far_weights_are_displaced() -> None:

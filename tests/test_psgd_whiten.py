@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from gradmaker.representations import geometries as module
 from gradmaker.representations.geometries import GEOMETRIES
 from gradmaker.solvers import Apply
 from tests import models, oracles
+from tests.kronecker_reference import Reference, merged
+from tests.test_kronecker_dims import convolution
 from tests.test_probes import step
 from tests.test_psgd_geometries import FOLD, Rederived, definite, every_geometry, frame, kron, randn
 from tests.test_trajectories import compare, raw
@@ -31,30 +34,58 @@ def draw(seed: int, name: str, at: int, shape: tuple[int, ...]) -> Tensor:
 
 
 class Whitening:
-    """The method on all tensors of a model: squeezed shapes, the rule of skew, lifted gradients, momentum, bounds."""
+    """The method on all tensors of a model: shapes, blocks, the rule of skew, lifted gradients, momentum, bounds or a graft."""
 
-    def __init__(self, geometry: str, momentum: float, lift: float, seed: int) -> None:
-        self.geometry, self.momentum, self.lift, self.seed = geometry, momentum, lift, seed
+    def __init__(
+        self,
+        geometry: str,
+        momentum: float,
+        lift: float,
+        seed: int,
+        merge: str = "squeeze",
+        block: int | None = None,
+        **length: Any,
+    ) -> None:
+        self.geometry, self.momentum, self.lift, self.seed, self.merge, self.size = geometry, momentum, lift, seed, merge, block
         self.blocks: dict[str, Rederived] = {}
         self.history: dict[str, list[Tensor]] = {}
+        self.length = Reference(lambda: None, **length) if length else None  # type: ignore[arg-type,return-value]
 
     def __call__(self, case: models.Case, at: int) -> dict[str, Tensor]:
         out = {}
         for name, g in raw(case).items():
-            shape = tuple(d for d in g.shape if d > 1) or (1,)
-            wide = tuple(axis for axis, d in enumerate(shape) if d * d > g.numel())
-            block = self.blocks.setdefault(name, Rederived(self.geometry, shape, wide, 0.1))
-            v, noise = (draw(self.seed, f"{kind} {name}", at, (1, *shape))[0] for kind in ("probe", "lift"))
-            flat = g.reshape(shape)
-            block.update(v, flat + (self.lift + 2.0**-52 * flat.abs()) * noise, whitens=True)
-            past = self.history.setdefault(name, [])
-            past.append(flat)
-            weights = torch.tensor([self.momentum**age for age in reversed(range(len(past)))], dtype=torch.float64)
-            m = torch.einsum("t,t...->...", weights, torch.stack(past)) / weights.sum()
-            u = block.P() @ m.reshape(-1)
-            u = u * min(1.0, 2 / float(u.square().mean().sqrt()))
-            out[name] = u.clamp(-10, 10).reshape(g.shape)
+            shape = merged(tuple(g.shape), self.merge, None) if self.merge != "squeeze" else squeezed(g)
+            whole, result = g.reshape(shape), torch.empty(shape, dtype=g.dtype)
+            for corner in product(*(range(0, d, self.size or d) for d in shape)):
+                ends = [min(c + (self.size or d), d) for c, d in zip(corner, shape, strict=True)]
+                where = tuple(slice(*each) for each in zip(corner, ends, strict=True))
+                label = (
+                    ""
+                    if self.size is None or max(shape) <= self.size
+                    else f"[{','.join(f'{s.start}:{s.stop}' for s in where)}]"
+                )
+                result[where] = self.step(name + label, whole[where], at)
+            out[name] = result.reshape(g.shape)
         return out
+
+    def step(self, name: str, g: Tensor, at: int) -> Tensor:
+        wide = tuple(axis for axis, d in enumerate(g.shape) if d * d > g.numel())
+        block = self.blocks.setdefault(name, Rederived(self.geometry, tuple(g.shape), wide, 0.1))
+        v, noise = (draw(self.seed, f"{kind} {name}", at, (1, *g.shape))[0] for kind in ("probe", "lift"))
+        block.update(v, g + (self.lift + 2.0**-52 * g.abs()) * noise, whitens=True)
+        past = self.history.setdefault(name, [])
+        past.append(g)
+        weights = torch.tensor([self.momentum**age for age in reversed(range(len(past)))], dtype=torch.float64)
+        m = torch.einsum("t,t...->...", weights, torch.stack(past)) / weights.sum()
+        u = (block.P() @ m.reshape(-1)).reshape(g.shape)
+        if self.length is None:
+            return (u * min(1.0, 2 / float(u.square().mean().sqrt()))).clamp(-10, 10)
+        target = self.length.target(past, m)
+        return u if target is None else u * target.norm() / u.norm()
+
+
+def squeezed(g: Tensor) -> tuple[int, ...]:
+    return tuple(d for d in g.shape if d > 1) or (1,)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +96,27 @@ def test_thirty_steps(geometry: str, make: Any) -> None:
     case = make()
     maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(geometry=geometry, momentum=0.9, seed=3))
     compare(case, maker, Whitening(geometry, 0.9, 1e-9, 3), 1e-2, 1e-8)
+
+
+SWITCHED: dict[str, dict[str, Any]] = {
+    "blocks": {"block_size": 3},
+    "separate": {"merge": "none"},
+    "merged": {"merge": "to_2d"},
+    "merged_blocks": {"merge": "to_2d", "block_size": 3},
+    **{name: {"norm": name} for name in ("none", "keep", "adagrad", "rmsprop", "adam")},
+    "all": {"merge": "to_2d", "block_size": 3, "norm": "adam", "norm_decay": 0.9, "momentum": 0.8},
+}
+
+
+@pytest.mark.parametrize("row", SWITCHED)
+def test_thirty_switched_steps(row: str) -> None:
+    """Cut, merged and grafted in every way; it has no running average of a statistic to be switched."""
+    given = {"momentum": 0.0, **SWITCHED[row]}
+    case = convolution() if "merge" in given else models.mlp()
+    maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(seed=3, **given))
+    names = {"merge": "merge", "block_size": "block", "norm": "norm", "norm_decay": "norm_decay"}
+    options = {names[key]: value for key, value in given.items() if key in names}
+    compare(case, maker, Whitening("Q0.5EQ1.5", given["momentum"], 1e-9, 3, **options), 1e-2, 1e-8)
 
 
 @every_geometry

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.test_docs import ROOT, script
-from tests.test_krad import Alternating, Star, eye, power
+from tests.test_krad import Release, Star, eye, power
 
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
@@ -135,7 +135,7 @@ def test_rows_take_the_authors_steps(name: str) -> None:
 
 def test_the_alternating_row_takes_its_steps() -> None:
     model = quadratic.Quadratic(5, 1e2).double()
-    expected = loop(model, Alternating(1e-8, 3, None, None), 1e-3, 25, plain=0, start=3, graft=False)
+    expected = loop(model, Release(1e-8, 3, None, 3), 1e-3, 25, plain=0, start=0, graft=False)
     step, _ = quadratic.session(quadratic.ROWS["KrADagrad"], model, 1e-3, {})
     torch.testing.assert_close([step() for _ in range(25)], expected, rtol=1e-6, atol=0)
 

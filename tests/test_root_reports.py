@@ -22,6 +22,7 @@ from gradmaker import (
     ShampooGradientMaker,
     cost_report,
     damping_sweep,
+    from_config,
 )
 from gradmaker.representations import KronDims, RootKronDims
 from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, SvdRoot
@@ -100,7 +101,8 @@ def test_a_root_that_a_shape_does_not_allow_is_refused_when_the_maker_is_made() 
         ShampooGradientConfig(root="cubic")  # type: ignore[arg-type]
 
 
-def test_square_roots_save_a_float32_statistic() -> None:
+@pytest.mark.parametrize("method", ["shampoo", "caspr"])
+def test_square_roots_save_a_float32_statistic(method: str) -> None:
     """One gradient of condition 1e5 has a statistic of 1e10: in float32 only the square root still knows its directions."""
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0] for _ in range(2))
@@ -108,8 +110,8 @@ def test_square_roots_save_a_float32_statistic() -> None:
     off = {}
     for root, damping in (("eigh", 1e-6), ("newton", 1e-6), ("svd", 1e-12)):
         layer = nn.Linear(12, 12, bias=False)
-        config = ShampooGradientConfig(root=root, damping=damping, norm="none", decay=0.0)  # type: ignore[arg-type]
-        maker = ShampooGradientMaker(layer, config)
+        options = {"root": root, "damping": damping, "norm": "none", "decay": 0.0, "momentum": 0.0, "nesterov": False}
+        maker = from_config(layer, {"method": method, **options})
         step_by(maker, layer, G.float())
         off[root] = float((layer.weight.grad.double() - U @ V.T).norm() / 12**0.5)  # type: ignore[union-attr]
     assert off["svd"] < 2e-2 and off["eigh"] > 0.3 and off["newton"] > 0.3

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
 
-from gradmaker.config import COVERS_ALL, GradientConfig, check_choice, check_count
+import torch
+
+from gradmaker.config import COVERS_ALL, DTYPES, GradientConfig, as_dtype, check_choice, check_count
 from gradmaker.curvature import BatchGradient
+from gradmaker.precision import Precision
 from gradmaker.shapes import Merge, ShapePolicy, Split, as_split
 from gradmaker.solvers import Solver
 from gradmaker.solvers.damping import Mode
 from gradmaker.solvers.matrix_root import MatrixRoot
 from gradmaker.solvers.rooting import Root, rooting
 
-__all__ = ["Averaging", "AxesGradientConfig", "RootedGradientConfig"]
+__all__ = ["Averaging", "AxesGradientConfig", "HeldRootsGradientConfig", "RootedGradientConfig"]
 
 Averaging: TypeAlias = Literal["corrected", "plain", "raw"]
+APPLIED = {"bfloat16": torch.bfloat16, **DTYPES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,25 @@ class AxesGradientConfig(GradientConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RootedGradientConfig(AxesGradientConfig):
+class HeldRootsGradientConfig(AxesGradientConfig):
+    """Roots that a refresh takes of every axis' statistic and that are held until the next: at precisions of their own."""
+
+    root_dtype: str | torch.dtype | None = None
+    """At which roots are taken: float32 or float64, which loses no digit of a float32 statistic; None: the statistic's."""
+    apply_dtype: str | torch.dtype | None = None
+    """At which roots are held and multiplied with gradients: bfloat16, float32 or float64; None: the statistic's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.precision()
+
+    def precision(self) -> Precision:
+        taken = as_dtype("root_dtype", self.root_dtype, DTYPES)
+        return Precision(taken, as_dtype("apply_dtype", self.apply_dtype, APPLIED))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RootedGradientConfig(HeldRootsGradientConfig):
     """Inverse roots of running statistics of the gradient's axes: Shampoo, one-sided Shampoo, CASPR."""
 
     damping: float = 1e-6

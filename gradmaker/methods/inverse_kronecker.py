@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.axes import AxesGradientConfig, HeldRootsGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import AlternatingInverse, CrossDims, InverseDims
 from gradmaker.representations.alternating_inverse import ONE_AXIS
@@ -28,8 +28,18 @@ __all__ = [
 ]
 
 
+def _take_published(config: Any, values: dict[str, Any]) -> None:
+    """Give a config with ``compat='kradagrad'`` the authors' values. ValueError where others were asked for."""
+    check_choice("compat", config.compat, ["none", "kradagrad"])
+    if config.compat == "kradagrad":
+        for name, value in values.items():
+            if getattr(config, name) not in (value, getattr(type(config), name)):
+                raise ValueError(f"{name}={getattr(config, name)!r}: compat='kradagrad' has {value!r}; leave one of them out")
+            object.__setattr__(config, name, value)
+
+
 @dataclass(frozen=True, kw_only=True)
-class KradagradStarGradientConfig(AxesGradientConfig):
+class KradagradStarGradientConfig(HeldRootsGradientConfig):
     """KrADagrad*: ``P G = G x_1 L_1^(1/2k) ... x_k L_k^(1/2k)``, ``L_m`` the inverse of Shampoo's statistic, updated directly.
 
     ``damping`` is the ridge that ``L`` starts from, relative to the first gradient's statistic. ``denominator='exact'`` is an
@@ -50,12 +60,7 @@ class KradagradStarGradientConfig(AxesGradientConfig):
     compat: Literal["none", "kradagrad"] = "none"
 
     def __post_init__(self) -> None:
-        check_choice("compat", self.compat, ["none", "kradagrad"])
-        if self.compat == "kradagrad":
-            for name, value in (("denominator", "d-tr"), ("norm", "keep")):
-                if getattr(self, name) not in (value, getattr(type(self), name)):
-                    raise ValueError(f"{name}={getattr(self, name)!r}: compat='kradagrad' has {value!r}; leave one of them out")
-                object.__setattr__(self, name, value)
+        _take_published(self, {"denominator": "d-tr", "norm": "keep"})
         super().__post_init__()
         self._state()
 
@@ -78,7 +83,9 @@ class KradagradGradientConfig(AxesGradientConfig):
     """KrADagrad: ``P G = G x_1 L_1^(1/2) ... x_k L_k^(1/2)``, ``L_m`` jointly the inverse covariance, one updated a step.
 
     ``basis_interval`` is that of the roots; ``start`` the variance, in mean squares of the first gradient, that the inverse
-    starts from (None: one, as published).
+    starts from (None: one, as published). ``compat='kradagrad'`` reproduces the authors' release: that start, a damping that
+    may overshoot, other axes' roots as they were before a refresh, and before ``start_step`` a gradient that is preconditioned
+    on them already. Of several blocks the release renews the roots of one; here all are.
 
     Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416.
     """
@@ -87,15 +94,23 @@ class KradagradGradientConfig(AxesGradientConfig):
     decay: float | None = None
     basis_interval: int = 3
     start: float | None = 1.0
+    compat: Literal["none", "kradagrad"] = "none"
 
     def __post_init__(self) -> None:
+        _take_published(self, {"start": None, "norm": "none"})
         super().__post_init__()
         if self.decay == 0:
             raise ValueError(ONE_AXIS)
         self._state()
 
+    @property
+    def first_step(self) -> int:
+        """In the release the start is one of the axis in turn alone."""
+        return 0 if self.compat == "kradagrad" else self.start_step
+
     def _state(self) -> AlternatingInverse:
-        return AlternatingInverse(self.damping, self.basis_interval, self.start)
+        published = self.compat == "kradagrad"
+        return AlternatingInverse(self.damping, self.basis_interval, self.start, published, self.start_step if published else 0)
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(BatchGradient(), self._state(), PositiveRoot())

@@ -9,7 +9,7 @@ from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import RootedGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import KronDims, KronSum, OneSided
+from gradmaker.representations import KronDims, KronSum, OneSided, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.shapes import Merge, ShapePolicy
 from gradmaker.sites import Site
@@ -83,21 +83,21 @@ class CasprGradientConfig(RootedGradientConfig):
     warmup_steps: int = 5
     merge: Merge = "to_2d"
     p: int | Literal["inf"] | None = 2
-    root: FactorRoot = "eigh"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("root", self.root, list(get_args(FactorRoot)))
         if self.p != "inf":
             KronSum(self.p)
 
     def triple(self, site: Site) -> Triple | None:
-        axes = len(site.shape[1:]) or 1
+        axes, by_roots = len(site.shape[1:]) or 1, self.root == "svd"
         if self.p == "inf":
-            self.check_root(KronDims().order(axes))
-            return Triple(BatchGradient(), KronDims(), self.rooter())
-        self.check_root(KronSum(self.p).passes(axes))
-        return Triple(BatchGradient(), KronSum(self.p), AxisMean(damping=self.damping, root=self.root, mode=self.mode))
+            product = RootKronDims() if by_roots else KronDims()
+            self.check_root(product.order(axes))
+            return Triple(BatchGradient(), product, self.rooter())
+        held = KronSum(self.p, by_roots)
+        self.check_root(held.passes(axes))
+        return Triple(BatchGradient(), held, AxisMean(damping=self.damping, root=self.root, mode=self.mode))
 
 
 class CasprGradientMaker(PreconditionedGradientMaker):
