@@ -524,7 +524,6 @@ def test_conv_net_learns(method: str) -> None:
 def test_bad_options_are_refused() -> None:
     for method, options, words in (
         ("newton", {"granularity": "unit"}, "granularity"),
-        ("newton", {"granularity": "diagonal", "absolute": False}, "absolute"),
         ("hessian_free", {"warm": 2.0}, "warm"),
         ("hessian_free", {"curvature": "FisherMC"}, "Implicit is built from Product"),
         ("ksd", {"dimension": 0}, "dimension"),
