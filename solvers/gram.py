@@ -26,6 +26,9 @@ SMALLEST = 1e-6
 """Singular values of ``J`` below this share of the largest one count as zero."""
 ROUNDOFFS = 10
 """What the rows leave of a gradient counts as zero below so many roundoffs of it."""
+LOSS = 1e-3
+"""Share of ``P g`` that Woodbury's subtraction may lose, ``roundoff |K| / damping`` at the worst. Beyond, rows are fitted
+first: two products more with them, and two with their transpose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,8 @@ class Gram(Solver):
     With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is what is left of ``g`` outside of the rows.
 
     - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury). What the
-      rows span of a gradient is pushed through, ``P J^T y = J^T (K + damping)^-1 y``: Woodbury would subtract two numbers that
-      are ``1 / damping`` times as large as the gradient, and lose all digits of a gradient that is one of the rows;
+      rows span of a gradient is pushed through, ``P J^T y = J^T (K + damping)^-1 y``, where the damping is so small beside
+      ``K`` that Woodbury, which subtracts two numbers ``1 / damping`` times as large as the gradient, would lose its digits;
     - ``power=-1/2``: ``(C^(1/2) + damping)^-1``, the damping follows the root; ``placement="before"`` puts it under the root,
       ``(C + damping)^(-1/2)``.
 
@@ -92,7 +95,7 @@ class Gram(Solver):
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         K = representation.gram(state).double()
-        new, lost = self._invert(K, self._slack(representation, state)) if self._direct else self._decompose(K)
+        new, lost = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
         held = state if representation.live else {name: x.clone() for name, x in state.items()}
         counters = count_failures(lost, previous)
@@ -109,21 +112,21 @@ class Gram(Solver):
             return 1.0
         return self.damping**-0.5 if self.placement == "before" else 1 / self.damping
 
-    def _slack(self, representation: Any, state: State) -> float | None:
-        """The share of the largest curvature that is lost in the rounding of products; None where rows are not to fit.
+    def _roundoff(self, representation: Any, state: State) -> float | None:
+        """Of products with the rows; None where they are not to fit a gradient.
 
         By some coordinates of the rows a gradient may be fitted with rows that are far larger than it elsewhere.
         """
         if _samples(representation):
             return None
-        return ROUNDOFFS * max(torch.finfo(x.dtype).eps for x in state.values() if x.is_floating_point())
+        return max(torch.finfo(x.dtype).eps for x in state.values() if x.is_floating_point())
 
-    def _invert(self, K: Tensor, slack: float | None) -> tuple[State, Tensor]:
+    def _invert(self, K: Tensor, roundoff: float | None) -> tuple[State, Tensor]:
         """``M`` and ``t``, maybe ``(K + slack |K|)^-1``, and who is lost.  # (B, N, N), (B,), (B, N, N), (B,)"""
         ridges = [K.new_full(K.shape[:1], self.damping)]
-        if slack is not None:
-            size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # not below the largest eigenvalue
-            ridges.append(torch.where(size > 0, slack * size, 1.0))
+        size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # not below the largest eigenvalue
+        if roundoff is not None and bool((roundoff * size > LOSS * self.damping).any()):
+            ridges.append(torch.where(size > 0, ROUNDOFFS * roundoff * size, 1.0))
         found, lost = climb(CholeskyInverse(1), [K] * len(ridges), ridges)
         inverse, *fits = (X for (X,) in found)
         cache = {"middle": -inverse / self.damping, "gain": K.new_full(K.shape[:1], 1 / self.damping)}

@@ -270,6 +270,17 @@ def test_single_precision_keeps_its_digits(damping: float, beyond: float) -> Non
     assert oracles.relative_error(found, expected) < 1e-3
 
 
+def test_rows_are_fitted_where_digits_would_be_lost_alone() -> None:
+    """Of ``|K| = 100``, a thousandth is ``u / damping`` for 1.2e-2 in float32."""
+    J = torch.zeros(1, 40)
+    J[0, :2] = torch.tensor([6.0, 8.0])
+    window = Window(size=2, scale="sum")
+    state = window.init(Frame(1, (40,), frozenset(), torch.float32, J.device))
+    window.update(state, Gradient(J), SUM)
+    fitted = [damping for damping in (1e-3, 1e-2, 1.5e-2, 1.0) if "fit" in Gram(damping=damping).prepare(window, state, None)]
+    assert fitted == [1e-3, 1e-2]
+
+
 def test_mfac_in_single_precision() -> None:
     """At the published damping, with gradients of length ten: Woodbury's subtraction would be off by a third of a percent."""
 
