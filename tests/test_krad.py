@@ -82,15 +82,18 @@ class Alternating:
             L = L - self.eps * L @ L / (1 + self.eps * L.abs().sum(1).max())
         Y = L @ unfolded(Gw, j) @ unfolded(Gw, j).T
         self.L[j] = L - Y @ L / (1 + Y.norm())
+        self.renew(j)
+        for axis in range(k):
+            m = on_axis(self.P[axis], m, axis)
+        return m
+
+    def renew(self, j: int) -> None:
         self.touched.add(j)
         if self.t % self.T == 0:
             for axis in self.touched:
                 self.P[axis] = power(self.L[axis], 0.5)
             self.touched = set()
         self.t += 1
-        for axis in range(k):
-            m = on_axis(self.P[axis], m, axis)
-        return m
 
     def turn(self, k: int, shape: tuple[int, ...]) -> int:
         if self.t < k**2:
@@ -116,12 +119,7 @@ class Release(Alternating):
         L = L - self.eps * L @ L.T
         Y = L @ unfolded(g, j) @ unfolded(g, j).T
         self.L[j] = L - Y @ L.T / (1 + Y.norm())
-        self.touched.add(j)
-        if self.t % self.T == 0:
-            for axis in self.touched:
-                self.P[axis] = power(self.L[axis], 0.5)
-            self.touched = set()
-        self.t += 1
+        self.renew(j)
         return on_axis(self.P[j], g, j) if step >= self.start_step else g
 
 

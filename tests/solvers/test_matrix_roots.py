@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from gradmaker.solvers.diagnosis import COLUMNS
 from gradmaker.solvers.higher_order import _coefficients, coupled_series
 from gradmaker.solvers.matrix_root import MatrixRoot
 from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps
+from tests.test_docs import script
 
 ROOT = Path(__file__).resolve().parents[2]
 d = 16
@@ -450,11 +450,7 @@ def test_no_host_read_but_the_ladders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------ the measured tables
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("roots", ROOT / "benchmarks" / "roots.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "benchmarks" / "roots.py")
 
 
 def test_committed_tables_are_within_three_times_the_specification() -> None:
