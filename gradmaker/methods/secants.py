@@ -76,6 +76,7 @@ class KbfgsGradientConfig(GradientConfig):
     decay: float | None = 0.9
     momentum: float = 0.9
     secant_decay: float = 0.9
+    """Weight of the OLD secants, at a measurement: ``curvature_interval=k`` makes their average span ``k`` times the steps."""
     output_damping: Literal["powell", "shift"] = "powell"
 
     def __post_init__(self) -> None:
