@@ -54,7 +54,7 @@ def roots_of(block: Any, damping: float) -> list[Tensor]:
     held = {name: x.double() for name, x in block.state.items()}
     found = []
     for H in block.triple.representation.factors(held):
-        s, Q = torch.linalg.eigh(H)
+        s, Q = torch.linalg.eigh((H + H.mT) / 2)  # products of float32 need not be symmetric to the last bit
         found.append((Q * ((s.clamp(min=0) + damping * s[:, -1:]) ** -0.25).unsqueeze(-2)) @ Q.mT)
     return found
 
