@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "examples"))
 
 from gradmaker import GradientMaker, KfacGradientConfig, KfacGradientMaker  # noqa: E402
+from gradmaker.compare.cost import machine  # noqa: E402
 from gradmaker.curvature import FisherExact  # noqa: E402
 
 MEMORY = {"exact Fisher": 2**30, "exact Fisher, memory=2 GiB": 2**31, "exact Fisher, memory=1 byte": 1}
@@ -55,6 +56,7 @@ def measured(row: str, width: int, batch: int) -> tuple[float, float]:
 
 def render(width: int, batch: int) -> str:
     """The page."""
+    torch.set_num_threads(1)
     lines = ["| step | peak, GiB | seconds |", "|---|---|---|"]
     for row in ROWS:
         gib, seconds = measured(row, width, batch)
@@ -63,7 +65,7 @@ def render(width: int, batch: int) -> str:
     head = (__doc__ or "").split("\n")[0]
     text = (
         "One step, with a measurement of the curvature and a refresh, in a fresh process; the peak is `ru_maxrss`, Python "
-        f"and torch included. One thread, torch {torch.__version__}. The limit is {LIMIT:g} GiB."
+        f"and torch included. The limit is {LIMIT:g} GiB.\n\nOn {', '.join(f'{k} {v}' for k, v in machine().items())}."
     )
     return "\n".join(["# Memory of the exact Fisher", "", head, "", text, "", *lines]) + "\n"
 
