@@ -63,9 +63,10 @@ def render(width: int, batch: int) -> str:
         lines.append(f"| {row} | {gib:.2f} | {seconds:.0f} |")
         print(lines[-1], flush=True)
     head = (__doc__ or "").split("\n")[0]
+    facts = ", ".join(f"{name} {value}" for name, value in machine(torch.device("cpu")).items())
     text = (
         "One step, with a measurement of the curvature and a refresh, in a fresh process; the peak is `ru_maxrss`, Python "
-        f"and torch included. The limit is {LIMIT:g} GiB.\n\nOn {', '.join(f'{k} {v}' for k, v in machine().items())}."
+        f"and torch included. The limit is {LIMIT:g} GiB.\n\nOn {facts}."
     )
     return "\n".join(["# Memory of the exact Fisher", "", head, "", text, "", *lines]) + "\n"
 
