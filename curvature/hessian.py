@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
@@ -297,7 +300,8 @@ def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vector
     moved = [p for p in parameters if p in vectors]
 
     def loss(values: list[Tensor]) -> Tensor:
-        found: Tensor = replay.run(dict(zip(parameters, values, strict=True)))[1].reshape(())
+        with _Tangents():
+            found: Tensor = replay.run(dict(zip(parameters, values, strict=True)))[1].reshape(())
         return found
 
     at = [p.detach() for p in parameters]
@@ -305,6 +309,18 @@ def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vector
     assert moved
     images = torch.func.jvp(torch.func.grad(loss), (at,), (tangents,))[1]
     return dict(zip(parameters, images, strict=True))
+
+
+class _Tangents(TorchFunctionMode):
+    """Both sides of a mean of squares get a tangent: torch divides it in place, and fails where it stands for a constant."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.mse_loss:
+            given = signature(function).bind(*args, **(kwargs or {})).arguments
+            given["target"] = given["target"] + 0 * given["input"]
+            given["input"] = given["input"] + 0 * given["target"]
+            return function(**given)
+        return function(*args, **(kwargs or {}))
 
 
 def _difference(replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:

@@ -1,8 +1,8 @@
 """Secants: how the gradient of one and the same batch has changed over a step of the weights.
 
-The batch is evaluated again, with its random numbers, at the start of the next pass: then the weights have moved. A state that
-is saved in between is completed first. Saved after the backward pass and before the optimizer's step, it has nothing to
-complete: that one pair is left out after loading.
+The batch, in its micro-batches, is evaluated again, with its random numbers, at the start of the next pass: then the weights
+have moved. A state that is saved in between is completed first. Saved after the backward pass and before the optimizer's step,
+it has nothing to complete: that one pair is left out after loading.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from gradmaker.curvature.evidence import Evidence, OneHot, Opening, Outer, Outpu
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
-    from gradmaker.step import Previous, Step
+    from gradmaker.step import Pass, Step
 
 __all__ = ["LayerSecant", "Secant"]
+
+Sums: TypeAlias = tuple[Tensor, Tensor, int]
+"""Over the examples of a pass: mean outputs and mean output gradients of positions, and how many examples."""
 
 
 class _Lazy(Curvature):
@@ -49,7 +52,7 @@ class Secant(_Lazy):
     """``s = theta_(t+1) - theta_t`` and ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``, both on batch ``t``.
 
     One more forward and backward pass a step. Gradients are passed on as well: they say how long a first step should be, and
-    whether what was made of the pairs is still sound. With micro-batches the pair is that of the last one.
+    whether what was made of the pairs is still sound. Micro-batches make one batch, with the weights of their losses.
 
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
@@ -60,20 +63,31 @@ class Secant(_Lazy):
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         if step.previous is not None:
             yield self._completed(step)
-        found = ((site, site.read()) for site in step.sites)
-        yield {site.name: Opening(g.to(step.statistics_dtype(site))) for site, g in found if g is not None}
+        earlier, found = step.earlier(), dict[str, Evidence]()
+        for site in step.sites:
+            gradients = {p: _sum(p.grad, earlier.get(p)) for p in site.parameters.values()}
+            if any(g is not None for g in gradients.values()):
+                found[site.name] = Opening(site.lay_out(gradients).to(step.statistics_dtype(site)))
+        yield found
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         previous = step.previous
-        assert previous is not None and previous.replay is not None
-        now = previous.replay.gradient_at({})
+        assert previous is not None
+        now: dict[nn.Parameter, Tensor | None] = {}
+        for each in previous.passes:
+            for p, g in each.replay.gradient_at({}).items():
+                now[p] = _sum(each.weight * g, now.get(p))
         found: dict[str, Evidence] = {}
         for site in step.sites:
             if any(p in previous.gradients for p in site.parameters.values()):
                 weights: Mapping[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
                 s = _difference(step, site, weights, previous.weights)
-                found[site.name] = SecantPair(s, _difference(step, site, dict(now), previous.gradients))
+                found[site.name] = SecantPair(s, _difference(step, site, now, previous.gradients))
         return found
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _difference(
@@ -90,6 +104,7 @@ class LayerSecant(_Lazy):
 
     ``s = mean_nr W a_nr`` and ``g = (1/R) sum_nr dL/ds_nr`` for ``R`` sharing positions: for a mean over examples that is the
     mean of unscaled gradients. Before the step they come with the ordinary passes, after it with one more of each.
+    Of micro-batches it is the mean output of all their examples, and the gradient of the step's loss.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 3.
     """
@@ -107,35 +122,44 @@ class LayerSecant(_Lazy):
         found: dict[str, Evidence] = {}
         for site in step.active():
             outer = site.outer(step.tape, step.ridden, mask, step.statistics_dtype(site))
-            step.notes[site.name] = _means(site, outer)
+            step.notes[site.name] = _sums(site, outer)
             found[site.name] = PairedInputs(**vars(outer))
         yield found
         yield self._completed(step)
 
     def secants(self, step: Step) -> dict[str, Evidence]:
-        previous = step.previous
-        assert previous is not None and previous.replay is not None
-        sites = [s for s in step.sites if s.name in previous.notes]
+        assert step.previous is not None
+        before: dict[str, Sums] = {}
+        after: dict[str, Sums] = {}
+        for each in step.previous.passes:
+            _gather(before, each.notes, each.weight)
+            _gather(after, self._again(step, each), each.weight)
+        return {k: OutputPair(s / n - before[k][0] / n, g - before[k][1]) for k, (s, g, n) in after.items()}
+
+    def _again(self, step: Step, made: Pass) -> dict[str, Sums]:
+        """What a pass would note now."""
+        sites = [s for s in step.sites if s.name in made.notes]
         tape = Tape(step.tape.root, dict.fromkeys(m for s in sites for m in s.modules))
         with tape.recording():
-            _, loss = previous.replay.run()
+            _, loss = made.replay.run()
             tape.end_forward()
             pulled = tape.pull(loss, torch.ones_like(loss).unsqueeze(0))
-        after = {s: _means(s, s.outer(tape, pulled, None, step.statistics_dtype(s))) for s in sites if s.fired(tape)}
-        return {s.name: _change(previous, s, now) for s, now in after.items()}
+        return {s.name: _sums(s, s.outer(tape, pulled, None, step.statistics_dtype(s))) for s in sites if s.fired(tape)}
 
 
-def _change(previous: Previous, site: Site, now: tuple[Tensor, Tensor]) -> OutputPair:
-    s, g = previous.notes[site.name]
-    return OutputPair(now[0] - s, now[1] - g)
+def _gather(total: dict[str, Sums], found: Mapping[str, Sums], weight: float) -> None:
+    """Add what a pass has found of its loss, which has this weight in that of the step."""
+    for name, (s, g, n) in found.items():
+        s0, g0, n0 = total.get(name, (torch.zeros_like(s), torch.zeros_like(g), 0))
+        total[name] = s0 + s, g0 + weight * g, n0 + n
 
 
 @torch.no_grad()
-def _means(site: Site, outer: Outer) -> tuple[Tensor, Tensor]:
-    """Mean output, less a bias that is not trained, and mean output gradient.  # (G, o), (G, o)"""
+def _sums(site: Site, outer: Outer) -> Sums:
+    """Outputs of examples, less a bias that is not trained, and output gradients.  # (G, o), (G, o),"""
     assert not isinstance(outer.inputs, OneHot)
-    a = outer.inputs.mean((1, 2))
+    a, n = outer.inputs.mean((1, 2)), outer.inputs.shape[1]
     a = torch.cat([a, a.new_ones(len(a), 1)], 1) if outer.bias else a
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
     s = (site.lay_out(weights).to(a.dtype) @ a.unsqueeze(-1)).squeeze(-1)
-    return s, outer.gradients.sum((0, 2, 3)) / outer.gradients.shape[3]
+    return n * s, outer.gradients.sum((0, 2, 3)) / outer.gradients.shape[3], n

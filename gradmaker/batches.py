@@ -36,6 +36,14 @@ class Declared:
         tensors = [v for v in tree_leaves((self.call._args, self.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0]
         return len(tensors[0]) if tensors else 0
 
+    def tensors(self) -> list[Tensor]:
+        """All that go into the calls and carry a count of their changes, which those of the inference mode do not."""
+        found: list[Any] = []
+        known = dict[int, Deferred]()
+        for part in (self.call, self.loss, self.logits):
+            exchange(part, found.append, known)
+        return [v for v in found if isinstance(v, Tensor) and not v.is_inference()]
+
     def cut(self, rows: Tensor) -> Declared:
         """The same calls on some of the examples: of every tensor whose first axis is that of the examples."""
         n, known = self.examples, dict[int, Deferred]()
@@ -65,7 +73,7 @@ class Batch:
     def __init__(self, model: nn.Module, declared: Declared, config: GradientConfig, whole: Batch | None = None) -> None:
         """whole: what this was cut from"""
         self.model, self.declared, self.config, self.whole = model, declared, config, whole
-        self.replay = Replay(model, _evaluation(declared))
+        self.replay = Replay(model, _evaluation(model, declared))
         self.mass: Tensor | None = None  # of its loss terms, once they are known
         self.known = False  # whether they are
 
@@ -127,10 +135,17 @@ class Batch:
         return ratio * self.whole.scale()
 
 
-def _evaluation(declared: Declared) -> Callable[[], tuple[Tensor | None, Tensor]]:
-    """Logits, where they are declared, and the loss."""
+def _evaluation(model: nn.Module, declared: Declared) -> Callable[[], tuple[Tensor | None, Tensor]]:
+    """Logits, where they are declared, and the loss; of other data than at first a RuntimeError."""
+    own = {*model.parameters(), *model.buffers()}  # which a step may change
+    then = [(v, v._version) for v in declared.tensors() if v not in own]
 
     def evaluate() -> tuple[Tensor | None, Tensor]:
+        if any(v._version != version for v, version in then):
+            raise RuntimeError(
+                f"a tensor among the arguments of {declared.loss!r} was changed in place, by its pass or since, and this "
+                "method evaluates that batch again: declare a copy of it, by clone()"
+            )
         known: dict[int, Any] = {}
         resolve(declared.call, known)
         loss = resolve(declared.loss, known)

@@ -253,8 +253,12 @@ class Block:
         kept = [
             (v[slot], v[slot].clone()) for slot in self._idle() for v in (*self.average.values(), *self.norm_state.values())
         ]
-        g = self.averaged(raw)
-        value = self.applied(self.cache, g)
+        g, start = self.averaged(raw), dict(self.cache)
+        try:
+            value = self.applied(self.cache, g)
+        except BaseException:  # as of a loss that was evaluated: the step may begin again
+            self.cache.update(start)
+            raise
         if self.norm:
             value = self.norm.rescale(self.norm_state, value, g, raw) if started else self.norm.target(self.norm_state, g, raw)
         for now, before in kept:

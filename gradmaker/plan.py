@@ -36,6 +36,11 @@ class Plan:
         found = dict.fromkeys(b.triple.curvature for b in self.blocks)
         return [c for c in found if c.of_passes == of_passes]
 
+    @property
+    def fleeting(self) -> frozenset[Curvature]:
+        """Those whose evidence ends with the step: they are measured at every one."""
+        return frozenset(b.triple.curvature for b in self.blocks if b.triple.representation.fleeting)
+
     def purposes(self) -> frozenset[str]:
         """What a batch of its own can be declared for."""
         found = {

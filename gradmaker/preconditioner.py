@@ -67,9 +67,9 @@ class PreconditionedGradientMaker(GradientMaker):
     def begin_pass(self) -> bool:
         """Whether the coming pass is to be recorded; asked before every forward pass."""
         if self._asked != self.step:
-            due = self._curvature_clock.tick(self.step)  # its periods run on, whatever is measured besides
-            self._measuring = due or any(b.triple.representation.fleeting for b in self.plan.blocks)
+            self._measuring = self._curvature_clock.tick(self.step)
             self._asked = self.step
+        self._measuring |= bool(self.plan.fleeting)  # also where the step begins again after an exception in its solve
         self._part += 1
         return self._measuring and bool(self.plan.curvatures(of_passes=True))
 
@@ -151,12 +151,13 @@ class PreconditionedGradientMaker(GradientMaker):
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
         """
         masked, empty = self._note_finite(check, terms)
-        if empty or not self._finite:
+        if not self._finite:
             return
         if ridden is not None:
             ridden = _scaled(ridden, 1 / (weight * scale))
         for curvature in self.plan.curvatures(of_passes=True):
-            if curvature.rides == (ridden is not None):
+            held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
+            if curvature.rides == (ridden is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked)
                 step.ridden, step.slopes = ridden, slopes
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous

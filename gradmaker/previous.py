@@ -1,4 +1,4 @@
-"""The last measured pass, seen again when the weights have moved: what secants are made of, and how they are saved."""
+"""The last measured step, seen again when the weights have moved: what secants are made of, and how they are saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradmaker.capture import Tape
 from gradmaker.curvature.evidence import Evidence, Pair
 from gradmaker.replay import Replay
-from gradmaker.step import Previous
+from gradmaker.step import Pass, Previous
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker
@@ -19,19 +19,25 @@ __all__ = ["bookmark", "complete", "dump_secants", "load_secants"]
 
 
 def bookmark(maker: PreconditionedGradientMaker, replay: Replay, weight: float, notes: dict[str, Any]) -> Previous:
-    """The pass that has just been measured.  weight: its share in the loss, which ``.grad`` holds"""
+    """The step that is under way, with the pass that has just been measured.  weight: its share in the loss"""
     parameters = [p for p in maker.model.parameters() if p.requires_grad]
-    gradients = {p: p.grad / weight for p in parameters if p.grad is not None}
-    return Previous(replay, {p: p.detach().clone() for p in parameters}, gradients, notes, maker.step)
+    made = Pass(replay, weight, notes)
+    gradients = {p: p.grad.clone() for p in parameters if p.grad is not None}
+    begun = maker._previous
+    if begun is None or maker._part == 0 or begun.index != maker.step:  # part 0: a step may begin again after an exception
+        return Previous([made], {p: p.detach().clone() for p in parameters}, gradients, maker.step)
+    for p, g in begun.gradients.items():
+        gradients[p] = g + gradients[p] if p in gradients else g
+    return Previous([*begun.passes, made], begun.weights, gradients, maker.step)
 
 
 def complete(maker: PreconditionedGradientMaker) -> None:
-    """Evaluate the last measured pass at the weights as they are now, once, and let go of its batch."""
+    """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
     previous = maker._previous
-    if previous is None or previous.replay is None or previous.index == maker.step:
+    if previous is None or not previous.passes or previous.index == maker.step:
         return
     previous.pairs = _secants(maker, previous)
-    maker._previous = Previous(None, {}, {}, {}, previous.index, previous.pairs)
+    maker._previous = Previous([], {}, {}, previous.index, previous.pairs)
 
 
 def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str, Evidence]:
@@ -51,7 +57,7 @@ def dump_secants(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     if previous is None:
         return {}
     pairs = previous.pairs
-    if previous.replay is not None and previous.index != maker.step and _moved(previous.weights):
+    if previous.passes and previous.index != maker.step and _moved(previous.weights):
         pairs = _secants(maker, previous)
     if pairs is None:
         return {}
@@ -72,4 +78,4 @@ def load_secants(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> N
     pairs: dict[str, Evidence] = {
         k: Pair(e["v"].to(device[k], copy=True), e["cv"].to(device[k], copy=True)) for k, e in saved["pairs"].items()
     }
-    maker._previous = Previous(None, {}, {}, {}, int(saved["index"]), pairs)
+    maker._previous = Previous([], {}, {}, int(saved["index"]), pairs)

@@ -18,18 +18,26 @@ from gradmaker.graph import Graph
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
-__all__ = ["NOTHING", "Extra", "Previous", "Step"]
+__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step"]
+
+
+@dataclass
+class Pass:
+    """The pass of a micro-batch, to be made again."""
+
+    replay: Replay
+    weight: float  # of its loss in that of the step
+    notes: dict[str, Any]  # what curvatures wrote down for the next step, by site
 
 
 @dataclass
 class Previous:
-    """The last measured pass, with the weights and the gradient that it had; `complete` leaves only its pairs."""
+    """The last measured step, with the weights and the gradient that it had; `complete` leaves only its pairs."""
 
-    replay: Replay | None
+    passes: list[Pass]
     weights: dict[nn.Parameter, Tensor]
-    gradients: dict[nn.Parameter, Tensor]  # of its loss, where the loss reaches
-    notes: dict[str, Any]  # what curvatures wrote down for the next step, by site
-    index: int  # of its step
+    gradients: dict[nn.Parameter, Tensor]  # of its loss, ``sum_j weight_j L_j``, where that reaches
+    index: int
     pairs: dict[str, Evidence] | None = None  # by site, once they are known
 
 
@@ -70,6 +78,11 @@ class Step:
     def examples(self) -> int:
         """Batch size."""
         return self.tape.examples
+
+    def earlier(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients of the micro-batches of this step that came before, with their weights, where any was noted."""
+        before = self.previous
+        return before.gradients if before is not None and self.part and before.index == self.index else {}
 
     def active(self) -> list[Site]:
         """The sites that took part."""

@@ -501,6 +501,47 @@ def test_a_step_without_a_pass_says_so() -> None:
         maker.precondition()
 
 
+@pytest.mark.parametrize("method", MATRIX_FREE)
+def test_a_batch_without_a_term_is_a_step_of_length_zero(method: str) -> None:
+    """All of its targets ignored: the sum of no losses, whose curvature is zero."""
+    case = models.mlp()
+    maker = from_config(case.model, {"method": method})
+    for ignored in (False, True, False):
+        t = torch.full_like(case.t, -100) if ignored else case.t
+        g = step(maker, case._replace(t=t, loss=partial(F.cross_entropy, reduction="sum")))
+        assert torch.isfinite(g).all()
+        assert bool(g.any()) is not ignored or method == "curveball"  # whose z goes on
+
+
+@pytest.mark.parametrize("method", MATRIX_FREE)
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_step_may_begin_again_after_an_exception(method: str, at: int) -> None:
+    """The loss fails at one of its evaluations: all is as before, and the next step as if it had not."""
+    found = []
+    for fails in (True, False):
+        case, calls = models.mlp(), itertools.count()
+        maker = from_config(case.model, {"method": method})
+        step(maker, case)
+        before, state = oracles.gradient_vector(case.model), torch.get_rng_state()
+        if fails:
+
+            def loss(z: Tensor, t: Tensor) -> Tensor:
+                if next(calls) == at:  # noqa: B023
+                    raise ZeroDivisionError
+                return F.cross_entropy(z, t)
+
+            maker.setup_loss_call(loss, maker.setup_model_call(case.model, case.x), case.t)
+            try:
+                maker.forward_and_backward()
+            except ZeroDivisionError:
+                assert torch.equal(oracles.gradient_vector(case.model), before)
+                assert torch.equal(torch.get_rng_state(), state)
+            else:
+                return  # it is not evaluated as often
+        found.append(step(maker, case))
+    assert oracles.relative_error(found[0], found[1]) < 1e-12
+
+
 def small_net() -> Case:
     make = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(16, CLASSES))  # noqa: E731
     return models.build(make, 24, 1, 8, 8)

@@ -80,7 +80,9 @@ def trainable(case: Case) -> list[nn.Parameter]:
     return [p for p in case.model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("name", ["mlp", "layer_norm", "batch_norm", "conv2d_plain", "embedding_mean", "attention"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp_gaussian", "layer_norm", "batch_norm", "conv2d_plain", "embedding_mean", "attention"]
+)
 def test_modes_agree_and_are_symmetric(name: str) -> None:
     """Property 33."""
     case = ZOO[name]()
@@ -289,6 +291,33 @@ def test_micro_batches_add_up(method: str) -> None:
             for case in (whole, halves):
                 for p in case.model.parameters():
                     p -= 0.5 * p.grad  # type: ignore[operator]
+
+
+class OneSided(nn.Module):
+    """A constant beside the mean of squares: as the target, as the input, by name, weighted, or broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x).tanh()
+        t = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).reshape(z.shape)
+        named = F.mse_loss(reduction="mean", target=z, input=t) + nn.MSELoss()(z, t)
+        return named + F.mse_loss(z[:1].expand_as(t), t, weight=t.square()) + F.mse_loss(z, t, reduction="sum")
+
+
+def test_means_of_squares_forwards() -> None:
+    """Torch's own forward derivative of them fails where one side is a constant."""
+    torch.manual_seed(0)
+    model, x = OneSided().double(), torch.randn(5, 4, dtype=torch.float64)
+    v = torch.randn(15, dtype=torch.float64)
+    found = [hvp(model, lambda: model(x), v, mode) for mode in ("reverse", "forward")]
+    assert oracles.relative_error(found[1], found[0]) < 1e-12
+    case = models.mlp_gaussian()
+    makers = [from_config(case.model, {"method": "newton", "curvature": Hessian(mode=m)}) for m in ("reverse", "forward")]
+    backwards, forwards = (step(maker, case) for maker in makers)
+    assert oracles.relative_error(forwards, backwards) < 1e-9
 
 
 # --- what has no second derivative ----------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_dropout_is_the_same_on_both_sides() -> None:
     step(maker, case)
     step(maker, case)
     pairs = maker._previous
-    assert pairs.pairs is None and pairs.replay is not None
+    assert pairs.pairs is None and len(pairs.passes) == 1
     step(maker, case)
     (block,) = maker.plan.blocks
     assert int(block.state["refused"]) == 2 and int(block.state["taken"]) == 0
@@ -78,28 +78,75 @@ def test_dropout_is_the_same_on_both_sides() -> None:
     assert all(float(e.v.abs().max()) == float(e.cv.abs().max()) == 0 for e in found.values() if isinstance(e, Pair))
 
 
-def test_micro_batches_have_pairs_of_their_own_loss() -> None:
-    """The gradient in ``.grad`` carries the micro-batch's weight, its secant does not."""
-    case = models.mlp()
-    maker: Any = METHODS["lbfgs"](case.model, METHODS["lbfgs"].Config(acceptance=0.0))
-    expected = []
-    for _ in range(2):
-        case.model.zero_grad(set_to_none=True)
-        for x, t in halves(case):
-            y = maker.setup_model_call(case.model, x)
-            maker.setup_loss_call(case.loss, y, t)
-            maker.accumulate(0.5)
-        maker.precondition()
-        expected.append((oracles.parameter_vector(case.model), flat_gradient(case, x, t)))
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_micro_batches_make_one_pair(reduction: str) -> None:
+    """Of their summed loss, whatever their sizes: with a pair of the last part alone a sum has too little curvature."""
+    whole, parted = (models.mlp() for _ in range(2))
+    found = []
+    for case, parts in ((whole, 1), (parted, 2)):
+        maker: Any = METHODS["lbfgs"](case.model, METHODS["lbfgs"].Config(indefinite="damp"))
+        for k in range(4):
+            cuts = [slice(None)] if parts == 1 else [slice(1 + k % 2), slice(1 + k % 2, None)]
+            micro_step(maker, case, cuts, reduction)
+            with torch.no_grad():
+                for p in case.model.parameters():
+                    p -= 0.3 * p.grad
+        assert int(maker.plan.blocks[0].state["taken"]) == 3
+        found.append(oracles.parameter_vector(case.model))
+    assert oracles.relative_error(found[1], found[0]) < 1e-10
+
+
+def micro_step(maker: Any, case: Case, cuts: list[slice], reduction: str) -> None:
+    case.model.zero_grad(set_to_none=True)
+    for cut in cuts:
+        x, t = case.x[cut], case.t[cut]
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(case.model, x), t, reduction=reduction)
+        maker.accumulate(len(x) / len(case.x) if reduction == "mean" else 1.0)
+    maker.precondition()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_layer_secants_of_micro_batches_are_those_of_the_batch(reduction: str) -> None:
+    found = []
+    for cuts in ([slice(None)], [slice(2), slice(2, None)]):
+        case = models.mlp()
+        maker: Any = METHODS["kbfgs"](case.model)
+        micro_step(maker, case, cuts, reduction)
         with torch.no_grad():
-            for p in case.model.parameters():
-                p -= 0.3 * p.grad
-        expected.append((oracles.parameter_vector(case.model), flat_gradient(case, x, t)))
-    (block,) = maker.plan.blocks
-    order = torch.cat([site_order(case.model, s) for s in block.sites])
-    s, y = (a - b for a, b in zip(expected[1], expected[0], strict=True))
-    assert float(s @ y) > 0 and int(block.state["taken"]) == 1
-    assert oracles.relative_error(block.state["y"][0, -1], y[order]) < 1e-9
+            for j, p in enumerate(case.model.parameters()):
+                p += 0.1 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(j))
+        found.append(_secants(maker, maker._previous))
+    for name, pair in found[0].items():
+        assert oracles.relative_error(found[1][name].v, pair.v) < 1e-12  # type: ignore[attr-defined]
+        assert oracles.relative_error(found[1][name].cv, pair.cv) < 1e-12  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", SECANTS)
+def test_a_step_that_begins_again_counts_once(method: str) -> None:
+    """After an exception in its solve."""
+    case = models.mlp()
+    maker: Any = METHODS[method](case.model)
+    step(maker, case)
+    expected = maker._previous.gradients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(maker.plan.blocks[-1].triple.solver), "solve", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(maker, case)
+    step(maker, case)
+    assert len(maker._previous.passes) <= 1
+    for p, g in maker._previous.gradients.items():
+        assert oracles.relative_error(g, expected[p]) < 1e-12
+
+
+@pytest.mark.parametrize("method", SECANTS)
+def test_a_batch_that_was_overwritten_is_refused(method: str) -> None:
+    """The secant of two batches would be noise."""
+    case = models.mlp()
+    maker: Any = METHODS[method](case.model)
+    step(maker, case)
+    case.x.mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        step(maker, case)
 
 
 def test_losses_that_are_not_finite_leave_the_pair_alone() -> None:
