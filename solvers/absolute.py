@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,8 +110,9 @@ class _DiagonalSolver(InverseSolver):
     needs: ClassVar[type] = Elementwise
     definite: ClassVar[bool] = False
 
+    @abstractmethod
     def _denominator(self, d: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What a gradient is divided by.  # any form"""
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         new = self._denominator(representation.diagonal(state))

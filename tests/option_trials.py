@@ -36,7 +36,7 @@ from tests.models import Case
 from tests.registry import suited
 
 STEPS = 7
-ROUNDING = 1e-7
+ROUNDING = 1e-8
 """What a refused option may still do: a statistic at another weight is rounded otherwise, and steps enlarge that."""
 NAMED = [name for name in METHODS if name != "gradient"]  # which has no options
 EVERY: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "basis_interval": 1}
