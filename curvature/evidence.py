@@ -19,6 +19,8 @@ import torch
 from opt_einsum import contract
 from torch import Tensor
 
+from gradmaker.one_hot import OneHot
+
 if TYPE_CHECKING:
     from gradmaker.curvature.factors import Layers
 
@@ -53,22 +55,6 @@ class Evidence(ABC):
     @abstractmethod
     def rows(self) -> Tensor:
         """The rows ``J``, formed.  # (N, G, *shape)"""
-
-
-@dataclass(frozen=True)
-class OneHot:
-    """One-hot inputs kept as their indices: an embedding never forms a ``V``-wide tensor."""
-
-    index: Tensor  # (n, r), integer
-    size: int  # V
-    padding: int | None = None  # an index that stands for no input at all
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The one-hot rows, formed.  # (1, n, r, V)"""
-        rows = torch.nn.functional.one_hot(self.index, self.size).to(dtype).unsqueeze(0)
-        if self.padding is not None:
-            rows[..., self.padding] = 0
-        return rows
 
 
 @dataclass(frozen=True)

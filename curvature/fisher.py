@@ -13,9 +13,10 @@ from torch import Tensor
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
+from gradmaker.errors import SelfCheckError
+from gradmaker.pulls import Pulled, Source, bytes_of_pull, pull
 
 if TYPE_CHECKING:
-    from gradmaker.capture import OutputGradients
     from gradmaker.step import Step
 
 __all__ = ["FisherEmp", "FisherExact", "FisherMC"]
@@ -24,13 +25,13 @@ __all__ = ["FisherEmp", "FisherExact", "FisherMC"]
 class _Portion(Mapping[str, Evidence]):
     """Evidence by site, made when it is asked for: the patches of one convolution are gone before those of the next are cut."""
 
-    def __init__(self, step: Step, gradients: OutputGradients, mask: Tensor | None, fresh: bool) -> None:
-        self.step, self.gradients, self.mask, self.fresh = step, gradients, mask, fresh
+    def __init__(self, step: Step, found: Pulled, mask: Tensor | None, fresh: bool) -> None:
+        self.step, self.found, self.mask, self.fresh = step, found, mask, fresh
         self.sites = {site.name: site for site in step.active()}
 
     def __getitem__(self, name: str) -> Evidence:
         step, site = self.step, self.sites[name]
-        return site.outer(step.tape, self.gradients, self.mask, step.statistics_dtype(site), self.fresh)
+        return site.outer(step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
 
     def __contains__(self, name: object) -> bool:  # inherited, it would make the evidence to see whether it is there
         return name in self.sites
@@ -48,6 +49,10 @@ class _Pulled(Curvature):
     gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
     idle = NO_REDUCTION
 
+    def splits(self, step: Step) -> bool:
+        """Whether examples that mix in a layer get passes of their own."""
+        return True
+
     @abstractmethod
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         """Vectors at ``terms.z`` with every scale folded in, in chunks.  # each (k, *z.shape)"""
@@ -63,7 +68,8 @@ class _Pulled(Curvature):
         for index, terms in enumerate(step.terms):
             mask = step.mask(terms)
             for chunk in self.cotangents(step, terms, index):
-                yield _Portion(step, step.tape.pull(terms.z, chunk), mask, fresh)
+                source = Source(terms.z, chunk, terms.owners(step.examples))
+                yield _Portion(step, pull(step.tape, step.sites, [source], self.splits(step)), mask, fresh)
                 fresh = False
 
 
@@ -98,7 +104,7 @@ class FisherExact(_Pulled):
                 f"FisherExact would need {columns} backward passes for an output of shape {tuple(terms.z.shape)}: "
                 f"use FisherMC(samples=1), or raise max_columns (now {self.max_columns})"
             )
-        return terms.exact(step.examples, self.chunk or max(1, self.memory // max(1, step.tape.bytes_of_pull())))
+        return terms.exact(step.examples, self.chunk or max(1, self.memory // max(1, bytes_of_pull(step.tape, step.sites))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +116,10 @@ class FisherMC(_Pulled):
 
     samples: int = 1
 
+    def splits(self, step: Step) -> bool:
+        """Draws of different examples are independent: their sum is as good, but where all layers are one block."""
+        return step.whole
+
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
@@ -118,11 +128,17 @@ class FisherMC(_Pulled):
         yield terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device))
 
 
+def _mixed(step: Step) -> bool:
+    """Whether the examples of a pass depend on each other, so that none has a gradient of its own."""
+    return step.tape.joint and step.tape.batch > 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class FisherEmp(Curvature):
     """The second moment of the gradients at the observed targets: ``C = (1/M) sum_n grad_n grad_n^T``.
 
-    M is the number of terms that the loss averages over (1 for a sum). For sequences ``examples`` says what one gradient is:
+    Where the examples of a batch depend on each other, as with negatives from the batch, the terms of the loss take their
+    place. M is the number of terms that the loss averages over (1 for a sum). For sequences ``examples`` says what one gradient is:
     that of a whole sequence, which costs no extra pass, or of a single token, one pass for each position.
 
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
@@ -146,20 +162,32 @@ class FisherEmp(Curvature):
         return self.examples == "sequence"
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if not self.rides:
+        if not self.rides or (_mixed(step) and step.terms):
             yield from self._tokens(step)
             return
         assert step.ridden is not None
+        if _mixed(step):
+            raise SelfCheckError(
+                f"FisherEmp needs the gradients of {step.tape.batch} examples, which depend on each other in this pass, or whose "
+                "part of the outputs is not known: use a recognised loss, whose terms then take their place, or FisherMC, or say "
+                "by batch_axis= where the examples are"
+            )
         root = self._terms(step).sqrt()
         scaled = {m: [[g * root.to(g) for g in outs] for outs in calls] for m, calls in step.ridden.items()}
-        yield _Portion(step, scaled, step.mask(step.terms[0]) if step.terms else None, True)
+        sources: list[Source] = []
+        if step.head is not None and any(site.direct(step.tape) or step.tape.apart(site.modules) for site in step.active()):
+            parts = zip(step.head.outputs, step.head.slopes, step.head.owners(step.examples), strict=True)
+            sources = [Source(z, slope.unsqueeze(0) * root.to(slope), owner) for z, slope, owner in parts]
+        found = pull(step.tape, step.sites, sources, True, scaled, frozen=False) if sources else Pulled(scaled)
+        yield _Portion(step, found, step.mask(step.terms[0]) if step.terms else None, True)
 
     def _tokens(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         if not step.terms:
             raise ValueError("FisherEmp(examples='token') needs a recognised loss; examples='sequence' does not")
         for index, (terms, slope) in enumerate(zip(step.terms, step.slopes(), strict=True)):
             vectors = terms.empirical(slope, step.examples)
-            yield _Portion(step, step.tape.pull(terms.z, vectors), step.mask(terms), index == 0)
+            source = Source(terms.z, vectors, terms.owners(step.examples))
+            yield _Portion(step, pull(step.tape, step.sites, [source], True), step.mask(terms), index == 0)
 
     def _terms(self, step: Step) -> Tensor:
         """M: the loss' own denominator; of an unrecognised loss, by the declared reduction.  # ()"""

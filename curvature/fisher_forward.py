@@ -11,6 +11,7 @@ import torch
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Inputs, Outer
 from gradmaker.curvature.fisher import _Portion
+from gradmaker.pulls import Pulled
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
@@ -23,7 +24,7 @@ class _Forward(_Portion):
 
     def __getitem__(self, name: str) -> Evidence:
         site = self.sites[name]
-        if site.rule is None:  # no input is known: what is left of C is the identity
+        if site.rule is None or site.direct(self.step.tape):  # no input is known: what is left of C is the identity
             like = next(iter(site.parameters.values()))
             dtype = self.step.statistics_dtype(site)
             empty = torch.zeros(1, self.step.examples, 1, 0, dtype=dtype, device=like.device)
@@ -56,4 +57,4 @@ class FisherForward(Curvature):
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         assert step.ridden is not None
-        yield _Forward(step, step.ridden, step.mask(step.terms[0]) if step.terms else None, True)
+        yield _Forward(step, Pulled(step.ridden), step.mask(step.terms[0]) if step.terms else None, True)

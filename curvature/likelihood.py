@@ -26,6 +26,7 @@ __all__ = [
     "Terms",
     "find_likelihood",
     "read_terms",
+    "slopes_of",
     "terms_from_gradient",
 ]
 
@@ -169,9 +170,24 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
 
     Calls outside the loss, or without a graph, are left out; the graph is kept.
     """
+    return [LIKELIHOODS[w.likelihood]().read(w) for _, _, w in _weighted(recorder, loss)]
+
+
+def slopes_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor]:
+    """``dL/dz`` of each term as of its own call alone: where ``z`` is made into another one, not through that.  # like z each"""
+    calls = [(call, factor) for call, factor, _ in _weighted(recorder, loss)]
+    if len(calls) != len(terms):  # a likelihood that was declared for all of the loss
+        return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
+    pairs = zip(calls, terms, strict=True)
+    return [torch.autograd.grad(call.output, t.z, factor, retain_graph=True)[0] for (call, factor), t in pairs]
+
+
+def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tensor, Weighting]]:
+    """Calls of the loss, ``dL/d(output)`` and their weights."""
     calls = [call for call in recorder.calls if call.output.requires_grad]
-    weightings = [call.weigh(factor) for call, factor in zip(calls, _factors(calls, loss), strict=True) if factor is not None]
-    return [LIKELIHOODS[w.likelihood]().read(w) for w in weightings if w.z.requires_grad]
+    pairs = zip(calls, _factors(calls, loss), strict=True)
+    found = [(call, factor, call.weigh(factor)) for call, factor in pairs if factor is not None]
+    return [(call, factor, w) for call, factor, w in found if w.z.requires_grad]
 
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradmaker.capture import Tape
 from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, OneHot, Opening, Outer, OutputPair, PairedInputs, SecantPair
+from gradmaker.pulls import Pulled
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
@@ -121,7 +121,7 @@ class LayerSecant(_Lazy):
         mask = step.mask(step.terms[0]) if step.terms else None
         found: dict[str, Evidence] = {}
         for site in step.active():
-            outer = site.outer(step.tape, step.ridden, mask, step.statistics_dtype(site))
+            outer = site.outer(step.tape, Pulled(step.ridden), mask, step.statistics_dtype(site))
             step.notes[site.name] = _sums(site, outer)
             found[site.name] = PairedInputs(**vars(outer))
         yield found
@@ -139,11 +139,11 @@ class LayerSecant(_Lazy):
     def _again(self, step: Step, made: Pass) -> dict[str, Sums]:
         """What a pass would note now."""
         sites = [s for s in step.sites if s.name in made.notes]
-        tape = Tape(step.tape.root, dict.fromkeys(m for s in sites for m in s.modules))
+        tape = step.tape.again(m for s in sites for m in s.modules)
         with tape.recording():
             _, loss = made.replay.run()
-            tape.end_forward()
-            pulled = tape.pull(loss, torch.ones_like(loss).unsqueeze(0))
+            tape.end_forward([loss])
+            pulled = Pulled(tape.pull([loss], [torch.ones_like(loss).unsqueeze(0)]))
         return {s.name: _sums(s, s.outer(tape, pulled, None, step.statistics_dtype(s))) for s in sites if s.fired(tape)}
 
 

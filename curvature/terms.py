@@ -63,6 +63,18 @@ class Terms(ABC):
             )
         return terms // examples
 
+    def owners(self, examples: int) -> Tensor:
+        """Which example every entry of z belongs to.  # like z, integer"""
+        return self.spread(torch.arange(self.omega.numel(), device=self.omega.device) // self.positions(examples))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value for each term, at all of its coordinates.  # (m,) -> like z"""
+        shape = list(self.z.shape)
+        if self.axis is None:
+            return values.reshape(shape)
+        width = shape.pop(self.axis)
+        return values.reshape(shape).unsqueeze(self.axis).expand(*shape[: self.axis], width, *shape[self.axis :])
+
     def columns(self, examples: int) -> int:
         """Number of cotangents of `exact`, ``R C``."""
         return self.positions(examples) * self._width

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradmaker.capture import Tape
 from gradmaker.curvature.likelihood import LIKELIHOODS, Categorical, Likelihood, Terms, find_likelihood, terms_from_gradient
+from gradmaker.head import Head
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker
@@ -96,8 +97,8 @@ class Attachment:
         tape = self._tape
         if tape is None or self._output is not None or not torch.is_grad_enabled():
             return
-        tape.end_forward()
         z = _logits(output)
+        tape.end_forward([] if z is None else [z])
         if z is None:
             self._drop()
             raise ValueError(
@@ -118,7 +119,10 @@ class Attachment:
         self._terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, z, slope)]
         tape.collecting = False
         scale = self._scale()
-        maker.take_in(tape, self._terms, self.weight, [z, slope], slopes=lambda: [slope / (self.weight * scale)])
+        head = Head([z], self._terms, known=[slope / (self.weight * scale)])
+        if maker.checks.due(maker.checks.arrange(tape, head), head):
+            maker.check(tape, head, None)
+        maker.take_in(tape, self._terms, self.weight, [z, slope], head=head)
         tape.collecting = True
 
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

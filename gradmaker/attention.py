@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradmaker.calls import Call, LayerRule, batch_first
+from gradmaker.calls import Call, LayerRule, Layout, batch_first
 
 __all__ = ["Listener", "Projection", "ProjectionRule", "projections"]
 
@@ -55,12 +55,12 @@ class ProjectionRule(LayerRule):
     def shape(self, module: Projection) -> tuple[int, int, int]:
         return 1, module.attention[0].embed_dim, module.width
 
-    def inputs(self, module: Projection, call: Call, n: int) -> Tensor:
-        return batch_first(call.input.transpose(0, 1), n, axes=1).unsqueeze(0)
+    def inputs(self, module: Projection, call: Call, layout: Layout) -> Tensor:
+        return batch_first(call.input.transpose(0, 1), layout, axes=1).unsqueeze(0)
 
-    def gradients(self, module: Projection, call: Call, g: Tensor, n: int) -> Tensor:
+    def gradients(self, module: Projection, call: Call, g: Tensor, layout: Layout) -> Tensor:
         tokens = g.reshape(len(g), *call.input.shape[:2], -1).transpose(1, 2)
-        return batch_first(tokens, n, axes=1, lead=1).unsqueeze(1)
+        return batch_first(tokens, layout, axes=1, lead=1).unsqueeze(1)
 
 
 # ------------------------------------------------------------------ listening to a call

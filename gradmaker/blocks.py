@@ -95,6 +95,12 @@ class Block:
         longest = self.frame.longest or max(sides, default=1)
         return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
 
+    def holds_like(self, other: Block) -> bool:
+        """Whether a member of this block has the statistic that one of another block would have."""
+        own, given = self.triple, other.triple
+        same = (own.curvature, own.representation) == (given.curvature, given.representation)
+        return same and self.frame.shape == other.frame.shape
+
     def members(self) -> list[str]:
         """Names of the members of the stack: of the site, with a number where it has several."""
         if self.full:

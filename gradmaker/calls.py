@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradmaker.curvature.evidence import OneHot
+from gradmaker.one_hot import OneHot
 
-__all__ = ["Call", "Kind", "LayerRule", "batch_first", "broadcasts", "check_lookup", "example_axis", "to_examples"]
+__all__ = [
+    "ORDERS",
+    "Call",
+    "Kind",
+    "LayerRule",
+    "Layout",
+    "Order",
+    "batch_first",
+    "check_lookup",
+    "example_axis",
+    "to_examples",
+]
 
 Kind: TypeAlias = Literal["matrix", "embedding", "scale", "generic", "tensor"]
 """What a block of parameters is: a linear map, a lookup table, a norm layer's affine map, anything else, a bare tensor."""
@@ -34,45 +45,58 @@ class Call:
     gradients: list[Tensor | None] = field(default_factory=list)  # filled while a backward pass is collected
 
     @property
+    def tensor_shapes(self) -> list[torch.Size]:
+        """Of all tensor arguments."""
+        return [v.shape for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+
+    @property
     def input(self) -> Tensor:
         """The first tensor argument."""
         return next(v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor))
 
 
-def to_examples(x: Tensor, n: int, axes: int, lead: int = 0) -> Tensor:
+Order: TypeAlias = Literal["first", "second", "last"]
+"""Where the examples lie in the axes of a call: on the first, alone or times positions; on the second; on the first, fastest."""
+ORDERS: tuple[Order, ...] = ("first", "second", "last")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many examples a call holds, and where; ``order`` None reads it off the sizes, which may coincide."""
+
+    count: int
+    order: Order | None = None
+
+
+def to_examples(x: Tensor, layout: Layout, axes: int, lead: int = 0) -> Tensor:
     """Lay a tensor out as examples and positions.  x: (*lead, ..., *axes) -> (*lead, n, r, *axes)
 
-    The example axis is the first one, or the second if only that has ``n`` entries (time first); a first axis that is a
-    multiple of ``n`` is read as examples times positions.
+    first: (n, ...) or (n r, ...); second: (r, n, ...), as time first; last: (r n, ...), as of concatenated views. Raises
+    ValueError where the sizes do not allow this order.
     """
-    middle = x.shape[lead : x.ndim - axes]
-    if len(middle) > 1 and middle[0] != n and middle[1] == n:
+    n, middle = layout.count, x.shape[lead : x.ndim - axes]
+    order = layout.order or _guess(n, middle)
+    if order == "second" and len(middle) > 1 and middle[1] == n:
         x = x.transpose(lead, lead + 1)
-    elif prod(middle) % n:
+    elif order == "last" and len(middle) > 0 and middle[0] % n == 0:
+        x = x.unflatten(lead, (-1, n)).transpose(lead, lead + 1)
+    elif order != "first" or (middle[0] if len(middle) else 1) % n:
         raise ValueError(f"cannot find {n} examples in a tensor of shape {tuple(x.shape)}: give the batch axis first")
     return x.reshape(*x.shape[:lead], n, -1, *x.shape[x.ndim - axes :])
 
 
-def batch_first(x: Tensor, n: int, axes: int, lead: int = 0) -> Tensor:
-    """As `to_examples`, where the first axis is known to be the batch: examples, or examples times windows."""
-    if x.shape[lead] % n:
+def _guess(n: int, middle: Sequence[int]) -> Order:
+    return "second" if len(middle) > 1 and middle[0] != n and middle[1] == n else "first"
+
+
+def batch_first(x: Tensor, layout: Layout, axes: int, lead: int = 0) -> Tensor:
+    """As `to_examples`, where the first axis is known to hold the batch: examples, or examples times windows."""
+    if x.shape[lead] % layout.count or layout.order == "second":
         raise ValueError(
-            f"cannot find {n} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument is read as "
-            "the examples; give an unbatched input an axis of its own, or leave the layer out with ignore="
+            f"cannot find {layout.count} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument is "
+            "read as the examples; give an unbatched input an axis of its own, or leave the layer out with ignore="
         )
-    return x.reshape(*x.shape[:lead], n, -1, *x.shape[x.ndim - axes :])
-
-
-def broadcasts(value: Tensor, call_input: Tensor | None, n: int) -> bool:
-    """Whether a module's output is one for all examples, as that of positions ``(1, T)`` in an embedding.
-
-    ``(1, n, ...)`` is read as time first, unless it was looked up at ``0 ... n-1``.
-    """
-    if n < 2 or value.ndim < 2 or value.shape[0] != 1:
-        return False
-    if value.shape[1] != n or call_input is None or call_input.is_floating_point():
-        return value.shape[1] != n
-    return torch.equal(call_input.reshape(-1), torch.arange(n, device=call_input.device))
+    return to_examples(x, Layout(layout.count, layout.order or "first"), axes, lead)
 
 
 def example_axis(call: Call, value: Any, n: int, first: bool) -> int | None:
@@ -91,17 +115,12 @@ def example_axis(call: Call, value: Any, n: int, first: bool) -> int | None:
     return next((axis for axis in axes if value.ndim > axis and value.shape[axis] == n), None)
 
 
-def check_lookup(module: nn.Module, call: Call) -> None:
-    """ValueError where the gradient of a lookup table is not that of its examples, one by one."""
+def check_lookup(module: nn.Module) -> None:
+    """ValueError where what a lookup table finds in ``.grad`` is the gradient of no loss."""
     if getattr(module, "scale_grad_by_freq", False):
         raise ValueError(
             f"{type(module).__name__}(scale_grad_by_freq=True) divides .grad by how often a token is in the batch: that is no "
             "gradient of a loss and has no curvature; use scale_grad_by_freq=False, or leave the layer out with ignore="
-        )
-    if isinstance(module, nn.EmbeddingBag) and call.input.ndim == 1:
-        raise ValueError(
-            "EmbeddingBag was called with all bags in one axis, in which examples cannot be told apart: give it an input of "
-            "shape (examples, tokens), with per_sample_weights= or padding_idx= for bags of different length, or ignore="
         )
 
 
@@ -117,14 +136,18 @@ class LayerRule(ABC):
         """Whether this very module behaves as its type says."""
         return True
 
+    def weight_gradient(self, module: Any, call: Call, g: Tensor) -> Tensor | None:
+        """``dL/dW`` of a call by the layer's own kernel, where `inputs` takes much memory; None: by `inputs`.  g: (*output)"""
+        return None
+
     @abstractmethod
     def shape(self, module: Any) -> tuple[int, int, int]:
         """The weight as a stack of matrices.  # (G, o, i)"""
 
     @abstractmethod
-    def inputs(self, module: Any, call: Call, n: int) -> Tensor | OneHot:
+    def inputs(self, module: Any, call: Call, layout: Layout) -> Tensor | OneHot:
         """``a``.  # (G, n, r, i)"""
 
     @abstractmethod
-    def gradients(self, module: Any, call: Call, g: Tensor, n: int) -> Tensor:
+    def gradients(self, module: Any, call: Call, g: Tensor, layout: Layout) -> Tensor:
         """``g`` from the gradient of the layer's output (k, *output) .  # (k, G, n, r, o)"""

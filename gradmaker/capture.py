@@ -15,10 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from gradmaker.arrangement import APART, Arrangement, Structure, key_of, pattern
 from gradmaker.attention import Listener, Projection
-from gradmaker.calls import Call, broadcasts
+from gradmaker.batch_norms import FrozenNorms
+from gradmaker.calls import Call, Layout
 from gradmaker.reentrant import reenters
 
 __all__ = ["OutputGradients", "Tape"]
@@ -30,16 +32,47 @@ OutputGradients: TypeAlias = dict[nn.Module, list[list[Tensor]]]
 class Tape:
     """Calls of the watched modules during one forward pass, in order."""
 
-    def __init__(self, root: nn.Module, modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, root: nn.Module, modules: Iterable[nn.Module], arrangement: Arrangement | None = None, batch_axis: int = 0
+    ) -> None:
         self.root = root
+        self.arrangement = Arrangement() if arrangement is None else arrangement
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
-        self.examples = 0  # batch size: the first axis of the model's first tensor argument
+        self.batch = 0  # batch size: the axis ``batch_axis`` of the model's first tensor argument
+        self.batch_axis = batch_axis
+        self.joint = False  # whether the batch is measured as one example
+        self.norms = FrozenNorms()
         self.collecting = False  # whether output gradients of a running backward pass are kept
         self._repeating = False
         self._paused = False
         self._keepers: list[Any] = []  # handles of the hooks on outputs
         # Calls made without gradients. A reentrant checkpoint makes its calls so and repeats them during backward.
         self._late: dict[nn.Module, int] = {}
+
+    @property
+    def examples(self) -> int:
+        """How many the evidence keeps apart: those of the batch, or one where they mix everywhere."""
+        return 1 if self.joint or not self.batch else self.batch
+
+    def layout(self, call: Call) -> Layout:
+        """Where the examples of a call are."""
+        return APART if self.joint else self.arrangement.layout(call, self.examples)
+
+    def apart(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether any call of some modules keeps no example apart, where others do."""
+        return not self.joint and any(self.layout(c) is APART for m in modules for c in self.calls[m])
+
+    def again(self, modules: Iterable[nn.Module]) -> Tape:
+        """A tape for another pass of the same kind."""
+        made = Tape(self.root, dict.fromkeys(modules), self.arrangement, self.batch_axis)
+        made.joint = self.joint
+        return made
+
+    def structure(self, outputs: Sequence[Tensor]) -> Structure:
+        """What this pass has in common with others of its kind.  outputs: what the loss is a function of"""
+        n = self.batch
+        keys = (key_of(call, n) for calls in self.calls.values() for call in calls)
+        return frozenset([*keys, *(("output", pattern([z.shape], max(n, 1))) for z in outputs)])
 
     # ---------------------------------------------------------------- recording
     @contextmanager
@@ -49,6 +82,7 @@ class Tape:
             stack.callback(self._let_go)
             if not sized:
                 stack.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
+            self.norms.watch(self.root, stack)
             for module in self.calls:
                 if not isinstance(module, Projection):
                     stack.callback(module.register_forward_hook(self._called, with_kwargs=True).remove)
@@ -84,27 +118,31 @@ class Tape:
         finally:
             self._paused = False
 
-    def end_forward(self) -> None:
-        """From here on a call is the repetition of an earlier one, by a checkpoint."""
+    def end_forward(self, outputs: Sequence[Tensor]) -> None:
+        """From here on a call is the repetition of an earlier one, by a checkpoint; without one there is none.
+
+        outputs: of the pass, which show whether a checkpoint is reentrant. Else calls without gradients are no part of the pass.
+        """
         self._repeating = True
+        if not any(reenters(z) for z in outputs):
+            self._late.clear()
 
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the arguments of the model's call."""
-        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0]
-        if not self.examples and tensors:
-            self.examples = tensors[0].shape[0]
+        if self.batch:
+            return
+        first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0), None)
+        if first is not None and not -first.ndim <= self.batch_axis < first.ndim:
+            raise ValueError(
+                f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, which "
+                "has no such axis: say on which axis of it the examples are"
+            )
+        self.batch = 0 if first is None else first.shape[self.batch_axis]
 
-    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Record a call. An output that is one for all examples is repeated, for each of them to have a gradient of its own."""
-        if self._paused:
-            return output
-        n = self.examples
-        index = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)), None)
-        if isinstance(output, Tensor) and broadcasts(output, index, n):
-            output = _repeated(output, n).contiguous()  # may be changed in place
-            args, kwargs = tree_map(lambda v: _repeated(v, n), (args, kwargs))
-        self._record(module, args, kwargs, output)
-        return output
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Record a call; what it returns stays what it is."""
+        if not self._paused:
+            self._record(module, args, kwargs, output)
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._repeating and module not in self._late:  # a non-reentrant checkpoint recomputes what was recorded
@@ -156,27 +194,28 @@ class Tape:
                 call.gradients = [None] * len(call.shapes)
         return found
 
-    def bytes_of_pull(self) -> int:
-        """What the output gradients of one cotangent take: each call's output once."""
-        calls = [call for calls in self.calls.values() for call in calls]
-        return sum(shape.numel() * call.dtype.itemsize for call in calls for shape in call.shapes)
+    def pull(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], modules: Iterable[nn.Module] | None = None
+    ) -> OutputGradients:
+        """Output gradients for given cotangents of outputs; keeps the graph.  cotangents: each (k, *output)
 
-    def pull(self, z: Tensor, cotangents: Tensor) -> OutputGradients:
-        """Output gradients for given cotangents of ``z``; keeps the graph.  cotangents: (k, *z.shape)"""
-        if self._late or reenters(z):
-            return self._pull_by_backward(z, cotangents)
-        k = cotangents.shape[0]
-        edges = [edge for calls in self.calls.values() for call in calls for edge in call.edges]
-        gradients = iter(vector_jacobian(z, edges, cotangents))
+        modules: whose calls; None: of all
+        """
+        chosen = self.calls if modules is None else {m: self.calls[m] for m in modules}
+        if any(reenters(z) for z in outputs):
+            return self._pull_by_backward(outputs, cotangents)
+        k = cotangents[0].shape[0]
+        edges = [edge for calls in chosen.values() for call in calls for edge in call.edges]
+        gradients = iter(vector_jacobian(outputs, edges, cotangents))
         return {
             module: [[_or_zeros(next(gradients), (k, *shape), call) for shape in call.shapes] for call in calls]
-            for module, calls in self.calls.items()
+            for module, calls in chosen.items()
         }
 
-    def _pull_by_backward(self, z: Tensor, cotangents: Tensor) -> OutputGradients:
+    def _pull_by_backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> OutputGradients:
         """As `pull`, where a reentrant checkpoint allows nothing but a whole backward pass; ``.grad`` is put back."""
         with self.gradients_apart():
-            passes = [self.collect(lambda c=c: z.backward(c, retain_graph=True)) for c in cotangents]  # type: ignore[misc]
+            passes = [self.collect(lambda c=c: _backward(outputs, c)) for c in zip(*cotangents, strict=True)]  # type: ignore[misc]
         return {
             module: [
                 [torch.cat(same) for same in zip(*call, strict=True)] for call in zip(*(p[module] for p in passes), strict=True)
@@ -184,15 +223,29 @@ class Tape:
             for module in self.calls
         }
 
-    def pull_parameters(self, z: Tensor, cotangent: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangent: like z"""
-        if not reenters(z):
+    def pull_parameters(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    ) -> list[Tensor]:
+        """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangents: like the outputs"""
+        if not any(reenters(z) for z in outputs):
             with self.paused():  # a checkpoint repeats its calls
-                pulled = torch.autograd.grad(z, parameters, cotangent, retain_graph=True, materialize_grads=True)
+                pulled = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
             return list(pulled)
         with self.gradients_apart():
-            self.collect(lambda: z.backward(cotangent, retain_graph=True))
+            self.collect(lambda: _backward(outputs, cotangents))
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    def pull_rows(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    ) -> list[Tensor]:
+        """As `pull_parameters` for several cotangents, in one batched pass where that can be.  (k, *output) -> (k, *p)"""
+        if not any(reenters(z) for z in outputs):
+            with self.paused():
+                found = vector_jacobian(outputs, list(parameters), cotangents)
+            k = len(cotangents[0])
+            return [p.new_zeros(k, *p.shape) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        passes = [self.pull_parameters(outputs, c, parameters) for c in zip(*cotangents, strict=True)]
+        return [torch.stack(same) for same in zip(*passes, strict=True)]
 
     @contextmanager
     def gradients_apart(self) -> Iterator[None]:
@@ -208,25 +261,24 @@ class Tape:
                 p.grad = g
 
 
-def _repeated(value: Any, n: int) -> Any:
-    """Something that goes in or out of a call, for ``n`` examples instead of one for all."""
-    lone = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 1
-    return value.expand(n, *value.shape[1:]) if lone else value
+def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+    torch.autograd.backward(list(outputs), list(cotangents), retain_graph=True)
 
 
 def _or_zeros(gradient: Tensor | None, shape: Iterable[int], call: Call) -> Tensor:
     return call.input.new_zeros(*shape, dtype=call.dtype) if gradient is None else gradient
 
 
-def vector_jacobian(z: Tensor, edges: list[Any], cotangents: Tensor) -> list[Tensor | None]:
-    """``cotangent^T dz/d(edge)`` for a batch of cotangents, in one batched pass where every operation allows it."""
-    if not edges:
+def vector_jacobian(outputs: Sequence[Tensor], sources: Sequence[Any], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """``sum_z cotangent_z^T dz/d(source)`` for a batch of cotangents, in one batched pass where every operation allows it."""
+    if not sources:
         return []
-    if cotangents.shape[0] == 1:
-        found = torch.autograd.grad(z, edges, cotangents[0], retain_graph=True, allow_unused=True)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    if len(cotangents[0]) == 1:
+        found = torch.autograd.grad(outputs, sources, [c[0] for c in cotangents], **options)
         return [None if g is None else g.unsqueeze(0) for g in found]
     try:
-        return list(torch.autograd.grad(z, edges, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True))
+        return list(torch.autograd.grad(outputs, sources, cotangents, is_grads_batched=True, **options))
     except RuntimeError:  # an operation without a batching rule, or a checkpoint that recomputes
-        passes = [torch.autograd.grad(z, edges, c, retain_graph=True, allow_unused=True) for c in cotangents]
+        passes = [torch.autograd.grad(outputs, sources, c, **options) for c in zip(*cotangents, strict=True)]
         return [None if same[0] is None else torch.stack(same) for same in zip(*passes, strict=True)]

@@ -77,6 +77,11 @@ class GradientConfig(ABC):
     loss_reduction: str = "mean"
     """How an unrecognised loss reduces over examples: mean or sum (the empirical Fisher needs to know)."""
 
+    batch_axis: int = 0
+    """The axis of the model's first tensor argument that holds the examples: 0, or 1 where time comes first."""
+    self_check: str = "fallback"
+    """What becomes of a layer that a self-check finds wrong: fallback (measured in a slower, right way), error, or off."""
+
     per_tensor: ClassVar[bool] = False
     """Whether the method treats every parameter tensor on its own, instead of layers."""
     joint_bias: ClassVar[bool] = True
@@ -106,6 +111,8 @@ class GradientConfig(ABC):
             check_count(name, getattr(self, name), least)
         check_choice("norm", self.norm, list(NORMS))
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
+        check_choice("self_check", self.self_check, ["fallback", "error", "off"])
+        check_count("batch_axis", self.batch_axis, 0)
         for name, kind in (("spread", bool), ("nesterov", bool), ("seed", int)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {kind.__name__}")

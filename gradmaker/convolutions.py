@@ -5,10 +5,11 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker.calls import Call, LayerRule, batch_first
+from gradmaker.calls import Call, LayerRule, Layout, batch_first
 
 __all__ = ["ConvRule", "ConvTransposeRule"]
 
@@ -40,14 +41,24 @@ def _pointwise(module: Any, x: Tensor, lead: int = 0) -> Tensor:
     return grouped
 
 
-def _as_inputs(grouped: Tensor, n: int) -> Tensor:
+def _as_inputs(grouped: Tensor, layout: Layout) -> Tensor:
     """(N, r, G, i) -> (G, n, r, i)"""
-    return batch_first(grouped, n, axes=2).permute(2, 0, 1, 3)
+    return batch_first(grouped, layout, axes=2).permute(2, 0, 1, 3)
 
 
-def _as_gradients(grouped: Tensor, n: int) -> Tensor:
+def _as_gradients(grouped: Tensor, layout: Layout) -> Tensor:
     """(k, N, r, G, o) -> (k, G, n, r, o)"""
-    return batch_first(grouped, n, axes=2, lead=1).permute(0, 3, 1, 2, 4)
+    return batch_first(grouped, layout, axes=2, lead=1).permute(0, 3, 1, 2, 4)
+
+
+def _weight_gradient(module: Any, x: Tensor, g: Tensor, padding: list[int], extra: list[int] | None) -> Tensor:
+    """By torch's kernel.  extra: the output padding of a transposed convolution; None: not transposed"""
+    d = len(module.kernel_size)
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        g, x.to(g.dtype), module.weight.detach().to(g.dtype), None, list(module.stride), padding, list(module.dilation),
+        extra is not None, extra or [0] * d, module.groups, [False, True, False],
+    )  # fmt: skip
+    return found[1]
 
 
 class ConvRule(LayerRule):
@@ -59,13 +70,18 @@ class ConvRule(LayerRule):
         G = module.groups
         return G, module.out_channels // G, module.in_channels // G * prod(module.kernel_size)
 
-    def inputs(self, module: nn.Conv2d, call: Call, n: int) -> Tensor:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(_batched(module, call.input), module._reversed_padding_repeated_twice, mode=mode)
-        return _as_inputs(_grouped(module, _patches(module, x)), n)
+    def inputs(self, module: nn.Conv2d, call: Call, layout: Layout) -> Tensor:
+        return _as_inputs(_grouped(module, _patches(module, self._padded(module, call))), layout)
 
-    def gradients(self, module: nn.Conv2d, call: Call, g: Tensor, n: int) -> Tensor:
-        return _as_gradients(_pointwise(module, _batched(module, g, lead=1), lead=1), n)
+    def _padded(self, module: nn.Conv2d, call: Call) -> Tensor:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(_batched(module, call.input), module._reversed_padding_repeated_twice, mode=mode)
+
+    def weight_gradient(self, module: nn.Conv2d, call: Call, g: Tensor) -> Tensor:
+        return _weight_gradient(module, self._padded(module, call), _batched(module, g), [0] * len(module.kernel_size), None)
+
+    def gradients(self, module: nn.Conv2d, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        return _as_gradients(_pointwise(module, _batched(module, g, lead=1), lead=1), layout)
 
 
 class ChannelRule(LayerRule):
@@ -76,12 +92,13 @@ class ChannelRule(LayerRule):
     def shape(self, module: nn.ConvTranspose2d) -> tuple[int, int, int]:
         return 1, module.out_channels, 0
 
-    def inputs(self, module: nn.ConvTranspose2d, call: Call, n: int) -> Tensor:
-        return call.input.new_zeros(1, n, prod(call.shapes[0][2:]), 0)
+    def inputs(self, module: nn.ConvTranspose2d, call: Call, layout: Layout) -> Tensor:
+        positions = prod(call.shapes[0]) // (module.out_channels * layout.count)
+        return call.input.new_zeros(1, layout.count, positions, 0)
 
-    def gradients(self, module: nn.ConvTranspose2d, call: Call, g: Tensor, n: int) -> Tensor:
+    def gradients(self, module: nn.ConvTranspose2d, call: Call, g: Tensor, layout: Layout) -> Tensor:
         rows = _batched(module, g, lead=1).flatten(3).mT  # (k, N, r, o)
-        return batch_first(rows, n, axes=1, lead=1).unsqueeze(1)
+        return batch_first(rows, layout, axes=1, lead=1).unsqueeze(1)
 
 
 class ConvTransposeRule(LayerRule):
@@ -99,13 +116,24 @@ class ConvTransposeRule(LayerRule):
         G = module.groups
         return G, module.in_channels // G, module.out_channels // G * prod(module.kernel_size)
 
-    def inputs(self, module: nn.ConvTranspose2d, call: Call, n: int) -> Tensor:
-        return _as_inputs(_pointwise(module, _batched(module, call.input)), n)
+    def weight_gradient(self, module: nn.ConvTranspose2d, call: Call, g: Tensor) -> Tensor:
+        x, g = _batched(module, call.input), _batched(module, g)
+        reached = [
+            (size - 1) * s - 2 * p + d * (k - 1) + 1
+            for size, s, p, d, k in zip(
+                x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size, strict=True
+            )
+        ]
+        extra = [size - r for size, r in zip(g.shape[2:], reached, strict=True)]
+        return _weight_gradient(module, x, g, list(module.padding), extra)
 
-    def gradients(self, module: nn.ConvTranspose2d, call: Call, g: Tensor, n: int) -> Tensor:
+    def inputs(self, module: nn.ConvTranspose2d, call: Call, layout: Layout) -> Tensor:
+        return _as_inputs(_pointwise(module, _batched(module, call.input)), layout)
+
+    def gradients(self, module: nn.ConvTranspose2d, call: Call, g: Tensor, layout: Layout) -> Tensor:
         padded = F.pad(_batched(module, g, lead=1), module._reversed_padding_repeated_twice)
         patches = _patches(module, padded, lead=1)
         space = _batched(module, call.input).shape[2:]
         for axis, size in enumerate(space, start=3):  # output padding may leave room for windows of no input position
             patches = patches.narrow(axis, 0, size)
-        return _as_gradients(_grouped(module, patches, lead=1), n)
+        return _as_gradients(_grouped(module, patches, lead=1), layout)

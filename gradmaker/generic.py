@@ -95,7 +95,9 @@ def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tensor], tape: Tape) -> Tensor:
     ((name, parameter),), n = site.parameters.items(), tape.examples
-    check_lookup(module, call)
+    check_lookup(module)
+    if isinstance(module, nn.EmbeddingBag) and call.input.ndim == 1:
+        raise ValueError("EmbeddingBag was called with all bags in one axis, in which examples cannot be told apart")
     local = _local_name(module, parameter)
     leaves, spec = tree_flatten((call.args, call.kwargs))
     axes = [example_axis(call, v, n, j == 0) for j, v in enumerate(leaves)]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from gradmaker.attention import ProjectionRule
-from gradmaker.calls import Call, Kind, LayerRule, broadcasts, check_lookup, example_axis, to_examples
+from gradmaker.calls import Call, Kind, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.convolutions import ConvRule, ConvTransposeRule
-from gradmaker.curvature.evidence import OneHot
 from gradmaker.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
+from gradmaker.one_hot import OneHot
 
-__all__ = ["OPAQUE", "RULES", "Call", "Kind", "LayerRule", "attends", "broadcasts", "check_lookup", "example_axis", "rule_for"]
+__all__ = ["OPAQUE", "RULES", "Call", "Kind", "LayerRule", "Layout", "attends", "check_lookup", "rule_for", "to_examples"]
 
 OPAQUE = (nn.MultiheadAttention,)
 """Modules that use their children's parameters without calling the children: hooks on the children would never fire."""
@@ -30,11 +29,11 @@ class LinearRule(LayerRule):
     def shape(self, module: nn.Linear) -> tuple[int, int, int]:
         return 1, module.out_features, module.in_features
 
-    def inputs(self, module: nn.Linear, call: Call, n: int) -> Tensor:
-        return to_examples(call.input, n, axes=1).unsqueeze(0)
+    def inputs(self, module: nn.Linear, call: Call, layout: Layout) -> Tensor:
+        return to_examples(call.input, layout, axes=1).unsqueeze(0)
 
-    def gradients(self, module: nn.Linear, call: Call, g: Tensor, n: int) -> Tensor:
-        return to_examples(g, n, axes=1, lead=1).unsqueeze(1)
+    def gradients(self, module: nn.Linear, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
 
 
 class EmbeddingRule(LayerRule):
@@ -51,20 +50,15 @@ class EmbeddingRule(LayerRule):
     def shape(self, module: nn.Embedding) -> tuple[int, int, int]:
         return 1, module.num_embeddings, module.embedding_dim
 
-    def inputs(self, module: nn.Embedding, call: Call, n: int) -> OneHot:
+    def inputs(self, module: nn.Embedding, call: Call, layout: Layout) -> OneHot:
         index = call.input
-        check_lookup(module, call)
-        if index.shape != (n,) and index.ndim == 1 and torch.equal(index, torch.arange(len(index), device=index.device)):
-            raise ValueError(
-                f"an embedding was called with the positions 0 ... {len(index) - 1}, without an axis for its {n} examples: "
-                "give it one, as in positions.unsqueeze(0), or leave the layer out with ignore="
-            )
-        return OneHot(to_examples(index, n, axes=0), module.num_embeddings, module.padding_idx)
+        check_lookup(module)
+        return OneHot(to_examples(index, layout, axes=0), module.num_embeddings, module.padding_idx)
 
-    def gradients(self, module: nn.Embedding, call: Call, g: Tensor, n: int) -> Tensor:
+    def gradients(self, module: nn.Embedding, call: Call, g: Tensor, layout: Layout) -> Tensor:
         if module.padding_idx is not None:  # the padding row has no gradient
             g = g * (call.input != module.padding_idx).unsqueeze(-1)
-        return to_examples(g, n, axes=1, lead=1).unsqueeze(1)
+        return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
 
 
 RULES: tuple[LayerRule, ...] = (

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker.calls import Call, LayerRule, to_examples
+from gradmaker.calls import Call, LayerRule, Layout, to_examples
 
 __all__ = ["BatchNormRule", "GroupNormRule", "LayerNormRule", "RMSNormRule"]
 
@@ -35,19 +35,19 @@ class NormRule(LayerRule):
     def shape(self, module: Any) -> tuple[int, int, int]:
         return self.channels(module), 1, 1
 
-    def _lay_out(self, x: Tensor, n: int, C: int, lead: int) -> Tensor:
+    def _lay_out(self, x: Tensor, layout: Layout, C: int, lead: int) -> Tensor:
         """(*lead, N, ...) -> (*lead, C, n, r, 1)"""
         if self.channel_first:
             x = x.flatten(lead + 2).movedim(lead + 1, -1) if x.ndim > lead + 2 else x.unsqueeze(lead + 1)
         else:
             x = x.reshape(*x.shape[:lead], -1, C) if x.ndim - lead < 2 else _flatten_channels(x, C)
-        return to_examples(x, n, axes=1, lead=lead).movedim(-1, lead).unsqueeze(-1)
+        return to_examples(x, layout, axes=1, lead=lead).movedim(-1, lead).unsqueeze(-1)
 
-    def inputs(self, module: Any, call: Call, n: int) -> Tensor:
-        return self._lay_out(self.normalise(module, call), n, self.channels(module), lead=0)
+    def inputs(self, module: Any, call: Call, layout: Layout) -> Tensor:
+        return self._lay_out(self.normalise(module, call), layout, self.channels(module), lead=0)
 
-    def gradients(self, module: Any, call: Call, g: Tensor, n: int) -> Tensor:
-        return self._lay_out(g, n, self.channels(module), lead=1)
+    def gradients(self, module: Any, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        return self._lay_out(g, layout, self.channels(module), lead=1)
 
 
 def _flatten_channels(x: Tensor, C: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from gradmaker.triple import did_you_mean
 if TYPE_CHECKING:
     from gradmaker.maker import GradientMaker
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "carry", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,17 @@ class Plan:
         return any(what in b.triple.curvature.asks for b in self.blocks)
 
 
-def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]]) -> Plan:
-    """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient."""
+def make_plan(
+    model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]], unseen: Set[str] = frozenset()
+) -> Plan:
+    """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient.
+
+    unseen: names of parameters with uses that calls of their layers do not show
+    """
     _check_model(model)
     ignored = {p for rule in config.ignore for p in _matches(model, rule)}
-    sites = layer_sites(model, config.joint_bias, ignored)
+    hidden = {p for k, p in model.named_parameters() if k in unseen}
+    sites = layer_sites(model, config.joint_bias, ignored, hidden)
     config.check_sites(sites)
     plain = {k: "ignored" for k, p in model.named_parameters() if p.requires_grad and p in ignored}
     placements, rest = _place(sites, config, config)
@@ -74,8 +81,29 @@ def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[
         if more and (reason := methods[config.fallback].refuse(model)):
             raise ValueError(f"fallback={config.fallback!r}: {reason}")
         placements += more
-    plain |= {k: f"not covered, fallback {config.fallback!r}" for s in rest for k in s.parameters}
+    plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
     return Plan(build_blocks(placements), plain)
+
+
+def _reason(name: str, unseen: Set[str], config: GradientConfig) -> str:
+    seen = "has uses that its layer does not show" if name in unseen else "not covered"
+    return f"{seen}, fallback {config.fallback!r}"
+
+
+def carry(old: Plan, new: Plan) -> None:
+    """Take over what blocks of an earlier plan hold for sites that are the same in both."""
+    parts = [(block, *pair) for block in old.blocks if not block.full for pair in zip(block.sites, block.slots, strict=True)]
+    known = {site.name: (block, slot) for block, site, slot in parts}
+    for block in new.blocks:
+        if block.full or block.triple.representation.live:
+            continue
+        for site, slot in zip(block.sites, block.slots, strict=True):
+            before, place = known.get(site.name, (None, slot))
+            if before is None or not before.holds_like(block):
+                continue
+            for part in ("state", "average", "norm_state"):
+                for key, value in getattr(before, part).items():
+                    getattr(block, part)[key][slot] = value[place]
 
 
 def _check_model(model: nn.Module) -> None:

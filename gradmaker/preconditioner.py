@@ -23,10 +23,13 @@ from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
 from gradmaker.failures import Failures
 from gradmaker.graph import Graph
+from gradmaker.head import Head
 from gradmaker.maker import GradientMaker
-from gradmaker.plan import make_plan
+from gradmaker.plan import carry, make_plan
 from gradmaker.previous import bookmark, complete
 from gradmaker.schedule import Clock, as_schedule
+from gradmaker.self_checks import SelfChecks
+from gradmaker.sites import Site
 from gradmaker.step import NOTHING, Extra, Previous, Step
 from gradmaker.summary import Summary, summarise
 from gradmaker.verify import Verification, verify
@@ -44,7 +47,10 @@ class PreconditionedGradientMaker(GradientMaker):
         super().__init__(model, config)
         from gradmaker.methods import METHODS  # the registry names this class' subclasses
 
+        self._methods = METHODS
         self.plan = make_plan(model, self.config, METHODS)
+        self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
+        self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
         self.skipped = 0
         """Steps whose loss or gradients were not finite: no statistic took them in, ``.grad`` was left as it was."""
         self._curvature_clock = Clock(as_schedule("", self.config.curvature_interval), self.config.warmup_steps)
@@ -77,7 +83,8 @@ class PreconditionedGradientMaker(GradientMaker):
         """A tape that watches the modules of every site whose curvature is layer-wise, and what else such a curvature needs."""
         recorded = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
         own = (m for c in recorded for s in self.plan.sites(c) for m in s.modules)
-        return Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
+        modules = dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model))))
+        return Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         complete(self)
@@ -90,28 +97,57 @@ class PreconditionedGradientMaker(GradientMaker):
         with tape.recording():
             with LossRecorder() as recorder:
                 output, loss = self._forward(known)
-            tape.end_forward()
+            tape.end_forward([loss])
             logits = None if self._logits is None else resolve(self._logits, known)
             terms = terms_of(recorder, loss, logits, self.config.likelihood)
+            head = Head.of(loss, output, terms, recorder)
+            due = self._recorded_sites() and self.checks.due(self.checks.arrange(tape, head), head)
             if batches is not None:
                 batches.own.note(terms)
-            graph, ridden = self._backward(tape, partial(Graph, self.model, loss, terms, logits), loss, weight, batches)
-
-            def slopes() -> list[Tensor]:
-                return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
-
+            make = partial(Graph, self.model, loss, terms, logits)
+            graph, ridden = self._backward(tape, make, loss, weight, batches, bool(due) or not self.checks.arrangement.plain)
+            if due:
+                self.check(tape, head, _scaled(ridden, 1 / weight) if weight else None)
             extra = Extra(graph, batches, self._previous)
-            self.take_in(tape, terms, weight, [loss], slopes=slopes, extra=extra)
-            self.take_in(tape, terms, weight, [], ridden=ridden, extra=extra)
+            self.take_in(tape, terms, weight, [loss], head=head, extra=extra)
+            self.take_in(tape, terms, weight, [], ridden=ridden, head=head, extra=extra)
         if batches is not None and self.plan.asks("previous") and self._finite:
             self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
         return output, loss
+
+    def _recorded_sites(self) -> list[Site]:
+        """The sites that are measured by their calls."""
+        return [s for c in self.plan.curvatures(of_passes=True) if c.recorded for s in self.plan.sites(c)]
+
+    def check(self, tape: Tape, head: Head, ridden: OutputGradients | None) -> None:
+        """Make the self-checks on a pass, and measure by their verdict from here on."""
+        curvatures = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
+        explained = any(not c.rides for c in curvatures) and not head.declared
+        costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
+        with _plain_arithmetic(self.model):
+            unseen = self.checks.run(tape, self._recorded_sites(), head, ridden, explained, costly)
+        if unseen - self._unseen:
+            self._plan_again(self._unseen | unseen)
+
+    def _plan_again(self, unseen: frozenset[str]) -> None:
+        """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
+        plan = make_plan(self.model, self.config, self._methods, unseen)
+        carry(self.plan, plan)
+        self.plan, self._unseen = plan, unseen
+        self.checks.arrangement.direct |= unseen
+        self._planned()
+
+    def _planned(self) -> None:
+        """For subclasses: the blocks are new ones."""
+
+    def _whole(self, curvature: Curvature) -> bool:
+        return any(b.full for b in self.plan.blocks if b.triple.curvature == curvature)
 
     def _repeats(self) -> bool:
         return self.plan.asks("replay") or self.plan.asks("previous") or len(self._declared) > 1
 
     def _backward(
-        self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None
+        self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None, kept: bool
     ) -> tuple[Graph | None, OutputGradients]:
         """The backward pass, with its output gradients; and the graph for products, of this pass or of a batch of their own."""
         products = self.plan.asks("graph")
@@ -123,7 +159,7 @@ class PreconditionedGradientMaker(GradientMaker):
                 made.append(make())
                 made[0].write_gradients(weight)
                 return
-            pulled = any(not c.rides for c in self.plan.curvatures(of_passes=True))
+            pulled = kept or any(not c.rides for c in self.plan.curvatures(of_passes=True))
             (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
 
         ridden = tape.collect(differentiate)
@@ -141,7 +177,7 @@ class PreconditionedGradientMaker(GradientMaker):
         weight: float,
         check: list[Tensor],
         ridden: OutputGradients | None = None,
-        slopes: Callable[[], list[Tensor]] = list,
+        head: Head | None = None,
         extra: Extra = NOTHING,
         scale: float = 1.0,
     ) -> None:
@@ -159,7 +195,7 @@ class PreconditionedGradientMaker(GradientMaker):
             held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
             if curvature.rides == (ridden is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked)
-                step.ridden, step.slopes = ridden, slopes
+                step.ridden, step.head = ridden, head
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
                 if curvature.layerwise:
@@ -171,6 +207,7 @@ class PreconditionedGradientMaker(GradientMaker):
         sites = self.plan.sites(curvature)
         step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
         step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
+        step.whole = self._whole(curvature)
         return step
 
     @torch.no_grad()

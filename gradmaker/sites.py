@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.arrangement import APART
 from gradmaker.attention import projections
+from gradmaker.calls import Call
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import OneHot, Outer
 from gradmaker.generic import per_example_rows
@@ -18,6 +20,9 @@ from gradmaker.layers import OPAQUE, Kind, LayerRule, attends, rule_for
 from gradmaker.parts import natural_parts
 from gradmaker.rules import Path, Rule, names, paths
 from gradmaker.shapes import ShapePolicy, View
+
+if TYPE_CHECKING:
+    from gradmaker.pulls import Pulled
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
 
@@ -84,34 +89,53 @@ class Site:
 
     def _pieces(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters inside one block."""
-        if self.rule is None or len(self.parameters) == 1:
+        if len(self.parameters) == 1:
             return [self.shape[1:]]
         return [(*self.shape[1:-1], self.shape[-1] - 1), (*self.shape[1:-1], 1)]
 
     # ---------------------------------------------------------------- evidence
     def fired(self, tape: Tape) -> bool:
-        """Whether any module of this site took part in the pass."""
-        return any(tape.fired(m) for m in self.modules)
+        """Whether this site took part in the pass, as far as is known."""
+        return self.direct(tape) or any(tape.fired(m) for m in self.modules)
 
-    def outer(
-        self, tape: Tape, gradients: OutputGradients, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True
-    ) -> Outer:
+    def direct(self, tape: Tape) -> bool:
+        """Whether its parameters are measured by their own derivatives, whatever call they are used in."""
+        if self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules)):
+            return True
+        return any(name in tape.arrangement.direct for name in self.parameters)
+
+    def outer(self, tape: Tape, found: Pulled, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
         """The evidence of a pass. Several calls are further sharing positions.
 
         mask: (n, R) loss terms that count, R positions per example.
         """
-        n = tape.examples
-        if self.rule is None:
-            rows = per_example_rows(self, tape, gradients).to(dtype)  # (k, n, P)
-            empty = rows.new_zeros(1, n, 1, 0)
-            return Outer(empty, rows[:, None, :, None, :], bias=True, fresh=fresh)
-        calls = [(m, c, g) for m in self.modules for c, g in zip(tape.calls[m], gradients[m], strict=True)]
-        a = [self.rule.inputs(m, c, n) for m, c, _ in calls] if self.weighted else []
-        g = torch.cat([self.rule.gradients(m, c, gs[0], n) for m, c, gs in calls], 3).to(dtype)
+        if self.rule is None or self.direct(tape):
+            return self._formed(tape, found, dtype, fresh)
+        one = tape.apart(self.modules)  # no example has a place of its own: the rows are those of passes, if there were any
+        gradients = found.apart if one and self.modules[0] in found.apart else found.together
+        calls = [(m, c, g, APART if one else tape.layout(c)) for m in self.modules for c, g in _calls(tape, gradients, m)]
+        a = [self.rule.inputs(m, c, layout) for m, c, _, layout in calls] if self.weighted else []
+        g = torch.cat([self.rule.gradients(m, c, gs[0], layout) for m, c, gs, layout in calls], 3).to(dtype)
         inputs = _join(a, dtype) if a else g.new_zeros(*g.shape[1:4], 0)
         positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
+        mask = mask.reshape(1, -1) if mask is not None and one else mask
         weights = None if mask is None else _position_weights(mask, positions, len(calls)).to(dtype)
         return Outer(inputs, g, self.bias, self.rule.transposed, weights, fresh)
+
+    def _formed(self, tape: Tape, found: Pulled, dtype: torch.dtype, fresh: bool) -> Outer:
+        """Rows that are formed already: of a call that is repeated, or of the parameter itself."""
+        if self.direct(tape):
+            ((_, p),) = self.parameters.items()
+            rows = found.direct[p].reshape(len(found.direct[p]), 1, -1)  # (k n, 1, P)
+        else:
+            rows = per_example_rows(self, tape, found.together)  # (k, n, P)
+        rows = rows.to(dtype)
+        empty = rows.new_zeros(1, rows.shape[1], 1, 0)
+        return Outer(empty, rows[:, None, :, None, :], bias=True, fresh=fresh)
+
+
+def _calls(tape: Tape, gradients: OutputGradients, module: nn.Module) -> Iterator[tuple[Call, list[Tensor]]]:
+    return zip(tape.calls[module], gradients[module], strict=True)
 
 
 def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
@@ -130,21 +154,29 @@ def _position_weights(mask: Tensor, positions: int, calls: int) -> Tensor:
 
 
 # ------------------------------------------------------------------ finding sites
-def layer_sites(model: nn.Module, joint_bias: bool = True, ignored: Set[nn.Parameter] = frozenset()) -> list[Site]:
-    """Every trainable parameter of a model, once: as part of a layer that a rule knows, else on its own."""
+def layer_sites(
+    model: nn.Module,
+    joint_bias: bool = True,
+    ignored: Set[nn.Parameter] = frozenset(),
+    unseen: Set[nn.Parameter] = frozenset(),
+) -> list[Site]:
+    """Every trainable parameter of a model, once: as part of a layer that a rule knows, else on its own.
+
+    unseen: parameters with uses that calls of their layers do not show, which are on their own
+    """
     claimed: dict[nn.Parameter, str] = {}
     owners = _owners(model)
     sites: list[Site] = []
     for name, module in model.named_modules():
         if attends(module):
-            inside = list(_attention_sites(name, module, owners, joint_bias, ignored))
+            inside = list(_attention_sites(name, module, owners, joint_bias, {*ignored, *unseen}))
             claimed.update({p: k for s in inside for k, p in s.parameters.items()})
             sites += inside
         rule = rule_for(module)
         if rule is None or _inside_opaque(model, name):
             continue
         own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in ("weight", "bias")}
-        own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored}
+        own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored and p not in unseen}
         if not own or any(p in claimed for p in own.values()):
             continue
         modules = _sharers(own, owners, rule)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.graph import Graph
+from gradmaker.head import Head
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
@@ -64,7 +64,8 @@ class Step:
     dtype: torch.dtype | None  # of statistics; None: that of the parameters, at least float32
     tape: Tape
     terms: list[Terms] = field(default_factory=list)  # of the loss; empty when the loss was not recognised
-    slopes: Callable[[], list[Tensor]] = list  # dL/dz of each of `terms`
+    head: Head | None = None  # the outputs that the loss is a function of
+    whole: bool = False  # whether some block of this curvature holds all layers as one
     ridden: OutputGradients | None = None  # output gradients of the backward pass that has run
     reduction: str = "mean"  # of a loss that was not recognised
     masked: bool = False  # whether the loss left out some of its terms
@@ -74,9 +75,13 @@ class Step:
     previous: Previous | None = None  # the last step that was measured
     notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
 
+    def slopes(self) -> list[Tensor]:
+        """``dL/dz`` of each of `terms`."""
+        return [] if self.head is None else self.head.slopes
+
     @property
     def examples(self) -> int:
-        """Batch size."""
+        """Batch size, or 1 where examples mix everywhere."""
         return self.tape.examples
 
     def earlier(self) -> dict[nn.Parameter, Tensor]:

@@ -20,6 +20,7 @@ from gradmaker.capture import Tape
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.curvature.likelihood import read_terms
 from gradmaker.curvature.recorder import LossRecorder
+from gradmaker.pulls import Pulled
 from gradmaker.representations.base import Fold
 from gradmaker.sites import Site
 
@@ -128,14 +129,14 @@ def _checks(maker: PreconditionedGradientMaker) -> list[Check]:
     tape = maker.new_tape()
     with tape.recording(), LossRecorder() as recorder:
         output, loss = maker._forward({})
-        tape.end_forward()
+        tape.end_forward([loss])
         terms = read_terms(recorder, loss)
         z = terms[0].z if terms else _first_tensor(output)
         generator = torch.Generator(z.device).manual_seed(0)
         cotangent = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         blocks = [b for b in maker.plan.blocks if b.triple.curvature.layerwise]
         layered = [s for b in blocks for s in b.sites if s.fired(tape)]
-        pulled = tape.pull(z, cotangent.unsqueeze(0)) if layered else {}
+        pulled = Pulled(tape.pull([z], [cotangent.unsqueeze(0)])) if layered else Pulled({})
         evidence: dict[str, Evidence] = {s.name: s.outer(tape, pulled, None, _dtype(s)) for s in layered}
         errors = _gradient_errors(tape, z, cotangent, layered, evidence) if layered else {}
         evidence = {name: _scaled(e) for name, e in evidence.items()}
@@ -168,7 +169,7 @@ def _gradient_errors(
     for j in sorted({0, n // 2, n - 1}):
         alone = torch.zeros_like(cotangent).reshape(n, -1)
         alone[j] = cotangent.reshape(n, -1)[j]
-        truth = dict(zip(parameters, tape.pull_parameters(z, alone.reshape(z.shape), parameters), strict=True))
+        truth = dict(zip(parameters, tape.pull_parameters([z], [alone.reshape(z.shape)], parameters), strict=True))
         for site in sites:
             expected = site.lay_out(truth)
             worst[site.name] = max(worst[site.name], _relative(evidence[site.name].rows()[j], expected))

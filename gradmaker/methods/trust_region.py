@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradmaker.adapted_damping import AdaptedDamping
 from gradmaker.batches import Batch
+from gradmaker.blocks import Block
 from gradmaker.config import GradientConfig, check_choice, check_interval
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.quadratic import QuadraticModel
@@ -76,8 +77,13 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
         how = self.config.rescale
         self._rescaling = None if how == "none" else Rescaling(model, momentum=how == "momentum")
         self._trial: QuadraticModel | None = None  # of the step that is under way
-        own = [block for block in self.plan.blocks if block.triple == self.config.triple(block.sites[0])]
-        self._adapted = own if self._damping is not None else []  # not those of the fallback, whose damping is their own
+        self._adapted: list[Block] = []  # not those of the fallback, whose damping is their own
+        self._planned()
+
+    def _planned(self) -> None:
+        if self._damping is not None:
+            self._adapted = [b for b in self.plan.blocks if b.triple == self.config.triple(b.sites[0])]
+            self._take_damping()
 
     @property
     def damping(self) -> float | None:

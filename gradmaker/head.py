@@ -1,0 +1,82 @@
+"""The head of a pass: the outputs that the loss is a function of, as far as is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gradmaker.curvature.likelihood import LossRecorder, Terms, slopes_of
+
+__all__ = ["Head"]
+
+
+@dataclass
+class Head:
+    """Outputs ``z`` of one pass, those of the recognised loss terms or else of the model, and the slopes ``dL/dz`` there.
+
+    A slope is that of the output's own part of the loss: an output that is made of another one is not counted there again.
+    """
+
+    outputs: list[Tensor]
+    terms: list[Terms] = field(default_factory=list)  # one for each output; none where the loss is not recognised
+    loss: Tensor | None = None  # None: out of sight
+    recorder: LossRecorder | None = None
+    known: list[Tensor] | None = None  # slopes that are known already
+
+    @classmethod
+    def of(cls, loss: Tensor, output: Any, terms: Sequence[Terms], recorder: LossRecorder) -> Head:
+        """Of a declared loss."""
+        if terms:
+            return cls([t.z for t in terms], list(terms), loss, recorder)
+        found = (v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad and v.is_floating_point())
+        unique = {id(v): v for v in found if v is not loss}
+        return cls(list(unique.values()), [], loss, recorder)
+
+    @property
+    def declared(self) -> bool:
+        """Whether the terms are those of a likelihood that the user has declared, not of recognised calls."""
+        return self.recorder is None or not any(call.output.requires_grad for call in self.recorder.calls)
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """``dL/dz`` of each output; zeros where the loss does not depend on it."""
+        if self.known is not None:
+            return self.known
+        assert self.loss is not None and self.recorder is not None
+        if self.terms:
+            return slopes_of(self.recorder, self.loss, self.terms)
+        if not self.outputs:
+            return []
+        found = torch.autograd.grad(self.loss, self.outputs, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(z) if s is None else s for z, s in zip(self.outputs, found, strict=True)]
+
+    def divides(self, n: int) -> bool:
+        """Whether every output falls into ``n`` equal parts."""
+        if self.terms:
+            return all(t.omega.numel() % n == 0 for t in self.terms)
+        return all(z.ndim > 0 and z.shape[0] % n == 0 for z in self.outputs)
+
+    def owners(self, n: int) -> list[Tensor]:
+        """Which of ``n`` examples every entry of an output belongs to: its first axis holds them in order.  # like z each"""
+        if self.terms:
+            return [t.owners(n) for t in self.terms]
+        return [_owners(z, n) for z in self.outputs]
+
+    def counted(self) -> list[Tensor]:
+        """One where an entry of an output has a part in the loss, else zero.  # like z each"""
+        if not self.terms:
+            return [torch.ones_like(z) for z in self.outputs]
+        return [t.spread(t.valid().to(t.omega.dtype)) for t in self.terms]
+
+
+def _owners(z: Tensor, n: int) -> Tensor:
+    if n == 1:
+        return torch.zeros((), dtype=torch.int64, device=z.device)
+    rows = torch.arange(z.shape[0], device=z.device) // (z.shape[0] // n)
+    return rows.view(-1, *[1] * (z.ndim - 1)).expand(z.shape)

@@ -1,0 +1,5 @@
+"""Checks that a maker makes by itself: whether what it measures on is what the model and the loss really do."""
+
+from gradmaker.self_checks.checks import SelfChecks
+
+__all__ = ["SelfChecks"]

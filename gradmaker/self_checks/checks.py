@@ -1,0 +1,127 @@
+"""When the checks run, on what, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.arrangement import Arrangement, Structure
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.head import Head
+from gradmaker.reentrant import nodes
+from gradmaker.self_checks.examples import check_examples, pull_pair
+from gradmaker.self_checks.findings import Findings, tell
+from gradmaker.self_checks.loss import check_curvature, check_gradient
+from gradmaker.self_checks.uses import check_uses
+from gradmaker.sites import Site
+
+__all__ = ["SelfChecks"]
+
+TRIES = 3
+"""Measurements at which a structure is checked while some of its layers have no gradient, as behind weights that are zero."""
+DONE = TRIES
+SELECTING = (
+    "IndexBackward",
+    "MaskedSelect",
+    "IndexSelect",
+    "IndexAdd",
+    "IndexPut",
+    "ScatterAdd",
+    "ScatterBackward",
+    "TakeBackward",
+)
+"""Nodes that move rows by their data: with them equal sizes prove nothing of the next batch."""
+
+
+class SelfChecks:
+    """The checks of one maker, and the arrangement that they prove."""
+
+    def __init__(self, model: nn.Module, mode: str, seed: int) -> None:
+        """mode: ``fallback``, ``error`` or ``off``"""
+        self.model, self.mode, self.seed = model, mode, seed
+        self.arrangement = Arrangement()
+        self._runs = 0
+
+    def arrange(self, tape: Tape, head: Head) -> Structure:
+        """Take over what is known of passes like this one; returns what kind of pass it is."""
+        structure = tape.structure(head.outputs)
+        tape.joint = structure in self.arrangement.joint or (tape.batch > 1 and not head.divides(tape.batch))
+        return structure
+
+    def due(self, structure: Structure, head: Head) -> bool:
+        """Whether passes of this kind are still to be checked."""
+        if self.mode == "off" or not head.outputs:
+            return False
+        return self.arrangement.checked.get(structure, 0) < DONE or _selects(head.outputs)
+
+    def run(
+        self, tape: Tape, sites: Sequence[Site], head: Head, ridden: OutputGradients | None, explained: bool, costly: bool
+    ) -> set[str]:
+        """Check a pass; returns names of parameters whose layers do not show all of their uses.
+
+        ridden: output gradients of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
+        costly: whether examples that mix are measured with a pass for each
+        """
+        structure, found = tape.structure(head.outputs), Findings()
+        self._runs += 1
+        generator = torch.Generator().manual_seed((self.seed * 1000003 + self._runs) % 2**63)
+        first = self.arrangement.checked.get(structure, 0) < DONE
+        if tape.batch > 1 and head.divides(tape.batch):
+            tape.joint = False
+            pair, c = pull_pair(tape, head, generator)
+            check_examples(tape, sites, pair, c, found)
+        if first:
+            self._check_uses(tape, sites, head, ridden, explained, generator, found)
+        self._settle(tape, structure, found, costly)
+        return set(found.unseen)
+
+    def _check_uses(
+        self,
+        tape: Tape,
+        sites: Sequence[Site],
+        head: Head,
+        ridden: OutputGradients | None,
+        explained: bool,
+        generator: torch.Generator,
+        found: Findings,
+    ) -> None:
+        slopes = head.slopes
+        pulled = tape.pull(head.outputs, [s.unsqueeze(0) for s in slopes])
+        if explained and ridden is not None:
+            check_gradient(head, pulled, ridden)
+            unchecked = check_curvature(head, generator)
+            if unchecked:
+                found.notes["loss"] = unchecked
+        parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
+        truth: dict[nn.Parameter, Tensor] = dict(
+            zip(parameters, tape.pull_parameters(head.outputs, slopes, parameters), strict=True)
+        )
+        with self.arrangement.supposing(found.orders):
+            check_uses(tape, sites, pulled, truth, found)
+
+    def _settle(self, tape: Tape, structure: Structure, found: Findings, costly: bool) -> None:
+        """Make the findings those of the maker."""
+        names = {m: name for name, m in self.model.named_modules()}
+        tell(found, names, costly, self.mode == "error")
+        own = self.arrangement
+        if found.joint:
+            own.joint.add(structure)
+            tape.joint = True
+        else:
+            own.joint.discard(structure)
+            own.orders.update(found.orders)
+        own.direct.update(found.direct, found.unseen)
+        own.notes.update(found.direct | found.unseen | found.notes)
+        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else DONE
+
+
+def _selects(outputs: Sequence[Tensor]) -> bool:
+    """Whether rows were chosen or added up by data on the way to some outputs."""
+    for node in nodes(outputs):
+        if node.name().startswith(SELECTING):
+            sources = [f for f, _ in node.next_functions if f is not None]
+            if any(not f.name().startswith("torch::autograd::AccumulateGrad") for f in sources):
+                return True
+    return False

@@ -1,0 +1,56 @@
+"""What the self-checks find, and how it is said."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from gradmaker.arrangement import Key
+from gradmaker.calls import Order
+from gradmaker.errors import SelfCheckError, SelfCheckWarning
+
+__all__ = ["Findings", "tell"]
+
+
+@dataclass
+class Findings:
+    """Of one run of the checks."""
+
+    orders: dict[Key, Order | None] = field(default_factory=dict)  # None: examples mix in this call, or have no axis
+    unseen: dict[str, str] = field(
+        default_factory=dict
+    )  # parameters of layers with uses that no call shows, and what was found
+    direct: dict[str, str] = field(default_factory=dict)  # other parameters that a repeated call does not show rightly
+    dark: set[str] = field(default_factory=set)  # parameters without a gradient here: nothing could be proven
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def joint(self) -> bool:
+        """Whether no call keeps examples apart."""
+        return bool(self.orders) and all(order is None for order in self.orders.values())
+
+
+def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool) -> None:
+    """Say it: as an error if ``strict``, else once as a warning where it costs time or changes who treats a parameter.
+
+    names: of modules. costly: whether examples that mix are measured with a pass for each
+    """
+    apart = sorted({names.get(key[0], type(key[0]).__name__) for key, order in findings.orders.items() if order is None})
+    lines = [f"{name}: {found}" for name, found in {**findings.unseen, **findings.direct}.items()]
+    if apart and findings.joint:
+        lines.append("in every layer the examples of the batch depend on each other: the batch is measured as one example")
+    elif apart:
+        lines += [f"{name}: no axis of its outputs holds the examples, or they depend on each other" for name in apart]
+    if not lines:
+        return
+    text = "; ".join(lines)
+    if strict:
+        raise SelfCheckError(
+            f"{text}. With self_check='fallback' such parameters are measured by derivatives of their own, with one backward "
+            "pass for each example and output; ignore= leaves them out; batch_axis= says where the examples are"
+        )
+    if lines and (costly or findings.unseen):
+        cost = "; this takes a backward pass for each example and each column of the output" if costly else ""
+        warnings.warn(f"self-check: {text}{cost}", SelfCheckWarning, stacklevel=2)

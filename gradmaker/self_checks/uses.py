@@ -1,0 +1,120 @@
+"""Check of uses: do the recorded calls add up to the gradient of each parameter?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.curvature.evidence import Outer
+from gradmaker.pulls import Pulled
+from gradmaker.self_checks.findings import Findings
+from gradmaker.sites import Site
+
+__all__ = ["check_uses"]
+
+HALF = 0.06
+"""Tolerance in half precision: right models differ by up to 1.5e-2."""
+FACTOR = 10.0
+"""Tolerance in units of ``eps sqrt(rows)``: right models differ by at most 0.9."""
+
+
+@torch.no_grad()
+def check_uses(
+    tape: Tape, sites: Sequence[Site], gradients: OutputGradients, truth: dict[nn.Parameter, Tensor], found: Findings
+) -> None:
+    """Compare sums over the calls of every site with ``J^T u`` by autograd.
+
+    gradients: output gradients for a cotangent ``u``; truth: ``J^T u`` of every parameter
+    """
+    for site in sites:
+        if site.direct(tape):
+            continue
+        if not any(tape.fired(m) for m in site.modules):
+            if any(float(truth[p].norm()) > 0 for p in site.parameters.values()):
+                _note(found, site, "the loss depends on it, and its module was not called in a recorded pass")
+            continue
+        error, size = _difference(tape, site, gradients, truth)
+        if size == 0:
+            found.dark.update(site.parameters)
+        elif not error <= 1.0:
+            _note(found, site, "the recorded calls of its module do not add up to its gradient: it is used elsewhere as well")
+
+
+def _note(found: Findings, site: Site, text: str) -> None:
+    (found.direct if site.rule is None else found.unseen).update(dict.fromkeys(site.parameters, text))
+
+
+def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[nn.Parameter, Tensor]) -> tuple[float, float]:
+    """The error in units of the tolerance, and the size of what is compared."""
+    values: dict[nn.Parameter, Tensor | None] = {p: truth[p] for p in site.parameters.values()}
+    expected = site.lay_out(values)
+    dtype = torch.promote_types(expected.dtype, torch.float32)
+    try:
+        total, scale, rows = _total(tape, site, gradients, dtype)
+    except (ValueError, RuntimeError) as error:
+        if site.rule is not None or not _repeats(error):
+            raise
+        return float("inf"), 1.0
+    size = max(float(expected.norm()), scale)
+    eps = torch.finfo(dtype).eps
+    half = any(c.dtype in (torch.float16, torch.bfloat16) for m in site.modules for c in tape.calls[m])
+    tolerance = HALF if half else FACTOR * eps * max(rows, 1) ** 0.5
+    return float((total.reshape(expected.shape) - expected).norm()) / (tolerance * size) if size else 0.0, size
+
+
+def _repeats(error: Exception) -> bool:
+    """Whether an error is one of a repeated call, which the parameter's own derivative can do without."""
+    return "scale_grad_by_freq" not in str(error)
+
+
+def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtype) -> tuple[Tensor, float, int]:
+    """The sum of a site's calls, the size that rounding is relative to, and the number of rows.  # (G, o, i)"""
+    if site.rule is None:
+        rows = site.outer(tape, Pulled(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
+        return rows.sum(0), float(rows.norm()), len(rows)
+    by_kernel = _by_kernel(tape, site, gradients)
+    if by_kernel is not None:
+        return by_kernel
+    outer = site.outer(tape, Pulled(gradients), None, dtype)
+    rows = outer.gradients.shape[2] * outer.gradients.shape[3]
+    return outer.combine(outer.gradients.new_ones(outer.count)), _size(outer), rows
+
+
+def _size(outer: Outer) -> float:
+    """Root of the sum of the squares of all row products, as if inputs had one length."""
+    g = float(outer.gradients.norm())
+    if not isinstance(outer.inputs, Tensor):
+        return g
+    positions = max(1, outer.inputs.shape[1] * outer.inputs.shape[2])
+    return g * (float(outer.inputs.square().sum()) / positions + outer.bias) ** 0.5
+
+
+def _by_kernel(tape: Tape, site: Site, gradients: OutputGradients) -> tuple[Tensor, float, int] | None:
+    """As `_total` by the layer's own kernels, where it has one."""
+    if not site.weighted:
+        return None
+    rule = site.rule
+    assert rule is not None
+    weight, *further = site.parameters.values()
+    total: dict[nn.Parameter, Tensor | None] = {}
+    size, rows = 0.0, 0
+    for module in site.modules:
+        for call, (g, *_) in zip(tape.calls[module], gradients[module], strict=True):
+            own = rule.weight_gradient(module, call, g[0])
+            if own is None:
+                return None
+            channels = g[0].movedim(g[0].ndim - _rank(module) - 1, 0).flatten(1)
+            for p, value in zip((weight, *further), (own, channels.sum(1)), strict=False):
+                before = total.get(p)
+                total[p] = value if before is None else before + value
+            size += float(g.norm()) * (1 + float(call.input.float().square().mean()) * weight[0].numel()) ** 0.5
+            rows += channels.shape[1]
+    return site.lay_out(total), size, rows
+
+
+def _rank(module: nn.Module) -> int:
+    """Axes of space of a convolution."""
+    return len(getattr(module, "kernel_size", ()))
