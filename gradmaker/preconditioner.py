@@ -32,7 +32,7 @@ from gradmaker.self_checks import SelfChecks
 from gradmaker.sites import Site
 from gradmaker.step import NOTHING, Extra, Previous, Step
 from gradmaker.summary import Summary, summarise
-from gradmaker.verify import Verification, verify
+from gradmaker.verification import Verification, verify
 
 __all__ = ["PreconditionedGradientMaker"]
 

@@ -170,6 +170,10 @@ class AlternatingInverse(Representation):
         """Of the last refresh."""
         return expand([self._root(state, axis, -1.0) for axis in self._axes(state)])
 
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        factors = [self._root(state, axis, -1.0) for axis in self._axes(state)]
+        return apply_factors(factors, self.unfold(v)).reshape(v.shape)
+
     # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
         """Of ``L_k``, as of the last refresh, or as ``published`` says.  # (B, d), (B, d, d)"""

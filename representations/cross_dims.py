@@ -108,6 +108,10 @@ class CrossDims(Representation):
         """Of the last refresh, with the floor."""
         return expand([self._power(state, axis, 1.0) for axis in range(self._count(state))])
 
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        factors = [self._power(state, axis, 1.0) for axis in range(self._count(state))]
+        return apply_factors(factors, self.unfold(v)).reshape(v.shape)
+
     def _count(self, state: State) -> int:
         return sum(name.startswith("values_") for name in state)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import expand, mode_matrix
+from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.solvers.spectrum import decompose_again, largest_eigenvalue, symmetrise
 
@@ -186,9 +186,16 @@ class InverseDims(Representation):
         return krad_update(L / beta, x, self.denominator)
 
     def to_dense(self, state: State) -> Tensor:
+        return expand(self._covariances(state))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)
+
+    def _covariances(self, state: State) -> list[Tensor]:
+        """``L_k^(-1/m)``.  # each (B, d, d) or (B, d)"""
         spectra = self.spectra(state)
         power = -1 / self.order(len(spectra))
-        return expand([s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT for s, Q in spectra])
+        return [s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT for s, Q in spectra]
 
     # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:

@@ -189,6 +189,11 @@ class KronPairs(Representation):
     def to_dense(self, state: State) -> Tensor:
         return expand([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
 
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        x = torch.linalg.solve(self._formed(state, "left"), v)
+        image: Tensor = torch.linalg.solve(self._formed(state, "right"), x.mT).mT
+        return image
+
     def _formed(self, state: State, side: str) -> Tensor:
         """``H``.  # (B, d, d)"""
         if not self._limits(side):

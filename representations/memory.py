@@ -154,6 +154,21 @@ class Pairs(Representation):
             B = torch.where(s.mT @ y > 0, new, B)
         return B
 
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        """The same recursion in products."""
+        gamma, known = state["gamma"].unsqueeze(1), list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]()
+
+        def multiply(x: Tensor) -> Tensor:
+            image = x / gamma
+            for Bs, sBs, y, sy, taken in known:
+                image = torch.where(taken, image - Bs * (dot(Bs, x) / sBs) + y * (dot(y, x) / sy), image)
+            return image
+
+        for s, y in zip(state["s"].unbind(1), state["y"].unbind(1), strict=True):
+            Bs, sy = multiply(s), dot(s, y)
+            known.append((Bs, dot(s, Bs), y, sy, sy > 0))
+        return multiply(v.flatten(1)).reshape(v.shape)
+
 
 def damped_change(s: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
     """Powell's ``y``: at least a fifth of the curvature of ``I / gamma`` along ``s``.  # (B, P), (B, P), (B, 1) -> (B, P)"""

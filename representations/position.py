@@ -51,3 +51,6 @@ class Position(Representation):
     def to_dense(self, state: State) -> Tensor:
         w = state["weights"]
         return torch.eye(w.shape[1], dtype=w.dtype, device=w.device).unsqueeze(0)
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return v

@@ -54,6 +54,10 @@ class AbsoluteEigh(_DenseSolver):
             new, default = {"scale": 1 / (_entries(s, Q) + self.damping)}, {"scale": default["scale"]}
         return settle(new, ~(ok & finite), previous, default)
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix is held as it is, so that `operator` is no larger."""
+        return x, (self.operator(representation, state) @ g.reshape(len(g), -1, 1)).reshape(g.shape)
+
     def operator(self, representation: Any, state: State) -> Tensor:
         s, Q = torch.linalg.eigh(representation.to_dense(state))
         if self.entries:
@@ -100,6 +104,9 @@ class LU(_DenseSolver):
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return representation.matvec(state, x) + self.damping * x, g
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         x: Tensor = torch.linalg.lu_solve(cache["factors"], cache["pivots"], g.reshape(len(g), -1, 1))
         return x.reshape(g.shape)
@@ -123,6 +130,9 @@ class _DiagonalSolver(InverseSolver):
     def operator(self, representation: Any, state: State) -> Tensor:
         d = representation.diagonal(state)
         return torch.diag_embed(1 / self._denominator(d.reshape(d.shape[0], -1)))
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self._denominator(representation.diagonal(state)), g
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return g / cache["denominator"]

@@ -33,6 +33,10 @@ class Apply(Solver):
         P: Tensor = torch.linalg.inv(representation.to_dense(state))
         return P
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``C x = g``."""
+        return representation.matvec(state, x), g
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         P: Tensor = representation.apply(cache, g)
         return P

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import State, Summed
+from gradmaker.representations.factor import dense
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
-from gradmaker.solvers.base import Solver, spectral_power
+from gradmaker.solvers.base import Solver
 from gradmaker.solvers.damping import Mode, check_choice, check_interval
+from gradmaker.solvers.definition import along_axes, axis_power
 from gradmaker.solvers.rooting import Root, rooting
 from gradmaker.solvers.roots import held_roots
 
@@ -81,11 +83,23 @@ class AxisMean(Solver):
         return self._rooter().prepare(_Factors(representation), state, previous)
 
     def operator(self, representation: Any, state: State) -> Tensor:
-        factors = [torch.diag_embed(F) if F.ndim == 2 else F for F in representation.summands(state)]
-        p = representation.passes(len(factors))
-        roots = [spectral_power(F, self.damping, -1 / (2 * p), self.mode) for F in factors]
-        out: Tensor = torch.linalg.matrix_power(dense_mean(roots), p)
+        roots, p = self._roots(representation, state)
+        out: Tensor = torch.linalg.matrix_power(dense_mean([dense(X) for X in roots]), p)
         return out
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        roots, p = self._roots(representation, state)
+        out: Tensor = representation.unfold(g)
+        for _ in range(p):
+            terms = [along_axes([*[None] * k, X], out) for k, X in enumerate(roots)]
+            out = torch.stack(terms).mean(0)
+        return x, out.reshape(g.shape)
+
+    def _roots(self, representation: Any, state: State) -> tuple[list[Tensor], int]:
+        """``X_k`` from the definition, and ``p``."""
+        factors = representation.summands(state)
+        p: int = representation.passes(len(factors))
+        return [axis_power(F, self.damping, -1 / (2 * p), self.mode) for F in factors], p
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         roots = held_roots(cache)

@@ -14,8 +14,9 @@ from torch import Tensor
 from gradmaker.representations.base import State
 from gradmaker.representations.factor import dense
 from gradmaker.solvers.damping import check_interval, damp
+from gradmaker.solvers.definition import along_axes
 
-__all__ = ["InverseSolver", "PowerSolver", "Solver", "kronecker_of", "kronecker_power", "spectral_power"]
+__all__ = ["InverseSolver", "PowerSolver", "Solver", "kronecker_of", "spectral_power"]
 
 
 class Solver(ABC):
@@ -33,6 +34,8 @@ class Solver(ABC):
     """Whether ``C`` has to be one and the same matrix throughout `solve`."""
     linear: ClassVar[bool] = True
     """Whether `solve` is linear: ``P`` does not depend on the gradient that it is applied to."""
+    rounds_to_limit: ClassVar[int] = 1
+    """Solves of one gradient after which a `limit` is reached."""
     idle: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this solver, with the reason and a way out: `custom` refuses them."""
 
@@ -63,12 +66,37 @@ class Solver(ABC):
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         """``P g``.  # (B, *shape)"""
 
-    @abstractmethod
     def operator(self, representation: Any, state: State) -> Tensor:
         """``P`` itself, formed from the definition with dense matrices: what `prepare` and `solve` are checked against.
 
+        That of `axes`, unless it is overridden.
+
         state: in float64  # (B, P, P)
         """
+        axes = self.axes(representation, state)
+        if axes is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither operator nor axes")
+        P: Tensor = representation.widen(state, kronecker_of([dense(X) for X in axes]))
+        return P
+
+    def axes(self, representation: Any, state: State) -> list[Tensor] | None:
+        """The factors of ``P`` on the axes of an unfolded gradient, from the definition; None where it has none.
+
+        state: in float64  # each (B, d, d), (B, d) or tiled
+        """
+        return None
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Two sides that are equal where ``x = P g``, for blocks that are too large for `operator`; None: there are none.
+
+        state, g, x: in float64  # -> any shape, twice
+        """
+        axes = self.axes(representation, state)
+        return None if axes is None else (x, along_axes(axes, representation.unfold(g)).reshape(g.shape))
+
+    def limit(self) -> Solver:
+        """Itself, with options under which a few steps from nothing reach what `operator` and `equation` say."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +135,6 @@ def spectral_power(C: Tensor, damping: float | Tensor, exponent: float, mode: st
     powered: Tensor = damp(s.clamp(min=0), damping, mode) ** exponent
     result: Tensor = (Q * powered.unsqueeze(-2)) @ Q.mT
     return result
-
-
-def kronecker_power(factors: Sequence[Tensor], ridges: Sequence[Tensor], exponent: float) -> Tensor:
-    """``(F_1 + r_1 I)^exponent (x) (F_2 + r_2 I)^exponent (x) ...``, formed.  # (B, P, P)"""
-    return kronecker_of([spectral_power(F, r.unsqueeze(-1), exponent) for F, r in zip(factors, ridges, strict=True)])
 
 
 def kronecker_of(matrices: Sequence[Tensor]) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
-from gradmaker.solvers.base import InverseSolver, kronecker_power
+from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
+from gradmaker.solvers.definition import axis_power
 from gradmaker.solvers.diagnosis import diagnose, estimate_largest
 from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, residual, settle_roots
@@ -81,10 +82,9 @@ class Cholesky(InverseSolver):
             return pi_ridges(factors, self.damping ** (1 / len(factors)))
         return equal_ridges(factors, self.damping)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors = representation.factors(state)
-        out: Tensor = representation.widen(state, kronecker_power(factors, self._ridges(factors), -1.0))
-        return out
+        return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, self._ridges(factors), strict=True)]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

@@ -49,6 +49,9 @@ class CG(InverseSolver):
     def operator(self, representation: Any, state: State) -> Tensor:
         return spectral_power(representation.to_dense(state), self.damping, -1.0)
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return representation.matvec(state, x) + self.damping * x, g
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         size = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g.abs()
         size = torch.where(size > 0, size, 1.0)  # squares of small gradients would underflow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ class CurveBall(Solver):
     needs: ClassVar[type] = MatrixFree
     definite: ClassVar[bool] = True
     linear: ClassVar[bool] = False
+    rounds_to_limit: ClassVar[int] = 40
 
     damping: float = 1.0
     rho: float | None = None
@@ -61,6 +62,12 @@ class CurveBall(Solver):
         C = representation.to_dense(state)
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return representation.matvec(state, x) + self.damping * x, g
+
+    def limit(self) -> CurveBall:
+        return replace(self, rho=None, beta=None, adapt=None)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         z, damping = cache["z"], cache["damping"]

@@ -72,6 +72,10 @@ class DisplacedNeumann(Solver):
         P: Tensor = (1.0 if self.plain else 1 + min(self.peak, 0.5)) * representation.to_dense(state)
         return P
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the first step."""
+        return x, (1.0 if self.plain else 1 + min(self.peak, 0.5)) * g
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         w, t = representation.weights(cache), cache["count"] + 1 - self.plain
         begun, reset = t >= 1, t - 1 == cache["reset"]

@@ -42,5 +42,8 @@ class Division(PowerSolver):
         d = d.reshape(d.shape[0], -1)
         return torch.diag_embed(1 / (d ** abs(self.power) + self.damping))
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * (representation.diagonal(state) ** abs(self.power) + self.damping), g
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return g / cache["denominator"]

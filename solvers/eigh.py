@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
-from gradmaker.representations.factor import conjugate, dense, identity, transpose
+from gradmaker.representations.factor import conjugate, identity, transpose
 from gradmaker.representations.kronecker import apply_factors
-from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
+from gradmaker.solvers.base import PowerSolver, spectral_power
 from gradmaker.solvers.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
+from gradmaker.solvers.definition import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.solvers.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty, scalars, settle
 from gradmaker.solvers.roots import apply_roots, settle_roots
@@ -122,16 +123,30 @@ class Eigh(PowerSolver):
             if self.placement == "after":
                 C, power = spectral_power(C, 0.0, -power), -1.0
             return spectral_power(C, self.damping, power, self.mode)
+        return super().operator(representation, state)
+
+    def axes(self, representation: Any, state: State) -> list[Tensor] | None:
+        if self.split == "exact":
+            return None
         factors = representation.factors(state)
-        exponent = self.power / representation.order(len(factors))
+        order = representation.order(len(factors))
         if self.split == "each":
-            powered = [spectral_power(F, self.damping, exponent, self.mode) for F in factors]
-        else:
-            spectra = [F if F.ndim == 2 else torch.linalg.eigvalsh(dense(F)) for F in factors]
-            ridges = self._damped(factors, spectra, representation.order(len(factors)))[1]
-            powered = [spectral_power(F, r.unsqueeze(-1), exponent) for F, r in zip(factors, ridges, strict=True)]
-        P: Tensor = representation.widen(state, kronecker_of(powered))
-        return P
+            return [axis_power(F, self.damping, self.power / order, self.mode) for F in factors]
+        ridges = self._damped(factors, [axis_spectrum(F)[0] for F in factors], order)[1]
+        return [axis_power(F, r.unsqueeze(-1), self.power / order) for F, r in zip(factors, ridges, strict=True)]
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.split != "exact":
+            return super().equation(representation, state, g, x)
+        factors = representation.factors(state)
+        spectra, bases = zip(*map(axis_spectrum, factors), strict=True)
+        C, power = outer(spectra) ** (1 / representation.order(len(factors))), self.power
+        if self.placement == "after":
+            C, power = C**-power, -1.0
+        scale = damp(C, self.damping, self.mode) ** power
+        rotated = along_axes([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
+        scaled = rotated * scale.reshape(*scale.shape, *[1] * (rotated.ndim - scale.ndim))
+        return x, along_axes(bases, scaled).reshape(g.shape)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         if self.split != "exact":

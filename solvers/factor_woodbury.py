@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gradmaker.representations.base import RowFactored, State
 from gradmaker.representations.kronecker import apply_factors
-from gradmaker.solvers.base import InverseSolver, kronecker_power
+from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import average_trace
+from gradmaker.solvers.definition import axis_power
 from gradmaker.solvers.ladder import climb, scalars, settle
 
 __all__ = ["FactorWoodbury"]
@@ -65,9 +66,10 @@ class FactorWoodbury(InverseSolver):
         usable = (torch.isfinite(t) & (t > 0)).all(0)
         return list(torch.where(usable, t / t.log().mean(0).exp(), 1.0) * self.damping**0.5)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors = [representation.factor(state, k) for k in range(2)]
-        return kronecker_power(factors, self._ridges(representation, state), -1.0)
+        ridges = self._ridges(representation, state)
+        return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, ridges, strict=True)]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         rows, columns = (_apply(cache, k) for k in range(2))

@@ -173,6 +173,18 @@ class Gram(Solver):
         P: Tensor = (Vh.mT * entries.unsqueeze(-2)) @ Vh + tail[:, None, None] * eye
         return unit * P
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        unit = self.damping if self.scale_preserving else 1.0
+        if self._direct:
+            return representation.matvec(state, x) + self.damping * x, unit * g
+        s, V = torch.linalg.eigh(representation.gram(state))
+        sigma = s.clamp(min=0).sqrt()
+        kept = sigma > SMALLEST * sigma.amax(-1, keepdim=True)
+        values, tail = self._spectrum(sigma, kept)
+        inner = torch.where(kept, (values - tail.unsqueeze(-1)) / torch.where(kept, s, 1.0), 0.0).unsqueeze(-1)
+        z = V @ (inner * (V.mT @ representation.project(state, g).unsqueeze(-1)))
+        return x, unit * (representation.combine(state, z.squeeze(-1)) + tail.view(-1, *[1] * (g.ndim - 1)) * g)
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         def through(middle: str, z: Tensor) -> Tensor:
             weights = (cache[middle] @ z).squeeze(-1)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradmaker.representations.base import Rooted, State
 from gradmaker.solvers.base import Solver, spectral_power
-from gradmaker.solvers.roots import apply_roots
+from gradmaker.solvers.definition import along_axes
+from gradmaker.solvers.roots import apply_roots, held_roots
 
 __all__ = ["HeldRoot"]
 
@@ -36,6 +37,11 @@ class HeldRoot(Solver):
     def operator(self, representation: Any, state: State) -> Tensor:
         C: Tensor = representation.to_dense(state)
         return spectral_power((C + C.mT) / 2, 0.0, self.exponent)
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``P C x = g``."""
+        roots = held_roots(representation.rooted(state))
+        return along_axes(roots, representation.unfold(representation.matvec(state, x))).reshape(g.shape), g
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import Any, ClassVar, Literal
@@ -73,6 +73,14 @@ class Krylov(Solver):
         """The limit of many dimensions."""
         C = representation.to_dense(state)
         return torch.stack([self._inverse(member) for member in C])
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return representation.matvec(state, x) + self.damping * x, g
+
+    def limit(self) -> Krylov:
+        """Of a positive semidefinite matrix."""
+        floor, dimension = 0.0 if self.damping else self.floor, max(self.dimension, 20)
+        return replace(self, search="model", precondition=False, remember=False, floor=floor, dimension=dimension)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         D = self._diagonal(representation, cache, g)

@@ -54,6 +54,14 @@ class LocalRegression(InverseSolver):
         P: Tensor = root.mT @ (root / d.unsqueeze(-1))
         return P
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner, cross, own = representation.families(state)
+        eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        S = (torch.linalg.pinv(inner + self.damping * eye, hermitian=True) @ cross.unsqueeze(-1)).squeeze(-1)
+        d = (own + self.damping - (S * cross).sum(-1)).clamp(min=self.damping)
+        z = (g - representation.predict(S, g)) / d.reshape(g.shape)
+        return x, z - representation.spread(S, z)
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         S = cache["coefficients"]
         z = (g - representation.predict(S, g)) / cache["residual"].reshape(g.shape)

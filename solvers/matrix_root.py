@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gradmaker.representations.base import Factored, State
 from gradmaker.representations.factor import map_blocks, widest
-from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
+from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
+from gradmaker.solvers.definition import axis_power
 from gradmaker.solvers.diagnosis import diagnose
 from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, residual, settle_roots
@@ -117,12 +118,10 @@ class MatrixRoot(PowerSolver):
         gain = self.damping**self.power if self.mode == "absolute" and self.damping else 1.0
         return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(factors))
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors = representation.factors(state)
         exponent = self.power / representation.order(len(factors))
-        powered = [spectral_power(F, self.damping, exponent, self.mode) for F in factors]
-        P: Tensor = representation.widen(state, kronecker_of(powered))
-        return P
+        return [axis_power(F, self.damping, exponent, self.mode) for F in factors]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

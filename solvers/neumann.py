@@ -80,6 +80,14 @@ class Neumann(InverseSolver):
         found = MARGIN * largest + self.damping
         return torch.where(found > 0, found, 1.0)
 
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``C_lambda x = g - (I - eta C_lambda)^(terms + 1) g``."""
+        scale = self.scale or self._scale(representation, state, g)
+        rest = g
+        for _ in range(self.terms + 1):
+            rest = rest - (representation.matvec(state, rest) + self.damping * rest) / scale
+        return representation.matvec(state, x) + self.damping * x, g - rest
+
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         eta = 1 / (self.scale or self._scale(representation, cache, g))
         total = torch.zeros_like(g)

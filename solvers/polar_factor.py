@@ -122,7 +122,7 @@ class PolarFactor(Solver):
         failures = torch.zeros(len(state["mass"]), dtype=torch.int64, device=state["mass"].device)
         return {"failures": failures if previous is None else previous["failures"].clone()}
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def axes(self, representation: Any, state: State) -> list[Tensor]:
         s, U = torch.linalg.eigh(representation.newest(state))
         norm = s.clamp(min=0).sum(-1, keepdim=True).sqrt()
         sigma = s.clamp(min=0).sqrt() / norm
@@ -134,8 +134,7 @@ class PolarFactor(Solver):
         ratio = torch.where(sigma > 1e-7, x / (sigma * norm), 0.0) * self.gain
         if self.nuclear:
             ratio = ratio * (sigma * norm * (x if self.method != "svd" else 1.0)).sum(-1, keepdim=True)
-        P: Tensor = representation.widen(state, (U * ratio.unsqueeze(-2)) @ U.mT)
-        return P
+        return [(U * ratio.unsqueeze(-2)) @ U.mT]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         G = representation.unfold(g)

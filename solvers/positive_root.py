@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import Inverse, State
-from gradmaker.representations.kronecker import expand
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.roots import apply_roots, settle_roots
 
@@ -44,8 +43,8 @@ class PositiveRoot(PowerSolver):
         finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in held]).all(0)
         return settle_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
 
-    def operator(self, representation: Any, state: State) -> Tensor:
-        return expand(self._roots(representation, representation.spectra(state)))
+    def axes(self, representation: Any, state: State) -> list[Tensor]:
+        return self._roots(representation, representation.spectra(state))
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

@@ -13,6 +13,7 @@ from gradmaker.representations.base import Rotated, State
 from gradmaker.representations.factor import identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
+from gradmaker.solvers.definition import along_axes
 from gradmaker.solvers.diagnosis import unknown
 from gradmaker.solvers.ladder import settle
 
@@ -35,6 +36,10 @@ class RotatingSolver(PowerSolver):
     def scale(self, representation: Any, state: State) -> Tensor:
         """A factor for each direction of the basis.  # (B, *shape)"""
 
+    @abstractmethod
+    def divisor(self, representation: Any, state: State) -> Tensor:
+        """What a direction is divided by, spelt out once more to check `scale` against.  # (B, *shape)"""
+
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         bases = {f"basis_{k}": Q for k, Q in enumerate(representation.bases(state)) if Q is not None}
         new = {"scale": self.scale(representation, state), **bases}
@@ -44,6 +49,12 @@ class RotatingSolver(PowerSolver):
         if "diagnosis" in state:
             new["diagnosis"], default["diagnosis"] = state["diagnosis"], unknown(state["diagnosis"])
         return settle(new, lost, previous, default)
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``divisor * (Q^T x) = Q^T g``."""
+        turned = [None if Q is None else transpose(Q) for Q in representation.bases(state)]
+        left, right = (along_axes(turned, representation.unfold(v)) for v in (x, g))
+        return left * self.divisor(representation, state), right
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for an axis in the unit basis
@@ -68,6 +79,10 @@ class Rotate(RotatingSolver):
     def scale(self, representation: Any, state: State) -> Tensor:
         s: Tensor = representation.spectrum(state)
         return (s.clamp(min=0) + self.damping) ** self.power
+
+    def divisor(self, representation: Any, state: State) -> Tensor:
+        s: Tensor = representation.spectrum(state)
+        return torch.pow(s.clamp(min=0) + self.damping, abs(self.power))
 
     def operator(self, representation: Any, state: State) -> Tensor:
         return spectral_power(representation.to_dense(state), self.damping, self.power)

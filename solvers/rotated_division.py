@@ -40,8 +40,14 @@ class RotatedDivision(RotatingSolver):
         share = torch.where(mass > 0, mass, 1.0) ** abs(self.power) if self.raw else 1.0
         return torch.where(mass > 0, 1 / (s.clamp(min=0) ** abs(self.power) + self.damping / share), 0.0)
 
+    def divisor(self, representation: Any, state: State) -> Tensor:
+        s, mass = representation.spectrum(state), state["mass"]
+        share = torch.where(mass > 0, mass, 1.0) ** abs(self.power) if self.raw else torch.ones_like(mass)
+        damped = torch.pow(s.clamp(min=0), abs(self.power)) + (self.damping / share).view(-1, *[1] * (s.ndim - 1))
+        return torch.where((mass > 0).view(-1, *[1] * (s.ndim - 1)), damped, torch.inf)
+
     def operator(self, representation: Any, state: State) -> Tensor:
-        scale = self.scale(representation, state)
+        scale = 1 / self.divisor(representation, state)
         Q: Tensor | None = None
         for k, basis in enumerate(representation.bases(state)):
             d = scale.shape[k + 1]

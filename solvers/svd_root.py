@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.base import RootFactored, State
-from gradmaker.solvers.base import PowerSolver, kronecker_of, spectral_power
+from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
+from gradmaker.solvers.definition import axis_power
 from gradmaker.solvers.diagnosis import described, diagnose, singular_residual
 from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty
 from gradmaker.solvers.roots import apply_roots, settle_roots
@@ -100,12 +101,10 @@ class SvdRoot(PowerSolver):
         gain = self.damping**self.power if absolute and self.damping else 1.0
         return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(held))
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors: Sequence[Tensor] = representation.factors(state)
         exponent = self.power / representation.order(len(factors))
-        powered = [spectral_power(F, self.damping, exponent, self.mode) for F in factors]
-        P: Tensor = representation.widen(state, kronecker_of(powered))
-        return P
+        return [axis_power(F, self.damping, exponent, self.mode) for F in factors]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf
 from typing import Any, ClassVar, NamedTuple
@@ -89,6 +89,13 @@ class TruncatedCG(Solver):
         C = representation.to_dense(state)
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
+
+    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return representation.matvec(state, x) + self.damping * x, g
+
+    def limit(self) -> TruncatedCG:
+        exact = replace(self, tolerance=0.0, warm=0.0, preconditioner=0.0, iterations=max(self.iterations, 50))
+        return replace(exact, backtrack=False, adapt=None, line_search=False)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         damping, losses = cache["damping"], _Losses(representation, cache)

@@ -1,0 +1,208 @@
+"""One recorded pass of the declared batch: self-checks, evidence, and gradients of single examples by autograd."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.batches import terms_of
+from gradmaker.capture import Tape
+from gradmaker.curvature.evidence import OneHot, Outer
+from gradmaker.curvature.recorder import LossRecorder
+from gradmaker.deferred import resolve
+from gradmaker.errors import SelfCheckError, SelfCheckWarning
+from gradmaker.head import Head
+from gradmaker.pulls import Source, pull
+from gradmaker.self_checks import SelfChecks
+from gradmaker.self_checks.loss import check_curvature, check_gradient
+from gradmaker.sites import Site
+
+if TYPE_CHECKING:
+    from gradmaker.preconditioner import PreconditionedGradientMaker
+
+__all__ = ["Measured", "measure", "relative"]
+
+DIRECTLY = "by derivatives of its own, whatever call it is used in"
+APART = "apart, with a pass for each example: they depend on each other in this layer, or have no axis of their own"
+ROWS = 4
+"""Gradients at random cotangents: what a product is made of where a curvature has no rows."""
+
+
+@dataclass
+class Measured:
+    """Of one pass."""
+
+    evidence: dict[str, Outer] = field(default_factory=dict)  # by site, for one random cotangent an example
+    errors: dict[str, float] = field(default_factory=dict)  # of its rows
+    half: set[str] = field(default_factory=set)  # sites that ran in half precision
+    silent: set[str] = field(default_factory=set)  # sites that were not called
+    gradients: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)  # of the loss
+    rows: list[dict[nn.Parameter, Tensor | None]] = field(default_factory=list)  # at random cotangents
+    failures: dict[str, str] = field(default_factory=dict)  # by site: what a self-check has found
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def relative(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """``|found - expected| / |expected|``.  least: what the size is at least"""
+    difference, size = (found.double() - expected.double()).norm(), max(float(expected.double().norm()), least)
+    return float(difference) / size if size > 0 else float(difference)
+
+
+def measure(maker: PreconditionedGradientMaker) -> Measured:
+    """Repeat the declared forward pass, recorded, and measure it."""
+    tape, known = maker.new_tape(), dict[int, object]()
+    with tape.recording():
+        with LossRecorder() as recorder:
+            output, loss = maker._forward(known)
+        tape.end_forward([loss])
+        logits = None if maker._logits is None else resolve(maker._logits, known)
+        head = Head.of(loss, output, terms_of(recorder, loss, logits, maker.config.likelihood), recorder)
+        with torch.autocast(loss.device.type, enabled=False):
+            return _Pass(maker, tape, head, loss).measure()
+
+
+class _Pass:
+    """A pass that was recorded."""
+
+    def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, loss: Tensor) -> None:
+        self.maker, self.tape, self.head, self.loss = maker, tape, head, loss
+        self.sites = maker._recorded_sites()
+        self.found = Measured()
+        self.generator = torch.Generator().manual_seed(maker.config.seed)
+
+    def measure(self) -> Measured:
+        self._check()
+        if self.head.outputs:
+            self._capture()
+        parameters = list(dict.fromkeys(p for b in self.maker.plan.blocks for s in b.sites for p in s.parameters.values()))
+        self.found.gradients = self._pulled([self.loss], [torch.ones_like(self.loss)], parameters)
+        if self.head.outputs and any(b.triple.representation.fleeting for b in self.maker.plan.blocks):
+            for _ in range(ROWS):
+                self.found.rows.append(self._pulled(self.head.outputs, self._cotangents(), parameters))
+        return self.found
+
+    def _pulled(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    ) -> dict[nn.Parameter, Tensor | None]:
+        return dict(zip(parameters, self.tape.pull_parameters(outputs, cotangents, parameters), strict=True))
+
+    def _cotangents(self) -> list[Tensor]:
+        return [torch.randn(z.shape, generator=self.generator, dtype=torch.float64).to(z) for z in self.head.outputs]
+
+    # ---------------------------------------------------------------- self-checks
+    def _check(self) -> None:
+        """Make them on a copy of what the maker knows, and measure as the maker would."""
+        own, mode = self.maker.checks.arrangement, self.maker.config.self_check
+        scratch = SelfChecks(self.maker.model, "fallback", self.maker.config.seed)
+        scratch.arrangement = self.tape.arrangement = replace(
+            own, orders=dict(own.orders), direct=set(own.direct), joint=set(own.joint), checked={}, notes=dict(own.notes)
+        )
+        scratch.arrange(self.tape, self.head)
+        unseen = set(self.maker._unseen)
+        if self.sites and self.head.outputs:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SelfCheckWarning)
+                unseen |= scratch.run(self.tape, self.sites, self.head, None, explained=False, costly=False)
+        scratch.arrangement.direct -= unseen - own.direct  # they are measured through their layers still
+        self.found.notes = dict(scratch.arrangement.notes)
+        self._judge(unseen, mode != "fallback")
+        if mode == "off":
+            self.tape.arrangement = own
+            scratch.arrangement = own
+            scratch.arrange(self.tape, self.head)
+        self._check_loss()
+
+    def _judge(self, unseen: set[str], strict: bool) -> None:
+        """Which sites have failed; what is measured in another way is only noted, unless ``strict``.  unseen: parameters"""
+        new = self.tape.arrangement.direct - self.maker.checks.arrangement.direct
+        for block in self.maker.plan.blocks:
+            for site in block.sites:
+                names = [k for k in site.parameters if k in unseen]
+                if names:
+                    self.found.failures[site.name] = self.found.notes.get(names[0], "its layer does not show all of its uses")
+        for site in self.sites:
+            if not site.fired(self.tape):
+                self.found.silent.add(site.name)
+                continue
+            apart = self.tape.apart(site.modules)
+            if apart or site.direct(self.tape):
+                text = f"measured {DIRECTLY if site.direct(self.tape) else APART}"
+                self.found.notes.setdefault(site.name, text)
+                if strict and (apart or new.intersection(site.parameters)):
+                    self.found.failures.setdefault(site.name, self.found.notes[site.name])
+        if self.tape.joint and self.tape.batch > 1:
+            self.found.notes["batch"] = "its examples depend on each other: it is measured as one example"
+
+    def _check_loss(self) -> None:
+        curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.rides]
+        if not curvatures or self.head.declared or not self.head.outputs:
+            return
+        try:
+            ridden = self.tape.pull([self.loss], [torch.ones_like(self.loss).unsqueeze(0)])
+            pulled = self.tape.pull(self.head.outputs, [s.unsqueeze(0) for s in self.head.slopes])
+            check_gradient(self.head, pulled, ridden)
+            unchecked = check_curvature(self.head, self.generator)
+        except SelfCheckError as error:
+            self.found.failures |= {s.name: f"loss: {error}" for c in curvatures for s in self.maker.plan.sites(c)}
+        else:
+            if unchecked:
+                self.found.notes["loss"] = f"its curvature is unchecked: {unchecked}"
+
+    # ---------------------------------------------------------------- gradients of examples
+    def _capture(self) -> None:
+        n, cotangents = self.tape.examples, self._cotangents()
+        owners = self.head.owners(n)
+        layerwise = {s.name for b in self.maker.plan.blocks if b.triple.curvature.layerwise for s in b.sites}
+        sites = [s for s in self.sites if s.name in layerwise and s.fired(self.tape)]
+        if not sites:
+            return
+        sources = [Source(z, c.unsqueeze(0), o) for z, c, o in zip(self.head.outputs, cotangents, owners, strict=True)]
+        pulled = pull(self.tape, sites, sources, split=True)
+        self.found.evidence = {
+            s.name: s.outer(self.tape, pulled, None, self.maker.config.statistics_dtype() or _dtype(s)) for s in sites
+        }
+        calls = {s.name: [c for m in s.modules for c in self.tape.calls.get(m, ())] for s in sites}
+        self.found.half = {k for k, own in calls.items() if any(c.dtype in (torch.float16, torch.bfloat16) for c in own)}
+        parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
+        for j in self._chosen(n):
+            alone = [torch.where(o == j, c, 0.0) for c, o in zip(cotangents, owners, strict=True)]
+            with self.tape.norms.held():
+                truth = self._pulled(self.head.outputs, alone, parameters)
+            self._compare(sites, truth, j)
+
+    def _chosen(self, n: int) -> list[int]:
+        """The first, the middle, the last, and two more."""
+        return sorted({0, n // 2, n - 1, *torch.randint(n, (2,), generator=self.generator).tolist()})
+
+    def _compare(self, sites: Sequence[Site], truth: Mapping[nn.Parameter, Tensor | None], j: int) -> None:
+        for site in sites:
+            row = _row(self.found.evidence[site.name], j)
+            error = relative(row.rows()[0], site.lay_out(truth), _size(row))
+            self.found.errors[site.name] = max(self.found.errors.get(site.name, 0.0), error)
+
+
+def _row(outer: Outer, j: int) -> Outer:
+    """One of the rows."""
+    k, e = divmod(j, outer.gradients.shape[2])
+    one = slice(e, e + 1)
+    inputs = outer.inputs
+    cut = OneHot(inputs.index[one], inputs.size, inputs.padding) if isinstance(inputs, OneHot) else inputs[:, one]
+    weights = None if outer.weights is None else outer.weights[one]
+    return replace(outer, inputs=cut, gradients=outer.gradients[k : k + 1, :, one], weights=weights)
+
+
+def _size(row: Outer) -> float:
+    """Root of the sum of the squared products of all positions, which may cancel."""
+    squares = row.gradients[0].double().square().sum(-1)  # (G, 1, r)
+    if isinstance(row.inputs, OneHot):
+        return float(squares.sum().sqrt())
+    return float((squares * (row.inputs.double().square().sum(-1) + row.bias)).sum().sqrt())
+
+
+def _dtype(site: Site) -> torch.dtype:
+    return torch.promote_types(next(iter(site.parameters.values())).dtype, torch.float32)

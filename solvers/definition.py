@@ -1,0 +1,57 @@
+"""Powers of factors and their products with gradients, straight from the definition: what large blocks are checked against.
+
+Slow and in float64, by `torch.linalg.eigh` alone; nothing here is used in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradmaker.representations.factor import blocks, conjugate, is_tiled, join, join_vector, split
+from gradmaker.solvers.damping import damp
+
+__all__ = ["along_axes", "axis_power", "axis_spectrum", "outer"]
+
+
+def axis_spectrum(F: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues, not negative, and eigenvectors of a factor in any form; None for a diagonal.  # (B, d), as F"""
+    if F.ndim == 2:
+        return F.clamp(min=0), None
+    found = [torch.linalg.eigh(x) for x in (split(F) if is_tiled(F) else [F])]
+    if not is_tiled(F):
+        return found[0][0].clamp(min=0), found[0][1]
+    s = join_vector([s for s, _ in found], len(F))
+    return s.clamp(min=0), join([Q for _, Q in found], F.shape[1])
+
+
+def axis_power(F: Tensor, damping: float | Tensor, exponent: float, mode: str = "absolute") -> Tensor:
+    """``(F + damping I)^exponent``, or as another `Mode` says, in the form of the factor."""
+    s, Q = axis_spectrum(F)
+    powered = damp(s, damping, mode) ** exponent
+    return powered if Q is None else conjugate(Q, powered)
+
+
+def along_axes(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
+    """``g x_1 F_1 x_2 F_2 ...``, axis by axis; None leaves an axis alone.  # (B, d_1, ..., d_m)"""
+    for axis, F in enumerate(factors, start=1):
+        if F is not None:
+            g = _moved(F, g.movedim(axis, -1)).movedim(-1, axis)
+    return g
+
+
+def _moved(F: Tensor, x: Tensor) -> Tensor:
+    """``F`` over the last axis.  # (B, ..., d)"""
+    if F.ndim == 2:
+        return torch.einsum("b...j,bj->b...j", x, F)
+    return torch.cat([torch.einsum("b...j,bij->b...i", x[..., rows], block) for rows, block in blocks(F)], -1)
+
+
+def outer(spectra: Sequence[Tensor]) -> Tensor:
+    """``s_1 (x) s_2 (x) ...`` with an axis for each.  # each (B, d_k) -> (B, d_1, ..., d_m)"""
+    out, *rest = spectra
+    for s in rest:
+        out = torch.einsum("b...,bj->b...j", out, s)
+    return out
