@@ -176,6 +176,32 @@ def bases_of(maker: Any) -> dict[str, list[Tensor]]:
     return found
 
 
+# ------------------------------------------------------------------ other precisions
+OF_TORCH = "There is a performance drop"  # vmap over an operation without a rule for it
+PRECISIONS = {
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "autocast": (torch.float32, True),
+}
+
+
+def told(name: str, method: str, precision: str) -> list[str]:
+    """What a maker says in two steps in another precision: warnings, or an error. A gradient that is not finite is one."""
+    dtype, autocast = PRECISIONS[precision]
+    case = ZOO[name].make(dtype, autocast)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            maker = make(case, ZOO[name], method)
+            for _ in range(2):
+                step(case, maker)
+        except Exception as problem:
+            return [f"{type(problem).__name__}: {first_line(problem)}"]
+    messages = [str(w.message) for w in said if OF_TORCH not in str(w.message)]
+    return messages if all(bool(g.isfinite().all()) for g in gradients_of(case).values()) else [*messages, "not finite"]
+
+
 # ------------------------------------------------------------------ refusals
 def snapshot(case: Case) -> dict[str, Any]:
     """What a refusal leaves as it was."""
@@ -209,6 +235,18 @@ def first_line(problem: Exception) -> str:
 
 
 # ------------------------------------------------------------------ the table
+def count(method: str) -> int:
+    """For how many models a method is exact."""
+    return sum(found[method].startswith(EXACT) for found in expected().values())
+
+
+def reasons() -> list[str]:
+    """Why anything is refused, in order of appearance."""
+    said = (c.removeprefix("refused: ") for row in expected().values() for c in row.values() if c.startswith("refused"))
+    return list(dict.fromkeys(said))
+
+
+@cache
 def expected() -> dict[str, dict[str, str]]:
     """The outcomes that were written down."""
     found: dict[str, dict[str, str]] = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -217,7 +255,7 @@ def expected() -> dict[str, dict[str, str]]:
 
 def renew(only: list[str]) -> None:
     """Run the zoo, or some of its models, and write the outcomes down."""
-    known = expected() if only else {}
+    known = dict(expected()) if only else {}
     for name in only or ZOO:
         known[name] = {method: cell(name, method) for method in METHODS}
         print(name, {m: c for m, c in known[name].items() if c != EXACT})

@@ -10,10 +10,10 @@ examples, leaves rows out, or uses a weight where no layer is called is in it.
 table, input channels of a transposed convolution, whose bias is apart; scale and bias of a norm layer's channel. Parameters of
 no such layer are units of one number each.
 
-**K-FAC.** A layer is a module of one of the types in `LAYERS` of which all uses of its parameters are calls: the products of
-what it was given and of the gradients at its outputs, `sum_r g_r a_r^T`, add up to the gradient of its weight and bias. For
-any other (a weight that is also used as a function, tied to another table, differentiated by the input) there is no input and
-no output that belong to the weight, and its parameters keep their gradient, as those of no layer do. For a layer
+**K-FAC.** A layer is a module of a type in `watch.LAYERS` of which all uses of its parameters are calls: the products of what
+it was given and of the gradients at its outputs, `sum_r g_r a_r^T`, add up to the gradient of its weight and bias. For any
+other (a weight that is also used as a function, tied to another table, differentiated by the input) there is no input and no
+output that belong to the weight, and its parameters keep their gradient, as those of no layer do. For a layer
 
     A = (1 / R) sum_r a_r a_r^T            over the positions r of all of its calls, the bias as one more input
     B = sum_k sum_r g_kr g_kr^T            g_kr = sum_z S_zk dz / dy_r,  Lambda = S S^T
@@ -21,7 +21,7 @@ no output that belong to the weight, and its parameters keep their gradient, as 
 with the positions as the layer sees them: rows of its input, output pixels of a convolution, input pixels of a transposed one,
 edges, gathered rows; a position table that is called once for all examples has its T rows. A column of `S` belongs to one loss
 term, and where its term depends on many examples, the gradients of all of their positions are in that one column. `B` does not
-depend on which root of `Lambda` is taken: it is `sum_r J_r^T Lambda J_r`, `J_r = dz / dy_r`. Norm layers have their exact blocks.
+depend on which root of `Lambda` is taken: it is `sum_r J_r^T Lambda J_r`, `J_r = dz / dy_r`. Norm layers have exact blocks.
 
 **EKFAC** has the eigenbases of these factors; see `ekfac_direction`.
 
@@ -32,110 +32,20 @@ the gradient, which is the documented convention for methods that see examples o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jacrev
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests import oracles
 from tests.zoo.case import Case, Entry
+from tests.zoo.watch import NORMS, Watched, held_statistics, is_layer, watching
 
-LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm2d)
 Vectors = dict[str, Tensor]  # by parameter
 Solve = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # gradient (o, i), A, B, gradients of the columns (k, o, i)
-
-
-@dataclass(eq=False)
-class Watched:
-    """A layer, the inputs of its calls, and zeros that were added to its outputs."""
-
-    name: str
-    module: Any
-    inputs: list[Tensor] = field(default_factory=list)
-    shifts: list[Tensor] = field(default_factory=list)
-
-    def own(self, case: Case) -> dict[str, str]:
-        """Its trainable parameters: weight, bias -> full name."""
-        full = {p: name for name, p in case.parameters().items()}
-        return {k: full[p] for k, p in self.module.named_parameters(recurse=False) if k in ("weight", "bias") and p in full}
-
-    def input_rows(self, bias: bool) -> Tensor:
-        """(G, r, i), with a column of ones for a bias that is one more input."""
-        rows = torch.cat([_inputs(self.module, a) for a in self.inputs], 1)
-        return torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if bias else rows
-
-    def output_rows(self, gradients: list[Tensor]) -> Tensor:
-        """(G, r, o), in the order of `input_rows`."""
-        return torch.cat([_outputs(self.module, g) for g in gradients], 1)
-
-
-def _inputs(module: Any, a: Tensor) -> Tensor:
-    """(G, r, i): positions of one call."""
-    if isinstance(module, nn.Embedding):
-        return F.one_hot(a.reshape(-1), module.num_embeddings).to(module.weight.dtype).unsqueeze(0)
-    if isinstance(module, nn.Linear):
-        return a.reshape(1, -1, a.shape[-1])
-    if isinstance(module, nn.ConvTranspose2d):
-        return a.movedim(1, -1).reshape(1, -1, a.shape[1])
-    patches = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)  # (n, channels * kernel, r)
-    return patches.movedim(1, -1).reshape(-1, module.groups, patches.shape[1] // module.groups).transpose(0, 1)
-
-
-def _outputs(module: Any, g: Tensor) -> Tensor:
-    """(G, r, o): gradients at the same positions; what a pixel of a transposed convolution reaches is its patch."""
-    if isinstance(module, nn.ConvTranspose2d):
-        g = F.unfold(g, module.kernel_size, module.dilation, module.padding, module.stride)
-        return g.movedim(1, -1).reshape(1, -1, g.shape[1])
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        return g.reshape(1, -1, g.shape[-1])
-    return g.flatten(2).movedim(1, -1).reshape(-1, module.groups, g.shape[1] // module.groups).transpose(0, 1)
-
-
-def is_layer(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether a module is of such a type and has its forward."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-
-
-@contextmanager
-def watching(model: nn.Module) -> Iterator[list[Watched]]:
-    """Layers with what goes in and leaves out of their calls."""
-    found = [Watched(name, m) for name, m in model.named_modules() if is_layer(m, LAYERS)]
-
-    def hook_of(layer: Watched) -> Callable[..., Tensor]:
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            layer.inputs.append(args[0].detach().clone())
-            layer.shifts.append(torch.zeros_like(output, requires_grad=True))
-            return output + layer.shifts[-1]
-
-        return record
-
-    handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in found]
-    yield found
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def held_statistics(model: nn.Module, held: bool) -> Iterator[None]:
-    """Batch norms in training mode normalise by the mean and variance of the batch as constants."""
-
-    def normalise(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows = args[0].detach().movedim(1, -1).flatten(0, -2)
-        mean, variance = rows.mean(0), rows.var(0, correction=0)
-        return F.batch_norm(args[0], mean, variance, norm.weight, norm.bias, eps=norm.eps)
-
-    norms = [m for m in model.modules() if held and isinstance(m, _BatchNorm) and m.training]
-    handles = [norm.register_forward_hook(normalise) for norm in norms]
-    yield
-    for handle in handles:
-        handle.remove()
 
 
 def couples(case: Case) -> bool:
@@ -255,15 +165,16 @@ class Oracle:
         found = dict(self.gradient)
         for layer in self.layers:
             if self.regular(layer):
-                found |= self._solved(layer, layer.own(self.case), solve)
+                found |= self.solve_layer(layer, solve)
         flat = torch.cat([g.reshape(-1) for g in found.values()])
         for block in self.norm_units():
             for unit in block:
                 flat[unit] = oracles.tikhonov_solve(self.matrix[unit][:, unit], damping, self.flat_gradient[unit])
         return self.split(flat)
 
-    def _solved(self, layer: Watched, own: dict[str, str], solve: Solve) -> Vectors:
+    def solve_layer(self, layer: Watched, solve: Solve) -> Vectors:
         """One layer: its groups, its bias joined or apart."""
+        own = layer.own(self.case)
         apart = isinstance(layer.module, nn.ConvTranspose2d) or "weight" not in own
         bias = "bias" in own and not apart
         found: Vectors = {}

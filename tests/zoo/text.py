@@ -104,7 +104,7 @@ class MaskedOutput(NamedTuple):
 
 
 class Bert(nn.Module):
-    """Positions ``(1, T)``, token types, post-norm; the head sees the masked positions alone, and the model returns its loss."""
+    """Positions ``(1, T)``, token types, post-norm; the head sees masked positions alone, and the model returns its loss."""
 
     def __init__(self, vocabulary: int, length: int, d: int = 4) -> None:
         super().__init__()
