@@ -86,12 +86,11 @@ def oracle(name: str, held: bool = False) -> Oracle:
 
 
 def of_matrices(found: Oracle, method: str) -> Iterator[Vectors]:
-    """What a method may put into `.grad`; more than one where a layer's weight has further uses: its units may be numbers."""
+    """What a method may put into `.grad`: more than one thing where a layer's weight has uses outside of the layer."""
     if method in ("full_ng", "hessian_free"):
         yield found.full(DAMPING)
     elif method == "unit_ng":
-        yield found.in_units(DAMPING, rows=True)
-        yield found.in_units(DAMPING, rows=False)
+        yield from found.in_units(DAMPING)
     else:
         solve = kfac_direction(DAMPING) if method == "kfac" else ekfac_direction(DAMPING, EKFAC_MOMENTS)
         yield found.kronecker(solve, DAMPING)

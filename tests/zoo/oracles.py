@@ -31,8 +31,9 @@ the gradient, which is the documented convention for methods that see examples o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -115,21 +116,23 @@ class Oracle:
     def full(self, damping: float) -> Vectors:
         return self.split(oracles.tikhonov_solve(self.matrix, damping, self.flat_gradient))
 
-    def in_units(self, damping: float, rows: bool = True) -> Vectors:
-        """`(C_u + lambda I)^-1 g_u` for every unit; ``rows``: whether irregular layers have rows, else numbers."""
-        solved = self.flat_gradient / (self.matrix.diagonal() + damping)
-        for block in self.units(rows):
-            for unit in block:
-                C = self.matrix[unit][:, unit]
-                solved[unit] = oracles.tikhonov_solve(C, damping, self.flat_gradient[unit])
-        return self.split(solved)
+    def in_units(self, damping: float) -> Iterator[Vectors]:
+        """`(C_u + lambda I)^-1 g_u` for every unit. Irregular layers have rows or are no layers: both."""
+        regular = [layer for layer in self.layers if self.regular(layer)]
+        irregular = [layer for layer in self.layers if layer not in regular and layer.own(self.case)]
+        for chosen in product((True, False), repeat=len(irregular)):
+            layers = [*regular, *(layer for layer, rows in zip(irregular, chosen, strict=True) if rows)]
+            units = [block for layer in layers for block in self._rows(layer.module, layer.own(self.case))]
+            yield self._solved_in(
+                [*units, *self.norm_units()], self.flat_gradient / (self.matrix.diagonal() + damping), damping
+            )
 
-    def units(self, irregular: bool) -> Iterator[Tensor]:
-        """(units, numbers) for every layer that has more than one number a unit."""
-        for layer in self.layers:
-            if irregular or self.regular(layer):
-                yield from self._rows(layer.module, layer.own(self.case))
-        yield from self.norm_units()
+    def _solved_in(self, blocks: Iterable[Tensor], start: Tensor, damping: float) -> Vectors:
+        """Units of several numbers solved, everything else as it is in ``start``."""
+        for block in blocks:
+            for unit in block:
+                start[unit] = oracles.tikhonov_solve(self.matrix[unit][:, unit], damping, self.flat_gradient[unit])
+        return self.split(start)
 
     def norm_units(self) -> Iterator[Tensor]:
         for name, module in self.case.model.named_modules():
@@ -166,11 +169,7 @@ class Oracle:
         for layer in self.layers:
             if self.regular(layer):
                 found |= self.solve_layer(layer, solve)
-        flat = torch.cat([g.reshape(-1) for g in found.values()])
-        for block in self.norm_units():
-            for unit in block:
-                flat[unit] = oracles.tikhonov_solve(self.matrix[unit][:, unit], damping, self.flat_gradient[unit])
-        return self.split(flat)
+        return self._solved_in(self.norm_units(), torch.cat([g.reshape(-1) for g in found.values()]), damping)
 
     def solve_layer(self, layer: Watched, solve: Solve) -> Vectors:
         """One layer: its groups, its bias joined or apart."""

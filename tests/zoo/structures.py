@@ -273,15 +273,16 @@ class Step(nn.Module):
 
 
 class Looped(nn.Module):
-    """One module under three names, called in a loop into which the input goes again and again."""
+    """One module under three names, in a loop into which the input goes again and again; it starts at a bare parameter."""
 
     def __init__(self, d: int = 4) -> None:
         super().__init__()
         self.inside, self.steps, self.head = nn.Linear(3, d), nn.ModuleList([Step(d)] * 3), nn.Linear(d, 3)
+        self.start = nn.Parameter(torch.randn(1, d))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inside(x)
-        h = torch.zeros_like(x) + 0.5
+        h = self.start.expand_as(x)
         for step in self.steps:
             h = step(h, x)
         z: Tensor = self.head(h)
