@@ -87,17 +87,19 @@ class SelfChecks:
         generator: torch.Generator,
         found: Findings,
     ) -> None:
-        slopes = head.slopes
-        pulled = tape.pull(head.outputs, [s.unsqueeze(0) for s in slopes])
+        slopes = head.probes(generator)
+        cotangents = [s.unsqueeze(0) for s in slopes]
+        pulled = tape.pull(head.outputs, cotangents)
         if explained and ridden is not None:
             check_gradient(head, pulled, ridden)
             unchecked = check_curvature(head, generator)
             if unchecked:
                 found.notes["loss"] = unchecked
         parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
-        truth: dict[nn.Parameter, Tensor] = dict(
-            zip(parameters, tape.pull_parameters(head.outputs, slopes, parameters), strict=True)
-        )
+        with tape.norms.held():
+            pulled = tape.pull(head.outputs, cotangents) if tape.norms.seen else pulled
+            derived = tape.pull_parameters(head.outputs, slopes, parameters)
+        truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, pulled, truth, found)
 

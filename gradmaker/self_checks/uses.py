@@ -34,13 +34,15 @@ def check_uses(
             continue
         if not any(tape.fired(m) for m in site.modules):
             if any(float(truth[p].norm()) > 0 for p in site.parameters.values()):
-                _note(found, site, "the loss depends on it, and its module was not called in a recorded pass")
+                _note(found, site, "the loss depends on it, and no call of its module was recorded")
             continue
         error, size = _difference(tape, site, gradients, truth)
         if size == 0:
             found.dark.update(site.parameters)
+        elif not error <= 1.0 and site.rule is None:
+            _note(found, site, "its module, called again for one example at a time, does not give its gradient")
         elif not error <= 1.0:
-            _note(found, site, "the recorded calls of its module do not add up to its gradient: it is used elsewhere as well")
+            _note(found, site, "the recorded calls of its layer do not add up to its gradient, so that it has other uses")
 
 
 def _note(found: Findings, site: Site, text: str) -> None:
