@@ -169,8 +169,8 @@ class FisherEmp(Curvature):
         if _mixed(step):
             raise SelfCheckError(
                 f"FisherEmp needs the gradients of {step.tape.batch} examples, which depend on each other in this pass, or "
-                "whose part of the outputs is not known: use a recognised loss, whose terms then take their place, or FisherMC, "
-                "or say by batch_axis= where the examples are"
+                "whose part of the outputs is not known: use a recognised loss, whose terms then take their place, or "
+                "FisherMC, or say by batch_axis= where the examples are"
             )
         root = self._terms(step).sqrt()
         scaled = {m: [[g * root.to(g) for g in outs] for outs in calls] for m, calls in step.ridden.items()}

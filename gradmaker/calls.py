@@ -43,6 +43,7 @@ class Call:
     shapes: list[torch.Size]
     dtype: torch.dtype
     gradients: list[Tensor | None] = field(default_factory=list)  # filled while a backward pass is collected
+    autocast: torch.dtype | None = None  # in which it was made
 
     @property
     def tensor_shapes(self) -> list[torch.Size]:

@@ -156,7 +156,10 @@ class Tape:
     def _append(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
         edges = [get_gradient_edge(v) for v in outputs]
         shapes = [v.shape for v in outputs]
-        call = Call(module, args, kwargs, module.training, edges, shapes, outputs[0].dtype, [None] * len(outputs))
+        device = outputs[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        empty: list[Tensor | None] = [None] * len(outputs)
+        call = Call(module, args, kwargs, module.training, edges, shapes, outputs[0].dtype, empty, autocast)
         self.calls[module].append(call)
         for index, value in enumerate(outputs):
             self._keepers.append(value.register_hook(self._keeper(call, index)))

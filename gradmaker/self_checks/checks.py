@@ -43,6 +43,7 @@ class SelfChecks:
         self.model, self.mode, self.seed = model, mode, seed
         self.arrangement = Arrangement()
         self._runs = 0
+        self._said: set[str] = set()
 
     def arrange(self, tape: Tape, head: Head) -> Structure:
         """Take over what is known of passes like this one; returns what kind of pass it is."""
@@ -106,7 +107,7 @@ class SelfChecks:
     def _settle(self, tape: Tape, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""
         names = {m: name for name, m in self.model.named_modules()}
-        tell(found, names, costly, self.mode == "error")
+        tell(found, names, costly, self.mode == "error", self._said)
         own = self.arrangement
         if found.joint:
             own.joint.add(structure)
