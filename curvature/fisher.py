@@ -138,8 +138,8 @@ class FisherEmp(Curvature):
     """The second moment of the gradients at the observed targets: ``C = (1/M) sum_n grad_n grad_n^T``.
 
     Where the examples of a batch depend on each other, as with negatives from the batch, the terms of the loss take their
-    place. M is the number of terms that the loss averages over (1 for a sum). For sequences ``examples`` says what one gradient is:
-    that of a whole sequence, which costs no extra pass, or of a single token, one pass for each position.
+    place. M is the number of terms that the loss averages over (1 for a sum). For sequences ``examples`` says what a gradient
+    is: that of a whole sequence, which costs no extra pass, or of a single token, one pass for each position.
 
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
     """
@@ -168,9 +168,9 @@ class FisherEmp(Curvature):
         assert step.ridden is not None
         if _mixed(step):
             raise SelfCheckError(
-                f"FisherEmp needs the gradients of {step.tape.batch} examples, which depend on each other in this pass, or whose "
-                "part of the outputs is not known: use a recognised loss, whose terms then take their place, or FisherMC, or say "
-                "by batch_axis= where the examples are"
+                f"FisherEmp needs the gradients of {step.tape.batch} examples, which depend on each other in this pass, or "
+                "whose part of the outputs is not known: use a recognised loss, whose terms then take their place, or "
+                "FisherMC, or say by batch_axis= where the examples are"
             )
         root = self._terms(step).sqrt()
         scaled = {m: [[g * root.to(g) for g in outs] for outs in calls] for m, calls in step.ridden.items()}

@@ -173,13 +173,16 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
     return [LIKELIHOODS[w.likelihood]().read(w) for _, _, w in _weighted(recorder, loss)]
 
 
-def slopes_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor]:
-    """``dL/dz`` of each term as of its own call alone: where ``z`` is made into another one, not through that.  # like z each"""
-    calls = [(call, factor) for call, factor, _ in _weighted(recorder, loss)]
+def slopes_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor | None]:
+    """``dL/dz`` of each term as of its own call alone: where ``z`` is made into another one, not through that.
+
+    None where the loss does not depend on what was declared as the logits.  # like z each
+    """
+    calls = [(call.output, factor) for call, factor, _ in _weighted(recorder, loss)]
     if len(calls) != len(terms):  # a likelihood that was declared for all of the loss
-        return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
+        calls = [(loss, torch.ones_like(loss)) for _ in terms]
     pairs = zip(calls, terms, strict=True)
-    return [torch.autograd.grad(call.output, t.z, factor, retain_graph=True)[0] for (call, factor), t in pairs]
+    return [torch.autograd.grad(out, t.z, factor, retain_graph=True, allow_unused=True)[0] for (out, factor), t in pairs]
 
 
 def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tensor, Weighting]]:

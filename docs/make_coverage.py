@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md: which layers are covered and how, from the cells that `tests/coverage.py` measures."""
+"""Writes docs/coverage.md: which layers are covered and how, from what `tests/coverage.py` and `tests/zoo` measure."""
 
 from __future__ import annotations
 
@@ -23,17 +23,50 @@ Units are rows of the weight as torch stores it: outputs of a linear map or a co
 channels of a transposed convolution. Attention has four linear maps, for queries, keys, values and the output, each a block
 with its bias.
 """
+ZOO = """
+## A zoo of models
+
+Forty small models in the shapes of those that people train, in float64, and what is in `.grad` after one declared step (three
+for methods of the gradient alone) at the default options, with `fisher=FisherExact()` where there is a Fisher matrix. The
+oracles, `tests/zoo/oracles.py`, share no code with the library: they take the curvature off the whole batch by plain autograd,
+one backward pass for each number that goes into the loss, and say in words what K-FAC is where examples meet, where rows are
+gathered, and where a weight is used without its layer.
+
+- *exact*: equal to the oracle, to 1e-8 of each parameter's step.
+- *held*: so too with the mean and variance of a batch norm in training mode as constants.
+- *refused*: a sentence says what was found and what to do, and nothing is changed; the number points to it.
+"""
 
 
 def render() -> str:
-    """The page: one table and its notes."""
+    """The page: the layers with their notes, then the models with the reasons of refusals."""
     sys.path.insert(0, str(PAGE.parents[1]))
     from tests.coverage import COLUMNS, ROWS, table
 
     lines = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for label, found in table().items():
         lines.append(f"| `{label}` | {' | '.join(cells(ROWS[label], found))} |")
-    return "\n".join([HEAD, *lines, "", "## Conventions\n", *(f"{j}. {text}" for j, text in enumerate(notes(), 1))]) + "\n"
+    layers = [HEAD, *lines, "", "## Conventions\n", *(f"{j}. {text}" for j, text in enumerate(notes(), 1))]
+    return "\n".join(layers) + "\n" + zoo()
+
+
+def zoo() -> str:
+    """The second section: a table of models and methods."""
+    sys.path.insert(0, str(PAGE.parents[1]))
+    from tests.zoo.measure import METHODS, expected, reasons
+    from tests.zoo.registry import ZOO as models
+
+    lines = [f"| | of | {' | '.join(f'`{m}`' for m in METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]
+    for name, found in expected().items():
+        lines.append(f"| {name} | {models[name].family} | {' | '.join(_outcome(c, reasons()) for c in found.values())} |")
+    return "\n".join([ZOO, *lines, "", *(f"{j}. {text}" for j, text in enumerate(reasons(), 1))]) + "\n"
+
+
+def _outcome(cell: str, reasons: list[str]) -> str:
+    """A cell of the zoo as it is printed."""
+    if cell.startswith("refused"):
+        return f"refused ({reasons.index(cell.removeprefix('refused: ')) + 1})"
+    return "held" if cell.endswith("held") else cell.split(":")[0]
 
 
 def notes() -> list[str]:

@@ -123,6 +123,7 @@ class Attachment:
         if maker.checks.due(maker.checks.arrange(tape, head), head):
             maker.check(tape, head, None)
         maker.take_in(tape, self._terms, self.weight, [z, slope], head=head)
+        tape.forget_late()
         tape.collecting = True
 
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ class FrozenNorms:
 
     def __init__(self) -> None:
         self._held = False
+        self.seen = False  # whether any was called
 
     def watch(self, root: nn.Module, stack: ExitStack) -> None:
         """Follow all batch norms that mix until the stack is closed."""
@@ -46,6 +47,7 @@ class FrozenNorms:
         node = output.grad_fn if torch.is_grad_enabled() else None
         if node is None or "BatchNorm" not in node.name():
             return
+        self.seen = True
         x, weight, eps = args[0].detach(), module.weight, module.eps
         scale: list[Tensor] = []
 

@@ -43,6 +43,7 @@ class Call:
     shapes: list[torch.Size]
     dtype: torch.dtype
     gradients: list[Tensor | None] = field(default_factory=list)  # filled while a backward pass is collected
+    autocast: torch.dtype | None = None  # in which it was made
 
     @property
     def tensor_shapes(self) -> list[torch.Size]:
@@ -56,7 +57,7 @@ class Call:
 
 
 Order: TypeAlias = Literal["first", "second", "last"]
-"""Where the examples lie in the axes of a call: on the first, alone or times positions; on the second; on the first, fastest."""
+"""The axis of a call's examples: the first, alone or times positions; the second; the first, where they run fastest."""
 ORDERS: tuple[Order, ...] = ("first", "second", "last")
 
 
@@ -93,8 +94,8 @@ def batch_first(x: Tensor, layout: Layout, axes: int, lead: int = 0) -> Tensor:
     """As `to_examples`, where the first axis is known to hold the batch: examples, or examples times windows."""
     if x.shape[lead] % layout.count or layout.order == "second":
         raise ValueError(
-            f"cannot find {layout.count} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument is "
-            "read as the examples; give an unbatched input an axis of its own, or leave the layer out with ignore="
+            f"cannot find {layout.count} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument "
+            "is read as the examples; give an unbatched input an axis of its own, or leave the layer out with ignore="
         )
     return to_examples(x, Layout(layout.count, layout.order or "first"), axes, lead)
 

@@ -121,7 +121,7 @@ class Tape:
     def end_forward(self, outputs: Sequence[Tensor]) -> None:
         """From here on a call is the repetition of an earlier one, by a checkpoint; without one there is none.
 
-        outputs: of the pass, which show whether a checkpoint is reentrant. Else calls without gradients are no part of the pass.
+        outputs: of the pass, which show a reentrant checkpoint. Without one, calls without gradients are no part of the pass.
         """
         self._repeating = True
         if not any(reenters(z) for z in outputs):
@@ -134,8 +134,8 @@ class Tape:
         first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0), None)
         if first is not None and not -first.ndim <= self.batch_axis < first.ndim:
             raise ValueError(
-                f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, which "
-                "has no such axis: say on which axis of it the examples are"
+                f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, "
+                "which has no such axis: say on which axis of it the examples are"
             )
         self.batch = 0 if first is None else first.shape[self.batch_axis]
 
@@ -156,7 +156,10 @@ class Tape:
     def _append(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
         edges = [get_gradient_edge(v) for v in outputs]
         shapes = [v.shape for v in outputs]
-        call = Call(module, args, kwargs, module.training, edges, shapes, outputs[0].dtype, [None] * len(outputs))
+        device = outputs[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        empty: list[Tensor | None] = [None] * len(outputs)
+        call = Call(module, args, kwargs, module.training, edges, shapes, outputs[0].dtype, empty, autocast)
         self.calls[module].append(call)
         for index, value in enumerate(outputs):
             self._keepers.append(value.register_hook(self._keeper(call, index)))
@@ -173,10 +176,14 @@ class Tape:
         """Whether a module took part in the recorded pass."""
         return bool(self.calls[module]) or module in self._late
 
-    def collect(self, backward: Callable[[], None]) -> OutputGradients:
-        """Output gradients of a backward pass that runs anyway, with a cotangent axis of one."""
+    def forget_late(self) -> None:
+        """A backward pass begins, in which a reentrant checkpoint makes its calls again."""
         for module in self._late:
             self.calls[module].clear()
+
+    def collect(self, backward: Callable[[], None]) -> OutputGradients:
+        """Output gradients of a backward pass that runs anyway, with a cotangent axis of one."""
+        self.forget_late()
         self.collecting = True
         try:
             backward()
@@ -249,9 +256,10 @@ class Tape:
 
     @contextmanager
     def gradients_apart(self) -> Iterator[None]:
-        """No parameter has a gradient inside; afterwards it is as it was."""
+        """No parameter and no recorded output has a gradient inside; afterwards they are as they were."""
         parameters = list(self.root.parameters())
         kept = [p.grad for p in parameters]
+        outputs = [(call, list(call.gradients)) for calls in self.calls.values() for call in calls]
         try:
             for p in parameters:
                 p.grad = None
@@ -259,6 +267,8 @@ class Tape:
         finally:
             for p, g in zip(parameters, kept, strict=True):
                 p.grad = g
+            for call, gradients in outputs:
+                call.gradients = gradients
 
 
 def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:

@@ -33,7 +33,8 @@ def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tens
     total: Tensor | None = None
     for call, outputs in zip(tape.calls[module], gradients[module], strict=True):
         device = next(iter(site.parameters.values())).device
-        with tape.paused(), _held_spectra(module), _own_random_state(device), _held_statistics(module, call):
+        cast = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None, cache_enabled=False)
+        with tape.paused(), cast, _held_spectra(module), _own_random_state(device), _held_statistics(module, call):
             rows = _rows_of_call(site, module, call, outputs, tape)
         total = rows if total is None else total + rows
     assert total is not None

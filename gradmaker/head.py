@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradmaker.curvature.likelihood import LossRecorder, Terms, slopes_of
+from gradmaker.errors import SelfCheckError
 
 __all__ = ["Head"]
 
@@ -43,11 +44,21 @@ class Head:
         """Whether the terms are those of a likelihood that the user has declared, not of recognised calls."""
         return self.recorder is None or not any(call.output.requires_grad for call in self.recorder.calls)
 
-    @cached_property
+    @property
     def slopes(self) -> list[Tensor]:
-        """``dL/dz`` of each output; zeros where the loss does not depend on it."""
+        """``dL/dz`` of each output. SelfCheckError where the loss does not depend on what was declared as the logits."""
+        found = [s for s in self._found if s is not None]
+        if len(found) < len(self.outputs):
+            raise SelfCheckError(
+                "the loss does not depend on what setup_logits_repr names: name the very tensor that goes into the loss, not "
+                "another view of it"
+            )
+        return found
+
+    @cached_property
+    def _found(self) -> list[Tensor | None]:
         if self.known is not None:
-            return self.known
+            return list(self.known)
         assert self.loss is not None and self.recorder is not None
         if self.terms:
             return slopes_of(self.recorder, self.loss, self.terms)
@@ -55,6 +66,13 @@ class Head:
             return []
         found = torch.autograd.grad(self.loss, self.outputs, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if s is None else s for z, s in zip(self.outputs, found, strict=True)]
+
+    def probes(self, generator: torch.Generator) -> list[Tensor]:
+        """The slopes; random numbers where they are not known.  # like z each"""
+        return [
+            torch.randn(z.shape, generator=generator).to(z) if s is None else s
+            for z, s in zip(self.outputs, self._found, strict=True)
+        ]
 
     def divides(self, n: int) -> bool:
         """Whether every output falls into ``n`` equal parts."""

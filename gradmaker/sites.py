@@ -310,12 +310,14 @@ def _generic_site(
 
 
 def _calling_path(model: nn.Module, path: str) -> str:
-    """The module that is called when a parameter at ``path`` is used: no parametrization, no child of an opaque module."""
+    """The module that is called when a parameter at ``path`` is used: no parametrization, container, or child of an opaque one."""
     path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
     path = "" if path.startswith("parametrizations") else path
-    parts = path.split(".")
+    parts = path.split(".") if path else []
     for j in range(len(parts)):
         prefix = ".".join(parts[:j])
         if isinstance(model.get_submodule(prefix), OPAQUE):
             return prefix
-    return path
+    while parts and type(model.get_submodule(".".join(parts))).forward is nn.Module.forward:  # a container, as ParameterList
+        parts.pop()
+    return ".".join(parts)

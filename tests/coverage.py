@@ -148,18 +148,6 @@ class TiedLanguage(nn.Module):
         return z
 
 
-class Unbatched(nn.Module):
-    """Treats the model's input as one image without a batch axis."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Conv2d(4, 2, 2), nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.head(torch.tanh(self.layer(x)).flatten()).expand(len(x), -1)
-        return z
-
-
 class LoRA(nn.Module):
     """A frozen Linear layer and a trained product of two thin ones beside it (Hu et al. 2022)."""
 
@@ -227,7 +215,6 @@ ROWS: dict[str, Row] = {
     "Linear, LoRA beside a frozen one": Row(partial(build, lambda: two(LoRA(4, 3, 2)), 5, 4), "0"),
     **{f"Conv{d}d": Row(ZOO[f"conv{d}d_plain"], "convolution") for d in (1, 2, 3)},
     **{f"Conv{d}d, {text}": Row(ZOO[f"conv{d}d_{name}"], "convolution") for name, text in CONV.items() for d in (1, 2, 3)},
-    "Conv2d, unbatched input": Row(partial(build, Unbatched, 4, 3, 3)),
     **{f"ConvTranspose{d}d": Row(partial(transposed, d), "convolution", "", SWAPPED) for d in (1, 2, 3)},
     **{
         f"ConvTranspose{d}d, {text}": Row(partial(transposed, d, **options), "convolution", "", SWAPPED)

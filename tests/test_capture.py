@@ -91,6 +91,7 @@ def test_random_state_and_dropout(name: str) -> None:
     assert all(torch.equal(b, c) for b, c in zip(case.model.buffers(), twin.model.buffers(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::gradmaker.errors.SelfCheckWarning")
 @pytest.mark.parametrize("name", CURVATURES)
 def test_generic_layers_leave_the_random_state(name: str) -> None:
     """Dropout inside of a call that the fallback repeats."""
@@ -225,19 +226,30 @@ class Positions(nn.Module):
         return z
 
 
+@pytest.mark.filterwarnings("ignore::gradmaker.errors.SelfCheckWarning")
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("checkpoint", [None, False])
-@pytest.mark.parametrize("curvature", ["exact", "mc", "emp"])
+@pytest.mark.parametrize("curvature", ["exact", "emp", "token"])
 def test_a_lookup_for_all_examples_is_one_for_each(curvature: str, checkpoint: bool | None, n: int) -> None:
-    """Gradients too: the model is unchanged by what the tape does to the lookup."""
+    """Its gradients are those of examples, one at a time, whatever the number of positions; the pass is as without a tape."""
     cases = [build(lambda w=w: Positions(checkpoint, w), n, 3, 4) for w in (False, True)]  # type: ignore[misc]
-    for representation in (Dense(), Kron()):
+    for representation in (Dense(), Dense(granularity="full"), Kron(), Diagonal(granularity="layer")):
         same(*cases, CURVATURES[curvature], representation, 1e-12)
     ordinary = build(lambda: Positions(None, False), n, 3, 4)
     ordinary.run().backward()
     cases[0].model.zero_grad()
     measure(cases[0], CURVATURES[curvature], Dense(), start_step=1)
     assert oracles.relative_error(oracles.gradient_vector(cases[0].model), oracles.gradient_vector(ordinary.model)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::gradmaker.errors.SelfCheckWarning")
+def test_draws_through_a_lookup_for_all_examples() -> None:
+    """Blocks of layers take the sum of independent draws over examples, which has the same mean; one block takes each."""
+    cases = [build(lambda w=w: Positions(None, w), 5, 3, 4) for w in (False, True)]  # type: ignore[misc]
+    same(*cases, FisherMC(samples=3), Dense(granularity="full"), 1e-12)
+    expected = blocks(measure(cases[1], FisherExact(), Dense()))
+    for name, (C, _) in blocks(measure(cases[0], FisherMC(samples=20000), Dense())).items():
+        assert oracles.relative_error(C[0], expected[name][0][0]) < 0.06, name
 
 
 def test_module_called_twice_is_two_tied_copies() -> None:

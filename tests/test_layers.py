@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
+from gradmaker.errors import SelfCheckError
 from gradmaker.representations import Dense, Diagonal, Kron, Representation
 from gradmaker.sites import layer_sites
 from tests import models, oracles
@@ -240,8 +241,6 @@ MORE: dict[str, Callable[[], Case]] = {
     "frozen_bias": partial(build, lambda: part_frozen("bias"), 5, 4),
     "embedding_single": partial(build_tokens, lambda: models.Bag(None), 5, 1, 7, tags=False),
     "embedding_bag": partial(build_tokens, lambda: two(nn.EmbeddingBag(7, 3)), 5, 4, 7, tags=False),
-    "positions_lead": partial(build_tokens, lambda: Positions(True), 4, 6, 7, tags=False),
-    "positions_lead_multiple": partial(build_tokens, lambda: Positions(True), 3, 6, 7, tags=False),
 }  # fmt: skip
 
 
@@ -286,19 +285,44 @@ class Packed(nn.Module):
         return z
 
 
-REFUSED: dict[str, Callable[[], Case]] = {
+class Unbatched(nn.Module):
+    """Treats the model's input as one image without a batch axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(4, 2, 2), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(torch.tanh(self.layer(x)).flatten()).expand(len(x), -1)
+        return z
+
+
+NO_AXIS: dict[str, Callable[[], Case]] = {
     "positions": partial(build_tokens, lambda: Positions(False), 4, 6, 7, tags=False),
     "positions_multiple": partial(build_tokens, lambda: Positions(False), 3, 6, 7, tags=False),
+    "positions_as_many": partial(build_tokens, lambda: Positions(False), 6, 6, 7, tags=False),
     "own_positions": partial(build_tokens, Shifted, 4, 6, 7, tags=False),
     "packed": partial(build, Packed, 4, 3, 3),
+    "positions_lead": partial(build_tokens, lambda: Positions(True), 4, 6, 7, tags=False),
+    "positions_lead_multiple": partial(build_tokens, lambda: Positions(True), 3, 6, 7, tags=False),
+    "unbatched_convolution": partial(build, Unbatched, 4, 3, 3),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_batch_that_cannot_be_found_is_refused(name: str) -> None:
-    case = REFUSED[name]()
-    with pytest.raises(ValueError, match=r"examples.*ignore="):
-        measure(case)
+@pytest.mark.filterwarnings("ignore::gradmaker.errors.SelfCheckWarning")
+@pytest.mark.parametrize("name", NO_AXIS)
+def test_calls_without_an_axis_of_examples(name: str) -> None:
+    """Their gradients are taken one example at a time; a size that is that of the batch by chance says nothing."""
+    case, oracle = reference(name, NO_AXIS[name])
+    for representation in GRAINS.values():
+        compare(measure(NO_AXIS[name](), FisherExact(), representation), oracle)
+
+
+@pytest.mark.parametrize("name", NO_AXIS)
+def test_calls_without_an_axis_of_examples_may_be_errors(name: str) -> None:
+    case = NO_AXIS[name]()
+    with pytest.raises(SelfCheckError, match=r"examples.*self_check='fallback'.*ignore="):
+        measure(case, self_check="error")
     assert all(p.grad is None for p in case.model.parameters())
 
 

@@ -43,6 +43,7 @@ class SelfChecks:
         self.model, self.mode, self.seed = model, mode, seed
         self.arrangement = Arrangement()
         self._runs = 0
+        self._said: set[str] = set()
 
     def arrange(self, tape: Tape, head: Head) -> Structure:
         """Take over what is known of passes like this one; returns what kind of pass it is."""
@@ -87,24 +88,26 @@ class SelfChecks:
         generator: torch.Generator,
         found: Findings,
     ) -> None:
-        slopes = head.slopes
-        pulled = tape.pull(head.outputs, [s.unsqueeze(0) for s in slopes])
+        slopes = head.probes(generator)
+        cotangents = [s.unsqueeze(0) for s in slopes]
+        pulled = tape.pull(head.outputs, cotangents)
         if explained and ridden is not None:
             check_gradient(head, pulled, ridden)
             unchecked = check_curvature(head, generator)
             if unchecked:
                 found.notes["loss"] = unchecked
         parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
-        truth: dict[nn.Parameter, Tensor] = dict(
-            zip(parameters, tape.pull_parameters(head.outputs, slopes, parameters), strict=True)
-        )
+        with tape.norms.held():
+            pulled = tape.pull(head.outputs, cotangents) if tape.norms.seen else pulled
+            derived = tape.pull_parameters(head.outputs, slopes, parameters)
+        truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, pulled, truth, found)
 
     def _settle(self, tape: Tape, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""
         names = {m: name for name, m in self.model.named_modules()}
-        tell(found, names, costly, self.mode == "error")
+        tell(found, names, costly, self.mode == "error", self._said)
         own = self.arrangement
         if found.joint:
             own.joint.add(structure)

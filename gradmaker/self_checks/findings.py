@@ -32,10 +32,10 @@ class Findings:
         return bool(self.orders) and all(order is None for order in self.orders.values())
 
 
-def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool) -> None:
+def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool, said: set[str]) -> None:
     """Say it: as an error if ``strict``, else once as a warning where it costs time or changes who treats a parameter.
 
-    names: of modules. costly: whether examples that mix are measured with a pass for each
+    names: of modules. costly: whether examples that mix are measured with a pass for each. said: what was said before
     """
     apart = sorted({names.get(key[0], type(key[0]).__name__) for key, order in findings.orders.items() if order is None})
     lines = [f"{name}: {found}" for name, found in {**findings.unseen, **findings.direct}.items()]
@@ -51,6 +51,8 @@ def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: 
             f"{text}. With self_check='fallback' such parameters are measured by derivatives of their own, with one backward "
             "pass for each example and output; ignore= leaves them out; batch_axis= says where the examples are"
         )
-    if lines and (costly or findings.unseen):
+    fresh = [line for line in lines if line not in said]
+    said.update(lines)
+    if fresh and (costly or findings.unseen):
         cost = "; this takes a backward pass for each example and each column of the output" if costly else ""
-        warnings.warn(f"self-check: {text}{cost}", SelfCheckWarning, stacklevel=2)
+        warnings.warn(f"self-check: {'; '.join(fresh)}{cost}", SelfCheckWarning, stacklevel=2)

@@ -37,8 +37,8 @@ def check_gradient(head: Head, pulled: OutputGradients, ridden: OutputGradients)
     if difference**0.5 > limit * size**0.5:
         raise SelfCheckError(
             f"the recognised terms of the loss ({_names(head)}) give another gradient than the whole loss, in the layers by "
-            f"{(difference / max(size, 1e-300)) ** 0.5:.1e} of its size: a part of the loss is not among them, and its curvature "
-            f"would be missing: {ADVICE}"
+            f"{(difference / max(size, 1e-300)) ** 0.5:.1e} of its size: a part of the loss is not among them, and its "
+            f"curvature would be missing: {ADVICE}"
         )
 
 
@@ -57,7 +57,7 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
         return None  # linear in log-probabilities, which were seen to be normalised
     v = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in outputs]
     try:
-        if _linked(outputs):
+        if len(outputs) > 1 and _linked(outputs):
             return "one output of the loss is made of another"
         slopes = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
         pairs = [(s, w) for s, w in zip(slopes, v, strict=True) if s is not None and s.requires_grad]
@@ -71,8 +71,9 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
     size = max(sum(float(x.detach().double().square().sum()) for x in values) ** 0.5 for values in (found, expected))
     if difference > (5e-2 if _half(outputs) else 1e-3) * size:
         raise SelfCheckError(
-            f"the curvature of the loss at the outputs is not that of its recognised terms ({_names(head)}): a product with its "
-            f"Hessian differs by {difference / size:.1e} of its size, as where a loss is a function of a recognised one: {ADVICE}"
+            f"the curvature of the loss at the outputs is not that of its recognised terms ({_names(head)}): a product with "
+            f"its Hessian differs by {difference / size:.1e} of its size, as where a loss is a function of a recognised one: "
+            f"{ADVICE}"
         )
     return None
 
@@ -107,6 +108,6 @@ def _check_normalised(head: Head) -> None:
         worst = float(total.abs().max()) if total.numel() else 0.0
         if worst > (5e-2 if _half([call.arguments["input"]]) else 1e-3):
             raise SelfCheckError(
-                f"F.nll_loss was given numbers that are not log-probabilities (log sum exp is off by {worst:.1e}), for which it "
-                "has another curvature: apply log_softmax first, or use F.cross_entropy on the logits"
+                f"F.nll_loss was given numbers that are not log-probabilities (log sum exp is off by {worst:.1e}), for which "
+                "it has another curvature: apply log_softmax first, or use F.cross_entropy on the logits"
             )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gradmaker.calls import Call
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import Outer
 from gradmaker.pulls import Pulled
@@ -34,13 +35,15 @@ def check_uses(
             continue
         if not any(tape.fired(m) for m in site.modules):
             if any(float(truth[p].norm()) > 0 for p in site.parameters.values()):
-                _note(found, site, "the loss depends on it, and its module was not called in a recorded pass")
+                _note(found, site, "the loss depends on it, and no call of its module was recorded")
             continue
         error, size = _difference(tape, site, gradients, truth)
         if size == 0:
             found.dark.update(site.parameters)
+        elif not error <= 1.0 and site.rule is None:
+            _note(found, site, "its module, called again for one example at a time, does not give its gradient")
         elif not error <= 1.0:
-            _note(found, site, "the recorded calls of its module do not add up to its gradient: it is used elsewhere as well")
+            _note(found, site, "the recorded calls of its layer do not add up to its gradient, so that it has other uses")
 
 
 def _note(found: Findings, site: Site, text: str) -> None:
@@ -60,7 +63,7 @@ def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[
         return float("inf"), 1.0
     size = max(float(expected.norm()), scale)
     eps = torch.finfo(dtype).eps
-    half = any(c.dtype in (torch.float16, torch.bfloat16) for m in site.modules for c in tape.calls[m])
+    half = any(_half(c) for m in site.modules for c in tape.calls[m])
     tolerance = HALF if half else FACTOR * eps * max(rows, 1) ** 0.5
     return float((total.reshape(expected.shape) - expected).norm()) / (tolerance * size) if size else 0.0, size
 
@@ -118,3 +121,8 @@ def _by_kernel(tape: Tape, site: Site, gradients: OutputGradients) -> tuple[Tens
 def _rank(module: nn.Module) -> int:
     """Axes of space of a convolution."""
     return len(getattr(module, "kernel_size", ()))
+
+
+def _half(call: Call) -> bool:
+    """Whether a call computes in half precision, itself or inside."""
+    return call.autocast is not None or call.dtype in (torch.float16, torch.bfloat16)
