@@ -335,7 +335,7 @@ class PreconditionedGradientMaker(GradientMaker):
     # ---------------------------------------------------------------- looking inside
     def summary(self) -> Summary:
         """A table: parameters, block, curvature, representation, solver, bytes."""
-        return summarise(self.plan, self._ever)
+        return summarise(self.plan, self._ever, self.checks)
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle on the model and batch that were last set up."""

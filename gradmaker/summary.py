@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from gradmaker.blocks import Block
 from gradmaker.plan import Plan
+from gradmaker.self_checks import SelfChecks
+from gradmaker.sites import Site
 from gradmaker.solvers.diagnosis import COLUMNS
 
 __all__ = ["Summary", "summarise"]
@@ -22,11 +24,12 @@ class Summary:
     """Rows of (parameters, block, curvature, representation, solver, bytes); prints as a table.
 
     ``refreshes`` tell how the last refresh of every factor went: its name, `gradmaker.solvers.diagnosis.COLUMNS`, and how often
-    its block has failed.
+    its block has failed. ``unchecked`` tells what the self-checks could not prove, and why.
     """
 
     rows: list[tuple[str, str, str, str, str, int]]
     refreshes: list[tuple[str, int, float, float, float, int, int]] = field(default_factory=list)
+    unchecked: Mapping[str, str] = field(default_factory=dict)  # by site, or "loss"
 
     @property
     def bytes(self) -> int:
@@ -38,6 +41,7 @@ class Summary:
         if self.refreshes:
             shown = [(name, str(n), *(f"{x:.2g}" for x in xs), str(r), str(f)) for name, n, *xs, r, f in self.refreshes]
             lines += ["", *_table([DIAGNOSIS, *shown]), ""]
+        lines += [f"unchecked, {name}: {reason}" for name, reason in self.unchecked.items()]
         return "\n".join([*lines, f"total {self.bytes:,} bytes"])
 
 
@@ -48,22 +52,52 @@ def _table(cells: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def summarise(plan: Plan, reached: set[str]) -> Summary:
-    """One row for each site and each plain parameter; sites that no pass has reached are marked once passes have been made."""
+def summarise(plan: Plan, reached: set[str], checks: SelfChecks) -> Summary:
+    """One row for each site and each plain parameter.
+
+    Sites that no pass has reached are marked once passes have been made, and those that are not measured through their layer.
+    """
     rows = []
     for block in plan.blocks:
         tensors = [t for part in (block.state, block.cache, block.average, block.norm_state) for t in part.values()]
         size = sum(t.numel() * t.element_size() for t in tensors)
         total = sum(slot.stop - slot.start for slot in block.slots)
         for site, slot in zip(block.sites, block.slots, strict=True):
-            mark = " (not reached)" if reached and site.name not in reached else ""
+            mark = " (not reached)" if reached and site.name not in reached else _way(block, site, checks)
             count = slot.stop - slot.start
             shape = f"{1 if block.full else count} x {tuple(block.frame.shape)}"
             parts = (block.triple.curvature, block.triple.representation, block.triple.solver)
             names = ", ".join(site.parameters) + mark
             rows.append((names, shape, *(str(p) for p in parts), size * count // total))
     rows += [(name, "-", reason, "-", "plain gradient", 0) for name, reason in plan.plain.items()]
-    return Summary(rows, _refreshes(plan.blocks))
+    return Summary(rows, _refreshes(plan.blocks), _unchecked(plan, reached, checks))
+
+
+def _way(block: Block, site: Site, checks: SelfChecks) -> str:
+    """How a site is measured, where that is not through its layer for all examples at once."""
+    own = checks.arrangement
+    if not block.triple.curvature.recorded:
+        return ""
+    if own.direct.intersection(site.parameters):
+        return " (measured directly)"
+    apart = any(order is None and key[0] in site.modules for key, order in own.orders.items())
+    return " (measured apart)" if apart else ""
+
+
+def _unchecked(plan: Plan, reached: set[str], checks: SelfChecks) -> dict[str, str]:
+    """What the self-checks could not prove."""
+    found, own = {}, checks.arrangement
+    for block in plan.blocks:
+        for site in block.sites if block.triple.curvature.recorded else ():
+            if site.name not in reached or own.direct.intersection(site.parameters):
+                continue
+            if checks.mode == "off":
+                found[site.name] = "self_check='off'"
+            elif site.modules and not checks.proven(site.modules):
+                found[site.name] = "its gradient was zero in every pass so far, or no pass was checked"
+    if "loss" in own.notes:
+        found["loss"] = f"{own.notes['loss']}, so that its curvature was not compared"
+    return found
 
 
 def _refreshes(blocks: Sequence[Block]) -> list[tuple[str, int, float, float, float, int, int]]:

@@ -88,6 +88,8 @@ class LU(_DenseSolver):
     Reference: Golub & Van Loan, Matrix Computations, section 3.4.
     """
 
+    implicit: ClassVar[bool] = True
+
     damping: float = 1.0
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:

@@ -24,6 +24,7 @@ class Apply(Solver):
     """
 
     needs: ClassVar[type] = Preconditions
+    implicit: ClassVar[bool] = True
     definite: ClassVar[bool] = True
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:

@@ -71,6 +71,10 @@ class AxisMean(Solver):
     def exponent(self) -> float:
         return -0.5
 
+    @property
+    def accuracy(self) -> float:
+        return self._rooter().accuracy
+
     def _rooter(self) -> Solver:
         return rooting(self.root, self.damping, mode=self.mode)
 

@@ -34,6 +34,8 @@ class Solver(ABC):
     """Whether ``C`` has to be one and the same matrix throughout `solve`."""
     linear: ClassVar[bool] = True
     """Whether `solve` is linear: ``P`` does not depend on the gradient that it is applied to."""
+    implicit: ClassVar[bool] = False
+    """Whether `equation` multiplies ``x``, so that it holds up to the rounding of ``x`` times a condition number."""
     rounds_to_limit: ClassVar[int] = 1
     """Solves of one gradient after which a `limit` is reached."""
     idle: ClassVar[dict[str, str]] = {}
@@ -43,6 +45,11 @@ class Solver(ABC):
     def exponent(self) -> float:
         """The power of ``C`` that `solve` applies: -1, -1/2, ..."""
         return -1.0
+
+    @property
+    def accuracy(self) -> float:
+        """Relative error of ``P g`` at which its own stopping rule may end; 0 without one."""
+        return 0.0
 
     @property
     def reads(self) -> frozenset[str]:

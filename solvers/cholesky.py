@@ -12,7 +12,7 @@ from torch import Tensor
 from gradmaker.representations.base import Factored, State
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
-from gradmaker.solvers.definition import axis_power
+from gradmaker.solvers.definition import axis_power, balanced_ridges
 from gradmaker.solvers.diagnosis import diagnose, estimate_largest
 from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
 from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, residual, settle_roots
@@ -84,7 +84,10 @@ class Cholesky(InverseSolver):
 
     def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors = representation.factors(state)
-        return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, self._ridges(factors), strict=True)]
+        if self.split == "each":
+            return [axis_power(F, self.damping, -1.0) for F in factors]
+        ridges = balanced_ridges(factors, self.damping ** (1 / len(factors)))
+        return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, ridges, strict=True)]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         return apply_roots(representation, cache, g)

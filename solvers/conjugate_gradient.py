@@ -28,6 +28,7 @@ class CG(InverseSolver):
     """
 
     needs: ClassVar[type] = Multiplies
+    implicit: ClassVar[bool] = True
     definite: ClassVar[bool] = True
 
     iterations: int = 100

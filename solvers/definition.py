@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradmaker.representations.factor import blocks, conjugate, is_tiled, join, join_vector, split
+from gradmaker.representations.factor import blocks, conjugate, diagonal_of, is_tiled, join, join_vector, split
 from gradmaker.solvers.damping import damp
 
-__all__ = ["along_axes", "axis_power", "axis_spectrum", "outer"]
+__all__ = ["along_axes", "axis_power", "axis_spectrum", "balanced_ridges", "outer"]
 
 
 def axis_spectrum(F: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -55,3 +55,11 @@ def outer(spectra: Sequence[Tensor]) -> Tensor:
     for s in rest:
         out = torch.einsum("b...,bj->b...j", out, s)
     return out
+
+
+def balanced_ridges(factors: Sequence[Tensor], share: float | Tensor) -> list[Tensor]:
+    """``share t_k / (t_1 t_2 ... t_m)^(1/m)``, ``t_k`` the mean of the diagonal; ``share`` where one is zero.  # each (B,)"""
+    t = torch.stack([diagonal_of(F).mean(-1) for F in factors])
+    product = t.prod(0)
+    ratio = t / torch.where(product > 0, product, 1.0) ** (1 / len(factors))
+    return list(torch.where(product > 0, ratio, torch.ones_like(t)) * share)

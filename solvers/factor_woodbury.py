@@ -14,7 +14,7 @@ from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import average_trace
-from gradmaker.solvers.definition import axis_power
+from gradmaker.solvers.definition import axis_power, balanced_ridges
 from gradmaker.solvers.ladder import climb, scalars, settle
 
 __all__ = ["FactorWoodbury"]
@@ -68,7 +68,7 @@ class FactorWoodbury(InverseSolver):
 
     def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors = [representation.factor(state, k) for k in range(2)]
-        ridges = self._ridges(representation, state)
+        ridges = balanced_ridges(factors, self.damping**0.5)
         return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, ridges, strict=True)]
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:

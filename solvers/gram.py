@@ -175,8 +175,6 @@ class Gram(Solver):
 
     def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         unit = self.damping if self.scale_preserving else 1.0
-        if self._direct:
-            return representation.matvec(state, x) + self.damping * x, unit * g
         s, V = torch.linalg.eigh(representation.gram(state))
         sigma = s.clamp(min=0).sqrt()
         kept = sigma > SMALLEST * sigma.amax(-1, keepdim=True)

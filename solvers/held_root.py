@@ -25,6 +25,7 @@ class HeldRoot(Solver):
     """
 
     needs: ClassVar[type] = Rooted
+    implicit: ClassVar[bool] = True
     definite: ClassVar[bool] = True
 
     @property

@@ -81,6 +81,10 @@ class MatrixRoot(PowerSolver):
         check_interval("iterations", self.iterations, 1, inf, closed=True)
         check_interval("tolerance", self.tolerance, 0, 1e-4)
 
+    @property
+    def accuracy(self) -> float:
+        return 10 * self.tolerance
+
     def least(self, d: int) -> float:
         """What share of its largest eigenvalue the ridge of a d x d factor is at least; 0 where nothing is known."""
         return {"largest": self.damping, "trace": self.damping / d}.get(self.mode, 0.0)

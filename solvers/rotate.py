@@ -51,10 +51,10 @@ class RotatingSolver(PowerSolver):
         return settle(new, lost, previous, default)
 
     def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``divisor * (Q^T x) = Q^T g``."""
-        turned = [None if Q is None else transpose(Q) for Q in representation.bases(state)]
-        left, right = (along_axes(turned, representation.unfold(v)) for v in (x, g))
-        return left * self.divisor(representation, state), right
+        """``x = Q ((Q^T g) / divisor)``."""
+        bases = representation.bases(state)
+        rotated = along_axes([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
+        return x, along_axes(bases, rotated / self.divisor(representation, state)).reshape(g.shape)
 
     def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
         bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for an axis in the unit basis

@@ -51,6 +51,12 @@ class SelfChecks:
         tape.joint = structure in self.arrangement.joint or (tape.batch > 1 and not head.divides(tape.batch))
         return structure
 
+    def proven(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether some modules have been seen in a pass that is checked to the end, or in a call whose examples were found."""
+        own = self.arrangement
+        done = [key for structure, tries in own.checked.items() if tries >= DONE for key in structure]
+        return any(isinstance(key, tuple) and key[0] is m for key in (*own.orders, *done) for m in modules)
+
     def due(self, structure: Structure, head: Head) -> bool:
         """Whether passes of this kind are still to be checked."""
         if self.mode == "off" or not head.outputs:

@@ -1,4 +1,4 @@
-"""A block with a statistic made of one piece of evidence: what it represents, and what is solved with it.
+"""What a block represents and what is solved with it, for a statistic that is made of one piece of evidence.
 
 By matrices that are formed in float64 where a block is small enough, else by products with a few random vectors.
 """
@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import (
-    WHOLE,
     Evidence,
     Gradient,
     Inputs,
     Joint,
-    Located,
     Outer,
     OutputPair,
     Pair,
-    PairedInputs,
     Product,
 )
-from gradmaker.representations.base import Fold, Representation, State
+from gradmaker.representations.base import Representation, State
 from gradmaker.sites import Site
 from gradmaker.verification.passes import Measured, relative
 from gradmaker.verification.result import Check
+from gradmaker.verification.scratch import ONCE, Scratch, fill
 
 __all__ = ["check_block"]
 
@@ -38,41 +36,18 @@ DENSE_LIMIT = 2048
 """Blocks with more parameters are checked by products."""
 ENTRIES = 1 << 25
 """Entries of float64 tensors that are formed at once: of a longer stack a few members are checked."""
-ONCE = Fold(1.0, 1.0, 1.0)
-"""How the evidence enters an empty statistic. A decay of zero is refused by some."""
 PROBES = 3
 """Members of a stack, or vectors of a single one, that products are compared for."""
-
-
-@dataclass
-class _Scratch:
-    """A copy of a block with a statistic of its own, and what has been found."""
-
-    block: Block
-    found: Measured
-    portion: dict[str, Evidence] = field(default_factory=dict)
-    how: set[str] = field(default_factory=set)
-    unchecked: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator(self.block.frame.device).manual_seed(1)
-        self.triple = self.block.triple
-        self.size = prod(self.block.frame.shape)
-
-    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers."""
-        frame = self.block.frame
-        return torch.randn(*shape, dtype=dtype or frame.dtype, device=frame.device, generator=self.generator)
 
 
 def check_block(block: Block, found: Measured) -> list[Check]:
     """One check for each of its sites; its statistics stay."""
     own = copy.copy(block)
     own.state, own.cache, own.ready = block.triple.representation.init(block.frame), {}, set()
-    scratch = _Scratch(own, found)
+    scratch = Scratch(own, found)
     solve = approximation = None
     try:
-        _fill(scratch)
+        fill(scratch)
     except (RuntimeError, ValueError) as error:
         scratch.unchecked |= dict.fromkeys(("solve", "approximation"), f"the statistic cannot take in this batch: {error}")
     else:
@@ -83,7 +58,7 @@ def check_block(block: Block, found: Measured) -> list[Check]:
     return [_check(scratch, site, solve, approximation) for site in block.sites]
 
 
-def _check(scratch: _Scratch, site: Site, solve: float | None, approximation: float | None) -> Check:
+def _check(scratch: Scratch, site: Site, solve: float | None, approximation: float | None) -> Check:
     block, found = scratch.block, scratch.found
     unchecked = dict(scratch.unchecked)
     if site.name in found.silent:
@@ -96,92 +71,12 @@ def _check(scratch: _Scratch, site: Site, solve: float | None, approximation: fl
     dtype = block.precision.coarsest(block.frame.dtype)
     how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
-    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, site.name in found.half)
-
-
-# ------------------------------------------------------------------ evidence
-def _fill(scratch: _Scratch) -> None:
-    """Fold evidence into the statistic."""
-    block, kinds = scratch.block, scratch.triple.curvature.gives
-    portion = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
-    if block.triple.representation.fleeting and portion:
-        portion = {WHOLE: _whole(scratch)}
-    scratch.portion = portion
-    if portion:
-        block.update(portion, ONCE, set())
-    if OutputPair in kinds and portion:  # a secant of outputs comes after the inputs
-        v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in portion}
-        block.update({k: OutputPair(x, 2 * x) for k, x in v.items()}, ONCE, set())
-
-
-def _evidence(scratch: _Scratch, site: Site) -> Evidence | None:
-    """Of a site; None if the pass does not reach it."""
-    gives, takes = scratch.triple.curvature.gives, scratch.triple.representation.takes
-    if any(issubclass(kind, Gradient) for kind in gives) or (Product in gives and Gradient in takes):
-        return Gradient(_gradient(scratch, site))
-    kind = next((k for k in gives if issubclass(k, Pair) and k is not OutputPair), None)
-    if kind is not None:
-        v = scratch.draw(*site.shape)
-        return kind(v, v * (0.5 + scratch.draw(*site.shape).sigmoid()))
-    if Product in gives:
-        return Product(_Rows(_rows(scratch, [site])))
-    outer = scratch.found.evidence.get(site.name)
-    return None if outer is None else _of_kind(scratch, outer)
-
-
-def _of_kind(scratch: _Scratch, outer: Outer) -> Evidence:
-    """As the curvature gives it, with a mean diagonal of one: what the damping adds is neither lost in rounding nor all."""
-    gives = scratch.triple.curvature.gives
-    if Inputs in gives:
-        return Inputs(outer.inputs, outer.gradients[:0], outer.bias, outer.transposed, outer.weights)
-    G, o = outer.gradients.shape[1], outer.gradients.shape[-1]
-    i = (outer.inputs.shape[-1] if isinstance(outer.inputs, Tensor) else outer.inputs.size) + outer.bias
-    shape = (G, i, o) if outer.transposed else (G, o, i)
-    mean = outer.project(scratch.draw(*shape, dtype=outer.gradients.dtype)).square().sum() / prod(shape)
-    scaled = replace(outer, gradients=outer.gradients / torch.where(mean > 0, mean, 1.0).sqrt())
-    return PairedInputs(**vars(scaled)) if PairedInputs in gives else scaled
-
-
-def _gradient(scratch: _Scratch, site: Site) -> Tensor:
-    """That of the loss, with a mean square of one; random where there is none.  # (G, *shape)"""
-    g = site.lay_out(scratch.found.gradients).to(scratch.block.frame.dtype)
-    mean = g.square().mean()
-    return g / mean.sqrt() if bool(torch.isfinite(1 / mean)) else scratch.draw(*g.shape)
-
-
-def _rows(scratch: _Scratch, sites: list[Site]) -> Tensor:
-    """A few gradients at random cotangents, as rows of length one.  # (k, P)"""
-    found = [torch.cat([s.lay_out(row).reshape(-1) for s in sites]) for row in scratch.found.rows]
-    J = torch.stack(found).to(scratch.block.frame.dtype)
-    return J / torch.where(J.any(1), J.norm(dim=1), 1.0).unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """``v -> J^T J v``."""
-
-    J: Tensor  # (k, P)
-
-    def __call__(self, v: Tensor) -> Tensor:
-        J = self.J.to(v.dtype)
-        return ((v.reshape(len(v), -1) @ J.mT) @ J).reshape(v.shape)
-
-
-def _whole(scratch: _Scratch) -> Evidence:
-    """Of all sites as one vector, for what lasts one step only."""
-    block = scratch.block
-    if Product in block.triple.representation.takes:
-        return Product(_Rows(_rows(scratch, block.sites)))
-    weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for s in block.sites for p in s.parameters.values()}
-    g, w = (
-        torch.cat([part(s).reshape(-1).to(block.frame.dtype) for s in block.sites]).unsqueeze(0)
-        for part in (lambda s: _gradient(scratch, s), lambda s: s.lay_out(weights))
-    )
-    return Located(g, w)
+    accuracy = block.triple.solver.accuracy
+    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half)
 
 
 # ------------------------------------------------------------------ the solve
-def _solve_error(scratch: _Scratch) -> float | None:
+def _solve_error(scratch: Scratch) -> float | None:
     """``P g`` as it is solved, against its definition."""
     block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
     g = scratch.draw(block.frame.stack, *block.frame.shape)
@@ -195,15 +90,19 @@ def _solve_error(scratch: _Scratch) -> float | None:
         scratch.how.add("dense")
         P = solver.operator(representation, state)
         return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
-    sides = solver.equation(representation, state, g, found)
+    exact, rounding = found, 0.0
+    if solver.implicit and scratch.block.frame.dtype != torch.float64:
+        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
+        rounding = relative(found, exact)
+    sides = solver.equation(representation, state, g, exact)
     if sides is None:
         scratch.unchecked["solve"] = f"{type(solver).__name__} has no equation for blocks of {scratch.size} parameters"
         return None
     scratch.how.add("probes")
-    return relative(*sides)
+    return max(rounding, relative(*sides))
 
 
-def _solved(scratch: _Scratch, g: Tensor) -> Tensor:
+def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     """``P g``.  # (B, *shape)"""
     block, representation = scratch.block, scratch.triple.representation
     if not representation.fleeting:
@@ -217,7 +116,7 @@ def _solved(scratch: _Scratch, g: Tensor) -> Tensor:
     return found
 
 
-def _members(scratch: _Scratch) -> Tensor | None:
+def _members(scratch: Scratch) -> Tensor | None:
     """Members of the stack that are checked, all that have a statistic if memory allows it; None: the whole stack."""
     block = scratch.block
     if block.full or block.triple.representation.live:
@@ -245,7 +144,7 @@ def _doubled(representation: Representation, state: State, members: Tensor | Non
 
 
 # ------------------------------------------------------------------ the representation
-def _approximation(scratch: _Scratch) -> float | None:
+def _approximation(scratch: Scratch) -> float | None:
     """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
     block, representation = scratch.block, scratch.triple.representation
     if representation.fleeting or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
@@ -262,14 +161,14 @@ def _approximation(scratch: _Scratch) -> float | None:
     return _probe_error(scratch, pieces)
 
 
-def _small(scratch: _Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> bool:
+def _small(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> bool:
     """Whether the rows and the matrices can be formed."""
     counts = [e.count if isinstance(e, Outer) else e.parts[0].count if isinstance(e, Joint) else 1 for _, e, _ in pieces]
     stack = scratch.block.frame.stack
     return scratch.size <= DENSE_LIMIT and stack * scratch.size * max(*counts, scratch.size) <= ENTRIES
 
 
-def _dense_error(scratch: _Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
+def _dense_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
     representation = scratch.triple.representation
     C = representation.to_dense(_doubled(representation, scratch.block.state, None))
     differences, sizes = [], []
@@ -283,7 +182,7 @@ def _dense_error(scratch: _Scratch, pieces: list[tuple[slice, Evidence, list[str
     return relative(size + torch.cat(differences), size)
 
 
-def _probe_error(scratch: _Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
+def _probe_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
     found, expected = [], []
     for slot, evidence, names in pieces:
         for member, held, measured in _products(scratch, slot, evidence, names):
@@ -293,9 +192,9 @@ def _probe_error(scratch: _Scratch, pieces: list[tuple[slice, Evidence, list[str
 
 
 def _products(
-    scratch: _Scratch, slot: slice, evidence: Evidence, names: list[str]
+    scratch: Scratch, slot: slice, evidence: Evidence, names: list[str]
 ) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
-    """For a few vectors: the member that they belong to, ``C v`` as represented and as measured.  # , (b, *shape), (b, *shape)"""
+    """For a few vectors: the member that they belong to, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
     block, representation = scratch.block, scratch.triple.representation
     whole = block.full or representation.live
     rows = None if whole else torch.arange(slot.start, slot.stop, device=block.frame.device)

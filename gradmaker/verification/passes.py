@@ -29,6 +29,7 @@ __all__ = ["Measured", "measure", "relative"]
 
 DIRECTLY = "by derivatives of its own, whatever call it is used in"
 APART = "apart, with a pass for each example: they depend on each other in this layer, or have no axis of their own"
+UNSEEN = "its layer does not show all of its uses"
 ROWS = 4
 """Gradients at random cotangents: what a product is made of where a curvature has no rows."""
 
@@ -39,7 +40,7 @@ class Measured:
 
     evidence: dict[str, Outer] = field(default_factory=dict)  # by site, for one random cotangent an example
     errors: dict[str, float] = field(default_factory=dict)  # of its rows
-    half: set[str] = field(default_factory=set)  # sites that ran in half precision
+    half: bool = False  # whether a layer ran in half precision
     silent: set[str] = field(default_factory=set)  # sites that were not called
     gradients: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)  # of the loss
     rows: list[dict[nn.Parameter, Tensor | None]] = field(default_factory=list)  # at random cotangents
@@ -76,6 +77,8 @@ class _Pass:
         self.generator = torch.Generator().manual_seed(maker.config.seed)
 
     def measure(self) -> Measured:
+        dtypes = {call.dtype for calls in self.tape.calls.values() for call in calls} | {z.dtype for z in self.head.outputs}
+        self.found.half = bool(dtypes & {torch.float16, torch.bfloat16})
         self._check()
         if self.head.outputs:
             self._capture()
@@ -124,7 +127,8 @@ class _Pass:
             for site in block.sites:
                 names = [k for k in site.parameters if k in unseen]
                 if names:
-                    self.found.failures[site.name] = self.found.notes.get(names[0], "its layer does not show all of its uses")
+                    self.found.failures[site.name] = self.found.notes.get(names[0], UNSEEN)
+        self.found.failures |= {k: self.found.notes.get(k, UNSEEN) for k in unseen if k in self.maker.plan.plain}
         for site in self.sites:
             if not site.fired(self.tape):
                 self.found.silent.add(site.name)
@@ -148,6 +152,9 @@ class _Pass:
             check_gradient(self.head, pulled, ridden)
             unchecked = check_curvature(self.head, self.generator)
         except SelfCheckError as error:
+            if self.maker.config.self_check == "off":  # it was accepted
+                self.found.notes["loss"] = str(error)
+                return
             self.found.failures |= {s.name: f"loss: {error}" for c in curvatures for s in self.maker.plan.sites(c)}
         else:
             if unchecked:
@@ -166,8 +173,6 @@ class _Pass:
         self.found.evidence = {
             s.name: s.outer(self.tape, pulled, None, self.maker.config.statistics_dtype() or _dtype(s)) for s in sites
         }
-        calls = {s.name: [c for m in s.modules for c in self.tape.calls.get(m, ())] for s in sites}
-        self.found.half = {k for k, own in calls.items() if any(c.dtype in (torch.float16, torch.bfloat16) for c in own)}
         parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
         for j in self._chosen(n):
             alone = [torch.where(o == j, c, 0.0) for c, o in zip(cotangents, owners, strict=True)]

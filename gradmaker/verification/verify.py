@@ -12,7 +12,7 @@ from torch import nn
 from gradmaker.batch_norms import mixes
 from gradmaker.verification.blocks import check_block
 from gradmaker.verification.passes import measure
-from gradmaker.verification.result import Verification
+from gradmaker.verification.result import Check, Verification
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker
@@ -29,7 +29,14 @@ def verify(maker: PreconditionedGradientMaker) -> Verification:
         found = measure(maker)
     with torch.no_grad(), torch.autocast(next(maker.model.parameters()).device.type, enabled=False):
         checks = [check for block in maker.plan.blocks for check in check_block(block, found)]
+        checks += [_left(maker.model, name, found.failures[name]) for name in maker.plan.plain if name in found.failures]
     return Verification(checks, frozen, found.notes)
+
+
+def _left(model: nn.Module, name: str, failure: str) -> Check:
+    """Of a parameter that the method had to leave to the plain gradient."""
+    dtype = torch.promote_types(model.get_parameter(name).dtype, torch.float32)
+    return Check(name, dtype, None, None, None, failure=failure)
 
 
 @contextmanager
