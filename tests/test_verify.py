@@ -35,7 +35,8 @@ def example() -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_above_tolerance(example: Any, name: str, method: str) -> None:
     """One line a block, captured gradients checked everywhere, solves wherever the dense matrix fits."""
-    subject = example.subjects(2 if name == "ResNet-18" else 4)[name]()
+    widths = {"ResNet-18": 1 if method == "layer_ng" else 2}
+    subject = example.subjects(widths.get(name, 4))[name]()
     found = example.check(subject, method)
     sites = [site.name for block in METHODS[method](subject.model).plan.blocks for site in block.sites]  # type: ignore[attr-defined]
     assert [check.site for check in found.checks] == sites
@@ -96,7 +97,7 @@ def test_a_rule_that_is_off_is_found(example: Any, name: str, side: str, monkeyp
     found = example.check(example.subjects(4)[name](), "kfac")
     bad = {c.site for c in found.checks if not c.passed}
     assert bad and not found.passed
-    assert "ABOVE TOLERANCE" in str(found)
+    assert all(c.failure is not None or c.verdict == "ABOVE TOLERANCE" for c in found.checks if not c.passed)
     assert any("norm" in c.site and c.passed for c in found.checks)  # and nothing else is blamed
 
 

@@ -19,6 +19,7 @@ from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from gradmaker.head import Head
 from gradmaker.pulls import Source, pull
 from gradmaker.self_checks import SelfChecks
+from gradmaker.self_checks.examples import Pair, pull_pair
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.sites import Site
 
@@ -29,6 +30,8 @@ __all__ = ["Measured", "measure", "relative"]
 
 DIRECTLY = "by derivatives of its own, whatever call it is used in"
 APART = "apart, with a pass for each example: they depend on each other in this layer, or have no axis of their own"
+RULE = "its outputs keep the examples apart, and what the rule for this kind of layer makes of them does not"
+HALVES = {torch.float16, torch.bfloat16}
 UNSEEN = "its layer does not show all of its uses"
 ROWS = 4
 """Gradients at random cotangents: what a product is made of where a curvature has no rows."""
@@ -74,11 +77,12 @@ class _Pass:
         self.maker, self.tape, self.head, self.loss = maker, tape, head, loss
         self.sites = maker._recorded_sites()
         self.found = Measured()
+        self._pair: tuple[Pair, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(maker.config.seed)
 
     def measure(self) -> Measured:
         dtypes = {call.dtype for calls in self.tape.calls.values() for call in calls} | {z.dtype for z in self.head.outputs}
-        self.found.half = bool(dtypes & {torch.float16, torch.bfloat16})
+        self.found.half = bool(dtypes & HALVES)
         self._check()
         if self.head.outputs:
             self._capture()
@@ -139,8 +143,18 @@ class _Pass:
                 self.found.notes.setdefault(site.name, text)
                 if strict and (apart or new.intersection(site.parameters)):
                     self.found.failures.setdefault(site.name, self.found.notes[site.name])
+                elif apart and site.rule is not None and self._keeps_apart(site):
+                    self.found.failures.setdefault(site.name, RULE)
         if self.tape.joint and self.tape.batch > 1:
             self.found.notes["batch"] = "its examples depend on each other: it is measured as one example"
+
+    def _keeps_apart(self, site: Site) -> bool:
+        """Whether every output of a layer has an axis that keeps the examples apart, although its rule finds none."""
+        if self._pair is None:
+            self._pair = pull_pair(self.tape, self.head, self.generator)
+        (first, second), c = self._pair
+        calls = [(m, j, call) for m in site.modules for j, call in enumerate(self.tape.calls.get(m, ()))]
+        return all(_scales(first[m][j][0][0], second[m][j][0][0], c, call.dtype) for m, j, call in calls)
 
     def _check_loss(self) -> None:
         curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.rides]
@@ -189,6 +203,18 @@ class _Pass:
             row = _row(self.found.evidence[site.name], j)
             error = relative(row.rows()[0], site.lay_out(truth), _size(row))
             self.found.errors[site.name] = max(self.found.errors.get(site.name, 0.0), error)
+
+
+def _scales(first: Tensor, second: Tensor, c: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the gradient of an output scales with the examples on its first or second axis, or the fastest on its first."""
+    n, found = len(c), []
+    for axis in (0, 1):
+        if first.ndim > axis and first.shape[axis] == n:
+            found.append(first * c.to(first).view(-1, *[1] * (first.ndim - axis - 1)))
+    if first.shape[0] % n == 0:
+        found.append((first.unflatten(0, (-1, n)) * c.to(first).view(-1, *[1] * (first.ndim - 1))).flatten(0, 1))
+    limit = 0.02 if dtype in HALVES else 1e-5
+    return any(bool((second - x).abs().max() <= limit * x.abs().max()) for x in found)
 
 
 def _row(outer: Outer, j: int) -> Outer:

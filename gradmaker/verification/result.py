@@ -97,7 +97,9 @@ class Verification:
             if check.failure is not None:
                 reasons.setdefault(f"self-check failed, {check.failure}", []).append(check.site)
         lines += [f"{reason}: {', '.join(sites)}" for reason, sites in reasons.items()]
-        lines += [f"{name}: {note}" for name, note in self.notes.items()]
+        told = {check.failure for check in self.checks}
+        for note in dict.fromkeys(note for note in self.notes.values() if note not in told):
+            lines.append(f"{', '.join(name for name, own in self.notes.items() if own == note)}: {note}")
         if self.frozen:
             names = ", ".join(self.frozen)
             lines.append(f"checked with the statistics of this batch held fixed, so that examples do not mix: {names}")
