@@ -33,7 +33,8 @@ def axis_power(F: Tensor, damping: float | Tensor, exponent: float, mode: str = 
         ridge = torch.as_tensor(damping, dtype=F.dtype, device=F.device).reshape(-1, 1, 1)
         X, info = torch.linalg.inv_ex(F + ridge * torch.eye(F.shape[-1], dtype=F.dtype, device=F.device))
         if not bool(info.any()):
-            return X
+            inverse: Tensor = X
+            return inverse
     s, Q = axis_spectrum(F)
     powered = damp(s, damping, mode) ** exponent
     return powered if Q is None else conjugate(Q, powered)
