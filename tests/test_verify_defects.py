@@ -289,6 +289,17 @@ def test_verify_leaves_nothing_behind(steps: int, where: str, monkeypatch: pytes
     assert same(snapshot(case, maker), before)
 
 
+def test_findings_are_those_of_the_next_step_alone() -> None:
+    """What `verify` finds is not what the maker goes by, before a step of its own."""
+    case = models.build(lambda: Beside(1.0), 6, 4)
+    maker = maker_of(case, "unit_ng")
+    before, blocks = snapshot(case, maker), list(maker.plan.blocks)
+    assert not maker.verify().passed
+    assert same(snapshot(case, maker), before) and list(maker.plan.blocks) == blocks
+    with pytest.warns(SelfCheckWarning):
+        maker.forward_and_backward()
+
+
 def test_a_step_after_verify_is_the_step_without_it() -> None:
     found = []
     for checked in (False, True):
