@@ -44,6 +44,7 @@ class Tape:
         self.norms = FrozenNorms()
         self.collecting = False  # whether output gradients of a running backward pass are kept
         self._repeating = False
+        self._reentrant = False
         self._paused = False
         self._keepers: list[Any] = []  # handles of the hooks on outputs
         # Calls made without gradients. A reentrant checkpoint makes its calls so and repeats them during backward.
@@ -124,7 +125,8 @@ class Tape:
         outputs: of the pass, which show a reentrant checkpoint. Without one, calls without gradients are no part of the pass.
         """
         self._repeating = True
-        if not any(reenters(z) for z in outputs):
+        self._reentrant = any(reenters(z) for z in outputs)
+        if not self._reentrant:
             self._late.clear()
 
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,7 +211,7 @@ class Tape:
         modules: whose calls; None: of all
         """
         chosen = self.calls if modules is None else {m: self.calls[m] for m in modules}
-        if any(reenters(z) for z in outputs):
+        if self._reentrant:
             return self._pull_by_backward(outputs, cotangents)
         k = cotangents[0].shape[0]
         edges = [edge for calls in chosen.values() for call in calls for edge in call.edges]
@@ -234,7 +236,7 @@ class Tape:
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
         """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangents: like the outputs"""
-        if not any(reenters(z) for z in outputs):
+        if not self._reentrant:
             with self.paused():  # a checkpoint repeats its calls
                 pulled = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
             return list(pulled)
@@ -246,7 +248,7 @@ class Tape:
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
         """As `pull_parameters` for several cotangents, in one batched pass where that can be.  (k, *output) -> (k, *p)"""
-        if not any(reenters(z) for z in outputs):
+        if not self._reentrant:
             with self.paused():
                 found = vector_jacobian(outputs, list(parameters), cotangents)
             k = len(cotangents[0])
