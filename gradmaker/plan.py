@@ -10,6 +10,8 @@ from torch import nn
 from gradmaker.blocks import Block, Placement, build_blocks
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.model_checks import check_model, check_parameters, check_watched
+from gradmaker.own_parameters import OwnParameters
 from gradmaker.rules import names, paths
 from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.triple import did_you_mean
@@ -26,6 +28,7 @@ class Plan:
 
     blocks: list[Block]
     plain: dict[str, str]  # name of a parameter: why its gradient is left alone
+    own: OwnParameters
 
     def sites(self, curvature: Curvature) -> list[Site]:
         """The sites whose blocks ask for a curvature."""
@@ -56,11 +59,15 @@ class Plan:
 
 def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]]) -> Plan:
     """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient."""
-    _check_model(model)
+    check_model(model)
     ignored = {p for rule in config.ignore for p in _matches(model, rule)}
+    check_parameters(model, ignored)
+    empty = {p for p in model.parameters() if p not in ignored and not p.numel()}
+    ignored |= empty
     sites = layer_sites(model, config.joint_bias, ignored)
     config.check_sites(sites)
-    plain = {k: "ignored" for k, p in model.named_parameters() if p.requires_grad and p in ignored}
+    left = {k: p for k, p in model.named_parameters() if p in ignored and p.requires_grad}
+    plain = {k: "empty" if p in empty else "ignored" for k, p in left.items()}
     placements, rest = _place(sites, config, config)
     if not placements:
         kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
@@ -75,15 +82,11 @@ def make_plan(model: nn.Module, config: GradientConfig, methods: dict[str, type[
             raise ValueError(f"fallback={config.fallback!r}: {reason}")
         placements += more
     plain |= {k: f"not covered, fallback {config.fallback!r}" for s in rest for k in s.parameters}
-    return Plan(build_blocks(placements), plain)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameter: set requires_grad on those to be trained")
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False):
-            raise ValueError(f"{name or 'the model'} ({type(module).__name__}) makes sparse gradients: use sparse=False")
+    check_watched(p.site for p in placements if p.triple.curvature.recorded)
+    blocks = build_blocks(placements)
+    kept = ignored | {p for s in rest for p in s.parameters.values()}
+    own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
+    return Plan(blocks, plain, own)
 
 
 def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:

@@ -80,6 +80,7 @@ class PreconditionedGradientMaker(GradientMaker):
         return Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
+        self.plan.own.check()
         complete(self)
         if not self.begin_pass():
             output, loss = super()._run(weight)
@@ -159,6 +160,8 @@ class PreconditionedGradientMaker(GradientMaker):
             held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
             if curvature.rides == (ridden is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked)
+                if not step.sites:
+                    continue
                 step.ridden, step.slopes = ridden, slopes
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
@@ -168,7 +171,7 @@ class PreconditionedGradientMaker(GradientMaker):
 
     def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
         c = self.config
-        sites = self.plan.sites(curvature)
+        sites = [s for s in self.plan.sites(curvature) if not s.frozen]
         step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
         step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
         return step
@@ -204,6 +207,7 @@ class PreconditionedGradientMaker(GradientMaker):
         self._finite, self._noted = True, False
 
     def _precondition(self) -> None:
+        self.plan.own.check()
         if self._asked != self.step:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
         if not self._noted:

@@ -15,6 +15,7 @@ from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.graph import Graph
+from gradmaker.real_pairs import real_dtype
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
@@ -94,8 +95,7 @@ class Step:
 
     def statistics_dtype(self, site: Site) -> torch.dtype:
         """The dtype of statistics for a site: float32 or better, whatever the model's."""
-        own = next(iter(site.parameters.values())).dtype
-        return self.dtype or torch.promote_types(own, torch.float32)
+        return self.dtype or real_dtype(next(iter(site.parameters.values())))
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
