@@ -34,6 +34,7 @@ class Tape:
         self.root = root
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
         self.examples = 0  # batch size: the first axis of the model's first tensor argument
+        self.sized = False  # whether that is known: there may be none
         self.collecting = False  # whether output gradients of a running backward pass are kept
         self._repeating = False
         self._paused = False
@@ -92,7 +93,7 @@ class Tape:
         """Read the batch size off the arguments of the model's call."""
         tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0]
         if not self.examples and tensors:
-            self.examples = tensors[0].shape[0]
+            self.examples, self.sized = tensors[0].shape[0], True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Record a call. An output that is one for all examples is repeated, for each of them to have a gradient of its own."""

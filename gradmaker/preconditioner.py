@@ -152,6 +152,7 @@ class PreconditionedGradientMaker(GradientMaker):
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
         """
         masked, empty = self._note_finite(check, terms)
+        empty |= tape.sized and not tape.examples
         if not self._finite:
             return
         if ridden is not None:
@@ -166,7 +167,7 @@ class PreconditionedGradientMaker(GradientMaker):
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
                 if curvature.layerwise:
-                    _check_fired(step)
+                    step.check_calls()
                 self._fold(curvature, step, weight)
 
     def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
@@ -320,14 +321,6 @@ class PreconditionedGradientMaker(GradientMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
-
-
-def _check_fired(step: Step) -> None:
-    if not step.active():
-        raise RuntimeError(
-            "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
-            "very model that the maker was made for (compile it after making the maker, not before)"
-        )
 
 
 def _scaled(gradients: OutputGradients, factor: float) -> OutputGradients:

@@ -86,8 +86,21 @@ class Step:
         return before.gradients if before is not None and self.part and before.index == self.index else {}
 
     def active(self) -> list[Site]:
-        """The sites that took part."""
-        return [site for site in self.sites if site.fired(self.tape)]
+        """The sites that took part with any example."""
+        return [site for site in self.sites if site.fired(self.tape)] if self.examples else []
+
+    def check_calls(self) -> None:
+        """Refuse a pass in which no layer was called, or without a batch."""
+        if not any(site.fired(self.tape) for site in self.sites):
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
+        if not self.tape.sized:
+            raise ValueError(
+                "the model was called without a tensor, so that its examples cannot be counted: pass the data as arguments of "
+                "its call"
+            )
 
     def mask(self, terms: Terms) -> Tensor | None:
         """Loss terms that count, by example and position; None when all do.  # (n, R)"""
