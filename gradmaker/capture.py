@@ -35,6 +35,7 @@ class Tape:
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
         self.examples = 0  # batch size: the first axis of the model's first tensor argument
         self.sized = False  # whether that is known: there may be none
+        self._called_with = False  # whether it is read off a call of the model
         self.collecting = False  # whether output gradients of a running backward pass are kept
         self._repeating = False
         self._paused = False
@@ -89,11 +90,16 @@ class Tape:
         """From here on a call is the repetition of an earlier one, by a checkpoint."""
         self._repeating = True
 
+    def assume(self, examples: int | None) -> None:
+        """The batch size where the model itself is not called, only layers of it: that of the declared call."""
+        if examples is not None:
+            self.examples, self.sized = examples, True
+
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the arguments of the model's call."""
         tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0]
-        if not self.examples and tensors:
-            self.examples, self.sized = tensors[0].shape[0], True
+        if not self._called_with and tensors:
+            self.examples, self.sized, self._called_with = tensors[0].shape[0], True, True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Record a call. An output that is one for all examples is repeated, for each of them to have a gradient of its own."""

@@ -77,7 +77,9 @@ class PreconditionedGradientMaker(GradientMaker):
         """A tape that watches the modules of every site whose curvature is layer-wise, and what else such a curvature needs."""
         recorded = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
         own = (m for c in recorded for s in self.plan.sites(c) for m in s.modules)
-        return Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
+        tape = Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
+        tape.assume(self._declared[""].counted if self._declared else None)
+        return tape
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         self.plan.own.check()

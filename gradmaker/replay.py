@@ -18,9 +18,12 @@ __all__ = ["Replay"]
 class Replay:
     """A forward pass that can be repeated without a trace: weights, buffers and random numbers stay as they are."""
 
-    def __init__(self, model: nn.Module, function: Callable[[], tuple[Any, Tensor]]) -> None:
-        """function: returns the model's result and the loss; it is repeated with the random state of this moment."""
-        self.model, self.function = model, function
+    def __init__(self, model: nn.Module, function: Callable[[], tuple[Any, Tensor]], examples: int | None = None) -> None:
+        """function: returns the model's result and the loss; it is repeated with the random state of this moment.
+
+        examples: how many go into the function, where that is known
+        """
+        self.model, self.function, self.examples = model, function, examples
         indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         self._devices = sorted(i for i in indices if i is not None)
         self._modes = {m: m.training for m in model.modules()}

@@ -98,8 +98,8 @@ class Step:
             )
         if not self.tape.sized:
             raise ValueError(
-                "the model was called without a tensor, so that its examples cannot be counted: pass the data as arguments of "
-                "its call"
+                "neither the declared call nor the model's own takes a tensor, so that examples cannot be counted: pass the "
+                "data as arguments"
             )
 
     def mask(self, terms: Terms) -> Tensor | None:
