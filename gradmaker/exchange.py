@@ -64,9 +64,10 @@ class _Held:
     def exchange(self, tensors: Mapping[Tensor, Tensor]) -> None:
         """Put other tensors in place."""
         for container, before in (*self.containers, *self.views):
-            for key, value in before.items() if isinstance(before, dict) else enumerate(before):
-                if isinstance(value, Tensor) and value in tensors:
-                    container[key] = tensors[value]
+            if before:
+                for key, value in before.items() if isinstance(before, dict) else enumerate(before):
+                    if isinstance(value, Tensor) and value in tensors:
+                        container[key] = tensors[value]
         for key, value in self.attributes.items():
             if isinstance(value, Tensor) and value in tensors:
                 self.own[key] = tensors[value]
@@ -75,13 +76,14 @@ class _Held:
 
     def restore(self) -> None:
         """Put everything back."""
-        for key in self.own.keys() - self.attributes.keys() - BOOKKEEPING:
+        for key in [k for k in self.own if k not in self.attributes and k not in BOOKKEEPING]:
             del self.own[key]
         self.own.update(self.attributes)
         for container, before in self.containers:
             if isinstance(container, dict):
-                container.clear()
-                container.update(before)
+                if container or before:
+                    container.clear()
+                    container.update(before)
             else:
                 container[:] = before
         for view, before in self.views:

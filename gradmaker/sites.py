@@ -74,14 +74,16 @@ class Site:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
     def write(self, value: Tensor) -> None:
-        """Put blocks back into the storage of ``.grad``."""
+        """Put blocks back into the storage of ``.grad``, unless they are frozen: what is there belongs to no step."""
         sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
-            if p.grad is not None and self.view is not None:
+            if p.grad is None or not p.requires_grad:
+                continue
+            if self.view is not None:
                 p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
                 self.view.write(as_real(p.grad), piece)
-            elif p.grad is not None:
+            else:
                 write_real(p.grad[self._rows(name)], piece)
 
     def _rows(self, name: str) -> Any:
@@ -161,7 +163,7 @@ def layer_sites(model: nn.Module, joint_bias: bool = True, ignored: Set[nn.Param
         claimed.update({p: k for k, p in own.items()})
     rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
     sites += [_generic_site(model, k, p, owners) for k, p in rest.items()]
-    order = {k: j for j, (k, _) in enumerate(model.named_parameters())}
+    order = {k: j for j, (k, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     held = paths(model)
     placed = [replace(s, path={k: m for p in s.parameters.values() for k, m in held[p].items()}) for s in sites]
     return sorted(placed, key=lambda s: order[next(iter(s.parameters))])
