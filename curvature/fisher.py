@@ -129,8 +129,8 @@ class FisherMC(_Pulled):
 
 
 def _mixed(step: Step) -> bool:
-    """Whether the examples of a pass depend on each other, so that none has a gradient of its own."""
-    return step.tape.joint and step.tape.batch > 1
+    """Whether no example of a pass has a gradient of its own: they depend on each other, or are not known."""
+    return not step.tape.sized or (step.tape.joint and step.tape.batch > 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradmaker.curvature.base import NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
+from gradmaker.real_pairs import real_shape, write_real
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
@@ -74,9 +75,12 @@ class HessianProbe(Curvature):
     def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
         """``v`` for one parameter."""
         generator = step.generator(name, p.device)
+        shape, v = real_shape(p), torch.empty_like(p)
         if self.distribution == "gaussian":
-            return _normal(generator, p).to(p.dtype)
-        return torch.randint(0, 2, p.shape, generator=generator, device=p.device).mul_(2).sub_(1).to(p.dtype)
+            write_real(v, torch.randn(shape, generator=generator, device=p.device))
+        else:
+            write_real(v, torch.randint(0, 2, shape, generator=generator, device=p.device).mul_(2).sub_(1))
+        return v
 
 
 @dataclass(frozen=True, kw_only=True)

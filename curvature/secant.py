@@ -140,6 +140,7 @@ class LayerSecant(_Lazy):
         """What a pass would note now."""
         sites = [s for s in step.sites if s.name in made.notes]
         tape = step.tape.again(m for s in sites for m in s.modules)
+        tape.assume(made.replay.examples)
         with tape.recording():
             _, loss = made.replay.run()
             tape.end_forward([loss])

@@ -77,12 +77,10 @@ class Attachment:
     # ---------------------------------------------------------------- hooks
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
         """Start a tape for a pass that will be differentiated, on steps that measure curvature."""
-        if not torch.is_grad_enabled():
+        maker = self.maker()
+        if maker is None or not torch.is_grad_enabled() or not maker.plan.own.check():
             return
         self._finish()
-        maker = self.maker()
-        if maker is None:
-            return
         maker.forget_pass()
         if not maker.begin_pass():
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
 from gradmaker.norms import Norm
 from gradmaker.precision import Precision
+from gradmaker.real_pairs import real_dtype
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.sites import Site
 from gradmaker.triple import Triple
@@ -56,7 +57,7 @@ class Placement:
     def frame(self) -> Frame:
         """What its representation is allocated for."""
         like = next(iter(self.site.parameters.values()))
-        dtype = self.dtype or torch.promote_types(like.dtype, torch.float32)
+        dtype = self.dtype or real_dtype(like)
         diagonal = self.triple.representation.wide(self.shape, self.max_dim)
         own = self.site.one_hot_axis
         if own is not None and self.triple.representation.factored_axes:

@@ -40,6 +40,8 @@ class Tape:
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
         self.batch = 0  # batch size: the axis ``batch_axis`` of the model's first tensor argument
         self.batch_axis = batch_axis
+        self.sized = False  # whether that is known: there may be none
+        self._called_with = False  # whether it is read off a call of the model
         self.joint = False  # whether the batch is measured as one example
         self.norms = FrozenNorms()
         self.collecting = False  # whether output gradients of a running backward pass are kept
@@ -129,17 +131,22 @@ class Tape:
         if not self._reentrant:
             self._late.clear()
 
+    def assume(self, examples: int | None) -> None:
+        """The batch size where the model itself is not called, only layers of it: that of the declared call."""
+        if examples is not None:
+            self.batch, self.sized = examples, True
+
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the arguments of the model's call."""
-        if self.batch:
-            return
         first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0), None)
-        if first is not None and not -first.ndim <= self.batch_axis < first.ndim:
+        if self._called_with or first is None:
+            return
+        if not self.batch_axis < first.ndim:
             raise ValueError(
                 f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, "
                 "which has no such axis: say on which axis of it the examples are"
             )
-        self.batch = 0 if first is None else first.shape[self.batch_axis]
+        self.batch, self.sized, self._called_with = first.shape[self.batch_axis], True, True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Record a call; what it returns stays what it is."""

@@ -11,6 +11,8 @@ from torch import nn
 from gradmaker.blocks import Block, Placement, build_blocks
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.model_checks import check_model, check_parameters, check_watched
+from gradmaker.own_parameters import OwnParameters
 from gradmaker.rules import names, paths
 from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.triple import did_you_mean
@@ -27,6 +29,7 @@ class Plan:
 
     blocks: list[Block]
     plain: dict[str, str]  # name of a parameter: why its gradient is left alone
+    own: OwnParameters
 
     def sites(self, curvature: Curvature) -> list[Site]:
         """The sites whose blocks ask for a curvature."""
@@ -62,12 +65,16 @@ def make_plan(
 
     unseen: names of parameters with uses that calls of their layers do not show
     """
-    _check_model(model)
+    check_model(model)
     ignored = {p for rule in config.ignore for p in _matches(model, rule)}
+    check_parameters(model, ignored)
+    empty = {p for p in model.parameters() if p not in ignored and not p.numel()}
+    ignored |= empty
     hidden = {p for k, p in model.named_parameters() if k in unseen}
     sites = layer_sites(model, config.joint_bias, ignored, hidden)
     config.check_sites(sites)
-    plain = {k: "ignored" for k, p in model.named_parameters() if p.requires_grad and p in ignored}
+    left = {k: p for k, p in model.named_parameters() if p in ignored and p.requires_grad}
+    plain = {k: "empty" if p in empty else "ignored" for k, p in left.items()}
     placements, rest = _place(sites, config, config)
     if not placements:
         kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
@@ -82,7 +89,11 @@ def make_plan(
             raise ValueError(f"fallback={config.fallback!r}: {reason}")
         placements += more
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
-    return Plan(build_blocks(placements), plain)
+    check_watched(p.site for p in placements if p.triple.curvature.recorded)
+    blocks = build_blocks(placements)
+    kept = ignored | {p for s in rest for p in s.parameters.values()}
+    own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
+    return Plan(blocks, plain, own)
 
 
 def _reason(name: str, unseen: Set[str], config: GradientConfig) -> str:
@@ -104,14 +115,6 @@ def carry(old: Plan, new: Plan) -> None:
             for part in ("state", "average", "norm_state"):
                 for key, value in getattr(before, part).items():
                     getattr(block, part)[key][slot] = value[place]
-
-
-def _check_model(model: nn.Module) -> None:
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameter: set requires_grad on those to be trained")
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False):
-            raise ValueError(f"{name or 'the model'} ({type(module).__name__}) makes sparse gradients: use sparse=False")
 
 
 def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:

@@ -84,9 +84,12 @@ class PreconditionedGradientMaker(GradientMaker):
         recorded = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
         own = (m for c in recorded for s in self.plan.sites(c) for m in s.modules)
         modules = dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model))))
-        return Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
+        tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
+        tape.assume(self._declared[""].counted if self._declared else None)
+        return tape
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
+        self.plan.own.check()
         complete(self)
         if not self.begin_pass():
             output, loss = super()._run(weight)
@@ -117,7 +120,7 @@ class PreconditionedGradientMaker(GradientMaker):
 
     def _recorded_sites(self) -> list[Site]:
         """The sites that are measured by their calls."""
-        return [s for c in self.plan.curvatures(of_passes=True) if c.recorded for s in self.plan.sites(c)]
+        return [s for c in self.plan.curvatures(of_passes=True) if c.recorded for s in self.plan.sites(c) if not s.frozen]
 
     def check(self, tape: Tape, head: Head, ridden: OutputGradients | None) -> None:
         """Make the self-checks on a pass, and measure by their verdict from here on."""
@@ -187,6 +190,7 @@ class PreconditionedGradientMaker(GradientMaker):
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
         """
         masked, empty = self._note_finite(check, terms)
+        empty |= tape.sized and not tape.batch
         if not self._finite:
             return
         if ridden is not None:
@@ -195,16 +199,18 @@ class PreconditionedGradientMaker(GradientMaker):
             held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
             if curvature.rides == (ridden is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked)
+                if not step.sites:
+                    continue
                 step.ridden, step.head = ridden, head
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
                 if curvature.layerwise:
-                    _check_fired(step)
+                    step.check_calls()
                 self._fold(curvature, step, weight)
 
     def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
         c = self.config
-        sites = self.plan.sites(curvature)
+        sites = [s for s in self.plan.sites(curvature) if not s.frozen]
         step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
         step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
         step.whole = self._whole(curvature)
@@ -241,6 +247,7 @@ class PreconditionedGradientMaker(GradientMaker):
         self._finite, self._noted = True, False
 
     def _precondition(self) -> None:
+        self.plan.own.check()
         if self._asked != self.step:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
         if not self._noted:
@@ -353,14 +360,6 @@ class PreconditionedGradientMaker(GradientMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
-
-
-def _check_fired(step: Step) -> None:
-    if not step.active():
-        raise RuntimeError(
-            "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
-            "very model that the maker was made for (compile it after making the maker, not before)"
-        )
 
 
 def _scaled(gradients: OutputGradients, factor: float) -> OutputGradients:

@@ -15,6 +15,7 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.graph import Graph
 from gradmaker.head import Head
+from gradmaker.real_pairs import real_dtype
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
@@ -90,8 +91,16 @@ class Step:
         return before.gradients if before is not None and self.part and before.index == self.index else {}
 
     def active(self) -> list[Site]:
-        """The sites that took part."""
-        return [site for site in self.sites if site.fired(self.tape)]
+        """The sites that took part with any example."""
+        return [site for site in self.sites if site.fired(self.tape)] if self.tape.batch or not self.tape.sized else []
+
+    def check_calls(self) -> None:
+        """Refuse a pass in which no layer was called."""
+        if not any(site.fired(self.tape) for site in self.sites):
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
 
     def mask(self, terms: Terms) -> Tensor | None:
         """Loss terms that count, by example and position; None when all do.  # (n, R)"""
@@ -99,8 +108,7 @@ class Step:
 
     def statistics_dtype(self, site: Site) -> torch.dtype:
         """The dtype of statistics for a site: float32 or better, whatever the model's."""
-        own = next(iter(site.parameters.values())).dtype
-        return self.dtype or torch.promote_types(own, torch.float32)
+        return self.dtype or real_dtype(next(iter(site.parameters.values())))
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""

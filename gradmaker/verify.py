@@ -21,6 +21,7 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.curvature.likelihood import read_terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.pulls import Pulled
+from gradmaker.real_pairs import real_dtype
 from gradmaker.representations.base import Fold
 from gradmaker.sites import Site
 
@@ -155,7 +156,7 @@ def _first_tensor(output: Any) -> Tensor:
 
 
 def _dtype(site: Site) -> torch.dtype:
-    return torch.promote_types(next(iter(site.parameters.values())).dtype, torch.float32)
+    return real_dtype(next(iter(site.parameters.values())))
 
 
 # ------------------------------------------------------------------ captured gradients
