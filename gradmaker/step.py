@@ -18,7 +18,7 @@ from gradmaker.graph import Graph
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
-__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step"]
+__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step", "scaled"]
 
 
 @dataclass
@@ -88,6 +88,14 @@ class Step:
         """The sites that took part."""
         return [site for site in self.sites if site.fired(self.tape)]
 
+    def check_fired(self) -> None:
+        """RuntimeError if no site took part."""
+        if not self.active():
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
+
     def mask(self, terms: Terms) -> Tensor | None:
         """Loss terms that count, by example and position; None when all do.  # (n, R)"""
         return terms.valid().reshape(self.examples, -1) if self.masked else None
@@ -101,3 +109,10 @@ class Step:
         """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
         key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}/{self.part}".encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+
+
+def scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
+    """Output gradients of a loss that is multiplied by a factor."""
+    if factor == 1.0:
+        return gradients
+    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}

@@ -226,12 +226,14 @@ def _edit(state: Any, path: tuple[str, ...], value: Any) -> Any:
 
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "not a state": (lambda s: s.clear(), "expected what state_dict"),
-    "another kind": (lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1), "expected what state_dict"),
+    "another kind": (lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1, format=2), "expected what state_dict"),
     "missing site": (lambda s: _edit(s, ("sites", "2"), None), r"missing \['2'\], unknown \[\]"),
     "unknown site": (lambda s: _edit(s, ("sites", "7"), s["sites"]["2"]), r"unknown \['7'\]"),
     "missing counter": (lambda s: _edit(s, ("skipped",), None), r"missing \['skipped'\]"),
-    "missing clock": (lambda s: _edit(s, ("refresh_clock",), None), r"missing \['refresh_clock'\]"),
-    "missing time": (lambda s: _edit(s, ("refresh_clock", "next"), None), r"refresh_clock: missing \['next'\]"),
+    "missing clock": (lambda s: _edit(s, ("clocks", "method"), None), r"clocks: missing \['method'\]"),
+    "missing time": (lambda s: _edit(s, ("clocks", "method", "refresh", "next"), None), r"refresh: missing \['next'\]"),
+    "no format": (lambda s: _edit(s, ("format",), None), r"saved by an earlier version, which gave no format.*measure anew"),
+    "another format": (lambda s: _edit(s, ("format",), 1), r"of format 1, and format 2 is read"),
     "unknown key": (lambda s: _edit(s, ("extra",), 1), r"unknown \['extra'\]"),
     "missing part": (lambda s: _edit(s, ("sites", "0", "cache"), None), r"0: missing \['cache'\]"),
     "missing tensor": (lambda s: _edit(s, ("sites", "0", "state", "left"), None), r"0: state: missing \['left'\]"),
