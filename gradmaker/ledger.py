@@ -51,7 +51,7 @@ class Ledger:
         if measured > last:
             raise RuntimeError(
                 f"{measured + 1} micro-batches of this step were measured before an exception ended it, and it was repeated "
-                f"with {last + 1}: repeat the others as well, or load a state that was saved before"
+                f"with {last + 1}: repeat it with all, or load a state that was saved before"
             )
 
     def begin_again(self, blocks: Iterable[Block]) -> None:

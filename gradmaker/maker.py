@@ -205,6 +205,7 @@ class GradientMaker:
         """After an exception in `precondition`: put back ``.grad`` as it was before the step, unless it was changed since."""
         if not self._ended:
             return
+        self._abandon()
         if all(p.grad is g and (g is None or g._version == version) for p, g, version in self._left):
             for p, before in self._kept:
                 p.grad = before

@@ -226,11 +226,6 @@ class PreconditionedGradientMaker(GradientMaker):
         for block in self.plan.blocks:
             block.triple.representation.release(block.state)
 
-    def _begin_again(self) -> None:
-        if self._ended:
-            self._abandon()
-        super()._begin_again()
-
     def _abandon(self) -> None:
         self._part = -1
         self._ledger.begin_again(self.plan.blocks)
@@ -246,6 +241,8 @@ class PreconditionedGradientMaker(GradientMaker):
 
     def _bookmark(self) -> Callable[[], None]:
         counters = {k: getattr(self, k) for k in ("_asked", "_due", "_finite", "_noted", "_part")}
+        if self._part >= 0:  # of this step: of the one before, pairs are made once and its batch is let go
+            counters["_previous"] = self._previous
         clocks = self._clocks.dump()
 
         def undo() -> None:

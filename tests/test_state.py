@@ -226,7 +226,10 @@ def _edit(state: Any, path: tuple[str, ...], value: Any) -> Any:
 
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "not a state": (lambda s: s.clear(), "expected what state_dict"),
-    "another kind": (lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1, format=2), "expected what state_dict"),
+    "another kind": (
+        lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1, format=2),
+        "expected what state_dict",
+    ),
     "missing site": (lambda s: _edit(s, ("sites", "2"), None), r"missing \['2'\], unknown \[\]"),
     "unknown site": (lambda s: _edit(s, ("sites", "7"), s["sites"]["2"]), r"unknown \['7'\]"),
     "missing counter": (lambda s: _edit(s, ("skipped",), None), r"missing \['skipped'\]"),
