@@ -216,9 +216,14 @@ class Block:
         """What a refresh makes of statistics of some members."""
         return self.precision.prepare(self.triple, state, previous, self.frame.dtype)
 
+    @property
+    def late(self) -> bool:
+        """Whether names and shapes of its tensors are known only when it has been measured."""
+        return self.triple.representation.live and not self.triple.representation.fleeting
+
     def empty_cache(self) -> State:
-        """The names and shapes of a cache, all zero; none where these depend on what has been measured."""
-        if self.triple.representation.live and not self.triple.representation.fleeting:
+        """The names and shapes of a cache, all zero; none where these are not known yet."""
+        if self.late:
             return {}
         one = self.triple.representation.init(self.frame if self.full else replace(self.frame, stack=1))
         like = self.refreshed(one, None)

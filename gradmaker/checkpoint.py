@@ -34,7 +34,8 @@ def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:
         )
     for block in maker.plan.blocks:
         block.check_whole()
-    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block).items()}
+    measured = maker._ever | maker._ledger.further
+    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, measured).items()}
     state = {**_counters(maker), "sites": sites}
     return {**state, "holds": sorted(_held(state))}
 
@@ -79,12 +80,16 @@ def _held(state: Any, path: str = "") -> list[str]:
     return [entry for key, value in state.items() for entry in _held(value, f"{path}/{key}" if path else key)]
 
 
-def _dump_block(block: Block) -> dict[str, Any]:
+def _dump_block(block: Block, measured: set[str]) -> dict[str, Any]:
     cache = block.cache or block.empty_cache()
     if block.full:
-        return {block.name: _dump_slot(block, slice(None), cache, bool(block.ready))}
-    members = zip(block.sites, block.slots, strict=True)
-    return {site.name: _dump_slot(block, slot, cache, site.name in block.ready) for site, slot in members}
+        found = {block.name: _dump_slot(block, slice(None), cache, bool(block.ready))}
+    else:
+        members = zip(block.sites, block.slots, strict=True)
+        found = {site.name: _dump_slot(block, slot, cache, site.name in block.ready) for site, slot in members}
+    if block.late and not measured & {site.name for site in block.sites}:
+        return {name: {**parts, "state": {}} for name, parts in found.items()}
+    return found
 
 
 def _dump_slot(block: Block, slot: slice, cache: State, ready: bool) -> dict[str, Any]:
@@ -113,8 +118,8 @@ def load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
             _check_names(f"clocks: {name}: {key}: ", saved["clocks"][name].get(key, {}), period)
     _check_names("sites ", sites, {name: None for block in maker.plan.blocks for name in _names(block)})
     loaded = [(block, _gather(block, sites)) for block in maker.plan.blocks]
-    _check_held(saved)
     gradients = _gather_gradients(maker, saved)
+    _check_held(saved)
     for block, parts in loaded:
         for part, tensors in parts.items():
             setattr(block, part, tensors)
@@ -208,6 +213,8 @@ def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
 def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:
     own: State = getattr(block, part) if like is None else like
     if part == "state" and block.triple.representation.live:
+        if block.late and not members[0]:
+            return block.triple.representation.init(block.frame)
         return _gather_live(block, part, members[0], own, block.frame.dtype)
     slots = [slice(None)] if block.full else block.slots
     for name, slot, member in zip(_names(block), slots, members, strict=True):

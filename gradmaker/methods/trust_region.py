@@ -117,7 +117,7 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
             block.triple = config.triple(block.sites[0]) or block.triple
 
     def _precondition(self) -> None:
-        if self._tries() and self._trial is None and (self._rescaling is not None or self._asked != self.step):
+        if self._tries() and self._trial is None:
             raise RuntimeError(
                 "precondition: adaptive_damping or rescale goes by this step, and its forward passes were not recorded, or not "
                 "all by this maker: declare the calls (setup_model_call, setup_loss_call, forward_and_backward), and save "
