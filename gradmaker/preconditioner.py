@@ -71,10 +71,11 @@ class PreconditionedGradientMaker(GradientMaker):
         self._part += 1
         return bool(self.plan.curvatures(of_passes=True, due=self._due))
 
-    def new_tape(self) -> Tape:
-        """A tape that watches the modules of every site whose curvature is layer-wise, and what else such a curvature needs."""
-        recorded = [c for c in self.plan.curvatures(of_passes=True, due=self._due) if c.recorded]
-        own = (m for c in recorded for s in self.plan.sites(c, self._due) for m in s.modules)
+    def new_tape(self, everything: bool = False) -> Tape:
+        """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
+        due = None if everything else self._due
+        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if c.recorded]
+        own = (m for c in recorded for s in self.plan.sites(c, due) for m in s.modules)
         return Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
