@@ -32,6 +32,11 @@ def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:
             "state_dict: precondition() has ended in an exception while it wrote into .grad: call it again, or begin the step "
             "again, before a state is saved"
         )
+    if maker._part >= 0 and not maker._open and maker._ledger.measured(maker._part):
+        raise RuntimeError(
+            "state_dict: a pass of a loop that is not the maker's has been measured, and its gradient is in .grad, which is "
+            "not saved: save between steps, after optimizer.step()"
+        )
     for block in maker.plan.blocks:
         block.check_whole()
     measured = maker._ever | maker._ledger.further

@@ -34,7 +34,7 @@ class Ledger:
     def note(self, part: int, weight: float, examples: int) -> None:
         """A micro-batch is about to be folded in. RuntimeError if it is another than before the step began again."""
         before = self._parts.get(part, (weight, examples))
-        if self._measured(part) and before != (weight, examples):
+        if self.measured(part) and before != (weight, examples):
             raise RuntimeError(
                 f"micro-batch {part} of this step had weight {before[0]:g} and {before[1]} examples when it was measured, "
                 f"before an exception ended the step, and has {weight:g} and {examples} now: repeat the step with the same "
@@ -42,7 +42,8 @@ class Ledger:
             )
         self._parts[part] = (weight, examples)
 
-    def _measured(self, part: int) -> bool:
+    def measured(self, part: int) -> bool:
+        """Whether anything of a micro-batch has been folded in."""
         return any(done for (p, _), done in self._folded.items() if p == part)
 
     def check_parts(self, last: int) -> None:
@@ -73,7 +74,7 @@ class Ledger:
         return {
             "further": sorted(self.further),
             "folded": sorted(folded),
-            "parts": [[part, weight, examples] for part, (weight, examples) in self._parts.items() if self._measured(part)],
+            "parts": [[part, weight, examples] for part, (weight, examples) in self._parts.items() if self.measured(part)],
             "prepared": sorted(s.name for b in self.prepared for s in b.sites),
             "refreshed": sorted(s.name for b, due in self.prepared.items() if due for s in b.sites),
         }

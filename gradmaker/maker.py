@@ -231,8 +231,17 @@ class GradientMaker:
 
     # ---------------------------------------------------------------- for subclasses
     def _bookmark(self) -> Callable[[], None]:
-        """What takes the maker's counters back to where they are now, for a pass that fails."""
-        return lambda: None
+        """What takes the maker's counters, and torch's global generators, back to where they are now: for a pass that fails."""
+        indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        devices = {i: torch.cuda.get_rng_state(i) for i in indices}
+        host = torch.get_rng_state()
+
+        def undo() -> None:
+            torch.set_rng_state(host)
+            for index, state in devices.items():
+                torch.cuda.set_rng_state(state, index)
+
+        return undo
 
     def _abandon(self) -> None:
         """Let go of what the passes of this step have brought, but for what cannot be taken back."""

@@ -218,8 +218,7 @@ class PreconditionedGradientMaker(GradientMaker):
 
     def _end_step(self) -> None:
         """Keep what the step has brought; what came to nothing is due again at the next."""
-        if not self._finite:
-            self.skipped += 1
+        self.skipped += int(not self._finite)
         for block, solved in self._ledger.solved or []:
             block.keep(solved)
         self._clocks.retry(self._due, self._ledger.further if self._finite else (), self.step + 1)
@@ -241,14 +240,16 @@ class PreconditionedGradientMaker(GradientMaker):
             )
 
     def _bookmark(self) -> Callable[[], None]:
+        rewind = super()._bookmark()
         counters = {k: getattr(self, k) for k in ("_asked", "_due", "_finite", "_noted", "_part")}
         if self._part >= 0:  # of this step: of the one before, pairs are made once and its batch is let go
             counters["_previous"] = self._previous
         clocks = self._clocks.dump()
 
         def undo() -> None:
-            vars(self).update(counters)
+            rewind()
             self._clocks.load(clocks)
+            vars(self).update(counters)
             self._ledger.solved = None
 
         return undo

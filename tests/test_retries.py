@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -240,6 +240,41 @@ def test_a_step_of_micro_batches_that_is_repeated_counts_once(name: str, way: st
     """The call that failed is repeated: the pass, the solve, the solve with the pass before it, or after it the whole step."""
     method, options = NAMED[name]
     compare(lambda: maker_of(method, **options), [*PLACES][::order], way)
+
+
+class Dropped(nn.Module):
+    """A model that draws from torch's global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(nn.functional.dropout(torch.tanh(self.body(x)), 0.5))
+        return y
+
+
+@pytest.mark.parametrize("way", ["whole", "solve", "over", "last"])
+@pytest.mark.parametrize("method", ["gradient", "kfac", "adam"])
+def test_a_pass_that_is_repeated_draws_what_it_drew(method: str, way: str) -> None:
+    """Passes of a step that begins again after a solve of its own draw anew: nothing has failed that drew."""
+    places = ["model", "loss", "backward"] if method == "gradient" or way == "over" else [*PLACES]
+
+    def make() -> tuple[Any, Case]:
+        torch.manual_seed(0)
+        case = models.build(Dropped, 6, 4)
+        return from_config(case.model, {"method": method}), case
+
+    results = []
+    for trouble in (True, False):
+        maker, case = make()
+        torch.manual_seed(1)
+        for index, place in enumerate(places):
+            with PLACES[place](maker, case) if trouble else nullcontext() as loss:
+                step(maker, case, index, way, loss or case.loss)
+            results.append(torch.cat([p.grad.flatten() for p in case.model.parameters()]))  # type: ignore[union-attr]
+    half = len(places)
+    assert all(torch.equal(a, b) for a, b in zip(results[:half], results[half:], strict=True))
 
 
 # --- what cannot be repeated ---------------------------------------------------------------------------------------------

@@ -427,6 +427,21 @@ def test_a_plain_maker_saves_between_steps() -> None:
     assert maker.state_dict() == {"format": 2, "step": 1}
 
 
+def test_a_measured_pass_of_another_loop_is_not_saved() -> None:
+    """Its gradient is not the maker's; a pass that was not differentiated, and one that is over, are nothing to wait for."""
+    case = mlp()
+    optimizer = torch.optim.SGD(case.model.parameters(), 0.01)
+    maker = gm.KfacGradientMaker(case.model).attach(optimizer, "categorical")
+    case.run()
+    maker.state_dict()
+    case.run().backward()
+    if maker._ledger.measured(0):
+        with pytest.raises(RuntimeError, match=r"save between steps, after optimizer.step\(\)"):
+            maker.state_dict()
+    optimizer.step()
+    maker.state_dict()
+
+
 @pytest.mark.parametrize("place", ["prepare", "solve"])
 def test_a_state_of_a_step_that_has_failed_lets_it_begin_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has been folded in is in the state, and is not folded in again."""
