@@ -11,6 +11,7 @@ from torch import nn
 from gradmaker.curvature.evidence import Evidence
 
 if TYPE_CHECKING:
+    from gradmaker.sites import Site
     from gradmaker.step import Step
 
 __all__ = ["NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
@@ -73,6 +74,10 @@ class Curvature(ABC):
     def secants(self, step: Step) -> dict[str, Evidence]:
         """What ``step.previous`` has to say, by site, now that the weights have moved: for those that ask for ``previous``."""
         return {}
+
+    def secant_shape(self, site: Site) -> tuple[int, ...]:
+        """Of both tensors of a pair of `secants`."""
+        return site.shape
 
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:

@@ -61,8 +61,7 @@ class Secant(_Lazy):
     layerwise: ClassVar[bool] = False
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if step.previous is not None:
-            yield self._completed(step)
+        yield self._completed(step)
         earlier, found = step.earlier(), dict[str, Evidence]()
         for site in step.sites:
             gradients = {p: _sum(p.grad, earlier.get(p)) for p in site.parameters.values()}
@@ -126,6 +125,9 @@ class LayerSecant(_Lazy):
             found[site.name] = PairedInputs(**vars(outer))
         yield found
         yield self._completed(step)
+
+    def secant_shape(self, site: Site) -> tuple[int, ...]:
+        return site.shape[:2]  # (G, o)
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         assert step.previous is not None

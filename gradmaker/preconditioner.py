@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradmaker.attachment import Attachment
 from gradmaker.batches import Batches, terms_of
-from gradmaker.blocks import Block
+from gradmaker.blocks import Block, Solved
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
@@ -24,13 +24,13 @@ from gradmaker.deferred import resolve
 from gradmaker.failures import Failures
 from gradmaker.graph import Graph
 from gradmaker.head import Head
+from gradmaker.ledger import WHOLE_STEP, Ledger
 from gradmaker.maker import GradientMaker
-from gradmaker.plan import carry, make_plan
+from gradmaker.plan import Plan, PlanClocks, carry, make_plan
 from gradmaker.previous import bookmark, complete
-from gradmaker.schedule import Clock, as_schedule
 from gradmaker.self_checks import SelfChecks
 from gradmaker.sites import Site
-from gradmaker.step import NOTHING, Extra, Previous, Step
+from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
 from gradmaker.summary import Summary, summarise
 from gradmaker.verify import Verification, verify
 
@@ -53,15 +53,14 @@ class PreconditionedGradientMaker(GradientMaker):
         self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
         self.skipped = 0
         """Steps whose loss or gradients were not finite: no statistic took them in, ``.grad`` was left as it was."""
-        self._curvature_clock = Clock(as_schedule("", self.config.curvature_interval), self.config.warmup_steps)
-        self._refresh_clock = Clock(as_schedule("", self.config.preconditioner_interval), self.config.warmup_steps)
-        self._asked = -1  # the step for which the curvature clock has been asked
-        self._measuring = False
+        self._clocks = PlanClocks(self.plan)
+        self._asked = -1  # the step for which the clocks have been asked
+        self._due: frozenset[str] = frozenset()  # methods of the plan that measure their curvature in this step
         self._finite = True
         self._part = -1  # the micro-batch of this step that is under way
         self._previous: Previous | None = None
         self._noted = False  # whether anything of this step was checked for being finite
-        self._further: set[str] = set()  # sites that have given evidence in this step
+        self._ledger = Ledger()  # of the step that is under way
         self._ever: set[str] = set()  # sites that have given evidence at all
         self._attachments: list[Attachment] = []
         self._failures = Failures(self.config.failures_allowed)
@@ -72,17 +71,17 @@ class PreconditionedGradientMaker(GradientMaker):
     # ---------------------------------------------------------------- the step
     def begin_pass(self) -> bool:
         """Whether the coming pass is to be recorded; asked before every forward pass."""
+        self._begin_again()
         if self._asked != self.step:
-            self._measuring = self._curvature_clock.tick(self.step)
-            self._asked = self.step
-        self._measuring |= bool(self.plan.fleeting)  # also where the step begins again after an exception in its solve
+            self._due, self._asked = self._clocks.measure(self.step), self.step
         self._part += 1
-        return self._measuring and bool(self.plan.curvatures(of_passes=True))
+        return bool(self.plan.curvatures(of_passes=True, due=self._due))
 
-    def new_tape(self) -> Tape:
-        """A tape that watches the modules of every site whose curvature is layer-wise, and what else such a curvature needs."""
-        recorded = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
-        own = (m for c in recorded for s in self.plan.sites(c) for m in s.modules)
+    def new_tape(self, everything: bool = False) -> Tape:
+        """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
+        due = None if everything else self._due
+        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if c.recorded]
+        own = (m for c in recorded for s in self.plan.sites(c, due) for m in s.modules)
         modules = dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model))))
         tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
         tape.assume(self._declared[""].counted if self._declared else None)
@@ -110,33 +109,39 @@ class PreconditionedGradientMaker(GradientMaker):
             make = partial(Graph, self.model, loss, terms, logits)
             graph, ridden = self._backward(tape, make, loss, weight, batches, bool(due) or not self.checks.arrangement.plain)
             if due:
-                self.check(tape, head, _scaled(ridden, 1 / weight) if weight else None)
+                self.check(tape, head, scaled(ridden, 1 / weight) if weight else None)
             extra = Extra(graph, batches, self._previous)
             self.take_in(tape, terms, weight, [loss], head=head, extra=extra)
             self.take_in(tape, terms, weight, [], ridden=ridden, head=head, extra=extra)
-        if batches is not None and self.plan.asks("previous") and self._finite:
+        if batches is not None and self.plan.asks("previous", self._due) and self._finite:
             self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
         return output, loss
 
     def _recorded_sites(self) -> list[Site]:
         """The sites that are measured by their calls."""
-        return [s for c in self.plan.curvatures(of_passes=True) if c.recorded for s in self.plan.sites(c) if not s.frozen]
+        recorded = [c for c in self.plan.curvatures(of_passes=True, due=self._due) if c.recorded]
+        return [s for c in recorded for s in self.plan.sites(c, self._due) if not s.frozen]
 
     def check(self, tape: Tape, head: Head, ridden: OutputGradients | None) -> None:
         """Make the self-checks on a pass, and measure by their verdict from here on."""
-        curvatures = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
+        curvatures = [c for c in self.plan.curvatures(of_passes=True, due=self._due) if c.recorded]
         explained = any(not c.rides for c in curvatures) and not head.declared
         costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
         with _plain_arithmetic(self.model):
             unseen = self.checks.run(tape, self._recorded_sites(), head, ridden, explained, costly)
         if unseen - self._unseen:
-            self._plan_again(self._unseen | unseen)
+            self.plan_again(self._unseen | unseen)
 
-    def _plan_again(self, unseen: frozenset[str]) -> None:
+    def plan_again(self, unseen: frozenset[str]) -> None:
         """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
         plan = make_plan(self.model, self.config, self._methods, unseen)
         carry(self.plan, plan)
+        self.adopt(plan, unseen)
+
+    def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
+        """Go on with another plan."""
         self.plan, self._unseen = plan, unseen
+        self._clocks.plan = plan
         self.checks.arrangement.direct |= unseen
         self._planned()
 
@@ -147,13 +152,13 @@ class PreconditionedGradientMaker(GradientMaker):
         return any(b.full for b in self.plan.blocks if b.triple.curvature == curvature)
 
     def _repeats(self) -> bool:
-        return self.plan.asks("replay") or self.plan.asks("previous") or len(self._declared) > 1
+        return any(self.plan.asks(what, self._due) for what in ("replay", "previous")) or len(self._declared) > 1
 
     def _backward(
         self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None, kept: bool
     ) -> tuple[Graph | None, OutputGradients]:
         """The backward pass, with its output gradients; and the graph for products, of this pass or of a batch of their own."""
-        products = self.plan.asks("graph")
+        products = self.plan.asks("graph", self._due)
         shared = products and (batches is None or batches.shared)
         made: list[Graph] = []
 
@@ -162,12 +167,12 @@ class PreconditionedGradientMaker(GradientMaker):
                 made.append(make())
                 made[0].write_gradients(weight)
                 return
-            pulled = kept or any(not c.rides for c in self.plan.curvatures(of_passes=True))
+            pulled = kept or any(not c.rides for c in self.plan.curvatures(of_passes=True, due=self._due))
             (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
 
         ridden = tape.collect(differentiate)
         if shared:
-            return made[0], _scaled(ridden, weight)
+            return made[0], scaled(ridden, weight)
         if not products or batches is None:
             return None, ridden
         with tape.paused():
@@ -194,11 +199,11 @@ class PreconditionedGradientMaker(GradientMaker):
         if not self._finite:
             return
         if ridden is not None:
-            ridden = _scaled(ridden, 1 / (weight * scale))
-        for curvature in self.plan.curvatures(of_passes=True):
+            ridden = scaled(ridden, 1 / (weight * scale))
+        for curvature in self.plan.curvatures(of_passes=True, due=self._due):
             held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
             if curvature.rides == (ridden is not None) and not (empty and held):
-                step = self._step(curvature, tape, terms, masked)
+                step = self._step(curvature, tape, terms, masked, self._due)
                 if not step.sites:
                     continue
                 step.ridden, step.head = ridden, head
@@ -208,9 +213,12 @@ class PreconditionedGradientMaker(GradientMaker):
                     step.check_calls()
                 self._fold(curvature, step, weight)
 
-    def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
+    def _step(
+        self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool, due: frozenset[str] | None = None
+    ) -> Step:
+        """What a curvature may know.  due: methods whose sites it speaks of; None for all"""
         c = self.config
-        sites = [s for s in self.plan.sites(curvature) if not s.frozen]
+        sites = [s for s in self.plan.sites(curvature, due) if not s.frozen]
         step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
         step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
         step.whole = self._whole(curvature)
@@ -222,7 +230,7 @@ class PreconditionedGradientMaker(GradientMaker):
 
         One host read, and only on steps on which a statistic would take them in.
         """
-        if not (self._measuring or any(b.momentum or b.norm_state for b in self.plan.blocks)):
+        if not (self._due or any(b.momentum or b.norm_state for b in self.plan.blocks)):
             return False, False
         self._noted = True
         tensors = check + [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -234,13 +242,15 @@ class PreconditionedGradientMaker(GradientMaker):
         return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
 
     def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
-        blocks = [b for b in self.plan.blocks if b.triple.curvature == curvature]
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
+        part, ledger = step.part if curvature.of_passes else WHOLE_STEP, self._ledger
+        ledger.note(part, weight, step.examples)
         with _plain_arithmetic(self.model):
-            for portion in curvature.measure(step):
+            for index, portion in enumerate(curvature.measure(step)):
                 with torch.no_grad():
                     for block in blocks:
-                        block.update(portion, block.fold(weight), self._further)
-        self._ever |= self._further
+                        block.update(portion, block.fold(weight), ledger.further, ledger.folded(part, index))
+        self._ever |= ledger.further
 
     def forget_pass(self) -> None:
         """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
@@ -252,18 +262,23 @@ class PreconditionedGradientMaker(GradientMaker):
             self._check_passes()
         if not self._noted:
             self._note_finite([], [])
-        try:
-            if self._finite:
-                self._solve()
-            else:
-                self.skipped += 1
-            if self._measuring and not (self._finite and self._further):
-                self._curvature_clock.retry(self.step + 1)
-        finally:
-            self._measuring, self._finite, self._noted, self._further = False, True, False, set()
-            self._part = -1
-            for block in self.plan.blocks:
-                block.triple.representation.release(block.state)
+        if self._finite:
+            self._solve()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """Keep what the step has brought; what came to nothing is due again at the next."""
+        self.skipped += int(not self._finite)
+        for block, solved in self._ledger.solved or []:
+            block.keep(solved)
+        self._clocks.retry(self._due, self._ledger.further if self._finite else (), self.step + 1)
+        self._due, self._finite, self._noted, self._ledger, self._part = frozenset(), True, False, Ledger(), -1
+        for block in self.plan.blocks:
+            block.triple.representation.release(block.state)
+
+    def _abandon(self) -> None:
+        self._part = -1
+        self._ledger.begin_again(self.plan.blocks)
 
     def _check_passes(self) -> None:
         undo = self._bookmark()
@@ -275,43 +290,50 @@ class PreconditionedGradientMaker(GradientMaker):
             )
 
     def _bookmark(self) -> Callable[[], None]:
-        clock = self._curvature_clock
-        counters = {k: getattr(self, k) for k in ("_asked", "_measuring", "_finite", "_noted", "_part")}
-        period = clock.begun, clock.next
+        rewind = super()._bookmark()
+        counters = {k: getattr(self, k) for k in ("_asked", "_due", "_finite", "_noted", "_part")}
+        if self._part >= 0:  # of this step: of the one before, pairs are made once and its batch is let go
+            counters["_previous"] = self._previous
+        clocks = self._clocks.dump()
 
         def undo() -> None:
+            rewind()
+            self._clocks.load(clocks)
             vars(self).update(counters)
-            clock.begun, clock.next = period
+            self._ledger.solved = None
 
         return undo
 
     @torch.no_grad()
     def _solve(self) -> None:
-        if self._measuring:
-            for curvature in self.plan.curvatures(of_passes=False):
-                self._fold(curvature, self._step(curvature, Tape(self.model, ()), [], False), 1.0)
-        with _plain_arithmetic(self.model):
-            self._refresh()
-            results = [r for r in map(self._result, self.plan.blocks) if r is not None]
-            for block, value in results:
-                block.write(value)
+        ledger = self._ledger
+        if ledger.solved is None:
+            ledger.check_parts(self._part)
+            for curvature in self.plan.curvatures(of_passes=False, due=self._due):
+                self._fold(curvature, self._step(curvature, Tape(self.model, ()), [], False, self._due), 1.0)
+            with _plain_arithmetic(self.model):
+                self._refresh()
+                ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]
+        for block, solved in ledger.solved:
+            if self._started or (block.norm and block.norm.leads):
+                block.write(solved.value)
+
+    @property
+    def _started(self) -> bool:
+        return self.step >= self.config.first_step
 
     def _refresh(self) -> None:
         self._failures.check()  # what was on its way from a device
-        self._refresh_clock.tick(self.step)
-        shares = [block.share if self.config.spread else 0.0 for block in self.plan.blocks]
-        due = [self._refresh_clock.due(self.step, share) for share in shares]
-        refreshed = [b for b, now in zip(self.plan.blocks, due, strict=True) if b.prepare(self._ever, now)]
-        self._failures.note(refreshed, self.step)
+        done = self._ledger.prepared
+        for block, due in self._clocks.refreshes(self.step):
+            if block not in done:
+                done[block] = block.prepare(self._ever, due)
+        self._failures.note([block for block, refreshed in done.items() if refreshed], self.step)
         self._failures.check()
 
-    def _result(self, block: Block) -> tuple[Block, Tensor] | None:
+    def _result(self, block: Block) -> tuple[Block, Solved] | None:
         raw = block.read()
-        if raw is None or not block.cache:
-            return None
-        started = self.step >= self.config.first_step
-        value = block.solve(raw, started)
-        return (block, value) if started or (block.norm and block.norm.leads) else None
+        return None if raw is None or not block.cache else (block, block.solve(raw, self._started))
 
     # ---------------------------------------------------------------- riding another loop
     def attach(
@@ -360,12 +382,6 @@ class PreconditionedGradientMaker(GradientMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
-
-
-def _scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
-    if factor == 1.0:
-        return gradients
-    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}
 
 
 def _finite(value: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def bookmark(maker: PreconditionedGradientMaker, replay: Replay, weight: float, 
 def complete(maker: PreconditionedGradientMaker) -> None:
     """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
     previous = maker._previous
+    if maker._part >= 0 and maker._finite and maker.plan.asks("previous", maker._due):
+        if previous is None or previous.index != maker.step:
+            raise RuntimeError(
+                "secants compare whole steps, and the first micro-batches of this one were not saved with the state that was "
+                "loaded: save between steps"
+            )
     if previous is None or not previous.passes or previous.index == maker.step:
         return
     previous.pairs = _secants(maker, previous)
@@ -52,17 +58,31 @@ def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str
 
 
 def dump_secants(maker: PreconditionedGradientMaker) -> dict[str, Any]:
-    """The pairs of the last measured step. Its batch cannot be saved: if the weights have not moved yet, there are none."""
+    """The pairs of the last measured step, with a place for every site that may have one.
+
+    Its batch cannot be saved: if the weights have not moved yet, there are none.
+    """
     previous = maker._previous
-    if previous is None:
-        return {}
-    pairs = previous.pairs
-    if previous.passes and previous.index != maker.step and _moved(previous.weights):
+    pairs = None if previous is None else previous.pairs
+    if previous is not None and previous.passes and previous.index != maker.step and _moved(previous.weights):
         pairs = _secants(maker, previous)
-    if pairs is None:
-        return {}
-    saved = {k: {"v": e.v.clone(), "cv": e.cv.clone()} for k, e in pairs.items() if isinstance(e, Pair)}
-    return {"index": previous.index, "pairs": saved}
+    saved = {}
+    for site, like in _places(maker).items():
+        pair = (pairs or {}).get(site)
+        v, cv = (pair.v.clone(), pair.cv.clone()) if isinstance(pair, Pair) else (like, like.clone())
+        saved[site] = {"v": v, "cv": cv}
+    index = -1 if previous is None or pairs is None else previous.index
+    return {"index": index, "known": sorted(pairs or {}), "pairs": saved}
+
+
+def _places(maker: PreconditionedGradientMaker) -> dict[str, Tensor]:
+    """Zeros in the shape of a pair's tensors, by site."""
+    blocks = [b for b in maker.plan.blocks if "previous" in b.triple.curvature.asks]
+    return {
+        s.name: torch.zeros(b.triple.curvature.secant_shape(s), dtype=b.frame.dtype, device=b.frame.device)
+        for b in blocks
+        for s in b.sites
+    }
 
 
 def _moved(weights: dict[nn.Parameter, Tensor]) -> bool:
@@ -71,11 +91,11 @@ def _moved(weights: dict[nn.Parameter, Tensor]) -> bool:
 
 def load_secants(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     """Go on from `dump_secants`."""
-    if not saved:
+    if saved["index"] < 0:
         maker._previous = None
         return
-    device = {s.name: b.frame.device for b in maker.plan.blocks for s in b.sites}
-    pairs: dict[str, Evidence] = {
-        k: Pair(e["v"].to(device[k], copy=True), e["cv"].to(device[k], copy=True)) for k, e in saved["pairs"].items()
-    }
+    places, pairs = _places(maker), dict[str, Evidence]()
+    for name in saved["known"]:
+        v, cv = (saved["pairs"][name][part].to(places[name], copy=True) for part in ("v", "cv"))
+        pairs[name] = Pair(v, cv)
     maker._previous = Previous([], {}, {}, int(saved["index"]), pairs)

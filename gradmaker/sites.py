@@ -317,7 +317,7 @@ def _generic_site(
 
 
 def _calling_path(model: nn.Module, path: str) -> str:
-    """The module that is called when a parameter at ``path`` is used: no parametrization, container, or child of an opaque one."""
+    """The module whose call uses a parameter at ``path``: no parametrization, container, or child of an opaque module."""
     path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
     path = "" if path.startswith("parametrizations") else path
     parts = path.split(".") if path else []

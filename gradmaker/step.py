@@ -19,7 +19,7 @@ from gradmaker.real_pairs import real_dtype
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
-__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step"]
+__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step", "scaled"]
 
 
 @dataclass
@@ -114,3 +114,10 @@ class Step:
         """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
         key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}/{self.part}".encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+
+
+def scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
+    """Output gradients of a loss that is multiplied by a factor."""
+    if factor == 1.0:
+        return gradients
+    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}

@@ -127,7 +127,7 @@ def _normalised(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 def _checks(maker: PreconditionedGradientMaker) -> list[Check]:
     if maker._call is None or maker._loss is None:
         raise RuntimeError("verify: declare a batch first, by setup_model_call and setup_loss_call")
-    tape = maker.new_tape()
+    tape = maker.new_tape(everything=True)
     with tape.recording(), LossRecorder() as recorder:
         output, loss = maker._forward({})
         tape.end_forward([loss])

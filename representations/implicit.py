@@ -93,7 +93,7 @@ class Implicit(Representation):
 
     def snapshot(self, state: State) -> State:
         held = Held(state)
-        held.products = _products(state)  # the same list: it ends with the step
+        held.products = state.products if isinstance(state, Held) else []  # the same list: it ends with the step
         return held
 
     def origin(self, state: State) -> Tensor:
