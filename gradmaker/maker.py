@@ -190,6 +190,7 @@ class GradientMaker:
 
         After an exception it may be called again; a further pass begins the step again instead.
         """
+        self._check_parameters()
         self._ended = True
         try:
             self._precondition()
@@ -230,6 +231,9 @@ class GradientMaker:
             raise
 
     # ---------------------------------------------------------------- for subclasses
+    def _check_parameters(self) -> None:
+        """Refuse a step on a model that is not what the maker was made for."""
+
     def _bookmark(self) -> Callable[[], None]:
         """What takes the maker's counters, and torch's global generators, back to where they are now: for a pass that fails."""
         indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}

@@ -108,7 +108,7 @@ class PreconditionedGradientMaker(GradientMaker):
                 batches.own.note(terms)
             make = partial(Graph, self.model, loss, terms, logits)
             graph, ridden = self._backward(tape, make, loss, weight, batches, bool(due) or not self.checks.arrangement.plain)
-            if due:
+            if due and self._all_finite([loss], []):
                 self.check(tape, head, scaled(ridden, 1 / weight) if weight else None)
             extra = Extra(graph, batches, self._previous)
             self.take_in(tape, terms, weight, [loss], head=head, extra=extra)
@@ -224,6 +224,10 @@ class PreconditionedGradientMaker(GradientMaker):
         step.whole = self._whole(curvature)
         return step
 
+    def _all_finite(self, check: list[Tensor], terms: list[Terms]) -> bool:
+        self._note_finite(check, terms)
+        return self._finite
+
     @torch.no_grad()
     def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> tuple[bool, bool]:
         """Record whether these tensors and the gradients are finite; returns whether the loss left out terms, and all of them.
@@ -256,8 +260,10 @@ class PreconditionedGradientMaker(GradientMaker):
         """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
         self._finite, self._noted = True, False
 
-    def _precondition(self) -> None:
+    def _check_parameters(self) -> None:
         self.plan.own.check()
+
+    def _precondition(self) -> None:
         if self._asked != self.step:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
         if not self._noted:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
 
+CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+"""Modules that are never called."""
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -325,6 +328,6 @@ def _calling_path(model: nn.Module, path: str) -> str:
         prefix = ".".join(parts[:j])
         if isinstance(model.get_submodule(prefix), OPAQUE):
             return prefix
-    while parts and type(model.get_submodule(".".join(parts))).forward is nn.Module.forward:  # a container, as ParameterList
+    while parts and isinstance(model.get_submodule(".".join(parts)), CONTAINERS):
         parts.pop()
     return ".".join(parts)

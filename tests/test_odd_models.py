@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmaker.curvature import FisherEmp, FisherExact
 from gradmaker.methods import METHODS
 from gradmaker.spectrum import hvp
 
@@ -226,7 +227,7 @@ def test_a_scripted_part_is_as_it_was_or_refused(method: str) -> None:
 @pytest.mark.usefixtures("script")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_scripted_models_and_forward_mode_through_them_are_refused() -> None:
-    with pytest.raises(ValueError, match="put it inside of an nn.Module"):
+    with pytest.raises(ValueError, match=r"put it inside of an nn\.Module"):
         make("adam", torch.jit.script(Inner()))
     model, (x, t) = around(scripted=True), batch()
     v = torch.ones(sum(p.numel() for p in model.parameters()))
@@ -302,11 +303,22 @@ def test_an_empty_micro_batch_is_none(method: str) -> None:
     assert torch.allclose(*results, rtol=0, atol=1e-9 * float(results[0].abs().max()))
 
 
-def test_a_pass_without_a_tensor_says_that_examples_cannot_be_counted() -> None:
-    model: Any = plain_mlp()
-    maker, (x, t) = make("kfac", model), batch()
-    maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(lambda: model[4](model[2](model[0](x)))), t)
-    with pytest.raises(ValueError, match="examples cannot be counted"):
+def test_a_pass_without_a_tensor_is_one_example() -> None:
+    """Nobody says how many examples there are, and for what goes by terms of the loss nobody has to."""
+    x, t = batch()
+    found = []
+    for declared in (False, True):
+        model: Any = plain_mlp()
+        maker = make("kfac", model, fisher=FisherExact())
+        call = maker.setup_model_call(model, x) if declared else maker.setup_model_call(lambda m=model: m[4](m[2](m[0](x))))
+        maker.setup_loss_call(F.cross_entropy, call, t)
+        maker.forward_and_backward()
+        found.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    model = plain_mlp()
+    maker = make("kfac", model, fisher=FisherEmp())
+    maker.setup_loss_call(lambda z: z.square().mean(), maker.setup_model_call(lambda: model[4](model[2](model[0](x)))))
+    with pytest.raises(ValueError, match="FisherEmp needs the gradients of"):
         maker.forward_and_backward()
 
 

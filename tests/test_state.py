@@ -51,12 +51,11 @@ class Twins(nn.Module):
         super().__init__()
         self.a, self.b, self.late, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.norm, self.scale = nn.LayerNorm(4), nn.Parameter(torch.rand(4) + 0.5)
-        self.calls, self.starts = 0, 3
+        self.index, self.starts = 0, 3  # of the step, which a repeated call of the model must not move
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(torch.tanh(self.b(torch.tanh(self.a(x))))) * self.scale
-        h = torch.tanh(self.late(h)) if self.calls >= self.starts else h
-        self.calls += 1
+        h = torch.tanh(self.late(h)) if self.index >= self.starts else h
         y: Tensor = self.head(h)
         return y
 
@@ -82,6 +81,7 @@ def train(maker: Any, case: Case, start: int, stop: int, lr: float = 0.01) -> No
     """Plain SGD on what the maker makes."""
     for index in range(start, stop):
         case.model.zero_grad()
+        case.model.index = index  # type: ignore[assignment]
         x, t = batch(case, index)
         maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x), t)
         maker.forward_and_backward()
