@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmaker.attention import Listener, Projection
+from gradmaker.borrowing import borrowed
 from gradmaker.calls import Call, broadcasts
 from gradmaker.reentrant import reenters
 
@@ -34,9 +35,11 @@ class Tape:
         self.root = root
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
         self.examples = 0  # batch size: the first axis of the model's first tensor argument
-        self.collecting = False  # whether output gradients of a running backward pass are kept
+        self.collecting = False  # whether output gradients of a backward pass of the loop are kept
+        self._own = False  # whether those of a backward pass that the tape runs itself are
         self._repeating = False
         self._paused = False
+        self._hooks = ExitStack()  # takes those off the modules
         self._keepers: list[Any] = []  # handles of the hooks on outputs
         # Calls made without gradients. A reentrant checkpoint makes its calls so and repeats them during backward.
         self._late: dict[nn.Module, int] = {}
@@ -47,13 +50,18 @@ class Tape:
         """Record the calls made inside. Hooks are gone afterwards, whatever happens.  sized: the batch size is known"""
         with ExitStack() as stack:
             stack.callback(self._let_go)
+            stack.callback(self.unhook)
             if not sized:
-                stack.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
+                self._hooks.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
             for module in self.calls:
                 if not isinstance(module, Projection):
-                    stack.callback(module.register_forward_hook(self._called, with_kwargs=True).remove)
-            self._listen(stack)
+                    self._hooks.callback(module.register_forward_hook(self._called, with_kwargs=True).remove)
+            self._listen(self._hooks)
             yield
+
+    def unhook(self) -> None:
+        """Take the hooks off the modules."""
+        self._hooks.close()
 
     def _listen(self, stack: ExitStack) -> None:
         """Record the linear maps inside of attention modules, which no layer is called for."""
@@ -85,8 +93,10 @@ class Tape:
             self._paused = False
 
     def end_forward(self) -> None:
-        """From here on a call is the repetition of an earlier one, by a checkpoint."""
+        """From here on a call is the repetition of an earlier one, by a checkpoint: of use where that had no gradients."""
         self._repeating = True
+        if not self._late:
+            self.unhook()
 
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the arguments of the model's call."""
@@ -125,7 +135,7 @@ class Tape:
 
     def _keeper(self, call: Call, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            if self.collecting:
+            if self._own or (self.collecting and not borrowed()):
                 call.gradients[index] = gradient.detach()
 
         return keep
@@ -139,11 +149,11 @@ class Tape:
         """Output gradients of a backward pass that runs anyway, with a cotangent axis of one."""
         for module in self._late:
             self.calls[module].clear()
-        self.collecting = True
+        self._own = True
         try:
             backward()
         finally:
-            self.collecting = False
+            self._own = False
         return self.harvest()
 
     def harvest(self) -> OutputGradients:

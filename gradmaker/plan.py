@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from gradmaker.blocks import Block, Placement, build_blocks
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.ranks import refuse_ranks
 from gradmaker.rules import names, paths
 from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.triple import did_you_mean
@@ -27,9 +29,10 @@ class Plan:
     blocks: list[Block]
     plain: dict[str, str]  # name of a parameter: why its gradient is left alone
 
-    def sites(self, curvature: Curvature) -> list[Site]:
-        """The sites whose blocks ask for a curvature."""
-        return [s for b in self.blocks if b.triple.curvature == curvature for s in b.sites]
+    def sites(self, curvature: Curvature, served: Set[nn.Parameter] | None = None) -> list[Site]:
+        """The sites whose blocks ask for a curvature.  served: of these parameters alone; None: of all"""
+        found = [s for b in self.blocks if b.triple.curvature == curvature for s in b.sites]
+        return found if served is None else [s for s in found if not served.isdisjoint(s.parameters.values())]
 
     def curvatures(self, of_passes: bool) -> list[Curvature]:
         """The distinct curvatures to be measured: with every pass, or once a step."""
@@ -48,6 +51,11 @@ class Plan:
             "search": any(b.triple.solver.searches for b in self.blocks),
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
+
+    def refuse_ranks(self) -> None:
+        """RuntimeError where several processes would measure different curvatures."""
+        if passes := self.curvatures(of_passes=True):
+            refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
     def asks(self, what: str) -> bool:
         """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmaker.attachment import Attachment
 from gradmaker.batches import Batches, terms_of
 from gradmaker.blocks import Block
 from gradmaker.capture import OutputGradients, Tape
@@ -23,10 +22,14 @@ from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
 from gradmaker.failures import Failures
 from gradmaker.graph import Graph
+from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
 from gradmaker.maker import GradientMaker
+from gradmaker.measuring import check_fired, fold, plain_arithmetic, scaled, sums_to_finite
+from gradmaker.pending import Pending
 from gradmaker.plan import make_plan
 from gradmaker.previous import bookmark, complete
 from gradmaker.schedule import Clock, as_schedule
+from gradmaker.sites import Site
 from gradmaker.step import NOTHING, Extra, Previous, Step
 from gradmaker.summary import Summary, summarise
 from gradmaker.verify import Verification, verify
@@ -58,28 +61,34 @@ class PreconditionedGradientMaker(GradientMaker):
         self._further: set[str] = set()  # sites that have given evidence in this step
         self._ever: set[str] = set()  # sites that have given evidence at all
         self._attachments: list[Attachment] = []
+        self.served: frozenset[nn.Parameter] | None = None  # those that the attached optimizer holds; None: all
         self._failures = Failures(self.config.failures_allowed)
 
     def purposes(self) -> frozenset[str]:
         return self.plan.purposes()
 
     # ---------------------------------------------------------------- the step
-    def begin_pass(self) -> bool:
-        """Whether the coming pass is to be recorded; asked before every forward pass."""
+    def begin_pass(self, counted: bool = True) -> bool:
+        """Whether the coming pass is to be recorded.  counted: whether it is known to be part of the step"""
         if self._asked != self.step:
             self._measuring = self._curvature_clock.tick(self.step)
             self._asked = self.step
         self._measuring |= bool(self.plan.fleeting)  # also where the step begins again after an exception in its solve
-        self._part += 1
-        return self._measuring and bool(self.plan.curvatures(of_passes=True))
+        self._part += counted
+        return self._measuring and any(self._sites(c) for c in self.plan.curvatures(of_passes=True))
+
+    def _sites(self, curvature: Curvature) -> list[Site]:
+        return self.plan.sites(curvature, self.served)
 
     def new_tape(self) -> Tape:
         """A tape that watches the modules of every site whose curvature is layer-wise, and what else such a curvature needs."""
         recorded = [c for c in self.plan.curvatures(of_passes=True) if c.recorded]
-        own = (m for c in recorded for s in self.plan.sites(c) for m in s.modules)
+        own = (m for c in recorded for s in self._sites(c) for m in s.modules)
         return Tape(self.model, dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model)))))
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
+        refuse_attached(self._attachments)
+        self.plan.refuse_ranks()
         complete(self)
         if not self.begin_pass():
             output, loss = super()._run(weight)
@@ -101,8 +110,8 @@ class PreconditionedGradientMaker(GradientMaker):
                 return [torch.autograd.grad(loss, t.z, retain_graph=True)[0] for t in terms]
 
             extra = Extra(graph, batches, self._previous)
-            self.take_in(tape, terms, weight, [loss], slopes=slopes, extra=extra)
-            self.take_in(tape, terms, weight, [], ridden=ridden, extra=extra)
+            pending = self.measure_pass(tape, terms, weight, [loss], slopes=slopes, extra=extra)
+            self.fold_pass(self.measure_pass(tape, terms, weight, [], ridden=ridden, extra=extra, pending=pending))
         if batches is not None and self.plan.asks("previous") and self._finite:
             self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
         return output, loss
@@ -128,13 +137,13 @@ class PreconditionedGradientMaker(GradientMaker):
 
         ridden = tape.collect(differentiate)
         if shared:
-            return made[0], _scaled(ridden, weight)
+            return made[0], scaled(ridden, weight)
         if not products or batches is None:
             return None, ridden
         with tape.paused():
             return batches.curvature.graph(), ridden
 
-    def take_in(
+    def measure_pass(
         self,
         tape: Tape,
         terms: list[Terms],
@@ -144,31 +153,44 @@ class PreconditionedGradientMaker(GradientMaker):
         slopes: Callable[[], list[Tensor]] = list,
         extra: Extra = NOTHING,
         scale: float = 1.0,
-    ) -> None:
-        """Measure the curvatures of a recorded pass and fold them into the statistics.
+        pending: Pending | None = None,
+    ) -> Pending:
+        """Measure the curvatures of a recorded pass; `fold_pass` makes what is found the statistics.
 
         ridden: output gradients of the backward pass, for those that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
+        pending: what was measured of this step before, to be added to
         """
+        pending = Pending(set(self._further)) if pending is None else pending
         masked, empty = self._note_finite(check, terms)
         if not self._finite:
-            return
+            return pending
         if ridden is not None:
-            ridden = _scaled(ridden, 1 / (weight * scale))
+            ridden = scaled(ridden, 1 / (weight * scale))
         for curvature in self.plan.curvatures(of_passes=True):
             held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
-            if curvature.rides == (ridden is not None) and not (empty and held):
+            if curvature.rides == (ridden is not None) and not (empty and held) and self._sites(curvature):
                 step = self._step(curvature, tape, terms, masked)
                 step.ridden, step.slopes = ridden, slopes
+                step.part = self._part if pending.part is None else pending.part
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
                 if curvature.layerwise:
-                    _check_fired(step)
-                self._fold(curvature, step, weight)
+                    check_fired(step)
+                blocks = [pending.block(b) for b in self.plan.blocks if b.triple.curvature == curvature]
+                fold(curvature, step, weight, blocks, pending.further)
+        return pending
+
+    def fold_pass(self, pending: Pending) -> None:
+        """Make measured statistics those of the maker."""
+        for block, held in pending.blocks.items():
+            block.state = held.state
+        self._further = pending.further
+        self._ever |= pending.further
 
     def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
         c = self.config
-        sites = self.plan.sites(curvature)
+        sites = self._sites(curvature)
         step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
         step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
         return step
@@ -182,22 +204,15 @@ class PreconditionedGradientMaker(GradientMaker):
         if not (self._measuring or any(b.momentum or b.norm_state for b in self.plan.blocks)):
             return False, False
         self._noted = True
-        tensors = check + [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = torch.stack([_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
+        served = self.served
+        own = (p for p in self.model.parameters() if served is None or p in served)
+        tensors = check + [p.grad for p in own if p.grad is not None]
+        finite = torch.stack([sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
         kept = [t.valid() for t in terms]
         flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
         values = torch.stack(flags).tolist()
         self._finite = self._finite and values[0]
         return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
-
-    def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
-        blocks = [b for b in self.plan.blocks if b.triple.curvature == curvature]
-        with _plain_arithmetic(self.model):
-            for portion in curvature.measure(step):
-                with torch.no_grad():
-                    for block in blocks:
-                        block.update(portion, block.fold(weight), self._further)
-        self._ever |= self._further
 
     def forget_pass(self) -> None:
         """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
@@ -221,14 +236,24 @@ class PreconditionedGradientMaker(GradientMaker):
             for block in self.plan.blocks:
                 block.triple.representation.release(block.state)
 
+    def gradients_are_finite(self) -> bool:
+        """Whether those of the step are, at its end."""
+        self._note_finite([], [])
+        return self._finite
+
+    def passes_are_due(self) -> bool:
+        """Whether this step is to measure its passes; changes nothing."""
+        undo, due = self._bookmark(), self.begin_pass()
+        undo()
+        return due
+
     def _check_passes(self) -> None:
-        undo = self._bookmark()
-        if self.begin_pass() and any(p.grad is not None for p in self.model.parameters()):
-            undo()
+        if self.passes_are_due() and any(p.grad is not None for p in self.model.parameters()):
             raise RuntimeError(
                 "precondition: a measurement of the curvature is due and no forward pass was recorded in this step: "
                 "declare the calls (setup_model_call, setup_loss_call, forward_and_backward), or attach(optimizer) before it"
             )
+        self.begin_pass()
 
     def _bookmark(self) -> Callable[[], None]:
         clock = self._curvature_clock
@@ -245,8 +270,10 @@ class PreconditionedGradientMaker(GradientMaker):
     def _solve(self) -> None:
         if self._measuring:
             for curvature in self.plan.curvatures(of_passes=False):
-                self._fold(curvature, self._step(curvature, Tape(self.model, ()), [], False), 1.0)
-        with _plain_arithmetic(self.model):
+                step = self._step(curvature, Tape(self.model, ()), [], False)
+                fold(curvature, step, 1.0, [b for b in self.plan.blocks if b.triple.curvature == curvature], self._further)
+                self._ever |= self._further
+        with plain_arithmetic(self.model):
             self._refresh()
             results = [r for r in map(self._result, self.plan.blocks) if r is not None]
             for block, value in results:
@@ -277,23 +304,26 @@ class PreconditionedGradientMaker(GradientMaker):
         accumulation: int = 1,
         scaler: torch.amp.GradScaler | None = None,
     ) -> PreconditionedGradientMaker:
-        """Precondition inside ``optimizer.step()`` of a loop that is not ours; the loop stays as it is.
+        """Precondition inside ``optimizer.step()`` of a loop that is not ours. Returns the maker: its hooks go with it.
 
-        Returns the maker, which has to be kept: its hooks go with it.
-
-        likelihood: what the model's output parametrises: the loss itself is out of sight. Methods that need only the
-        gradient need none.
+        likelihood: what the model's output parametrises, for methods that need more than the gradient.
         accumulation: backward passes for each step of the optimizer, each with ``1 / accumulation`` of the loss.
         scaler: the loop's gradient scaler, if it has one; what is captured during its backward pass is unscaled.
         """
+        refuse_again(self._attachments)
         likelihood = likelihood or self.config.likelihood
         self._attachments.append(Attachment(self, optimizer, likelihood, accumulation, scaler))
-        weakref.finalize(self, _remove_all, self._attachments)
+        weakref.finalize(self, remove_all, self._attachments)
         return self
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer."""
-        _remove_all(self._attachments)
+        remove_all(self._attachments)
+        self.served = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not attached."""
+        return {**vars(self), "_attachments": [], "served": None}
 
     # ---------------------------------------------------------------- looking inside
     def summary(self) -> Summary:
@@ -316,33 +346,5 @@ class PreconditionedGradientMaker(GradientMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
-
-
-def _check_fired(step: Step) -> None:
-    if not step.active():
-        raise RuntimeError(
-            "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
-            "very model that the maker was made for (compile it after making the maker, not before)"
-        )
-
-
-def _scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
-    if factor == 1.0:
-        return gradients
-    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}
-
-
-def _finite(value: Tensor) -> Tensor:
-    """Whether all elements are, without a mask of them.  # () bool"""
-    return value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
-
-
-def _remove_all(attachments: list[Attachment]) -> None:
-    while attachments:
-        attachments.pop().remove()
-
-
-def _plain_arithmetic(model: nn.Module) -> Any:
-    """The maker's own mathematics runs outside of the user's autocast."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, enabled=False)
+        for attachment in self._attachments:
+            attachment.forget()

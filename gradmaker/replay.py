@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradmaker.borrowing import borrowing
 from gradmaker.reentrant import refuse_reentrant
 
 __all__ = ["Replay"]
@@ -43,7 +44,7 @@ class Replay:
         given = tensors or {}
         exchanged = {f"model.{k}": given.get(p, p) for k, p in self.model.named_parameters()}
         exchanged |= {f"model.{k}": b.clone() for k, b in self.model.named_buffers()}
-        with torch.random.fork_rng(devices=self._devices), self._as_then():
+        with torch.random.fork_rng(devices=self._devices), self._as_then(), borrowing():
             torch.set_rng_state(self._cpu_state)
             for device, state in zip(self._devices, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
