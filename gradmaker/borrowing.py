@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["borrowed", "borrowing", "is_pass"]
+__all__ = ["borrowed", "borrowing", "foreign", "is_pass"]
 
 _inside: ContextVar[bool] = ContextVar("borrowing", default=False)
 _open = 0  # contexts of all threads
@@ -39,6 +40,12 @@ def is_pass() -> bool:
     if not torch.is_grad_enabled() or _inside.get() or _differentiating():
         return False
     return not (torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None)
+
+
+def foreign(gradient: Tensor) -> bool:
+    """Whether a gradient that a hook is given is none of a loop's backward pass: borrowed, or of several cotangents at once."""
+    kinds = torch._C._functorch
+    return borrowed() or kinds.is_legacy_batchedtensor(gradient) or kinds.is_batchedtensor(gradient)
 
 
 def _differentiating() -> bool:

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmaker.attention import Listener, Projection
-from gradmaker.borrowing import borrowed
+from gradmaker.borrowing import foreign
 from gradmaker.calls import Call, broadcasts
 from gradmaker.reentrant import reenters
 
@@ -135,7 +135,7 @@ class Tape:
 
     def _keeper(self, call: Call, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            if self._own or (self.collecting and not borrowed()):
+            if self._own or (self.collecting and not foreign(gradient)):
                 call.gradients[index] = gradient.detach()
 
         return keep

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradmaker.borrowing import borrowed, borrowing
+from gradmaker.borrowing import borrowing, foreign
 from gradmaker.capture import Tape
 from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
 from gradmaker.curvature.recorder import LossCall, LossRecorder
@@ -162,7 +162,7 @@ class _Arrival:
 
     def __call__(self, gradient: Tensor) -> None:
         owner, current = self.owner(), self.current()
-        if owner is None or borrowed() or torch._C._are_functorch_transforms_active():
+        if owner is None or foreign(gradient):
             return
         if self.trace.done:
             owner.arrive_again()
