@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradmaker.attention import Listener, Projection
 from gradmaker.borrowing import foreign
 from gradmaker.calls import Call, broadcasts
+from gradmaker.hooks import ModuleHook
 from gradmaker.reentrant import reenters
 
 __all__ = ["OutputGradients", "Tape"]
@@ -55,7 +56,7 @@ class Tape:
                 self._hooks.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
             for module in self.calls:
                 if not isinstance(module, Projection):
-                    self._hooks.callback(module.register_forward_hook(self._called, with_kwargs=True).remove)
+                    self._hooks.callback(module.register_forward_hook(ModuleHook(self._called), with_kwargs=True).remove)
             self._listen(self._hooks)
             yield
 
@@ -71,8 +72,8 @@ class Tape:
                 inside.setdefault(module.attention[0], {})[module.part] = module
         for attention, parts in inside.items():
             listener = Listener(partial(self._overheard, parts))
-            stack.callback(attention.register_forward_pre_hook(listener.enter).remove)
-            stack.callback(attention.register_forward_hook(listener.leave, always_call=True).remove)
+            stack.callback(attention.register_forward_pre_hook(ModuleHook(listener.enter)).remove)
+            stack.callback(attention.register_forward_hook(ModuleHook(listener.leave), always_call=True).remove)
 
     def _overheard(self, parts: dict[str, Projection], part: str, x: Tensor, y: Tensor) -> None:
         if part in parts and not self._paused:
