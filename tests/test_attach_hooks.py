@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import gradmaker as gm
 from gradmaker.curvature import FisherEmp, FisherExact
@@ -166,6 +167,29 @@ def test_declared_calls_of_an_attached_maker_are_refused() -> None:
         maker.forward_and_backward()
     maker.remove()
     maker.forward_and_backward()
+
+
+class Normed(nn.Module):
+    """What a layer-wise method and its fallback measure lies in a reentrant checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def block(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.norm(self.first(x).tanh()))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.block, x.clone().requires_grad_(), use_reentrant=True)
+        return y
+
+
+def test_extra_passes_and_the_main_one_through_a_reentrant_checkpoint() -> None:
+    """One curvature is pulled back by passes of its own, the other comes with the loop's."""
+    config = gm.KfacGradientConfig(fisher=FisherExact(), fallback="smw_ng")
+    found, expected = attached(build(Normed, 6, 4), config), declared(build(Normed, 6, 4), config)
+    close(found, expected)
 
 
 # --- hooks on modules -----------------------------------------------------------------------------------------------------

@@ -62,3 +62,39 @@ def test_an_exception_in_measuring_leaves_the_statistics(attached: bool, fisher:
             optimizer.step()
         results.append(maker.state_dict())
     assert equal_states(*results)
+
+
+@pytest.mark.parametrize("method", ["hessian_free", "newton", "unit_ng", "smw_ng"])
+def test_a_micro_batch_that_fails_counts_for_nothing(method: str) -> None:
+    """The second is tried again."""
+    results = []
+    for broken in (False, True):
+        case = mlp()
+        maker: Any = gm.from_config(case.model, {"method": method, "damping": 0.1})
+        for j, (x, t) in enumerate(zip(case.x.chunk(2), case.t.chunk(2), strict=True)):
+            if broken and j:
+                maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x), t)
+                with broken_updates(maker), pytest.raises(RuntimeError, match="no update"):
+                    maker.accumulate(0.5)
+            maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x), t)
+            maker.accumulate(0.5)
+        maker.precondition()
+        results.append([p.grad for p in case.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@contextmanager
+def broken_updates(maker: Any) -> Iterator[None]:
+    """Evidence enters the statistics, and then there is an exception."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(block.triple.representation) for block in maker.plan.blocks}:
+            patch.setattr(kind, "update", _after(kind.update))
+        yield
+
+
+def _after(update: Any) -> Any:
+    def updated(*args: Any, **kwargs: Any) -> None:
+        update(*args, **kwargs)
+        raise RuntimeError("no update")
+
+    return updated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradmaker as gm
 from gradmaker.curvature import FisherEmp, FisherExact
+from gradmaker.loops.attachment import ChangedGradientWarning
 from tests.models import Case, mlp
 from tests.test_attach import CONFIGS, maker_of
 
@@ -139,6 +141,7 @@ WAYS = ["whole", "attached", "accumulate", "accumulate, views"]
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", ChangedGradientWarning)  # what a reducer writes at the end of a backward pass is no change
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {f"{name}, {way}": trained(name, way, rank) for name in METHODS for way in WAYS}
     torch.save(found, f"{folder}/{rank}.pt")
