@@ -35,6 +35,14 @@ class Scaled(nn.Module):
         return y
 
 
+class Repeated(Scaled):
+    """`torch.func` enters no checkpoint: the model is called with gradients, one example at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.scale * checkpoint(self.body, x, use_reentrant=False)
+        return y
+
+
 class Recursive(nn.Module):
     """The model calls itself."""
 
@@ -63,6 +71,10 @@ class Tied(nn.Module):
 
 def scaled() -> Case:
     return build(Scaled, 6, 4)
+
+
+def repeated() -> Case:
+    return build(Repeated, 6, 4)
 
 
 def recursive() -> Case:
@@ -108,7 +120,7 @@ GENERIC: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("make", [scaled, recursive, tied])
+@pytest.mark.parametrize("make", [scaled, repeated, recursive, tied])
 @pytest.mark.parametrize("fisher", FISHERS, ids=["exact", "emp"])
 @pytest.mark.parametrize("config", GENERIC, ids=["unit", "full", "layer", "diagonal"])
 def test_calls_that_measure_are_no_passes(config: Any, fisher: Any, make: Callable[[], Case]) -> None:

@@ -253,14 +253,15 @@ OTHERS = [
 ]
 
 
-def trajectory(config: Any, other: Callable[[Case, Any], None] | None) -> tuple[list[Tensor], Any]:
+def trajectory(config: Any, other: Callable[[Case, Any], None] | None, between: bool = False) -> tuple[list[Tensor], Any]:
+    """between: the other passes come between the micro-batches of a step, with a gradient in ``.grad``"""
     case = mlp()
     optimizer = torch.optim.SGD(case.model.parameters(), 0.02, momentum=0.5)
     maker = maker_of(case.model, config).attach(optimizer, "categorical", 2)
     for _ in range(4):
-        if other:
-            other(case, optimizer)
-        for x, t in zip(case.x.chunk(2), case.t.chunk(2), strict=True):
+        for j, (x, t) in enumerate(zip(case.x.chunk(2), case.t.chunk(2), strict=True)):
+            if other and between == (j == 1):
+                other(case, optimizer)
             (case.loss(case.model(x), t) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -274,6 +275,15 @@ def trajectory(config: Any, other: Callable[[Case, Any], None] | None) -> tuple[
 def test_passes_of_no_step_leave_no_trace(other: Callable[[Case, Any], None], name: str) -> None:
     """Statistics, clocks, counters and random numbers are bitwise those of the loop without them."""
     found, state = trajectory(CONFIGS[name](), other)
+    expected, clean = trajectory(CONFIGS[name](), None)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and equal_states(state, clean)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("name", ["shampoo", "kfac_exact", "kfac_emp", "kfac_mc"])
+@pytest.mark.parametrize("other", [inputs_alone, gradients_apart, jacobian, failure_forward, transformed, no_loss])
+def test_passes_between_micro_batches_leave_no_trace(other: Callable[[Case, Any], None], name: str) -> None:
+    found, state = trajectory(CONFIGS[name](), other, between=True)
     expected, clean = trajectory(CONFIGS[name](), None)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and equal_states(state, clean)
 

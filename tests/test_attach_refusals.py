@@ -163,7 +163,7 @@ def test_a_state_that_is_loaded_in_the_middle_of_a_step_drops_its_passes() -> No
 
 
 # --- what the optimizer does not hold -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["adam", "shampoo", "kfac_exact", "kfac_emp", "unit_ng"])
+@pytest.mark.parametrize("method", ["adam", "shampoo", "kfac_exact", "kfac_emp", "unit_ng", "full_ng"])
 @pytest.mark.parametrize("held", [0, 2])
 def test_parameters_that_the_optimizer_leaves_out_are_left_alone(held: int, method: str) -> None:
     """Nobody zeroes their gradients: they add up. What is held goes as where the rest is frozen."""
@@ -176,7 +176,9 @@ def test_parameters_that_the_optimizer_leaves_out_are_left_alone(held: int, meth
             for p in rest:
                 p.requires_grad_(False)
         optimizer = torch.optim.SGD(part.parameters(), 0.05)
-        config = replace(CONFIGS[method](), spread=False)  # else refreshes fall where the number of blocks puts them
+        config = CONFIGS[method]()
+        if method.startswith("kfac"):  # else refreshes fall where the number of blocks puts them
+            config = replace(config, spread=False)
         maker = maker_of(case.model, config).attach(optimizer, "categorical")
         total = [torch.zeros_like(p) for p in rest]
         for x, t in batches(case):
