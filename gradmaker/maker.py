@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradmaker.batches import Declared
 from gradmaker.deferred import Deferred, depends_on, describe, resolve
+from gradmaker.ranks import ranks
 from gradmaker.state_format import FORMAT, check_format
 
 __all__ = ["GradientMaker", "PlainGradientConfig"]
@@ -161,10 +162,12 @@ class GradientMaker:
             if declared.loss is None:
                 raise RuntimeError(f"setup_{purpose}_call: no loss was declared on its result, by setup_loss_call")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = [(p, p.grad) for p in parameters]
+        several = ranks() > 1  # a reducer may hold .grad as views of its buffers, and write into them
+        before = [(p, p.grad.clone() if several and p.grad is not None else p.grad) for p in parameters]
+        joined = several and self._open  # what was not reduced yet, as under no_sync(), is so together with what comes
         undo = self._bookmark()
         try:
-            for p in parameters:
+            for p in parameters if not joined else ():
                 p.grad = None
             output, loss = self._run(weight)
             if parameters and all(p.grad is None for p in parameters):
@@ -174,7 +177,8 @@ class GradientMaker:
                 p.grad = g
             undo()
             raise
-        self._merge(before, in_place)
+        if not joined:
+            self._merge(before, in_place)
         return output, loss.detach()
 
     def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]], in_place: bool) -> None:

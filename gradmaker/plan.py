@@ -14,6 +14,7 @@ from gradmaker.curvature import Curvature
 from gradmaker.model_checks import check_model, check_parameters, check_watched
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
+from gradmaker.ranks import refuse_ranks
 from gradmaker.rules import names, paths
 from gradmaker.schedule import Clocks
 from gradmaker.sites import Site, layer_sites, tensor_sites
@@ -22,7 +23,7 @@ from gradmaker.triple import did_you_mean
 if TYPE_CHECKING:
     from gradmaker.maker import GradientMaker
 
-__all__ = ["Plan", "PlanClocks", "carry", "make_plan"]
+__all__ = ["Plan", "PlanClocks", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,12 @@ class Plan:
         """The blocks of these methods."""
         return [b for b in self.blocks if due is None or b.method in due]
 
-    def sites(self, curvature: Curvature, due: Collection[str] | None = None) -> list[Site]:
-        """The sites whose blocks ask for a curvature."""
-        return [s for b in self.measured(due) if b.triple.curvature == curvature for s in b.sites]
+    def sites(
+        self, curvature: Curvature, due: Collection[str] | None = None, served: Set[nn.Parameter] | None = None
+    ) -> list[Site]:
+        """The sites whose blocks ask for a curvature.  due: of these methods; served: of these parameters; None: of all"""
+        found = [s for b in self.measured(due) if b.triple.curvature == curvature for s in b.sites]
+        return found if served is None else [s for s in found if not served.isdisjoint(s.parameters.values())]
 
     def curvatures(self, of_passes: bool, due: Collection[str] | None = None) -> list[Curvature]:
         """The distinct curvatures to be measured: with every pass, or once a step."""
@@ -62,6 +66,11 @@ class Plan:
             "search": any(b.triple.solver.searches for b in self.blocks),
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
+
+    def refuse_ranks(self) -> None:
+        """RuntimeError where several processes would measure different curvatures."""
+        if passes := self.curvatures(of_passes=True):
+            refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
     def asks(self, what: str, due: Collection[str] | None = None) -> bool:
         """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
@@ -148,22 +157,6 @@ def make_plan(
 def _reason(name: str, unseen: Set[str], config: GradientConfig) -> str:
     seen = "has uses that its layer does not show" if name in unseen else "not covered"
     return f"{seen}, fallback {config.fallback!r}"
-
-
-def carry(old: Plan, new: Plan) -> None:
-    """Take over what blocks of an earlier plan hold for sites that are the same in both."""
-    parts = [(block, *pair) for block in old.blocks if not block.full for pair in zip(block.sites, block.slots, strict=True)]
-    known = {site.name: (block, slot) for block, site, slot in parts}
-    for block in new.blocks:
-        if block.full or block.triple.representation.live:
-            continue
-        for site, slot in zip(block.sites, block.slots, strict=True):
-            before, place = known.get(site.name, (None, slot))
-            if before is None or not before.holds_like(block):
-                continue
-            for part in ("state", "average", "norm_state"):
-                for key, value in getattr(before, part).items():
-                    getattr(block, part)[key][slot] = value[place]
 
 
 def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:

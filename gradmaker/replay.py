@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmaker.borrowing import borrowing
 from gradmaker.exchange import copies, exchanged
 from gradmaker.reentrant import refuse_reentrant
 
@@ -33,7 +34,7 @@ class Replay:
     def run(self, tensors: Mapping[nn.Parameter, Tensor] | None = None) -> tuple[Any, Tensor]:
         """The model's result and the loss, in the graph, with ``tensors`` in the place of parameters."""
         other: dict[Any, Tensor] = {**copies(self.model), **(tensors or {})}
-        with torch.random.fork_rng(devices=self._devices), self._as_then(), exchanged(self.model, other):
+        with torch.random.fork_rng(devices=self._devices), self._as_then(), borrowing(), exchanged(self.model, other):
             torch.set_rng_state(self._cpu_state)
             for device, state in zip(self._devices, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from gradmaker.blocks import Block
+from gradmaker.borrowing import borrowing
 from gradmaker.capture import Tape
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.curvature.likelihood import read_terms
@@ -100,7 +101,7 @@ def verify(maker: PreconditionedGradientMaker) -> Verification:
     try:
         with torch.random.fork_rng(devices=sorted({d for d in devices if d is not None})), torch.enable_grad():
             frozen = [k for k, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
-            with _frozen_statistics([model.get_submodule(k) for k in frozen]):
+            with _frozen_statistics([model.get_submodule(k) for k in frozen]), borrowing():
                 return Verification(_checks(maker), frozen)
     finally:
         with torch.no_grad():

@@ -147,6 +147,10 @@ class Representation(ABC):
         """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
         return dict(state)
 
+    def duplicate(self, state: State) -> State:
+        """A copy that `update` may write into."""
+        return {k: v.clone() for k, v in state.items()}
+
     def release(self, state: State) -> None:  # noqa: B027
         """Let go of what is valid for one step only; called at the end of every step."""
 

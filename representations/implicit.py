@@ -84,6 +84,12 @@ class Implicit(Representation):
             state.mass = fold.mass
         state.products.append((fold.alpha / state.mass, evidence))  # the decay, which has no meaning here, cancels
 
+    def duplicate(self, state: State) -> State:
+        held = Held(state)
+        if isinstance(state, Held):
+            held.products, held.mass = list(state.products), state.mass
+        return held
+
     def release(self, state: State) -> None:
         if isinstance(state, Held):
             state.products.clear()
