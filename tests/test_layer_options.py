@@ -204,6 +204,40 @@ def test_a_square_embedding() -> None:
     assert oracles.relative_error(C, oracles.kron(expected.A, expected.B)) < 1e-12
 
 
+# ------------------------------------------------------------------ attention of several widths
+class Across(nn.Module):
+    """Two queries of width 4 look at keys and values of widths and a number of their own."""
+
+    def __init__(self, kdim: int, vdim: int, keys: int, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=kdim, vdim=vdim, batch_first=True, **options)
+        self.head, self.kdim, self.vdim, self.keys = nn.Linear(4, 3), kdim, vdim, keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = x[:, : self.keys, : self.kdim], x[:, : self.keys, -self.vdim :]
+        y, _ = self.attention(x[:, -2:, :4], key, value, need_weights=False)
+        z: Tensor = self.head(torch.tanh(y).flatten(1).unflatten(1, (2, 4)).sum(1))
+        return z
+
+
+WIDTHS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "keys_wider": (5, 3, 3, {}),
+    "values_wider": (3, 5, 3, {}),
+    "as_many_keys_as_examples": (3, 5, 4, {}),
+    "as_many_keys_as_queries": (5, 3, 2, {"bias": False}),
+    "keys_as_wide": (4, 6, 5, {"add_zero_attn": True}),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_attention_with_keys_and_values_of_other_widths(name: str) -> None:
+    kdim, vdim, keys, options = WIDTHS[name]
+    make = partial(models.build, lambda: Across(kdim, vdim, keys, **options), 4, 5, 6)
+    oracle = ggn(make())
+    for representation in (*GRAINS, Dense(granularity="unit")):
+        compare(measure(make(), FisherExact(), representation), oracle)
+
+
 # ------------------------------------------------------------------ a masked sequence, a layer that is called twice
 class Twice(nn.Module):
     """A tagger whose hidden layer is called two or three times."""
