@@ -19,7 +19,7 @@ def merged(policy: ShapePolicy, shape: tuple[int, ...], parts: int = 1) -> tuple
 
 
 def test_balanced_groups_have_the_least_ratio() -> None:
-    """Of the sides' logarithms, not of their difference: (2, 2, 9) is 2 x 18 or 4 x 9, (9, 2, 2, 1) its mirror image."""
+    """Of all cuts between neighbours: (2, 2, 9) is 4 x 9, not 2 x 18."""
     for shape in SHAPES:
         sizes = [d for d in shape if d > 1]
         found = merged(ShapePolicy(merge="balanced"), shape)
