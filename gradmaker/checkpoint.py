@@ -1,7 +1,7 @@
 """What a maker saves: keyed by site name, unstacked, so that it does not depend on how sites are grouped.
 
-A fresh maker shows every key of its state, since `torch.distributed.checkpoint` fills no more than it is shown; ``holds`` lists
-the tensors that were saved, so that one which was not filled is noticed.
+A fresh maker shows every key of its state, since torch's distributed checkpoints fill no more than they are shown; ``holds``
+lists the tensors that were saved, so that one which was not filled is noticed.
 """
 
 from __future__ import annotations
@@ -188,9 +188,9 @@ def _check_held(saved: dict[str, Any]) -> None:
     if lost := [entry for entry in saved["holds"] if entry not in found]:
         raise ValueError(
             f"load_state_dict: {_some(lost)} was saved and is not in this state, or has another shape there: what loads into a "
-            "state_dict() fills only the keys that it has (torch.distributed.checkpoint), and this maker knows those of some "
-            "tensors only when it has measured. Save between steps; where names or shapes depend on what was measured, save "
-            "with torch.save"
+            "state_dict() fills only the keys that it has, as torch's distributed checkpoints do, and this maker knows those "
+            "of some tensors only when it has measured. Save between steps; where names or shapes depend on what was measured, "
+            "save with torch.save"
         )
 
 

@@ -25,24 +25,33 @@ def bookmark(maker: PreconditionedGradientMaker, replay: Replay, weight: float, 
     gradients = {p: p.grad.clone() for p in parameters if p.grad is not None}
     begun = maker._previous
     if begun is None or maker._part == 0 or begun.index != maker.step:  # part 0: a step may begin again after an exception
-        return Previous([made], {p: p.detach().clone() for p in parameters}, gradients, maker.step)
+        weights = {p: p.detach().clone() for p in parameters}
+        return Previous([made], weights, gradients, maker.step, older=_waiting(maker, begun))
     for p, g in begun.gradients.items():
         gradients[p] = g + gradients[p] if p in gradients else g
-    return Previous([*begun.passes, made], begun.weights, gradients, maker.step)
+    return Previous([*begun.passes, made], begun.weights, gradients, maker.step, older=begun.older)
+
+
+def _waiting(maker: PreconditionedGradientMaker, begun: Previous | None) -> dict[str, Evidence]:
+    """Pairs of methods whose own interval has not passed yet."""
+    if begun is None or begun.index == maker.step:
+        return {} if begun is None else begun.older
+    measured = {s.name for b in maker.plan.measured(maker._due) for s in b.sites}
+    return {name: pair for name, pair in (begun.pairs or {}).items() if name not in measured}
 
 
 def complete(maker: PreconditionedGradientMaker) -> None:
     """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
     previous = maker._previous
     if maker._part >= 0 and maker._finite and maker.plan.asks("previous", maker._due):
-        if previous is None or previous.index != maker.step:
+        if previous is None or previous.index != maker.step or not previous.passes:
             raise RuntimeError(
                 "secants compare whole steps, and the first micro-batches of this one were not saved with the state that was "
                 "loaded: save between steps"
             )
     if previous is None or not previous.passes or previous.index == maker.step:
         return
-    previous.pairs = _secants(maker, previous)
+    previous.pairs = previous.older | _secants(maker, previous)
     maker._previous = Previous([], {}, {}, previous.index, previous.pairs)
 
 
@@ -64,8 +73,9 @@ def dump_secants(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     """
     previous = maker._previous
     pairs = None if previous is None else previous.pairs
-    if previous is not None and previous.passes and previous.index != maker.step and _moved(previous.weights):
-        pairs = _secants(maker, previous)
+    if previous is not None and previous.passes:
+        complete = previous.index != maker.step and _moved(previous.weights)
+        pairs = previous.older | (_secants(maker, previous) if complete else {})
     saved = {}
     for site, like in _places(maker).items():
         pair = (pairs or {}).get(site)

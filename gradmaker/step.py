@@ -40,6 +40,7 @@ class Previous:
     gradients: dict[nn.Parameter, Tensor]  # of its loss, ``sum_j weight_j L_j``, where that reaches
     index: int
     pairs: dict[str, Evidence] | None = None  # by site, once they are known
+    older: dict[str, Evidence] = field(default_factory=dict)  # pairs of methods that were not measured in this step
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,6 @@ def step(maker: Any, case: Case, index: int, shift: bool = True) -> dict[str, Te
     return made
 
 
-def state_of(maker: Any, sites: list[str]) -> dict[str, Any]:
-    found = maker.state_dict()["sites"]
-    return {name: found[name] for name in sites}
-
-
 AT_ONCE = {"warmup_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac", "curvature_interval": 10, "preconditioner_interval": 5, **AT_ONCE},
@@ -81,11 +76,14 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "kbfgs": {"method": "kbfgs", "curvature_interval": 4, "preconditioner_interval": 4, **AT_ONCE},
     "ekfac": {"method": "ekfac", "curvature_interval": 3, "preconditioner_interval": 10, **AT_ONCE},
+    "smw_ng": {"method": "smw_ng", "curvature_interval": 3, "preconditioner_interval": 3},
 }
 TENSORS = ["adam", "adagrad", "shampoo", "soap", "one_sided", "kl_shampoo", "muon", "psgd_whiten", "unit_ng"]
+WHOLE = ["full_ng", "newton", "lbfgs"]
+"""One block for all that is left: it has the name of the other's, if that is one block too, and a word more."""
 
 
-@pytest.mark.parametrize("fallback", TENSORS)
+@pytest.mark.parametrize("fallback", TENSORS + WHOLE)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_methods_are_each_what_they_are_alone(name: str, fallback: str) -> None:
     both, left, right = mixed(), mixed(), mixed()
@@ -99,9 +97,9 @@ def test_two_methods_are_each_what_they_are_alone(name: str, fallback: str) -> N
         found, own, other = (step(m, c, index) for m, c in zip(makers, (both, left, right), strict=True))
         for key, g in found.items():
             assert torch.equal(g, (other if key in REST else own)[key]), (index, key)
-    for maker in makers[1:]:
-        sites = list(maker.state_dict()["sites"])
-        assert equal_states(state_of(makers[0], sites), state_of(maker, sites))
+    sites = [maker.state_dict()["sites"] for maker in makers]
+    renamed = {f"{k}, fallback" if k == "full" else k: v for k, v in sites[2].items()}
+    assert equal_states(sites[0], {**sites[1], **renamed})
 
 
 @pytest.mark.parametrize("fallback", ["adam", "shampoo", "unit_ng"])
@@ -120,6 +118,16 @@ def test_resuming_with_two_pairs_of_clocks_is_bitwise(fallback: str, tmp_path: P
             found = step(maker, case, index)
         assert all(torch.equal(found[k], g) for k, g in expected.items()), start
         assert equal_states(maker.state_dict(), reference.state_dict()), start
+
+
+def test_two_full_blocks_have_a_place_each() -> None:
+    case = mixed()
+    maker: Any = from_config(case.model, {"method": "smw_ng", "fallback": "full_ng"})
+    step(maker, case, 0)
+    assert list(maker.state_dict()["sites"]) == ["full", "full, fallback"]
+    other: Any = from_config(case.model, {"method": "smw_ng", "fallback": "full_ng"})
+    other.load_state_dict(maker.state_dict())
+    assert equal_states(other.state_dict(), maker.state_dict())
 
 
 def test_both_pairs_of_clocks_are_saved() -> None:

@@ -352,6 +352,19 @@ def test_a_statistic_that_was_left_half_changed_is_refused() -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in case.model.parameters())
 
 
+@pytest.mark.parametrize("place", ["second refresh", "second solve", "second write"])
+def test_a_refresh_that_fails_is_counted_once(place: str) -> None:
+    """The first block's statistic is lost, so that it keeps its last good root."""
+    maker, case = maker_of("kfac", warmup_steps=100)
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    maker.forward_and_backward()
+    maker.plan.blocks[0].state["left"].fill_(torch.nan)
+    with PLACES[place](maker, case), pytest.raises(Planted):
+        maker.forward_and_backward()
+    maker.forward_and_backward()
+    assert [int(block.cache["failing"].max()) for block in maker.plan.blocks] == [1, 0]
+
+
 def test_a_refresh_that_fails_too_often_is_not_overcome_by_trying_again() -> None:
     case = models.mlp()
     maker: Any = from_config(case.model, {"method": "kfac", "failures_allowed": 0})
