@@ -259,7 +259,7 @@ def test_a_site_that_is_frozen_as_a_whole_rests(method: str) -> None:
     ride.step()
     model[2].requires_grad_(False)
     if any(b.full for b in ride.maker.plan.blocks):
-        with pytest.raises(ValueError, match=r"2\.weight does not require gradients any more, and 0\.weight, in the same block"):
+        with pytest.raises(ValueError, match=r"2\.weight does not require gradients any more, and 0\.weight, in the same"):
             ride.step()
         return
     before = {k: copy.deepcopy(v) for k, v in ride.maker.state_dict()["sites"].items() if k.startswith("2")}
@@ -270,7 +270,8 @@ def test_a_site_that_is_frozen_as_a_whole_rests(method: str) -> None:
     assert model[2].weight.grad is stale and bool((stale == 3).all())
     after = ride.maker.state_dict()["sites"]
     for name, kept in before.items():
-        assert str(after[name]["state"]) == str(kept["state"]), name
+        for part in kept.keys() - {"cache"}:  # a refresh may turn a basis
+            assert str(after[name][part]) == str(kept[part]), (name, part)
     model[2].weight.grad = None
     model[2].requires_grad_(True)
     ride.step()
@@ -282,7 +283,8 @@ def test_a_site_that_is_frozen_as_a_whole_rests(method: str) -> None:
 def test_a_discriminator_is_frozen_while_the_generator_learns(loop: str, method: str) -> None:
     """Each network has a maker of its own; the discriminator takes part in the generator's pass."""
     torch.manual_seed(0)
-    generator, discriminator = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    generator = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    discriminator = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     alone = copy.deepcopy(discriminator)  # what sees only its own steps
     makers = {id(m): METHODS[method](m) for m in (generator, discriminator, alone)}
     optimizers = {id(m): torch.optim.SGD(m.parameters(), 0.1) for m in (generator, discriminator, alone)}
