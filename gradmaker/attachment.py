@@ -77,7 +77,7 @@ class Attachment:
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
         """Start a tape for a pass that will be differentiated, on steps that measure curvature."""
         maker = self.maker()
-        if maker is None or not torch.is_grad_enabled() or not maker.plan.own.check():
+        if maker is None or not torch.is_grad_enabled() or not maker.plan.own.called():
             return
         self._finish()
         maker.forget_pass()
@@ -136,6 +136,7 @@ class Attachment:
     def _end(self) -> None:
         maker = self.maker()
         if maker is not None:
+            maker.plan.own.check()
             self._finish()
             maker.forget_pass()
             maker.precondition()

@@ -60,6 +60,14 @@ class OwnParameters:
             self._places = {(id(owner), key): self._as_it_is(name, p) for name, owner, key, p in now}
         return not all(s.frozen for block in self.blocks for s in block.sites)
 
+    def called(self) -> bool:
+        """As `check`, at a call of the model; False where other tensors stand in for its parameters, as in `torch.func`."""
+        if not self._unchanged():
+            now = {(id(owner), key): p for _, owner, key, p in _held(self.model)}
+            if any(not isinstance(now.get((id(s.owner), s.key), s.parameter), nn.Parameter) for s in self._slots):
+                return False
+        return self.check()
+
     def _unchanged(self) -> bool:
         """Whether all is as planned, in well under a millisecond for 1000 parameters."""
         places, found = self._places, 0

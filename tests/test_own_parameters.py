@@ -7,12 +7,14 @@ import io
 import pickle
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 from torch.nn.utils import parametrizations, prune
 
 from gradmaker.methods import METHODS
@@ -338,3 +340,29 @@ def test_the_check_takes_a_millisecond_for_a_thousand_parameters() -> None:
         own.check()
         times.append(time.perf_counter() - start)
     assert min(times) < 3e-3, f"{min(times) * 1e3:.2f} ms"  # 0.7 ms on an idle core
+
+
+def _loss_at(model: nn.Module, x: Tensor, t: Tensor, values: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(functional_call(model, values, (x,)), t)
+
+
+@pytest.mark.parametrize("method", ["adam", "kfac", "shampoo"])
+def test_calls_with_other_tensors_are_no_pass_of_an_attached_loop(method: str) -> None:
+    """As torch.func makes them, and products with the Hessian forwards."""
+    results = []
+    for between in (False, True):
+        torch.manual_seed(0)
+        model: Any = chain()
+        ride = Loop("attached", model, method)
+        x, t = batch(model)
+        for _ in range(3):
+            ride.optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), t)
+            if between:
+                values = {k: 2 * p.detach() for k, p in model.named_parameters()}
+                for names in (list(values), ["0.weight"]):
+                    grad(partial(_loss_at, model, x, t))({k: values[k] for k in names})
+            loss.backward()
+            ride.optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
