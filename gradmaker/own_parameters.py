@@ -103,7 +103,8 @@ class OwnParameters:
         """Trainable parameters that no block holds and that were not left out by name."""
         planned = {(id(s.owner), s.key) for s in self._slots}
         for name, owner, key, p in now:
-            if p.requires_grad and p.numel() and (id(owner), key) not in planned and name not in self.plain:
+            known = name in self.plain or (id(owner), key) in planned
+            if p.requires_grad and not known and p.numel():
                 raise ValueError(f"{name} came to the model when the maker had been made, so that no block holds it; {ANEW}")
 
     def _check_kind(self, slot: _Slot) -> None:

@@ -80,6 +80,16 @@ def test_a_lazy_module_is_refused_before_its_first_call(method: str, kind: str) 
         assert step(make(method, model), model, *batch()).isfinite()
 
 
+@pytest.mark.parametrize("method", ["kfac", "adam", "shampoo", "unit_ng", "full_ng", "lbfgs"])
+def test_a_lazy_module_may_be_left_out(method: str) -> None:
+    model: Any = LAZY["head"]()
+    maker, (x, t) = make(method, model, ignore=("2",)), batch()
+    for _ in range(2):
+        step(maker, model, x, t)
+    truth = torch.autograd.grad(F.cross_entropy(model(x), t), list(model.parameters()))
+    assert torch.allclose(model[2].weight.grad, truth[2]) and not torch.allclose(model[0].weight.grad, truth[0])
+
+
 # --- parameters without elements ------------------------------------------------------------------------------------------
 class Empty(nn.Module):
     """A layer of no inputs, one of no outputs, and a bare parameter, all without elements."""
@@ -245,6 +255,25 @@ def test_sharded_parameters_are_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match=r"2\.weight is a DTensor.*fully_shard.*sharded parameters are not supported"):
         make("adam", model)
     assert make("adam", model, ignore=("2",)).plan.plain.keys() == {"2.weight", "2.bias"}
+
+
+def test_a_model_that_is_sharded_later_has_other_parameters() -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    shard = pytest.importorskip("torch.distributed.fsdp")
+    mesh = pytest.importorskip("torch.distributed.device_mesh")
+    if not hasattr(shard, "fully_shard") or not distributed.is_gloo_available():
+        pytest.skip("this torch cannot shard a module")
+    model = plain_mlp()
+    maker = make("kfac", model)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard.fully_shard(model, mesh=mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"0\.weight was replaced by another DTensor"):
+            step(maker, model, *batch())
+        with pytest.raises(ValueError, match=r"0\.weight is a DTensor"):
+            make("kfac", model)
+    finally:
+        distributed.destroy_process_group()
 
 
 # --- empty batches --------------------------------------------------------------------------------------------------------
