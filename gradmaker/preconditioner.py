@@ -309,6 +309,7 @@ class PreconditionedGradientMaker(GradientMaker):
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle on the model and batch that were last set up."""
+        self.plan.own.check()
         return verify(self)
 
     def silent(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,6 +192,20 @@ def test_blocks_of_a_complex_tensor_are_written_back_to_their_places() -> None:
     found = run("shampoo", model, block_size=2)
     expected = run("shampoo", Phases(real=True), block_size=2)
     assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+def test_products_with_complex_parameters_are_those_of_their_pairs(mode: Any) -> None:
+    found, (x, t) = [], batch()
+    for real in (True, False):
+        model = Phases(real)
+        v = torch.linspace(-1, 1, sum(p.numel() * (2 if p.is_complex() else 1) for p in model.parameters()))
+        found.append(hvp(model, partial(_loss_at, model, x, t), v, mode=mode))
+    assert torch.allclose(*found, rtol=0, atol=(1e-5 if mode == "difference" else 1e-12))
+
+
+def _loss_at(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), t)
 
 
 # --- scripted and sharded ones --------------------------------------------------------------------------------------------

@@ -173,6 +173,16 @@ def test_the_next_step_names_the_parameter_that_is_another(change: str, loop: st
     assert str(after) == str(state)
 
 
+def test_verify_looks_at_the_parameters_first() -> None:
+    model = Net()
+    ride = Loop("declared", model, "kfac")
+    ride.step()
+    assert ride.maker.verify().passed
+    new_head(model)
+    with pytest.raises(ValueError, match=r"head\.weight is no part of the model any more"):
+        ride.maker.verify()
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_no_method_steps_on_parameters_that_were_replaced(method: str) -> None:
     model = chain()
