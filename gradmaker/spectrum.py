@@ -1,7 +1,7 @@
 """Curvature of a model without a maker: products, leading eigenpairs, trace, diagonal and spectral density, matrix-free.
 
 Everywhere ``loss`` is a function without arguments that calls the model on a batch and returns its loss, and vectors are flat,
-in the order of ``torch.nn.utils.parameters_to_vector`` for the trainable parameters, of which complex ones are their real pairs.
+in the order of ``torch.nn.utils.parameters_to_vector`` for the trainable parameters, complex ones as their real pairs.
 Weights, gradients, buffers and the global random state stay as they are; dropout draws the same masks in every product of one
 call.
 """
