@@ -16,6 +16,7 @@ __all__ = ["call_with", "copies", "exchanged"]
 BOOKKEEPING = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 """What torch itself keeps on modules: hooks and modes, which a call may change for good."""
 CONTAINERS = (dict, OrderedDict, list)
+NUMBERS = (int, float, bool)  # counters of calls go on
 
 
 @contextmanager
@@ -23,8 +24,8 @@ def exchanged(module: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[N
     """Wherever the modules inside hold one of these tensors, under whatever name, they hold the other one in its place.
 
     Afterwards, also after an exception, they hold the very objects that they held before: parameters, buffers, submodules,
-    other attributes, and what is in their lists and dictionaries. `torch.func.functional_call` goes by names, and a module that
-    has two of them is given back with plain tensors for its parameters.
+    other attributes but numbers, and what is in their lists and dictionaries. `torch.func.functional_call` goes by names, and
+    a module that has two of them is given back with plain tensors for its parameters.
     """
     held = [_Held(m) for m in module.modules()]
     cache = vars(parametrize).get("_cache")  # of `parametrize.cached`: what it knows belongs to other tensors
@@ -78,7 +79,8 @@ class _Held:
         """Put everything back."""
         for key in [k for k in self.own if k not in self.attributes and k not in BOOKKEEPING]:
             del self.own[key]
-        self.own.update(self.attributes)
+        kept = {k: v for k, v in self.attributes.items() if type(v) not in NUMBERS}
+        self.own.update(kept)
         for container, before in self.containers:
             if isinstance(container, dict):
                 if container or before:

@@ -60,6 +60,14 @@ class OwnParameters:
             self._places = {(id(owner), key): self._as_it_is(name, p) for name, owner, key, p in now}
         return not all(s.frozen for block in self.blocks for s in block.sites)
 
+    def called(self) -> bool:
+        """As `check`, at a call of the model; False where other tensors stand in for its parameters, as in `torch.func`."""
+        if not self._unchanged():
+            now = {(id(owner), key): p for _, owner, key, p in _held(self.model)}
+            if any(not isinstance(now.get((id(s.owner), s.key), s.parameter), nn.Parameter) for s in self._slots):
+                return False
+        return self.check()
+
     def _unchanged(self) -> bool:
         """Whether all is as planned, in well under a millisecond for 1000 parameters."""
         places, found = self._places, 0
@@ -95,7 +103,8 @@ class OwnParameters:
         """Trainable parameters that no block holds and that were not left out by name."""
         planned = {(id(s.owner), s.key) for s in self._slots}
         for name, owner, key, p in now:
-            if p.requires_grad and p.numel() and (id(owner), key) not in planned and name not in self.plain:
+            known = name in self.plain or (id(owner), key) in planned
+            if p.requires_grad and not known and p.numel():
                 raise ValueError(f"{name} came to the model when the maker had been made, so that no block holds it; {ANEW}")
 
     def _check_kind(self, slot: _Slot) -> None:

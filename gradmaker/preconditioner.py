@@ -163,6 +163,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle on the model and batch that were last set up."""
+        self.plan.own.check()
         return verify(self)
 
     def silent(self) -> list[str]:

@@ -152,14 +152,14 @@ def made(name: str) -> nn.Module:
 
 
 def objects(value: Any) -> Any:
-    """Identities of all that a model holds, through containers; numbers as they are."""
+    """Identities of all that a model holds, through containers; numbers are none."""
     if isinstance(value, nn.Module):
         return {id(m): {k: objects(v) for k, v in vars(m).items()} for m in value.modules()}
     if isinstance(value, Mapping):
         return {k: id(v) if isinstance(v, nn.Module) else objects(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [objects(v) for v in value]
-    return value if isinstance(value, (int, str, type(None))) else id(value)
+    return None if isinstance(value, (int, float)) else value if isinstance(value, str) else id(value)
 
 
 def batch(n: int = 6) -> tuple[Tensor, Tensor]:

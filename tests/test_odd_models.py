@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -79,6 +79,16 @@ def test_a_lazy_module_is_refused_before_its_first_call(method: str, kind: str) 
     model(batch()[0])
     if METHODS[method].refuse(model) is None:
         assert step(make(method, model), model, *batch()).isfinite()
+
+
+@pytest.mark.parametrize("method", ["kfac", "adam", "shampoo", "unit_ng", "full_ng", "lbfgs"])
+def test_a_lazy_module_may_be_left_out(method: str) -> None:
+    model: Any = LAZY["head"]()
+    maker, (x, t) = make(method, model, ignore=("2",)), batch()
+    for _ in range(2):
+        step(maker, model, x, t)
+    truth = torch.autograd.grad(F.cross_entropy(model(x), t), list(model.parameters()))
+    assert torch.allclose(model[2].weight.grad, truth[2]) and not torch.allclose(model[0].weight.grad, truth[0])
 
 
 # --- parameters without elements ------------------------------------------------------------------------------------------
@@ -184,6 +194,20 @@ def test_blocks_of_a_complex_tensor_are_written_back_to_their_places() -> None:
     assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward", "difference"])
+def test_products_with_complex_parameters_are_those_of_their_pairs(mode: Any) -> None:
+    found, (x, t) = [], batch()
+    for real in (True, False):
+        model = Phases(real)
+        v = torch.linspace(-1, 1, sum(p.numel() * (2 if p.is_complex() else 1) for p in model.parameters()))
+        found.append(hvp(model, partial(_loss_at, model, x, t), v, mode=mode))
+    assert torch.allclose(*found, rtol=0, atol=(1e-5 if mode == "difference" else 1e-12))
+
+
+def _loss_at(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), t)
+
+
 # --- scripted and sharded ones --------------------------------------------------------------------------------------------
 class Inner(nn.Module):
     def __init__(self) -> None:
@@ -235,17 +259,34 @@ def test_scripted_models_and_forward_mode_through_them_are_refused() -> None:
         hvp(model, lambda: F.cross_entropy(model(x), t), v, mode="forward")
 
 
-def test_sharded_parameters_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sharded(nn.Parameter):
+def test_sharded_parameters_are_refused_by_name() -> None:
+    class DTensor(nn.Parameter):
         pass
 
-    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", SimpleNamespace(DTensor=Sharded))
     model: Any = plain_mlp()
-    model[2].weight = Sharded(torch.randn(4, 5))
-    model[2].weight.__class__ = Sharded
+    model[2].weight.__class__ = DTensor
     with pytest.raises(ValueError, match=r"2\.weight is a DTensor.*fully_shard.*sharded parameters are not supported"):
         make("adam", model)
     assert make("adam", model, ignore=("2",)).plan.plain.keys() == {"2.weight", "2.bias"}
+
+
+def test_a_model_that_is_sharded_later_has_other_parameters() -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    shard = pytest.importorskip("torch.distributed.fsdp")
+    mesh = pytest.importorskip("torch.distributed.device_mesh")
+    if not hasattr(shard, "fully_shard") or not distributed.is_gloo_available():
+        pytest.skip("this torch cannot shard a module")
+    model = plain_mlp()
+    maker = make("kfac", model)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard.fully_shard(model, mesh=mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"0\.weight was replaced by another DTensor"):
+            step(maker, model, *batch())
+        with pytest.raises(ValueError, match=r"0\.weight is a DTensor"):
+            make("kfac", model)
+    finally:
+        distributed.destroy_process_group()
 
 
 # --- empty batches --------------------------------------------------------------------------------------------------------
@@ -276,12 +317,17 @@ def test_an_empty_batch_adds_nothing(method: str, name: str) -> None:
         pytest.skip("it needs a loss that it knows")
     model = plain_mlp()
     maker = make(method, model)
+    curvatures = [b.triple.curvature for b in maker.plan.blocks]
+    still = not maker.plan.fleeting and all(c.of_passes and "previous" not in c.asks for c in curvatures)
     for n in (0, 6, 0, 6):
         before = str(maker.state_dict()["sites"])
+        statistics = str({k: v["state"] for k, v in maker.state_dict()["sites"].items()})
         x, t = batch(n)
         step(maker, model, x, t, loss)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(g.isfinite().all() for g in gradients) and finite(maker.state_dict())
+        if n == 0 and still:
+            assert str({k: v["state"] for k, v in maker.state_dict()["sites"].items()}) == statistics
         if name == "mean" and n == 0 and maker.skipped:
             assert str(maker.state_dict()["sites"]) == before
             assert not any(g.any() for g in gradients)

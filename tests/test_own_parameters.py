@@ -7,12 +7,14 @@ import io
 import pickle
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 from torch.nn.utils import parametrizations, prune
 
 from gradmaker.methods import METHODS
@@ -171,6 +173,16 @@ def test_the_next_step_names_the_parameter_that_is_another(change: str, loop: st
     assert str(after) == str(state)
 
 
+def test_verify_looks_at_the_parameters_first() -> None:
+    model = Net()
+    ride = Loop("declared", model, "kfac")
+    ride.step()
+    assert ride.maker.verify().passed
+    new_head(model)
+    with pytest.raises(ValueError, match=r"head\.weight is no part of the model any more"):
+        ride.maker.verify()
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_no_method_steps_on_parameters_that_were_replaced(method: str) -> None:
     model = chain()
@@ -259,9 +271,7 @@ def test_a_site_that_is_frozen_as_a_whole_rests(method: str) -> None:
     ride.step()
     model[2].requires_grad_(False)
     if any(b.full for b in ride.maker.plan.blocks):
-        with pytest.raises(
-            ValueError, match=r"2\.weight does not require gradients any more, and 0\.weight, in the same block"
-        ):
+        with pytest.raises(ValueError, match=r"2\.weight does not require gradients any more, and 0\.weight, in the same"):
             ride.step()
         return
     before = {k: copy.deepcopy(v) for k, v in ride.maker.state_dict()["sites"].items() if k.startswith("2")}
@@ -272,7 +282,8 @@ def test_a_site_that_is_frozen_as_a_whole_rests(method: str) -> None:
     assert model[2].weight.grad is stale and bool((stale == 3).all())
     after = ride.maker.state_dict()["sites"]
     for name, kept in before.items():
-        assert str(after[name]["state"]) == str(kept["state"]), name
+        for part in kept.keys() - {"cache"}:  # a refresh may turn a basis
+            assert str(after[name][part]) == str(kept[part]), (name, part)
     model[2].weight.grad = None
     model[2].requires_grad_(True)
     ride.step()
@@ -284,10 +295,8 @@ def test_a_site_that_is_frozen_as_a_whole_rests(method: str) -> None:
 def test_a_discriminator_is_frozen_while_the_generator_learns(loop: str, method: str) -> None:
     """Each network has a maker of its own; the discriminator takes part in the generator's pass."""
     torch.manual_seed(0)
-    generator, discriminator = (
-        nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
-        nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)),
-    )
+    generator = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    discriminator = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     alone = copy.deepcopy(discriminator)  # what sees only its own steps
     makers = {id(m): METHODS[method](m) for m in (generator, discriminator, alone)}
     optimizers = {id(m): torch.optim.SGD(m.parameters(), 0.1) for m in (generator, discriminator, alone)}
@@ -341,3 +350,29 @@ def test_the_check_takes_a_millisecond_for_a_thousand_parameters() -> None:
         own.check()
         times.append(time.perf_counter() - start)
     assert min(times) < 3e-3, f"{min(times) * 1e3:.2f} ms"  # 0.7 ms on an idle core
+
+
+def _loss_at(model: nn.Module, x: Tensor, t: Tensor, values: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(functional_call(model, values, (x,)), t)
+
+
+@pytest.mark.parametrize("method", ["adam", "kfac", "shampoo"])
+def test_calls_with_other_tensors_are_no_pass_of_an_attached_loop(method: str) -> None:
+    """As torch.func makes them, and products with the Hessian forwards."""
+    results = []
+    for between in (False, True):
+        torch.manual_seed(0)
+        model: Any = chain()
+        ride = Loop("attached", model, method)
+        x, t = batch(model)
+        for _ in range(3):
+            ride.optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), t)
+            if between:
+                values = {k: 2 * p.detach() for k, p in model.named_parameters()}
+                for names in (list(values), ["0.weight"]):
+                    grad(partial(_loss_at, model, x, t))({k: values[k] for k in names})
+            loss.backward()
+            ride.optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
