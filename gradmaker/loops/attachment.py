@@ -103,7 +103,7 @@ class Attachment:
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
         """Start recording a pass that may be differentiated, on steps that measure curvature."""
         maker = self.maker()
-        if maker is None or model is not maker.model or not is_pass():
+        if maker is None or model is not maker.model or not is_pass() or not maker.plan.own.called():
             return
         if self._current is not None and self._current.inside:
             self._current.depth += 1
@@ -234,6 +234,7 @@ class Attachment:
         maker = self.maker()
         if maker is None:
             return
+        maker.plan.own.check()
         self._leave()
         maker.plan.refuse_ranks()
         self._serve(maker)
