@@ -59,11 +59,13 @@ def test_inverse_of_layers_side_by_side() -> None:
 
 
 def test_factors_of_micro_batches_add_up_by_weight() -> None:
-    """One of them did not reach the second layer."""
+    """Factors of gradients by what the loss makes of them, those of inputs by count. One did not reach the second layer."""
     A, B = [psd(1, 3, seed=k) for k in (1, 2)], [psd(1, 2, seed=k) for k in (3, 4)]
     rest = Factors(psd(1, 2, seed=5), psd(1, 2, seed=6))
-    first, second = Layers((6, 4), (Factors(A[0], B[0]), rest)), Layers((6, 4), (Factors(A[1], B[1]), None))
-    both = Layers((6, 4), (Factors(0.25 * A[0] + 0.75 * A[1], 0.25 * B[0] + 0.75 * B[1]), Factors(rest.A, 0.25 * rest.B)))
+    first, second = (
+        Layers((6, 4), (Factors(A[k], B[k], counted=c), other)) for k, c, other in ((0, 2, rest), (1, torch.tensor(3.0), None))
+    )
+    both = Layers((6, 4), (Factors(0.4 * A[0] + 0.6 * A[1], 0.25 * B[0] + 0.75 * B[1]), Factors(rest.A, 0.25 * rest.B)))
     v = torch.randn(1, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     found = LayerInverse([(0.25, first), (0.75, second)], LAMBDA)(v)
     assert oracles.relative_error(found, LayerInverse([(1.0, both)], LAMBDA)(v)) < 1e-12
