@@ -135,6 +135,13 @@ class Outer(Evidence):
         if self.bias:
             (out[:, i] if out.ndim == 2 else out[:, i, i]).mul_(beta).add_(alpha * self.counted)
 
+    def total(self) -> Tensor:
+        """``sum_nr a`` over the `counted` positions, the bias last.  # (G, i)"""
+        assert isinstance(self.inputs, Tensor)
+        a = self.inputs if self.weights is None else self.inputs * self.weights.unsqueeze(-1)
+        total = a.sum((1, 2))
+        return torch.cat([total, torch.zeros_like(total[:, :1]) + self.counted], 1) if self.bias else total
+
     def _index_weights(self, dtype: torch.dtype) -> Tensor:
         """What each index counts.  # (n r,)"""
         assert isinstance(self.inputs, OneHot)
@@ -296,13 +303,6 @@ class Contrast(Pair):
 @dataclass(frozen=True)
 class PairedInputs(Outer):
     """A layer's inputs, with the output gradients that came along: one half of what K-BFGS is told."""
-
-    def total(self) -> Tensor:
-        """``sum_nr a`` over the `counted` positions, the bias last.  # (G, i)"""
-        assert isinstance(self.inputs, Tensor)
-        a = self.inputs if self.weights is None else self.inputs * self.weights.unsqueeze(-1)
-        total = a.sum((1, 2))
-        return torch.cat([total, torch.zeros_like(total[:, :1]) + self.counted], 1) if self.bias else total
 
 
 @dataclass(frozen=True)

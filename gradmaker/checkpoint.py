@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.blocks import Block
+from gradmaker.pool import Pool
 from gradmaker.previous import dump_secants, load_secants
 from gradmaker.representations.base import State
 from gradmaker.schedule import Clock
@@ -42,6 +43,7 @@ def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
             "further": sorted(maker._further),
         },
         **({"secants": dump_secants(maker)} if maker.plan.asks("previous") else {}),
+        **({"pool": maker._pool.dump()} if any(b.triple.curvature.pooled for b in maker.plan.blocks) else {}),
     }
 
 
@@ -83,6 +85,7 @@ def load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     maker._ever = set(saved["measured"])
     if "secants" in saved:
         load_secants(maker, saved["secants"])
+    maker._pool = Pool.load(maker.plan, saved.get("pool", {}))
     for key, value in saved["pass"].items():
         setattr(maker, f"_{key}", set(value) if key == "further" else value)
     for clock, key in ((maker._curvature_clock, "curvature_clock"), (maker._refresh_clock, "refresh_clock")):

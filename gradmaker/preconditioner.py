@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from gradmaker.capture import OutputGradients, Tape
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature, Likelihood
+from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
@@ -25,6 +26,7 @@ from gradmaker.failures import Failures
 from gradmaker.graph import Graph
 from gradmaker.maker import GradientMaker
 from gradmaker.plan import make_plan
+from gradmaker.pool import Pool
 from gradmaker.previous import bookmark, complete
 from gradmaker.schedule import Clock, as_schedule
 from gradmaker.step import NOTHING, Extra, Previous, Step
@@ -55,6 +57,7 @@ class PreconditionedGradientMaker(GradientMaker):
         self._part = -1  # the micro-batch of this step that is under way
         self._previous: Previous | None = None
         self._noted = False  # whether anything of this step was checked for being finite
+        self._pool = Pool()  # evidence that the micro-batches of this step make together
         self._further: set[str] = set()  # sites that have given evidence in this step
         self._ever: set[str] = set()  # sites that have given evidence at all
         self._attachments: list[Attachment] = []
@@ -163,13 +166,13 @@ class PreconditionedGradientMaker(GradientMaker):
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes = extra.notes
                 if curvature.layerwise:
-                    _check_fired(step)
+                    step.check_active()
                 self._fold(curvature, step, weight)
 
-    def _step(self, curvature: Curvature, tape: Tape, terms: list[Terms], masked: bool) -> Step:
-        c = self.config
-        sites = self.plan.sites(curvature)
-        step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape, terms)
+    def _step(self, curvature: Curvature, tape: Tape | None = None, terms: Sequence[Terms] = (), masked: bool = False) -> Step:
+        """What a curvature sees; without a tape when the passes are over."""
+        c, tape = self.config, tape or Tape(self.model, ())
+        step = Step(self.step, c.seed, self.plan.sites(curvature), c.statistics_dtype(), tape, list(terms))
         step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
         return step
 
@@ -191,12 +194,16 @@ class PreconditionedGradientMaker(GradientMaker):
         return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
 
     def _fold(self, curvature: Curvature, step: Step, weight: float) -> None:
-        blocks = [b for b in self.plan.blocks if b.triple.curvature == curvature]
         with _plain_arithmetic(self.model):
-            for portion in curvature.measure(step):
-                with torch.no_grad():
-                    for block in blocks:
-                        block.update(portion, block.fold(weight), self._further)
+            take = self._pool.add if curvature.pooled else self._update
+            take(curvature, curvature.measure(step), weight)
+
+    def _update(self, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]], weight: float) -> None:
+        blocks = [b for b in self.plan.blocks if b.triple.curvature == curvature]
+        for portion in portions:
+            with torch.no_grad():
+                for block in blocks:
+                    block.update(portion, block.fold(weight), self._further)
         self._ever |= self._further
 
     def forget_pass(self) -> None:
@@ -217,7 +224,7 @@ class PreconditionedGradientMaker(GradientMaker):
                 self._curvature_clock.retry(self.step + 1)
         finally:
             self._measuring, self._finite, self._noted, self._further = False, True, False, set()
-            self._part = -1
+            self._part, self._pool = -1, Pool()
             for block in self.plan.blocks:
                 block.triple.representation.release(block.state)
 
@@ -233,10 +240,11 @@ class PreconditionedGradientMaker(GradientMaker):
     def _bookmark(self) -> Callable[[], None]:
         clock = self._curvature_clock
         counters = {k: getattr(self, k) for k in ("_asked", "_measuring", "_finite", "_noted", "_part")}
-        period = clock.begun, clock.next
+        period, pool = (clock.begun, clock.next), self._pool.copy()
 
         def undo() -> None:
             vars(self).update(counters)
+            self._pool = pool
             clock.begun, clock.next = period
 
         return undo
@@ -245,8 +253,10 @@ class PreconditionedGradientMaker(GradientMaker):
     def _solve(self) -> None:
         if self._measuring:
             for curvature in self.plan.curvatures(of_passes=False):
-                self._fold(curvature, self._step(curvature, Tape(self.model, ()), [], False), 1.0)
+                self._fold(curvature, self._step(curvature), 1.0)
         with _plain_arithmetic(self.model):
+            for curvature, portions in self._pool.held.items():
+                self._update(curvature, curvature.complete(self._step(curvature), portions), 1.0)
             self._refresh()
             results = [r for r in map(self._result, self.plan.blocks) if r is not None]
             for block, value in results:
@@ -316,14 +326,6 @@ class PreconditionedGradientMaker(GradientMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
-
-
-def _check_fired(step: Step) -> None:
-    if not step.active():
-        raise RuntimeError(
-            "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of the "
-            "very model that the maker was made for (compile it after making the maker, not before)"
-        )
 
 
 def _scaled(gradients: OutputGradients, factor: float) -> OutputGradients:

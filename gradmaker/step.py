@@ -88,6 +88,14 @@ class Step:
         """The sites that took part."""
         return [site for site in self.sites if site.fired(self.tape)]
 
+    def check_active(self) -> None:
+        """RuntimeError if none did."""
+        if not self.active():
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
+
     def mask(self, terms: Terms) -> Tensor | None:
         """Loss terms that count, by example and position; None when all do.  # (n, R)"""
         return terms.valid().reshape(self.examples, -1) if self.masked else None

@@ -132,13 +132,12 @@ class KronPairs(Representation):
     # ---------------------------------------------------------------- updates
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         if isinstance(evidence, Outer):
-            assert isinstance(evidence, PairedInputs)
             self._take_inputs(state, evidence, fold)
         else:
             assert isinstance(evidence, Pair)
             self._take_secant(state, evidence.v, evidence.cv)
 
-    def _take_inputs(self, state: State, evidence: PairedInputs, fold: Fold) -> None:
+    def _take_inputs(self, state: State, evidence: Outer, fold: Fold) -> None:
         assert not isinstance(evidence.inputs, OneHot)
         if fold.mass > 0:  # a step's first evidence
             self._complete_(state)
