@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradmaker.curvature.recorder import LossCall, LossRecorder, Weighting
-from gradmaker.curvature.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, rows_of
+from gradmaker.curvature.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, effective_number, rows_of
 
 __all__ = [
     "LIKELIHOODS",
@@ -31,10 +31,9 @@ __all__ = [
 
 
 # -------------------------------------------------------------------- from weights to terms
-def _denominator(total: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """``M``, with 1 for an empty mean: all of its terms are masked, so they stay 0 instead of NaN."""
-    M = {"mean": total, "sum": torch.ones_like(total), "none": count.to(total.dtype)}[reduction]
-    return torch.where(M > 0, M, 1.0)
+def _reduced(weight: Tensor, w: Weighting) -> Tensor:
+    """``omega``; an empty mean divides by 1: all of its terms are masked, so they stay 0 instead of NaN."""
+    return weight / torch.where(w.total > 0, w.total, 1.0) if w.reduction == "mean" else weight
 
 
 # -------------------------------------------------------------------- likelihoods
@@ -59,8 +58,7 @@ class Likelihood(ABC):
             )
         scaled = kept * (factor.detach().reshape(-1).to(rows) if isinstance(factor, Tensor) else factor)
         weight, counted = self._spread(scaled, z), self._spread(kept, z)
-        per = counted.numel() / max(len(rows), 1)
-        return self.read(Weighting(type(self).__name__.lower(), z, weight, counted.sum(), per, self.reduction))
+        return self.read(Weighting(type(self).__name__.lower(), z, weight, counted.sum(), self.reduction))
 
     @abstractmethod
     def axis_of(self, z: Tensor) -> int | None:
@@ -89,12 +87,10 @@ class Categorical(Likelihood):
     def read(self, w: Weighting) -> Terms:
         axis = self.axis_of(w.z)
         z = rows_of(w.z, axis)
-        weight = w.weight.reshape(-1).to(z.dtype).clamp(min=0)
-        M = _denominator(w.total, weight.count_nonzero(), w.reduction)
-        omega = weight / M if w.reduction == "mean" else weight
+        omega = _reduced(w.weight.reshape(-1).to(z.dtype).clamp(min=0), w)
         # logits of masked rows may be anything, NaN included
         p = torch.where((omega != 0).unsqueeze(-1), z.softmax(-1), 1.0 / z.shape[-1])
-        return CategoricalTerms(w.z, axis, omega, M, p)
+        return CategoricalTerms(w.z, axis, omega, effective_number([omega]), p)
 
     def _spread(self, weight: Tensor, z: Tensor) -> Tensor:
         return weight
@@ -110,16 +106,13 @@ class Independent(Likelihood):
         return weight.unsqueeze(-1).expand_as(rows_of(z, self.axis_of(z))).reshape(z.shape)
 
     def _scale(self, w: Weighting) -> tuple[Tensor, Tensor, Tensor]:
-        """A mean over elements is the mean over ``M = total / per`` terms, each the mean of its elements.
+        """A term is the sum of its elements, whatever the loss makes of it: one loss has one ``omega`` in all its spellings.
 
-        Returns the scale of each element (m, C), omega (m,) and ``M`` ().
+        Returns the scale of each element (m, C), omega (m,), which is their mean, and ``M`` ().
         """
         weight = rows_of(w.weight, self.axis_of(w.z)).to(torch.promote_types(w.z.dtype, torch.float32)).clamp(min=0)
-        M = _denominator(w.total / w.per, weight.any(-1).sum(), w.reduction)
-        if w.reduction == "mean":
-            scale = weight / (M * w.per)
-            return scale, scale.sum(-1), M
-        return weight, weight.mean(-1), M
+        scale = _reduced(weight, w)
+        return scale, scale.mean(-1), effective_number([scale])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +164,11 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
     """
     calls = [call for call in recorder.calls if call.output.requires_grad]
     weightings = [call.weigh(factor) for call, factor in zip(calls, _factors(calls, loss), strict=True) if factor is not None]
-    return [LIKELIHOODS[w.likelihood]().read(w) for w in weightings if w.z.requires_grad]
+    terms = [LIKELIHOODS[w.likelihood]().read(w) for w in weightings if w.z.requires_grad]
+    if len(terms) < 2:
+        return terms
+    M = effective_number([t.weights() for t in terms])
+    return [replace(t, denominator=M) for t in terms]
 
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,7 +26,6 @@ class Weighting:
     z: Tensor  # in the graph
     weight: Tensor  # one per term: z without its class axis; one per element where coordinates are independent: like z
     total: Tensor  # (), what a mean divides by
-    per: float  # elements of the loss per term
     reduction: str
 
 
@@ -96,7 +95,7 @@ def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
         observed = w[target.masked_fill(~valid, 0).long()] * valid
         weight = (1 - smoothing) * observed + smoothing * w.mean() * valid
         total = observed.sum()
-    return Weighting("categorical", z, compute(factor) * weight, total, 1.0, call.reduction)
+    return Weighting("categorical", z, compute(factor) * weight, total, call.reduction)
 
 
 def _mse(call: LossCall, factor: Tensor) -> Weighting:
@@ -120,8 +119,7 @@ def _bce(call: LossCall, factor: Tensor) -> Weighting:
 
 def _elements(likelihood: str, call: LossCall, z: Tensor, weight: Tensor, total: Tensor) -> Weighting:
     """Where z was broadcast against the target, the weights of its copies add."""
-    terms = z[..., 0].numel() if z.ndim > 1 else z.numel()
-    return Weighting(likelihood, z, weight.sum_to_size(z.shape), total, weight.numel() / max(terms, 1), call.reduction)
+    return Weighting(likelihood, z, weight.sum_to_size(z.shape), total, call.reduction)
 
 
 def _given(weight: Tensor | None, default: Tensor) -> Tensor:
