@@ -167,8 +167,18 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
     terms = [LIKELIHOODS[w.likelihood]().read(w) for w in weightings if w.z.requires_grad]
     if len(terms) < 2:
         return terms
-    M = effective_number([t.weights() for t in terms])
+    M = effective_number(_together(terms))
     return [replace(t, denominator=M) for t in terms]
+
+
+def _together(terms: list[Terms]) -> list[Tensor]:
+    """Weights of terms; those of one likelihood on the same logits add, as of mixed labels: ``a l_m + b l_m`` is one term."""
+    found: dict[object, Tensor] = {}
+    for t in terms:
+        base = t.z if t.z._base is None else t.z._base
+        key = (type(t), id(base), t.z.storage_offset(), t.z.shape, t.z.stride())
+        found[key] = found[key] + t.weights() if key in found else t.weights()
+    return list(found.values())
 
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:

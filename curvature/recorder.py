@@ -86,7 +86,7 @@ def _of_difference(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Ten
     a, b, weight = arguments["input"], arguments["target"], arguments.get("weight")
     if torch.is_autocast_enabled(a.device.type):
         a, b = compute(a), compute(b)  # as it does before the difference
-    z = a - b
+    z = torch.sub(*torch.broadcast_tensors(a, b))  # in this order, for the roundings of the gradients
     if weight is not None and a.shape != z.shape:
         raise ValueError(
             f"F.mse_loss(input {tuple(a.shape)}, target {tuple(b.shape)}, weight=...) with both sides in the graph: expand the "
