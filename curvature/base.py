@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -63,6 +63,11 @@ class Curvature(ABC):
         return False
 
     @property
+    def pooled(self) -> bool:
+        """Whether the pairs of a step's micro-batches add up to one, of the step's loss: taken in at its end, by `complete`."""
+        return False
+
+    @property
     def of_passes(self) -> bool:
         """Whether it is measured for every pass (micro-batch), not once a step from the gradient."""
         return self.layerwise or bool(self.asks)
@@ -78,6 +83,10 @@ class Curvature(ABC):
     def secant_shape(self, site: Site) -> tuple[int, ...]:
         """Of both tensors of a pair of `secants`."""
         return site.shape
+
+    def complete(self, step: Step, portions: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+        """What the statistics take in at the end of a step, from what its micro-batches make together: if it is `pooled`."""
+        yield from portions
 
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:

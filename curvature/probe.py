@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,8 +27,9 @@ class HessianProbe(Curvature):
 
     What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
     ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
-    the dtype. Each micro-batch is probed by itself, with vectors of its own. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to
-    ``H v``, unless that is zero throughout, which bounds a fitted inverse by ``1 / lift``. ``mode`` as of `Hessian`.
+    the dtype. All micro-batches of a step are probed with one ``v``, and what they give adds up to the ``H v`` of the step's
+    loss. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero throughout, which bounds a fitted inverse
+    by ``1 / lift``. ``mode`` as of `Hessian`.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
@@ -46,6 +47,11 @@ class HessianProbe(Curvature):
     @property
     def asks(self) -> frozenset[str]:
         return frozenset({"graph", "replay"})
+
+    @property
+    def pooled(self) -> bool:
+        """``H`` is that of the step's loss: of a sum every part would show but a part."""
+        return True
 
     def __post_init__(self) -> None:
         if self.distribution not in ("rademacher", "gaussian"):
@@ -67,14 +73,20 @@ class HessianProbe(Curvature):
             found: dict[str, Evidence] = {}
             for site in sites:
                 dtype = step.statistics_dtype(site)
-                cv = site.lay_out(dict(image)).to(dtype)
-                lifted = _lifted(step, f"lift {sample} {site.name}", cv, self.lift)
-                found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), lifted)
+                found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), site.lay_out(dict(image)).to(dtype))
+            yield found
+
+    def complete(self, step: Step, portions: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+        for sample, portion in enumerate(portions):
+            found: dict[str, Evidence] = {}
+            for name, pair in portion.items():
+                assert isinstance(pair, Pair)
+                found[name] = Pair(pair.v, _lifted(step, f"lift {sample} {name}", pair.cv, self.lift))
             yield found
 
     def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
         """``v`` for one parameter."""
-        generator = step.generator(name, p.device)
+        generator = _generator(step, name, p.device)
         shape, v = real_shape(p), torch.empty_like(p)
         if self.distribution == "gaussian":
             write_real(v, torch.randn(shape, generator=generator, device=p.device))
@@ -108,7 +120,7 @@ class GradientProbe(Curvature):
             g = site.read()
             if g is not None:
                 g = g.to(step.statistics_dtype(site))
-                v = _normal(step.generator(f"probe {site.name}", g.device), g).to(g.dtype)
+                v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
                 found[site.name] = Contrast(v, _lifted(step, f"lift {site.name}", g, self.lift))
         yield found
 
@@ -116,6 +128,11 @@ class GradientProbe(Curvature):
 def _check_lift(lift: float) -> None:
     if not 0 <= lift < inf:
         raise ValueError(f"lift={lift!r}: expected a non-negative number")
+
+
+def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:
+    """The same for all micro-batches of a step."""
+    return replace(step, part=0).generator(name, device)
 
 
 def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
@@ -126,6 +143,6 @@ def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
 def _lifted(step: Step, name: str, h: Tensor, lift: float) -> Tensor:
     if not lift:
         return h
-    noise = _normal(step.generator(name, h.device), h).to(h.dtype)
+    noise = _normal(_generator(step, name, h.device), h).to(h.dtype)
     lifted = h + (lift + torch.finfo(h.dtype).eps * h.abs()) * noise
     return torch.where(h.flatten(1).any(1).view(-1, *[1] * (h.ndim - 1)), lifted, h)

@@ -82,10 +82,11 @@ class Block:
     def fold(self, weight: float) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic."""
         if self.decay is None:
-            return Fold(1.0, weight, 1.0, summed=True)
+            return Fold(1.0, weight, 1.0, summed=True, of_step=1.0)
         if self.averaging != "corrected":
-            return Fold(self.decay, weight if self.averaging == "raw" else (1 - self.decay) * weight, 1.0, summed=True)
-        return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay)
+            of_step = 1.0 if self.averaging == "raw" else 1 - self.decay
+            return Fold(self.decay, of_step * weight, 1.0, summed=True, of_step=of_step)
+        return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay, of_step=1 - self.decay)
 
     def update(self, portion: Mapping[str, Evidence], fold: Fold, further: set[str], done: set[str] | None = None) -> None:
         """Fold in one portion of a step's evidence.

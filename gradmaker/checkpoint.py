@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradmaker.blocks import Block
 from gradmaker.ledger import Ledger
+from gradmaker.pool import Pool
 from gradmaker.previous import dump_secants, load_secants
 from gradmaker.representations.base import State
 from gradmaker.state_format import FORMAT, check_format
@@ -65,6 +66,7 @@ def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
         },
         "gradients": _dump_gradients(maker),
         **({"secants": dump_secants(maker)} if maker.plan.asks("previous") else {}),
+        **({"pool": maker._pool.dump()} if any(b.triple.curvature.pooled for b in maker.plan.blocks) else {}),
     }
 
 
@@ -156,6 +158,7 @@ def _load_counters(maker: PreconditionedGradientMaker, saved: dict[str, Any]) ->
     maker._ever = set(saved["measured"])
     if "secants" in saved:
         load_secants(maker, saved["secants"])
+    maker._pool = Pool.load(maker.plan, saved.get("pool", {}))
     found = saved["pass"]
     for key in ("asked", "finite", "noted", "part", "open", "ended"):
         setattr(maker, f"_{key}", found[key])

@@ -25,6 +25,7 @@ from gradmaker.ledger import WHOLE_STEP, Ledger
 from gradmaker.maker import GradientMaker
 from gradmaker.pending import Pending
 from gradmaker.plan import Plan, PlanClocks, make_plan
+from gradmaker.pool import Pool
 from gradmaker.previous import bookmark, complete
 from gradmaker.self_checks import SelfChecks
 from gradmaker.sites import Site
@@ -56,6 +57,7 @@ class MeasuringMaker(GradientMaker):
         self._part = -1  # the micro-batch of this step that is under way
         self._previous: Previous | None = None
         self._ledger = Ledger()  # of the step that is under way
+        self._pool = Pool()  # evidence that the micro-batches of this step make together
         self._ever: set[str] = set()  # sites that have given evidence at all
 
     def purposes(self) -> frozenset[str]:
@@ -232,6 +234,9 @@ class MeasuringMaker(GradientMaker):
     def _hold(
         self, pending: Pending, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]], weight: float, part: int
     ) -> None:
+        if curvature.pooled:
+            pending.pooled.append((curvature, list(portions), weight))
+            return
         blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
         pending.take(portions, blocks, weight, part, self._ledger)
 
@@ -239,7 +244,8 @@ class MeasuringMaker(GradientMaker):
         """Make measured statistics those of the maker."""
         if pending.part is not None:
             self._part = pending.passes - 1
-        pending.fold(self._ledger, self._ever.update)
+        pending.fold(self._ledger, self._pool)
+        self._ever |= self._ledger.further
 
     def _fold(self, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]]) -> None:
         """What is measured once a step, from its gradient, enters the statistics."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from gradmaker.blocks import Block, carry
+from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.ledger import Ledger
+from gradmaker.pool import Pool
 
 __all__ = ["Pending"]
 
@@ -23,6 +25,7 @@ class Pending:
     passes: int = 0  # of this step, that are in it
     part: int | None = None  # which of them is measured, where the maker does not count them itself
     blocks: dict[Block, Block] = field(default_factory=dict)  # copies with statistics of their own
+    pooled: list[tuple[Curvature, list[Mapping[str, Evidence]], float]] = field(default_factory=list)
     done: dict[tuple[int, int], set[str]] = field(default_factory=dict)  # by micro-batch and portion: what is in them
 
     def block(self, block: Block) -> Block:
@@ -34,13 +37,14 @@ class Pending:
     def copy(self) -> Pending:
         """Another one, to measure a further pass into."""
         blocks = {block: _copied(held) for block, held in self.blocks.items()}
-        return Pending(set(self.further), self.passes, None, blocks, {key: set(names) for key, names in self.done.items()})
+        done = {key: set(names) for key, names in self.done.items()}
+        return Pending(set(self.further), self.passes, None, blocks, list(self.pooled), done)
 
     def moved(self, blocks: Iterable[Block]) -> Pending:
         """The same for the blocks of another plan."""
         fresh = {block: _copied(block) for block in blocks}
         carry(self.blocks.values(), fresh.values())
-        return Pending(set(self.further), self.passes, self.part, fresh, self.done)
+        return Pending(set(self.further), self.passes, self.part, fresh, self.pooled, self.done)
 
     def take(
         self, portions: Iterable[Mapping[str, Evidence]], blocks: Iterable[Block], weight: float, part: int, ledger: Ledger
@@ -53,14 +57,15 @@ class Pending:
                 for block in own:
                     self.block(block).update(portion, block.fold(weight), self.further, done)
 
-    def fold(self, ledger: Ledger, settle: Callable[[set[str]], None]) -> None:
-        """Make the copies the statistics.  settle: told of the sites that have given evidence"""
+    def fold(self, ledger: Ledger, pool: Pool) -> None:
+        """Make the copies the statistics."""
         for block, held in self.blocks.items():
             block.state = held.state
         ledger.further |= self.further
         for key, names in self.done.items():
             ledger.folded(*key).update(names)
-        settle(self.further)
+        for curvature, portions, weight in self.pooled:
+            pool.add(curvature, portions, weight)
 
 
 def _copied(block: Block) -> Block:

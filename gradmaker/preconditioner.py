@@ -18,6 +18,7 @@ from gradmaker.failures import Failures
 from gradmaker.ledger import WHOLE_STEP, Ledger
 from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker, plain_arithmetic
+from gradmaker.pool import Pool
 from gradmaker.summary import Summary, summarise
 from gradmaker.verify import Verification, verify
 
@@ -58,11 +59,12 @@ class PreconditionedGradientMaker(MeasuringMaker):
             block.keep(solved)
         self._clocks.retry(self._due, self._ledger.further if self._finite else (), self.step + 1)
         self._due, self._finite, self._noted, self._ledger, self._part = frozenset(), True, False, Ledger(), -1
+        self._pool = Pool()
         for block in self.plan.blocks:
             block.triple.representation.release(block.state)
 
     def _abandon(self) -> None:
-        self._part = -1
+        self._part, self._pool = -1, Pool()
         self._ledger.begin_again(self.plan.blocks)
 
     def passes_are_due(self) -> bool:
@@ -84,12 +86,13 @@ class PreconditionedGradientMaker(MeasuringMaker):
         counters = {k: getattr(self, k) for k in ("_asked", "_due", "_finite", "_noted", "_part")}
         if self._part >= 0:  # of this step: of the one before, pairs are made once and its batch is let go
             counters["_previous"] = self._previous
-        clocks = self._clocks.dump()
+        clocks, pool = self._clocks.dump(), self._pool.copy()
 
         def undo() -> None:
             rewind()
             self._clocks.load(clocks)
             vars(self).update(counters)
+            self._pool = pool
             self._ledger.solved = None
 
         return undo
@@ -103,6 +106,8 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 step = self._step(curvature, due=self._due)
                 ledger.note(WHOLE_STEP, 1.0, step.examples)
                 self._fold(curvature, curvature.measure(step))
+            for curvature, portions in self._pool.held.items():
+                self._fold(curvature, curvature.complete(self._step(curvature, due=self._due), portions))
             with plain_arithmetic(self.model):
                 self._refresh()
                 ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]

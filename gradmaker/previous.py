@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gradmaker.capture import Tape
 from gradmaker.curvature.evidence import Evidence, Pair
 from gradmaker.replay import Replay
 from gradmaker.step import Pass, Previous
@@ -59,7 +58,7 @@ def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str
     found: dict[str, Evidence] = {}
     for curvature in maker.plan.curvatures(of_passes=True):
         if "previous" in curvature.asks:
-            step = maker._step(curvature, Tape(maker.model, ()), [], False)
+            step = maker._step(curvature)
             step.previous = previous
             with torch.enable_grad():
                 found |= curvature.secants(step)

@@ -103,9 +103,25 @@ class Step:
                 "the very model that the maker was made for (compile it after making the maker, not before)"
             )
 
+    def check_active(self) -> None:
+        """RuntimeError if none did."""
+        if not self.active():
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
+
     def mask(self, terms: Terms) -> Tensor | None:
-        """Loss terms that count, by example and position; None when all do.  # (n, R)"""
-        return terms.valid().reshape(self.examples, -1) if self.masked else None
+        """Positions where any term of the loss counts, by example; None when all do.
+
+        Those of other calls of a loss than ``terms`` among them, so that the order of the calls does not matter.  # (n, R)
+        """
+        if not self.masked:
+            return None
+        own = [t.valid().reshape(self.examples, -1) for t in (terms, *self.terms) if not t.omega.numel() % self.examples]
+        finest = max(m.shape[1] for m in own)
+        placed = [m if m.shape[1] == finest else m.any(1, keepdim=True).expand(-1, finest) for m in own]
+        return torch.stack(placed).any(0)
 
     def statistics_dtype(self, site: Site) -> torch.dtype:
         """The dtype of statistics for a site: float32 or better, whatever the model's."""

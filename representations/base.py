@@ -68,12 +68,23 @@ class Fold:
     With an exponential average (decay ``d``) the first evidence of a step has ``beta = d, alpha = mass = 1 - d``; a further
     micro-batch of the same step has ``beta = 1, mass = 0``. ``S / mass`` is the bias-corrected average. A plain sum
     (``decay = None``) keeps its mass at one.
+
+    ``alpha`` holds what a micro-batch weighs in the loss, which is what a sum over examples wants. A mean over positions
+    wants the number that was counted instead, whatever the loss makes of them: ``S <- beta S + share sum_r a_r a_r^T`` and
+    ``mass <- beta mass + share c`` for ``c`` positions.
     """
 
     beta: float
     alpha: float
     mass: float
     summed: bool = False
+    of_step: float | None = None
+    """``alpha`` without the weight of the micro-batch; None where that is 1."""
+
+    @property
+    def share(self) -> float:
+        """What a counted position weighs in a mean."""
+        return self.alpha if self.of_step is None else self.of_step
 
     def weigh_(self, mass: Tensor) -> None:
         """Advance the mass of a statistic that is a sum over examples.  # (B,)"""
@@ -82,9 +93,9 @@ class Fold:
         else:
             mass.mul_(self.beta).add_(self.mass)
 
-    def weigh_mean_(self, mass: Tensor) -> None:
-        """Advance the mass of a statistic that is a mean over positions: every micro-batch adds its share.  # (B,)"""
-        mass.mul_(self.beta).add_(self.alpha)
+    def weigh_mean_(self, mass: Tensor, counted: float | Tensor) -> None:
+        """Advance the mass of a statistic that is a mean over positions, of which so many were counted.  # (B,), ()"""
+        mass.mul_(self.beta).add_(self.share * counted)
 
 
 def average(total: Tensor, mass: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Apply(Solver):
     definite: ClassVar[bool] = True
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        return {name: x.clone() for name, x in state.items()}
+        return {name: x.clone() for name, x in representation.snapshot(state).items()}
 
     def operator(self, representation: Any, state: State) -> Tensor:
         P: Tensor = torch.linalg.inv(representation.to_dense(state))
