@@ -60,6 +60,12 @@ class Frame:
         """A statistic at zero.  # (B, *shape)"""
         return torch.zeros(self.stack, *shape, dtype=self.dtype, device=self.device)
 
+    def unit(self, side: int, value: float = 1.0) -> Tensor:
+        """``value I``, with no matrix besides the one that is returned.  # (B, side, side)"""
+        out = self.zeros(side, side)
+        out.diagonal(dim1=-2, dim2=-1).fill_(value)
+        return out
+
 
 @dataclass(frozen=True)
 class Fold:

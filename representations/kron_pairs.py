@@ -114,7 +114,7 @@ class KronPairs(Representation):
         state |= {"step": frame.zeros(o), "change": frame.zeros(o), "refused": frame.zeros()}
         for name, d in (("left", o), ("right", i)):
             if not self._limits(name):
-                state[name] = frame.zeros(d, d) + torch.eye(d, dtype=frame.dtype, device=frame.device)
+                state[name] = frame.unit(d)
             else:
                 state |= {f"{name}_{key}": x for key, x in unfilled(frame, self.pairs or 0, d).items()}
         return state

@@ -26,8 +26,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 def unfilled(frame: Frame, memory: int, size: int) -> State:
     """``s``, ``y`` and ``products`` of no pair at all."""
-    eye = torch.eye(memory, dtype=frame.dtype, device=frame.device)
-    return {"s": frame.zeros(memory, size), "y": frame.zeros(memory, size), "products": frame.zeros(memory, memory) + eye}
+    return {"s": frame.zeros(memory, size), "y": frame.zeros(memory, size), "products": frame.unit(memory)}
 
 
 def multiply(pairs: State, gamma: Tensor, G: Tensor) -> Tensor:
