@@ -208,7 +208,7 @@ class Block:
         measured: names of the sites that have given evidence at all.
         """
         known = measured & {s.name for s in self.sites}
-        due = due or self.triple.representation.fleeting
+        due = due or self.triple.representation.fleeting or self.triple.representation.immediate
         refreshed = bool(known) if due else bool(known - self.ready)
         if self.full and refreshed:
             self.cache = self.refreshed(self.state, self.cache or None)

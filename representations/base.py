@@ -15,6 +15,7 @@ from gradmaker.curvature.evidence import Evidence
 __all__ = [
     "NEWEST_ALONE",
     "NO_LIMIT",
+    "NO_REFRESH",
     "Elementwise",
     "Factored",
     "Fold",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
+_AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
+NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "spread": _AT_ONCE}
 NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
 
 State: TypeAlias = dict[str, Tensor]
@@ -110,6 +113,8 @@ class Representation(ABC):
     """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
     fleeting: ClassVar[bool] = False
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
+    immediate: ClassVar[bool] = False
+    """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
     idle: ClassVar[dict[str, str]] = {}

@@ -200,4 +200,4 @@ class KronPairs(Representation):
 
 def _pairs(state: State, side: str) -> State:
     """The memory of one side."""
-    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products")}
+    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products", "newest")}
