@@ -43,7 +43,9 @@ class Placement:
         grain = self.triple.representation.grain
         if grain == "unit":
             return self.site.shape[-1:]
-        return (prod(self.site.shape),) if grain == "full" else self.site.shape[1:]
+        if grain == "full":
+            return (prod(self.site.shape),)
+        return self.site.shape if self.joins_groups else self.site.shape[1:]
 
     @property
     def count(self) -> int:
@@ -51,7 +53,13 @@ class Placement:
         grain = self.triple.representation.grain
         if grain == "unit":
             return prod(self.site.shape[:-1])
-        return 1 if grain == "full" else self.site.shape[0]
+        return 1 if grain == "full" or self.joins_groups else self.site.shape[0]
+
+    @property
+    def joins_groups(self) -> bool:
+        """Whether the groups of a layer are one block of shape (G, o, i)."""
+        representation = self.triple.representation
+        return representation.whole_layers and representation.grain == "layer" and self.site.shape[0] > 1
 
     def frame(self) -> Frame:
         """What its representation is allocated for."""
@@ -72,7 +80,7 @@ class Block:
         self.sites = [p.site for p in placements]
         self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
         self.nesterov, self.averaging, self.precision = first.nesterov, first.averaging, first.precision
-        self.full = self.triple.representation.grain == "full"
+        self.full, self.joins_groups = self.triple.representation.grain == "full", first.joins_groups
         self.frame = _joined_frame(placements, self.full)
         self.slots = _slots(placements, self.full)
         self.name = "full" if self.full else self.sites[0].name
@@ -131,7 +139,7 @@ class Block:
             yield slice(0, 1), portion[WHOLE], names or [s.name for s in self.sites]
         elif not self.full:
             slots = dict(zip((s.name for s in self.sites), self.slots, strict=True))
-            yield from ((slots[n], portion[n], [n]) for n in names)
+            yield from ((slots[n], _as_one(portion[n]) if self.joins_groups else portion[n], [n]) for n in names)
         elif names:
             yield slice(0, 1), self._joined(portion), names
 
@@ -274,6 +282,15 @@ class Block:
 
     def _rests(self, site: Site) -> bool:
         return site.name not in self.ready or site.name in self.fresh or site.read() is None
+
+
+def _as_one(evidence: Evidence) -> Evidence:
+    """What is said of the groups of a layer, of all as one block.  # (G, o, i) -> (1, G, o, i)"""
+    if isinstance(evidence, Gradient):
+        return replace(evidence, gradient=evidence.gradient.unsqueeze(0))
+    if isinstance(evidence, Pair):
+        return replace(evidence, v=evidence.v.unsqueeze(0), cv=evidence.cv.unsqueeze(0))
+    return evidence  # rows and products speak of the layer as it is
 
 
 def _picked(state: State, slots: list[slice]) -> State:

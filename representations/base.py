@@ -115,6 +115,8 @@ class Representation(ABC):
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
     immediate: ClassVar[bool] = False
     """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
+    whole_layers: ClassVar[bool] = False
+    """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
     idle: ClassVar[dict[str, str]] = {}

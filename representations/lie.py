@@ -122,6 +122,8 @@ class TriangularQ(_Fitted):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; the slow maximum as in the author's psgd_torch (2025).
     """
 
+    whole_layers: ClassVar[bool] = True
+
     granularity: Literal["full", "layer"] = "full"
 
     def __post_init__(self) -> None:
