@@ -57,9 +57,9 @@ class Placement:
 
     @property
     def joins_groups(self) -> bool:
-        """Whether the groups of a layer are one block of shape (G, o, i)."""
-        representation = self.triple.representation
-        return representation.whole_layers and representation.grain == "layer" and self.site.shape[0] > 1
+        """Whether the groups of a layer are one block of shape (G, o, i); parts that a tensor was cut into never are."""
+        representation, grouped = self.triple.representation, self.site.view is None and self.site.shape[0] > 1
+        return grouped and representation.whole_layers and representation.grain == "layer"
 
     def frame(self) -> Frame:
         """What its representation is allocated for."""
