@@ -92,6 +92,7 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "floor"): [0.5],
     ("", "merge"): ["none", "to_2d"],  # others need weights with an axis for heads: tests/test_shapes.py
     ("one_sided", "merge"): ["greedy"],
+    ("psgd_whiten", "norm"): ["keep", "adam"],  # its bound is not reached here: tests/test_psgd_whiten.py
     ("psgd_whiten", "merge"): ["none"],  # with to_2d the shapes are those of its default here
     ("", "split"): [(("head", 2),)],
     ("psgd_whiten", "max_skew"): [None],
