@@ -62,14 +62,16 @@ class FisherRecursive(Curvature):
         weights, counted = _example_weights(step, terms)
         found: dict[str, Evidence] = {}
         after, B = terms.z, self._output_factor(terms, step.examples)
+        W: Tensor | None = None  # of the layer above; nothing is pulled through the lowest, whose inputs may be many
         for (_, module), call in zip(reversed(chain), reversed(calls), strict=False):
+            if W is not None:
+                B = W.mT @ B @ W
+                B = (B + B.mT) / 2
             B = B * _slope_moment(after, call, weights)
             for site in sites[module]:
                 factors = _factors(site, call.input, B, weights, step.statistics_dtype(site))
                 found[site.name] = replace(factors, counted=counted)
             after, W = call.input, module.weight.detach().to(B)
-            B = W.mT @ B @ W
-            B = (B + B.mT) / 2
         yield found
 
     @torch.no_grad()

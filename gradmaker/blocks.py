@@ -39,7 +39,7 @@ class Block:
         self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
         self.nesterov, self.averaging, self.precision = first.nesterov, first.averaging, first.precision
         self.method = first.method
-        self.full = self.triple.representation.grain == "full"
+        self.full, self.joins_groups = self.triple.representation.grain == "full", first.joins_groups
         self.frame = _joined_frame(placements, self.full)
         self.slots = _slots(placements, self.full)
         whole = "full" if self.method == "method" else f"full, {self.method}"
@@ -130,7 +130,7 @@ class Block:
             yield slice(0, 1), portion[WHOLE], names or [s.name for s in self.sites]
         elif not self.full:
             slots = dict(zip((s.name for s in self.sites), self.slots, strict=True))
-            yield from ((slots[n], portion[n], [n]) for n in names)
+            yield from ((slots[n], _as_one(portion[n]) if self.joins_groups else portion[n], [n]) for n in names)
         elif names:
             yield slice(0, 1), self._joined(portion), names
 
@@ -207,7 +207,7 @@ class Block:
         measured: names of the sites that have given evidence at all.
         """
         known = measured & {s.name for s in self.sites}
-        due = due or self.triple.representation.fleeting
+        due = due or self.triple.representation.fleeting or self.triple.representation.immediate
         refreshed = bool(known) if due else bool(known - self.ready)
         if self.full and refreshed:
             self.cache = self.refreshed(self.state, self.cache or None)
@@ -294,6 +294,15 @@ class Block:
 def _versions(state: State) -> list[tuple[str, int, int]]:
     """What shows whether any tensor was replaced or written to."""
     return [(key, id(value), value._version) for key, value in state.items()]
+
+
+def _as_one(evidence: Evidence) -> Evidence:
+    """What is said of the groups of a layer, of all as one block.  # (G, o, i) -> (1, G, o, i)"""
+    if isinstance(evidence, Gradient):
+        return replace(evidence, gradient=evidence.gradient.unsqueeze(0))
+    if isinstance(evidence, Pair):
+        return replace(evidence, v=evidence.v.unsqueeze(0), cv=evidence.cv.unsqueeze(0))
+    return evidence  # rows and products speak of the layer as it is
 
 
 def _picked(state: State, slots: list[slice]) -> State:

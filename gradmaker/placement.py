@@ -39,7 +39,9 @@ class Placement:
         grain = self.triple.representation.grain
         if grain == "unit":
             return self.site.shape[-1:]
-        return (prod(self.site.shape),) if grain == "full" else self.site.shape[1:]
+        if grain == "full":
+            return (prod(self.site.shape),)
+        return self.site.shape if self.joins_groups else self.site.shape[1:]
 
     @property
     def count(self) -> int:
@@ -47,7 +49,13 @@ class Placement:
         grain = self.triple.representation.grain
         if grain == "unit":
             return prod(self.site.shape[:-1])
-        return 1 if grain == "full" else self.site.shape[0]
+        return 1 if grain == "full" or self.joins_groups else self.site.shape[0]
+
+    @property
+    def joins_groups(self) -> bool:
+        """Whether the groups of a layer are one block of shape (G, o, i); parts that a tensor was cut into never are."""
+        representation, grouped = self.triple.representation, self.site.view is None and self.site.shape[0] > 1
+        return grouped and representation.whole_layers and representation.grain == "layer"
 
     def frame(self) -> Frame:
         """What its representation is allocated for."""

@@ -15,6 +15,7 @@ from gradmaker.curvature.evidence import Evidence
 __all__ = [
     "NEWEST_ALONE",
     "NO_LIMIT",
+    "NO_REFRESH",
     "Elementwise",
     "Factored",
     "Fold",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
+_AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
+NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "spread": _AT_ONCE}
 NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
 
 State: TypeAlias = dict[str, Tensor]
@@ -59,6 +62,12 @@ class Frame:
     def zeros(self, *shape: int) -> Tensor:
         """A statistic at zero.  # (B, *shape)"""
         return torch.zeros(self.stack, *shape, dtype=self.dtype, device=self.device)
+
+    def unit(self, side: int, value: float = 1.0) -> Tensor:
+        """``value I``, with no matrix besides the one that is returned.  # (B, side, side)"""
+        out = self.zeros(side, side)
+        out.diagonal(dim1=-2, dim2=-1).fill_(value)
+        return out
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,10 @@ class Representation(ABC):
     """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
     fleeting: ClassVar[bool] = False
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
+    immediate: ClassVar[bool] = False
+    """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
+    whole_layers: ClassVar[bool] = False
+    """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
     idle: ClassVar[dict[str, str]] = {}

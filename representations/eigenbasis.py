@@ -66,7 +66,7 @@ class Eigenbasis(Representation):
         state = self._kron().init(frame)
         for axis, side in enumerate(SIDES):
             if axis not in frame.diagonal:
-                state[f"basis_{side}"] = identity(state[side]).expand(frame.stack, -1, -1).clone()
+                state[f"basis_{side}"] = identity(state[side]).expand(frame.stack, -1, -1).contiguous()
         age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
         return {**state, "moments": frame.zeros(*frame.shape), "mass": frame.zeros(), "age": age}
 

@@ -120,7 +120,7 @@ class KronPairs(Representation):
         state |= {"inputs": frame.zeros(i), "counted": frame.zeros(), "examples": frame.zeros()}  # of the step under way
         for name, d in (("left", o), ("right", i)):
             if not self._limits(name):
-                state[name] = frame.zeros(d, d) + torch.eye(d, dtype=frame.dtype, device=frame.device)
+                state[name] = frame.unit(d)
             else:
                 state |= {f"{name}_{key}": x for key, x in unfilled(frame, self.pairs or 0, d).items()}
         return state
@@ -229,4 +229,4 @@ class KronPairs(Representation):
 
 def _pairs(state: State, side: str) -> State:
     """The memory of one side."""
-    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products")}
+    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products", "newest")}
