@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from gradmaker.curvature.evidence import Evidence
 
 if TYPE_CHECKING:
+    from gradmaker.sites import Site
     from gradmaker.step import Step
 
 __all__ = ["NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
@@ -62,6 +63,11 @@ class Curvature(ABC):
         return False
 
     @property
+    def pooled(self) -> bool:
+        """Whether the pairs of a step's micro-batches add up to one, of the step's loss: taken in at its end, by `complete`."""
+        return False
+
+    @property
     def of_passes(self) -> bool:
         """Whether it is measured for every pass (micro-batch), not once a step from the gradient."""
         return self.layerwise or bool(self.asks)
@@ -73,6 +79,14 @@ class Curvature(ABC):
     def secants(self, step: Step) -> dict[str, Evidence]:
         """What ``step.previous`` has to say, by site, now that the weights have moved: for those that ask for ``previous``."""
         return {}
+
+    def secant_shape(self, site: Site) -> tuple[int, ...]:
+        """Of both tensors of a pair of `secants`."""
+        return site.shape
+
+    def complete(self, step: Step, portions: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+        """What the statistics take in at the end of a step, from what its micro-batches make together: if it is `pooled`."""
+        yield from portions
 
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:

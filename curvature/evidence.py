@@ -76,6 +76,22 @@ class Outer(Evidence):
         """Number of rows ``N = k n``."""
         return self.gradients.shape[0] * self.gradients.shape[2]
 
+    @property
+    def counted(self) -> int | Tensor:
+        """Number of positions in the moment of the inputs: those of no loss term and of no input are left out.  # or ()"""
+        if isinstance(self.inputs, OneHot) and (self.weights is not None or self.inputs.padding is not None):
+            return self._index_weights(self.gradients.dtype).sum()
+        return self.gradients.shape[2] * self.gradients.shape[3] if self.weights is None else self.weights.sum()
+
+    def regrouped(self, examples: int) -> Outer:
+        """Where all positions are one example's, the same in equal parts, for what goes by sums and counts alone."""
+        n, r = self.gradients.shape[2:4]
+        if n != 1 or examples < 2 or r % examples or not isinstance(self.inputs, Tensor) or self.inputs.shape[2] != r:
+            return self
+        inputs, gradients = self.inputs.unflatten(2, (examples, -1)).squeeze(1), self.gradients.unflatten(3, (examples, -1))
+        weights = None if self.weights is None else self.weights.reshape(examples, -1)
+        return replace(self, inputs=inputs, gradients=gradients.squeeze(2), weights=weights)
+
     def reduced(self) -> Outer:
         """One position per example: the mean input and the summed gradient (K-FAC-reduce, arXiv:2311.00636)."""
         assert isinstance(self.inputs, Tensor)
@@ -91,52 +107,42 @@ class Outer(Evidence):
 
     # ---------------------------------------------------------------- moments, for Kronecker factors
     def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha mean_nr a a^T``; a diagonal for one-hot inputs or a diagonal ``out``.
+        """``out <- beta out + alpha sum_nr a a^T`` over the `counted` positions; a diagonal where inputs or ``out`` are such.
+
+        A sum, not a mean: that of parts of a batch is that of the batch, however it was cut.
 
         ``out``: (G, i, i) or (G, i), with the bias as the last coordinate.
         """
         if isinstance(self.inputs, OneHot):
-            self._add_counts_(out, beta, alpha)
+            out.mul_(beta)
+            out[0].index_add_(0, self.inputs.index.reshape(-1), self._index_weights(out.dtype), alpha=alpha)
             return
         G, n, r, i = self.inputs.shape
         x = self.inputs.reshape(G, n * r, i)
-        if self.weights is None:
-            x1, scale = x, alpha / (n * r)
-            ones = None
-        else:
-            w = self.weights.reshape(1, n * r, 1)
-            w = w / w.sum().clamp(min=1)
-            x1, scale, ones = x * w, alpha, w.expand(G, -1, 1)
+        weighed = x if self.weights is None else x * self.weights.reshape(1, n * r, 1)
         if out.ndim == 2:
-            out[:, :i].mul_(beta).add_((x1 * x).sum(1), alpha=scale)
+            out[:, :i].mul_(beta).add_((weighed * x).sum(1), alpha=alpha)
         else:
-            out[:, :i, :i].baddbmm_(x1.mT, x, beta=beta, alpha=scale)
-        if self.bias:
-            self._add_bias_moment_(out, x1.sum(1), ones, beta, alpha, scale)
-
-    def _add_bias_moment_(
-        self, out: Tensor, total: Tensor, ones: Tensor | None, beta: float, alpha: float, scale: float
-    ) -> None:
-        i = total.shape[-1]
-        if out.ndim == 3:
-            out[:, :i, i].mul_(beta).add_(total, alpha=scale)
+            out[:, :i, :i].baddbmm_(weighed.mT, x, beta=beta, alpha=alpha)
+        if self.bias and out.ndim == 3:
+            out[:, :i, i].mul_(beta).add_(weighed.sum(1), alpha=alpha)
             out[:, i, :i].copy_(out[:, :i, i])
-        corner = out[:, i] if out.ndim == 2 else out[:, i, i]
-        corner.mul_(beta)
-        if ones is None:
-            corner.add_(alpha)
-        else:
-            corner.add_(ones.sum((1, 2)), alpha=alpha)
+        if self.bias:
+            (out[:, i] if out.ndim == 2 else out[:, i, i]).mul_(beta).add_(alpha * self.counted)
 
-    def _add_counts_(self, out: Tensor, beta: float, alpha: float) -> None:
+    def total(self) -> Tensor:
+        """``sum_nr a`` over the `counted` positions, the bias last.  # (G, i)"""
+        assert isinstance(self.inputs, Tensor)
+        a = self.inputs if self.weights is None else self.inputs * self.weights.unsqueeze(-1)
+        total = a.sum((1, 2))
+        return torch.cat([total, torch.zeros_like(total[:, :1]) + self.counted], 1) if self.bias else total
+
+    def _index_weights(self, dtype: torch.dtype) -> Tensor:
+        """What each index counts.  # (n r,)"""
         assert isinstance(self.inputs, OneHot)
         index = self.inputs.index.reshape(-1)
-        w = torch.ones_like(index, dtype=out.dtype) if self.weights is None else self.weights.reshape(-1)
-        if self.inputs.padding is not None:
-            w = w * (index != self.inputs.padding)
-        w = w / w.sum().clamp(min=1)
-        out.mul_(beta)
-        out[0].index_add_(0, index, w.to(out.dtype), alpha=alpha)
+        w = torch.ones_like(index, dtype=dtype) if self.weights is None else self.weights.reshape(-1).to(dtype)
+        return w if self.inputs.padding is None else w * (index != self.inputs.padding)
 
     def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
         """``out <- beta out + alpha sum_knr g g^T``.  # (G, o, o), or its diagonal (G, o)"""
@@ -239,9 +245,9 @@ class Inputs(Outer):
     """Layer inputs alone, ``C = I (x) mean_nr a a^T``; ``gradients`` holds no cotangent and tells the number of outputs."""
 
     def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha I``."""
+        """``out <- beta out + alpha c I`` with the number ``c`` of `counted` positions: the mean over them is the identity."""
         out.mul_(beta)
-        (out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_(alpha)
+        (out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_(alpha * self.counted)
 
     def rows(self) -> Tensor:
         a = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs

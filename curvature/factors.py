@@ -20,10 +20,11 @@ class Factors(Evidence):
     B: Tensor  # (G, o, o) or (G, o), of the output gradients, carrying every scale
     transposed: bool = False  # as in `Outer`
     fresh: bool = True  # as in `Outer`
+    counted: int | Tensor = 1  # positions that ``A`` is the mean over  # or ()
 
     def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha A``, or its diagonal."""
-        out.mul_(beta).add_(_fitting(self.A, out.ndim), alpha=alpha)
+        """``out <- beta out + alpha c A`` with the number ``c`` of `counted` positions, or its diagonal."""
+        out.mul_(beta).add_(_fitting(self.A, out.ndim) * self.counted, alpha=alpha)
 
     def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
         """``out <- beta out + alpha B``, or its diagonal."""

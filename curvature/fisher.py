@@ -129,17 +129,20 @@ class FisherMC(_Pulled):
 
 
 def _mixed(step: Step) -> bool:
-    """Whether the examples of a pass depend on each other, so that none has a gradient of its own."""
-    return step.tape.joint and step.tape.batch > 1
+    """Whether no example of a pass has a gradient of its own: they depend on each other, or are not known."""
+    return not step.tape.sized or (step.tape.joint and step.tape.batch > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FisherEmp(Curvature):
-    """The second moment of the gradients at the observed targets: ``C = (1/M) sum_n grad_n grad_n^T``.
+    """The second moment of the gradients at the observed targets: ``C = M sum_n g_n g_n^T``.
 
-    Where the examples of a batch depend on each other, as with negatives from the batch, the terms of the loss take their
-    place. M is the number of terms that the loss averages over (1 for a sum). For sequences ``examples`` says what a gradient
-    is: that of a whole sequence, which costs no extra pass, or of a single token, one pass for each position.
+    ``g_n`` is the gradient of the share of example ``n`` in the loss, and ``M = sum omega / sum omega^2`` over the weights
+    ``omega_m = dL/dl_m`` of all its terms, whatever their order and spelling: the number of terms that a mean averages over,
+    1 for a sum. So ``C`` is that of one loss, and linear in a factor of it, as the other Fisher matrices are. Unequal weights
+    in micro-batches: each has the ``M`` of its own. For sequences ``examples`` says what one gradient is: that of a whole
+    sequence, which costs no extra pass, or of a single token, one pass for each position. Where the examples of a batch depend
+    on each other, as with negatives from the batch, the terms of the loss take their place.
 
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
     """
@@ -190,7 +193,7 @@ class FisherEmp(Curvature):
             yield _Portion(step, pull(step.tape, step.sites, [source], True), step.mask(terms), index == 0)
 
     def _terms(self, step: Step) -> Tensor:
-        """M: the loss' own denominator; of an unrecognised loss, by the declared reduction.  # ()"""
+        """``M``; of an unrecognised loss, by the declared reduction.  # ()"""
         if step.terms:
             return step.terms[0].denominator
         return torch.tensor(float(step.examples) if step.reduction == "mean" else 1.0, dtype=torch.float64)

@@ -21,6 +21,7 @@ from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
 from gradmaker.curvature.factors import Layers
 from gradmaker.curvature.fisher import FisherEmp
 from gradmaker.curvature.layer_factors import layer_factors
+from gradmaker.reentrant import refuse_scripted
 from gradmaker.vectors import Layout
 
 if TYPE_CHECKING:
@@ -298,6 +299,7 @@ def check_mode(mode: str) -> None:
 
 def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
     moved = [p for p in parameters if p in vectors]
+    refuse_scripted(replay.model, "a product with the Hessian")
 
     def loss(values: list[Tensor]) -> Tensor:
         with _Tangents():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def layer_factors(step: Step) -> Layers:
             outer.add_gradient_moment_(factors.B, 1.0, 1.0)
             if outer.fresh:
                 outer.add_input_moment_(factors.A, 1.0, 1.0)
+                found[name] = replace(factors, A=factors.A / outer.counted, counted=outer.counted)
     return Layers(tuple(prod(s.shape) for s in step.sites), tuple(found.get(s.name) for s in step.sites))
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradmaker.curvature.recorder import LossCall, LossRecorder, Weighting
-from gradmaker.curvature.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, rows_of
+from gradmaker.curvature.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, effective_number, rows_of
 
 __all__ = [
     "LIKELIHOODS",
@@ -32,10 +32,9 @@ __all__ = [
 
 
 # -------------------------------------------------------------------- from weights to terms
-def _denominator(total: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """``M``, with 1 for an empty mean: all of its terms are masked, so they stay 0 instead of NaN."""
-    M = {"mean": total, "sum": torch.ones_like(total), "none": count.to(total.dtype)}[reduction]
-    return torch.where(M > 0, M, 1.0)
+def _reduced(weight: Tensor, w: Weighting) -> Tensor:
+    """``omega``; an empty mean divides by 1: all of its terms are masked, so they stay 0 instead of NaN."""
+    return weight / torch.where(w.total > 0, w.total, 1.0) if w.reduction == "mean" else weight
 
 
 # -------------------------------------------------------------------- likelihoods
@@ -60,8 +59,7 @@ class Likelihood(ABC):
             )
         scaled = kept * (factor.detach().reshape(-1).to(rows) if isinstance(factor, Tensor) else factor)
         weight, counted = self._spread(scaled, z), self._spread(kept, z)
-        per = counted.numel() / max(len(rows), 1)
-        return self.read(Weighting(type(self).__name__.lower(), z, weight, counted.sum(), per, self.reduction))
+        return self.read(Weighting(type(self).__name__.lower(), z, weight, counted.sum(), self.reduction))
 
     @abstractmethod
     def axis_of(self, z: Tensor) -> int | None:
@@ -90,12 +88,10 @@ class Categorical(Likelihood):
     def read(self, w: Weighting) -> Terms:
         axis = self.axis_of(w.z)
         z = rows_of(w.z, axis)
-        weight = w.weight.reshape(-1).to(z.dtype).clamp(min=0)
-        M = _denominator(w.total, weight.count_nonzero(), w.reduction)
-        omega = weight / M if w.reduction == "mean" else weight
+        omega = _reduced(w.weight.reshape(-1).to(z.dtype).clamp(min=0), w)
         # logits of masked rows may be anything, NaN included
         p = torch.where((omega != 0).unsqueeze(-1), z.softmax(-1), 1.0 / z.shape[-1])
-        return CategoricalTerms(w.z, axis, omega, M, p)
+        return CategoricalTerms(w.z, axis, omega, effective_number([omega]), p)
 
     def _spread(self, weight: Tensor, z: Tensor) -> Tensor:
         return weight
@@ -111,16 +107,13 @@ class Independent(Likelihood):
         return weight.unsqueeze(-1).expand_as(rows_of(z, self.axis_of(z))).reshape(z.shape)
 
     def _scale(self, w: Weighting) -> tuple[Tensor, Tensor, Tensor]:
-        """A mean over elements is the mean over ``M = total / per`` terms, each the mean of its elements.
+        """A term is the sum of its elements, whatever the loss makes of it: one loss has one ``omega`` in all its spellings.
 
-        Returns the scale of each element (m, C), omega (m,) and ``M`` ().
+        Returns the scale of each element (m, C), omega (m,), which is their mean, and ``M`` ().
         """
         weight = rows_of(w.weight, self.axis_of(w.z)).to(torch.promote_types(w.z.dtype, torch.float32)).clamp(min=0)
-        M = _denominator(w.total / w.per, weight.any(-1).sum(), w.reduction)
-        if w.reduction == "mean":
-            scale = weight / (M * w.per)
-            return scale, scale.sum(-1), M
-        return weight, weight.mean(-1), M
+        scale = _reduced(weight, w)
+        return scale, scale.mean(-1), effective_number([scale])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +163,11 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
 
     Calls outside the loss, or without a graph, are left out; the graph is kept.
     """
-    return [LIKELIHOODS[w.likelihood]().read(w) for _, _, w in _weighted(recorder, loss)]
+    terms = [LIKELIHOODS[w.likelihood]().read(w) for _, _, w in _weighted(recorder, loss)]
+    if len(terms) < 2:
+        return terms
+    M = effective_number(_together(terms))
+    return [replace(t, denominator=M) for t in terms]
 
 
 def slopes_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor | None]:
@@ -191,6 +188,16 @@ def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tens
     pairs = zip(calls, _factors(calls, loss), strict=True)
     found = [(call, factor, call.weigh(factor)) for call, factor in pairs if factor is not None]
     return [(call, factor, w) for call, factor, w in found if w.z.requires_grad]
+
+
+def _together(terms: list[Terms]) -> list[Tensor]:
+    """Weights of terms; those of one likelihood on the same logits add, as of mixed labels: ``a l_m + b l_m`` is one term."""
+    found: dict[object, Tensor] = {}
+    for t in terms:
+        base = t.z if t.z._base is None else t.z._base
+        key = (type(t), id(base), t.z.storage_offset(), t.z.shape, t.z.stride())
+        found[key] = found[key] + t.weights() if key in found else t.weights()
+    return list(found.values())
 
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:

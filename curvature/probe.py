@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradmaker.curvature.base import NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
+from gradmaker.real_pairs import real_shape, write_real
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
@@ -26,8 +27,9 @@ class HessianProbe(Curvature):
 
     What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
     ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
-    the dtype. Each micro-batch is probed by itself, with vectors of its own. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to
-    ``H v``, unless that is zero throughout, which bounds a fitted inverse by ``1 / lift``. ``mode`` as of `Hessian`.
+    the dtype. All micro-batches of a step are probed with one ``v``, and what they give adds up to the ``H v`` of the step's
+    loss. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero throughout, which bounds a fitted inverse
+    by ``1 / lift``. ``mode`` as of `Hessian`.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
@@ -45,6 +47,11 @@ class HessianProbe(Curvature):
     @property
     def asks(self) -> frozenset[str]:
         return frozenset({"graph", "replay"})
+
+    @property
+    def pooled(self) -> bool:
+        """``H`` is that of the step's loss: of a sum every part would show but a part."""
+        return True
 
     def __post_init__(self) -> None:
         if self.distribution not in ("rademacher", "gaussian"):
@@ -66,17 +73,26 @@ class HessianProbe(Curvature):
             found: dict[str, Evidence] = {}
             for site in sites:
                 dtype = step.statistics_dtype(site)
-                cv = site.lay_out(dict(image)).to(dtype)
-                lifted = _lifted(step, f"lift {sample} {site.name}", cv, self.lift)
-                found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), lifted)
+                found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), site.lay_out(dict(image)).to(dtype))
+            yield found
+
+    def complete(self, step: Step, portions: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+        for sample, portion in enumerate(portions):
+            found: dict[str, Evidence] = {}
+            for name, pair in portion.items():
+                assert isinstance(pair, Pair)
+                found[name] = Pair(pair.v, _lifted(step, f"lift {sample} {name}", pair.cv, self.lift))
             yield found
 
     def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
         """``v`` for one parameter."""
-        generator = step.generator(name, p.device)
+        generator = _generator(step, name, p.device)
+        shape, v = real_shape(p), torch.empty_like(p)
         if self.distribution == "gaussian":
-            return _normal(generator, p).to(p.dtype)
-        return torch.randint(0, 2, p.shape, generator=generator, device=p.device).mul_(2).sub_(1).to(p.dtype)
+            write_real(v, torch.randn(shape, generator=generator, device=p.device))
+        else:
+            write_real(v, torch.randint(0, 2, shape, generator=generator, device=p.device).mul_(2).sub_(1))
+        return v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +120,7 @@ class GradientProbe(Curvature):
             g = site.read()
             if g is not None:
                 g = g.to(step.statistics_dtype(site))
-                v = _normal(step.generator(f"probe {site.name}", g.device), g).to(g.dtype)
+                v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
                 found[site.name] = Contrast(v, _lifted(step, f"lift {site.name}", g, self.lift))
         yield found
 
@@ -112,6 +128,11 @@ class GradientProbe(Curvature):
 def _check_lift(lift: float) -> None:
     if not 0 <= lift < inf:
         raise ValueError(f"lift={lift!r}: expected a non-negative number")
+
+
+def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:
+    """The same for all micro-batches of a step."""
+    return replace(step, part=0).generator(name, device)
 
 
 def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
@@ -122,6 +143,6 @@ def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
 def _lifted(step: Step, name: str, h: Tensor, lift: float) -> Tensor:
     if not lift:
         return h
-    noise = _normal(step.generator(name, h.device), h).to(h.dtype)
+    noise = _normal(_generator(step, name, h.device), h).to(h.dtype)
     lifted = h + (lift + torch.finfo(h.dtype).eps * h.abs()) * noise
     return torch.where(h.flatten(1).any(1).view(-1, *[1] * (h.ndim - 1)), lifted, h)

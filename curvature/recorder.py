@@ -26,7 +26,6 @@ class Weighting:
     z: Tensor  # in the graph
     weight: Tensor  # one per term: z without its class axis; one per element where coordinates are independent: like z
     total: Tensor  # (), what a mean divides by
-    per: float  # elements of the loss per term
     reduction: str
 
 
@@ -69,18 +68,41 @@ class LossRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in _SIGNATURES:
-            bound = _SIGNATURES[func].bind(*args, **kwargs)
-            bound.apply_defaults()
-            self.calls.append(LossCall(func, bound.arguments, output))
+        if func not in _SIGNATURES:
+            return func(*args, **kwargs)
+        bound = _SIGNATURES[func].bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments: Mapping[str, Any] = bound.arguments
+        output: Tensor | None = None
+        if func is F.mse_loss and arguments["input"].requires_grad and arguments["target"].requires_grad:
+            arguments, output = _of_difference(arguments)
+        output = func(*args, **kwargs) if output is None else output
+        self.calls.append(LossCall(func, arguments, output))
         return output
+
+
+def _of_difference(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor]:
+    """``F.mse_loss(a, b)`` as that of ``z = a - b`` and zeros, bitwise the same: a function of one tensor in the graph."""
+    a, b, weight = arguments["input"], arguments["target"], arguments.get("weight")
+    if torch.is_autocast_enabled(a.device.type):
+        a, b = compute(a), compute(b)  # as it does before the difference
+    z = torch.sub(*torch.broadcast_tensors(a, b))  # in this order, for the roundings of the gradients
+    if weight is not None and a.shape != z.shape:
+        raise ValueError(
+            f"F.mse_loss(input {tuple(a.shape)}, target {tuple(b.shape)}, weight=...) with both sides in the graph: expand the "
+            "input and the weight to the shape of the target, so that the curvature of their difference can be read"
+        )
+    if a.shape != b.shape:
+        F.mse_loss(a.detach(), b.detach())  # for its warning
+    arguments = {**arguments, "input": z, "target": torch.zeros_like(z)}
+    return arguments, F.mse_loss(**arguments)
 
 
 # -------------------------------------------------------------------- the meaning of the arguments, loss by loss
 def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
     """A term weighs ``sum_k q_k w_k`` with the smoothed target ``q``: the curvature ``diag p - p p^T`` holds no target.
 
+    Soft targets that are in the graph themselves are held fixed: the Gauss-Newton matrix is that of the logits alone.
     `F.nll_loss` takes log-probabilities, which are logits of the same distribution, with the same GGN.
     """
     arguments = call.arguments
@@ -96,16 +118,16 @@ def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
         observed = w[target.masked_fill(~valid, 0).long()] * valid
         weight = (1 - smoothing) * observed + smoothing * w.mean() * valid
         total = observed.sum()
-    return Weighting("categorical", z, compute(factor) * weight, total, 1.0, call.reduction)
+    return Weighting("categorical", z, compute(factor) * weight, total, call.reduction)
 
 
 def _mse(call: LossCall, factor: Tensor) -> Weighting:
-    """The loss is symmetric, so that z is whichever side is in the graph; if both are, the target is held fixed."""
+    """The loss is symmetric, so that z is whichever side is in the graph; if both are, it is their difference."""
     z, target, w = call.arguments["input"], call.arguments["target"], call.arguments.get("weight")
     z = z if z.requires_grad else target
     shape = torch.broadcast_shapes(call.arguments["input"].shape, target.shape)
     weight = _given(w, factor.new_ones(())).expand(shape)
-    total = weight.new_full((), weight.numel()) if w is None else weight.sum()
+    total = weight.new_full((), weight.numel()) if w is None else compute(w).sum()
     return _elements("gaussian", call, z, compute(factor) * weight, total)
 
 
@@ -120,8 +142,7 @@ def _bce(call: LossCall, factor: Tensor) -> Weighting:
 
 def _elements(likelihood: str, call: LossCall, z: Tensor, weight: Tensor, total: Tensor) -> Weighting:
     """Where z was broadcast against the target, the weights of its copies add."""
-    terms = z[..., 0].numel() if z.ndim > 1 else z.numel()
-    return Weighting(likelihood, z, weight.sum_to_size(z.shape), total, weight.numel() / max(terms, 1), call.reduction)
+    return Weighting(likelihood, z, weight.sum_to_size(z.shape), total, call.reduction)
 
 
 def _given(weight: Tensor | None, default: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -59,16 +59,19 @@ class FisherRecursive(Curvature):
         sites = {m: [s for s in step.active() if m in s.modules] for _, m in chain}
         lowest = next(j for j, (_, m) in enumerate(chain) if sites[m])
         calls = [_call(step, name, module) for name, module in chain[lowest:]]
-        weights = _example_weights(step, terms)
+        weights, counted = _example_weights(step, terms)
         found: dict[str, Evidence] = {}
         after, B = terms.z, self._output_factor(terms, step.examples)
+        W: Tensor | None = None  # of the layer above; nothing is pulled through the lowest, whose inputs may be many
         for (_, module), call in zip(reversed(chain), reversed(calls), strict=False):
+            if W is not None:
+                B = W.mT @ B @ W
+                B = (B + B.mT) / 2
             B = B * _slope_moment(after, call, weights)
             for site in sites[module]:
-                found[site.name] = _factors(site, call.input, B, weights, step.statistics_dtype(site))
+                factors = _factors(site, call.input, B, weights, step.statistics_dtype(site))
+                found[site.name] = replace(factors, counted=counted)
             after, W = call.input, module.weight.detach().to(B)
-            B = W.mT @ B @ W
-            B = (B + B.mT) / 2
         yield found
 
     @torch.no_grad()
@@ -143,11 +146,11 @@ def _only(terms: list[Terms]) -> Terms:
     return terms[0]
 
 
-def _example_weights(step: Step, terms: Terms) -> Tensor:
-    """What a mean over examples weighs each with: those that the loss leaves out do not count.  # (n, 1)"""
+def _example_weights(step: Step, terms: Terms) -> tuple[Tensor, Tensor]:
+    """What a mean over examples weighs each with, and how many count: not those that the loss leaves out.  # (n, 1), ()"""
     mask = step.mask(terms)
     counted = torch.ones_like(terms.omega) if mask is None else mask.reshape(-1).to(terms.omega)
-    return (counted / counted.sum().clamp(min=1)).unsqueeze(1)
+    return (counted / counted.sum().clamp(min=1)).unsqueeze(1), counted.sum()
 
 
 def _slope_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:

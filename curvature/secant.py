@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, OneHot, Opening, Outer, OutputPair, PairedInputs, SecantPair
+from gradmaker.curvature.evidence import Evidence, Opening, OutputPair, PairedInputs, SecantPair
 from gradmaker.pulls import Pulled
 
 if TYPE_CHECKING:
@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerSecant", "Secant"]
 
-Sums: TypeAlias = tuple[Tensor, Tensor, int]
-"""Over the examples of a pass: mean outputs and mean output gradients of positions, and how many examples."""
+
+class Sums(NamedTuple):
+    """Of a layer in a pass."""
+
+    outputs: Tensor  # (G, o) over the positions that count, less a bias that is not trained
+    gradients: Tensor  # (G, o) over examples, of the mean over positions
+    counted: int | Tensor  # positions
+    weights: Tensor | None = None  # as in `Outer`, of the first time
 
 
 class _Lazy(Curvature):
@@ -61,8 +67,7 @@ class Secant(_Lazy):
     layerwise: ClassVar[bool] = False
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if step.previous is not None:
-            yield self._completed(step)
+        yield self._completed(step)
         earlier, found = step.earlier(), dict[str, Evidence]()
         for site in step.sites:
             gradients = {p: _sum(p.grad, earlier.get(p)) for p in site.parameters.values()}
@@ -102,9 +107,9 @@ def _difference(
 class LayerSecant(_Lazy):
     """For each layer the inputs of this batch, and the secant of its mean output ``s`` and mean output gradient ``g``.
 
-    ``s = mean_nr W a_nr`` and ``g = (1/R) sum_nr dL/ds_nr`` for ``R`` sharing positions: for a mean over examples that is the
-    mean of unscaled gradients. Before the step they come with the ordinary passes, after it with one more of each.
-    Of micro-batches it is the mean output of all their examples, and the gradient of the step's loss.
+    ``s = mean_nr W a_nr`` over the positions that count, and ``g = (1/R) sum_nr dL/ds_nr`` for ``R`` sharing positions: for a
+    mean over examples that is the mean of unscaled gradients. Before the step they come with the ordinary passes, after it
+    with one more of each. Of micro-batches it is the mean output of all their positions, and the gradient of the step's loss.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 3.
     """
@@ -121,11 +126,14 @@ class LayerSecant(_Lazy):
         mask = step.mask(step.terms[0]) if step.terms else None
         found: dict[str, Evidence] = {}
         for site in step.active():
-            outer = site.outer(step.tape, Pulled(step.ridden), mask, step.statistics_dtype(site))
-            step.notes[site.name] = _sums(site, outer)
-            found[site.name] = PairedInputs(**vars(outer))
+            outer = site.outer(step.tape, Pulled(step.ridden), mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
+            found[site.name] = paired = PairedInputs(**vars(outer))
+            step.notes[site.name] = _sums(site, paired)
         yield found
         yield self._completed(step)
+
+    def secant_shape(self, site: Site) -> tuple[int, ...]:
+        return site.shape[:2]  # (G, o)
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         assert step.previous is not None
@@ -134,32 +142,43 @@ class LayerSecant(_Lazy):
         for each in step.previous.passes:
             _gather(before, each.notes, each.weight)
             _gather(after, self._again(step, each), each.weight)
-        return {k: OutputPair(s / n - before[k][0] / n, g - before[k][1]) for k, (s, g, n) in after.items()}
+        return {k: _change(before[k], now) for k, now in after.items()}
 
     def _again(self, step: Step, made: Pass) -> dict[str, Sums]:
         """What a pass would note now."""
         sites = [s for s in step.sites if s.name in made.notes]
         tape = step.tape.again(m for s in sites for m in s.modules)
+        tape.assume(made.replay.examples)
         with tape.recording():
             _, loss = made.replay.run()
             tape.end_forward([loss])
             pulled = Pulled(tape.pull([loss], [torch.ones_like(loss).unsqueeze(0)]))
-        return {s.name: _sums(s, s.outer(tape, pulled, None, step.statistics_dtype(s))) for s in sites if s.fired(tape)}
+        found: dict[str, Sums] = {}
+        for site in sites:
+            if site.fired(tape):
+                outer = site.outer(tape, pulled, None, step.statistics_dtype(site)).regrouped(tape.batch)
+                counted = replace(outer, weights=made.notes[site.name].weights)
+                found[site.name] = _sums(site, PairedInputs(**vars(counted)))
+        return found
+
+
+def _change(before: Sums, now: Sums) -> OutputPair:
+    """From the positions and the loss of a step to the same, later."""
+    total = torch.as_tensor(now.counted, dtype=now.outputs.dtype, device=now.outputs.device).clamp(min=1)
+    return OutputPair((now.outputs - before.outputs) / total, now.gradients - before.gradients)
 
 
 def _gather(total: dict[str, Sums], found: Mapping[str, Sums], weight: float) -> None:
     """Add what a pass has found of its loss, which has this weight in that of the step."""
-    for name, (s, g, n) in found.items():
-        s0, g0, n0 = total.get(name, (torch.zeros_like(s), torch.zeros_like(g), 0))
-        total[name] = s0 + s, g0 + weight * g, n0 + n
+    for name, (s, g, n, _) in found.items():
+        s0, g0, n0, _ = total.get(name, Sums(torch.zeros_like(s), torch.zeros_like(g), 0))
+        total[name] = Sums(s0 + s, g0 + weight * g, n0 + n)
 
 
 @torch.no_grad()
-def _sums(site: Site, outer: Outer) -> Sums:
-    """Outputs of examples, less a bias that is not trained, and output gradients.  # (G, o), (G, o),"""
-    assert not isinstance(outer.inputs, OneHot)
-    a, n = outer.inputs.mean((1, 2)), outer.inputs.shape[1]
-    a = torch.cat([a, a.new_ones(len(a), 1)], 1) if outer.bias else a
+def _sums(site: Site, paired: PairedInputs) -> Sums:
+    """Outputs and output gradients of a pass."""
+    a = paired.total()
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
     s = (site.lay_out(weights).to(a.dtype) @ a.unsqueeze(-1)).squeeze(-1)
-    return n * s, outer.gradients.sum((0, 2, 3)) / outer.gradients.shape[3], n
+    return Sums(s, paired.gradients.sum((0, 2, 3)) / paired.gradients.shape[3], paired.counted, paired.weights)

@@ -5,7 +5,7 @@ Every recognised loss is ``L = sum_m omega_m l_m(z_m) + const``, and its general
 every scale of the loss: nothing is left to fold in afterwards.
 
 Letters: ``m`` loss terms (rows), ``C`` coordinates of a term, ``n`` examples, ``R`` positions per example (``m = n R``, the
-position runs fastest), ``k`` columns, ``M`` the denominator of a mean.
+position runs fastest), ``k`` columns, ``M`` the effective number of terms.
 
 Reference: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, sections 8-10;
 Kunstner, Hennig, Balles, "Limitations of the empirical Fisher approximation", NeurIPS 2019, arXiv:1905.12558.
@@ -14,7 +14,7 @@ Kunstner, Hennig, Balles, "Limitations of the empirical Fisher approximation", N
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradmaker.curvature.recorder import compute
 
-__all__ = ["BernoulliTerms", "CategoricalTerms", "GaussianTerms", "Terms", "rows_of"]
+__all__ = ["BernoulliTerms", "CategoricalTerms", "GaussianTerms", "Terms", "effective_number", "rows_of"]
 
 
 def rows_of(x: Tensor, axis: int | None) -> Tensor:
@@ -31,19 +31,33 @@ def rows_of(x: Tensor, axis: int | None) -> Tensor:
     return x.reshape(-1, 1) if axis is None else x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
+def effective_number(weights: Sequence[Tensor]) -> Tensor:
+    """``M = sum omega / sum omega^2``: of ``M`` equal terms that a mean is taken of; 1 for a sum, and where nothing counts.
+
+    It makes ``M sum_n g_n g_n^T``, with the gradients ``g_n`` of the loss itself, linear in a factor of the loss.  # ()
+    """
+    wide = [w.double().reshape(-1) for w in weights]  # a square of single precision may be too small for it
+    total, squares = (torch.stack([x.sum() for x in each]).sum() for each in (wide, [w.square() for w in wide]))
+    return torch.where(squares > 0, total / torch.where(squares > 0, squares, 1.0), 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Terms(ABC):
     """The terms of one loss call: ``L = sum_m omega_m l_m(z_m) + const``.
 
-    ``denominator`` is the ``M`` of the loss' own mean: the number of valid terms, or their summed class weights; 1 for
-    ``sum``; for ``none`` the number of terms that count, as if the user took their mean.
+    ``denominator`` is the ``M`` of the empirical Fisher matrix, see `effective_number`: of all terms of the loss, those of its
+    other calls among them. A term of independent elements is their sum, each with a weight of its own.
     A term that the user subtracts has no semidefinite curvature: its omega is 0.
     """
 
     z: Tensor  # as given to the loss, in the graph
     axis: int | None  # of z, the one that holds the C coordinates; None: every element is a term
-    omega: Tensor  # (m,) dL/dl_m, detached
+    omega: Tensor  # (m,) dL/dl_m, detached; the mean over the elements of a term
     denominator: Tensor  # ()
+
+    def weights(self) -> Tensor:
+        """What each term weighs in the loss, or each of its elements where they are independent.  # (m,) or (m, C)"""
+        return self.omega
 
     def valid(self) -> Tensor:
         """Whether a term counts at all.  # (m,) bool"""
@@ -106,10 +120,11 @@ class Terms(ABC):
     def empirical(self, gradient: Tensor, examples: int) -> Tensor:
         """The gradient of the loss itself, terms apart: ``sqrt(M) dL/dz`` at position ``t``, zero elsewhere, for each ``t``.
 
-        Together ``1/M sum_m g_m g_m^T`` with ``g_m = M dL/dz_m``.  gradient: like z  # (R, *z.shape)
+        Together ``M sum_m g_m g_m^T`` with ``g_m = dL/dz_m``.  gradient: like z  # (R, *z.shape)
         """
         R = self.positions(examples)
-        scaled = rows_of(gradient, self.axis) * self.denominator.sqrt()  # (m, C)
+        rows = rows_of(gradient, self.axis)  # (m, C)
+        scaled = rows * self.denominator.sqrt().to(rows)
         eye = torch.eye(R, dtype=scaled.dtype, device=scaled.device)
         return self._restore(scaled.reshape(examples, R, -1) * eye[:, None, :, None])
 
@@ -202,6 +217,9 @@ class GaussianTerms(Terms):
 
     curvature: Tensor  # (m, C), the diagonal of Lambda
 
+    def weights(self) -> Tensor:
+        return self.curvature / 2
+
     def _columns(self, rows: Tensor, c: Tensor) -> Tensor:
         out = self.omega.new_zeros(*rows.shape, self._width)
         out[torch.arange(len(c), device=c.device), :, c] = self.curvature[rows, c.unsqueeze(1)].sqrt()
@@ -224,6 +242,9 @@ class BernoulliTerms(GaussianTerms):
 
     scale: Tensor  # (m, C)
     sigma: Tensor  # (m, C)
+
+    def weights(self) -> Tensor:
+        return self.scale
 
     def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
         label = torch.bernoulli(self.sigma.expand(samples, -1, -1), generator=generator)

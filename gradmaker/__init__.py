@@ -1,137 +1,147 @@
-"""gradmaker: gradient preconditioning as curvature x representation x solver."""
+"""gradmaker: gradient preconditioning as curvature x representation x solver.
 
+Public names are imported when they are first used (PEP 562): ``import gradmaker`` costs nothing beside ``import torch``.
+"""
+
+from __future__ import annotations
+
+import sys as _sys
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING
 
 _root = _Path(__file__).resolve().parents[1]
 if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ and solvers/ sit beside this folder
     __path__ = [str(_root / "gradmaker"), str(_root)]
 del _root
 
-from gradmaker.compare import Comparison, Data, compare  # noqa: E402
-from gradmaker.config import GradientConfig  # noqa: E402
-from gradmaker.cost_report import cost_report  # noqa: E402
-from gradmaker.damping_sweep import damping_sweep  # noqa: E402
-from gradmaker.maker import GradientMaker, PlainGradientConfig  # noqa: E402
-from gradmaker.methods import METHODS, from_config  # noqa: E402
-from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientConfig, CasprAdaptiveGradientMaker  # noqa: E402
-from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker  # noqa: E402
-from gradmaker.methods.eigen_kronecker import (  # noqa: E402  # noqa: E402
-    EshampooGradientConfig,
-    EshampooGradientMaker,
-    SoapGradientConfig,
-    SoapGradientMaker,
-)
-from gradmaker.methods.elementwise import (  # noqa: E402
-    AdagradGradientConfig,
-    AdagradGradientMaker,
-    AdamGradientConfig,
-    AdamGradientMaker,
-)
-from gradmaker.methods.fisher_kronecker import (  # noqa: E402
-    EkfacGradientConfig,
-    EkfacGradientMaker,
-    KflrGradientConfig,
-    KflrGradientMaker,
-    KfraGradientConfig,
-    KfraGradientMaker,
-    SkfacGradientConfig,
-    SkfacGradientMaker,
-    TntGradientConfig,
-    TntGradientMaker,
-)
-from gradmaker.methods.full_adagrad import FullAdagradGradientConfig, FullAdagradGradientMaker  # noqa: E402
-from gradmaker.methods.inverse_kronecker import (  # noqa: E402  # noqa: E402  # noqa: E402
-    KlShampooGradientConfig,
-    KlShampooGradientMaker,
-    KradagradGradientConfig,
-    KradagradGradientMaker,
-    KradagradStarGradientConfig,
-    KradagradStarGradientMaker,
-)
-from gradmaker.methods.kronecker import (  # noqa: E402
-    KfacGradientConfig,
-    KfacGradientMaker,
-    ShampooGradientConfig,
-    ShampooGradientMaker,
-)
-from gradmaker.methods.low_rank import (  # noqa: E402
-    GgtGradientConfig,
-    GgtGradientMaker,
-    MfacGradientConfig,
-    MfacGradientMaker,
-    SengGradientConfig,
-    SengGradientMaker,
-    SmwGaussNewtonGradientConfig,
-    SmwGaussNewtonGradientMaker,
-    SmwNaturalGradientConfig,
-    SmwNaturalGradientMaker,
-    TongaGradientConfig,
-    TongaGradientMaker,
-    TongaUnitGradientConfig,
-    TongaUnitGradientMaker,
-)
-from gradmaker.methods.matrix_free import (  # noqa: E402
-    CurveballGradientConfig,
-    CurveballGradientMaker,
-    HessianFreeGradientConfig,
-    HessianFreeGradientMaker,
-    KsdGradientConfig,
-    KsdGradientMaker,
-    NewtonGradientConfig,
-    NewtonGradientMaker,
-    SaddleFreeGradientConfig,
-    SaddleFreeGradientMaker,
-)
-from gradmaker.methods.natural import (  # noqa: E402
-    DiagonalNaturalGradientConfig,
-    DiagonalNaturalGradientMaker,
-    FullNaturalGradientConfig,
-    FullNaturalGradientMaker,
-    LayerNaturalGradientConfig,
-    LayerNaturalGradientMaker,
-    UnitNaturalGradientConfig,
-    UnitNaturalGradientMaker,
-)
-from gradmaker.methods.probes import (  # noqa: E402
-    AdahessianGradientConfig,
-    AdahessianGradientMaker,
-    EsgdGradientConfig,
-    EsgdGradientMaker,
-    PsgdGradientConfig,
-    PsgdGradientMaker,
-    PsgdKfGradientConfig,
-    PsgdKfGradientMaker,
-    PsgdWhitenGradientConfig,
-    PsgdWhitenGradientMaker,
-    SaddleFreeDiagonalGradientConfig,
-    SaddleFreeDiagonalGradientMaker,
-)
-from gradmaker.methods.secants import (  # noqa: E402
-    KbfgsGradientConfig,
-    KbfgsGradientMaker,
-    KbfgsLGradientConfig,
-    KbfgsLGradientMaker,
-    LbfgsGradientConfig,
-    LbfgsGradientMaker,
-)
-from gradmaker.methods.series import (  # noqa: E402
-    LissaGradientConfig,
-    LissaGradientMaker,
-    NeumannGradientConfig,
-    NeumannGradientMaker,
-    NeumannPracticalGradientConfig,
-    NeumannPracticalGradientMaker,
-)
-from gradmaker.methods.sparse_inverse import FangGradientConfig, FangGradientMaker  # noqa: E402
-from gradmaker.methods.spectral import MuonGradientConfig, MuonGradientMaker  # noqa: E402
-from gradmaker.methods.tensor_kronecker import (  # noqa: E402  # noqa: E402  # noqa: E402
-    CasprGradientConfig,
-    CasprGradientMaker,
-    OneSidedGradientConfig,
-    OneSidedGradientMaker,
-)
-from gradmaker.preconditioner import PreconditionedGradientMaker  # noqa: E402
-from gradmaker.triple import Triple, TripleError, legality  # noqa: E402
+if TYPE_CHECKING:
+    from gradmaker.compare import Comparison, Data, compare
+    from gradmaker.config import GradientConfig
+    from gradmaker.cost_report import cost_report
+    from gradmaker.damping_sweep import damping_sweep
+    from gradmaker.maker import GradientMaker, PlainGradientConfig
+    from gradmaker.methods import METHODS, from_config
+    from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientConfig, CasprAdaptiveGradientMaker
+    from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker
+    from gradmaker.methods.eigen_kronecker import (
+        EshampooGradientConfig,
+        EshampooGradientMaker,
+        SoapGradientConfig,
+        SoapGradientMaker,
+    )
+    from gradmaker.methods.elementwise import (
+        AdagradGradientConfig,
+        AdagradGradientMaker,
+        AdamGradientConfig,
+        AdamGradientMaker,
+    )
+    from gradmaker.methods.fisher_kronecker import (
+        EkfacGradientConfig,
+        EkfacGradientMaker,
+        KflrGradientConfig,
+        KflrGradientMaker,
+        KfraGradientConfig,
+        KfraGradientMaker,
+        SkfacGradientConfig,
+        SkfacGradientMaker,
+        TntGradientConfig,
+        TntGradientMaker,
+    )
+    from gradmaker.methods.full_adagrad import FullAdagradGradientConfig, FullAdagradGradientMaker
+    from gradmaker.methods.inverse_kronecker import (
+        KlShampooGradientConfig,
+        KlShampooGradientMaker,
+        KradagradGradientConfig,
+        KradagradGradientMaker,
+        KradagradStarGradientConfig,
+        KradagradStarGradientMaker,
+    )
+    from gradmaker.methods.kronecker import (
+        KfacGradientConfig,
+        KfacGradientMaker,
+        ShampooGradientConfig,
+        ShampooGradientMaker,
+    )
+    from gradmaker.methods.low_rank import (
+        GgtGradientConfig,
+        GgtGradientMaker,
+        MfacGradientConfig,
+        MfacGradientMaker,
+        SengGradientConfig,
+        SengGradientMaker,
+        SmwGaussNewtonGradientConfig,
+        SmwGaussNewtonGradientMaker,
+        SmwNaturalGradientConfig,
+        SmwNaturalGradientMaker,
+        TongaGradientConfig,
+        TongaGradientMaker,
+        TongaUnitGradientConfig,
+        TongaUnitGradientMaker,
+    )
+    from gradmaker.methods.matrix_free import (
+        CurveballGradientConfig,
+        CurveballGradientMaker,
+        HessianFreeGradientConfig,
+        HessianFreeGradientMaker,
+        KsdGradientConfig,
+        KsdGradientMaker,
+        NewtonGradientConfig,
+        NewtonGradientMaker,
+        SaddleFreeGradientConfig,
+        SaddleFreeGradientMaker,
+    )
+    from gradmaker.methods.natural import (
+        DiagonalNaturalGradientConfig,
+        DiagonalNaturalGradientMaker,
+        FullNaturalGradientConfig,
+        FullNaturalGradientMaker,
+        LayerNaturalGradientConfig,
+        LayerNaturalGradientMaker,
+        UnitNaturalGradientConfig,
+        UnitNaturalGradientMaker,
+    )
+    from gradmaker.methods.probes import (
+        AdahessianGradientConfig,
+        AdahessianGradientMaker,
+        EsgdGradientConfig,
+        EsgdGradientMaker,
+        PsgdGradientConfig,
+        PsgdGradientMaker,
+        PsgdKfGradientConfig,
+        PsgdKfGradientMaker,
+        PsgdWhitenGradientConfig,
+        PsgdWhitenGradientMaker,
+        SaddleFreeDiagonalGradientConfig,
+        SaddleFreeDiagonalGradientMaker,
+    )
+    from gradmaker.methods.secants import (
+        KbfgsGradientConfig,
+        KbfgsGradientMaker,
+        KbfgsLGradientConfig,
+        KbfgsLGradientMaker,
+        LbfgsGradientConfig,
+        LbfgsGradientMaker,
+    )
+    from gradmaker.methods.series import (
+        LissaGradientConfig,
+        LissaGradientMaker,
+        NeumannGradientConfig,
+        NeumannGradientMaker,
+        NeumannPracticalGradientConfig,
+        NeumannPracticalGradientMaker,
+    )
+    from gradmaker.methods.sparse_inverse import FangGradientConfig, FangGradientMaker
+    from gradmaker.methods.spectral import MuonGradientConfig, MuonGradientMaker
+    from gradmaker.methods.tensor_kronecker import (
+        CasprGradientConfig,
+        CasprGradientMaker,
+        OneSidedGradientConfig,
+        OneSidedGradientMaker,
+    )
+    from gradmaker.preconditioner import PreconditionedGradientMaker
+    from gradmaker.triple import Triple, TripleError, legality
 
 __all__ = [
     "METHODS",
@@ -248,3 +258,62 @@ __all__ = [
     "legality",
 ]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Comparison": "compare",
+    "Data": "compare",
+    "GradientConfig": "config",
+    "GradientMaker": "maker",
+    "METHODS": "methods",
+    "PlainGradientConfig": "maker",
+    "PreconditionedGradientMaker": "preconditioner",
+    "Triple": "triple",
+    "TripleError": "triple",
+    "compare": "compare",
+    "cost_report": "cost_report",
+    "damping_sweep": "damping_sweep",
+    "from_config": "methods",
+    "legality": "triple",
+}
+"""Public name to the module that it stands in; makers and configs of methods are found through `METHODS`."""
+
+
+def _find(name: str) -> object:
+    """A public name, or a submodule, imported. AttributeError if there is none."""
+    if name in _MODULES:
+        return getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name in __all__:
+        from gradmaker.methods import METHODS
+
+        makers = METHODS.values()
+        return {made.__name__: made for maker in makers for made in (maker, maker.Config)}[name]
+    missing = f"module {__name__!r} has no attribute {name!r}"
+    if name.startswith("_"):
+        raise AttributeError(missing)
+    try:
+        return _import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(missing) from None
+
+
+if not TYPE_CHECKING:  # where any name would do
+
+    def __getattr__(name):
+        value = globals()[name] = _find(name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(_ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        """Leaves out submodules that bear the name of a public function, which the import system would put in its place."""
+        if not (name in __all__ and isinstance(value, _ModuleType)):
+            super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package

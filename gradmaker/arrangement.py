@@ -35,8 +35,10 @@ def _mark(size: int, n: int, axis: int) -> str:
 
 
 def key_of(call: Call, n: int) -> Key:
-    """What an order is proven for."""
-    return call.module, call.training, pattern([*call.tensor_shapes, *call.shapes], max(n, 1))
+    """What an order is proven for; made once for a call."""
+    if call.key is None:
+        call.key = (call.module, call.training, pattern([*call.tensor_shapes, *call.shapes], max(n, 1)))
+    return call.key
 
 
 @dataclass

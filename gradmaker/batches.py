@@ -31,10 +31,15 @@ class Declared:
     logits: Deferred | None = None
 
     @property
+    def counted(self) -> int | None:
+        """Size of the first axis of the first tensor that goes into the call; None without one."""
+        tensors = (v for v in tree_leaves((self.call._args, self.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0)
+        return next((len(v) for v in tensors), None)
+
+    @property
     def examples(self) -> int:
-        """Size of the first axis of the first tensor that goes into the call; 0 without one."""
-        tensors = [v for v in tree_leaves((self.call._args, self.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0]
-        return len(tensors[0]) if tensors else 0
+        """As `counted`; 0 without a tensor."""
+        return self.counted or 0
 
     def tensors(self) -> list[Tensor]:
         """All that go into the calls and carry a count of their changes, which those of the inference mode do not."""
@@ -73,7 +78,7 @@ class Batch:
     def __init__(self, model: nn.Module, declared: Declared, config: GradientConfig, whole: Batch | None = None) -> None:
         """whole: what this was cut from"""
         self.model, self.declared, self.config, self.whole = model, declared, config, whole
-        self.replay = Replay(model, _evaluation(model, declared))
+        self.replay = Replay(model, _evaluation(model, declared), declared.counted)
         self.mass: Tensor | None = None  # of its loss terms, once they are known
         self.known = False  # whether they are
 

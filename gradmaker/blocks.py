@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -10,58 +10,24 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
-from gradmaker.norms import Norm
-from gradmaker.precision import Precision
+from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.sites import Site
-from gradmaker.triple import Triple
 
-__all__ = ["STACK_LIMIT", "WHOLE", "Block", "Placement", "build_blocks"]
+__all__ = ["STACK_LIMIT", "WHOLE", "Block", "Solved", "build_blocks", "carry"]
 
 STACK_LIMIT = 128
 """Blocks with a longer axis are not stacked: on a CPU, stacking 48 layers halves the time at 32 and costs up to 1.6x at 512."""
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A site with the parts that were chosen for it."""
+class Solved:
+    """The preconditioned gradient of a block, and what its cache and its averages are once that has been written."""
 
-    site: Site
-    triple: Triple
-    norm: Norm | None
-    momentum: float
-    max_dim: int
-    dtype: torch.dtype | None
-    nesterov: bool = False
-    decay: float | None = None
-    averaging: str = "corrected"
-    precision: Precision = Precision()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one block."""
-        grain = self.triple.representation.grain
-        if grain == "unit":
-            return self.site.shape[-1:]
-        return (prod(self.site.shape),) if grain == "full" else self.site.shape[1:]
-
-    @property
-    def count(self) -> int:
-        """How many blocks the site gives."""
-        grain = self.triple.representation.grain
-        if grain == "unit":
-            return prod(self.site.shape[:-1])
-        return 1 if grain == "full" else self.site.shape[0]
-
-    def frame(self) -> Frame:
-        """What its representation is allocated for."""
-        like = next(iter(self.site.parameters.values()))
-        dtype = self.dtype or torch.promote_types(like.dtype, torch.float32)
-        diagonal = self.triple.representation.wide(self.shape, self.max_dim)
-        own = self.site.one_hot_axis
-        if own is not None and self.triple.representation.factored_axes:
-            diagonal |= {own}
-        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.max_dim)
+    value: Tensor
+    cache: State
+    average: State
+    norm_state: State
 
 
 class Block:
@@ -72,10 +38,12 @@ class Block:
         self.sites = [p.site for p in placements]
         self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
         self.nesterov, self.averaging, self.precision = first.nesterov, first.averaging, first.precision
-        self.full = self.triple.representation.grain == "full"
+        self.method = first.method
+        self.full, self.joins_groups = self.triple.representation.grain == "full", first.joins_groups
         self.frame = _joined_frame(placements, self.full)
         self.slots = _slots(placements, self.full)
-        self.name = "full" if self.full else self.sites[0].name
+        whole = "full" if self.method == "method" else f"full, {self.method}"
+        self.name = whole if self.full else self.sites[0].name
         self.state: State = self.triple.representation.init(self.frame)
         self.cache: State = {}
         self.ready: set[str] = set()  # sites for which the cache holds more than an empty statistic
@@ -85,6 +53,7 @@ class Block:
         if self.momentum:
             self.average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()}
         self.share = 0.0  # where in a period its refresh falls
+        self.torn = ""  # the exception that has left its statistic half changed
 
     @property
     def cost(self) -> float:
@@ -113,23 +82,47 @@ class Block:
     def fold(self, weight: float) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic."""
         if self.decay is None:
-            return Fold(1.0, weight, 1.0, summed=True)
+            return Fold(1.0, weight, 1.0, summed=True, of_step=1.0)
         if self.averaging != "corrected":
-            return Fold(self.decay, weight if self.averaging == "raw" else (1 - self.decay) * weight, 1.0, summed=True)
-        return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay)
+            of_step = 1.0 if self.averaging == "raw" else 1 - self.decay
+            return Fold(self.decay, of_step * weight, 1.0, summed=True, of_step=of_step)
+        return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay, of_step=1 - self.decay)
 
-    def update(self, portion: Mapping[str, Evidence], fold: Fold, further: set[str]) -> None:
+    def update(self, portion: Mapping[str, Evidence], fold: Fold, further: set[str], done: set[str] | None = None) -> None:
         """Fold in one portion of a step's evidence.
 
         further: names whose first evidence of this step has been folded in before; extended here.
+        done: what of this portion has been folded in before, when the step began for the first time; extended here.
         """
+        self.check_whole()
+        done = set() if done is None else done
         self.state = self.triple.representation.adopt(self.state)
         for slot, evidence, names in self._evidence(portion):
-            whole = self.full or self.triple.representation.live
-            state = self.state if whole else {k: v[slot] for k, v in self.state.items()}
-            again = names[0] in further
-            self.triple.representation.update(state, evidence, replace(fold, beta=1.0, mass=0.0) if again else fold)
-            further.update(names)
+            key = self.name if self.full else names[0]
+            if key not in done:
+                again = names[0] in further
+                self._update(slot, evidence, replace(fold, beta=1.0, mass=0.0) if again else fold)
+                further.update(names)
+                done.add(key)
+
+    def _update(self, slot: slice, evidence: Evidence, fold: Fold) -> None:
+        whole = self.full or self.triple.representation.live
+        state = self.state if whole else {k: v[slot] for k, v in self.state.items()}
+        before = _versions(self.state)
+        try:
+            self.triple.representation.update(state, evidence, fold)
+        except BaseException as error:
+            if _versions(self.state) != before:
+                self.torn = type(error).__name__
+            raise
+
+    def check_whole(self) -> None:
+        """RuntimeError if an exception has left the statistic half changed."""
+        if self.torn:
+            raise RuntimeError(
+                f"{self.name}: its statistic was left half changed by an exception ({self.torn}) in its update, so that the "
+                "step cannot be repeated: load a state that was saved before, or make the maker anew"
+            )
 
     def _evidence(self, portion: Mapping[str, Evidence]) -> Iterator[tuple[slice, Evidence, list[str]]]:
         names = [s.name for s in self.sites if s.name in portion]
@@ -137,7 +130,7 @@ class Block:
             yield slice(0, 1), portion[WHOLE], names or [s.name for s in self.sites]
         elif not self.full:
             slots = dict(zip((s.name for s in self.sites), self.slots, strict=True))
-            yield from ((slots[n], portion[n], [n]) for n in names)
+            yield from ((slots[n], _as_one(portion[n]) if self.joins_groups else portion[n], [n]) for n in names)
         elif names:
             yield slice(0, 1), self._joined(portion), names
 
@@ -191,20 +184,20 @@ class Block:
                 piece = value[0, slot] if self.full else value[slot]
                 site.write(piece.reshape(site.shape))
 
-    def averaged(self, g: Tensor) -> Tensor:
+    def averaged(self, g: Tensor) -> tuple[Tensor, State]:
         """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum.
 
         With ``nesterov`` this gradient enters it twice: ``(momentum m + (1 - momentum) g) / (1 - momentum^(t + 1))``.
+        Comes with what the average is from now on.
         """
         if not self.momentum:
-            return g
-        self.average["average"].lerp_(g, 1 - self.momentum)
-        mass = self.average["mass"]
-        mass.mul_(self.momentum).add_(1 - self.momentum)
-        average, mass = self.average["average"], mass.reshape(-1, *[1] * (g.ndim - 1))
+            return g, {}
+        average = self.average["average"].lerp(g, 1 - self.momentum)
+        total = self.average["mass"] * self.momentum + (1 - self.momentum)
+        moved, mass = {"average": average, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
         if self.nesterov:
-            return average.lerp(g, 1 - self.momentum) / (self.momentum * mass + 1 - self.momentum)
-        return average / mass
+            return average.lerp(g, 1 - self.momentum) / (self.momentum * mass + 1 - self.momentum), moved
+        return average / mass, moved
 
     def prepare(self, measured: set[str], due: bool = True) -> bool:
         """Refresh the cache from the statistic; where that is not due, only for sites that were never in it.
@@ -214,13 +207,14 @@ class Block:
         measured: names of the sites that have given evidence at all.
         """
         known = measured & {s.name for s in self.sites}
-        due = due or self.triple.representation.fleeting
+        due = due or self.triple.representation.fleeting or self.triple.representation.immediate
         refreshed = bool(known) if due else bool(known - self.ready)
         if self.full and refreshed:
             self.cache = self.refreshed(self.state, self.cache or None)
-        elif not self.full:
-            self._prepare(known & self.ready if due else set(), again=True)
-            self._prepare(known - self.ready, again=False)
+        elif not self.full:  # all is computed before anything is changed: an exception leaves the cache as it was
+            groups = ((known & self.ready if due else set[str](), True), (known - self.ready, False))
+            for slots, new in [self._prepared(names, again) for names, again in groups]:
+                self._place(slots, new)
         self.fresh = known - self.ready if self.triple.representation.skips_first else set()
         self.ready = known
         return refreshed
@@ -229,19 +223,35 @@ class Block:
         """What a refresh makes of statistics of some members."""
         return self.precision.prepare(self.triple, state, previous, self.frame.dtype)
 
+    @property
+    def late(self) -> bool:
+        """Whether names and shapes of its tensors are known only when it has been measured."""
+        return self.triple.representation.live and not self.triple.representation.fleeting
+
+    def empty_cache(self) -> State:
+        """The names and shapes of a cache, all zero; none where these are not known yet."""
+        if self.late:
+            return {}
+        one = self.triple.representation.init(self.frame if self.full else replace(self.frame, stack=1))
+        like = self.refreshed(one, None)
+        return {k: v.new_zeros(len(v) if self.full else self.frame.stack, *v.shape[1:]) for k, v in like.items()}
+
     def applied(self, cache: State, g: Tensor) -> Tensor:
         """``P g``.  # (B, *shape)"""
         return self.precision.solve(self.triple, cache, g)
 
-    def _prepare(self, names: set[str], again: bool) -> None:
-        """Refresh the cache of some members.  again: whether they have been prepared before"""
+    def _prepared(self, names: set[str], again: bool) -> tuple[list[slice], State]:
+        """A refreshed cache of some members, and where these are.  again: whether they have been prepared before"""
         slots = [slot for site, slot in zip(self.sites, self.slots, strict=True) if site.name in names]
         if not slots:
-            return
+            return [], {}
         whole = len(slots) == len(self.slots)
-        state, before = (s if whole else _picked(s, slots) for s in (self.state, self.cache))
-        new = self.refreshed(state, before if again else None)
-        if whole:
+        state, before = (s if whole else _picked(s, slots) for s in (self.state, self.cache if again else {}))
+        return slots, self.refreshed(state, before if again else None)
+
+    def _place(self, slots: list[slice], new: State) -> None:
+        """Put refreshed members into the cache."""
+        if len(slots) == len(self.slots):
             self.cache = new
             return
         if not self.cache:
@@ -251,25 +261,24 @@ class Block:
             for slot, piece in zip(slots, pieces, strict=True):
                 self.cache[key][slot] = piece
 
-    def solve(self, raw: Tensor, started: bool = True) -> Tensor:
-        """The preconditioned gradient, averaged and rescaled as configured.
+    def solve(self, raw: Tensor, started: bool = True) -> Solved:
+        """The preconditioned gradient, averaged and rescaled as configured. Nothing is changed before `keep`.
 
         raw: this step's gradient; started: False for what `norm` takes the length from, instead
         """
-        kept = [
-            (v[slot], v[slot].clone()) for slot in self._idle() for v in (*self.average.values(), *self.norm_state.values())
-        ]
-        g, start = self.averaged(raw), dict(self.cache)
-        try:
-            value = self.applied(self.cache, g)
-        except BaseException:  # as of a loss that was evaluated: the step may begin again
-            self.cache.update(start)
-            raise
+        (g, average), cache = self.averaged(raw), self.triple.representation.snapshot(self.cache)
+        value, norm_state = self.applied(cache, g), {k: v.clone() for k, v in self.norm_state.items()}
         if self.norm:
-            value = self.norm.rescale(self.norm_state, value, g, raw) if started else self.norm.target(self.norm_state, g, raw)
-        for now, before in kept:
-            now.copy_(before)
-        return value
+            value = self.norm.rescale(norm_state, value, g, raw) if started else self.norm.target(norm_state, g, raw)
+        for slot in self._idle():
+            for new, old in ((average, self.average), (norm_state, self.norm_state)):
+                for key, moved in new.items():
+                    moved[slot] = old[key][slot]
+        return Solved(value, cache, average, norm_state)
+
+    def keep(self, solved: Solved) -> None:
+        """Go on from what a solve has left."""
+        self.cache, self.average, self.norm_state = solved.cache, solved.average, solved.norm_state
 
     def _idle(self) -> list[slice]:
         """Members of the stack that have no gradient or no statistic: their averages stand still, as if they were alone."""
@@ -280,6 +289,20 @@ class Block:
 
     def _rests(self, site: Site) -> bool:
         return site.name not in self.ready or site.name in self.fresh or site.read() is None
+
+
+def _versions(state: State) -> list[tuple[str, int, int]]:
+    """What shows whether any tensor was replaced or written to."""
+    return [(key, id(value), value._version) for key, value in state.items()]
+
+
+def _as_one(evidence: Evidence) -> Evidence:
+    """What is said of the groups of a layer, of all as one block.  # (G, o, i) -> (1, G, o, i)"""
+    if isinstance(evidence, Gradient):
+        return replace(evidence, gradient=evidence.gradient.unsqueeze(0))
+    if isinstance(evidence, Pair):
+        return replace(evidence, v=evidence.v.unsqueeze(0), cv=evidence.cv.unsqueeze(0))
+    return evidence  # rows and products speak of the layer as it is
 
 
 def _picked(state: State, slots: list[slice]) -> State:
@@ -306,15 +329,38 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
-        key: tuple[object, ...] = (p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
+        shared = (p.method, p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
+        key: tuple[object, ...] = shared
         if frame is not None:
             large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
             alone = p.site.name if large else ""
             key = (*key, replace(frame, stack=0), alone)
         groups.setdefault(key, []).append(p)
     blocks = [Block(group) for group in groups.values()]
+    for method in dict.fromkeys(b.method for b in blocks):
+        _share([b for b in blocks if b.method == method])
+    return blocks
+
+
+def _share(blocks: list[Block]) -> None:
+    """Spread the refreshes of a method's blocks over its period, by their cost."""
     total, before = sum(b.cost for b in blocks), 0.0
     for block in blocks:
         block.share = before / total
         before += block.cost
-    return blocks
+
+
+def carry(old: Iterable[Block], new: Iterable[Block]) -> None:
+    """Take over what earlier blocks hold for sites that are the same in both."""
+    parts = [(block, *pair) for block in old if not block.full for pair in zip(block.sites, block.slots, strict=True)]
+    known = {site.name: (block, slot) for block, site, slot in parts}
+    for block in new:
+        if block.full or block.triple.representation.live:
+            continue
+        for site, slot in zip(block.sites, block.slots, strict=True):
+            before, place = known.get(site.name, (None, slot))
+            if before is None or not before.holds_like(block):
+                continue
+            for part in ("state", "average", "norm_state"):
+                for key, value in getattr(before, part).items():
+                    getattr(block, part)[key][slot] = value[place]

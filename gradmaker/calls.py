@@ -44,6 +44,7 @@ class Call:
     dtype: torch.dtype
     gradients: list[Tensor | None] = field(default_factory=list)  # filled while a backward pass is collected
     autocast: torch.dtype | None = None  # in which it was made
+    key: tuple[nn.Module, bool, tuple[str, ...]] | None = None  # what is proven of it is proven of its like
 
     @property
     def tensor_shapes(self) -> list[torch.Size]:

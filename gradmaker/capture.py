@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from gradmaker.arrangement import APART, Arrangement, Structure, key_of, pattern
 from gradmaker.attention import Listener, Projection
 from gradmaker.batch_norms import FrozenNorms
+from gradmaker.borrowing import foreign
 from gradmaker.calls import Call, Layout
+from gradmaker.hooks import ModuleHook
 from gradmaker.reentrant import reenters
 
 __all__ = ["OutputGradients", "Tape"]
@@ -40,11 +42,16 @@ class Tape:
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
         self.batch = 0  # batch size: the axis ``batch_axis`` of the model's first tensor argument
         self.batch_axis = batch_axis
+        self.sized = False  # whether that is known: there may be none
+        self._called_with = False  # whether it is read off a call of the model
         self.joint = False  # whether the batch is measured as one example
         self.norms = FrozenNorms()
-        self.collecting = False  # whether output gradients of a running backward pass are kept
+        self.collecting = False  # whether output gradients of a backward pass of the loop are kept
+        self._own = False  # whether those of a backward pass that the tape runs itself are
         self._repeating = False
+        self._reentrant = False
         self._paused = False
+        self._hooks = ExitStack()  # takes those off the modules
         self._keepers: list[Any] = []  # handles of the hooks on outputs
         # Calls made without gradients. A reentrant checkpoint makes its calls so and repeats them during backward.
         self._late: dict[nn.Module, int] = {}
@@ -80,14 +87,19 @@ class Tape:
         """Record the calls made inside. Hooks are gone afterwards, whatever happens.  sized: the batch size is known"""
         with ExitStack() as stack:
             stack.callback(self._let_go)
+            stack.callback(self.unhook)
             if not sized:
-                stack.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
-            self.norms.watch(self.root, stack)
+                self._hooks.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
+            self.norms.watch(self.root, self._hooks)
             for module in self.calls:
                 if not isinstance(module, Projection):
-                    stack.callback(module.register_forward_hook(self._called, with_kwargs=True).remove)
-            self._listen(stack)
+                    self._hooks.callback(module.register_forward_hook(ModuleHook(self._called), with_kwargs=True).remove)
+            self._listen(self._hooks)
             yield
+
+    def unhook(self) -> None:
+        """Take the hooks off the modules."""
+        self._hooks.close()
 
     def _listen(self, stack: ExitStack) -> None:
         """Record the linear maps inside of attention modules, which no layer is called for."""
@@ -97,8 +109,8 @@ class Tape:
                 inside.setdefault(module.attention[0], {})[module.part] = module
         for attention, parts in inside.items():
             listener = Listener(partial(self._overheard, parts))
-            stack.callback(attention.register_forward_pre_hook(listener.enter).remove)
-            stack.callback(attention.register_forward_hook(listener.leave, always_call=True).remove)
+            stack.callback(attention.register_forward_pre_hook(ModuleHook(listener.enter)).remove)
+            stack.callback(attention.register_forward_hook(ModuleHook(listener.leave), always_call=True).remove)
 
     def _overheard(self, parts: dict[str, Projection], part: str, x: Tensor, y: Tensor) -> None:
         if part in parts and not self._paused:
@@ -124,20 +136,28 @@ class Tape:
         outputs: of the pass, which show a reentrant checkpoint. Without one, calls without gradients are no part of the pass.
         """
         self._repeating = True
-        if not any(reenters(z) for z in outputs):
+        self._reentrant = any(reenters(z) for z in outputs)
+        if not self._reentrant:
             self._late.clear()
+        if not self._late:
+            self.unhook()
+
+    def assume(self, examples: int | None) -> None:
+        """The batch size where the model itself is not called, only layers of it: that of the declared call."""
+        if examples is not None:
+            self.batch, self.sized = examples, True
 
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the arguments of the model's call."""
-        if self.batch:
-            return
         first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0), None)
-        if first is not None and not -first.ndim <= self.batch_axis < first.ndim:
+        if self._called_with or first is None:
+            return
+        if not self.batch_axis < first.ndim:
             raise ValueError(
                 f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, "
                 "which has no such axis: say on which axis of it the examples are"
             )
-        self.batch = 0 if first is None else first.shape[self.batch_axis]
+        self.batch, self.sized, self._called_with = first.shape[self.batch_axis], True, True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Record a call; what it returns stays what it is."""
@@ -166,7 +186,7 @@ class Tape:
 
     def _keeper(self, call: Call, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            if self.collecting:
+            if self._own or (self.collecting and not foreign(gradient)):
                 call.gradients[index] = gradient.detach()
 
         return keep
@@ -184,11 +204,11 @@ class Tape:
     def collect(self, backward: Callable[[], None]) -> OutputGradients:
         """Output gradients of a backward pass that runs anyway, with a cotangent axis of one."""
         self.forget_late()
-        self.collecting = True
+        self._own = True
         try:
             backward()
         finally:
-            self.collecting = False
+            self._own = False
         return self.harvest()
 
     def harvest(self) -> OutputGradients:
@@ -209,7 +229,7 @@ class Tape:
         modules: whose calls; None: of all
         """
         chosen = self.calls if modules is None else {m: self.calls[m] for m in modules}
-        if any(reenters(z) for z in outputs):
+        if self._reentrant:
             return self._pull_by_backward(outputs, cotangents)
         k = cotangents[0].shape[0]
         edges = [edge for calls in chosen.values() for call in calls for edge in call.edges]
@@ -234,7 +254,7 @@ class Tape:
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
         """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangents: like the outputs"""
-        if not any(reenters(z) for z in outputs):
+        if not self._reentrant:
             with self.paused():  # a checkpoint repeats its calls
                 pulled = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
             return list(pulled)
@@ -246,7 +266,7 @@ class Tape:
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
         """As `pull_parameters` for several cotangents, in one batched pass where that can be.  (k, *output) -> (k, *p)"""
-        if not any(reenters(z) for z in outputs):
+        if not self._reentrant:
             with self.paused():
                 found = vector_jacobian(outputs, list(parameters), cotangents)
             k = len(cotangents[0])

@@ -1,4 +1,8 @@
-"""What a maker saves: keyed by site name, unstacked, so that it does not depend on how sites are grouped."""
+"""What a maker saves: keyed by site name, unstacked, so that it does not depend on how sites are grouped.
+
+A fresh maker shows every key of its state, since torch's distributed checkpoints fill no more than they are shown; ``holds``
+lists the tensors that were saved, so that one which was not filled is noticed.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.blocks import Block
+from gradmaker.ledger import Ledger
+from gradmaker.pool import Pool
 from gradmaker.previous import dump_secants, load_secants
 from gradmaker.representations.base import State
-from gradmaker.schedule import Clock
+from gradmaker.state_format import FORMAT, check_format
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker
@@ -22,44 +28,83 @@ _PARTS = ("state", "cache", "average", "norm_state")
 
 def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     """Copies of all tensors, and counters."""
-    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block).items()}
-    return {**_counters(maker), "sites": sites}
+    if maker._ledger.solved is not None:
+        raise RuntimeError(
+            "state_dict: precondition() has ended in an exception while it wrote into .grad: call it again, or begin the step "
+            "again, before a state is saved"
+        )
+    if maker._part >= 0 and not maker._open and maker._ledger.measured(maker._part):
+        raise RuntimeError(
+            "state_dict: a pass of a loop that is not the maker's has been measured, and its gradient is in .grad, which is "
+            "not saved: save between steps, after optimizer.step()"
+        )
+    for block in maker.plan.blocks:
+        block.check_whole()
+    measured = maker._ever | maker._ledger.further
+    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, measured).items()}
+    state = {**_counters(maker), "sites": sites}
+    return {**state, "holds": sorted(_held(state))}
 
 
 def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     return {
+        "format": FORMAT,
         "step": maker.step,
         "skipped": maker.skipped,
-        "curvature_clock": _clock(maker._curvature_clock),
-        "refresh_clock": _clock(maker._refresh_clock),
+        "clocks": maker._clocks.dump(),
         "measured": sorted(maker._ever),
+        "unseen": sorted(maker._unseen),
         "pass": {
             "asked": maker._asked,
-            "measuring": maker._measuring,
+            "due": sorted(maker._due),
             "finite": maker._finite,
             "noted": maker._noted,
             "part": maker._part,
-            "further": sorted(maker._further),
+            "open": maker._open,
+            "ended": maker._ended,
+            **maker._ledger.dump(),
         },
+        "gradients": _dump_gradients(maker),
         **({"secants": dump_secants(maker)} if maker.plan.asks("previous") else {}),
+        **({"pool": maker._pool.dump()} if any(b.triple.curvature.pooled for b in maker.plan.blocks) else {}),
     }
 
 
-def _clock(clock: Clock) -> dict[str, int]:
-    return {"begun": clock.begun, "next": clock.next}
+def _dump_gradients(maker: PreconditionedGradientMaker) -> dict[str, State]:
+    """Of a step that is under way: what its micro-batches have brought, and what was there before them; by parameter."""
+    if not maker._open:
+        return {"step": {}, "before": {}}
+    names = {p: name for name, p in maker.model.named_parameters()}
+    pairs = {"step": [(p, p.grad) for p, _ in maker._kept], "before": maker._kept}
+    return {key: {names[p]: g.clone() for p, g in found if g is not None} for key, found in pairs.items()}
 
 
-def _dump_block(block: Block) -> dict[str, Any]:
+def _held(state: Any, path: str = "") -> list[str]:
+    """Path and shape of every tensor."""
+    if isinstance(state, Tensor):
+        return [f"{path} {tuple(state.shape)}"]
+    if not isinstance(state, dict):
+        return []
+    return [entry for key, value in state.items() for entry in _held(value, f"{path}/{key}" if path else key)]
+
+
+def _dump_block(block: Block, measured: set[str]) -> dict[str, Any]:
+    cache = block.cache or block.empty_cache()
     if block.full:
-        return {block.name: _dump_slot(block, slice(None), bool(block.ready))}
-    members = zip(block.sites, block.slots, strict=True)
-    return {site.name: _dump_slot(block, slot, site.name in block.ready) for site, slot in members}
+        found = {block.name: _dump_slot(block, slice(None), cache, bool(block.ready))}
+    else:
+        members = zip(block.sites, block.slots, strict=True)
+        found = {site.name: _dump_slot(block, slot, cache, site.name in block.ready) for site, slot in members}
+    if block.late and not measured & {site.name for site in block.sites}:
+        return {name: {**parts, "state": {}} for name, parts in found.items()}
+    return found
 
 
-def _dump_slot(block: Block, slot: slice, ready: bool) -> dict[str, Any]:
-    """One member of a stack. An empty statistic has no cache, though in a stack it has a place in it."""
-    parts = {part: {k: v[slot].clone() for k, v in getattr(block, part).items()} for part in _PARTS}
-    return {"parts": _kind(block), **parts, "cache": parts["cache"] if ready else {}}
+def _dump_slot(block: Block, slot: slice, cache: State, ready: bool) -> dict[str, Any]:
+    """One member of a stack.  ready: whether the cache holds it; it has a place there in any case"""
+    parts = {part: {k: v[slot].clone() for k, v in getattr(block, part).items()} for part in _PARTS if part != "cache"}
+    own = {k: v[slot].clone() if ready else torch.zeros_like(v[slot]) for k, v in cache.items()}
+    return {"parts": _kind(block), "ready": ready, **parts, "cache": own}
 
 
 def _kind(block: Block) -> str:
@@ -69,34 +114,98 @@ def _kind(block: Block) -> str:
 
 def load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     """Check everything, then copy everything."""
-    if not isinstance(saved, dict) or not isinstance(saved.get("sites"), dict):
+    check_format(saved, "a preconditioned maker")
+    unseen = frozenset(saved.get("unseen", ()))
+    if unseen == maker._unseen or not unseen <= {name for name, _ in maker.model.named_parameters()}:
+        _load(maker, saved)
+        return
+    before = maker.plan, maker._unseen
+    maker.plan_again(unseen)
+    try:
+        _load(maker, saved)
+    except BaseException:
+        maker.adopt(*before)
+        raise
+
+
+def _load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
+    if not isinstance(saved.get("sites"), dict):
         raise ValueError("load_state_dict: expected what state_dict() of a preconditioned maker returned")
-    sites = saved["sites"]
-    _check_names("", saved, {**_counters(maker), "sites": sites})
+    sites, own = saved["sites"], _counters(maker)
+    _check_names("", saved, {**own, "sites": sites, "holds": []})
+    for key in ("pass", "clocks", "gradients"):
+        _check_names(f"{key}: ", saved[key], own[key])
+    for name, periods in own["clocks"].items():
+        for key, period in periods.items():
+            _check_names(f"clocks: {name}: {key}: ", saved["clocks"][name].get(key, {}), period)
     _check_names("sites ", sites, {name: None for block in maker.plan.blocks for name in _names(block)})
     loaded = [(block, _gather(block, sites)) for block in maker.plan.blocks]
+    gradients = _gather_gradients(maker, saved)
+    _check_held(saved)
     for block, parts in loaded:
         for part, tensors in parts.items():
             setattr(block, part, tensors)
-        block.ready = {site.name for site in block.sites if sites[block.name if block.full else site.name]["cache"]}
+        block.ready = {site.name for site in block.sites if sites[block.name if block.full else site.name]["ready"]}
+        block.torn = ""
+    _load_counters(maker, saved)
+    maker._kept = [(p, before) for p, _, before in gradients]
+    for p, g, _ in gradients:
+        p.grad = g
+
+
+def _load_counters(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     maker.step, maker.skipped = int(saved["step"]), int(saved["skipped"])
     maker._ever = set(saved["measured"])
     if "secants" in saved:
         load_secants(maker, saved["secants"])
-    for key, value in saved["pass"].items():
-        setattr(maker, f"_{key}", set(value) if key == "further" else value)
-    for clock, key in ((maker._curvature_clock, "curvature_clock"), (maker._refresh_clock, "refresh_clock")):
-        clock.begun, clock.next = int(saved[key]["begun"]), int(saved[key]["next"])
+    maker._pool = Pool.load(maker.plan, saved.get("pool", {}))
+    found = saved["pass"]
+    for key in ("asked", "finite", "noted", "part", "open", "ended"):
+        setattr(maker, f"_{key}", found[key])
+    maker._due, maker._left = frozenset(found["due"]), []
+    maker._ledger = Ledger.load(found, maker.plan.blocks)
+    maker._clocks.load(saved["clocks"])
+
+
+def _gather_gradients(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """Parameters, with their gradients of a step that is under way and from before it; none of a state between steps."""
+    if not saved["pass"]["open"]:
+        return []
+    own = {name: p for name, p in maker.model.named_parameters() if p.requires_grad}
+    for key, found in saved["gradients"].items():
+        for name, g in found.items():
+            if name not in own:
+                raise ValueError(f"load_state_dict: gradients: {key}: unknown {[name]}: model, method or version differ")
+            _check_shape(f"gradients: {key}[{name!r}]", g, own[name])
+
+    def copied(key: str, name: str) -> Tensor | None:
+        g = saved["gradients"][key].get(name)
+        return None if g is None else g.to(own[name].device, own[name].dtype, copy=True)
+
+    return [(p, copied("step", name), copied("before", name)) for name, p in own.items()]
+
+
+def _check_held(saved: dict[str, Any]) -> None:
+    """ValueError for tensors that were saved and are not there."""
+    found = set(_held({key: value for key, value in saved.items() if key != "holds"}))
+    if lost := [entry for entry in saved["holds"] if entry not in found]:
+        raise ValueError(
+            f"load_state_dict: {_some(lost)} was saved and is not in this state, or has another shape there: what loads into a "
+            "state_dict() fills only the keys that it has, as torch's distributed checkpoints do, and this maker knows those "
+            "of some tensors only when it has measured. Save between steps; where names or shapes depend on what was measured, "
+            "save with torch.save"
+        )
+
+
+def _some(entries: list[str]) -> str:
+    return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
 
 
 def _check_names(what: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """ValueError unless two mappings have the same keys, and so have those inside."""
+    """ValueError unless two mappings have the same keys."""
     if set(given) != set(expected):
         missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
         raise ValueError(f"load_state_dict: {what}missing {missing}, unknown {unknown}: model, method or version differ")
-    for key in ("pass", "curvature_clock", "refresh_clock"):
-        if key in expected:
-            _check_names(f"{key}: ", given[key], expected[key])
 
 
 def _names(block: Block) -> list[str]:
@@ -105,32 +214,30 @@ def _names(block: Block) -> list[str]:
 
 def _gather(block: Block, sites: dict[str, Any]) -> dict[str, State]:
     for name in _names(block):
-        _check_names(f"{name}: ", sites[name], dict.fromkeys(("parts", *_PARTS)))
+        _check_names(f"{name}: ", sites[name], dict.fromkeys(("parts", "ready", *_PARTS)))
         if sites[name]["parts"] != _kind(block):
             raise ValueError(f"load_state_dict: {name} was saved as {sites[name]['parts']}, and is {_kind(block)} here")
     found = {
         part: _gather_part(block, part, [sites[name][part] for name in _names(block)]) for part in _PARTS if part != "cache"
     }
-    return {**found, "cache": _gather_cache(block, found["state"], [sites[name]["cache"] for name in _names(block)])}
+    members = [sites[name] for name in _names(block)]
+    return {**found, "cache": _gather_cache(block, [m["cache"] for m in members], any(m["ready"] for m in members))}
 
 
-def _gather_cache(block: Block, state: State, members: list[State]) -> State:
-    """The stacked cache; members that had none get zeros, which are not used. One member is prepared to learn the shapes."""
-    if not any(members):
+def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
+    """The stacked cache; none where no member is in it."""
+    if not ready:
         return {}
     if block.triple.representation.live:
-        return _gather_live(block, "cache", members[0], state, None)
-    slots = [slice(None)] if block.full else block.slots
-    one = {k: v[slots[[bool(m) for m in members].index(True)]] for k, v in state.items()}
-    like = block.refreshed(one, None)
-    own = {k: v.new_zeros(len(v) if block.full else block.frame.stack, *v.shape[1:]) for k, v in like.items()}
-    filled = [member or {k: v[slot] for k, v in own.items()} for slot, member in zip(slots, members, strict=True)]
-    return _gather_part(block, "cache", filled, own)
+        return _gather_live(block, "cache", members[0], {}, None)
+    return _gather_part(block, "cache", members, block.empty_cache())
 
 
 def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:
     own: State = getattr(block, part) if like is None else like
     if part == "state" and block.triple.representation.live:
+        if block.late and not members[0]:
+            return block.triple.representation.init(block.frame)
         return _gather_live(block, part, members[0], own, block.frame.dtype)
     slots = [slice(None)] if block.full else block.slots
     for name, slot, member in zip(_names(block), slots, members, strict=True):

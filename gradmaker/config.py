@@ -28,7 +28,8 @@ __all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
 
 COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
 ONE_BLOCK = {"spread": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
-OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "norm", "norm_decay")
+INTERVALS = ("curvature_interval", "preconditioner_interval", "warmup_steps", "spread")
+OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "norm", "norm_decay", *INTERVALS)
 """Options that a fallback has values of its own for; the others are shared with it."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

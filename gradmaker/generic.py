@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gradmaker.calls import Call, check_lookup, example_axis
 from gradmaker.capture import OutputGradients, Tape
+from gradmaker.exchange import call_with, copies, exchanged
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
@@ -77,7 +78,7 @@ def _held_statistics(module: nn.Module, call: Call) -> Iterator[None]:
         for norm in norms:
             stack.callback(norm.register_forward_hook(look).remove)
         with torch.enable_grad():  # without, a reentrant checkpoint would warn
-            functional_call(module, _copies(module), call.args, call.kwargs)
+            call_with(module, copies(module), call.args, call.kwargs)
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(lambda *_: turn.clear()).remove)
         for norm in norms:
@@ -99,7 +100,6 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
     check_lookup(module)
     if isinstance(module, nn.EmbeddingBag) and call.input.ndim == 1:
         raise ValueError("EmbeddingBag was called with all bags in one axis, in which examples cannot be told apart")
-    local = _local_name(module, parameter)
     leaves, spec = tree_flatten((call.args, call.kwargs))
     axes = [example_axis(call, v, n, j == 0) for j, v in enumerate(leaves)]
     g_axes = [example_axis(call, g[0], n, j == 0) for j, g in enumerate(outputs)]
@@ -109,7 +109,7 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
             f"cannot find {n} examples in what {type(module).__name__} returned, of shape {shapes}, to tell the gradients of "
             f"{name} apart by example: give the batch axis first, or leave the parameter out with ignore="
         )
-    frozen = {k: v.detach() for k, v in module.named_parameters()}
+    frozen: dict[Tensor, Tensor] = {p: p.detach() for p in module.parameters()}
 
     def given(values: tuple[Any, ...]) -> tuple[Any, Any, list[Any]]:
         mapped = iter(values[: len(leaves)])
@@ -120,14 +120,14 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
         args, kwargs, cotangents = given(values)
 
         def outputs_of(p: Tensor) -> list[Tensor]:
-            return _floating(functional_call(module, {**frozen, **_copies(module), local: p}, args, kwargs), len(outputs))
+            return _floating(call_with(module, {**frozen, **copies(module), parameter: p}, args, kwargs), len(outputs))
 
         gradient: Tensor = vjp(outputs_of, parameter.detach())[1](cotangents)[0]
         return gradient.reshape(-1)
 
     def by_backward(*values: Any) -> Tensor:
         args, kwargs, cotangents = given(values)
-        with tape.gradients_apart(), _own_buffers(module), torch.enable_grad():
+        with tape.gradients_apart(), exchanged(module, copies(module)), torch.enable_grad():
             torch.autograd.backward(_floating(module(*args, **kwargs), len(outputs)), cotangents)
             return torch.zeros_like(parameter).reshape(-1) if parameter.grad is None else parameter.grad.reshape(-1)
 
@@ -139,23 +139,6 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
 
 def _floating(out: Any, count: int) -> list[Tensor]:
     return [v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()][:count]
-
-
-def _copies(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers for a call to change."""
-    return {k: v.clone() for k, v in module.named_buffers()}
-
-
-@contextmanager
-def _own_buffers(module: nn.Module) -> Iterator[None]:
-    """Whatever a call does to buffers is undone."""
-    before = [(b, b.clone()) for b in module.buffers()]
-    try:
-        yield
-    finally:
-        for b, value in before:
-            if not torch.equal(b, value):  # else a graph that holds it would be spoilt; batch norm tells no version
-                b.copy_(value)
 
 
 def _over_examples(ways: tuple[Any, Any], values: list[Any], axes: list[int | None], n: int) -> Tensor:
@@ -174,7 +157,3 @@ def _over_examples(ways: tuple[Any, Any], values: list[Any], axes: list[int | No
 
 def _batch_of_one(value: Any, axis: int | None) -> Any:
     return value if axis is None else value.unsqueeze(axis)
-
-
-def _local_name(module: nn.Module, parameter: nn.Parameter) -> str:
-    return next(k for k, p in module.named_parameters() if p is parameter)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gradmaker.batches import Declared
 from gradmaker.deferred import Deferred, depends_on, describe, resolve
+from gradmaker.ranks import ranks
+from gradmaker.state_format import FORMAT, check_format
 
 __all__ = ["GradientMaker", "PlainGradientConfig"]
 
@@ -49,6 +51,8 @@ class GradientMaker:
         self._declared: dict[str, Declared] = {}  # by purpose; that of the pass itself is ""
         self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # gradients from before the step that is under way
         self._open = False
+        self._ended = False  # whether `precondition` was called for the step under way: after an exception it may be again
+        self._left: list[tuple[nn.Parameter, Tensor | None, int]] = []  # gradients, and their versions, that it then left
 
     @classmethod
     def refuse(cls, model: nn.Module) -> str | None:
@@ -137,7 +141,7 @@ class GradientMaker:
         weight: share of this batch where `accumulate` took in others before: the step's loss is ``sum_j weight_j L_j``.
         """
         with self._restoring():
-            result = self.accumulate(weight)
+            result = self._accumulate(weight, in_place=False)
             self.precondition()
         return result
 
@@ -146,6 +150,11 @@ class GradientMaker:
 
         weight: its share of the step's loss ``sum_j weight_j L_j``: ``n_j / n`` for means over examples, 1 for sums.
         """
+        self._begin_again()
+        return self._accumulate(weight, in_place=True)
+
+    def _accumulate(self, weight: float, in_place: bool) -> tuple[Any, Tensor]:
+        """in_place: whether gradients of earlier micro-batches may be added to; else they can be put back"""
         if self._call is None or self._loss is None:
             missing = "setup_model_call" if self._call is None else "setup_loss_call (or setup_loss_repr)"
             raise RuntimeError(f"nothing to run: {missing} has not been called")
@@ -153,10 +162,12 @@ class GradientMaker:
             if declared.loss is None:
                 raise RuntimeError(f"setup_{purpose}_call: no loss was declared on its result, by setup_loss_call")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = [(p, p.grad) for p in parameters]
+        several = ranks() > 1  # a reducer may hold .grad as views of its buffers, and write into them
+        before = [(p, p.grad.clone() if several and p.grad is not None else p.grad) for p in parameters]
+        joined = several and self._open  # what was not reduced yet, as under no_sync(), is so together with what comes
         undo = self._bookmark()
         try:
-            for p in parameters:
+            for p in parameters if not joined else ():
                 p.grad = None
             output, loss = self._run(weight)
             if parameters and all(p.grad is None for p in parameters):
@@ -166,42 +177,82 @@ class GradientMaker:
                 p.grad = g
             undo()
             raise
-        self._merge(before)
+        if not joined:
+            self._merge(before, in_place)
         return output, loss.detach()
 
-    def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]]) -> None:
+    def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]], in_place: bool) -> None:
         """Keep what was in ``.grad`` before the step apart; add up what the micro-batches of the step bring."""
         if not self._open:
             self._open, self._kept = True, before
             return
         for p, g in before:
-            _add_into(p, g)
+            _add_into(p, g if in_place or g is None else g.clone())
 
     def precondition(self) -> None:
-        """End the step: ``.grad <- P .grad`` for what this step has brought, and add it to what was there before."""
-        self._precondition()
+        """End the step: ``.grad <- P .grad`` for what this step has brought, and add it to what was there before.
+
+        After an exception it may be called again; a further pass begins the step again instead.
+        """
+        self._check_parameters()
+        self._ended = True
+        try:
+            self._precondition()
+        except BaseException:
+            self._left = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p, _ in self._kept]
+            raise
         for p, g in self._kept:
             _add_into(p, g)
-        self._open, self._kept = False, []
+        self._open, self._ended, self._kept, self._left = False, False, [], []
         self.step += 1
+
+    def _begin_again(self) -> None:
+        """After an exception in `precondition`: put back ``.grad`` as it was before the step, unless it was changed since."""
+        if not self._ended:
+            return
+        self._abandon()
+        if all(p.grad is g and (g is None or g._version == version) for p, g, version in self._left):
+            for p, before in self._kept:
+                p.grad = before
+        self._open, self._ended, self._kept, self._left = False, False, [], []
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
-        """On an exception put back ``.grad`` as it was before the step."""
-        fresh = not self._open
+        """On an exception put back all as it was before."""
+        self._begin_again()
+        fresh, undo = not self._open, self._bookmark()
+        before = [] if fresh else [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
         try:
             yield
         except BaseException:
-            if fresh and self._open:
-                for p, g in self._kept:
-                    p.grad = g
+            for p, g in self._kept if fresh else before:
+                p.grad = g
+            if fresh:
                 self._open, self._kept = False, []
+                self._abandon()
+            self._ended, self._left = False, []
+            undo()
             raise
 
     # ---------------------------------------------------------------- for subclasses
+    def _check_parameters(self) -> None:
+        """Refuse a step on a model that is not what the maker was made for."""
+
     def _bookmark(self) -> Callable[[], None]:
-        """What takes the maker's counters back to where they are now, for a pass that fails."""
-        return lambda: None
+        """What takes the maker's counters, and torch's global generators, back to where they are now: for a pass that fails."""
+        indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        devices = {i: torch.cuda.get_rng_state(i) for i in indices}
+        host = torch.get_rng_state()
+
+        def undo() -> None:
+            torch.set_rng_state(host)
+            for index, state in devices.items():
+                torch.cuda.set_rng_state(state, index)
+
+        return undo
+
+    def _abandon(self) -> None:
+        """Let go of what the passes of this step have brought, but for what cannot be taken back."""
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         known: dict[int, Any] = {}
@@ -224,13 +275,17 @@ class GradientMaker:
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on: tensors, numbers and names only."""
-        return {"step": self.step}
+        if self._open:
+            raise RuntimeError("state_dict: micro-batches of this step are in .grad, which is not saved: save between steps")
+        return {"format": FORMAT, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        if not isinstance(state, dict) or set(state) != {"step"}:
-            raise ValueError("load_state_dict: expected what state_dict() of a plain GradientMaker returned, {'step': ...}")
+        check_format(state, "a plain GradientMaker")
+        if set(state) != {"format", "step"}:
+            raise ValueError("load_state_dict: expected what state_dict() of a plain GradientMaker returned")
         self.step = int(state["step"])
+        self._open, self._ended, self._kept, self._left = False, False, [], []
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer."""

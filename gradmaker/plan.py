@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradmaker.blocks import Block, Placement, build_blocks
+from gradmaker.blocks import Block, build_blocks
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.model_checks import check_model, check_parameters, check_watched
+from gradmaker.own_parameters import OwnParameters
+from gradmaker.placement import Placement
+from gradmaker.ranks import refuse_ranks
 from gradmaker.rules import names, paths
+from gradmaker.schedule import Clocks
 from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.triple import did_you_mean
 
 if TYPE_CHECKING:
     from gradmaker.maker import GradientMaker
 
-__all__ = ["Plan", "carry", "make_plan"]
+__all__ = ["Plan", "PlanClocks", "make_plan"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks, and the sites that keep their plain gradient with the reason."""
+    """Blocks, and the sites that keep their plain gradient with the reason.
+
+    What is measured at a step is asked for with ``due``, the methods whose turn it is; None means all.
+    """
 
     blocks: list[Block]
     plain: dict[str, str]  # name of a parameter: why its gradient is left alone
+    methods: dict[str, GradientConfig]  # what `Block.method` names: "method", and "fallback" if that has blocks
+    own: OwnParameters
 
-    def sites(self, curvature: Curvature) -> list[Site]:
-        """The sites whose blocks ask for a curvature."""
-        return [s for b in self.blocks if b.triple.curvature == curvature for s in b.sites]
+    def measured(self, due: Collection[str] | None = None) -> list[Block]:
+        """The blocks of these methods."""
+        return [b for b in self.blocks if due is None or b.method in due]
 
-    def curvatures(self, of_passes: bool) -> list[Curvature]:
+    def sites(
+        self, curvature: Curvature, due: Collection[str] | None = None, served: Set[nn.Parameter] | None = None
+    ) -> list[Site]:
+        """The sites whose blocks ask for a curvature.  due: of these methods; served: of these parameters; None: of all"""
+        found = [s for b in self.measured(due) if b.triple.curvature == curvature for s in b.sites]
+        return found if served is None else [s for s in found if not served.isdisjoint(s.parameters.values())]
+
+    def curvatures(self, of_passes: bool, due: Collection[str] | None = None) -> list[Curvature]:
         """The distinct curvatures to be measured: with every pass, or once a step."""
-        found = dict.fromkeys(b.triple.curvature for b in self.blocks)
+        found = dict.fromkeys(b.triple.curvature for b in self.measured(due))
         return [c for c in found if c.of_passes == of_passes]
 
     @property
@@ -50,9 +67,51 @@ class Plan:
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
 
-    def asks(self, what: str) -> bool:
+    def refuse_ranks(self) -> None:
+        """RuntimeError where several processes would measure different curvatures."""
+        if passes := self.curvatures(of_passes=True):
+            refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
+
+    def asks(self, what: str, due: Collection[str] | None = None) -> bool:
         """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
-        return any(what in b.triple.curvature.asks for b in self.blocks)
+        return any(what in b.triple.curvature.asks for b in self.measured(due))
+
+
+class PlanClocks:
+    """A pair of clocks for each method of a plan: the intervals of one say nothing to the other."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.of = {
+            name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps) for name, c in plan.methods.items()
+        }
+
+    def measure(self, step: int) -> frozenset[str]:
+        """The methods that are to be measured; to be asked once for each step."""
+        ending = {b.method for b in self.plan.blocks if b.triple.representation.fleeting}
+        return frozenset(name for name, clocks in self.of.items() if clocks.measure.tick(step) | (name in ending))
+
+    def retry(self, due: Collection[str], reached: Collection[str], step: int) -> None:
+        """What came to nothing is to be measured at ``step``.  reached: sites that gave evidence"""
+        for name in due:
+            if not any(s.name in reached for b in self.plan.measured({name}) for s in b.sites):
+                self.of[name].measure.retry(step)
+
+    def refreshes(self, step: int) -> Iterator[tuple[Block, bool]]:
+        """Every block, and whether it is to be refreshed; may be asked again for the same step."""
+        for name, clocks in self.of.items():
+            clocks.refresh.tick(step)
+            for block in self.plan.measured({name}):
+                yield block, clocks.refresh.due(step, block.share if self.plan.methods[name].spread else 0.0)
+
+    def dump(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Their periods, by method."""
+        return {name: clocks.dump() for name, clocks in self.of.items()}
+
+    def load(self, saved: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+        """Go on from `dump`."""
+        for name, clocks in self.of.items():
+            clocks.load(saved[name])
 
 
 def make_plan(
@@ -62,13 +121,18 @@ def make_plan(
 
     unseen: names of parameters with uses that calls of their layers do not show
     """
-    _check_model(model)
+    check_model(model)
     ignored = {p for rule in config.ignore for p in _matches(model, rule)}
+    check_parameters(model, ignored)
+    empty = {p for p in model.parameters() if p not in ignored and not p.numel()}
+    ignored |= empty
     hidden = {p for k, p in model.named_parameters() if k in unseen}
     sites = layer_sites(model, config.joint_bias, ignored, hidden)
     config.check_sites(sites)
-    plain = {k: "ignored" for k, p in model.named_parameters() if p.requires_grad and p in ignored}
-    placements, rest = _place(sites, config, config)
+    left = {k: p for k, p in model.named_parameters() if p in ignored and p.requires_grad}
+    plain = {k: "empty" if p in empty else "ignored" for k, p in left.items()}
+    used = {"method": config}
+    placements, rest = _place(sites, "method", config, config)
     if not placements:
         kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
         raise ValueError(
@@ -77,41 +141,22 @@ def make_plan(
         )
     fallback = _fallback(config, methods)
     if fallback is not None and rest:
-        more, rest = _place(rest, fallback, config)
+        more, rest = _place(rest, "fallback", fallback, config)
         if more and (reason := methods[config.fallback].refuse(model)):
             raise ValueError(f"fallback={config.fallback!r}: {reason}")
         placements += more
+        used |= {"fallback": fallback} if more else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
-    return Plan(build_blocks(placements), plain)
+    check_watched(p.site for p in placements if p.triple.curvature.recorded)
+    blocks = build_blocks(placements)
+    kept = ignored | {p for s in rest for p in s.parameters.values()}
+    own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
+    return Plan(blocks, plain, used, own)
 
 
 def _reason(name: str, unseen: Set[str], config: GradientConfig) -> str:
     seen = "has uses that its layer does not show" if name in unseen else "not covered"
     return f"{seen}, fallback {config.fallback!r}"
-
-
-def carry(old: Plan, new: Plan) -> None:
-    """Take over what blocks of an earlier plan hold for sites that are the same in both."""
-    parts = [(block, *pair) for block in old.blocks if not block.full for pair in zip(block.sites, block.slots, strict=True)]
-    known = {site.name: (block, slot) for block, site, slot in parts}
-    for block in new.blocks:
-        if block.full or block.triple.representation.live:
-            continue
-        for site, slot in zip(block.sites, block.slots, strict=True):
-            before, place = known.get(site.name, (None, slot))
-            if before is None or not before.holds_like(block):
-                continue
-            for part in ("state", "average", "norm_state"):
-                for key, value in getattr(before, part).items():
-                    getattr(block, part)[key][slot] = value[place]
-
-
-def _check_model(model: nn.Module) -> None:
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameter: set requires_grad on those to be trained")
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False):
-            raise ValueError(f"{name or 'the model'} ({type(module).__name__}) makes sparse gradients: use sparse=False")
 
 
 def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
@@ -130,8 +175,8 @@ def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
     return found
 
 
-def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) -> tuple[list[Placement], list[Site]]:
-    """Sites with the parts that a method gives them, and those that it does not cover."""
+def _place(sites: list[Site], name: str, method: GradientConfig, common: GradientConfig) -> tuple[list[Placement], list[Site]]:
+    """Sites with the parts that a method gives them, and those that it does not cover.  name: of the method in the plan"""
     placements, rest = [], []
     for site in tensor_sites(sites, method.shapes) if method.per_tensor else sites:
         triple = method.triple(site)
@@ -140,7 +185,7 @@ def _place(sites: list[Site], method: GradientConfig, common: GradientConfig) ->
             continue
         norm = method.norm_rule()
         dtype = common.statistics_dtype()
-        rest_of = (method.nesterov, method.decay, method.averaging, method.precision())
+        rest_of = (method.nesterov, method.decay, method.averaging, method.precision(), name)
         placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, *rest_of))
     return placements, rest
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gradmaker.capture import Tape
 from gradmaker.curvature.evidence import Evidence, Pair
 from gradmaker.replay import Replay
 from gradmaker.step import Pass, Previous
@@ -25,18 +24,33 @@ def bookmark(maker: PreconditionedGradientMaker, replay: Replay, weight: float, 
     gradients = {p: p.grad.clone() for p in parameters if p.grad is not None}
     begun = maker._previous
     if begun is None or maker._part == 0 or begun.index != maker.step:  # part 0: a step may begin again after an exception
-        return Previous([made], {p: p.detach().clone() for p in parameters}, gradients, maker.step)
+        weights = {p: p.detach().clone() for p in parameters}
+        return Previous([made], weights, gradients, maker.step, older=_waiting(maker, begun))
     for p, g in begun.gradients.items():
         gradients[p] = g + gradients[p] if p in gradients else g
-    return Previous([*begun.passes, made], begun.weights, gradients, maker.step)
+    return Previous([*begun.passes, made], begun.weights, gradients, maker.step, older=begun.older)
+
+
+def _waiting(maker: PreconditionedGradientMaker, begun: Previous | None) -> dict[str, Evidence]:
+    """Pairs of methods whose own interval has not passed yet."""
+    if begun is None or begun.index == maker.step:
+        return {} if begun is None else begun.older
+    measured = {s.name for b in maker.plan.measured(maker._due) for s in b.sites}
+    return {name: pair for name, pair in (begun.pairs or {}).items() if name not in measured}
 
 
 def complete(maker: PreconditionedGradientMaker) -> None:
     """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
     previous = maker._previous
+    if maker._part >= 0 and maker._finite and maker.plan.asks("previous", maker._due):
+        if previous is None or previous.index != maker.step or not previous.passes:
+            raise RuntimeError(
+                "secants compare whole steps, and the first micro-batches of this one were not saved with the state that was "
+                "loaded: save between steps"
+            )
     if previous is None or not previous.passes or previous.index == maker.step:
         return
-    previous.pairs = _secants(maker, previous)
+    previous.pairs = previous.older | _secants(maker, previous)
     maker._previous = Previous([], {}, {}, previous.index, previous.pairs)
 
 
@@ -44,7 +58,7 @@ def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str
     found: dict[str, Evidence] = {}
     for curvature in maker.plan.curvatures(of_passes=True):
         if "previous" in curvature.asks:
-            step = maker._step(curvature, Tape(maker.model, ()), [], False)
+            step = maker._step(curvature)
             step.previous = previous
             with torch.enable_grad():
                 found |= curvature.secants(step)
@@ -52,17 +66,32 @@ def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str
 
 
 def dump_secants(maker: PreconditionedGradientMaker) -> dict[str, Any]:
-    """The pairs of the last measured step. Its batch cannot be saved: if the weights have not moved yet, there are none."""
+    """The pairs of the last measured step, with a place for every site that may have one.
+
+    Its batch cannot be saved: if the weights have not moved yet, there are none.
+    """
     previous = maker._previous
-    if previous is None:
-        return {}
-    pairs = previous.pairs
-    if previous.passes and previous.index != maker.step and _moved(previous.weights):
-        pairs = _secants(maker, previous)
-    if pairs is None:
-        return {}
-    saved = {k: {"v": e.v.clone(), "cv": e.cv.clone()} for k, e in pairs.items() if isinstance(e, Pair)}
-    return {"index": previous.index, "pairs": saved}
+    pairs = None if previous is None else previous.pairs
+    if previous is not None and previous.passes:
+        complete = previous.index != maker.step and _moved(previous.weights)
+        pairs = previous.older | (_secants(maker, previous) if complete else {})
+    saved = {}
+    for site, like in _places(maker).items():
+        pair = (pairs or {}).get(site)
+        v, cv = (pair.v.clone(), pair.cv.clone()) if isinstance(pair, Pair) else (like, like.clone())
+        saved[site] = {"v": v, "cv": cv}
+    index = -1 if previous is None or pairs is None else previous.index
+    return {"index": index, "known": sorted(pairs or {}), "pairs": saved}
+
+
+def _places(maker: PreconditionedGradientMaker) -> dict[str, Tensor]:
+    """Zeros in the shape of a pair's tensors, by site."""
+    blocks = [b for b in maker.plan.blocks if "previous" in b.triple.curvature.asks]
+    return {
+        s.name: torch.zeros(b.triple.curvature.secant_shape(s), dtype=b.frame.dtype, device=b.frame.device)
+        for b in blocks
+        for s in b.sites
+    }
 
 
 def _moved(weights: dict[nn.Parameter, Tensor]) -> bool:
@@ -71,11 +100,11 @@ def _moved(weights: dict[nn.Parameter, Tensor]) -> bool:
 
 def load_secants(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     """Go on from `dump_secants`."""
-    if not saved:
+    if saved["index"] < 0:
         maker._previous = None
         return
-    device = {s.name: b.frame.device for b in maker.plan.blocks for s in b.sites}
-    pairs: dict[str, Evidence] = {
-        k: Pair(e["v"].to(device[k], copy=True), e["cv"].to(device[k], copy=True)) for k, e in saved["pairs"].items()
-    }
+    places, pairs = _places(maker), dict[str, Evidence]()
+    for name in saved["known"]:
+        v, cv = (saved["pairs"][name][part].to(places[name], copy=True) for part in ("v", "cv"))
+        pairs[name] = Pair(v, cv)
     maker._previous = Previous([], {}, {}, int(saved["index"]), pairs)

@@ -1,13 +1,14 @@
-"""Reentrant checkpoints, which hide weights from every derivative but a whole backward pass."""
+"""What hides weights from derivatives, in silence: reentrant checkpoints and scripted code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["nodes", "reenters", "refuse_reentrant"]
+__all__ = ["nodes", "reenters", "refuse_reentrant", "refuse_scripted"]
 
 
 def nodes(values: Iterable[Tensor]) -> Iterator[Any]:
@@ -38,3 +39,13 @@ def refuse_reentrant(value: Tensor) -> None:
             "the forward pass has a checkpoint with use_reentrant=True, which allows nothing but a whole backward pass, and "
             "this method needs other derivatives: use checkpoint(..., use_reentrant=False)"
         )
+
+
+def refuse_scripted(model: nn.Module, what: str) -> None:
+    """RuntimeError where derivatives have to go forwards: torch takes those of scripted code for zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RuntimeError(
+                f"{what} by forward mode goes through {name or 'the model'} ({type(module).__name__}), whose derivatives torch "
+                "takes for zero there: use the module that it was made from, or mode='reverse' or 'difference'"
+            )

@@ -8,30 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from gradmaker.borrowing import borrowing
+from gradmaker.exchange import copies, exchanged
 from gradmaker.reentrant import refuse_reentrant
 
 __all__ = ["Replay"]
 
 
-class _Runner(nn.Module):
-    """Runs any function while `functional_call` has the model's tensors exchanged."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
-
-
 class Replay:
     """A forward pass that can be repeated without a trace: weights, buffers and random numbers stay as they are."""
 
-    def __init__(self, model: nn.Module, function: Callable[[], tuple[Any, Tensor]]) -> None:
-        """function: returns the model's result and the loss; it is repeated with the random state of this moment."""
-        self.model, self.function = model, function
+    def __init__(self, model: nn.Module, function: Callable[[], tuple[Any, Tensor]], examples: int | None = None) -> None:
+        """function: returns the model's result and the loss; it is repeated with the random state of this moment.
+
+        examples: how many go into the function, where that is known
+        """
+        self.model, self.function, self.examples = model, function, examples
         indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         self._devices = sorted(i for i in indices if i is not None)
         self._modes = {m: m.training for m in model.modules()}
@@ -40,15 +33,12 @@ class Replay:
 
     def run(self, tensors: Mapping[nn.Parameter, Tensor] | None = None) -> tuple[Any, Tensor]:
         """The model's result and the loss, in the graph, with ``tensors`` in the place of parameters."""
-        given = tensors or {}
-        exchanged = {f"model.{k}": given.get(p, p) for k, p in self.model.named_parameters()}
-        exchanged |= {f"model.{k}": b.clone() for k, b in self.model.named_buffers()}
-        with torch.random.fork_rng(devices=self._devices), self._as_then():
+        other: dict[Any, Tensor] = {**copies(self.model), **(tensors or {})}
+        with torch.random.fork_rng(devices=self._devices), self._as_then(), borrowing(), exchanged(self.model, other):
             torch.set_rng_state(self._cpu_state)
             for device, state in zip(self._devices, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
-            result: tuple[Any, Tensor] = functional_call(_Runner(self.model), exchanged, (self.function,))
-        return result
+            return self.function()
 
     @contextmanager
     def _as_then(self) -> Iterator[None]:

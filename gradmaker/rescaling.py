@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +42,24 @@ class Rescaling:
             if self.momentum:
                 self.last[self.names[p]] = step.clone()
 
-    def check(self, last: Mapping[str, Tensor]) -> None:
+    def dump(self) -> dict[str, Any]:
+        """The last step, with a place for every parameter that may have one."""
+        places = {name: p for p, name in self.names.items() if p.requires_grad} if self.momentum else {}
+        step = {name: self.last[name].clone() if name in self.last else torch.zeros_like(p) for name, p in places.items()}
+        return {"known": sorted(self.last), "step": step}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
         """ValueError for a last step of names or shapes that the model does not have."""
         shapes = {name: p.shape for p, name in self.names.items()}
-        if wrong := [name for name, d in last.items() if shapes.get(name) != d.shape]:
+        if wrong := [name for name, d in saved["step"].items() if shapes.get(name) != d.shape]:
             raise ValueError(f"load_state_dict: last_step: {wrong} are no parameters of this model, or of another shape there")
+        if lost := sorted(set(saved["known"]) - set(saved["step"])):
+            raise ValueError(f"load_state_dict: last_step: {lost} were saved and are not in this state")
 
-    def load(self, last: Mapping[str, Tensor]) -> None:
-        """Go on with a last step that was saved."""
-        own = {name: p for p, name in self.names.items()}
-        self.last = {name: d.to(own[name].device, own[name].dtype, copy=True) for name, d in last.items()}
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `dump`."""
+        own, step = {name: p for p, name in self.names.items()}, saved["step"]
+        self.last = {name: step[name].to(own[name].device, own[name].dtype, copy=True) for name in saved["known"]}
 
     def _whole(self, model: QuadraticModel, direction: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         return {p: direction.get(p, torch.zeros_like(w)) for p, w in model.weights.items()}

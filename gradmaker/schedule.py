@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["SCHEDULES", "Clock", "Linear", "Schedule", "Stepped", "as_schedule"]
+__all__ = ["SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
 
 
 class Schedule(ABC):
@@ -103,3 +103,21 @@ class Clock:
     def due(self, step: int, share: float) -> bool:
         """Whether ``step`` is the one, in the current period, of a part that comes at ``share`` (0 <= share < 1) of it."""
         return step < self.warmup or step == self.begun + int(share * (self.next - self.begun))
+
+
+class Clocks:
+    """When one method of a plan measures its curvature, and when it refreshes its preconditioners."""
+
+    def __init__(self, curvature: int | Schedule, preconditioner: int | Schedule, warmup: int) -> None:
+        self.measure = Clock(as_schedule("", curvature), warmup)
+        self.refresh = Clock(as_schedule("", preconditioner), warmup)
+
+    def dump(self) -> dict[str, dict[str, int]]:
+        """Their periods."""
+        named = {"measure": self.measure, "refresh": self.refresh}
+        return {name: {"begun": clock.begun, "next": clock.next} for name, clock in named.items()}
+
+    def load(self, saved: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on from `dump`."""
+        for clock, period in ((self.measure, saved["measure"]), (self.refresh, saved["refresh"])):
+            clock.begun, clock.next = int(period["begun"]), int(period["next"])

@@ -18,6 +18,7 @@ from gradmaker.curvature.evidence import OneHot, Outer
 from gradmaker.generic import per_example_rows
 from gradmaker.layers import OPAQUE, Kind, LayerRule, attends, rule_for
 from gradmaker.parts import natural_parts
+from gradmaker.real_pairs import as_real, real_shape, write_real
 from gradmaker.rules import Path, Rule, names, paths
 from gradmaker.shapes import ShapePolicy, View
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from gradmaker.pulls import Pulled
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
+
+CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+"""Modules that are never called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,11 @@ class Site:
         """The axis of a block whose factor is diagonal by nature."""
         return 0 if self.kind == "embedding" else None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it trains at present."""
+        return not any(p.requires_grad for p in self.parameters.values())
+
     def named_by(self, rule: Rule) -> bool:
         """Whether a rule, as of ``ignore``, names this site or a module that it lies in."""
         return names(rule, self.path, (self.name, *self.parameters))
@@ -56,7 +65,7 @@ class Site:
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:
         """The gradient as blocks; None if no backward pass reached these parameters.  # (G, o, i) or (1, *tensor)"""
-        found = {p: p.grad for p in self.parameters.values()}
+        found = {p: p.grad if p.requires_grad else None for p in self.parameters.values()}
         return None if all(g is None for g in found.values()) else self.lay_out(found)
 
     def lay_out(self, values: Mapping[nn.Parameter, Tensor | None]) -> Tensor:
@@ -64,7 +73,7 @@ class Site:
         found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             value = values[p]
-            found[name] = torch.zeros_like(p) if value is None else value
+            found[name] = as_real(torch.zeros_like(p) if value is None else value)
         if self.view is not None:
             return self.view.read(next(iter(found.values())))
         pieces = [
@@ -73,15 +82,17 @@ class Site:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
     def write(self, value: Tensor) -> None:
-        """Put blocks back into the storage of ``.grad``."""
+        """Put blocks back into the storage of ``.grad``, unless they are frozen: what is there belongs to no step."""
         sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
-            if p.grad is not None and self.view is not None:
-                self.view.write(p.grad, piece)
-            elif p.grad is not None:
-                own = p.grad[self._rows(name)]
-                own.copy_(piece.reshape(own.shape))
+            if p.grad is None or not p.requires_grad:
+                continue
+            if self.view is not None:
+                p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
+                self.view.write(as_real(p.grad), piece)
+            else:
+                write_real(p.grad[self._rows(name)], piece)
 
     def _rows(self, name: str) -> Any:
         """Which rows of a parameter lie in this block."""
@@ -176,7 +187,7 @@ def layer_sites(
         if rule is None or _inside_opaque(model, name):
             continue
         own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in ("weight", "bias")}
-        own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored and p not in unseen}
+        own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored and p not in unseen and not p.is_complex()}
         if not own or any(p in claimed for p in own.values()):
             continue
         modules = _sharers(own, owners, rule)
@@ -187,7 +198,7 @@ def layer_sites(
         claimed.update({p: k for k, p in own.items()})
     rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
     sites += [_generic_site(model, k, p, owners) for k, p in rest.items()]
-    order = {k: j for j, (k, _) in enumerate(model.named_parameters())}
+    order = {k: j for j, (k, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     held = paths(model)
     placed = [replace(s, path={k: m for p in s.parameters.values() for k, m in held[p].items()}) for s in sites]
     return sorted(placed, key=lambda s: order[next(iter(s.parameters))])
@@ -205,7 +216,7 @@ def tensor_sites(sites: list[Site], policy: ShapePolicy | None = None) -> list[S
             users.setdefault(k, {}).update(dict.fromkeys(s.modules))
     whole = {k: (s, p) for s in sites for k, p in s.parameters.items()}
     return [
-        Site(k, "tensor", {k: p}, (1, *p.shape), tuple(users[k]), module_names=s.module_names, path=s.path)
+        Site(k, "tensor", {k: p}, (1, *real_shape(p)), tuple(users[k]), module_names=s.module_names, path=s.path)
         for k, (s, p) in whole.items()
     ]
 
@@ -304,13 +315,12 @@ def _generic_site(
         common = [a for a, b in zip(shared, path, strict=False) if a == b]
         shared = shared[: len(common)]
     owner = ".".join(shared)
-    return Site(
-        name, "generic", {name: parameter}, (1, prod(parameter.shape), 1), (model.get_submodule(owner),), module_names=(owner,)
-    )
+    shape = 1, prod(real_shape(parameter)), 1
+    return Site(name, "generic", {name: parameter}, shape, (model.get_submodule(owner),), module_names=(owner,))
 
 
 def _calling_path(model: nn.Module, path: str) -> str:
-    """The module that is called when a parameter at ``path`` is used: no parametrization, container, or child of an opaque one."""
+    """The module whose call uses a parameter at ``path``: no parametrization, container, or child of an opaque module."""
     path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
     path = "" if path.startswith("parametrizations") else path
     parts = path.split(".") if path else []
@@ -318,6 +328,6 @@ def _calling_path(model: nn.Module, path: str) -> str:
         prefix = ".".join(parts[:j])
         if isinstance(model.get_submodule(prefix), OPAQUE):
             return prefix
-    while parts and type(model.get_submodule(".".join(parts))).forward is nn.Module.forward:  # a container, as ParameterList
+    while parts and isinstance(model.get_submodule(".".join(parts)), CONTAINERS):
         parts.pop()
     return ".".join(parts)

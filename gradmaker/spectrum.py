@@ -1,8 +1,9 @@
 """Curvature of a model without a maker: products, leading eigenpairs, trace, diagonal and spectral density, matrix-free.
 
 Everywhere ``loss`` is a function without arguments that calls the model on a batch and returns its loss, and vectors are flat,
-in the order of ``torch.nn.utils.parameters_to_vector`` for the trainable parameters. Weights, gradients, buffers and the global
-random state stay as they are; dropout draws the same masks in every product of one call.
+in the order of ``torch.nn.utils.parameters_to_vector`` for the trainable parameters, complex ones as their real pairs.
+Weights, gradients, buffers and the global random state stay as they are; dropout draws the same masks in every product of one
+call.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import pi
+from math import pi, prod
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -20,6 +21,8 @@ from gradmaker.curvature.hessian import Mode, check_mode, multiply_gauss_newton,
 from gradmaker.curvature.likelihood import Terms, read_terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.graph import Graph
+from gradmaker.model_checks import check_parameters
+from gradmaker.real_pairs import as_real, real_dtype, real_shape, write_real
 from gradmaker.replay import Replay
 
 __all__ = ["Density", "diagonal", "eigenpairs", "fvp", "ggnvp", "hvp", "ntk_vp", "spectral_density", "trace"]
@@ -192,7 +195,8 @@ class _Curvature:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("the model has no trainable parameter: set requires_grad on those that are meant")
-        self.size = sum(p.numel() for p in self.parameters)
+        check_parameters(model)
+        self.size = sum(prod(real_shape(p)) for p in self.parameters)
 
         def evaluate() -> tuple[Any, Tensor]:
             arguments = () if outputs is None else (outputs(),)
@@ -262,7 +266,7 @@ class _Curvature:
         """A random vector.  # (P,)"""
         like = self.parameters[0]
         generator = torch.Generator(like.device).manual_seed(seed)
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = real_dtype(like)
         v = torch.randn(self.size, dtype=dtype, device=like.device, generator=generator)
         return v if distribution == "gaussian" else torch.where(v < 0, -1.0, 1.0).to(dtype)
 
@@ -271,12 +275,14 @@ class _Curvature:
             raise ValueError(
                 f"the vector has shape {tuple(v.shape)}, expected ({self.size},): one number a trainable parameter"
             )
-        pieces = v.split([p.numel() for p in self.parameters])
-        return {p: piece.reshape(p.shape).to(p.dtype) for p, piece in zip(self.parameters, pieces, strict=True)}
+        found = {p: torch.empty_like(p, requires_grad=False) for p in self.parameters}
+        for p, piece in zip(self.parameters, v.split([prod(real_shape(p)) for p in self.parameters]), strict=True):
+            write_real(found[p], piece)
+        return found
 
     def _flat(self, values: Any) -> Tensor:
-        pieces = [p.new_zeros(p.numel()) if values[p] is None else values[p].detach().reshape(-1) for p in self.parameters]
-        return torch.cat(pieces).to(torch.promote_types(self.parameters[0].dtype, torch.float32))
+        found = [torch.zeros_like(p) if values[p] is None else values[p] for p in self.parameters]
+        return torch.cat([as_real(value.detach()).reshape(-1) for value in found]).to(real_dtype(self.parameters[0]))
 
 
 def _weigh(terms: Terms, u: Tensor, c: Tensor) -> Tensor:

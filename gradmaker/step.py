@@ -15,10 +15,11 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.graph import Graph
 from gradmaker.head import Head
+from gradmaker.real_pairs import real_dtype
 from gradmaker.replay import Replay
 from gradmaker.sites import Site
 
-__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step"]
+__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step", "scaled"]
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Previous:
     gradients: dict[nn.Parameter, Tensor]  # of its loss, ``sum_j weight_j L_j``, where that reaches
     index: int
     pairs: dict[str, Evidence] | None = None  # by site, once they are known
+    older: dict[str, Evidence] = field(default_factory=dict)  # pairs of methods that were not measured in this step
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,49 @@ class Step:
         return before.gradients if before is not None and self.part and before.index == self.index else {}
 
     def active(self) -> list[Site]:
-        """The sites that took part."""
-        return [site for site in self.sites if site.fired(self.tape)]
+        """The sites that took part with any example."""
+        return [site for site in self.sites if site.fired(self.tape)] if self.tape.batch or not self.tape.sized else []
+
+    def check_calls(self) -> None:
+        """Refuse a pass in which no layer was called."""
+        if not any(site.fired(self.tape) for site in self.sites):
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
+
+    def check_active(self) -> None:
+        """RuntimeError if none did."""
+        if not self.active():
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
 
     def mask(self, terms: Terms) -> Tensor | None:
-        """Loss terms that count, by example and position; None when all do.  # (n, R)"""
-        return terms.valid().reshape(self.examples, -1) if self.masked else None
+        """Positions where any term of the loss counts, by example; None when all do.
+
+        Those of other calls of a loss than ``terms`` among them, so that the order of the calls does not matter.  # (n, R)
+        """
+        if not self.masked:
+            return None
+        own = [t.valid().reshape(self.examples, -1) for t in (terms, *self.terms) if not t.omega.numel() % self.examples]
+        finest = max(m.shape[1] for m in own)
+        placed = [m if m.shape[1] == finest else m.any(1, keepdim=True).expand(-1, finest) for m in own]
+        return torch.stack(placed).any(0)
 
     def statistics_dtype(self, site: Site) -> torch.dtype:
         """The dtype of statistics for a site: float32 or better, whatever the model's."""
-        own = next(iter(site.parameters.values())).dtype
-        return self.dtype or torch.promote_types(own, torch.float32)
+        return self.dtype or real_dtype(next(iter(site.parameters.values())))
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
         """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
         key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}/{self.part}".encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+
+
+def scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
+    """Output gradients of a loss that is multiplied by a factor."""
+    if factor == 1.0:
+        return gradients
+    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}

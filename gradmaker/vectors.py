@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmaker.real_pairs import as_real, write_real
 from gradmaker.sites import Site
 
 __all__ = ["Layout"]
@@ -48,20 +49,19 @@ def _spread_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> 
     for (name, p), piece in zip(site.parameters.items(), pieces, strict=True):
         if site.view is not None:
             for row, block in zip(out[p], piece, strict=True):
-                site.view.write(row, block.to(p.dtype))
+                site.view.write(as_real(row), block.to(p.dtype.to_real()))
         else:
-            own = out[p][_rows(site, name)]
-            own.copy_(piece.reshape(own.shape))
+            write_real(out[p][_rows(site, name)], piece)
 
 
 def _gather_site(site: Site, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """The site's part of every vector.  # (k, P_site)"""
     if site.view is not None:
         (p,) = site.parameters.values()
-        return torch.stack([site.view.read(row).reshape(-1) for row in values[p]])
+        return torch.stack([site.view.read(as_real(row)).reshape(-1) for row in values[p]])
     k = len(next(iter(values.values())))
     pieces = [
-        values[p][_rows(site, name)].reshape(k, site.shape[0], *piece)
+        as_real(values[p][_rows(site, name)]).reshape(k, site.shape[0], *piece)
         for (name, p), piece in zip(site.parameters.items(), site._pieces(), strict=True)
     ]
     return torch.cat(pieces, -1).reshape(k, -1)

@@ -82,9 +82,8 @@ class AlternatingInverse(Representation):
             state[f"values_{axis}"] = frame.zeros(size) + 1
             state[f"inverse_{axis}"] = frame.zeros(size) + 1
             if axis not in frame.diagonal:
-                eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
-                state[f"inverse_{axis}"] = frame.zeros(size, size) + eye
-                state[f"basis_{axis}"] = frame.zeros(size, size) + eye
+                state[f"inverse_{axis}"] = frame.unit(size)
+                state[f"basis_{axis}"] = frame.unit(size)
         state["diagnosis"] = frame.zeros(len(frame.shape or (1,)), len(COLUMNS))
         held = [name for name in state if name.startswith(ROOT)] if self.published else []
         return state | {USED + name: state[name].clone() for name in held}

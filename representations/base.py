@@ -15,6 +15,7 @@ from gradmaker.curvature.evidence import Evidence
 __all__ = [
     "NEWEST_ALONE",
     "NO_LIMIT",
+    "NO_REFRESH",
     "Elementwise",
     "Factored",
     "Fold",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
+_AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
+NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "spread": _AT_ONCE}
 NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
 
 State: TypeAlias = dict[str, Tensor]
@@ -60,6 +63,12 @@ class Frame:
         """A statistic at zero.  # (B, *shape)"""
         return torch.zeros(self.stack, *shape, dtype=self.dtype, device=self.device)
 
+    def unit(self, side: int, value: float = 1.0) -> Tensor:
+        """``value I``, with no matrix besides the one that is returned.  # (B, side, side)"""
+        out = self.zeros(side, side)
+        out.diagonal(dim1=-2, dim2=-1).fill_(value)
+        return out
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -68,12 +77,23 @@ class Fold:
     With an exponential average (decay ``d``) the first evidence of a step has ``beta = d, alpha = mass = 1 - d``; a further
     micro-batch of the same step has ``beta = 1, mass = 0``. ``S / mass`` is the bias-corrected average. A plain sum
     (``decay = None``) keeps its mass at one.
+
+    ``alpha`` holds what a micro-batch weighs in the loss, which is what a sum over examples wants. A mean over positions
+    wants the number that was counted instead, whatever the loss makes of them: ``S <- beta S + share sum_r a_r a_r^T`` and
+    ``mass <- beta mass + share c`` for ``c`` positions.
     """
 
     beta: float
     alpha: float
     mass: float
     summed: bool = False
+    of_step: float | None = None
+    """``alpha`` without the weight of the micro-batch; None where that is 1."""
+
+    @property
+    def share(self) -> float:
+        """What a counted position weighs in a mean."""
+        return self.alpha if self.of_step is None else self.of_step
 
     def weigh_(self, mass: Tensor) -> None:
         """Advance the mass of a statistic that is a sum over examples.  # (B,)"""
@@ -82,9 +102,9 @@ class Fold:
         else:
             mass.mul_(self.beta).add_(self.mass)
 
-    def weigh_mean_(self, mass: Tensor) -> None:
-        """Advance the mass of a statistic that is a mean over positions: every micro-batch adds its share.  # (B,)"""
-        mass.mul_(self.beta).add_(self.alpha)
+    def weigh_mean_(self, mass: Tensor, counted: float | Tensor) -> None:
+        """Advance the mass of a statistic that is a mean over positions, of which so many were counted.  # (B,), ()"""
+        mass.mul_(self.beta).add_(self.share * counted)
 
 
 def average(total: Tensor, mass: Tensor) -> Tensor:
@@ -104,6 +124,10 @@ class Representation(ABC):
     """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
     fleeting: ClassVar[bool] = False
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
+    immediate: ClassVar[bool] = False
+    """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
+    whole_layers: ClassVar[bool] = False
+    """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
     idle: ClassVar[dict[str, str]] = {}
@@ -146,6 +170,10 @@ class Representation(ABC):
     def snapshot(self, state: State) -> State:
         """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
         return dict(state)
+
+    def duplicate(self, state: State) -> State:
+        """A copy that `update` may write into."""
+        return {k: v.clone() for k, v in state.items()}
 
     def release(self, state: State) -> None:  # noqa: B027
         """Let go of what is valid for one step only; called at the end of every step."""

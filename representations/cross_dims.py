@@ -57,9 +57,8 @@ class CrossDims(Representation):
             state[f"values_{axis}"] = frame.zeros(size) + self.start
             state[f"factor_{axis}"] = frame.zeros(size) + self.start
             if axis not in frame.diagonal:
-                eye = torch.eye(size, dtype=frame.dtype, device=frame.device)
-                state[f"factor_{axis}"] = frame.zeros(size, size) + self.start * eye
-                state[f"basis_{axis}"] = frame.zeros(size, size) + eye
+                state[f"factor_{axis}"] = frame.unit(size, self.start)
+                state[f"basis_{axis}"] = frame.unit(size)
         return state | {"diagnosis": frame.zeros(len(frame.shape or (1,)), len(COLUMNS))}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:

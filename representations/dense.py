@@ -19,12 +19,14 @@ __all__ = ["Dense"]
 class Dense(Representation):
     """The whole matrix of every block, ``C = sum_N vec(J_N) vec(J_N)^T``.
 
-    ``full`` is exact natural gradient; ``layer`` its block diagonal; ``unit`` one block for each output unit.
+    ``full`` is exact natural gradient; ``layer`` its block diagonal, one block for all groups of a convolution and all channels
+    of a norm layer; ``unit`` one block for each output unit.
 
     Reference: Amari, Neural Computation 1998, 10(2); for units Ollivier, Information and Inference 2015, arXiv:1303.0818.
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint, Gradient, Product)
+    whole_layers: ClassVar[bool] = True
 
     granularity: Literal["full", "layer", "unit"] = "layer"
 
@@ -47,7 +49,7 @@ class Dense(Representation):
             matrix.mul_(fold.beta).add_(form_blocks(evidence.matvec, matrix), alpha=fold.alpha)
             return
         rows = evidence.rows()
-        # With units, the G o members of this slice are the rows of G layers: one reshape serves every granularity.
+        # With units, the G o members of this slice are the rows of G groups: one reshape serves every granularity.
         J = rows.reshape(rows.shape[0], *matrix.shape[:2]).transpose(0, 1)  # (B, N, P)
         matrix.baddbmm_(J.mT, J, beta=fold.beta, alpha=fold.alpha)
 

@@ -1,7 +1,7 @@
 """EKFAC's state: Kronecker factors, their eigenbases, and the second moments of the gradients in these bases.
 
 A basis is part of the statistic, since the moments are measured in it: `update` renews it and no solve touches it.
-Letters: ``Q_B, Q_A`` bases of the output and the input side, ``D`` the moments.
+Letters: ``Q_B, Q_A`` bases of the output and the input side, ``D`` the moments, ``b, a`` the spectra of the factors.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ class Eigenbasis(Representation):
     """``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T``, ``D = sum_N (Q_B^T J_N Q_A)^2``, in the eigenbases of `Kron`'s factors.
 
     ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
-    The basis of the first step is that of its own factors, with ``D = b a^T``, their spectra. After ``basis_interval``
-    measured steps it is renewed, from the factors as they were before the step, so that it does not depend on how a batch
-    is cut into micro-batches, and ``D`` starts again from ``b a^T``. One-hot inputs keep the unit basis, and so do sides that
-    are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
+    The basis of the first step is that of its own factors. It is known when the step is over: until then ``D = b a^T``, what
+    the factors alone predict, and a bias-corrected average forgets that when the second step begins. After ``basis_interval``
+    measured steps the basis is renewed, from the factors as they were before the step, so that it does not depend on how a
+    batch is cut into micro-batches. ``D`` goes along: the diagonal, in the new basis, of the matrix that is represented,
+    ``D' = U_B^2 D (U_A^2)^T`` with the squared entries of ``U = Q'^T Q``. One-hot inputs keep the unit basis, and so do sides
+    that are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
 
-    Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1; ``b a^T`` as in the authors' code.
+    Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1 (running averages). The authors' code
+    starts again from ``b a^T`` with every basis, so that short intervals leave little but `Kron`.
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
@@ -63,50 +66,69 @@ class Eigenbasis(Representation):
         state = self._kron().init(frame)
         for axis, side in enumerate(SIDES):
             if axis not in frame.diagonal:
-                state[f"basis_{side}"] = identity(state[side]).expand(frame.stack, -1, -1).clone()
+                state[f"basis_{side}"] = identity(state[side]).expand(frame.stack, -1, -1).contiguous()
         age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
         return {**state, "moments": frame.zeros(*frame.shape), "mass": frame.zeros(), "age": age}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Outer)
-        newborn = self._advance(state, first=fold.mass > 0)
+        first_step = self._advance(state, fold)
         self._kron().update(state, evidence, fold)
+        alone = isinstance(evidence, Inputs)  # as in `Kron`
         state["moments"].mul_(fold.beta)
-        weigh = fold.weigh_mean_ if isinstance(evidence, Inputs) else fold.weigh_  # as in `Kron`
-        weigh(state["mass"])
-        if newborn:
-            self._renew(state)
+        if alone:
+            fold.weigh_mean_(state["mass"], evidence.counted)
         else:
-            state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
+            fold.weigh_(state["mass"])
+        if first_step:
+            self._turn(state)
+            self._predict(state)
+        else:
+            squares = rotated_squares(evidence, *_bases(state))
+            state["moments"].add_(squares, alpha=fold.share if alone else fold.alpha)
 
-    def _advance(self, state: State, first: bool) -> bool:
+    def _advance(self, state: State, fold: Fold) -> bool:
         """Count a measured step and renew the basis when it is due; whether it has to be made of this very step's factors.
 
         ``age``: 0 before anything was measured, -1 in the first step, then the steps measured in this basis. This is the one
-        host read of a measurement.  first: whether a step begins
+        host read of a measurement.
         """
-        age = int(state["age"][0])
-        if not first or age == 0:
+        age, begins = int(state["age"][0]), fold.mass > 0
+        if age == 0 or not begins:
             state["age"].fill_(age or -1)
             return age <= 0
+        if age < 0 and not fold.summed:  # a sum lacks that step otherwise
+            state["moments"].zero_()
+            state["mass"].zero_()
         age = abs(age)
         if age >= self.basis_interval:
-            self._renew(state)
+            overlaps = self._turn(state)
+            state["moments"].copy_(apply_factors(overlaps, state["moments"]))
             age = 0
         state["age"].fill_(age + 1)
         return False
 
-    def _renew(self, state: State) -> None:
-        """New bases, and the moments that the factors alone predict: ``D = b a^T``."""
-        spectra = []
+    def _turn(self, state: State) -> list[Tensor | None]:
+        """Renew the bases.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
+        overlaps: list[Tensor | None] = []
         for side, F in zip(SIDES, self._kron().factors(state), strict=True):
             Q = state.get(f"basis_{side}")
-            if Q is not None:
-                for (_, block), (_, basis) in zip(blocks(F), blocks(Q), strict=True):
-                    basis.copy_(_eigenvectors(block, basis))
-                F = rayleigh(F, Q)  # right also where the decomposition failed and the basis is an older one
-            spectra.append(F.clamp(min=0))
-        left, right = spectra
+            if Q is None:
+                overlaps.append(None)
+                continue
+            squares = torch.zeros_like(Q)
+            overlaps.append(squares)
+            for (_, block), (_, basis), (_, overlap) in zip(blocks(F), blocks(Q), blocks(squares), strict=True):
+                new = _eigenvectors(block, basis)
+                shows = 0 * block.sum((-2, -1), keepdim=True)  # a factor that is not finite does in D, where a solver counts it
+                overlap.copy_((new.mT @ basis).square() + shows)
+                basis.copy_(new)
+        return overlaps
+
+    def _predict(self, state: State) -> None:
+        """``D = b a^T``, the moments that the factors alone predict."""
+        found = zip(self._kron().factors(state), _bases(state), strict=True)
+        left, right = ((F if Q is None else rayleigh(F, Q)).clamp(min=0) for F, Q in found)
         state["moments"].copy_(left.unsqueeze(-1) * right.unsqueeze(-2) * state["mass"].view(-1, 1, 1))
 
     def to_dense(self, state: State) -> Tensor:

@@ -84,6 +84,12 @@ class Implicit(Representation):
             state.mass = fold.mass
         state.products.append((fold.alpha / state.mass, evidence))  # the decay, which has no meaning here, cancels
 
+    def duplicate(self, state: State) -> State:
+        held = Held(state)
+        if isinstance(state, Held):
+            held.products, held.mass = list(state.products), state.mass
+        return held
+
     def release(self, state: State) -> None:
         if isinstance(state, Held):
             state.products.clear()
@@ -93,7 +99,7 @@ class Implicit(Representation):
 
     def snapshot(self, state: State) -> State:
         held = Held(state)
-        held.products = _products(state)  # the same list: it ends with the step
+        held.products = state.products if isinstance(state, Held) else []  # the same list: it ends with the step
         return held
 
     def origin(self, state: State) -> Tensor:

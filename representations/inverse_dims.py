@@ -142,7 +142,7 @@ class InverseDims(Representation):
             elif L.ndim == 2:
                 L.fill_(1 / self.ridge)
             else:
-                L.copy_(start * torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
+                L.zero_().diagonal(dim1=-2, dim2=-1).fill_(start)
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         """``beta = 0`` forgets everything: the next inverse is that of the newest statistic and the ridge."""

@@ -22,6 +22,10 @@ __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 
 SMALLEST = 1e-4
 """A pair is left out whose ``s^T y / (s^T s |y|)`` is not above this."""
+UNDER_WAY = ("inputs", "counted", "examples")
+"""Sums over the step that is under way: of inputs, of positions and of examples."""
+WRITTEN = (*UNDER_WAY, "begun", "refused")
+"""What the pair of the inputs changes besides ``H_a``."""
 
 
 def bfgs_update_(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
@@ -63,9 +67,10 @@ class KronPairs(Representation):
     """``P G = H_g G H_a``.
 
     ``H_a`` follows ``A + sqrt(damping R)``, ``A`` the average of ``sum_r mean_n a a^T``, from the exact inverse of the first:
-    each batch gives the pair ``s = H_a mean(a)``, ``y = A_damped s`` (Hessian action). ``H_g`` starts at ``I`` and takes
-    averages, with ``memory_decay``, of the layer's secants, doubly damped: ``s^T y >= 0.2 y^T H_g y`` and
-    ``s^T y >= sqrt(damping / R) s^T s``.
+    each step gives the pair ``s = H_a mean(a)``, ``y = A_damped s`` (Hessian action), of all positions that its micro-batches
+    counted. The pair is made when the step is over: in a `snapshot`, and in the statistic when the next step begins. ``H_g``
+    starts at ``I`` and takes averages, with ``memory_decay``, of the layer's secants, doubly damped: ``s^T y >= 0.2 y^T H_g
+    y`` and ``s^T y >= sqrt(damping / R) s^T s``.
 
     With ``pairs`` ``H_g`` is held as that many pairs, from ``I``; so is ``H_a`` with ``limited="both"``. In ``C`` the damping
     is that of the product.
@@ -111,10 +116,11 @@ class KronPairs(Representation):
     def init(self, frame: Frame) -> State:
         o, i = frame.shape
         state = {"A": frame.zeros(i, i), "A_mass": frame.zeros(), "positions": frame.zeros() + 1}
-        state |= {"step": frame.zeros(o), "change": frame.zeros(o), "refused": frame.zeros()}
+        state |= {"step": frame.zeros(o), "change": frame.zeros(o), "refused": frame.zeros(), "begun": frame.zeros()}
+        state |= {"inputs": frame.zeros(i), "counted": frame.zeros(), "examples": frame.zeros()}  # of the step under way
         for name, d in (("left", o), ("right", i)):
             if not self._limits(name):
-                state[name] = frame.zeros(d, d) + torch.eye(d, dtype=frame.dtype, device=frame.device)
+                state[name] = frame.unit(d)
             else:
                 state |= {f"{name}_{key}": x for key, x in unfilled(frame, self.pairs or 0, d).items()}
         return state
@@ -133,19 +139,38 @@ class KronPairs(Representation):
 
     def _take_inputs(self, state: State, evidence: Outer, fold: Fold) -> None:
         assert not isinstance(evidence.inputs, OneHot)
-        first = state["A_mass"] == 0
-        R = evidence.inputs.shape[2]
-        state["positions"].fill_(R)
-        evidence.add_input_moment_(state["A"], fold.beta, fold.alpha * R)
-        fold.weigh_mean_(state["A_mass"])
+        if fold.mass > 0:  # a step's first evidence
+            self._complete_(state)
+        n, R = evidence.inputs.shape[1:3]
+        state["examples"].add_(n)
+        state["positions"].add_((R - state["positions"]) * n / state["examples"].clamp(min=1))
+        evidence.add_input_moment_(state["A"], fold.beta, fold.share * R)
+        fold.weigh_mean_(state["A_mass"], evidence.counted)
+        state["inputs"].add_(evidence.total())
+        state["counted"].add_(evidence.counted)
+
+    def _complete_(self, state: State) -> None:
+        """Make the inputs' pair of the step that is over, for members that counted any, and forget what it was made of."""
+        due = state["counted"] > 0
+        first = due & (state["begun"] == 0)
         if not self._limits("right") and bool(first.any()):  # a host read, which is cheaper than an inverse at every step
             begun = torch.cholesky_inverse(torch.linalg.cholesky_ex(symmetrise(self._damped_input(state)))[0])
             state["right"].copy_(torch.where(first[:, None, None], symmetrise(begun), state["right"]))
-        a = evidence.inputs.mean((1, 2))
-        a = torch.cat([a, a.new_ones(len(a), 1)], 1) if evidence.bias else a
+        a = average(state["inputs"], state["counted"])
         s = self._inverse(state, "right", a.unsqueeze(-1)).squeeze(-1)
-        y = (state["A"] @ s.unsqueeze(-1)).squeeze(-1) / state["A_mass"].unsqueeze(1)
-        self._push(state, "right", s, y + self._input_ridge(state).unsqueeze(1) * s)
+        y = (average(state["A"], state["A_mass"]) @ s.unsqueeze(-1)).squeeze(-1)
+        self._push(state, "right", s, y + self._input_ridge(state).unsqueeze(1) * s, due)
+        state["begun"].masked_fill_(due, 1.0)
+        for name in UNDER_WAY:
+            state[name].zero_()
+
+    def snapshot(self, state: State) -> State:
+        """The statistic with the pair of the inputs that were measured last."""
+        if not all(name in state for name in UNDER_WAY):
+            return dict(state)  # is one
+        own = {k: v.clone() if k.startswith("right") or k in WRITTEN else v for k, v in state.items()}
+        self._complete_(own)
+        return {k: v for k, v in own.items() if k not in UNDER_WAY}
 
     def _take_secant(self, state: State, s: Tensor, y: Tensor) -> None:
         for name, new in (("step", s), ("change", y)):
@@ -154,14 +179,16 @@ class KronPairs(Representation):
         s, y = state["step"], state["change"]
         floor = (self.damping / state["positions"]).sqrt()
         Hy = self._inverse(state, "left", y.unsqueeze(-1)).squeeze(-1)
-        self._push(state, "left", *double_damping(s, y, Hy, self.least, floor, self.form))
+        damped = double_damping(s, y, Hy, self.least, floor, self.form)
+        self._push(state, "left", *damped, torch.ones_like(floor, dtype=torch.bool))
 
-    def _push(self, state: State, side: str, s: Tensor, y: Tensor) -> None:
-        """A BFGS update, where the curvature along ``s`` is finite and far enough from zero."""
+    def _push(self, state: State, side: str, s: Tensor, y: Tensor, due: Tensor) -> None:
+        """A BFGS update of the members that are due, where the curvature along ``s`` is finite and far enough from zero."""
         sy = dot(s, y)
         limit = SMALLEST * dot(s, s) * torch.linalg.vector_norm(y, dim=-1, keepdim=True) if side == "left" else 0 * sy
         accepted = ((sy > limit) & torch.isfinite(1 / sy)).squeeze(1)
-        state["refused"].add_(~accepted)
+        accepted = accepted & due
+        state["refused"].add_(due & ~accepted)
         if not self._limits(side):
             bfgs_update_(state[side], s, y, accepted)
             return
@@ -184,12 +211,15 @@ class KronPairs(Representation):
 
     def apply(self, state: State, g: Tensor) -> Tensor:
         """``H_g G H_a``.  # (B, o, i)"""
+        state = self.snapshot(state)
         return self._inverse(state, "right", self._inverse(state, "left", g).mT).mT
 
     def to_dense(self, state: State) -> Tensor:
+        state = self.snapshot(state)
         return expand([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
+        state = self.snapshot(state)
         x = torch.linalg.solve(self._formed(state, "left"), v)
         image: Tensor = torch.linalg.solve(self._formed(state, "right"), x.mT).mT
         return image
@@ -205,4 +235,4 @@ class KronPairs(Representation):
 
 def _pairs(state: State, side: str) -> State:
     """The memory of one side."""
-    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products")}
+    return {name: state[f"{side}_{name}"] for name in ("s", "y", "products", "newest")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +22,7 @@ class KronRows(Representation):
     An average over steps would have no few rows, so the decay does not enter. A factor with as many rows as columns is formed.
     ``reduction`` says what becomes of weight-sharing positions: ``sum`` takes the mean input and the summed gradient of an
     example (K-FAC-reduce: sums on both sides would be off by the square of the number of positions), ``subsample`` keeps
-    ``positions`` of them, evenly spaced, and weighs their gradients accordingly, ``none`` keeps all as K-FAC-expand.
+    ``positions`` of those that count, evenly spaced, for all that count in this example, ``none`` keeps all as K-FAC-expand.
 
     Reference: Tang et al., CVPR 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature".
     There the positions are drawn; a representation draws no random numbers.
@@ -69,36 +68,27 @@ class KronRows(Representation):
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
         if isinstance(evidence, Inputs):
-            _add_identity(state, outer, fold.alpha)
+            _add_identity(state, outer, fold.share * evidence.counted)
         else:
             g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
             _append(state, outer, g.reshape(len(g), -1, g.shape[-1]) * fold.alpha**0.5)
             state[f"{outer}_mass"] += fold.mass
         if evidence.fresh:
-            self._add_inputs(state, inner, evidence, fold.alpha)
+            self._add_inputs(state, inner, evidence, fold.share)
 
-    def _add_inputs(self, state: State, side: str, evidence: Outer, alpha: float) -> None:
+    def _add_inputs(self, state: State, side: str, evidence: Outer, share: float) -> None:
         if isinstance(evidence.inputs, OneHot):
-            evidence.add_input_moment_(state[f"{side}_diagonal"], 1.0, alpha)
+            evidence.add_input_moment_(state[f"{side}_diagonal"], 1.0, share)
         else:
-            _append(state, side, _input_rows(evidence, evidence.inputs) * alpha**0.5)
-        state[f"{side}_mass"] += alpha
+            _append(state, side, _input_rows(evidence, evidence.inputs) * share**0.5)
+        state[f"{side}_mass"] += share * evidence.counted
 
     def _reduced(self, evidence: Outer) -> Outer:
         if isinstance(evidence.inputs, OneHot) or self.reduction == "none":
             return evidence
         if self.reduction == "sum":
             return evidence.reduced()
-        R = evidence.inputs.shape[2]
-        if self.positions >= R:
-            return evidence
-        kept = torch.linspace(0, R - 1, self.positions, device=evidence.gradients.device).round().long()
-        return replace(
-            evidence,
-            inputs=evidence.inputs[:, :, kept],
-            gradients=evidence.gradients[:, :, :, kept] * (R / self.positions) ** 0.5,
-            weights=None if evidence.weights is None else evidence.weights[:, kept],
-        )
+        return evidence if self.positions >= evidence.inputs.shape[2] else _thinned(evidence, evidence.inputs, self.positions)
 
     def to_dense(self, state: State) -> Tensor:
         left, right = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
@@ -146,11 +136,27 @@ def _clear(state: State) -> None:
         state[f"{side}_mass"] = torch.zeros_like(state[f"{side}_mass"])
 
 
-def _add_identity(state: State, side: str, alpha: float) -> None:
-    """``alpha I``, a mean as the inputs that it comes with are: a factor that needs no rows."""
+def _thinned(evidence: Outer, inputs: Tensor, most: int) -> Outer:
+    """At most so many of the ``c`` counted positions of an example, evenly spaced: each of the ``k`` stands for ``c / k``."""
+    _, n, R, _ = inputs.shape
+    w = inputs.new_ones(n, R) if evidence.weights is None else evidence.weights.to(inputs)
+    c = w.sum(1, keepdim=True)  # (n, 1)
+    k = c.clamp(max=most)
+    order = w.argsort(dim=1, descending=True, stable=True)  # those that count, as they come
+    j = torch.arange(most, dtype=w.dtype, device=w.device)
+    at = (j * (c - 1) / (k - 1).clamp(min=1)).round().clamp(0, R - 1).long()
+    kept = order.gather(1, at)  # (n, k)
+    weights = torch.where(j < k, c / k.clamp(min=1), 0.0)
+    rows = torch.arange(n, device=w.device).unsqueeze(1)
+    gradients = evidence.gradients[:, :, rows, kept] * weights.sqrt().to(evidence.gradients).unsqueeze(-1)
+    return replace(evidence, inputs=inputs[:, rows, kept], gradients=gradients, weights=weights)
+
+
+def _add_identity(state: State, side: str, share: float | Tensor) -> None:
+    """``share I``, a mean as the inputs that it comes with are: a factor that needs no rows."""
     rows = state.pop(f"{side}_rows", None)
-    state[f"{side}_diagonal"] = (state[f"{side}_diagonal"] if rows is None else rows.sum(1)) + alpha
-    state[f"{side}_mass"] += alpha
+    state[f"{side}_diagonal"] = (state[f"{side}_diagonal"] if rows is None else rows.sum(1)) + share
+    state[f"{side}_mass"] += share
 
 
 def _append(state: State, side: str, rows: Tensor) -> None:
@@ -164,12 +170,11 @@ def _append(state: State, side: str, rows: Tensor) -> None:
 
 
 def _input_rows(evidence: Outer, inputs: Tensor) -> Tensor:
-    """``X`` with ``X^T X = mean_nr a a^T``, the bias as the last column.  # (G, n r, i)"""
+    """``X`` with ``X^T X = sum_nr a a^T`` over what counts, the bias as the last column.  # (G, n r, i)"""
     G, n, R, i = inputs.shape
     X = inputs.reshape(G, n * R, i)
     if evidence.bias:
         X = torch.cat([X, X.new_ones(G, n * R, 1)], -1)
     if evidence.weights is None:
-        return X / sqrt(n * R)
-    w = evidence.weights.reshape(1, n * R, 1).to(X)
-    return X * (w / w.sum().clamp(min=1)).sqrt()
+        return X
+    return X * evidence.weights.reshape(1, n * R, 1).to(X).sqrt()

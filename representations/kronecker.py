@@ -103,14 +103,17 @@ class Kron(Representation):
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
+        alone = isinstance(evidence, Inputs)  # the identity is a mean as well: it does not add up
         for rows, block in blocks(state[outer]):
-            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.alpha)
-        weigh = fold.weigh_mean_ if isinstance(evidence, Inputs) else fold.weigh_  # an identity does not add up
-        weigh(state[f"{outer}_mass"])
+            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.share if alone else fold.alpha)
+        if alone:
+            fold.weigh_mean_(state[f"{outer}_mass"], evidence.counted)
+        else:
+            fold.weigh_(state[f"{outer}_mass"])
         if evidence.fresh:
             for rows, block in blocks(state[inner]):
-                _of_inputs(evidence, rows).add_input_moment_(block, fold.beta, fold.alpha)
-            fold.weigh_mean_(state[f"{inner}_mass"])
+                _of_inputs(evidence, rows).add_input_moment_(block, fold.beta, fold.share)
+            fold.weigh_mean_(state[f"{inner}_mass"], evidence.counted)
 
     def to_dense(self, state: State) -> Tensor:
         return expand(self.factors(state))

@@ -122,6 +122,8 @@ class TriangularQ(_Fitted):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; the slow maximum as in the author's psgd_torch (2025).
     """
 
+    whole_layers: ClassVar[bool] = True
+
     granularity: Literal["full", "layer"] = "full"
 
     def __post_init__(self) -> None:
@@ -135,8 +137,8 @@ class TriangularQ(_Fitted):
 
     def init(self, frame: Frame) -> State:
         P = frame.zeros(*frame.shape).flatten(1).shape[1]
-        Q = frame.zeros(P, P) + torch.eye(P, dtype=frame.dtype, device=frame.device)
-        return {"factor": Q, "bound": frame.zeros(), "age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        return {"factor": frame.unit(P), "bound": frame.zeros(), "age": age}
 
     def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
         Q = state["factor"]
@@ -217,9 +219,7 @@ class KronQ(_Fitted):
     def init(self, frame: Frame) -> State:
         state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
         for axis, d in enumerate(frame.shape or (1,)):
-            eye = torch.eye(d, dtype=frame.dtype, device=frame.device)
-            diagonal = axis in frame.diagonal
-            state[f"factor_{axis}"] = frame.zeros(d) + 1 if diagonal else frame.zeros(d, d) + eye
+            state[f"factor_{axis}"] = frame.zeros(d) + 1 if axis in frame.diagonal else frame.unit(d)
             state[f"bound_{axis}"] = frame.zeros()
         return state
 

@@ -68,6 +68,7 @@ class _Stream(Spanned):
     """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; the Gram matrix gains a row a step."""
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    whole_layers: ClassVar[bool] = True
 
     def init(self, frame: Frame) -> State:
         rows, gram = frame.zeros(0, *frame.shape), frame.zeros(0, 0).double()

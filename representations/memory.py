@@ -1,7 +1,8 @@
 """Secant pairs of past steps: L-BFGS.
 
-``S, Y`` (B, m, P) hold ``m`` pairs, the newest last, ``R = triu(S Y^T)`` (B, m, m) their products. A place that is still empty
-has zero rows in ``S`` and ``Y``, and a row and column of the identity in ``R``.
+``S, Y`` (B, m, P) hold ``m`` pairs as a ring, ``newest`` (B,) says where the last one is, those after it are ever older.
+``R = triu(S Y^T)`` (B, m, m) has their products, the oldest first. A place that is still empty has zero rows in ``S`` and in
+``Y``, and a row and column of the identity in ``R``. A step reads ``S`` and ``Y`` a few times over and copies neither.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair, SecantPair
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation, State
 
-__all__ = ["Pairs", "dot", "multiply", "push", "unfilled"]
+__all__ = ["Pairs", "dot", "multiply", "ordered", "push", "unfilled"]
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -25,9 +26,26 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unfilled(frame: Frame, memory: int, size: int) -> State:
-    """``s``, ``y`` and ``products`` of no pair at all."""
-    eye = torch.eye(memory, dtype=frame.dtype, device=frame.device)
-    return {"s": frame.zeros(memory, size), "y": frame.zeros(memory, size), "products": frame.zeros(memory, memory) + eye}
+    """``s``, ``y``, ``products`` and ``newest`` of no pair at all."""
+    newest = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+    return {"s": frame.zeros(memory, size), "y": frame.zeros(memory, size), "products": frame.unit(memory), "newest": newest}
+
+
+def _places(pairs: State) -> Tensor:
+    """Where the pairs are, the oldest first; the same again turns that order back.  # (B, m)"""
+    newest, m = pairs["newest"], pairs["s"].shape[1]
+    return (newest.unsqueeze(1) + m - 1 - torch.arange(m, device=newest.device)) % m
+
+
+def _reorder(x: Tensor, places: Tensor) -> Tensor:
+    """Rows by place to rows by age, and back.  # (B, m, c), (B, m) -> (B, m, c)"""
+    return x.gather(1, places.unsqueeze(-1).expand_as(x))
+
+
+def ordered(pairs: State) -> tuple[Tensor, Tensor]:
+    """Copies of ``S`` and ``Y``, the oldest first.  # (B, m, P), (B, m, P)"""
+    places = _places(pairs)
+    return _reorder(pairs["s"], places), _reorder(pairs["y"], places)
 
 
 def multiply(pairs: State, gamma: Tensor, G: Tensor) -> Tensor:
@@ -43,21 +61,41 @@ def multiply(pairs: State, gamma: Tensor, G: Tensor) -> Tensor:
     gamma = gamma[:, None, None]
     if not S.shape[1]:
         return gamma * G
-    a = torch.linalg.solve_triangular(R, S @ G, upper=True)
-    Q = torch.baddbmm(G, Y.mT, a, alpha=-1)
-    right = R.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * a - gamma * (Y @ Q)
+    places = _places(pairs)
+    a = torch.linalg.solve_triangular(R, _reorder(S @ G, places), upper=True)
+    Q = torch.baddbmm(G, Y.mT, _reorder(a, places), alpha=-1)
+    right = R.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * a - gamma * _reorder(Y @ Q, places)
     c = torch.linalg.solve_triangular(R.mT, right, upper=False)
-    return torch.baddbmm(gamma * Q, S.mT, c)
+    return Q.mul_(gamma).baddbmm_(S.mT, _reorder(c, places))
 
 
 def push(pairs: State, s: Tensor, y: Tensor, accepted: Tensor) -> None:
-    """The oldest pair leaves, the newest is appended, for the members that accept it.  # (B, P), (B, P), (B,)"""
+    """The newest pair takes the place of the oldest, for the members that accept it.  # (B, P), (B, P), (B,)"""
+    if not _any(accepted):
+        return
+    m, newest = pairs["s"].shape[1], pairs["newest"]
+    newest.copy_(torch.where(accepted, (newest - 1) % m, newest))
+    here = (torch.arange(m, device=newest.device) == newest.unsqueeze(1)) & accepted.unsqueeze(1)  # (B, m)
+    for name, new in (("s", s), ("y", y)):
+        _replace(pairs[name], new, newest, here)
     R = torch.zeros_like(pairs["products"])
     R[:, :-1, :-1] = pairs["products"][:, 1:, 1:]
-    rolled = {name: torch.cat([pairs[name][:, 1:], new.unsqueeze(1)], 1) for name, new in (("s", s), ("y", y))}
-    R[:, :, -1:] = rolled["s"] @ y.unsqueeze(-1)
-    for name, new in {**rolled, "products": R}.items():
-        pairs[name].copy_(torch.where(accepted[:, None, None], new, pairs[name]))
+    R[:, :, -1:] = _reorder(pairs["s"] @ y.unsqueeze(-1), _places(pairs))
+    pairs["products"].copy_(torch.where(accepted[:, None, None], R, pairs["products"]))
+
+
+def _replace(rows: Tensor, new: Tensor, place: Tensor, here: Tensor) -> None:
+    """Write one row of each member that is marked ``here``.  # (B, m, P), (B, P), (B,), (B, m)"""
+    if rows.device.type == "cpu":
+        for member in here.any(1).nonzero().flatten().tolist():
+            rows[member, int(place[member])] = new[member]
+    else:
+        rows.copy_(torch.where(here.unsqueeze(-1), new.unsqueeze(1), rows))
+
+
+def _any(members: Tensor) -> bool:
+    """Whether some member is marked: known where that is read for nothing, else taken for true.  # (B,) bool"""
+    return members.device.type != "cpu" or bool(members.any())
 
 
 @dataclass(frozen=True)
@@ -73,7 +111,9 @@ class Pairs(Representation):
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
-    idle = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT
+    whole_layers: ClassVar[bool] = True
+    immediate: ClassVar[bool] = True
+    idle = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH
 
     memory: int = 10
     indefinite: Literal["skip", "damp"] = "skip"
@@ -103,18 +143,18 @@ class Pairs(Representation):
     def init(self, frame: Frame) -> State:
         P = torch.Size(frame.shape).numel()
         count = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
-        counts = {"taken": count, "refused": count.clone(), "resets": count.clone()}
-        return {**unfilled(frame, self.memory, P), "gamma": frame.zeros() + 1, **counts}
+        counts = {name: count.clone() for name in ("taken", "refused", "resets", "solved")}
+        solved = {"gradient": frame.zeros(P), "direction": frame.zeros(P)}
+        return {**unfilled(frame, self.memory, P), "gamma": frame.zeros() + 1, **solved, **counts}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         if isinstance(evidence, Gradient):
-            g = evidence.gradient.flatten(1)
-            self._reset(state, g)
-            self._start(state, g)
+            self._solve(state, evidence.gradient.flatten(1))
             return
         assert isinstance(evidence, Pair)
-        s = evidence.v.flatten(1)
-        y = evidence.cv.flatten(1) + self.damping * s
+        state["solved"].zero_()
+        s, y = evidence.v.flatten(1), evidence.cv.flatten(1)
+        y = y + self.damping * s if self.damping else y
         if self.indefinite == "damp":
             y = damped_change(s, y, state["gamma"].unsqueeze(1))
         sy, yy = dot(s, y).squeeze(1), dot(y, y).squeeze(1)
@@ -125,30 +165,42 @@ class Pairs(Representation):
         state["taken"].add_(accepted)
         state["refused"].add_(~accepted)
 
-    def _reset(self, state: State, g: Tensor) -> None:
-        """Forget everything where ``g^T P g > 0`` no longer holds, which in exact arithmetic it does."""
-        turned = ~(dot(g, self.apply(state, g)) > 0).squeeze(1) & torch.isfinite(g).all(1) & g.any(1) & (state["taken"] > 0)
-        eye = torch.eye(self.memory, dtype=g.dtype, device=g.device)
-        for name, empty in (("s", 0.0), ("y", 0.0), ("products", eye), ("taken", 0)):
+    def _solve(self, state: State, g: Tensor) -> None:
+        """Keep ``P g`` for the solve that follows, and see that it descends.  # (B, P)"""
+        direction = multiply(state, state["gamma"], g.unsqueeze(-1)).squeeze(-1)
+        size = torch.linalg.vector_norm(g, 1, dim=1)
+        turned = ~(dot(g, direction) > 0).squeeze(1) & torch.isfinite(size) & (size > 0) & (state["taken"] > 0)
+        if _any(turned):
+            self._reset(state, turned)
+        first = (1 / size).clamp(max=1.0)
+        empty = state["taken"] == 0
+        state["gamma"].copy_(torch.where(empty & torch.isfinite(first), first, state["gamma"]))
+        if _any(empty):
+            direction = torch.where(empty.unsqueeze(1), state["gamma"].unsqueeze(1) * g, direction)
+        for name, new in (("gradient", g), ("direction", direction)):
+            state[name].copy_(new)
+        state["solved"].fill_(1)
+
+    def _reset(self, state: State, turned: Tensor) -> None:
+        """Forget everything where ``g^T P g > 0`` no longer holds, which in exact arithmetic it does.  # (B,)"""
+        eye = torch.eye(self.memory, dtype=state["products"].dtype, device=turned.device)
+        for name, start in (("s", 0.0), ("y", 0.0), ("products", eye), ("newest", 0), ("taken", 0)):
             held = state[name]
-            held.copy_(torch.where(turned.view(-1, *[1] * (held.ndim - 1)), torch.as_tensor(empty).to(held), held))
+            held.copy_(torch.where(turned.view(-1, *[1] * (held.ndim - 1)), torch.as_tensor(start).to(held), held))
         state["resets"].add_(turned)
 
-    def _start(self, state: State, g: Tensor) -> None:
-        """The length of a first step, before there is any pair."""
-        first = (1 / g.abs().sum(1)).clamp(max=1.0)
-        state["gamma"].copy_(torch.where((state["taken"] == 0) & torch.isfinite(first), first, state["gamma"]))
-
     def apply(self, state: State, g: Tensor) -> Tensor:
-        """``P g``.  # (B, *shape)"""
-        return multiply(state, state["gamma"], g.reshape(len(g), -1, 1)).reshape(g.shape)
+        """``P g``; what `_solve` has kept where it is asked for the same gradient again.  # (B, *shape)"""
+        flat = g.flatten(1)
+        same = g.device.type == "cpu" and bool(state["solved"].all()) and torch.equal(flat, state["gradient"])
+        found = state["direction"].clone() if same else multiply(state, state["gamma"], flat.unsqueeze(-1)).squeeze(-1)
+        return found.reshape(g.shape)
 
     def to_dense(self, state: State) -> Tensor:
         """``B <- B - B s s^T B / s^T B s + y y^T / y^T s``, pair by pair: the recursion for ``C`` itself."""
         gamma = state["gamma"]
         B = torch.eye(state["s"].shape[-1], dtype=gamma.dtype, device=gamma.device) / gamma[:, None, None]
-        for j in range(self.memory):
-            s, y = state["s"][:, j].unsqueeze(-1), state["y"][:, j].unsqueeze(-1)
+        for s, y in zip(*(X.unsqueeze(-1).unbind(1) for X in ordered(state)), strict=True):
             Bs = B @ s
             new = B - Bs @ Bs.mT / (s.mT @ Bs) + y @ y.mT / (y.mT @ s)
             B = torch.where(s.mT @ y > 0, new, B)
@@ -164,7 +216,7 @@ class Pairs(Representation):
                 image = torch.where(taken, image - Bs * (dot(Bs, x) / sBs) + y * (dot(y, x) / sy), image)
             return image
 
-        for s, y in zip(state["s"].unbind(1), state["y"].unbind(1), strict=True):
+        for s, y in zip(*(X.unbind(1) for X in ordered(state)), strict=True):
             Bs, sy = multiply(s), dot(s, y)
             known.append((Bs, dot(s, Bs), y, sy, sy > 0))
         return multiply(v.flatten(1)).reshape(v.shape)

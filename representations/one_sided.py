@@ -52,9 +52,13 @@ class OneSided(Representation):
 
     def widen(self, state: State, P: Tensor) -> Tensor:
         """``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
-        n = state["columns"].shape[1]
+        n = self.columns(state)
         eye = torch.eye(n, dtype=P.dtype, device=P.device)
         return torch.einsum("bij,kl->bikjl", P, eye).reshape(len(P), n * P.shape[1], -1)
+
+    def columns(self, state: State) -> int:
+        """``n``."""
+        return state["columns"].shape[1]
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         (L,) = self.factors(state)
@@ -84,10 +88,24 @@ class ZeroHistory(OneSided):
 
     idle = NEWEST_ALONE
 
+    def init(self, frame: Frame) -> State:
+        """The gradient itself: a solver may want no matrix of its rows at all."""
+        rows, *rest = frame.shape or (1,)
+        wide = frame.zeros(int(0 in frame.diagonal), 0)  # an empty tensor keeps whether a factor is a diagonal
+        return {"gradient": frame.zeros(rows, torch.Size(rest).numel()), "wide": wide}
+
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        super().update(state, evidence, Fold(0.0, 1.0, 1.0))
+        assert isinstance(evidence, Gradient)
+        state["gradient"].copy_(self.unfold(evidence.gradient))
+
+    def columns(self, state: State) -> int:
+        return state["gradient"].shape[2]
+
+    def factors(self, state: State) -> list[Tensor]:
+        G = state["gradient"]
+        return [G.square().sum(-1) if state["wide"].shape[1] else self.newest(state)]
 
     def newest(self, state: State) -> Tensor:
         """``G G^T``.  # (B, d, d)"""
-        (L,) = self.factors(state)
-        return torch.diag_embed(L) if L.ndim == 2 else L
+        G = state["gradient"]
+        return G @ G.mT

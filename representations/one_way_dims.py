@@ -89,7 +89,7 @@ class OneWayDims(Representation):
         for axis, size in enumerate(shape):
             unit = frame.zeros(size) + 1  # 1 x 1 matrices are held as the diagonals that they are
             if size > 1 and axis not in frame.diagonal:
-                unit = frame.zeros(size, size) + torch.eye(size, dtype=frame.dtype, device=frame.device)
+                unit = frame.unit(size)
             state[f"root_{axis}"] = unit
             state[f"factor_{axis}"] = unit * (self._later() if axis else self.start)
             if axis + 1 < len(shape):

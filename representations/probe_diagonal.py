@@ -52,7 +52,7 @@ class ProbeDiagonal(Representation):
         else:
             D = self._smooth(evidence.cv.abs())
             diagonal.addcmul_(D, D, value=fold.alpha)
-        fold.weigh_mean_(state["mass"])
+        fold.weigh_mean_(state["mass"], 1.0)
 
     def _smooth(self, x: Tensor) -> Tensor:
         if not self.spatial or x.ndim < 4:

@@ -79,7 +79,7 @@ class RotatedDims(Representation):
         for axis, size in enumerate(shape):
             if axis not in frame.diagonal and (len(shape) > 1 or self.vectors):
                 state[f"factor_{axis}"] = frame.zeros(size, size)
-                state[f"basis_{axis}"] = frame.zeros(size, size) + torch.eye(size, dtype=frame.dtype, device=frame.device)
+                state[f"basis_{axis}"] = frame.unit(size)
         return state
 
     # ---------------------------------------------------------------- the statistic

@@ -122,12 +122,13 @@ class Rows(Spanned):
     """All rows of the latest step: ``C = sum_N vec(J_N) vec(J_N)^T`` exactly, as the evidence that it came as.
 
     A running average would add rows without bound, so that ``decay`` does not apply: what came before is dropped. ``full``
-    couples all layers, ``layer`` takes each by itself (each group of a convolution, each channel of a norm layer).
+    couples all layers, ``layer`` takes each by itself, with all groups of a convolution and all channels of a norm layer.
 
     Reference: Ren & Goldfarb 2019, arXiv:1906.02353, section 3.
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint)
+    whole_layers: ClassVar[bool] = True
     idle = NEWEST_ALONE | NO_LIMIT
 
     granularity: Literal["full", "layer"] = "full"
@@ -145,8 +146,8 @@ class Rows(Spanned):
         return self.granularity
 
     def init(self, frame: Frame) -> State:
-        o, i = frame.shape if len(frame.shape) == 2 else (frame.shape[0], 1)
-        empty = Outer(frame.zeros(0, 1, i - 1), frame.zeros(0, 1, o).unsqueeze(0), bias=True)
+        G, o, i = frame.shape if len(frame.shape) == 3 else (1, *frame.shape, 1)[:3]
+        empty = Outer(frame.zeros(G, 0, 1, i - 1)[0], frame.zeros(G, 0, 1, o), bias=True)
         return {"mass": frame.zeros(), **self.lay(empty, 1.0, "0.0")}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
@@ -182,18 +183,16 @@ class Rows(Spanned):
 
     def lay(self, part: Outer, alpha: float, name: str) -> State:
         """The state of a layer in a portion of the evidence, which counts ``alpha``."""
-        axis = 0 if self.granularity == "full" else 1  # of H
         g = part.gradients.movedim(1, 0)
         g = g if alpha == 1.0 else g * alpha**0.5
         a = part.inputs.index.unsqueeze(0) if isinstance(part.inputs, OneHot) else part.inputs
         i = part.inputs.size if isinstance(part.inputs, OneHot) else part.inputs.shape[-1] + part.bias
         G, o = len(g), g.shape[-1]
-        stack = (G, 1) if axis else (1, G)
         shape = (i, o) if part.transposed else (o, i)
         return {
-            f"{name}.gradients": g.contiguous().unsqueeze(axis),
-            f"{name}.inputs": a.contiguous().unsqueeze(axis),
-            f"{name}.layout": g.new_empty(*stack, *shape, int(part.bias), int(part.transposed), 0),
+            f"{name}.gradients": g.contiguous().unsqueeze(0),
+            f"{name}.inputs": a.contiguous().unsqueeze(0),
+            f"{name}.layout": g.new_empty(1, G, *shape, int(part.bias), int(part.transposed), 0),
         }
 
     # ---------------------------------------------------------------- LowRank
@@ -219,7 +218,8 @@ class Rows(Spanned):
         pieces = z.split([parts[0].count for parts in held], 1)
         sums = [torch.cat([x.combine(y).flatten(1) for x in parts], 1) for parts, y in zip(held, pieces, strict=True)]
         out = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
-        return out if self.granularity == "full" else out.unflatten(1, held[0][0].layout[2:4])
+        groups = held[0][0].layout[1]
+        return out if self.granularity == "full" else out.unflatten(1, held[0][0].layout[1 if groups > 1 else 2 : 4])
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
         """A block's vector, layer by layer.  # (B, *shape) -> each (B, H, rows, columns)"""

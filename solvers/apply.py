@@ -18,7 +18,8 @@ __all__ = ["Apply"]
 class Apply(Solver):
     """``P g`` with the ``P`` that was fitted or updated directly.
 
-    The cache is a copy of the state, which is never lost: a representation of this kind refuses what would make it infinite.
+    The cache is a copy of the state, or the state itself where that is applied at once. It is never lost: a representation of
+    this kind refuses what would make it infinite.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Liu, Nocedal, Math. Programming 1989.
     """
@@ -28,7 +29,9 @@ class Apply(Solver):
     definite: ClassVar[bool] = True
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        return {name: x.clone() for name, x in state.items()}
+        if representation.immediate:
+            return dict(state)
+        return {name: x.clone() for name, x in representation.snapshot(state).items()}
 
     def operator(self, representation: Any, state: State) -> Tensor:
         P: Tensor = torch.linalg.inv(representation.to_dense(state))

@@ -47,7 +47,7 @@ class LayerInverse:
         frame = _frame(known[0][1])
         state, first = HELD.init(frame), True
         for weight, factors in known:
-            HELD.update(state, factors, Fold(1.0, weight, 1.0 if first else 0.0))
+            HELD.update(state, factors, Fold(1.0, weight, 1.0 if first else 0.0, of_step=1.0))
             first = False
         return self.solver.prepare(HELD, state, None), (frame.stack, *frame.shape)
 

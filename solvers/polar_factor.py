@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Momentary, State
+from gradmaker.representations.base import NO_LIMIT, Momentary, State
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.damping import check_choice, check_interval
 
@@ -92,7 +92,7 @@ class PolarFactor(Solver):
     needs: ClassVar[type] = Momentary
     definite: ClassVar[bool] = True
     linear: ClassVar[bool] = False
-    idle: ClassVar[dict[str, str]] = dict.fromkeys(
+    idle: ClassVar[dict[str, str]] = NO_LIMIT | dict.fromkeys(
         ("curvature_interval", "preconditioner_interval", "warmup_steps", "spread"),
         "the factor is that of the very gradient, at every step; fewer steps of the iteration make it cheaper",
     )
@@ -119,7 +119,8 @@ class PolarFactor(Solver):
         return (MUON,) * self.steps if self.method == "quintic" else polar_express(self.lowest, self.steps)
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        failures = torch.zeros(len(state["mass"]), dtype=torch.int64, device=state["mass"].device)
+        held = next(iter(state.values()))
+        failures = torch.zeros(len(held), dtype=torch.int64, device=held.device)
         return {"failures": failures if previous is None else previous["failures"].clone()}
 
     def axes(self, representation: Any, state: State) -> list[Tensor]:

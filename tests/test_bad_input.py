@@ -150,7 +150,7 @@ def test_an_exception_in_a_solver_leaves_the_gradient_as_it_was(method: str, mon
         with monkeypatch.context() as patch:
             patch.setattr(type(maker.plan.blocks[-1].triple.solver), verb, lambda *a: 1 / 0)
             before = everything(case.model, maker)
-            maker._refresh_clock.retry(maker.step)
+            maker._clocks.of["method"].refresh.retry(maker.step)
             with pytest.raises(ZeroDivisionError):
                 step(maker, case)
         after = everything(case.model, maker)

@@ -220,10 +220,16 @@ class Ekfac:
         now: Tensor = state["now"]
         return now
 
-    def renew(self, name: str, mass: float) -> None:
+    def renew(self, name: str) -> Tensor:
+        """A new basis; what was put in becomes the diagonal that its matrix has there.  Returns ``b a^T``."""
         A, B = self.averaged(name, None, "A"), self.averaged(name, None, "B")
         (a, U), (b, V) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-        self.Q[name], self.D[name] = oracles.kron(V, U), [(mass, torch.outer(b, a).reshape(-1))]
+        Q, before = oracles.kron(V, U), self.Q.get(name)
+        if before is not None:
+            matrices = [(w, (before * D) @ before.mT) for w, D in self.D[name]]
+            self.D[name] = [(w, (Q.mT @ C @ Q).diagonal()) for w, C in matrices]
+        self.Q[name] = Q
+        return torch.outer(b, a).reshape(-1)
 
     def measure(self, case: Case, name: str, F: Tensor, k: int) -> None:
         columns = oracles.exact_columns("categorical", case.t)
@@ -231,13 +237,14 @@ class Ekfac:
             case.model, case.x, name, columns, case.t.numel(), sharing=self.sharing, select=select_of(case)
         )
         decay = 1.0 if self.decay is None else self.decay
-        mass = 1.0 if self.decay is None else 1 - decay**k  # of what was measured before step k
+        if k == 1 and self.decay is not None:
+            self.D[name] = []  # no moments, but what the factors predicted
         if k > 0 and k % self.interval == 0:
-            self.renew(name, mass)
+            self.renew(name)
         for kind in ("A", "B"):
             self.averaged(name, pair, kind)
         if k == 0:
-            self.renew(name, 1.0 if self.decay is None else 1 - decay)
+            self.D[name] = [(1.0, self.renew(name))]
             return
         fresh = ((1.0 if self.decay is None else 1 - decay), (self.Q[name].mT @ F @ self.Q[name]).diagonal())
         self.D[name] = [(w * decay, D) for w, D in self.D[name]] + [fresh]

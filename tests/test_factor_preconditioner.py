@@ -59,11 +59,13 @@ def test_inverse_of_layers_side_by_side() -> None:
 
 
 def test_factors_of_micro_batches_add_up_by_weight() -> None:
-    """One of them did not reach the second layer."""
+    """Factors of gradients by what the loss makes of them, those of inputs by count. One did not reach the second layer."""
     A, B = [psd(1, 3, seed=k) for k in (1, 2)], [psd(1, 2, seed=k) for k in (3, 4)]
     rest = Factors(psd(1, 2, seed=5), psd(1, 2, seed=6))
-    first, second = Layers((6, 4), (Factors(A[0], B[0]), rest)), Layers((6, 4), (Factors(A[1], B[1]), None))
-    both = Layers((6, 4), (Factors(0.25 * A[0] + 0.75 * A[1], 0.25 * B[0] + 0.75 * B[1]), Factors(rest.A, 0.25 * rest.B)))
+    first, second = (
+        Layers((6, 4), (Factors(A[k], B[k], counted=c), other)) for k, c, other in ((0, 2, rest), (1, torch.tensor(3.0), None))
+    )
+    both = Layers((6, 4), (Factors(0.4 * A[0] + 0.6 * A[1], 0.25 * B[0] + 0.75 * B[1]), Factors(rest.A, 0.25 * rest.B)))
     v = torch.randn(1, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     found = LayerInverse([(0.25, first), (0.75, second)], LAMBDA)(v)
     assert oracles.relative_error(found, LayerInverse([(1.0, both)], LAMBDA)(v)) < 1e-12
@@ -213,3 +215,30 @@ def test_what_nothing_reads_is_refused(method: str, aside: str) -> None:
         ValueError, match=f"GaussNewton\\({aside}=True\\) measures {aside} that .* does not read. Solvers that fit"
     ):
         from_config(models.mlp().model, {"method": method, "curvature": curvature})
+
+
+@pytest.mark.parametrize("cut", [(6,), (1, 5), (4, 2)], ids=str)
+def test_input_factors_of_micro_batches_are_those_of_the_batch(cut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sums, whose micro-batches have weight one: what was counted decides."""
+    case = models.mlp()
+    made: list[list[tuple[float, Layers]]] = []
+
+    class Watching(LayerInverse):
+        def __init__(self, portions: Any, damping: float) -> None:
+            made.append(list(portions))
+            super().__init__(portions, damping)
+
+    monkeypatch.setattr("gradmaker.solvers.truncated_cg.LayerInverse", Watching)
+    maker: Any = from_config(case.model, BY_FACTORS)
+    for x, t in zip(case.x.split(list(cut)), case.t.split(list(cut)), strict=True):
+        maker.setup_loss_call(torch.nn.functional.cross_entropy, maker.setup_model_call(case.model, x), t, reduction="sum")
+        maker.accumulate()
+    maker.precondition()
+    (portions,) = made
+    x = torch.cat([case.x, torch.ones(6, 1).double()], 1)
+    found = Watching(portions, LAMBDA).inverses[0]
+    assert found is not None and [w for w, _ in portions] == [1.0] * len(cut)
+    moments = [(layers.factors[0], layers.factors[0].counted) for _, layers in portions if layers.factors[0] is not None]
+    assert [int(c) for _, c in moments] == list(cut)
+    A = sum(f.A[0] * c for f, c in moments) / 6
+    assert oracles.relative_error(A, x.mT @ x / 6) < 1e-12

@@ -367,8 +367,8 @@ def test_convolution_over_the_whole_input_is_a_linear_layer() -> None:
     assert oracles.relative_error(found, expected) < EXACT
 
 
-def test_groups_are_separate_convolutions() -> None:
-    """Each group's block is that of a convolution of its own channels."""
+def test_groups_are_separate_convolutions_in_one_block() -> None:
+    """Each group's part of the layer's block is the block of a convolution of its own channels."""
     conv, head = nn.Conv1d(4, 6, 2, groups=2).double(), nn.Linear(6 * 4, CLASSES).double()
     halves = [nn.Conv1d(2, 3, 2).double() for _ in range(2)]
     for j, half in enumerate(halves):
@@ -385,10 +385,13 @@ def test_groups_are_separate_convolutions() -> None:
             return z
 
     x, t = torch.randn(3, 4, 5).double(), torch.tensor([0, 1, 2])
-    whole = first_block(Flat(conv, head), x)
+    whole = first_block(Flat(conv, head), x)[0]
     apart = blocks(measure(Case(Split(), x, t, F.cross_entropy), FisherExact(), Dense()))
+    half = len(whole) // 2
     for j in range(2):
-        assert oracles.relative_error(whole[j], apart[f"halves.{j}"][0][0]) < EXACT
+        own = slice(half * j, half * (j + 1))
+        assert oracles.relative_error(whole[own, own], apart[f"halves.{j}"][0][0]) < EXACT
+    assert float(whole[:half, half:].norm()) > 0.1 * float(whole.norm())
 
 
 def test_attention_by_hand_is_the_module() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,10 +34,25 @@ from gradmaker.representations import REPRESENTATIONS, AlternatingInverse, Pairs
 from gradmaker.representations.base import NEWEST_ALONE
 from gradmaker.solvers import CG, Apply, PositiveRoot
 from tests import oracles
-from tests.option_trials import COMMON, ELSEWHERE, EVERY, NAMED, TRIALS, Trial, chain, few, mixed, observe, values
+from tests.option_trials import (
+    COMMON,
+    ELSEWHERE,
+    EVERY,
+    NAMED,
+    OTHER_PARTS,
+    TRIALS,
+    Trial,
+    chain,
+    few,
+    mixed,
+    observe,
+    values,
+)
 from tests.registry import legal_options, suited, without_draws
 from tests.test_sweep import COVER
 from tests.test_triples import mapping
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def name_of(trial: Trial) -> str:
@@ -73,6 +89,36 @@ def test_another_value_is_known_of_every_option() -> None:
     """One that is not in `COMMON`, nor clear from its type, needs a line in `OWN` of tests/option_trials.py."""
     options = [(method, f.name) for method in NAMED for f in fields(METHODS[method].Config)]
     assert [option for option in options if not values(*option) and option not in ELSEWHERE] == []
+    assert {(trial.method, trial.option) for trial in TRIALS} | set(ELSEWHERE) == set(options)
+    assert {trial.option for trial in few(TRIALS)} | {name for _, name in ELSEWHERE} == {name for _, name in options}
+    assert NAMED == [method for method in METHODS if fields(METHODS[method].Config)]
+
+
+def test_what_no_trial_shows_has_a_reason_and_a_test() -> None:
+    """Short tables of options that a method has and accepts, each naming a file of tests that knows the option."""
+    for (method, name), reason in {**ELSEWHERE, **OTHER_PARTS}.items():
+        config: Any = METHODS[method].Config()
+        assert name in config.as_mapping() and name not in config.idle_options(), f"{method}.{name}: stale"
+        assert name in (ROOT / reason.rpartition(": ")[2]).read_text(encoding="utf-8"), reason
+    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root"}
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"), [("muon", "max_dim", 3), ("smw_ng", "spread", False), ("smw_gn", "spread", False)]
+)
+def test_options_that_have_only_other_bytes_or_another_method_to_speak_to(method: str, option: str, value: Any) -> None:
+    """Refused, except where a fallback shares them."""
+    make: Any = METHODS[method].Config
+    with pytest.raises(ValueError, match=rf"{option}={value} would have no effect"):
+        make(**{option: value})
+    if "fallback" not in make().idle_options():
+        assert getattr(make(fallback="kfac", **{option: value}), option) == value
+
+
+def test_muon_holds_gradients_and_no_matrix_of_their_rows() -> None:
+    model = torch.nn.Linear(900, 700)
+    maker: Any = METHODS["muon"](model)
+    assert maker.summary().bytes < 2.1 * 4 * sum(p.numel() for p in model.parameters())  # and their average
 
 
 # --- declarations ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """curvlinops and BackPACK as outside judges, where their conventions are known and right.
 
 curvlinops: parameters in the order of the model, bias joint on request; scaled like the loss' own reduction (a mean over all
-terms, MSE with torch's factor 2 / (N C)), as here. Only the empirical Fisher of a mean over elements differs: it keeps the
-1 / C outside of the square, here it is squared with the gradient of which it is a part (property 8).
+terms, MSE with torch's factor 2 / (N C)), as here; so is the empirical Fisher, whose 1 / (N C) stands outside of the square.
 BackPACK: the same scale; per-example gradients carry the 1 / N of a mean; Kronecker factors are listed (output, input) for the
 weight, the bias has its own. Of convolutions its factors sum both inputs' moments and gradients over the positions, which is
 neither expand nor reduce: not a judge there.
@@ -118,11 +117,6 @@ def joint_blocks(C: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return blocks
 
 
-def outside(loss: str, fisher: str, reduction: str) -> float:
-    """curvlinops' matrix over ours."""
-    return float(CLASSES) if loss != "ce" and fisher == "empirical" and reduction == "mean" else 1.0
-
-
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, dense in expected.items():
         matches = [v for k, v in found.items() if k == name or k == name.removesuffix(".weight")]
@@ -144,7 +138,7 @@ def test_kfac_is_that_of_curvlinops(name: str, loss: str, sharing: str, fisher: 
     )  # fmt: skip
     curvature = FisherExact() if fisher == "type-2" else FisherEmp()
     maker = measured(case, loss_fn, curvature, Kron(sharing=sharing))  # type: ignore[arg-type]
-    same(blocks_of(maker), joint_blocks(matrix(K) / outside(loss, fisher, reduction), twin))
+    same(blocks_of(maker), joint_blocks(matrix(K), twin))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,7 +149,6 @@ def test_full_matrices_are_those_of_curvlinops(name: str, loss: str, operator: s
     case, loss_fn = posed(name, loss), LOSSES[loss](reduction=reduction)
     twin = copy.deepcopy(case.model)
     C = matrix(peer(operator)(twin, loss_fn, list(twin.parameters()), [(case.x, case.t)], check_deterministic=False))
-    C = C / outside(loss, fisher, reduction)
     curvature = FisherExact() if fisher == "type-2" else FisherEmp()
     found = blocks_of(measured(case, loss_fn, curvature, Dense(granularity="full")))["full"][0]
     order = torch.cat([p for p in _site_order(case.model)])

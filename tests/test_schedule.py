@@ -140,7 +140,7 @@ def test_a_measurement_that_comes_to_nothing_is_made_up_for(monkeypatch: pytest.
         case.model.zero_grad()
         maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x), case.t)
         maker.forward_and_backward()
-        reached.append((maker.skipped, len(maker.silent()), maker._curvature_clock.next))
+        reached.append((maker.skipped, len(maker.silent()), maker._clocks.of["method"].measure.next))
     assert reached == [(1, 2, 1), (1, 0, 11), (1, 0, 11)]
 
 

@@ -19,7 +19,8 @@ import gradmaker as gm
 from gradmaker import blocks
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
 from gradmaker.schedule import Linear, Stepped
-from tests.models import Case, bare_scale, mlp, unused
+from tests.models import Case, bare_scale, linear, mlp, unused
+from tests.registry import suited
 
 SPARSE: dict[str, Any] = {"curvature_interval": 3, "preconditioner_interval": 4, "warmup_steps": 2}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -50,12 +51,11 @@ class Twins(nn.Module):
         super().__init__()
         self.a, self.b, self.late, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.norm, self.scale = nn.LayerNorm(4), nn.Parameter(torch.rand(4) + 0.5)
-        self.calls, self.starts = 0, 3
+        self.index, self.starts = 0, 3  # of the step, which a repeated call of the model must not move
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(torch.tanh(self.b(torch.tanh(self.a(x))))) * self.scale
-        h = torch.tanh(self.late(h)) if self.calls >= self.starts else h
-        self.calls += 1
+        h = torch.tanh(self.late(h)) if self.index >= self.starts else h
         y: Tensor = self.head(h)
         return y
 
@@ -81,6 +81,7 @@ def train(maker: Any, case: Case, start: int, stop: int, lr: float = 0.01) -> No
     """Plain SGD on what the maker makes."""
     for index in range(start, stop):
         case.model.zero_grad()
+        case.model.index = index  # type: ignore[assignment]
         x, t = batch(case, index)
         maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x), t)
         maker.forward_and_backward()
@@ -226,12 +227,17 @@ def _edit(state: Any, path: tuple[str, ...], value: Any) -> Any:
 
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "not a state": (lambda s: s.clear(), "expected what state_dict"),
-    "another kind": (lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1), "expected what state_dict"),
+    "another kind": (
+        lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1, format=2),
+        "expected what state_dict",
+    ),
     "missing site": (lambda s: _edit(s, ("sites", "2"), None), r"missing \['2'\], unknown \[\]"),
     "unknown site": (lambda s: _edit(s, ("sites", "7"), s["sites"]["2"]), r"unknown \['7'\]"),
     "missing counter": (lambda s: _edit(s, ("skipped",), None), r"missing \['skipped'\]"),
-    "missing clock": (lambda s: _edit(s, ("refresh_clock",), None), r"missing \['refresh_clock'\]"),
-    "missing time": (lambda s: _edit(s, ("refresh_clock", "next"), None), r"refresh_clock: missing \['next'\]"),
+    "missing clock": (lambda s: _edit(s, ("clocks", "method"), None), r"clocks: missing \['method'\]"),
+    "missing time": (lambda s: _edit(s, ("clocks", "method", "refresh", "next"), None), r"refresh: missing \['next'\]"),
+    "no format": (lambda s: _edit(s, ("format",), None), r"saved by an earlier version, which gave no format.*measure anew"),
+    "another format": (lambda s: _edit(s, ("format",), 1), r"of format 1, and format 2 is read"),
     "unknown key": (lambda s: _edit(s, ("extra",), 1), r"unknown \['extra'\]"),
     "missing part": (lambda s: _edit(s, ("sites", "0", "cache"), None), r"0: missing \['cache'\]"),
     "missing tensor": (lambda s: _edit(s, ("sites", "0", "state", "left"), None), r"0: state: missing \['left'\]"),
@@ -322,6 +328,142 @@ def test_a_state_taken_amid_a_step_keeps_its_statistics() -> None:
         maker.precondition()
         results.append(maker.state_dict()["sites"])
     assert equal_states(*results)
+
+
+PARTS = (slice(0, 2), slice(2, 3), slice(3, 6))
+
+
+def run_parts(maker: Any, case: Case, index: int, parts: tuple[slice, ...]) -> None:
+    x, t = batch(case, index)
+    for rows in parts:
+        maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x[rows]), t[rows])
+        maker.accumulate((rows.stop - rows.start) / len(x))
+
+
+def given(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+@pytest.mark.parametrize("method", [m for m in gm.METHODS if m != "gradient"])
+def test_a_state_from_amid_a_step_goes_on_bitwise_or_is_refused(method: str, done: int, tmp_path: Path) -> None:
+    """Whatever is in ``.grad`` when it is loaded: what was there before the step, and what its parts have brought, is saved."""
+    case = suited(method, mlp, linear)
+    maker: Any = gm.from_config(case.model, {"method": method})
+    train(maker, case, 0, 1)  # whose gradient the next step adds to
+    run_parts(maker, case, 1, PARTS[:done])
+    state, model, grads = through_file(maker.state_dict(), tmp_path), copy.deepcopy(case.model), given(case.model)
+    run_parts(maker, case, 1, PARTS[done:])
+    maker.precondition()
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = g if done == 1 else None
+    other, resumed = gm.from_config(model, {"method": method}), case._replace(model=model)
+    other.load_state_dict(state)
+    assert equal_states(other.state_dict(), state)
+    try:
+        run_parts(other, resumed, 1, PARTS[done:])
+        other.precondition()
+    except RuntimeError as error:
+        asked = {what for b in maker.plan.blocks for what in b.triple.curvature.asks}
+        assert asked & {"graph", "replay", "previous"} and "step" in str(error), error
+        return
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), case.model.parameters(), strict=True))
+    if not maker.plan.asks("previous"):  # whose batch is not saved
+        assert equal_states(other.state_dict(), maker.state_dict())
+
+
+def test_secants_of_a_step_that_was_saved_in_parts_are_refused() -> None:
+    for method in ("kbfgs", "kbfgs_l", "lbfgs"):
+        case = mlp()
+        maker: Any = gm.from_config(case.model, {"method": method})
+        run_parts(maker, case, 1, PARTS[:1])
+        state = maker.state_dict()
+        maker.load_state_dict(state)
+        with pytest.raises(RuntimeError, match=r"first micro-batches of this one were not saved .*: save between steps"):
+            run_parts(maker, case, 1, PARTS[1:])
+
+
+@pytest.mark.parametrize("option", [{"rescale": "length"}, {"adaptive_damping": {"AdaptiveDamping": {"interval": 1}}}], ids=str)
+def test_what_judges_a_step_by_its_batches_refuses_a_part(option: dict[str, Any]) -> None:
+    case = mlp()
+    maker: Any = gm.from_config(case.model, {"method": "kfac", **option})
+    run_parts(maker, case, 1, PARTS[:1])
+    maker.load_state_dict(maker.state_dict())
+    run_parts(maker, case, 1, PARTS[1:])
+    with pytest.raises(RuntimeError, match="save between steps"):
+        maker.precondition()
+
+
+def test_gradients_of_a_step_are_checked_and_let_go_of() -> None:
+    case = mlp()
+    maker = gm.KfacGradientMaker(case.model)
+    between = maker.state_dict()
+    run_parts(maker, case, 1, PARTS[:1])
+    amid = maker.state_dict()
+    for key, name, text in (
+        ("step", "0.weight", r"gradients: step\['0.weight'\] has shape \(1,\), expected \(5, 4\)"),
+        ("before", "0.wight", r"gradients: before: unknown \['0.wight'\]"),
+    ):
+        wrong = copy.deepcopy(amid)
+        wrong["gradients"][key][name] = torch.zeros(1)
+        with pytest.raises(ValueError, match=text):
+            maker.load_state_dict(wrong)
+    maker.load_state_dict(between)
+    case.model.zero_grad()
+    train(maker, case, 0, 1)
+    other = gm.KfacGradientMaker(mlp().model)
+    train(other, case._replace(model=other.model), 0, 1)
+    assert equal_states(maker.state_dict(), other.state_dict())
+
+
+def test_a_plain_maker_saves_between_steps() -> None:
+    case = mlp()
+    maker = gm.GradientMaker(case.model)
+    run_parts(maker, case, 0, PARTS[:1])
+    with pytest.raises(RuntimeError, match="save between steps"):
+        maker.state_dict()
+    run_parts(maker, case, 0, PARTS[1:])
+    maker.precondition()
+    assert maker.state_dict() == {"format": 2, "step": 1}
+
+
+def test_a_measured_pass_of_another_loop_is_not_saved() -> None:
+    """Its gradient is not the maker's; a pass that was not differentiated, and one that is over, are nothing to wait for."""
+    case = mlp()
+    optimizer = torch.optim.SGD(case.model.parameters(), 0.01)
+    maker = gm.KfacGradientMaker(case.model).attach(optimizer, "categorical")
+    case.run()
+    maker.state_dict()
+    case.run().backward()
+    if maker._ledger.measured(0):
+        with pytest.raises(RuntimeError, match=r"save between steps, after optimizer.step\(\)"):
+            maker.state_dict()
+    optimizer.step()
+    maker.state_dict()
+
+
+@pytest.mark.parametrize("place", ["prepare", "solve"])
+def test_a_state_of_a_step_that_has_failed_lets_it_begin_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been folded in is in the state, and is not folded in again."""
+    results = []
+    for trouble in (True, False):
+        case = mlp()
+        maker: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(momentum=0.9))
+        train(maker, case, 0, 1)
+        run_parts(maker, case, 1, PARTS)
+        if trouble:
+            with monkeypatch.context() as patch:
+                patch.setattr(type(maker.plan.blocks[-1].triple.solver), place, lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    maker.precondition()
+            other: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(momentum=0.9))
+            other.load_state_dict(maker.state_dict())
+            maker = other
+            run_parts(maker, case, 1, PARTS)
+        maker.precondition()
+        results.append((maker.state_dict(), given(case.model)))
+    assert equal_states(results[0][0], results[1][0])
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 # --- lifetime -------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def fisher_and_gradient(case: Case, curvature: Curvature, steps: int, decay: flo
 
 
 def groups_of(model: nn.Module, granularity: str) -> list[Tensor]:
-    """Indices into the parameter vector of every block."""
+    """Indices into the parameter vector of every block; a layer is one, whatever its groups."""
     where = {k: torch.arange(s.start, s.stop) for k, s in oracles.parameter_slices(model).items()}
     if granularity == "full":
         return [torch.cat(list(where.values()))]
@@ -244,7 +244,7 @@ def groups_of(model: nn.Module, granularity: str) -> list[Tensor]:
         if granularity == "unit" or not parametric:
             groups += list(joined)
         elif rows:
-            groups += [part.reshape(-1) for part in joined.chunk(getattr(module, "groups", 1))]
+            groups.append(joined.reshape(-1))
     return groups
 
 

@@ -94,7 +94,7 @@ class EkfacGradientConfig(SharingGradientConfig):
     """EKFAC: ``P = Q (D + damping)^-1 Q^T``, ``Q`` the eigenbasis of K-FAC's factors, ``D`` the gradients' second moment there.
 
     The moments follow the curvature at every measurement, at the cost of products; the decomposition is every
-    ``basis_interval`` measurements: every 50 steps once ``warmup_steps`` are over.
+    ``basis_interval`` measurements: every 50 steps once ``warmup_steps`` are over. Moments go along into a new basis.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, algorithm 1 (EKFAC).
     """

@@ -52,7 +52,7 @@ class SmwNaturalGradientConfig(_LatestBatchConfig):
     networks", arXiv:1906.02353, section 3.
     """
 
-    idle = Rows.idle
+    idle = Rows.idle | ONE_BLOCK
 
     fisher: Curvature = FisherEmp()
     """FisherEmp, FisherMC or FisherExact."""

@@ -12,6 +12,7 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, ZeroHistory
+from gradmaker.representations.base import NO_LIMIT
 from gradmaker.shapes import Merge
 from gradmaker.sites import Site
 from gradmaker.solvers import Division, PolarFactor
@@ -31,6 +32,7 @@ class MuonGradientConfig(AxesGradientConfig):
     Reference: Jordan et al. 2024, Muon; Liu et al. 2025, arXiv:2502.16982 (rms); Carlson et al., AISTATS 2015 (nuclear).
     """
 
+    idle = AxesGradientConfig.idle | NO_LIMIT
     only_with: ClassVar[dict[str, dict[str, Any]]] = {
         "steps": {"iteration": ("quintic", "polar_express")},
         "half": {"iteration": ("quintic", "polar_express")},

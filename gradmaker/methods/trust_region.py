@@ -114,7 +114,7 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
         if self._part == 0:
             self._trial = QuadraticModel.at(self.model)
         if self._trial is not None:  # else the step began before a checkpoint, which holds no batches
-            self._trial.passes.append((batch, weight))
+            self._trial.passes[self._part :] = [(batch, weight)]  # in the place of what an exception has ended
 
     def _take_damping(self) -> None:
         """Make the parts with the ``lambda`` of now."""
@@ -123,19 +123,17 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
             block.triple = config.triple(block.sites[0]) or block.triple
 
     def _precondition(self) -> None:
-        if self._tries() and self._trial is None and (self._rescaling is not None or self._asked != self.step):
+        if self._tries() and self._trial is None:
             raise RuntimeError(
                 "precondition: adaptive_damping or rescale goes by this step, and its forward passes were not recorded, or not "
                 "all by this maker: declare the calls (setup_model_call, setup_loss_call, forward_and_backward), and save "
                 "between steps"
             )
         skipped, judged = self.skipped, self._damping if self._damping and self._damping.due(self.step) else None
-        try:
-            super()._precondition()
-            if judged is not None and self._trial is not None and self.skipped == skipped:
-                judged.watch(self._trial, self.step)
-        finally:
-            self._trial = None
+        super()._precondition()
+        if judged is not None and self._trial is not None and self.skipped == skipped:
+            judged.watch(self._trial, self.step)
+        self._trial = None
 
     def attach(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> PreconditionedGradientMaker:
         """As of any maker; refused where the loss has to be repeated."""
@@ -156,7 +154,7 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
         if self._damping is not None:
             found["damping"] = self._damping.dump(self.step)
         if self._rescaling is not None:
-            found["last_step"] = {name: d.clone() for name, d in self._rescaling.last.items()}
+            found["last_step"] = self._rescaling.dump()
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,16 +181,21 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
         if self.step < self.config.start_step or (clip is None and self._rescaling is None):
             super()._solve()
             return
-        covered = [p for block in self.plan.blocks for site in block.sites for p in site.parameters.values()]
-        before = [(p, p.grad.clone()) for p in covered if p.grad is not None]
-        super()._solve()
-        after = {p: p.grad for p, _ in before if p.grad is not None}
-        if self._rescaling is not None and self._trial is not None:
-            self._rescale(self._rescaling, self._trial, after)
-        elif clip is not None and rate is not None:
-            factor = clip_factor([g for _, g in before], list(after.values()), clip, rate)
-            for value in after.values():
-                value.mul_(factor)
+        covered = dict.fromkeys(p for block in self.plan.blocks for site in block.sites for p in site.parameters.values())
+        before = [(p, p.grad, p.grad.clone()) for p in covered if p.grad is not None]
+        try:
+            super()._solve()
+            after = {p: g for p, g, _ in before}
+            if self._rescaling is not None and self._trial is not None:
+                self._rescale(self._rescaling, self._trial, after)
+            elif clip is not None and rate is not None:
+                factor = clip_factor([g for *_, g in before], list(after.values()), clip, rate)
+                for value in after.values():
+                    value.mul_(factor)
+        except BaseException:  # it may be called again
+            for _, now, g in before:
+                now.copy_(g)
+            raise
 
     def _rescale(self, rescaling: Rescaling, trial: QuadraticModel, solved: dict[nn.Parameter, Tensor]) -> None:
         proposed = {p: -g for p, g in solved.items()}

@@ -18,6 +18,7 @@ from gradmaker.deferred import resolve
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from gradmaker.head import Head
 from gradmaker.pulls import Source, pull
+from gradmaker.real_pairs import real_dtype
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.examples import Pair, pull_pair
 from gradmaker.self_checks.loss import check_curvature, check_gradient
@@ -59,7 +60,7 @@ def relative(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
 
 def measure(maker: PreconditionedGradientMaker) -> Measured:
     """Repeat the declared forward pass, recorded, and measure it."""
-    tape, known = maker.new_tape(), dict[int, object]()
+    tape, known = maker.new_tape(everything=True), dict[int, object]()
     with tape.recording():
         with LossRecorder() as recorder:
             output, loss = maker._forward(known)
@@ -75,7 +76,8 @@ class _Pass:
 
     def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, loss: Tensor) -> None:
         self.maker, self.tape, self.head, self.loss = maker, tape, head, loss
-        self.sites = maker._recorded_sites()
+        recorded = [c for c in maker.plan.curvatures(of_passes=True) if c.recorded]
+        self.sites = [s for c in recorded for s in maker.plan.sites(c) if not s.frozen]
         self.found = Measured()
         self._pair: tuple[Pair, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(maker.config.seed)
@@ -236,4 +238,4 @@ def _size(row: Outer) -> float:
 
 
 def _dtype(site: Site) -> torch.dtype:
-    return torch.promote_types(next(iter(site.parameters.values())).dtype, torch.float32)
+    return real_dtype(next(iter(site.parameters.values())))

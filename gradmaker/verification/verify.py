@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from gradmaker.batch_norms import mixes
+from gradmaker.borrowing import borrowing
+from gradmaker.real_pairs import real_dtype
 from gradmaker.verification.blocks import check_block
 from gradmaker.verification.passes import measure
 from gradmaker.verification.result import Check, Verification
@@ -25,7 +27,7 @@ def verify(maker: PreconditionedGradientMaker) -> Verification:
     if maker._call is None or maker._loss is None:
         raise RuntimeError("verify: declare a batch first, by setup_model_call and setup_loss_call")
     frozen = [name for name, module in maker.model.named_modules() if mixes(module)]
-    with _undisturbed(maker.model), torch.enable_grad():
+    with _undisturbed(maker.model), torch.enable_grad(), borrowing():
         found = measure(maker)
     with torch.no_grad(), torch.autocast(next(maker.model.parameters()).device.type, enabled=False):
         checks = [check for block in maker.plan.blocks for check in check_block(block, found)]
@@ -35,8 +37,7 @@ def verify(maker: PreconditionedGradientMaker) -> Verification:
 
 def _left(model: nn.Module, name: str, failure: str) -> Check:
     """Of a parameter that the method had to leave to the plain gradient."""
-    dtype = torch.promote_types(model.get_parameter(name).dtype, torch.float32)
-    return Check(name, dtype, None, None, None, failure=failure)
+    return Check(name, real_dtype(model.get_parameter(name)), None, None, None, failure=failure)
 
 
 @contextmanager

@@ -193,12 +193,14 @@ def test_kron_counts_the_inputs_of_a_chunk_once():
 
 
 def test_a_sum_adds_gradients_and_averages_inputs():
+    """Over the positions that were counted: a piece with a mask weighs less."""
     pieces = [outer(), outer(masked=True), outer()]
     step = Fold(1.0, 1.0, 1.0, summed=True)
     left, right = Kron().factors(measured(Kron(), frame(G, o, i + 1), *((piece, step) for piece in pieces)))
     A, B = zip(*(explicit_factors(piece, "expand") for piece in pieces), strict=True)
     torch.testing.assert_close(left, sum(B))
-    torch.testing.assert_close(right, sum(A) / 3)
+    counted = [n * r, 8, n * r]
+    torch.testing.assert_close(right, sum(c * moment for c, moment in zip(counted, A, strict=True)) / sum(counted))
 
 
 @pytest.mark.parametrize("diagonal", [(), (0,), (1, 2)])
@@ -285,7 +287,8 @@ def test_uneven_micro_batches_equal_one_batch(representation, shape):
         # A micro-batch brings gradients of its own mean loss, and its share of the step as a weight.
         for first, share, piece in zip((True, False), (0.25, 0.75), pieces, strict=True):
             beta, mass = (decay, 1 - decay) if first else (1.0, 0.0)
-            representation.update(split, rescaled(piece, share**-0.5), Fold(beta, (1 - decay) * share, mass))
+            fold = Fold(beta, (1 - decay) * share, mass, of_step=1 - decay)
+            representation.update(split, rescaled(piece, share**-0.5), fold)
         representation.update(whole, Outer(inputs, gradients, bias=True), Fold(decay, 1 - decay, 1 - decay))
     torch.testing.assert_close(representation.to_dense(split), representation.to_dense(whole), rtol=1e-10, atol=1e-10)
 

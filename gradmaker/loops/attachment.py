@@ -1,0 +1,330 @@
+"""Riding a loop that is not ours: hooks on the model's call and on ``optimizer.step``."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmaker.borrowing import borrowing, is_pass
+from gradmaker.curvature.likelihood import Likelihood, terms_from_gradient
+from gradmaker.head import Head
+from gradmaker.loops import checks
+from gradmaker.loops.loop_pass import LoopPass, at_the_end
+from gradmaker.loops.marks import Marks, any_nonzero, apart, refuse_second
+from gradmaker.pending import Pending
+
+if TYPE_CHECKING:
+    from gradmaker.preconditioner import PreconditionedGradientMaker
+
+__all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
+
+LOOKS = 3
+"""Steps at which changes of ``.grad`` are looked for, besides those that measure passes."""
+
+
+class ChangedGradientWarning(UserWarning):
+    """``.grad`` was changed between the end of the backward pass and the step, as by clipping."""
+
+
+class _Hook:
+    """Calls a method of an attachment that may be gone; a copied or pickled model gets one that does nothing."""
+
+    def __init__(self, owner: Attachment | None = None, verb: str = "") -> None:
+        self.owner, self.verb = (None if owner is None else weakref.ref(owner)), verb
+
+    def __call__(self, *args: Any) -> Any:
+        owner = self.owner and self.owner()
+        return None if owner is None else getattr(owner, self.verb)(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class Attachment:
+    """One maker on one optimizer.
+
+    Extra passes run from a hook on the model's output (or on the loss that it calls), at the moment when its gradient arrives:
+    the graph below is still whole then. What is found is kept beside the statistics until ``optimizer.step()``, where ``.grad``
+    tells whether the pass is part of the step: it is not if its backward pass wrote no gradient, or one that was zeroed or
+    replaced since. One forward pass goes with one backward pass: a new one takes the place of a pass that was not
+    differentiated, and differentiating that later is an error.
+    """
+
+    def __init__(
+        self,
+        maker: PreconditionedGradientMaker,
+        optimizer: Optimizer,
+        likelihood: str | Likelihood | None,
+        accumulation: int,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        inner = checks.inner_optimizer(optimizer)
+        checks.check(maker, inner, likelihood, accumulation)
+        served = checks.held_by(inner)
+        checks.check_parts(maker, served)
+        _refuse_overlap(maker, inner)
+        self.likelihood = checks.read_likelihood(likelihood)
+        self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
+        self.weight, self.scaler = 1.0 / accumulation, scaler
+        self._current: LoopPass | None = None
+        self._pending: Pending | None = None  # what the passes of this step have brought
+        self._marks: Marks | None = None  # gradients at the end of the last backward pass
+        self._called = False  # whether the model was, since the last step
+        self._watched: Sequence[str] = ()
+        self._looks, self._told = LOOKS, False
+        self._served = served
+        maker.served = served
+        self._handles = [
+            maker.model.register_forward_pre_hook(_Hook(self, "before_forward"), with_kwargs=True),
+            inner.register_step_pre_hook(_Hook(self, "before_step")),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        if self._current is not None:
+            self._current.unwatch()
+        self._leave()
+        for handle in self._handles:
+            handle.remove()
+
+    def forget(self) -> None:
+        """The step begins anew, from other statistics."""
+        self._leave()
+        self._pending = self._marks = None
+
+    # ---------------------------------------------------------------- the forward pass
+    def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
+        """Start recording a pass that may be differentiated, on steps that measure curvature."""
+        maker = self.maker()
+        if maker is None or model is not maker.model or not is_pass() or not maker.plan.own.called():
+            return
+        if self._current is not None and self._current.inside:
+            self._current.depth += 1
+            return
+        self._leave()
+        maker.plan.refuse_ranks()
+        self._serve(maker)
+        self._called, self._watched = True, ()
+        recorded = maker.begin_pass(counted=False)
+        if recorded or self._looks:
+            self._current = LoopPass(maker.new_tape() if recorded else None, _Hook(self, "after_forward"))
+            self._current.begin(model, args, kwargs)
+
+    def after_forward(self, model: Any, args: Any, output: Any = None) -> None:
+        """Wait for gradients."""
+        current = self._current
+        if current is None or not current.inside:
+            return
+        if current.depth:
+            current.depth -= 1
+            return
+        current.leave(output)
+        if output is None:  # an exception
+            self._leave()
+        elif not current.watch(output, self, "arrive"):
+            self._leave()
+            raise ValueError(checks.NO_LOGITS.format(type(output).__name__))
+        else:
+            self._watched = current.watched
+
+    def _leave(self) -> None:
+        """Let go of a pass that was not differentiated, or of whose forward pass an exception made an end."""
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+    # ---------------------------------------------------------------- the backward pass
+    def arrive(self, current: LoopPass, place: str, gradient: Tensor) -> None:
+        """A gradient is there: measure, the first time in a backward pass."""
+        maker = self.maker()
+        if maker is None or current is not self._current:
+            return
+        if current.at is not None:
+            if current.tape is not None:
+                current.compare(place, gradient)
+            return
+        current.at = place
+        try:
+            if current.tape is not None:
+                self._measure(maker, current, gradient)
+            at_the_end(partial(self._end_backward, weakref.ref(current)))
+        except BaseException:
+            current.again()
+            raise
+
+    def _measure(self, maker: PreconditionedGradientMaker, current: LoopPass, gradient: Tensor) -> None:
+        tape, z = current.tape, current.logits
+        assert tape is not None and current.at is not None
+        current.scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        if self.scaler is None and current.at in current.losses:
+            checks.refuse_scale(gradient, self.weight)
+        factor = gradient / (self.weight * current.scale)
+        kept = self._kept()
+        pending = Pending(set()) if kept is None else kept.copy()
+        pending.part, pending.passes = pending.passes, pending.passes + 1
+        current.before = Marks(self._parameters(maker))
+        maker.forget_pass()
+        with current.measuring():
+            if current.at in current.losses:
+                value, slope = current.terms_inside(gradient, factor)
+            else:
+                assert z is not None
+                value, slope = z, factor
+                current.terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, z, gradient)]
+            outputs = [t.z for t in current.terms] or [value]
+            head = Head(outputs, current.terms, known=[slope])
+            if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
+                plan = maker.plan
+                maker.check(tape, head, None)
+                pending = pending if maker.plan is plan else pending.moved(maker.plan.blocks)
+            current.pending = maker.measure_pass(
+                tape, current.terms, self.weight, [value, gradient], head=head, pending=pending
+            )
+
+    def arrive_again(self) -> None:
+        """A pass is differentiated once more: an error if that reaches ``.grad``."""
+        maker = self.maker()
+        if maker is not None:
+            at_the_end(partial(refuse_second, Marks(self._parameters(maker))))
+
+    def _end_backward(self, reference: weakref.ref[LoopPass]) -> None:
+        """Take what came with the backward pass; drop everything where it wrote no gradient, as `torch.autograd.grad`."""
+        maker, current = self.maker(), reference()
+        if maker is None or current is None or current is not self._current:
+            return
+        if current.tape is None:
+            self._marks = Marks(self._parameters(maker))
+            current.again()
+            return
+        if current.before is None or not current.before.moved():
+            current.again()
+            return
+        tape, pending = current.tape, current.pending
+        maker.forget_pass()
+        with torch.no_grad(), borrowing():
+            self._pending = maker.measure_pass(
+                tape, current.terms, self.weight, [], ridden=tape.harvest(), scale=current.scale, pending=pending
+            )
+        self._marks = Marks(self._parameters(maker))
+        current.end()
+
+    # ---------------------------------------------------------------- the step
+    def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """End the step: fold in what the backward passes brought, and precondition; with a closure, when it has run."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._end()
+            return None
+
+        def preconditioned() -> Any:
+            loss = closure()
+            self._end()
+            return loss
+
+        return args[:1], {**kwargs, "closure": preconditioned}
+
+    def _end(self) -> None:
+        maker = self.maker()
+        if maker is None:
+            return
+        maker.plan.own.check()
+        self._leave()
+        maker.plan.refuse_ranks()
+        self._serve(maker)
+        pending = self._kept()
+        if pending is None and not self._goes_without(maker):
+            return
+        self._look()
+        with apart(maker.model, self._served):
+            if pending is not None:
+                maker.forget_pass()
+                if maker.gradients_are_finite():
+                    maker.fold_pass(pending)
+            maker.precondition()
+        self._pending = self._marks = None
+        self._called = False
+
+    def _kept(self) -> Pending | None:
+        """What the passes of this step have brought, if their gradient is still in ``.grad``."""
+        if self._pending is not None and (self._marks is None or not self._marks.alive()):
+            self._pending = None
+        return self._pending
+
+    def _goes_without(self, maker: PreconditionedGradientMaker) -> bool:
+        """Whether there is a step to be made though no pass was measured. RuntimeError where one had to be."""
+        due = maker.passes_are_due()
+        if not due and self._called:
+            return True
+        if not any_nonzero(self._parameters(maker)):
+            return False
+        if due:
+            raise RuntimeError(checks.missing(self._called, self._watched))
+        return True
+
+    def _look(self) -> None:
+        """Say once that ``.grad`` was changed after the backward pass."""
+        self._looks = max(0, self._looks - 1)
+        if self._marks is not None and not self._told and self._marks.changed():
+            self._told, self._looks = True, 0
+            warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
+
+    # ---------------------------------------------------------------- what is served
+    def _serve(self, maker: PreconditionedGradientMaker) -> None:
+        """Follow the groups of the optimizer."""
+        optimizer = self.optimizer()
+        if optimizer is not None and (served := checks.held_by(optimizer)) != self._served:
+            checks.check_parts(maker, served)
+            self._served = served
+            maker.served = served
+
+    def _parameters(self, maker: PreconditionedGradientMaker) -> list[nn.Parameter]:
+        return [p for p in maker.model.parameters() if p in self._served]
+
+
+def remove_all(attachments: list[Attachment]) -> None:
+    """Take the hooks of all off."""
+    while attachments:
+        attachments.pop().remove()
+
+
+def refuse_again(attachments: Sequence[Attachment]) -> None:
+    """ValueError for a maker that is attached."""
+    if attachments:
+        raise ValueError("attach: this maker is attached already: make one maker for each optimizer, or call remove() first")
+
+
+def refuse_attached(attachments: Sequence[Attachment]) -> None:
+    """RuntimeError for declared calls of a maker that rides on a loop."""
+    if attachments:
+        raise RuntimeError(
+            "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "
+            "calls are run, or make another maker for them"
+        )
+
+
+def _refuse_overlap(maker: PreconditionedGradientMaker, optimizer: Optimizer) -> None:
+    """ValueError where another maker on this optimizer preconditions the same parameters."""
+    own = {p: k for b in maker.plan.blocks for s in b.sites for k, p in s.parameters.items()}
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        other = hook.owner() if isinstance(hook, _Hook) and hook.owner is not None else None
+        rival = None if other is None else other.maker()
+        if rival is None:
+            continue
+        held = {p for b in rival.plan.blocks for s in b.sites for p in s.parameters.values()}
+        if both := [k for p, k in own.items() if p in held]:
+            raise ValueError(
+                f"attach: {type(rival).__name__} is attached to this optimizer and preconditions {', '.join(both)} as "
+                "well: one maker for each parameter; name the others in ignore=, or use fallback="
+            )
+
+
+def _refuse_second(before: Marks) -> None:
+    if before.moved():
+        raise RuntimeError(checks.TWICE)

@@ -1,0 +1,163 @@
+"""What an attachment cannot serve, said when it is made or at the step that would be wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmaker.curvature.likelihood import LIKELIHOODS, Categorical, Likelihood, find_likelihood
+
+if TYPE_CHECKING:
+    from gradmaker.preconditioner import PreconditionedGradientMaker
+
+__all__ = [
+    "CHANGED",
+    "NO_LOGITS",
+    "TWICE",
+    "TWO_LOSSES",
+    "UNDIFFERENTIATED",
+    "check",
+    "check_parts",
+    "held_by",
+    "inner_optimizer",
+    "logits_of",
+    "missing",
+    "read_likelihood",
+    "refuse_scale",
+]
+
+UNDIFFERENTIATED = (
+    "attach: the model was called again before this pass was differentiated, so its curvature is lost: call it once for each "
+    "backward(), or declare all of its calls as one with setup_model_call"
+)
+TWICE = (
+    "attach: one forward pass was differentiated twice, and its curvature was measured with the first loss alone: add the "
+    "losses and call backward() once, or call the model again for the second"
+)
+NO_LOGITS = (
+    "attach: no logits in the model's output, {}: expected a tensor, a part named 'logits', or a tuple or mapping that holds a "
+    "tensor; the setup_... calls can name any part"
+)
+TWO_LOSSES = (
+    "attach: several losses that were called inside of the model, or one of them and the logits in its output, enter the "
+    "loop's loss, so that none shows all of it: use one of them, or declare the calls with setup_model_call and setup_loss_call"
+)
+CHANGED = (
+    "attach: .grad was changed between the end of the backward pass and optimizer.step(), as by clipping: this acts on the raw "
+    "gradient, before the preconditioner, so that methods whose step does not depend on the scale of the gradient undo it; "
+    "limit the step instead, by its learning rate or the options of the method"
+)
+SCALE = 2.0**12
+"""A power of two from here on is taken for the scale of a `torch.amp.GradScaler` that was not told of."""
+_WRAPPED = ("optimizer", "base_optimizer", "base", "_optimizer")
+
+
+def inner_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer whose `step` calls hooks: itself, or the one that a wrapper holds."""
+    found, seen = optimizer, list[str]()
+    while not isinstance(found, Optimizer) or "_optimizer_step_pre_hooks" not in vars(found):
+        name = next((k for k in _WRAPPED if isinstance(getattr(found, k, None), Optimizer)), None)
+        if name is None or len(seen) > len(_WRAPPED):
+            raise TypeError(
+                f"attach: {type(optimizer).__name__} calls no hooks at its step() (it never ran Optimizer.__init__) and holds "
+                f"no optimizer that does, under {', '.join(_WRAPPED)}: attach to the torch.optim optimizer that it wraps"
+            )
+        seen.append(name)
+        found = getattr(found, name)
+    return found
+
+
+def held_by(optimizer: Optimizer) -> frozenset[nn.Parameter]:
+    """The parameters of all groups, as they are now."""
+    return frozenset(p for group in optimizer.param_groups for p in group["params"])
+
+
+def read_likelihood(likelihood: str | Likelihood | None) -> Likelihood | None:
+    """By name, classes are on the last axis, as models of tokens have them; an object says its axis itself."""
+    if likelihood is None:
+        return None
+    return Categorical(axis=-1) if likelihood == "categorical" else find_likelihood(likelihood)
+
+
+def check(maker: PreconditionedGradientMaker, optimizer: Optimizer, likelihood: Any, accumulation: Any) -> None:
+    """ValueError for what can be seen from the start."""
+    if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
+        raise ValueError(f"accumulation={accumulation!r}: expected an integer of at least 1")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("attach: LBFGS models the curvature from plain gradients itself: use SGD, with or without momentum")
+    passes = maker.plan.curvatures(of_passes=True)
+    repeating = [type(c).__name__ for c in passes if c.asks]
+    if repeating:
+        raise ValueError(
+            f"attach: {', '.join(repeating)} has to differentiate or repeat the loss, which is out of sight here: declare it "
+            "with setup_model_call and setup_loss_call"
+        )
+    if passes and likelihood is None:
+        raise ValueError(
+            f"attach: {', '.join(type(c).__name__ for c in passes)} needs to know what the model's output parametrises, and "
+            f"the loss is out of sight here: give likelihood= one of {', '.join(LIKELIHOODS)}"
+        )
+
+
+def check_parts(maker: PreconditionedGradientMaker, served: frozenset[nn.Parameter]) -> None:
+    """ValueError for an optimizer that holds none of the maker's parameters, or a block only in part."""
+    sites = [s for block in maker.plan.blocks for s in block.sites]
+    if not any(served.intersection(s.parameters.values()) for s in sites):
+        raise ValueError(
+            "attach: this optimizer holds no parameter of the maker's model: make it from model.parameters() of the very "
+            "model, after the model was moved, wrapped or sharded, and the maker after that"
+        )
+    for site in sites:
+        outside = [k for k, p in site.parameters.items() if p not in served]
+        if outside and len(outside) < len(site.parameters):
+            inside = [k for k in site.parameters if k not in outside]
+            raise ValueError(
+                f"attach: {', '.join(inside)} and {', '.join(outside)} are preconditioned as one block, and the optimizer "
+                f"holds {', '.join(inside)} alone: give it all of them, freeze the others before the maker is made, or name "
+                "them in ignore="
+            )
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The model's logits: its output, its part of that name, or its first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        found = output.get("logits", next((v for v in output.values() if isinstance(v, Tensor) and v.ndim > 0), None))
+    elif isinstance(output, (tuple, list)):
+        found = next((v for v in output if isinstance(v, Tensor) and v.ndim > 0), None)
+    else:
+        found = getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def missing(called: bool, watched: Iterable[str]) -> str:
+    """Why a measurement that is due has not come.  watched: what gradients were waited for, of the last pass"""
+    if not called:
+        return (
+            "attach: a measurement of the curvature is due, and no forward pass of the model was seen in this step: hooks do "
+            "not fire in a model that was compiled before attach() (compile it after that), nor where parts of the model are "
+            "called instead of the model itself (declare such a function with setup_model_call)"
+        )
+    return (
+        "attach: a measurement of the curvature is due, and the loss brought no gradient to "
+        f"{' and '.join(watched) or 'any output of the model'} that is still in .grad: return the very tensor that the loss is "
+        "computed from, as the output or its part 'logits' (not a copy, a cast or a detached one), call backward() after the "
+        "last zero_grad(), do not replace .grad by other tensors, or declare the calls with setup_model_call and "
+        "setup_loss_call"
+    )
+
+
+def refuse_scale(gradient: Tensor, weight: float) -> None:
+    """RuntimeError where a loss enters the backward pass with what looks like the factor of a scaler."""
+    largest = float(gradient.abs().max()) / weight if gradient.numel() else 0.0
+    if SCALE <= largest < math.inf and math.frexp(largest)[0] == 0.5:
+        raise RuntimeError(
+            f"attach: the loss enters the backward pass with the factor {largest:g}, as from a GradScaler: give attach "
+            "scaler=, or one with enabled=False if the factor is meant"
+        )

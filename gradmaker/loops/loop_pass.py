@@ -1,0 +1,183 @@
+"""One forward pass of a loop, from the call of the model to the end of its backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gradmaker.borrowing import borrowing, foreign
+from gradmaker.capture import Tape
+from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
+from gradmaker.curvature.recorder import LossCall, LossRecorder
+from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
+from gradmaker.loops.marks import Marks
+from gradmaker.pending import Pending
+
+__all__ = ["LoopPass", "at_the_end"]
+
+Arrived = Callable[["LoopPass", str, Tensor], None]
+
+
+class LoopPass:
+    """What is recorded of a pass, and where its gradient is waited for.
+
+    A loss that is called inside of the model is seen: its gradient comes before that of its logits, and shows the factor with
+    which it enters the loop's loss. The hooks on the modules are gone when the model has returned, unless a
+    reentrant checkpoint will call them again.
+    """
+
+    def __init__(self, tape: Tape | None, finish: Callable[..., Any]) -> None:
+        """tape: None for a pass of which only the end of its backward pass is wanted.  finish: the model's forward hook"""
+        self.tape, self._finish = tape, finish
+        self.depth = 0  # calls of the model inside of its own
+        self.inside = True
+        self.recorder = LossRecorder() if tape is not None else None
+        self.losses: dict[str, LossCall] = {}  # that were called inside of the model, by place
+        self.logits: Tensor | None = None
+        self.at: str | None = None  # what it was measured at, in the backward pass that is under way
+        self.before: Marks | None = None  # gradients at that moment
+        self.pending: Pending | None = None  # what was found
+        self.terms: list[Terms] = []
+        self.expected: Tensor | None = None  # gradient of the logits by the loss inside alone
+        self.scale = 1.0
+        self.watched: list[str] = []
+        self.trace = Trace(tape is not None)
+        self._calls, self._record, self._handles = ExitStack(), ExitStack(), ExitStack()
+
+    def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """From the model's pre-hook."""
+        if self.tape is not None and self.recorder is not None:
+            self.tape.note_examples(model, args, kwargs)
+            self._record.enter_context(self.tape.recording(sized=True))
+            self._calls.enter_context(self.recorder)
+        # the last of all hooks, since the model may be a layer itself; called after exceptions, too
+        self._calls.callback(model.register_forward_hook(self._finish, always_call=True).remove)
+
+    def leave(self, output: Any) -> None:
+        """The model has returned.  output: None after an exception"""
+        self.inside = False
+        self._calls.close()
+        if self.tape is not None:
+            self.tape.end_forward([] if output is None else [v for v in tree_leaves(output) if isinstance(v, Tensor)])
+
+    def watch(self, output: Any, owner: Any, arrived: str) -> bool:
+        """Wait for gradients; False where there is nothing to wait for.  owner, arrived: the method of an object to call"""
+        if self.tape is None or self.recorder is None:
+            values = [v for v in (*tree_leaves(output), logits_of(output)) if isinstance(v, Tensor) and v.requires_grad]
+            self._wait({f"{j}": v for j, v in enumerate(values)}, owner, arrived)
+            return True
+        calls = [call for call in self.recorder.calls if call.output.requires_grad and _in_graph(call)]
+        names = [call.function.__name__ for call in calls]
+        self.losses = {f"{name} {j} inside of the model": c for j, (name, c) in enumerate(zip(names, calls, strict=True), 1)}
+        self.recorder, self.logits = None, logits_of(output)
+        places = {k: call.output for k, call in self.losses.items()}
+        if self.logits is not None:
+            places["the logits in its output"] = self.logits
+        self._wait({k: v for k, v in places.items() if v.requires_grad}, owner, arrived)
+        self.tape.collecting = True
+        return bool(places)
+
+    def _wait(self, places: dict[str, Tensor], owner: Any, arrived: str) -> None:
+        self.watched = list(places)
+        for name, value in places.items():
+            self._handles.callback(value.register_hook(_Arrival(owner, arrived, self, name)).remove)
+
+    def terms_inside(self, gradient: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the terms of the loss inside, with their exact weights; returns its output and its slope.
+
+        gradient: of its output, as it arrived; factor: the same without the scales of the loop
+        """
+        assert self.at is not None
+        loss = self.losses[self.at]
+        value, w = loss.output, loss.weigh(factor)
+        self.terms = [LIKELIHOODS[w.likelihood]().read(w)]
+        if self.logits is not None and self.logits.requires_grad:
+            found = torch.autograd.grad(value, self.logits, gradient, retain_graph=True, allow_unused=True)
+            self.expected = found[0]
+        return value, torch.autograd.grad(value, w.z, factor, retain_graph=True)[0]
+
+    def compare(self, place: str, gradient: Tensor) -> None:
+        """RuntimeError where the loop's loss reaches the logits by other ways than the loss inside of the model."""
+        same = False
+        if place not in self.losses and self.expected is not None:
+            tolerance = 1e-5 if gradient.dtype in (torch.float32, torch.float64) else 1e-2
+            same = bool((gradient - self.expected).norm() <= tolerance * self.expected.norm())
+        if not same:
+            raise RuntimeError(TWO_LOSSES)
+
+    def again(self) -> None:
+        """Its backward pass was of no step: wait for another."""
+        self.at = self.before = self.pending = self.expected = None
+        if self.tape is not None:
+            self.tape.harvest()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Gradients of outputs that have arrived are kept; calls that checkpoints repeat inside are forgotten."""
+        assert self.tape is not None
+        calls = {module: [(call, call.gradients) for call in found] for module, found in self.tape.calls.items()}
+        with torch.no_grad(), borrowing():
+            yield
+        for module, found in calls.items():
+            self.tape.calls[module][:] = [call for call, _ in found]
+            for call, gradients in found:
+                call.gradients = gradients
+
+    def end(self) -> None:
+        """All is measured: let go of the graph."""
+        self.trace.done = True
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off the modules and let go of the graph. Those on outputs stay, to tell of a late gradient."""
+        self._calls.close()
+        self._record.close()
+        self.tape = self.logits = self.recorder = self.expected = None
+        self.losses = {}
+
+    def unwatch(self) -> None:
+        """Take the hooks off the outputs."""
+        self._handles.close()
+
+
+class Trace:
+    """What the hooks in a graph remember of a pass that is gone."""
+
+    def __init__(self, recorded: bool) -> None:
+        self.recorded, self.done = recorded, False
+
+
+class _Arrival:
+    """Passes the gradient of an output on. Weak on both sides: the graph holds this hook, and the pass holds the graph."""
+
+    def __init__(self, owner: Any, verb: str, current: LoopPass, place: str) -> None:
+        self.owner, self.verb, self.current = weakref.ref(owner), verb, weakref.ref(current)
+        self.place, self.trace = place, current.trace
+
+    def __call__(self, gradient: Tensor) -> None:
+        owner, current = self.owner(), self.current()
+        if owner is None or foreign(gradient):
+            return
+        if self.trace.done:
+            owner.arrive_again()
+        elif current is not None:
+            getattr(owner, self.verb)(current, self.place, gradient.detach())
+        elif self.trace.recorded:
+            raise RuntimeError(UNDIFFERENTIATED)
+
+
+def at_the_end(function: Callable[[], None]) -> None:
+    """Call a function at the very end of the backward pass that is under way: after reducers, which queue themselves."""
+    queue: Any = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))
+
+
+def _in_graph(call: LossCall) -> bool:
+    sides = (call.arguments["input"], call.arguments["target"])
+    return any(isinstance(v, Tensor) and v.requires_grad for v in sides)

@@ -1,0 +1,319 @@
+"""A maker's passes: what is recorded of them, what is proven of it, and what curvatures are measured on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.batches import Batches, terms_of
+from gradmaker.blocks import carry
+from gradmaker.borrowing import borrowing
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import Curvature
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.likelihood import Terms
+from gradmaker.curvature.recorder import LossRecorder
+from gradmaker.deferred import resolve
+from gradmaker.graph import Graph
+from gradmaker.head import Head
+from gradmaker.ledger import WHOLE_STEP, Ledger
+from gradmaker.maker import GradientMaker
+from gradmaker.pending import Pending
+from gradmaker.plan import Plan, PlanClocks, make_plan
+from gradmaker.pool import Pool
+from gradmaker.previous import bookmark, complete
+from gradmaker.self_checks import SelfChecks
+from gradmaker.sites import Site
+from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
+
+__all__ = ["MeasuringMaker", "plain_arithmetic"]
+
+
+class MeasuringMaker(GradientMaker):
+    """A maker that measures curvatures on its passes."""
+
+    Config: ClassVar[type[GradientConfig]]
+    config: GradientConfig
+
+    def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
+        super().__init__(model, config)
+        from gradmaker.methods import METHODS  # the registry names this class' subclasses
+
+        self._methods = METHODS
+        self.plan = make_plan(model, self.config, METHODS)
+        self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
+        self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
+        self.served: frozenset[nn.Parameter] | None = None  # those that the attached optimizer holds; None: all
+        self._clocks = PlanClocks(self.plan)
+        self._asked = -1  # the step for which the clocks have been asked
+        self._due: frozenset[str] = frozenset()  # methods of the plan that measure their curvature in this step
+        self._finite = True
+        self._noted = False  # whether anything of this step was checked for being finite
+        self._part = -1  # the micro-batch of this step that is under way
+        self._previous: Previous | None = None
+        self._ledger = Ledger()  # of the step that is under way
+        self._pool = Pool()  # evidence that the micro-batches of this step make together
+        self._ever: set[str] = set()  # sites that have given evidence at all
+
+    def purposes(self) -> frozenset[str]:
+        return self.plan.purposes()
+
+    # ---------------------------------------------------------------- passes
+    def begin_pass(self, counted: bool = True) -> bool:
+        """Whether the coming pass is to be recorded.  counted: whether it is known to be part of the step"""
+        self._begin_again()
+        if self._asked != self.step:
+            self._due, self._asked = self._clocks.measure(self.step), self.step
+        self._part += counted
+        return any(self.plan.sites(c, self._due, self.served) for c in self._curvatures())
+
+    def _curvatures(self) -> list[Curvature]:
+        """Those that are measured on the passes of this step."""
+        return self.plan.curvatures(of_passes=True, due=self._due)
+
+    def new_tape(self, everything: bool = False) -> Tape:
+        """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
+        due = None if everything else self._due
+        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if c.recorded]
+        own = (m for c in recorded for s in self.plan.sites(c, due, self.served) for m in s.modules)
+        modules = dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model))))
+        tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
+        tape.assume(self._declared[""].counted if self._declared else None)
+        return tape
+
+    def _run(self, weight: float) -> tuple[Any, Tensor]:
+        self.plan.refuse_ranks()
+        self.plan.own.check()
+        complete(self)
+        if not self.begin_pass():
+            output, loss = super()._run(weight)
+            self._note_finite([loss], [])
+            return output, loss
+        tape, known = self.new_tape(), dict[int, Any]()
+        batches = Batches.of(self.model, self._declared, self.config) if self._repeats() else None
+        with tape.recording():
+            with LossRecorder() as recorder:
+                output, loss = self._forward(known)
+            tape.end_forward([loss])
+            logits = None if self._logits is None else resolve(self._logits, known)
+            terms = terms_of(recorder, loss, logits, self.config.likelihood)
+            head = Head.of(loss, output, terms, recorder)
+            checked = self.is_to_be_checked(tape, head)
+            if batches is not None:
+                batches.own.note(terms)
+            make = partial(Graph, self.model, loss, terms, logits)
+            kept = checked or not self.checks.arrangement.plain
+            graph, ridden = self._backward(tape, make, loss, weight, batches, kept)
+            if checked and self._all_finite(loss):
+                self.check(tape, head, scaled(ridden, 1 / weight) if weight else None)
+            extra = Extra(graph, batches, self._previous)
+            pending = self.measure_pass(tape, terms, weight, [loss], head=head, extra=extra)
+            self.fold_pass(self.measure_pass(tape, terms, weight, [], ridden=ridden, head=head, extra=extra, pending=pending))
+        if batches is not None and self.plan.asks("previous", self._due) and self._finite:
+            self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
+        return output, loss
+
+    def _repeats(self) -> bool:
+        return any(self.plan.asks(what, self._due) for what in ("replay", "previous")) or len(self._declared) > 1
+
+    def _backward(
+        self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None, kept: bool
+    ) -> tuple[Graph | None, OutputGradients]:
+        """The backward pass, with its output gradients; and the graph for products, of this pass or of a batch of their own."""
+        products = self.plan.asks("graph", self._due)
+        shared = products and (batches is None or batches.shared)
+        made: list[Graph] = []
+
+        def differentiate() -> None:
+            if shared:
+                made.append(make())
+                made[0].write_gradients(weight)
+                return
+            pulled = kept or any(not c.rides for c in self._curvatures())
+            (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
+
+        ridden = tape.collect(differentiate)
+        if shared:
+            return made[0], scaled(ridden, weight)
+        if not products or batches is None:
+            return None, ridden
+        with tape.paused(), borrowing():
+            return batches.curvature.graph(), ridden
+
+    # ---------------------------------------------------------------- self-checks
+    def recorded_sites(self) -> list[Site]:
+        """The sites that are measured by their calls."""
+        recorded = [c for c in self._curvatures() if c.recorded]
+        return [s for c in recorded for s in self.plan.sites(c, self._due, self.served) if not s.frozen]
+
+    def is_to_be_checked(self, tape: Tape, head: Head) -> bool:
+        """Whether a pass is the first of its kind."""
+        structure = self.checks.arrange(tape, head)
+        return bool(self.recorded_sites()) and self.checks.due(structure, head)
+
+    def check(self, tape: Tape, head: Head, ridden: OutputGradients | None) -> None:
+        """Make the self-checks on a pass, and measure by their verdict from here on.
+
+        ridden: output gradients of the whole loss, where they are known
+        """
+        curvatures = [c for c in self._curvatures() if c.recorded]
+        explained = any(not c.rides for c in curvatures) and not head.declared
+        costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
+        with plain_arithmetic(self.model), borrowing():
+            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly)
+        if unseen - self._unseen:
+            self.plan_again(self._unseen | unseen)
+
+    def plan_again(self, unseen: frozenset[str]) -> None:
+        """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
+        plan = make_plan(self.model, self.config, self._methods, unseen)
+        carry(self.plan.blocks, plan.blocks)
+        self.adopt(plan, unseen)
+
+    def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
+        """Go on with another plan."""
+        self.plan, self._unseen = plan, unseen
+        self._clocks.plan = plan
+        self.checks.arrangement.direct |= unseen
+        self._planned()
+
+    def _planned(self) -> None:
+        """For subclasses: the blocks are new ones."""
+
+    def _whole(self, curvature: Curvature) -> bool:
+        return any(b.full for b in self.plan.blocks if b.triple.curvature == curvature)
+
+    # ---------------------------------------------------------------- evidence
+    def measure_pass(
+        self,
+        tape: Tape,
+        terms: list[Terms],
+        weight: float,
+        check: list[Tensor],
+        ridden: OutputGradients | None = None,
+        head: Head | None = None,
+        extra: Extra = NOTHING,
+        scale: float = 1.0,
+        pending: Pending | None = None,
+    ) -> Pending:
+        """Measure the curvatures of a recorded pass; `fold_pass` makes what is found the statistics.
+
+        ridden: output gradients of the backward pass, for those that need just these; the others are measured without.
+        scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
+        pending: what was measured of this step before, to be added to
+        """
+        pending = Pending(set(self._ledger.further)) if pending is None else pending
+        masked, empty = self._note_finite(check, terms)
+        empty |= tape.sized and not tape.batch
+        if not self._finite:
+            return pending
+        if ridden is not None:
+            ridden = scaled(ridden, 1 / (weight * scale))
+        for curvature in self._curvatures():
+            held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
+            if curvature.rides == (ridden is not None) and not (empty and held):
+                step = self._step(curvature, tape, terms, masked, self._due)
+                if not step.sites:
+                    continue
+                step.ridden, step.head = ridden, head
+                step.part = self._part if pending.part is None else pending.part
+                step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
+                step.notes = extra.notes
+                if curvature.layerwise:
+                    step.check_calls()
+                self._ledger.note(step.part, weight, step.examples)
+                with plain_arithmetic(self.model), borrowing():
+                    self._hold(pending, curvature, curvature.measure(step), weight, step.part)
+        return pending
+
+    def _hold(
+        self, pending: Pending, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]], weight: float, part: int
+    ) -> None:
+        if curvature.pooled:
+            pending.pooled.append((curvature, list(portions), weight))
+            return
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
+        pending.take(portions, blocks, weight, part, self._ledger)
+
+    def fold_pass(self, pending: Pending) -> None:
+        """Make measured statistics those of the maker."""
+        if pending.part is not None:
+            self._part = pending.passes - 1
+        pending.fold(self._ledger, self._pool)
+        self._ever |= self._ledger.further
+
+    def _fold(self, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]]) -> None:
+        """What is measured once a step, from its gradient, enters the statistics."""
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
+        ledger = self._ledger
+        with plain_arithmetic(self.model), borrowing():
+            for index, portion in enumerate(portions):
+                with torch.no_grad():
+                    for block in blocks:
+                        block.update(portion, block.fold(1.0), ledger.further, ledger.folded(WHOLE_STEP, index))
+        self._ever |= ledger.further
+
+    def _step(
+        self,
+        curvature: Curvature,
+        tape: Tape | None = None,
+        terms: Iterable[Terms] = (),
+        masked: bool = False,
+        due: frozenset[str] | None = None,
+    ) -> Step:
+        """What a curvature may know; without a tape when the passes are over.  due: methods whose sites it speaks of"""
+        c = self.config
+        sites = [s for s in self.plan.sites(curvature, due, self.served) if not s.frozen]
+        step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape or Tape(self.model, ()), list(terms))
+        step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
+        step.whole = self._whole(curvature)
+        return step
+
+    # ---------------------------------------------------------------- what is finite
+    def _all_finite(self, loss: Tensor) -> bool:
+        self._note_finite([loss], [])
+        return self._finite
+
+    @torch.no_grad()
+    def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> tuple[bool, bool]:
+        """Record whether these tensors and the gradients are finite; returns whether the loss left out terms, and all of them.
+
+        One host read, and only on steps on which a statistic would take them in.
+        """
+        if not (self._due or any(b.momentum or b.norm_state for b in self.plan.blocks)):
+            return False, False
+        self._noted = True
+        served = self.served
+        own = (p for p in self.model.parameters() if served is None or p in served)
+        tensors = check + [p.grad for p in own if p.grad is not None]
+        finite = torch.stack([_sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
+        kept = [t.valid() for t in terms]
+        flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
+        values = torch.stack(flags).tolist()
+        self._finite = self._finite and values[0]
+        return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
+
+    def gradients_are_finite(self) -> bool:
+        """Whether those of the step are, at its end."""
+        self._note_finite([], [])
+        return self._finite
+
+    def forget_pass(self) -> None:
+        """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
+        self._finite, self._noted = True, False
+
+
+def _sums_to_finite(value: Tensor) -> Tensor:
+    """Whether all elements are finite, without a mask of them.  # () bool"""
+    return value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
+
+
+def plain_arithmetic(model: nn.Module) -> Any:
+    """The maker's own mathematics runs outside of the user's autocast."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, enabled=False)

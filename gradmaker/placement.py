@@ -1,0 +1,68 @@
+"""Placements: which parts a method has chosen for a site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from gradmaker.norms import Norm
+from gradmaker.precision import Precision
+from gradmaker.real_pairs import real_dtype
+from gradmaker.representations.base import Frame
+from gradmaker.sites import Site
+from gradmaker.triple import Triple
+
+__all__ = ["Placement"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A site with the parts that were chosen for it."""
+
+    site: Site
+    triple: Triple
+    norm: Norm | None
+    momentum: float
+    max_dim: int
+    dtype: torch.dtype | None
+    nesterov: bool = False
+    decay: float | None = None
+    averaging: str = "corrected"
+    precision: Precision = Precision()
+    method: str = "method"  # in the plan: blocks of different methods have clocks of their own
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block."""
+        grain = self.triple.representation.grain
+        if grain == "unit":
+            return self.site.shape[-1:]
+        if grain == "full":
+            return (prod(self.site.shape),)
+        return self.site.shape if self.joins_groups else self.site.shape[1:]
+
+    @property
+    def count(self) -> int:
+        """How many blocks the site gives."""
+        grain = self.triple.representation.grain
+        if grain == "unit":
+            return prod(self.site.shape[:-1])
+        return 1 if grain == "full" or self.joins_groups else self.site.shape[0]
+
+    @property
+    def joins_groups(self) -> bool:
+        """Whether the groups of a layer are one block of shape (G, o, i); parts that a tensor was cut into never are."""
+        representation, grouped = self.triple.representation, self.site.view is None and self.site.shape[0] > 1
+        return grouped and representation.whole_layers and representation.grain == "layer"
+
+    def frame(self) -> Frame:
+        """What its representation is allocated for."""
+        like = next(iter(self.site.parameters.values()))
+        dtype = self.dtype or real_dtype(like)
+        diagonal = self.triple.representation.wide(self.shape, self.max_dim)
+        own = self.site.one_hot_axis
+        if own is not None and self.triple.representation.factored_axes:
+            diagonal |= {own}
+        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.max_dim)

@@ -1,0 +1,72 @@
+"""Evidence that the micro-batches of a step make together, before any statistic takes it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.evidence import Evidence, Pair
+
+if TYPE_CHECKING:
+    from gradmaker.plan import Plan
+
+__all__ = ["Pool"]
+
+
+class Pool:
+    """``(v, sum_j weight_j H_j v)`` of the step that is under way, for curvatures that are `Curvature.pooled`.
+
+    No tensor is written to once it is held, so that a copy is one of references.
+    """
+
+    def __init__(self, held: Mapping[Curvature, list[dict[str, Pair]]] | None = None) -> None:
+        self.held = dict(held or {})
+        """By curvature, portion and site."""
+
+    def copy(self) -> Pool:
+        """The same pairs, of which one may be extended."""
+        return Pool(self.held)
+
+    def add(self, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]], weight: float) -> None:
+        """One more micro-batch, after all of it has been measured.  weight: of its loss in that of the step"""
+        fresh = [{name: _pair(e) for name, e in portion.items()} for portion in portions]
+        before = self.held.get(curvature, [{} for _ in fresh])
+        self.held[curvature] = [_sum(old, new, weight) for old, new in zip(before, fresh, strict=True)]
+
+    # ---------------------------------------------------------------- state
+    def dump(self) -> dict[str, list[dict[str, Tensor]]]:
+        """By site: tensors alone."""
+        found: dict[str, list[dict[str, Tensor]]] = {}
+        for portions in self.held.values():
+            for portion in portions:
+                for name, pair in portion.items():
+                    found.setdefault(name, []).append({"v": pair.v.clone(), "cv": pair.cv.clone()})
+        return found
+
+    @classmethod
+    def load(cls, plan: Plan, saved: Mapping[str, list[dict[str, Any]]]) -> Pool:
+        """Go on from `dump`."""
+        held: dict[Curvature, list[dict[str, Pair]]] = {}
+        for block in plan.blocks:
+            for site in block.sites:
+                pairs = saved.get(site.name, [])
+                portions = held.setdefault(block.triple.curvature, [{} for _ in pairs]) if pairs else []
+                for portion, pair in zip(portions, pairs, strict=True):
+                    v, cv = (pair[key].to(block.frame.device, copy=True) for key in ("v", "cv"))
+                    portion[site.name] = Pair(v, cv)
+        return cls(held)
+
+
+def _pair(evidence: Evidence) -> Pair:
+    assert isinstance(evidence, Pair)
+    return evidence
+
+
+def _sum(old: dict[str, Pair], new: dict[str, Pair], weight: float) -> dict[str, Pair]:
+    """Images add, of vectors that are the same; a site that one of the micro-batches did not reach has none there."""
+    scaled = {name: Pair(pair.v, pair.cv * weight) for name, pair in new.items()}
+    both = {name: Pair(pair.v, old[name].cv + pair.cv) for name, pair in scaled.items() if name in old}
+    return {**old, **scaled, **both}

@@ -1,0 +1,33 @@
+"""Complex tensors as their real pairs ``(Re, Im)``, in a last axis of two: curvature and its solvers are of real numbers.
+
+Torch's gradient of a real loss, ``dL/dRe + i dL/dIm``, is the gradient of the pairs, and its products are those of the pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_real", "real_dtype", "real_shape", "write_real"]
+
+
+def as_real(value: Tensor) -> Tensor:
+    """The pairs of a complex tensor; a real one as it is."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def real_shape(value: Tensor) -> tuple[int, ...]:
+    """Of the pairs."""
+    return (*value.shape, 2) if value.is_complex() else tuple(value.shape)
+
+
+def real_dtype(value: Tensor) -> torch.dtype:
+    """In which curvature is held: that of the pairs, at least float32."""
+    return torch.promote_types(value.dtype.to_real(), torch.float32)
+
+
+def write_real(target: Tensor, value: Tensor) -> None:
+    """Put numbers, or pairs of numbers, into a tensor's own storage.  value: the pairs in any shape of as many elements"""
+    if target.is_complex():
+        value = torch.view_as_complex(value.reshape(*target.shape, 2).to(target.dtype.to_real()).contiguous())
+    target.copy_(value.reshape(target.shape))

@@ -1,0 +1,211 @@
+"""The empirical Fisher of one loss is one matrix, whatever its spelling: ``C = M sum_n g_n g_n^T``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmaker.curvature import FisherEmp
+from gradmaker.representations import Dense, Diagonal, Kron
+from tests import models, oracles
+from tests.measure import custom
+from tests.models import CLASSES, Case
+
+N, R = 6, 4
+WEIGHTS = torch.tensor([0.5, 2.0, 1.3]).double()
+LABELS = torch.arange(N * R).reshape(N, R) % CLASSES
+IGNORED = LABELS.masked_fill(torch.arange(N * R).reshape(N, R) % 5 == 1, -100)
+FLIPPED = F.one_hot(LABELS.flip(0), CLASSES).double()
+VALUES = torch.arange(N * R * CLASSES).double().cos().reshape(N, R, CLASSES)
+ce, mse, bce = F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits
+
+Loss = Callable[[Tensor], Tensor]  # of logits (n, r, C)
+
+
+def flat(z: Tensor) -> Tensor:
+    return z.flatten(0, 1)
+
+
+def squares(z: Tensor, **options: Any) -> Tensor:
+    return mse(z, VALUES, **options)
+
+
+def entropy(z: Tensor, t: Tensor = LABELS, **options: Any) -> Tensor:
+    return ce(flat(z), t.flatten(), **options)
+
+
+def fit(z: Tensor, **options: Any) -> Tensor:
+    return bce(z, VALUES.square(), **options)
+
+
+TERMS, ELEMENTS = N * R, N * R * CLASSES
+SPELLINGS: dict[str, list[Loss]] = {
+    "sum": [
+        lambda z: entropy(z, reduction="sum"),
+        lambda z: entropy(z, reduction="none").sum(),
+        lambda z: TERMS * entropy(z),
+        lambda z: ce(z.mT, LABELS, reduction="sum"),
+        lambda z: F.nll_loss(flat(z).log_softmax(-1), LABELS.flatten(), reduction="sum"),
+        lambda z: entropy(z[:, :2], LABELS[:, :2], reduction="sum") + entropy(z[:, 2:], LABELS[:, 2:], reduction="sum"),
+    ],
+    "mean": [
+        entropy,
+        lambda z: entropy(z, reduction="none").mean(),
+        lambda z: entropy(z, reduction="sum") / TERMS,
+        lambda z: 0.5 * entropy(z) + entropy(z) / 2,
+        lambda z: nn.CrossEntropyLoss()(flat(z), LABELS.flatten()),
+    ],
+    "mixed_labels": [
+        lambda z: 0.3 * entropy(z) + 0.7 * entropy(z, LABELS.flip(0)),
+        lambda z: ce(flat(z), 0.3 * F.one_hot(LABELS, CLASSES).double().flatten(0, 1) + 0.7 * flat(FLIPPED)),
+        lambda z: 0.7 * entropy(z, LABELS.flip(0), reduction="sum") / TERMS + 0.3 * entropy(z, reduction="none").mean(),
+    ],
+    "ignored": [
+        lambda z: entropy(z, IGNORED),
+        lambda z: entropy(z, IGNORED, reduction="none").sum() / (IGNORED >= 0).sum(),
+        lambda z: entropy(z, IGNORED, reduction="sum") / (IGNORED >= 0).sum(),
+        lambda z: (entropy(z, reduction="none") * (IGNORED >= 0).flatten()).sum() / (IGNORED >= 0).sum(),
+    ],
+    "class_weights": [
+        lambda z: entropy(z, weight=WEIGHTS),
+        lambda z: entropy(z, weight=WEIGHTS, reduction="none").sum() / WEIGHTS[LABELS].sum(),
+        lambda z: entropy(z, reduction="none") @ WEIGHTS[LABELS.flatten()] / WEIGHTS[LABELS].sum(),
+    ],
+    "squares": [
+        squares,
+        lambda z: squares(z, reduction="none").mean(),
+        lambda z: squares(z, reduction="none").sum(-1).mean() / CLASSES,
+        lambda z: squares(z, reduction="sum") / ELEMENTS,
+        lambda z: mse(flat(z), VALUES.flatten(0, 1)),
+        lambda z: mse(z.flatten(), VALUES.flatten()),
+        lambda z: mse(VALUES, z),
+    ],
+    "weighted_squares": [
+        lambda z: squares(z, weight=WEIGHTS.expand_as(z)),
+        lambda z: (squares(z, reduction="none") * WEIGHTS).sum() / (WEIGHTS.sum() * TERMS),
+        lambda z: mse(z.flatten(), VALUES.flatten(), weight=WEIGHTS.repeat(TERMS)),
+    ],
+    "binary": [
+        fit,
+        lambda z: fit(z, reduction="none").mean(),
+        lambda z: fit(z, reduction="sum") / ELEMENTS,
+        lambda z: bce(z.flatten(), VALUES.flatten().square()),
+    ],
+    "two": [
+        lambda z: entropy(z, IGNORED) + squares(z, reduction="sum"),
+        lambda z: squares(z, reduction="sum") + entropy(z, IGNORED),
+        lambda z: squares(z, reduction="none").sum() + entropy(z, IGNORED, reduction="sum") / (IGNORED >= 0).sum(),
+    ],
+}
+
+
+def effective(omega: Tensor) -> float:
+    return float(omega.sum() / omega.square().sum())
+
+
+NUMBERS: dict[str, float] = {
+    "mixed_labels": TERMS,
+    "sum": 1.0,
+    "mean": TERMS,
+    "ignored": float((IGNORED >= 0).sum()),
+    "class_weights": effective(WEIGHTS[LABELS] / WEIGHTS[LABELS].sum()),
+    "squares": ELEMENTS,
+    "weighted_squares": effective(WEIGHTS / (WEIGHTS.sum() * TERMS)),
+    "binary": ELEMENTS,
+    "two": (1 + ELEMENTS) / (1 / float((IGNORED >= 0).sum()) + ELEMENTS),
+}
+"""``M = sum omega / sum omega^2``, by hand."""
+
+
+def case_of(loss: Loss) -> Case:
+    make = lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, CLASSES))  # noqa: E731
+    return models.build(make, N, R, 3)._replace(loss=lambda z, _: loss(z))
+
+
+def held(loss: Loss, curvature: FisherEmp, representation: Any) -> list[Tensor]:
+    case = case_of(loss)
+    maker = custom(case.model, curvature, representation)
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    maker.forward_and_backward()
+    return [block.triple.representation.to_dense(block.state) for block in maker.plan.blocks]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(oracles.relative_error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+BY_TOKEN = {"sum": 5, "mean": 3, "ignored": 4, "class_weights": 3, "squares": 5, "weighted_squares": 2, "binary": 3}
+"""Of these the first are of one call, with a term for each position."""
+
+
+@pytest.mark.parametrize("name, examples", [*((k, "sequence") for k in SPELLINGS), *((k, "token") for k in BY_TOKEN)])
+def test_one_loss_has_one_matrix(name: str, examples: Any) -> None:
+    """Reductions, factors, layouts, likelihoods and the order of terms are spellings; factors see one set of positions."""
+    first, *others = SPELLINGS[name][: BY_TOKEN[name] if examples == "token" else None]
+    for representation in (Dense(granularity="full"), Kron(), Diagonal(granularity="layer")):
+        curvature = FisherEmp(examples=examples)
+        expected = held(first, curvature, representation)
+        for k, loss in enumerate(others):
+            values = [float(case_of(f).run().detach()) for f in (first, loss)]
+            assert values[0] == pytest.approx(values[1], rel=1e-12), k
+            assert same(held(loss, curvature, representation), expected), (type(representation).__name__, k)
+        scaled = held(lambda z: 3 * first(z), curvature, representation)
+        assert same(scaled, [3 * C for C in expected])  # linear in the loss, as the Gauss-Newton matrix is
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_it_is_that_of_gradients_by_hand(name: str) -> None:
+    """The share of an example is what the loss is a sum of: its gradient by masking all other outputs from the graph."""
+    loss = SPELLINGS[name][0]
+    case = case_of(loss)
+    C = torch.zeros(1, dtype=torch.float64)
+    parameters = list(case.model.parameters())
+    for n in range(N):
+        z = case.model(case.x)
+        own = torch.arange(N).reshape(-1, 1, 1) == n
+        g = torch.autograd.grad(loss(torch.where(own, z, z.detach())), parameters)
+        row = torch.cat([x.reshape(-1) for x in g])
+        C = C + NUMBERS[name] * torch.outer(row, row)
+    maker = custom(case.model, FisherEmp(), Dense(granularity="full"))
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    maker.forward_and_backward()
+    (block,) = maker.plan.blocks
+    found = block.triple.representation.to_dense(block.state)[0]
+    order = torch.cat([_order(case.model, site) for site in block.sites])
+    assert oracles.relative_error(found, C[order][:, order]) < 1e-12
+
+
+def _order(model: nn.Module, site: Any) -> Tensor:
+    slices = oracles.parameter_slices(model)
+    index = [torch.arange(slices[k].start, slices[k].stop).view_as(p) for k, p in site.parameters.items()]
+    pieces = [x.reshape(len(x), -1) for x in index]
+    return torch.cat(pieces, 1).reshape(-1)
+
+
+@pytest.mark.parametrize("name", ["squares", "binary"])
+def test_its_expectation_under_the_model_is_the_fisher_matrix(name: str) -> None:
+    """Of means over elements too: the scale of the empirical matrix is that of the exact one. By enumeration of the model."""
+    z = torch.randn(N, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    from gradmaker.curvature.likelihood import LossRecorder, read_terms
+
+    def terms(y: Tensor) -> tuple[Any, Tensor]:
+        with LossRecorder() as recorder:
+            loss = mse(z, y) if name == "squares" else bce(z, y)
+        (t,) = read_terms(recorder, loss)
+        return t, torch.autograd.grad(loss, z)[0]
+
+    total = torch.zeros(N, CLASSES, dtype=torch.float64)
+    for target in (0.0, 1.0):  # both signs of the noise, or both labels, of every element by itself
+        shift = (2 * target - 1) * 0.5**0.5
+        y = z.detach() + shift if name == "squares" else torch.full_like(z, target)
+        p = 0.5 if name == "squares" else (1 - target - z.detach().sigmoid()).abs()
+        t, g = terms(y)
+        total += p * t.empirical(g, N)[0].square()
+    t, _ = terms(torch.zeros_like(z))
+    exact = torch.cat(list(t.exact(N))).square().sum(0)
+    assert oracles.relative_error(total, exact) < 1e-12

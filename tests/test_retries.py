@@ -1,0 +1,379 @@
+"""An exception in the middle of a step, and the step again: it counts once, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradmaker import from_config
+from gradmaker.blocks import Block
+from gradmaker.sites import Site
+from tests import models
+from tests.models import Case
+from tests.registry import suited
+from tests.test_methods import PRECONDITIONED
+from tests.test_state import equal_states
+
+SPARSE = {"curvature_interval": 2, "preconditioner_interval": 2, "warmup_steps": 0}
+
+
+class Planted(Exception):
+    """Nothing else raises it."""
+
+
+class Bomb:
+    """Goes off at one of its calls, once."""
+
+    def __init__(self, at: int, after: bool = False) -> None:
+        """after: whether the call has done its work by then"""
+        self.left, self.after = at, after
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left or self.after:
+                result = function(*args, **kwargs)
+            if not self.left:
+                raise Planted
+            return result
+
+        return wrapped
+
+
+class InBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        raise Planted
+
+
+def _method_of(owner: Any, name: str, at: int, after: bool = False) -> Callable[[Any, Case], Any]:
+    @contextmanager
+    def planted(maker: Any, case: Case) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, Bomb(at, after).wrap(getattr(owner, name)))
+            yield
+
+    return planted
+
+
+def _part(axis: str, name: str, at: int) -> Callable[[Any, Case], Any]:
+    @contextmanager
+    def planted(maker: Any, case: Case) -> Iterator[None]:
+        owner = type(getattr(maker.plan.blocks[-1].triple, axis))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, Bomb(at).wrap(getattr(owner, name)))
+            yield
+
+    return planted
+
+
+@contextmanager
+def _measure(maker: Any, case: Case) -> Iterator[None]:
+    """After the first portion of evidence."""
+    owner = type(maker.plan.blocks[0].triple.curvature)
+    measure, bomb = owner.measure, Bomb(1)
+
+    def measured(self: Any, step: Any) -> Any:
+        for portion in measure(self, step):
+            yield portion
+            bomb.wrap(int)()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, "measure", measured)
+        yield
+
+
+@contextmanager
+def _model(maker: Any, case: Case) -> Iterator[None]:
+    last = [m for m in case.model.modules() if isinstance(m, nn.Linear)][-1]
+    handle = last.register_forward_pre_hook(lambda *_: bomb())
+    bomb = Bomb(1).wrap(lambda: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _loss(maker: Any, case: Case) -> Iterator[Any]:
+    yield Bomb(1).wrap(case.loss)
+
+
+@contextmanager
+def _backward(maker: Any, case: Case) -> Iterator[Any]:
+    fuse = [True]
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return case.loss(InBackward.apply(y) if fuse and fuse.pop() else y, t)
+
+    yield loss
+
+
+PLACES: dict[str, Callable[[Any, Case], Any]] = {
+    "model": _model,
+    "loss": _loss,
+    "backward": _backward,
+    "measurement": _measure,
+    "first fold": _part("representation", "update", 1),
+    "second fold": _part("representation", "update", 2),
+    "after a fold": _method_of(Block, "update", 1, after=True),
+    "second refresh": _method_of(Block, "prepare", 2),
+    "after a refresh": _method_of(Block, "prepare", 1, after=True),
+    "in a refresh": _part("solver", "prepare", 1),
+    "second solve": _method_of(Block, "solve", 2),
+    "after a solve": _method_of(Block, "solve", 1, after=True),
+    "in a solve": _part("solver", "solve", 1),
+    "second write": _method_of(Block, "write", 2),
+    "in a write": _method_of(Site, "write", 2),
+    "after a write": _method_of(Block, "write", 1, after=True),
+}
+
+
+def again(action: Callable[[], Any], instead: Callable[[], Any] | None = None) -> None:
+    """An action, and after an exception once more, or another."""
+    try:
+        action()
+    except Planted:
+        (instead or action)()
+
+
+def step(maker: Any, case: Case, index: int, way: str, loss: Any) -> None:
+    """One step in one of the ways to make it, in which every call that fails is repeated."""
+    if index != 1:  # else this step adds to what the last one has left
+        case.model.zero_grad(set_to_none=index == 0)
+    generator = torch.Generator().manual_seed(index)
+    x, t = torch.randn(case.x.shape, generator=generator, dtype=case.x.dtype), case.t.roll(index)
+    half = len(x) // 2
+
+    def declare(rows: slice) -> None:
+        maker.setup_loss_call(loss, maker.setup_model_call(case.model, x[rows]), t[rows])
+
+    def take(rows: slice) -> None:
+        declare(rows)
+        maker.accumulate(0.5)
+
+    def whole() -> None:
+        declare(slice(None))
+        maker.forward_and_backward()
+
+    def last() -> None:
+        declare(slice(half, None))
+        maker.forward_and_backward(0.5)
+
+    def over() -> None:
+        again(lambda: take(slice(half)))
+        again(lambda: take(slice(half, None)))
+        maker.precondition()
+
+    if way == "whole":
+        again(whole)
+        return
+    again(lambda: take(slice(half)))
+    if way == "last":
+        again(last)
+        return
+    again(lambda: take(slice(half, None)))
+    again(maker.precondition, over if way == "over" else None)
+
+
+def compare(make: Callable[[], tuple[Any, Case]], places: list[str], way: str) -> None:
+    """A troubled run, with an exception at every step, and one without trouble."""
+    (maker, case), (other, calm) = make(), make()
+    for index, place in enumerate(places):
+        with PLACES[place](maker, case) as loss:
+            step(maker, case, index, way, loss or case.loss)
+        step(other, calm, index, way, calm.loss)
+        for (name, p), q in zip(case.model.named_parameters(), calm.model.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            assert torch.equal(p.grad, q.grad), (index, place, name)
+        assert equal_states(maker.state_dict(), other.state_dict()), (index, place)
+        with torch.no_grad():
+            for c in (case, calm):
+                for p in c.model.parameters():
+                    p.sub_(p.grad, alpha=1e-3)  # type: ignore[arg-type]
+
+
+def maker_of(method: str, **options: Any) -> tuple[Any, Case]:
+    case = suited(method, models.mlp, models.linear)
+    return from_config(case.model, {"method": method, **options}), case
+
+
+@pytest.mark.parametrize("method", PRECONDITIONED)
+def test_a_step_that_is_repeated_counts_once(method: str) -> None:
+    """What fails at the first step differs from method to method."""
+    first = PRECONDITIONED.index(method) % len(PLACES)
+    compare(lambda: maker_of(method), [*PLACES][first:] + [*PLACES][:first], "whole")
+
+
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "kfac": ("kfac", {"momentum": 0.9, **SPARSE}),
+    "kfac drawn": ("kfac", {"fisher": "FisherMC", "norm": "adam"}),
+    "kfac beside adam": ("kfac", {"fallback": "adam", "ignore": ["0.bias"], **SPARSE}),
+    "kfac clipped": ("kfac", {"clip": 1e-6, "clip_learning_rate": 0.1, "momentum": 0.9}),
+    "kfac rescaled": ("kfac", {"rescale": "momentum", "adaptive_damping": {"AdaptiveDamping": {"interval": 2}}}),
+    "ekfac": ("ekfac", {}),
+    "shampoo": ("shampoo", {"norm": "adam", "momentum": 0.9, "nesterov": True}),
+    "soap": ("soap", {}),
+    "adam": ("adam", {}),
+    "smw_ng": ("smw_ng", {}),
+    "unit_ng": ("unit_ng", {"norm": "adagrad"}),
+    "kbfgs": ("kbfgs", {}),
+    "lbfgs": ("lbfgs", {}),
+    "psgd": ("psgd", {}),
+    "hessian_free": ("hessian_free", {"iterations": 5}),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["forward", "backward"])
+@pytest.mark.parametrize("way", ["solve", "over", "last"])
+@pytest.mark.parametrize("name", NAMED)
+def test_a_step_of_micro_batches_that_is_repeated_counts_once(name: str, way: str, order: int) -> None:
+    """The call that failed is repeated: the pass, the solve, the solve with the pass before it, or after it the whole step."""
+    method, options = NAMED[name]
+    compare(lambda: maker_of(method, **options), [*PLACES][::order], way)
+
+
+class Dropped(nn.Module):
+    """A model that draws from torch's global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(nn.functional.dropout(torch.tanh(self.body(x)), 0.5))
+        return y
+
+
+@pytest.mark.parametrize("way", ["whole", "solve", "over", "last"])
+@pytest.mark.parametrize("method", ["gradient", "kfac", "adam"])
+def test_a_pass_that_is_repeated_draws_what_it_drew(method: str, way: str) -> None:
+    """Passes of a step that begins again after a solve of its own draw anew: nothing has failed that drew."""
+    places = ["model", "loss", "backward"] if method == "gradient" or way == "over" else [*PLACES]
+
+    def make() -> tuple[Any, Case]:
+        torch.manual_seed(0)
+        case = models.build(Dropped, 6, 4)
+        return from_config(case.model, {"method": method}), case
+
+    results = []
+    for trouble in (True, False):
+        maker, case = make()
+        torch.manual_seed(1)
+        for index, place in enumerate(places):
+            with PLACES[place](maker, case) if trouble else nullcontext() as loss:
+                step(maker, case, index, way, loss or case.loss)
+            results.append(torch.cat([p.grad.flatten() for p in case.model.parameters()]))  # type: ignore[union-attr]
+    half = len(places)
+    assert all(torch.equal(a, b) for a, b in zip(results[:half], results[half:], strict=True))
+
+
+# --- what cannot be repeated ---------------------------------------------------------------------------------------------
+def fail(maker: Any, case: Case, place: str, parts: int) -> None:
+    """A step of some micro-batches whose solve fails."""
+    for rows in torch.arange(len(case.x)).tensor_split(parts):
+        maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x[rows]), case.t[rows])
+        maker.accumulate(len(rows) / len(case.x))
+    with PLACES[place](maker, case), pytest.raises(Planted):
+        maker.precondition()
+
+
+@pytest.mark.parametrize("method", ["kfac", "unit_ng", "lbfgs"])
+def test_other_micro_batches_than_before_are_refused(method: str) -> None:
+    """They would count beside those that have been measured."""
+    maker, case = maker_of(method)
+    fail(maker, case, "in a solve", parts=1)
+    half = slice(len(case.x) // 2)
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x[half]), case.t[half])
+    with pytest.raises(RuntimeError, match=r"had weight 1 and 6 examples .* has 0.5 and 3 now: repeat the step with the same"):
+        maker.accumulate(0.5)
+
+
+def test_fewer_micro_batches_than_before_are_refused() -> None:
+    maker, case = maker_of("kfac")
+    fail(maker, case, "in a solve", parts=2)
+    half = slice(len(case.x) // 2)
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x[half]), case.t[half])
+    maker.accumulate(0.5)
+    with pytest.raises(RuntimeError, match=r"2 micro-batches of this step were measured .* repeated with 1: repeat"):
+        maker.precondition()
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_a_gradient_that_was_zeroed_is_not_put_back(zeroed: bool) -> None:
+    """A step adds to what was there before it, unless that was cleared before the step begins again."""
+    found = []
+    for trouble in (True, False):
+        maker, case = maker_of("kfac")
+        for p in case.model.parameters():
+            p.grad = torch.full_like(p, 0.0 if zeroed and not trouble else 7.0)
+        if trouble:
+            fail(maker, case, "in a solve", parts=1)
+            if zeroed:
+                case.model.zero_grad(set_to_none=False)
+        maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+        maker.forward_and_backward()
+        found.append(torch.cat([p.grad.flatten() for p in case.model.parameters()]))  # type: ignore[union-attr]
+    assert torch.equal(*found)
+
+
+def test_a_statistic_that_was_left_half_changed_is_refused() -> None:
+    """An exception inside of an update: whether anything was written shows in the versions of its tensors."""
+    for torn in (False, True):
+        maker, case = maker_of("kfac")
+        before = maker.state_dict()
+        owner = type(maker.plan.blocks[0].triple.representation)
+
+        def update(self: Any, state: Any, evidence: Any, fold: Any) -> None:
+            if torn:  # noqa: B023
+                state["left_mass"].add_(1)
+            raise Planted
+
+        maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, "update", update)
+            with pytest.raises(Planted):
+                maker.forward_and_backward()
+        if torn:
+            for action in (maker.forward_and_backward, maker.state_dict):
+                with pytest.raises(RuntimeError, match=r"0: its statistic was left half changed by an exception \(Planted\)"):
+                    action()
+            maker.load_state_dict(before)
+        maker.forward_and_backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("place", ["second refresh", "second solve", "second write"])
+def test_a_refresh_that_fails_is_counted_once(place: str) -> None:
+    """The first block's statistic is lost, so that it keeps its last good root."""
+    maker, case = maker_of("kfac", warmup_steps=100)
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    maker.forward_and_backward()
+    maker.plan.blocks[0].state["left"].fill_(torch.nan)
+    with PLACES[place](maker, case), pytest.raises(Planted):
+        maker.forward_and_backward()
+    maker.forward_and_backward()
+    assert [int(block.cache["failing"].max()) for block in maker.plan.blocks] == [1, 0]
+
+
+def test_a_refresh_that_fails_too_often_is_not_overcome_by_trying_again() -> None:
+    case = models.mlp()
+    maker: Any = from_config(case.model, {"method": "kfac", "failures_allowed": 0})
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    maker.forward_and_backward()
+    for block in maker.plan.blocks:
+        for value in block.state.values():
+            value.fill_(torch.nan)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"its refresh failed for the 1\. time in a row, 1 times in all"):
+            maker.forward_and_backward()
+    assert maker.step == 1
