@@ -204,8 +204,7 @@ class PreconditionedGradientMaker(GradientMaker):
         if not (self._measuring or any(b.momentum or b.norm_state for b in self.plan.blocks)):
             return False, False
         self._noted = True
-        served = self.served
-        own = (p for p in self.model.parameters() if served is None or p in served)
+        own = (p for p in self.model.parameters() if self.served is None or p in self.served)
         tensors = check + [p.grad for p in own if p.grad is not None]
         finite = torch.stack([sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
         kept = [t.valid() for t in terms]
@@ -271,6 +270,7 @@ class PreconditionedGradientMaker(GradientMaker):
         if self._measuring:
             for curvature in self.plan.curvatures(of_passes=False):
                 step = self._step(curvature, Tape(self.model, ()), [], False)
+                step.part = 0  # it is that of all micro-batches together
                 fold(curvature, step, 1.0, [b for b in self.plan.blocks if b.triple.curvature == curvature], self._further)
                 self._ever |= self._further
         with plain_arithmetic(self.model):

@@ -197,9 +197,10 @@ class Normed(nn.Module):
         return y
 
 
-def test_extra_passes_and_the_main_one_through_a_reentrant_checkpoint() -> None:
+@pytest.mark.parametrize(("fisher", "fallback"), [(FisherExact(), "smw_ng"), (FisherEmp(), "diag_ng")])
+def test_extra_passes_and_the_main_one_through_a_reentrant_checkpoint(fisher: Any, fallback: str) -> None:
     """One curvature is pulled back by passes of its own, the other comes with the loop's."""
-    config = gm.KfacGradientConfig(fisher=FisherExact(), fallback="smw_ng")
+    config = gm.KfacGradientConfig(fisher=fisher, fallback=fallback)
     found, expected = attached(build(Normed, 6, 4), config), declared(build(Normed, 6, 4), config)
     close(found, expected)
 

@@ -118,7 +118,8 @@ def trained(name: str, way: str, rank: int | None) -> list[Tensor]:
         maker.attach(optimizer)
     micro = [slice(0, 2), slice(2, 6)] if way.startswith("accumulate") else [slice(0, 6)]
     for _ in range(3):
-        optimizer.zero_grad(set_to_none=not views)
+        if not way.startswith("kept"):
+            optimizer.zero_grad(set_to_none=not views)
         for j, whole in enumerate(micro):
             size = whole.stop - whole.start
             half = slice(whole.start, whole.start + size // 2), slice(whole.start + size // 2, whole.stop)
@@ -136,7 +137,7 @@ def trained(name: str, way: str, rank: int | None) -> list[Tensor]:
     return [p.detach() for p in case.model.parameters()]
 
 
-WAYS = ["whole", "attached", "accumulate", "accumulate, views"]
+WAYS = ["whole", "attached", "accumulate", "accumulate, views", "kept, views"]
 
 
 def work(rank: int, folder: str) -> None:
