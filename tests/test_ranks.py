@@ -111,7 +111,8 @@ def trained(name: str, way: str, rank: int | None) -> list[Tensor]:
     views = way.endswith("views")
     model: nn.Module = case.model
     if rank is not None:
-        model = DistributedDataParallel(case.model, gradient_as_bucket_view=views)
+        # without a search for unused parameters the buffers are exchanged after the first step
+        model = DistributedDataParallel(case.model, gradient_as_bucket_view=views, find_unused_parameters=views)
     optimizer = torch.optim.SGD(case.model.parameters(), 0.05)
     maker = maker_of(case.model, CONFIGS[name]())
     if way == "attached":
