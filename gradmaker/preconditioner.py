@@ -104,6 +104,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
             ledger.check_parts(self._part)
             for curvature in self.plan.curvatures(of_passes=False, due=self._due):
                 step = self._step(curvature, due=self._due)
+                step.part = 0  # it is that of all micro-batches together
                 ledger.note(WHOLE_STEP, 1.0, step.examples)
                 self._fold(curvature, curvature.measure(step))
             for curvature, portions in self._pool.held.items():

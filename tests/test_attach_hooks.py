@@ -181,15 +181,25 @@ def test_declared_calls_of_an_attached_maker_are_refused() -> None:
     maker.forward_and_backward()
 
 
-class Normed(nn.Module):
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x * self.factor
+        return y
+
+
+class Mixed(nn.Module):
     """What a layer-wise method and its fallback measure lies in a reentrant checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.first, self.scale, self.last = nn.Linear(4, 5), Scale(), nn.Linear(5, 3)
 
     def block(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.norm(self.first(x).tanh()))
+        y: Tensor = self.last(self.scale(self.first(x).tanh()))
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,10 +207,11 @@ class Normed(nn.Module):
         return y
 
 
-def test_extra_passes_and_the_main_one_through_a_reentrant_checkpoint() -> None:
+@pytest.mark.parametrize(("fisher", "fallback"), [(FisherExact(), "smw_ng"), (FisherEmp(), "diag_ng")])
+def test_extra_passes_and_the_main_one_through_a_reentrant_checkpoint(fisher: Any, fallback: str) -> None:
     """One curvature is pulled back by passes of its own, the other comes with the loop's."""
-    config = gm.KfacGradientConfig(fisher=FisherExact(), fallback="smw_ng")
-    found, expected = attached(build(Normed, 6, 4), config), declared(build(Normed, 6, 4), config)
+    config = gm.KfacGradientConfig(fisher=fisher, fallback=fallback)
+    found, expected = attached(build(Mixed, 6, 4), config), declared(build(Mixed, 6, 4), config)
     close(found, expected)
 
 

@@ -1,4 +1,4 @@
-"""Attached: losses that the model calls itself, measured with the weights that they have in the loop's loss."""
+"""Attached: losses that the model calls itself, with the weights that they have in the loop's loss, and scalers of losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import gradmaker as gm
 from gradmaker.curvature import FisherEmp, FisherExact
+from gradmaker.loops.attachment import ChangedGradientWarning
 from tests.models import mlp
 from tests.test_attach import CONFIGS, batches, maker_of
 
@@ -111,3 +112,22 @@ def test_a_scaler_that_was_not_told_of() -> None:
     scaler.scale(model(case.x, case.t)["loss"]).backward()
     scaler.step(optimizer)
     assert maker.step == 1
+
+
+def test_what_a_scaler_does_is_expected() -> None:
+    case = mlp()
+    optimizer = torch.optim.SGD(case.model.parameters(), 0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    maker = maker_of(case.model, CONFIGS["kfac_emp"]()).attach(optimizer, "categorical", scaler=scaler)
+    for clipped in (False, True):
+        optimizer.zero_grad()
+        scaler.scale(case.run()).backward()
+        scaler.unscale_(optimizer)
+        if clipped:
+            nn.utils.clip_grad_norm_(case.model.parameters(), 0.1)
+            with pytest.warns(ChangedGradientWarning, match="as by clipping"):
+                scaler.step(optimizer)
+        else:
+            scaler.step(optimizer)
+        scaler.update()
+    assert maker.step == 2

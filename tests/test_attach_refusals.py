@@ -328,20 +328,12 @@ def test_a_changed_gradient_is_told_of_once(accumulation: int, change: Any, time
     assert maker.step == 5
 
 
-def test_what_a_scaler_does_is_expected() -> None:
-    case = mlp()
-    optimizer = torch.optim.SGD(case.model.parameters(), 0.02)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    maker = maker_of(case.model, CONFIGS["kfac_emp"]()).attach(optimizer, "categorical", scaler=scaler)
-    for clipped in (False, True):
-        optimizer.zero_grad()
-        scaler.scale(case.run()).backward()
-        scaler.unscale_(optimizer)
-        if clipped:
-            by_norm(case)
-            with pytest.warns(ChangedGradientWarning, match="as by clipping"):
-                scaler.step(optimizer)
-        else:
-            scaler.step(optimizer)
-        scaler.update()
-    assert maker.step == 2
+@pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp"])
+def test_a_step_whose_gradients_are_spoiled_leaves_the_statistics(method: str) -> None:
+    case, optimizer, maker = attach(method)
+    before = maker.state_dict()["sites"]
+    case.run().backward()
+    case.model.get_submodule("0").weight.grad.fill_(float("nan"))  # type: ignore[operator, union-attr]
+    with pytest.warns(ChangedGradientWarning):
+        optimizer.step()
+    assert (maker.step, maker.skipped) == (1, 1) and equal_states(maker.state_dict()["sites"], before)

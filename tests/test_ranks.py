@@ -111,14 +111,16 @@ def trained(name: str, way: str, rank: int | None) -> list[Tensor]:
     views = way.endswith("views")
     model: nn.Module = case.model
     if rank is not None:
-        model = DistributedDataParallel(case.model, gradient_as_bucket_view=views)
+        # without a search for unused parameters the buffers are exchanged after the first step
+        model = DistributedDataParallel(case.model, gradient_as_bucket_view=views, find_unused_parameters=views)
     optimizer = torch.optim.SGD(case.model.parameters(), 0.05)
     maker = maker_of(case.model, CONFIGS[name]())
     if way == "attached":
         maker.attach(optimizer)
     micro = [slice(0, 2), slice(2, 6)] if way.startswith("accumulate") else [slice(0, 6)]
     for _ in range(3):
-        optimizer.zero_grad(set_to_none=not views)
+        if not way.startswith("kept"):
+            optimizer.zero_grad(set_to_none=not views)
         for j, whole in enumerate(micro):
             size = whole.stop - whole.start
             half = slice(whole.start, whole.start + size // 2), slice(whole.start + size // 2, whole.stop)
@@ -136,7 +138,7 @@ def trained(name: str, way: str, rank: int | None) -> list[Tensor]:
     return [p.detach() for p in case.model.parameters()]
 
 
-WAYS = ["whole", "attached", "accumulate", "accumulate, views"]
+WAYS = ["whole", "attached", "accumulate", "accumulate, views", "kept, views"]
 
 
 def work(rank: int, folder: str) -> None:

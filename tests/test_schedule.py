@@ -27,7 +27,6 @@ def recorded(
     maker: Any = next(make for make in gm.METHODS.values() if make.Config is type(config))(model, config)
     measured: list[int] = []
     prepared: dict[str, list[int]] = {b.name: [] for b in maker.plan.blocks}
-    names = {id(b.state): b.name for b in maker.plan.blocks}
 
     curvature, solver = type(maker.plan.blocks[0].triple.curvature), type(maker.plan.blocks[0].triple.solver)
     measure, prepare = curvature.measure, solver.prepare
@@ -37,7 +36,8 @@ def recorded(
         return measure(self, step)
 
     def watched_prepare(self: Any, representation: Any, state: Any, previous: Any) -> Any:
-        prepared[names[id(state)]].append(maker.step)
+        (name,) = (b.name for b in maker.plan.blocks if b.state is state)
+        prepared[name].append(maker.step)
         return prepare(self, representation, state, previous)
 
     monkeypatch.setattr(curvature, "measure", watched_measure)
