@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Multiplies, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Multiplies
 from gradmaker.solvers.base import InverseSolver, spectral_power
 from gradmaker.solvers.damping import check_interval
 from gradmaker.solvers.ladder import settle

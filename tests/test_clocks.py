@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import from_config
-from gradmaker.blocks import build_blocks
 from gradmaker.placement import Placement
 from gradmaker.schedule import Linear, Stepped
+from gradmaker.stacking import build_blocks
 from tests.models import Case
 from tests.test_state import batch, equal_states, through_file
 

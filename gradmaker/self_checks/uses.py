@@ -79,8 +79,8 @@ def _repeats(error: Exception) -> bool:
 def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtype) -> tuple[Tensor, float, int]:
     """The sum of a site's calls, the size that rounding is relative to, and the number of rows.  # (G, o, i)"""
     if site.rule is None:
-        rows = site.outer(tape, Pulled(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
-        return rows.sum(0), float(rows.norm()), len(rows)
+        own = site.outer(tape, Pulled(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
+        return own.sum(0), float(own.norm()), len(own)
     by_kernel = _by_kernel(tape, site, gradients)
     if by_kernel is not None:
         return by_kernel
@@ -95,7 +95,7 @@ def _size(outer: Outer) -> float:
     if not isinstance(outer.inputs, Tensor):
         return g
     positions = max(1, outer.inputs.shape[1] * outer.inputs.shape[2])
-    return g * (float(outer.inputs.square().sum()) / positions + outer.bias) ** 0.5
+    return float(g * (float(outer.inputs.square().sum()) / positions + outer.bias) ** 0.5)
 
 
 def _by_kernel(tape: Tape, site: Site, gradients: OutputGradients) -> tuple[Tensor, float, int] | None:
