@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gradmaker.curvature.likelihood import Likelihood, Terms, read_terms
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import Deferred, exchange, resolve
 from gradmaker.graph import Graph
 from gradmaker.replay import Replay
+from gradmaker.trees import tensors
 
 if TYPE_CHECKING:
     from gradmaker.config import GradientConfig
@@ -33,8 +33,8 @@ class Declared:
     @property
     def counted(self) -> int | None:
         """Size of the first axis of the first tensor that goes into the call; None without one."""
-        tensors = (v for v in tree_leaves((self.call._args, self.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0)
-        return next((len(v) for v in tensors), None)
+        given = tensors(self.call._args, self.call._kwargs)
+        return next((len(v) for v in given if v.ndim > 0), None)
 
     @property
     def examples(self) -> int:

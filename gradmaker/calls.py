@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gradmaker.one_hot import OneHot
+from gradmaker.trees import tensors
 
 __all__ = [
     "ORDERS",
@@ -49,12 +49,15 @@ class Call:
     @property
     def tensor_shapes(self) -> list[torch.Size]:
         """Of all tensor arguments."""
-        return [v.shape for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+        return [v.shape for v in tensors(self.args, self.kwargs)]
 
     @property
     def input(self) -> Tensor:
         """The first tensor argument."""
-        return next(v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor))
+        found = next(tensors(self.args, self.kwargs), None)
+        if found is None:
+            raise ValueError("a layer was called without a tensor among its arguments: leave it out with ignore=")
+        return found
 
 
 Order: TypeAlias = Literal["first", "second", "last"]

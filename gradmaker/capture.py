@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from gradmaker.arrangement import APART, Arrangement, Structure, key_of, pattern
 from gradmaker.attention import Listener, Projection
@@ -24,6 +23,7 @@ from gradmaker.borrowing import borrowed, foreign
 from gradmaker.calls import Call, Layout
 from gradmaker.hooks import ModuleHook
 from gradmaker.reentrant import reenters
+from gradmaker.trees import tensors
 
 __all__ = ["OutputGradients", "Tape"]
 
@@ -150,7 +150,7 @@ class Tape:
 
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the arguments of the model's call."""
-        first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim > 0), None)
+        first = next((v for v in tensors(args, kwargs) if v.ndim > 0), None)
         if self._called_with or first is None:
             return
         if not self.batch_axis < first.ndim:
@@ -168,7 +168,7 @@ class Tape:
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._repeating and module not in self._late:  # a non-reentrant checkpoint recomputes what was recorded
             return
-        outputs = [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
+        outputs = [v for v in tensors(output) if v.requires_grad]
         if outputs:
             self._append(module, args, kwargs, outputs)
         elif not torch.is_grad_enabled() and not self._repeating:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradmaker.calls import Call, check_lookup, example_axis
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.exchange import call_with, copies, exchanged
+from gradmaker.trees import tensors
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
@@ -138,7 +139,7 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
 
 
 def _floating(out: Any, count: int) -> list[Tensor]:
-    return [v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()][:count]
+    return [v for v in tensors(out) if v.is_floating_point()][:count]
 
 
 def _over_examples(ways: tuple[Any, Any], values: list[Any], axes: list[int | None], n: int) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gradmaker.curvature.likelihood import LossRecorder, Terms, slopes_of
 from gradmaker.errors import SelfCheckError
+from gradmaker.trees import tensors
 
 __all__ = ["Head"]
 
@@ -35,7 +35,7 @@ class Head:
         """Of a declared loss."""
         if terms:
             return cls([t.z for t in terms], list(terms), loss, recorder)
-        found = (v for v in tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad and v.is_floating_point())
+        found = (v for v in tensors(output) if v.requires_grad and v.is_floating_point())
         unique = {id(v): v for v in found if v is not loss}
         return cls(list(unique.values()), [], loss, recorder)
 

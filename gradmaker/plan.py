@@ -137,7 +137,8 @@ def make_plan(
     if not placements:
         kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
         raise ValueError(
-            f"{type(config).__name__} covers no parameter of this model (modules with trainable parameters: {kinds}). "
+            f"{type(config).__name__} covers no parameter of this model (modules with trainable parameters: {kinds}"
+            f"{'; with uses beside the calls of their layers: ' + ', '.join(sorted(unseen)) if unseen else ''}). "
             "Methods for any parameter: adam, adagrad, shampoo, unit_ng"
         )
     fallback = _fallback(config, methods)

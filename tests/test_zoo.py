@@ -27,6 +27,7 @@ from tests.zoo.measure import (
     PRECISIONS,
     cell,
     count,
+    differentiable,
     expected,
     make,
     refuses,
@@ -36,7 +37,16 @@ from tests.zoo.measure import (
 from tests.zoo.oracles import Oracle, couples, kfac_direction
 from tests.zoo.registry import ZOO
 
-EXACT_AT_LEAST = {"shampoo": 38, "soap": 38, "adam": 38, "kfac": 32, "unit_ng": 30}
+EXACT_AT_LEAST = {
+    "shampoo": 40,
+    "soap": 40,
+    "adam": 40,
+    "ekfac": 35,
+    "kfac": 35,
+    "unit_ng": 39,
+    "full_ng": 39,
+    "hessian_free": 37,
+}
 ADVICE = ("use ", "give ", "declare", "leave ", "set ", "make ", "run ", "pass ", "methods for any parameter", "choose ")
 
 
@@ -115,6 +125,8 @@ def quiet() -> list[str]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", quiet())
 def test_nothing_is_said_of_right_models(name: str, precision: str) -> None:
+    if not differentiable(name, precision):
+        pytest.skip("torch itself cannot differentiate this loss")
     for method in ("kfac", "unit_ng"):
         if expected()[name][method] == EXACT:
             said = told(name, method, precision)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gradmaker.borrowing import borrowing, foreign
 from gradmaker.capture import Tape
@@ -18,6 +17,7 @@ from gradmaker.curvature.recorder import LossCall, LossRecorder
 from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
 from gradmaker.loops.marks import Marks
 from gradmaker.pending import Pending
+from gradmaker.trees import tensors
 
 __all__ = ["LoopPass", "at_the_end"]
 
@@ -64,12 +64,12 @@ class LoopPass:
         self.inside = False
         self._calls.close()
         if self.tape is not None:
-            self.tape.end_forward([] if output is None else [v for v in tree_leaves(output) if isinstance(v, Tensor)])
+            self.tape.end_forward([] if output is None else list(tensors(output)))
 
     def watch(self, output: Any, owner: Any, arrived: str) -> bool:
         """Wait for gradients; False where there is nothing to wait for.  owner, arrived: the method of an object to call"""
         if self.tape is None or self.recorder is None:
-            values = [v for v in (*tree_leaves(output), logits_of(output)) if isinstance(v, Tensor) and v.requires_grad]
+            values = [v for v in tensors(output, logits_of(output)) if v.requires_grad]
             self._wait({f"{j}": v for j, v in enumerate(values)}, owner, arrived)
             return True
         calls = [call for call in self.recorder.calls if call.output.requires_grad and _in_graph(call)]

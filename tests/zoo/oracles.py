@@ -251,7 +251,10 @@ def kfac_direction(damping: float) -> Solve:
 
 
 def ekfac_direction(damping: float) -> Solve:
-    """`Q_B [(Q_B^T G Q_A) / (D + lambda)] Q_A^T` in the eigenbases of A and B, at the first step: `D = b a^T` of their eigenvalues."""
+    """`Q_B [(Q_B^T G Q_A) / (D + lambda)] Q_A^T` in the eigenbases of A and B.
+
+    At the first step, whose `D` is `b a^T` of their eigenvalues.
+    """
 
     def solve(G: Tensor, A: Tensor, B: Tensor, columns: Tensor) -> Tensor:
         (a, Q_A), (b, Q_B) = torch.linalg.eigh(A), torch.linalg.eigh(B)
