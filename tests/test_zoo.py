@@ -38,14 +38,8 @@ from tests.zoo.oracles import Oracle, couples, kfac_direction
 from tests.zoo.registry import ZOO
 
 EXACT_AT_LEAST = {
-    "shampoo": 40,
-    "soap": 40,
-    "adam": 40,
-    "ekfac": 35,
-    "kfac": 35,
-    "unit_ng": 39,
-    "full_ng": 39,
-    "hessian_free": 37,
+    **{"shampoo": 40, "soap": 40, "adam": 40},
+    **{"ekfac": 35, "kfac": 35, "unit_ng": 39, "full_ng": 39, "hessian_free": 37},
 }
 ADVICE = ("use ", "give ", "declare", "leave ", "set ", "make ", "run ", "pass ", "methods for any parameter", "choose ")
 
