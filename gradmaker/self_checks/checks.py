@@ -55,7 +55,7 @@ class SelfChecks:
         """Whether some modules have been seen in a pass that is checked to the end, or in a call whose examples were found."""
         own = self.arrangement
         done = [key for structure, tries in own.checked.items() if tries >= DONE for key in structure]
-        return any(isinstance(key, tuple) and key[0] is m for key in (*own.orders, *done) for m in modules)
+        return any(isinstance(key, tuple) and key[0] == m for key in (*own.orders, *done) for m in modules)
 
     def due(self, structure: Structure, head: Head) -> bool:
         """Whether passes of this kind are still to be checked."""
