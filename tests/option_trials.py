@@ -116,6 +116,8 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("neumann_practical", "rate"): "it is for the weights of `undisplaced` alone: tests/test_options.py",
     **{(method, "mode"): "the same product in another way: tests/test_probes.py" for method in PROBES},
     **{(method, "failures_allowed"): "of what does not happen here: tests/test_failures.py" for method in NAMED},
+    **{(method, "self_check"): "of models that are wrong: tests/self_checks/test_structures.py" for method in NAMED},
+    **{(method, "batch_axis"): "of other inputs: tests/self_checks/test_structures.py" for method in NAMED},
 }
 """Options that no trial of some steps can show, with the reason and the test that shows them."""
 OTHER_PARTS = {

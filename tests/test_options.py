@@ -55,6 +55,9 @@ from tests.test_triples import mapping
 ROOT = Path(__file__).resolve().parents[1]
 
 
+CHECKS = {"self_check", "batch_axis"}
+
+
 def name_of(trial: Trial) -> str:
     return f"{trial.method}-{trial.option}-{str(trial.value)[:16]}"
 
@@ -100,7 +103,7 @@ def test_what_no_trial_shows_has_a_reason_and_a_test() -> None:
         config: Any = METHODS[method].Config()
         assert name in config.as_mapping() and name not in config.idle_options(), f"{method}.{name}: stale"
         assert name in (ROOT / reason.rpartition(": ")[2]).read_text(encoding="utf-8"), reason
-    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root"}
+    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root", *CHECKS}
 
 
 @pytest.mark.parametrize(

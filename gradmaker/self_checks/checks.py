@@ -21,7 +21,7 @@ __all__ = ["SelfChecks"]
 
 TRIES = 3
 """Measurements at which a structure is checked while some of its layers have no gradient, as behind weights that are zero."""
-DONE = TRIES
+PROVEN = TRIES + 1
 SELECTING = (
     "IndexBackward",
     "MaskedSelect",
@@ -54,14 +54,14 @@ class SelfChecks:
     def proven(self, modules: Sequence[nn.Module]) -> bool:
         """Whether some modules have been seen in a pass that is checked to the end, or in a call whose examples were found."""
         own = self.arrangement
-        done = [key for structure, tries in own.checked.items() if tries >= DONE for key in structure]
+        done = [key for structure, tries in own.checked.items() if tries >= PROVEN for key in structure]
         return any(isinstance(key, tuple) and key[0] == m for key in (*own.orders, *done) for m in modules)
 
     def due(self, structure: Structure, head: Head) -> bool:
         """Whether passes of this kind are still to be checked."""
         if self.mode == "off" or not head.outputs:
             return False
-        return self.arrangement.checked.get(structure, 0) < DONE or _selects(head.outputs)
+        return self.arrangement.checked.get(structure, 0) < TRIES or _selects(head.outputs)
 
     def run(
         self, tape: Tape, sites: Sequence[Site], head: Head, ridden: OutputGradients | None, explained: bool, costly: bool
@@ -74,11 +74,13 @@ class SelfChecks:
         structure, found = tape.structure(head.outputs), Findings()
         self._runs += 1
         generator = torch.Generator().manual_seed((self.seed * 1000003 + self._runs) % 2**63)
-        first = self.arrangement.checked.get(structure, 0) < DONE
+        first = self.arrangement.checked.get(structure, 0) < TRIES
         if tape.batch > 1 and head.divides(tape.batch):
             tape.joint = False
             pair, c = pull_pair(tape, head, generator)
             check_examples(tape, sites, pair, c, found)
+        elif tape.batch > 1:
+            found.undivided = tape.batch
         if first:
             self._check_uses(tape, sites, head, ridden, explained, generator, found)
         self._settle(tape, structure, found, costly)
@@ -123,7 +125,7 @@ class SelfChecks:
             own.orders.update(found.orders)
         own.direct.update(found.direct, found.unseen)
         own.notes.update(found.direct | found.unseen | found.notes)
-        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else DONE
+        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else PROVEN
 
 
 def _selects(outputs: Sequence[Tensor]) -> bool:
