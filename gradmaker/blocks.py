@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -14,10 +14,7 @@ from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.sites import Site
 
-__all__ = ["STACK_LIMIT", "WHOLE", "Block", "Solved", "build_blocks", "carry"]
-
-STACK_LIMIT = 128
-"""Blocks with a longer axis are not stacked: on a CPU, stacking 48 layers halves the time at 32 and costs up to 1.6x at 512."""
+__all__ = ["WHOLE", "Block", "Solved"]
 
 
 @dataclass(frozen=True)
@@ -322,45 +319,3 @@ def _slots(placements: list[Placement], full: bool) -> list[slice]:
     sizes = [prod(p.site.shape) if full else p.count for p in placements]
     ends = [sum(sizes[: j + 1]) for j in range(len(sizes))]
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-def build_blocks(placements: list[Placement]) -> list[Block]:
-    """Group placements into blocks: everything for granularity ``full``, equal small shapes otherwise."""
-    groups: dict[object, list[Placement]] = {}
-    for p in placements:
-        frame = p.frame() if p.triple.representation.grain != "full" else None
-        shared = (p.method, p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
-        key: tuple[object, ...] = shared
-        if frame is not None:
-            large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
-            alone = p.site.name if large else ""
-            key = (*key, replace(frame, stack=0), alone)
-        groups.setdefault(key, []).append(p)
-    blocks = [Block(group) for group in groups.values()]
-    for method in dict.fromkeys(b.method for b in blocks):
-        _share([b for b in blocks if b.method == method])
-    return blocks
-
-
-def _share(blocks: list[Block]) -> None:
-    """Spread the refreshes of a method's blocks over its period, by their cost."""
-    total, before = sum(b.cost for b in blocks), 0.0
-    for block in blocks:
-        block.share = before / total
-        before += block.cost
-
-
-def carry(old: Iterable[Block], new: Iterable[Block]) -> None:
-    """Take over what earlier blocks hold for sites that are the same in both."""
-    parts = [(block, *pair) for block in old if not block.full for pair in zip(block.sites, block.slots, strict=True)]
-    known = {site.name: (block, slot) for block, site, slot in parts}
-    for block in new:
-        if block.full or block.triple.representation.live:
-            continue
-        for site, slot in zip(block.sites, block.slots, strict=True):
-            before, place = known.get(site.name, (None, slot))
-            if before is None or not before.holds_like(block):
-                continue
-            for part in ("state", "average", "norm_state"):
-                for key, value in getattr(before, part).items():
-                    getattr(block, part)[key][slot] = value[place]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from gradmaker.arrangement import APART, Arrangement, Structure, key_of, pattern
 from gradmaker.attention import Listener, Projection
 from gradmaker.batch_norms import FrozenNorms
-from gradmaker.borrowing import foreign
+from gradmaker.borrowing import borrowed, foreign
 from gradmaker.calls import Call, Layout
 from gradmaker.hooks import ModuleHook
 from gradmaker.reentrant import reenters
@@ -48,6 +48,7 @@ class Tape:
         self.norms = FrozenNorms()
         self.collecting = False  # whether output gradients of a backward pass of the loop are kept
         self._own = False  # whether those of a backward pass that the tape runs itself are
+        self._inside = False  # whether that one is borrowed
         self._repeating = False
         self._reentrant = False
         self._paused = False
@@ -186,7 +187,8 @@ class Tape:
 
     def _keeper(self, call: Call, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            if self._own or (self.collecting and not foreign(gradient)):
+            own = self._own and foreign(gradient) == self._inside  # not of what another maker differentiates in between
+            if own or (self.collecting and not foreign(gradient)):
                 call.gradients[index] = gradient.detach()
 
         return keep
@@ -204,7 +206,7 @@ class Tape:
     def collect(self, backward: Callable[[], None]) -> OutputGradients:
         """Output gradients of a backward pass that runs anyway, with a cotangent axis of one."""
         self.forget_late()
-        self._own = True
+        self._own, self._inside = True, borrowed()
         try:
             backward()
         finally:

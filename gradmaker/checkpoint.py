@@ -91,7 +91,8 @@ def _held(state: Any, path: str = "") -> list[str]:
 def _dump_block(block: Block, measured: set[str]) -> dict[str, Any]:
     cache = block.cache or block.empty_cache()
     if block.full:
-        found = {block.name: _dump_slot(block, slice(None), cache, bool(block.ready))}
+        whole = _dump_slot(block, slice(None), cache, bool(block.ready))
+        found = {block.name: {**whole, "ready": sorted(block.ready)}}  # of the sites that were measured by its last refresh
     else:
         members = zip(block.sites, block.slots, strict=True)
         found = {site.name: _dump_slot(block, slot, cache, site.name in block.ready) for site, slot in members}
@@ -145,7 +146,8 @@ def _load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
     for block, parts in loaded:
         for part, tensors in parts.items():
             setattr(block, part, tensors)
-        block.ready = {site.name for site in block.sites if sites[block.name if block.full else site.name]["ready"]}
+        held = sites[block.name]["ready"] if block.full else [s.name for s in block.sites if sites[s.name]["ready"]]
+        block.ready = set(held)
         block.torn = ""
     _load_counters(maker, saved)
     maker._kept = [(p, before) for p, _, before in gradients]

@@ -118,14 +118,12 @@ class ConvTransposeRule(LayerRule):
 
     def weight_gradient(self, module: nn.ConvTranspose2d, call: Call, g: Tensor) -> Tensor:
         x, g = _batched(module, call.input), _batched(module, g)
-        reached = [
-            (size - 1) * s - 2 * p + d * (k - 1) + 1
-            for size, s, p, d, k in zip(
-                x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size, strict=True
-            )
-        ]
-        extra = [size - r for size, r in zip(g.shape[2:], reached, strict=True)]
-        return _weight_gradient(module, x, g, list(module.padding), extra)
+        padding = [int(p) for p in module.padding]  # transposed convolutions have no modes of padding by name
+        extra = []
+        for j, (stride, kernel) in enumerate(zip(module.stride, module.kernel_size, strict=True)):
+            reached = (x.shape[j + 2] - 1) * stride - 2 * padding[j] + module.dilation[j] * (kernel - 1) + 1
+            extra.append(g.shape[j + 2] - reached)
+        return _weight_gradient(module, x, g, padding, extra)
 
     def inputs(self, module: nn.ConvTranspose2d, call: Call, layout: Layout) -> Tensor:
         return _as_inputs(_pointwise(module, _batched(module, call.input)), layout)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.batches import Batches, terms_of
-from gradmaker.blocks import carry
 from gradmaker.borrowing import borrowing
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.config import GradientConfig
@@ -29,6 +28,7 @@ from gradmaker.pool import Pool
 from gradmaker.previous import bookmark, complete
 from gradmaker.self_checks import SelfChecks
 from gradmaker.sites import Site
+from gradmaker.stacking import carry
 from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
 
 __all__ = ["MeasuringMaker", "plain_arithmetic"]

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gradmaker.blocks import Block, carry
+from gradmaker.blocks import Block
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.ledger import Ledger
 from gradmaker.pool import Pool
+from gradmaker.stacking import carry
 
 __all__ = ["Pending"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradmaker.blocks import Block, build_blocks
+from gradmaker.blocks import Block
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
 from gradmaker.model_checks import check_model, check_parameters, check_watched
@@ -18,6 +18,7 @@ from gradmaker.ranks import refuse_ranks
 from gradmaker.rules import names, paths
 from gradmaker.schedule import Clocks
 from gradmaker.sites import Site, layer_sites, tensor_sites
+from gradmaker.stacking import build_blocks
 from gradmaker.triple import did_you_mean
 
 if TYPE_CHECKING:

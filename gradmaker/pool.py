@@ -37,24 +37,26 @@ class Pool:
         self.held[curvature] = [_sum(old, new, weight) for old, new in zip(before, fresh, strict=True)]
 
     # ---------------------------------------------------------------- state
-    def dump(self) -> dict[str, list[dict[str, Tensor]]]:
-        """By site: tensors alone."""
-        found: dict[str, list[dict[str, Tensor]]] = {}
+    def dump(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """By site and portion: tensors alone."""
+        found: dict[str, dict[str, dict[str, Tensor]]] = {}
         for portions in self.held.values():
-            for portion in portions:
+            for index, portion in enumerate(portions):
                 for name, pair in portion.items():
-                    found.setdefault(name, []).append({"v": pair.v.clone(), "cv": pair.cv.clone()})
+                    found.setdefault(name, {})[str(index)] = {"v": pair.v.clone(), "cv": pair.cv.clone()}
         return found
 
     @classmethod
-    def load(cls, plan: Plan, saved: Mapping[str, list[dict[str, Any]]]) -> Pool:
+    def load(cls, plan: Plan, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Pool:
         """Go on from `dump`."""
         held: dict[Curvature, list[dict[str, Pair]]] = {}
         for block in plan.blocks:
             for site in block.sites:
-                pairs = saved.get(site.name, [])
-                portions = held.setdefault(block.triple.curvature, [{} for _ in pairs]) if pairs else []
-                for portion, pair in zip(portions, pairs, strict=True):
+                pairs = saved.get(site.name, {})
+                portions = held.setdefault(block.triple.curvature, []) if pairs else []
+                for index, pair in pairs.items():
+                    portions += [{} for _ in range(int(index) + 1 - len(portions))]
+                    portion = portions[int(index)]
                     v, cv = (pair[key].to(block.frame.device, copy=True) for key in ("v", "cv"))
                     portion[site.name] = Pair(v, cv)
         return cls(held)

@@ -12,12 +12,12 @@ from gradmaker.replay import Replay
 from gradmaker.step import Pass, Previous
 
 if TYPE_CHECKING:
-    from gradmaker.preconditioner import PreconditionedGradientMaker
+    from gradmaker.measuring import MeasuringMaker
 
 __all__ = ["bookmark", "complete", "dump_secants", "load_secants"]
 
 
-def bookmark(maker: PreconditionedGradientMaker, replay: Replay, weight: float, notes: dict[str, Any]) -> Previous:
+def bookmark(maker: MeasuringMaker, replay: Replay, weight: float, notes: dict[str, Any]) -> Previous:
     """The step that is under way, with the pass that has just been measured.  weight: its share in the loss"""
     parameters = [p for p in maker.model.parameters() if p.requires_grad]
     made = Pass(replay, weight, notes)
@@ -31,7 +31,7 @@ def bookmark(maker: PreconditionedGradientMaker, replay: Replay, weight: float, 
     return Previous([*begun.passes, made], begun.weights, gradients, maker.step, older=begun.older)
 
 
-def _waiting(maker: PreconditionedGradientMaker, begun: Previous | None) -> dict[str, Evidence]:
+def _waiting(maker: MeasuringMaker, begun: Previous | None) -> dict[str, Evidence]:
     """Pairs of methods whose own interval has not passed yet."""
     if begun is None or begun.index == maker.step:
         return {} if begun is None else begun.older
@@ -39,7 +39,7 @@ def _waiting(maker: PreconditionedGradientMaker, begun: Previous | None) -> dict
     return {name: pair for name, pair in (begun.pairs or {}).items() if name not in measured}
 
 
-def complete(maker: PreconditionedGradientMaker) -> None:
+def complete(maker: MeasuringMaker) -> None:
     """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
     previous = maker._previous
     if maker._part >= 0 and maker._finite and maker.plan.asks("previous", maker._due):
@@ -54,7 +54,7 @@ def complete(maker: PreconditionedGradientMaker) -> None:
     maker._previous = Previous([], {}, {}, previous.index, previous.pairs)
 
 
-def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str, Evidence]:
+def _secants(maker: MeasuringMaker, previous: Previous) -> dict[str, Evidence]:
     found: dict[str, Evidence] = {}
     for curvature in maker.plan.curvatures(of_passes=True):
         if "previous" in curvature.asks:
@@ -65,7 +65,7 @@ def _secants(maker: PreconditionedGradientMaker, previous: Previous) -> dict[str
     return found
 
 
-def dump_secants(maker: PreconditionedGradientMaker) -> dict[str, Any]:
+def dump_secants(maker: MeasuringMaker) -> dict[str, Any]:
     """The pairs of the last measured step, with a place for every site that may have one.
 
     Its batch cannot be saved: if the weights have not moved yet, there are none.
@@ -84,7 +84,7 @@ def dump_secants(maker: PreconditionedGradientMaker) -> dict[str, Any]:
     return {"index": index, "known": sorted(pairs or {}), "pairs": saved}
 
 
-def _places(maker: PreconditionedGradientMaker) -> dict[str, Tensor]:
+def _places(maker: MeasuringMaker) -> dict[str, Tensor]:
     """Zeros in the shape of a pair's tensors, by site."""
     blocks = [b for b in maker.plan.blocks if "previous" in b.triple.curvature.asks]
     return {
@@ -98,7 +98,7 @@ def _moved(weights: dict[nn.Parameter, Tensor]) -> bool:
     return not all(torch.equal(p, w) for p, w in weights.items())
 
 
-def load_secants(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
+def load_secants(maker: MeasuringMaker, saved: dict[str, Any]) -> None:
     """Go on from `dump_secants`."""
     if saved["index"] < 0:
         maker._previous = None

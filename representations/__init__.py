@@ -1,18 +1,15 @@
 """Representations: how a curvature matrix is held."""
 
 from gradmaker.representations.alternating_inverse import AlternatingInverse
-from gradmaker.representations.base import (
+from gradmaker.representations.base import Fold, Frame, Representation, State
+from gradmaker.representations.capabilities import (
     Elementwise,
     Factored,
-    Fold,
-    Frame,
     LowRank,
     Multiplies,
     Preconditions,
-    Representation,
     Rotated,
     RowFactored,
-    State,
 )
 from gradmaker.representations.cross_dims import CrossDims
 from gradmaker.representations.dense import Dense

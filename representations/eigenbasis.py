@@ -82,10 +82,10 @@ class Eigenbasis(Representation):
             fold.weigh_(state["mass"])
         if first_step:
             self._turn(state)
+        if first_step or alone:  # of `I (x) A` the factors say all, in whichever basis
             self._predict(state)
         else:
-            squares = rotated_squares(evidence, *_bases(state))
-            state["moments"].add_(squares, alpha=fold.share if alone else fold.alpha)
+            state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
 
     def _advance(self, state: State, fold: Fold) -> bool:
         """Count a measured step and renew the basis when it is due; whether it has to be made of this very step's factors.
@@ -179,8 +179,6 @@ def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) 
     """
     outer, inner = (right, left) if evidence.transposed else (left, right)
     rotated = _rotate_inputs(evidence, inner)
-    if isinstance(rotated, Inputs):
-        return _input_squares(rotated)
     if outer is not None:
         rotated = replace(rotated, gradients=turn(rotated.gradients.transpose(0, 1), outer).transpose(0, 1))
     k, _, _, R, _ = rotated.gradients.shape
@@ -200,16 +198,6 @@ def _paired_squares(a: Tensor, g: Tensor, transposed: bool) -> Tensor:
         a2 = torch.einsum("gnri,gnsi->gnrsi", x, x).reshape(G, -1, i)
         total.baddbmm_(g2.mT, a2)
     return total.mT if transposed else total
-
-
-def _input_squares(evidence: Inputs) -> Tensor:
-    """The diagonal of ``I (x) A``, which no basis of the outputs changes.  # (G, o, i), or (G, i, o) when transposed"""
-    a, g = evidence.inputs, evidence.gradients
-    i = a.size if isinstance(a, OneHot) else a.shape[-1] + evidence.bias
-    diagonal = g.new_zeros(g.shape[1], i)
-    evidence.add_input_moment_(diagonal, 1.0, 1.0)
-    out = diagonal.unsqueeze(1).expand(-1, g.shape[-1], -1)
-    return out.mT if evidence.transposed else out
 
 
 def _rotate_inputs(evidence: Outer, Q: Tensor | None) -> Outer:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, LowRank, Representation, State
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.capabilities import LowRank
 
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Elementwise, Factored, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Elementwise, Factored
 from gradmaker.representations.dense import Dense
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.ladder import settle

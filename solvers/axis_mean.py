@@ -9,7 +9,8 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State, Summed
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Summed
 from gradmaker.representations.factor import dense
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
 from gradmaker.solvers.base import Solver

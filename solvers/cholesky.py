@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Factored, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
 from gradmaker.solvers.definition import axis_power, balanced_ridges

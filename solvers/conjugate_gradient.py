@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Multiplies, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Multiplies
 from gradmaker.solvers.base import InverseSolver, spectral_power
 from gradmaker.solvers.damping import check_interval
 from gradmaker.solvers.ladder import settle
@@ -41,10 +42,10 @@ class CG(InverseSolver):
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
-        nothing = {name: x.new_zeros(()) for name, x in state.items()}
-        before = None if representation.live else previous  # a live state has other names and shapes each time
         cache: State = representation.snapshot(state)
-        cache.update(settle(state, ~finite, before, nothing))  # copies: `settle` never returns what it was given
+        nothing = {name: x.new_zeros(()) for name, x in cache.items()}
+        before = None if representation.live else previous  # a live state has other names and shapes each time
+        cache.update(settle(dict(cache), ~finite, before, nothing))  # copies: `settle` never returns what it was given
         return cache
 
     def operator(self, representation: Any, state: State) -> Tensor:

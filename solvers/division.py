@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Elementwise, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Elementwise
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.ladder import settle
 

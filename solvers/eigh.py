@@ -10,7 +10,8 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Factored, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Factored
 from gradmaker.representations.factor import conjugate, identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import RowFactored, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import RowFactored
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import LowRank, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import CholeskyInverse

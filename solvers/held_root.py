@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gradmaker.representations.base import Rooted, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Rooted
 from gradmaker.solvers.base import Solver, spectral_power
 from gradmaker.solvers.definition import along_axes
 from gradmaker.solvers.roots import apply_roots, held_roots

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Graphical, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Graphical
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.ladder import climb, settle

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Factored, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Factored
 from gradmaker.representations.factor import map_blocks, widest
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import NO_LIMIT, Momentary, State
+from gradmaker.representations.base import NO_LIMIT, State
+from gradmaker.representations.capabilities import Momentary
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.damping import check_choice, check_interval
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Inverse, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.roots import apply_roots, settle_roots
 

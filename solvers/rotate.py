@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Rotated, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import Rotated
 from gradmaker.representations.factor import identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import RootFactored, State
+from gradmaker.representations.base import State
+from gradmaker.representations.capabilities import RootFactored
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
 from gradmaker.solvers.definition import axis_power

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import from_config
-from gradmaker.blocks import build_blocks
 from gradmaker.placement import Placement
 from gradmaker.schedule import Linear, Stepped
+from gradmaker.stacking import build_blocks
 from tests.models import Case
 from tests.test_state import batch, equal_states, through_file
 
@@ -179,8 +179,15 @@ def test_a_pass_is_recorded_for_the_layers_of_those_that_are_due() -> None:
     case = mixed()
     maker: Any = from_config(case.model, {"method": "kbfgs", "curvature_interval": 3, "fallback": "unit_ng", **AT_ONCE})
     measured: list[tuple[int, list[str]]] = []
-    fold = maker._fold
-    maker._fold = lambda c, s, w: measured.append((s.index, [site.name for site in s.sites])) or fold(c, s, w)
+    made = maker._step
+
+    def noted(curvature: Any, tape: Any = None, *args: Any, **kwargs: Any) -> Any:
+        seen = made(curvature, tape, *args, **kwargs)
+        if tape is not None and tape.calls:
+            measured.append((seen.index, [site.name for site in seen.sites]))
+        return seen
+
+    maker._step = noted
     for index in range(4):
         step(maker, case, index)
     expected = [(index, list(REST)) for index in range(4)] + [(index, list(LAYERS)) for index in (0, 3)]

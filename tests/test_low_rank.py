@@ -19,7 +19,8 @@ from gradmaker import METHODS, from_config
 from gradmaker.curvature import BatchGradient, FisherEmp, FisherExact
 from gradmaker.curvature.evidence import Gradient, Joint, OneHot, Outer
 from gradmaker.representations import Dense, Rows, Sketched, Truncated, Window, low_rank
-from gradmaker.representations.base import Fold, Frame, LowRank
+from gradmaker.representations.base import Fold, Frame
+from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import Spanned, form_rows
 from gradmaker.representations.rows import portions
 from gradmaker.solvers import CG, Cholesky, Gram

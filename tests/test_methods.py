@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker import blocks
+from gradmaker import stacking
 from gradmaker.config import GradientConfig
 from gradmaker.maker import GradientMaker
 from gradmaker.methods import METHODS, from_config
@@ -210,7 +210,7 @@ def test_stacked_equals_unstacked(method: str, monkeypatch: pytest.MonkeyPatch) 
     """Refreshes are not spread here: a spread refresh falls on a step that depends on the grouping."""
     together, apart = (suited(method, towers, tower) for _ in range(2))
     stacked = maker_of(method, together.model, **legal_options(method, spread=False))
-    monkeypatch.setattr(blocks, "STACK_LIMIT", 0)
+    monkeypatch.setattr(stacking, "STACK_LIMIT", 0)
     single = maker_of(method, apart.model, **legal_options(method, spread=False))
     first = stacked.plan.blocks[0]
     if not first.full and not first.triple.representation.live:  # live evidence is never stacked

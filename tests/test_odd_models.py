@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import partial
 from typing import Any
@@ -352,11 +353,12 @@ def test_an_empty_micro_batch_is_none(method: str) -> None:
 def test_a_pass_without_a_tensor_is_one_example() -> None:
     """Nobody says how many examples there are, and for what goes by terms of the loss nobody has to."""
     x, t = batch()
-    found = []
+    found, first = [], plain_mlp()
     for declared in (False, True):
-        model: Any = plain_mlp()
+        model: Any = copy.deepcopy(first)
         maker = make("kfac", model, fisher=FisherExact())
-        call = maker.setup_model_call(model, x) if declared else maker.setup_model_call(lambda m=model: m[4](m[2](m[0](x))))
+        function = model.forward
+        call = maker.setup_model_call(function, x) if declared else maker.setup_model_call(lambda f=function: f(x))
         maker.setup_loss_call(F.cross_entropy, call, t)
         maker.forward_and_backward()
         found.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))

@@ -61,7 +61,7 @@ COVERED: dict[int, str] = {
     "test_methods::test_covered_gradients_differ_and_others_are_raw",
     22: "test_low_rank::test_smw_is_the_dense_solve test_low_rank::test_batches_of_another_size_go_through_cg",
     25: "curvature/test_evidence::test_products test_fang::test_positions_are_summed_before_squares",
-    26: "test_layers::test_zoo test_layers::test_groups_are_separate_convolutions",
+    26: "test_layers::test_zoo test_layers::test_groups_are_separate_convolutions_in_one_block",
     27: f"test_layers::test_zoo test_capture::test_in_place_residual {HERE}::test_norms_that_start_at_zero",
     28: "test_fisher::test_empirical_fisher_of_examples test_low_rank::test_rows_of_every_layer",
     29: "test_capture::test_module_called_twice_is_two_tied_copies",

@@ -16,7 +16,7 @@ from gradmaker.curvature import BatchGradient, probe
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.parts import natural_parts
 from gradmaker.representations import KronDims
-from gradmaker.representations.base import Factored
+from gradmaker.representations.capabilities import Factored
 from gradmaker.rules import paths
 from gradmaker.shapes import ShapePolicy
 from gradmaker.solvers import Solver

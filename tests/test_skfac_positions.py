@@ -20,9 +20,12 @@ from tests.test_kronecker_methods import EVERY_STEP, make_of, pairs, step
 NEW = Fold(0.0, 1.0, 1.0)
 
 
-def kept(R: int, positions: int) -> list[int]:
-    """Evenly spaced, from the first to the last; the first alone of one."""
-    return [0] if positions == 1 else [round(j * (R - 1) / (positions - 1)) for j in range(positions)]
+def kept(counted: Tensor, positions: int) -> tuple[list[int], float]:
+    """Of the counted ones of an example, evenly spaced, from the first to the last; and for how many each stands."""
+    at = counted.nonzero().flatten().tolist()
+    c, k = len(at), min(positions, len(at))
+    chosen = at[:1] if k == 1 else [at[round(j * (c - 1) / (k - 1))] for j in range(k)]
+    return chosen, c / max(k, 1)
 
 
 def masked_sequences(R: int) -> Case:
@@ -35,15 +38,17 @@ def masked_sequences(R: int) -> Case:
     return case._replace(t=t, loss=lambda z, t: F.cross_entropy(z.mT, t))
 
 
-def factors(case: Case, layer: str, columns: oracles.Columns, positions: list[int], weigh: bool) -> tuple[Tensor, Tensor]:
-    """``A`` over the counted ones of the kept positions, ``B`` over the kept ones times ``R`` over their number."""
+def factors(case: Case, layer: str, columns: oracles.Columns, positions: int) -> tuple[Tensor, Tensor]:
+    """``A`` is a mean over the counted positions, ``B`` a sum, of which those that are kept stand for all."""
     tape = oracles.layer_tape(case.model, case.x, layer, columns)
-    R, valid = case.t.shape[1], case.t >= 0
-    rows = torch.cat([a[0][0, positions][valid[n, positions]] for n, (a, _) in enumerate(tape)])
-    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-    g = torch.cat([per[0][0, positions] for _, per_column in tape for per in per_column])
-    share = R / len(positions) if weigh else 1.0
-    return rows.mT @ rows / len(rows), share * g.mT @ g / int(valid.sum())
+    valid, A, B = case.t >= 0, 0.0, 0.0
+    for n, (inputs, per_column) in enumerate(tape):
+        chosen, share = kept(valid[n], positions)
+        a = torch.cat([inputs[0][0, chosen], torch.ones(len(chosen), 1).double()], 1)
+        A = A + share * a.mT @ a
+        for per in per_column:
+            B = B + share * per[0][0, chosen].mT @ per[0][0, chosen]
+    return A / valid.sum(), B / valid.sum()
 
 
 @pytest.mark.parametrize("R, positions", [(7, 3), (7, 2), (5, 4), (6, 4), (9, 5), (5, 1), (4, 3), (5, 5), (5, 8)])
@@ -52,9 +57,8 @@ def test_positions_that_are_kept(R: int, positions: int) -> None:
     maker = make_of("skfac", case, fisher=FisherExact(), reduction="subsample", positions=positions, **EVERY_STEP)
     step(maker, case)
     columns = oracles.exact_columns("categorical", twin.t)
-    chosen = kept(R, positions) if positions < R else list(range(R))
     for layer in ("0", "2"):
-        A, B = factors(twin, layer, columns, chosen, positions < R)
+        A, B = factors(twin, layer, columns, positions)
         found = pairs(maker)[layer]
         assert oracles.relative_error(found[0], B) < 1e-12 and oracles.relative_error(found[1], A) < 1e-12
 
@@ -75,12 +79,15 @@ def test_subsampled_evidence(n: int, R: int, positions: int, masked: bool) -> No
     state = representation.init(Frame(1, (4, 4), frozenset(), torch.float64, torch.device("cpu")))
     representation.update(state, evidence, NEW)
     left, right = representation.factors(state)
-    chosen = kept(R, positions)
-    a = torch.cat([evidence.inputs[0][:, chosen], torch.ones(n, positions, 1).double()], -1)
-    w = torch.ones(n, positions).double() if weights is None else weights[:, chosen]
-    g = evidence.gradients[:, 0][:, :, chosen].reshape(-1, 4)
-    assert oracles.relative_error(right[0], torch.einsum("nri,nrj,nr->ij", a, a, w) / w.sum()) < 1e-12
-    assert oracles.relative_error(left[0], R / positions * g.mT @ g) < 1e-12
+    counted = torch.ones(n, R).double() if weights is None else weights
+    A, B = torch.zeros(4, 4).double(), torch.zeros(4, 4).double()
+    for e in range(n):
+        chosen, share = kept(counted[e], positions)
+        a = torch.cat([evidence.inputs[0][e, chosen], torch.ones(len(chosen), 1).double()], -1)
+        g = evidence.gradients[:, 0, e, chosen].reshape(-1, 4)
+        A, B = A + share * a.mT @ a, B + share * g.mT @ g
+    assert oracles.relative_error(right[0], A / counted.sum()) < 1e-12
+    assert oracles.relative_error(left[0], B) < 1e-12
 
 
 @pytest.mark.parametrize("kind", [Outer, Inputs])

@@ -121,7 +121,7 @@ class LoopPass:
     def measuring(self) -> Iterator[None]:
         """Gradients of outputs that have arrived are kept; calls that checkpoints repeat inside are forgotten."""
         assert self.tape is not None
-        calls = {module: [(call, call.gradients) for call in found] for module, found in self.tape.calls.items()}
+        calls = {module: [(call, list(call.gradients)) for call in found] for module, found in self.tape.calls.items()}
         with torch.no_grad(), borrowing():
             yield
         for module, found in calls.items():

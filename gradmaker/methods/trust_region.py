@@ -100,7 +100,7 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
         if self._damping is not None and self._damping.settle(self.step):
             self._take_damping()
         batch = Batch(self.model, self._declared[""], self.config) if self._tries() else None
-        result = super()._run(weight)
+        result: tuple[Any, Tensor] = super()._run(weight)
         if batch is not None:
             self._note_trial(batch, weight)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ import torch
 from gradmaker.curvature.probe import _lifted
 
 
+@dataclass
 class Step:
     """Draws by name."""
+
+    part: int = 0
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
         return torch.Generator(device).manual_seed(len(name))

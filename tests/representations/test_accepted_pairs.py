@@ -75,7 +75,7 @@ def test_positions_share_the_damping_of_k_bfgs(positions: int, form: Any) -> Non
     A = torch.einsum("gnri,gnrj->ij", a, a) / 5
     eye = torch.eye(3).double()
     s = torch.linalg.inv(A + (damping * positions) ** 0.5 * eye) @ a.mean((0, 1, 2))
-    held = torch.linalg.inv(state["right"][0])
+    held = torch.linalg.inv(representation.snapshot(state)["right"][0])
     assert torch.allclose(held @ s, (A + (damping * positions) ** 0.5 * eye) @ s, rtol=1e-9)
     flat = torch.tensor([[1.0, 0.0]]).double()
     representation.update(state, OutputPair(flat, 0.05 * flat), Fold(0.9, 0.1, 0.1))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import Elementwise, Factored, Multiplies, Representation, State
+from gradmaker.representations.base import Representation, State
+from gradmaker.representations.capabilities import Elementwise, Factored, Multiplies
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.kronecker import Kron, KronDims

@@ -1,0 +1,188 @@
+"""Capabilities: what a solver may ask of a representation. A solver names one, and a triple without it is refused."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from gradmaker.representations.base import State
+
+__all__ = [
+    "Elementwise",
+    "Factored",
+    "Graphical",
+    "Inverse",
+    "LowRank",
+    "Momentary",
+    "Multiplies",
+    "Preconditions",
+    "RootFactored",
+    "Rooted",
+    "Rotated",
+    "RowFactored",
+    "Summed",
+]
+
+
+@runtime_checkable
+class Multiplies(Protocol):
+    """``C v`` can be formed. Every representation has it."""
+
+    def matvec(self, state: State, v: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Elementwise(Protocol):
+    """``C`` is diagonal."""
+
+    def diagonal(self, state: State) -> Tensor:
+        """The diagonal.  # (B, *shape)"""
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """``C = (F_1 (x) F_2 (x) ... (x) F_m)^(1 / order)`` with small PSD factors; one factor is a dense matrix."""
+
+    def factors(self, state: State) -> list[Tensor]:
+        """Bias-corrected factors, in any form of `gradmaker.representations.factor`.  # each (B, d, d), (B, d) or (B, d, b)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def order(self, factors: int) -> float:
+        """The root in the formula above: 1 for a Kronecker product, ``m`` for Shampoo's."""
+
+
+@runtime_checkable
+class Rotated(Protocol):
+    """``C = Q diag(s) Q^T`` with an orthogonal ``Q = Q_1 (x) Q_2 (x) ... (x) Q_m``."""
+
+    def bases(self, state: State) -> list[Tensor | None]:
+        """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k), or tiled"""
+
+    def spectrum(self, state: State) -> Tensor:
+        """``s``, bias-corrected.  # (B, d_1, ..., d_m)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per basis.  # (B, d_1, ..., d_m)"""
+
+
+@runtime_checkable
+class RowFactored(Protocol):
+    """`Factored` of order one, where a factor ``F = X^T X`` may be known by fewer rows ``X`` than it has columns."""
+
+    def rows(self, state: State) -> list[Tensor | None]:
+        """``X``, bias-corrected; None where the factor itself is smaller.  # each (B, n, d)"""
+
+    def factor(self, state: State, axis: int) -> Tensor:
+        """``F``, formed.  # (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+
+@runtime_checkable
+class RootFactored(Protocol):
+    """`Factored` where the factors ``F_k = R_k^T R_k`` are held by their square roots ``R_k``."""
+
+    def square_roots(self, state: State) -> list[Tensor]:
+        """``R_k``, bias-corrected.  # each (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def order(self, factors: int) -> float:
+        """The root as of `Factored`."""
+
+
+@runtime_checkable
+class Rooted(Protocol):
+    """``C^(-1/2) = X_1 (x) ... (x) X_m`` is held: the representation measures through it."""
+
+    def rooted(self, state: State) -> State:
+        """``root_k`` and how they came about, as in the cache of a solver that roots.  # root_k: (B, d, d) or (B, d)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per root.  # (B, d_1, ..., d_m)"""
+
+
+@runtime_checkable
+class LowRank(Protocol):
+    """``C = J^T J`` with few rows ``J`` (N, P), which are held behind three products; every scale is folded into ``J``."""
+
+    def gram(self, state: State) -> Tensor:
+        """``J J^T``.  # (B, N, N)"""
+
+    def project(self, state: State, v: Tensor) -> Tensor:
+        """``J v``.  # (B, *shape) -> (B, N)"""
+
+    def combine(self, state: State, z: Tensor) -> Tensor:
+        """``J^T z``.  # (B, N) -> (B, *shape)"""
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """``C^(-1/2) = ((1/m) sum_k F_k^(-1/(2 p)))^p`` with small PSD factors ``F_k``, each acting on its own axis."""
+
+    def summands(self, state: State) -> list[Tensor]:
+        """Bias-corrected factors in one scale.  # each (B, d, d), or (B, d) when diagonal"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def passes(self, factors: int) -> int:
+        """``p``."""
+
+
+@runtime_checkable
+class Graphical(Protocol):
+    """``C`` is known on the families of an acyclic graph: an entry of a block and its parents, ``q`` at most."""
+
+    def families(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances of the parents, of parents and child, of the child.  # (B, P, q, q), (B, P, q), (B, P)"""
+
+    def predict(self, coefficients: Tensor, v: Tensor) -> Tensor:
+        """``S v``, every entry from its parents.  # (B, P, q), (B, *shape) -> (B, *shape)"""
+
+    def spread(self, coefficients: Tensor, v: Tensor) -> Tensor:
+        """``S^T v``.  # (B, P, q), (B, *shape) -> (B, *shape)"""
+
+    def regressions(self, state: State, ridge: float) -> tuple[Tensor, Tensor]:
+        """``S`` and the residual variances of ``C + ridge I``, formed.  # (B, P, P), (B, P)"""
+
+
+@runtime_checkable
+class Momentary(Protocol):
+    """``C = (G G^T) (x) I`` of the newest gradient alone, the one that is preconditioned."""
+
+    def newest(self, state: State) -> Tensor:
+        """``G G^T``.  # (B, d, d)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient as a matrix.  # (B, d, n)"""
+
+
+@runtime_checkable
+class Inverse(Protocol):
+    """The state is ``C^-1 = (L_1 (x) ... (x) L_m)^(1 / order)`` already, a PSD matrix for each axis."""
+
+    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """Eigenvalues and eigenvectors of ``L_k``; None for the unit basis.  # each (B, d), (B, d, d)"""
+
+    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
+        """How well `spectra` fit what is held, as rows of `gradmaker.solvers.diagnosis.COLUMNS`.  # (B, m, 5)"""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+
+    def order(self, factors: int) -> float:
+        """The root in the formula above."""
+
+
+@runtime_checkable
+class Preconditions(Protocol):
+    """The state holds ``P``, an approximate inverse of ``C``, and can apply it: it was fitted or updated directly."""
+
+    def apply(self, state: State, g: Tensor) -> Tensor:
+        """``P g``.  # (B, *shape)"""
