@@ -152,7 +152,9 @@ def test_representations_say_what_they_ignore(name: str) -> None:
 
 @pytest.mark.parametrize("name", CURVATURES)
 def test_curvatures_say_what_they_ignore(name: str) -> None:
-    assert set(CURVATURES[name]().idle) <= {"seed", "likelihood", "loss_reduction"}
+    curvature = CURVATURES[name]()
+    assert set(curvature.idle) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
+    assert set(curvature.idle) & CHECKS == (set() if curvature.recorded else CHECKS)
 
 
 def test_options_of_a_free_triple_are_those_of_its_parts() -> None:
