@@ -231,6 +231,20 @@ def halved(module: nn.Module, args: Any, y: Tensor) -> None:
         y.register_hook(lambda g: 0.5 * g)
 
 
+class Iterated(nn.Module):
+    """Convolutions that are called twice, compared by their own kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.deep = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding="same", groups=2, bias=False)
+        self.up, self.head = nn.ConvTranspose2d(2, 2, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.tanh(self.up(self.deep(torch.tanh(self.deep(torch.tanh(self.conv(x)))))))
+        return self.head(x.flatten(2).mean(-1))
+
+
 RIGHT: dict[str, Callable[[], Case]] = {
     "plain": lambda: net(plain),
     "called without gradient": lambda: net(looked_at_without),
@@ -238,6 +252,7 @@ RIGHT: dict[str, Callable[[], Case]] = {
     "twice": lambda: net(twice),
     "unused": lambda: net(unused),
     "hook on the input": lambda: net(plain, hooked_at_the_input),
+    "convolutions, twice": lambda: other(Iterated, 4, 2, 3, 4),
     "hook on the gradient": lambda: net(plain, hooked_at_the_gradient),
 }
 
