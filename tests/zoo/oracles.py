@@ -250,16 +250,12 @@ def kfac_direction(damping: float) -> Solve:
     return solve
 
 
-def ekfac_direction(damping: float, moments: bool) -> Solve:
-    """`Q_B [(Q_B^T G Q_A) / (D + lambda)] Q_A^T` in the eigenbases of A and B, at the first step.
-
-    ``moments``: whether `D` is the second moment of the columns' gradients in that basis, `sum_k (Q_B^T J_k Q_A)^2`, or what
-    the factors alone predict, `b a^T` of their eigenvalues.
-    """
+def ekfac_direction(damping: float) -> Solve:
+    """`Q_B [(Q_B^T G Q_A) / (D + lambda)] Q_A^T` in the eigenbases of A and B, at the first step: `D = b a^T` of their eigenvalues."""
 
     def solve(G: Tensor, A: Tensor, B: Tensor, columns: Tensor) -> Tensor:
         (a, Q_A), (b, Q_B) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-        D = (Q_B.mT @ columns @ Q_A).square().sum(0) if moments else torch.outer(b.clamp(min=0), a.clamp(min=0))
+        D = torch.outer(b.clamp(min=0), a.clamp(min=0))
         return Q_B @ ((Q_B.mT @ G @ Q_A) / (D + damping)) @ Q_A.mT
 
     return solve
