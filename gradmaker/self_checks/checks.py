@@ -14,6 +14,7 @@ from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, pull_pair
 from gradmaker.self_checks.findings import Findings, tell
 from gradmaker.self_checks.loss import check_curvature, check_gradient
+from gradmaker.self_checks.rest import check_rest
 from gradmaker.self_checks.uses import check_uses
 from gradmaker.sites import Site
 
@@ -98,7 +99,7 @@ class SelfChecks:
     ) -> None:
         slopes = head.probes(generator)
         cotangents = [s.unsqueeze(0) for s in slopes]
-        pulled = tape.pull(head.outputs, cotangents)
+        pulled = plain = tape.pull(head.outputs, cotangents)
         if explained and ridden is not None:
             check_gradient(head, pulled, ridden)
             unchecked = check_curvature(head, generator)
@@ -111,6 +112,8 @@ class SelfChecks:
         truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, pulled, truth, found)
+            if not explained and ridden is not None:
+                check_rest(tape, sites, head, plain, ridden, found)
 
     def _settle(self, tape: Tape, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""
