@@ -22,6 +22,21 @@ from tests.models import Case
 BLOCKS = ["full", "layer"]
 
 
+class Count:
+    """How often something was done."""
+
+    def __init__(self) -> None:
+        self.checks = self.pulls = self.passes = 0
+
+    def since(self, before: tuple[int, int, int]) -> tuple[int, int, int]:
+        now = self.checks, self.pulls, self.passes
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+    @property
+    def now(self) -> tuple[int, int, int]:
+        return self.checks, self.pulls, self.passes
+
+
 class Planted(NamedTuple):
     """A wrong model, and what is said of it."""
 
@@ -129,3 +144,15 @@ def is_right_in_silence(case: Case, blocks: str, **options: Any) -> None:
         maker = maker_of(case, blocks, self_check=mode, **options)
         step(maker, case)
         assert is_right(maker, case), mode
+
+
+def declared(maker: Any, model: nn.Module, case: Case) -> None:
+    measure.setup(maker, case._replace(model=model))
+
+
+def checks_of(count: Count, maker: Any, model: nn.Module, case: Case) -> int:
+    """Runs of the checks in one step."""
+    before = count.checks
+    declared(maker, model, case)
+    maker.forward_and_backward()
+    return count.checks - before
