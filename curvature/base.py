@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from gradmaker.sites import Site
     from gradmaker.step import Step
 
-__all__ = ["NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
+__all__ = ["NO_CALLS", "NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
 
+NO_CALLS = dict.fromkeys(
+    ("self_check", "batch_axis"), "calls of layers and the examples in them are not looked at; Fisher matrices are made of them"
+)
 NO_DRAWS = {"seed": "nothing is drawn at random here; sampled targets and probes are what a seed is for"}
 NO_OUTPUTS = {"likelihood": "this curvature needs none; FisherMC and FisherExact are those of a likelihood"}
 NO_REDUCTION = {"loss_reduction": "only FisherEmp reads it; a likelihood has its own, as in Categorical(reduction='sum')"}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
 from gradmaker.curvature.factors import Layers
 from gradmaker.curvature.fisher import FisherEmp
@@ -98,7 +98,7 @@ class Products(Curvature):
     def idle(self) -> dict[str, str]:  # type: ignore[override]
         """What draws and what has to know the loss or how it reduces depends on the options."""
         cut, told = self.examples is not None, self.squares or self.factors
-        known = ({} if told else NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
+        known = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
         return known if cut or self.factors else known | NO_DRAWS
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import NO_OUTPUTS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.real_pairs import real_shape, write_real
@@ -37,7 +37,7 @@ class HessianProbe(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
     layerwise: ClassVar[bool] = False
-    idle = NO_OUTPUTS | NO_REDUCTION
+    idle = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     samples: int = 1
@@ -107,7 +107,7 @@ class GradientProbe(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Contrast,)
     layerwise: ClassVar[bool] = False
-    idle = NO_OUTPUTS | NO_REDUCTION
+    idle = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
     lift: float = 0.0
 

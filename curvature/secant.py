@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Opening, OutputPair, PairedInputs, SecantPair
 from gradmaker.pulls import Pulled
 
@@ -63,6 +63,7 @@ class Secant(_Lazy):
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
 
+    idle = _Lazy.idle | NO_CALLS
     gives: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
     layerwise: ClassVar[bool] = False
 

@@ -19,6 +19,10 @@ case against an oracle in float64 that goes example by example with plain autogr
   example, and are exact as well, one block a parameter; K-FAC leaves it to its `fallback`.
 - *refused*: an error says why, and nothing is changed.
 
+The table is of layers alone, with the examples on the first axis. Other axes, examples that mix, and uses of a weight beside
+its layer are what the [self-checks](self_checks.md) find in every kind of pass: there the blocks of dense, unit-wise and
+diagonal methods are as exact, by passes for single examples or by derivatives of the parameter itself.
+
 Units are rows of the weight as torch stores it: outputs of a linear map or a convolution, tokens of an embedding, input
 channels of a transposed convolution. Attention has four linear maps, for queries, keys, values and the output, each a block
 with its bias.

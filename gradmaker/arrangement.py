@@ -48,7 +48,7 @@ class Arrangement:
     orders: dict[Key, Order | None] = field(default_factory=dict)  # None: no order fits, the call is measured apart
     direct: set[str] = field(default_factory=set)  # parameters that are measured by their own derivatives, without any call
     joint: set[Structure] = field(default_factory=set)  # where no call keeps examples apart: the batch is one example
-    checked: dict[Structure, int] = field(default_factory=dict)  # how often; done with -1
+    checked: dict[Structure, int] = field(default_factory=dict)  # how often; see `SelfChecks`
     notes: dict[str, str] = field(default_factory=dict)  # by parameter or site: what was found
 
     @property

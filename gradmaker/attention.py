@@ -34,6 +34,13 @@ class Projection(nn.Module):
         self.width = width
         self.rows = rows  # by parameter of the attention: the rows that belong to this map, None for all
 
+    def __eq__(self, other: object) -> bool:
+        """The same map, of whatever plan: a tape that was made for one plan is read by the next."""
+        return isinstance(other, Projection) and self.attention[0] is other.attention[0] and self.part == other.part
+
+    def __hash__(self) -> int:
+        return hash((id(self.attention[0]), self.part))
+
 
 def projections(attention: nn.MultiheadAttention) -> Iterator[Projection]:
     """The maps of queries, keys, values and of the heads' outputs."""

@@ -164,6 +164,8 @@ class MeasuringMaker(GradientMaker):
         curvatures = [c for c in self._curvatures() if c.recorded]
         explained = any(not c.rides for c in curvatures) and not head.declared
         costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
+        shares = any(c.rides and "loss_reduction" not in c.idle for c in curvatures)  # those of examples in the whole loss
+        ridden = ridden if explained or shares else None
         with plain_arithmetic(self.model), borrowing():
             unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly)
         if unseen - self._unseen:

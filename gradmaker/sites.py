@@ -111,9 +111,9 @@ class Site:
 
     def direct(self, tape: Tape) -> bool:
         """Whether its parameters are measured by their own derivatives, whatever call they are used in."""
-        if self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules)):
-            return True
-        return any(name in tape.arrangement.direct for name in self.parameters)
+        if any(name in tape.arrangement.direct for name in self.parameters):
+            return True  # whatever was recorded: the parts of an attention module may have been, and not the module
+        return self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules))
 
     def outer(self, tape: Tape, found: Pulled, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
         """The evidence of a pass. Several calls are further sharing positions.

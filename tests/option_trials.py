@@ -95,6 +95,8 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("psgd_whiten", "norm"): ["keep", "adam"],  # its bound is not reached here: tests/test_psgd_whiten.py
     ("psgd_whiten", "merge"): ["none"],  # with to_2d the shapes are those of its default here
     ("", "split"): [(("head", 2),)],
+    ("", "self_check"): ["off"],
+    ("", "batch_axis"): [1],
     ("psgd_whiten", "max_skew"): [None],
     ("caspr_adaptive", "start"): [1.0],
     ("neumann_practical", "alpha"): [1e3],
@@ -116,6 +118,12 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("neumann_practical", "rate"): "it is for the weights of `undisplaced` alone: tests/test_options.py",
     **{(method, "mode"): "the same product in another way: tests/test_probes.py" for method in PROBES},
     **{(method, "failures_allowed"): "of what does not happen here: tests/test_failures.py" for method in NAMED},
+    **{
+        (method, name): "of other models and inputs: tests/self_checks/test_structures.py"
+        for method in NAMED
+        for name in ("self_check", "batch_axis")
+        if name not in METHODS[method].Config().idle_options()
+    },
 }
 """Options that no trial of some steps can show, with the reason and the test that shows them."""
 OTHER_PARTS = {

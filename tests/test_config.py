@@ -45,6 +45,8 @@ WRONG: dict[str, list[Any]] = {
     "seed": [None, 1.5, "0"],
     "likelihood": ["categoric", 3, Categorical, {"categorical": {"axes": 1}}],
     "loss_reduction": ["none", None, "avg"],
+    "batch_axis": [-1, 1.5, None, True],
+    "self_check": ["warn", None, False, "Error"],
 }
 OWN: list[tuple[str, str, Any]] = [
     ("kfac", "fisher", "FisherMCC"),

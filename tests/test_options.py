@@ -24,6 +24,7 @@ from gradmaker import (
     NeumannPracticalGradientConfig,
     NeumannPracticalGradientMaker,
 )
+from gradmaker.config import OF_A_FALLBACK
 from gradmaker.curvature import (
     CURVATURES,
     BatchGradient,
@@ -53,6 +54,9 @@ from tests.test_sweep import COVER
 from tests.test_triples import mapping
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+CHECKS = {"self_check", "batch_axis"}
 
 
 def name_of(trial: Trial) -> str:
@@ -100,18 +104,18 @@ def test_what_no_trial_shows_has_a_reason_and_a_test() -> None:
         config: Any = METHODS[method].Config()
         assert name in config.as_mapping() and name not in config.idle_options(), f"{method}.{name}: stale"
         assert name in (ROOT / reason.rpartition(": ")[2]).read_text(encoding="utf-8"), reason
-    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root"}
+    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root", *CHECKS}
 
 
 @pytest.mark.parametrize(
     ("method", "option", "value"), [("muon", "max_dim", 3), ("smw_ng", "spread", False), ("smw_gn", "spread", False)]
 )
 def test_options_that_have_only_other_bytes_or_another_method_to_speak_to(method: str, option: str, value: Any) -> None:
-    """Refused, except where a fallback shares them."""
+    """Refused, except where a fallback shares them; intervals it has of its own."""
     make: Any = METHODS[method].Config
     with pytest.raises(ValueError, match=rf"{option}={value} would have no effect"):
         make(**{option: value})
-    if "fallback" not in make().idle_options():
+    if option not in OF_A_FALLBACK and "fallback" not in make().idle_options():
         assert getattr(make(fallback="kfac", **{option: value}), option) == value
 
 
@@ -148,7 +152,9 @@ def test_representations_say_what_they_ignore(name: str) -> None:
 
 @pytest.mark.parametrize("name", CURVATURES)
 def test_curvatures_say_what_they_ignore(name: str) -> None:
-    assert set(CURVATURES[name]().idle) <= {"seed", "likelihood", "loss_reduction"}
+    curvature = CURVATURES[name]()
+    assert set(curvature.idle) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
+    assert set(curvature.idle) & CHECKS == (set() if curvature.recorded else CHECKS)
 
 
 def test_options_of_a_free_triple_are_those_of_its_parts() -> None:

@@ -61,7 +61,8 @@ class EshampooGradientConfig(AxesGradientConfig):
 
     A basis is renewed every ``basis_interval`` steps unless it is still within ``tolerance`` of diagonal.
 
-    Reference: Eschenhagen et al., 2025, arXiv:2506.03595; defaults of Meta's Distributed Shampoo.
+    Reference: Eschenhagen et al., 2025, arXiv:2506.03595; the order and the criterion of
+    a renewal are those of Meta's Distributed Shampoo, whose epsilon is 1e-12 and whose statistics are sums by default.
     """
 
     damping: float = 1e-8

@@ -14,6 +14,7 @@ from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, pull_pair
 from gradmaker.self_checks.findings import Findings, tell
 from gradmaker.self_checks.loss import check_curvature, check_gradient
+from gradmaker.self_checks.rest import check_rest
 from gradmaker.self_checks.uses import check_uses
 from gradmaker.sites import Site
 
@@ -21,7 +22,7 @@ __all__ = ["SelfChecks"]
 
 TRIES = 3
 """Measurements at which a structure is checked while some of its layers have no gradient, as behind weights that are zero."""
-DONE = TRIES
+PROVEN = TRIES + 1
 SELECTING = (
     "IndexBackward",
     "MaskedSelect",
@@ -54,14 +55,14 @@ class SelfChecks:
     def proven(self, modules: Sequence[nn.Module]) -> bool:
         """Whether some modules have been seen in a pass that is checked to the end, or in a call whose examples were found."""
         own = self.arrangement
-        done = [key for structure, tries in own.checked.items() if tries >= DONE for key in structure]
-        return any(isinstance(key, tuple) and key[0] is m for key in (*own.orders, *done) for m in modules)
+        done = [key for structure, tries in own.checked.items() if tries >= PROVEN for key in structure]
+        return any(isinstance(key, tuple) and key[0] == m for key in (*own.orders, *done) for m in modules)
 
     def due(self, structure: Structure, head: Head) -> bool:
         """Whether passes of this kind are still to be checked."""
         if self.mode == "off" or not head.outputs:
             return False
-        return self.arrangement.checked.get(structure, 0) < DONE or _selects(head.outputs)
+        return self.arrangement.checked.get(structure, 0) < TRIES or _selects(head.outputs)
 
     def run(
         self, tape: Tape, sites: Sequence[Site], head: Head, ridden: OutputGradients | None, explained: bool, costly: bool
@@ -74,11 +75,13 @@ class SelfChecks:
         structure, found = tape.structure(head.outputs), Findings()
         self._runs += 1
         generator = torch.Generator().manual_seed((self.seed * 1000003 + self._runs) % 2**63)
-        first = self.arrangement.checked.get(structure, 0) < DONE
+        first = self.arrangement.checked.get(structure, 0) < TRIES
         if tape.batch > 1 and head.divides(tape.batch):
             tape.joint = False
             pair, c = pull_pair(tape, head, generator)
             check_examples(tape, sites, pair, c, found)
+        elif tape.batch > 1:
+            found.undivided = tape.batch
         if first:
             self._check_uses(tape, sites, head, ridden, explained, generator, found)
         self._settle(tape, structure, found, costly)
@@ -96,7 +99,7 @@ class SelfChecks:
     ) -> None:
         slopes = head.probes(generator)
         cotangents = [s.unsqueeze(0) for s in slopes]
-        pulled = tape.pull(head.outputs, cotangents)
+        pulled = plain = tape.pull(head.outputs, cotangents)
         if explained and ridden is not None:
             check_gradient(head, pulled, ridden)
             unchecked = check_curvature(head, generator)
@@ -109,6 +112,8 @@ class SelfChecks:
         truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, pulled, truth, found)
+            if not explained and ridden is not None:
+                check_rest(tape, sites, head, plain, ridden, found)
 
     def _settle(self, tape: Tape, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""
@@ -123,7 +128,7 @@ class SelfChecks:
             own.orders.update(found.orders)
         own.direct.update(found.direct, found.unseen)
         own.notes.update(found.direct | found.unseen | found.notes)
-        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else DONE
+        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else PROVEN
 
 
 def _selects(outputs: Sequence[Tensor]) -> bool:

@@ -25,6 +25,7 @@ class Findings:
     direct: dict[str, str] = field(default_factory=dict)  # other parameters that a repeated call does not show rightly
     dark: set[str] = field(default_factory=set)  # parameters without a gradient here: nothing could be proven
     notes: dict[str, str] = field(default_factory=dict)
+    undivided: int = 0  # the number of examples, if what the loss is a function of does not fall into as many equal parts
 
     @property
     def joint(self) -> bool:
@@ -43,6 +44,11 @@ def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: 
         lines.append("in every layer the examples of the batch depend on each other: the batch is measured as one example")
     elif apart:
         lines += [f"{name}: no axis of its outputs holds the examples, or they depend on each other" for name in apart]
+    if findings.undivided:
+        lines.append(
+            f"what the loss is a function of does not fall into {findings.undivided} equal parts, one for each example: the "
+            "batch is measured as one example"
+        )
     if not lines:
         return
     text = "; ".join(lines)
