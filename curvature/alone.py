@@ -102,7 +102,7 @@ def _weights(
 ) -> Tensor | None:
     """Of the loss of each example in that of the batch: those with which the gradients add up.  # (n,)"""
     n, like = len(found), expected[0].device
-    counts = torch.cat([torch.zeros(1).double() if s is None else s.number.double().cpu() for s in found]).to(like)
+    counts = torch.cat([torch.zeros(1, dtype=torch.float64) if s is None else s.number.cpu() for s in found]).to(like)
     one = torch.ones_like(counts)
     trials = [(one / n, sums[0], one[0] / n), (one, sums[0], one[0])]
     if step.terms:
@@ -121,7 +121,8 @@ def _factors(step: Step, found: Sequence[_Single | None], weights: Tensor) -> Te
     if not step.terms:
         return weights * (len(found) if step.reduction == "mean" else 1.0) ** 0.5
     counts = torch.cat([torch.ones_like(weights[:1]) if s is None else s.number.to(weights) for s in found])
-    return (weights * counts).sqrt()
+    factors: Tensor = (weights * counts).sqrt()
+    return factors
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

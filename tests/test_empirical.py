@@ -1,4 +1,4 @@
-"""The empirical Fisher of one loss is one matrix, whatever its spelling: ``C = M sum_n g_n g_n^T``."""
+"""The empirical Fisher of one loss is one matrix, whatever its spelling and its cut: ``C = sum_n M_n g_n g_n^T``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker.curvature import FisherEmp
+from gradmaker.curvature.weights import numbers
 from gradmaker.representations import Dense, Diagonal, Kron
 from tests import models, oracles
 from tests.measure import custom
@@ -104,22 +105,25 @@ SPELLINGS: dict[str, list[Loss]] = {
 }
 
 
-def effective(omega: Tensor) -> float:
-    return float(omega.sum() / omega.square().sum())
+def effective(*omegas: Tensor) -> Tensor:
+    """Of each example.  omegas: (n, ...) each"""
+    omega = torch.cat([o.reshape(N, -1) for o in omegas], 1)
+    return omega.sum(1) / omega.square().sum(1)
 
 
-NUMBERS: dict[str, float] = {
+KEPT = (IGNORED >= 0).double()
+NUMBERS: dict[str, float | Tensor] = {
     "mixed_labels": TERMS,
     "sum": 1.0,
     "mean": TERMS,
     "ignored": float((IGNORED >= 0).sum()),
     "class_weights": effective(WEIGHTS[LABELS] / WEIGHTS[LABELS].sum()),
     "squares": ELEMENTS,
-    "weighted_squares": effective(WEIGHTS / (WEIGHTS.sum() * TERMS)),
+    "weighted_squares": effective((WEIGHTS / (WEIGHTS.sum() * TERMS)).expand(N, R, CLASSES)),
     "binary": ELEMENTS,
-    "two": (1 + ELEMENTS) / (1 / float((IGNORED >= 0).sum()) + ELEMENTS),
+    "two": effective(KEPT / KEPT.sum(), torch.ones(N, R, CLASSES).double()),
 }
-"""``M = sum omega / sum omega^2``, by hand."""
+"""``M_n = sum omega / sum omega^2`` over the terms of an example, by hand."""
 
 
 def case_of(loss: Loss) -> Case:
@@ -170,7 +174,7 @@ def test_it_is_that_of_gradients_by_hand(name: str) -> None:
         own = torch.arange(N).reshape(-1, 1, 1) == n
         g = torch.autograd.grad(loss(torch.where(own, z, z.detach())), parameters)
         row = torch.cat([x.reshape(-1) for x in g])
-        C = C + NUMBERS[name] * torch.outer(row, row)
+        C = C + (torch.as_tensor(NUMBERS[name]).double().expand(N)[n] * torch.outer(row, row))
     maker = custom(case.model, FisherEmp(), Dense(granularity="full"))
     maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
     maker.forward_and_backward()
@@ -205,7 +209,7 @@ def test_its_expectation_under_the_model_is_the_fisher_matrix(name: str) -> None
         y = z.detach() + shift if name == "squares" else torch.full_like(z, target)
         p = 0.5 if name == "squares" else (1 - target - z.detach().sigmoid()).abs()
         t, g = terms(y)
-        total += p * t.empirical(g, N)[0].square()
+        total += p * t.empirical(g, N, numbers([t], N).sqrt().unsqueeze(1))[0].square()
     t, _ = terms(torch.zeros_like(z))
     exact = torch.cat(list(t.exact(N))).square().sum(0)
     assert oracles.relative_error(total, exact) < 1e-12

@@ -112,7 +112,7 @@ def _same_rows(x: Tensor, single: Sequence[Tensor], layout: Layout, module: nn.M
         return None
     if rows.shape[1] < 2 or any(y.shape != rows.shape[1:] for y in own):
         return None
-    rows, own = rows.double().flatten(2), [y.double().flatten(1) for y in own]
+    rows, own = rows.double().reshape(*rows.shape[:2], -1), [y.double().reshape(len(y), -1) for y in own]
     limit = TOLERANCES.get(x.dtype, 1e-3 if x.is_floating_point() else 0.0) * float(rows.abs().max())
     if all(_near(rows[e], y, limit) for e, y in zip(pair, own, strict=True)):
         return None if _near(own[0], own[1], limit) else True
