@@ -183,7 +183,13 @@ class FisherEmp(Curvature):
             return
         assert step.ridden is not None
         sources: list[Source] = []
-        if step.head is not None and any(site.direct(step.tape) or step.tape.apart(site.modules) for site in step.active()):
+        own = [s.name for s in step.active() if s.direct(step.tape) or step.tape.apart(s.modules)]
+        if own and step.head is None:
+            raise SelfCheckError(
+                f"FisherEmp: {', '.join(own)} need a pass for each example, and a loop's backward pass is over when it is "
+                "measured: declare the calls instead of attaching, choose FisherMC or FisherExact, or leave them out by ignore="
+            )
+        if own and step.head is not None:
             parts = zip(step.head.outputs, step.head.slopes, step.head.owners(step.examples), strict=True)
             sources = [Source(z, slope.unsqueeze(0), owner) for z, slope, owner in parts]
         found = pull(step.tape, step.sites, sources, True, step.ridden, frozen=False) if sources else Pulled(step.ridden)
@@ -194,7 +200,7 @@ class FisherEmp(Curvature):
         portion = examples_alone(step)
         if portion is not None:
             yield portion
-        elif step.terms and not step.tape.ungrouped:
+        elif step.terms and step.head is not None and not step.tape.ungrouped:
             yield from self._tokens(step)
         else:
             raise SelfCheckError(

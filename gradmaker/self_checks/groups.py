@@ -90,34 +90,44 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Calls], pair: Sequence[int]) -> bool | None:
-    """By the first call that tells."""
+    """By the first call that tells, of those with several rows an example; of the others where there are none."""
+    found: dict[bool, list[bool | None]] = {}
     for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding") for m in s.modules):
         for j, own in enumerate(tape.calls.get(module, ())):
             layout = tape.layout(own)
             if layout is APART or any(len(calls[module]) <= j for calls in (whole, *alone)):
                 continue
-            found = _same_rows(whole[module][j].input, [calls[module][j].input for calls in alone], layout, module, pair)
-            if found is not None:
-                return found
-    return None
+            several, same = _same_rows(
+                whole[module][j].input, [calls[module][j].input for calls in alone], layout, module, pair
+            )
+            if several and same is not None:
+                return same
+            found.setdefault(several, []).append(same)
+    return None if True in found else next((same for same in found.get(False, []) if same is not None), None)
 
 
-def _same_rows(x: Tensor, single: Sequence[Tensor], layout: Layout, module: nn.Module, pair: Sequence[int]) -> bool | None:
-    """Whether the rows of two examples are those that they have alone; None if these are nowhere, or all alike."""
+def _same_rows(
+    x: Tensor, single: Sequence[Tensor], layout: Layout, module: nn.Module, pair: Sequence[int]
+) -> tuple[bool, bool | None]:
+    """Whether an example has several rows, and whether those of two are what they are alone.
+
+    None if not, but what they are alone is nowhere in the batch, or if nothing tells them from each other.
+    """
     axes = max(1, getattr(module, "weight", x.new_zeros(1, 1)).ndim - 1) if x.is_floating_point() else 0
     try:
         rows = to_examples(x.detach(), layout, axes)  # (n, r, ...)
         own = [to_examples(y.detach(), Layout(1, "first"), axes)[0] for y in single]  # (r, ...)
     except ValueError:
-        return None
-    if rows.shape[1] < 2 or any(y.shape != rows.shape[1:] for y in own):
-        return None
+        return True, None
+    several = rows.shape[1] > 1
+    if any(y.shape != rows.shape[1:] for y in own):
+        return several, None
     rows, own = rows.double().reshape(*rows.shape[:2], -1), [y.double().reshape(len(y), -1) for y in own]
     limit = TOLERANCES.get(x.dtype, 1e-3 if x.is_floating_point() else 0.0) * float(rows.abs().max())
     if all(_near(rows[e], y, limit) for e, y in zip(pair, own, strict=True)):
-        return None if _near(own[0], own[1], limit) else True
+        return several, None if _near(own[0], own[1], limit) else True
     everything = rows.flatten(0, 1)
-    return False if all(_contained(y, everything, limit) for y in own) else None
+    return several, False if all(_contained(y, everything, limit) for y in own) else None
 
 
 def _near(a: Tensor, b: Tensor, limit: float) -> bool:
