@@ -57,7 +57,7 @@ def examples_alone(step: Step) -> Mapping[str, Evidence] | None:
     try:
         batch = step.own()
         with step.tape.paused(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             for e in range(n):
                 single = _single(step, batch, e, parameters)
                 found.append(single)
@@ -104,7 +104,7 @@ def _weights(
     n, like = len(found), expected[0].device
     counts = torch.cat([torch.zeros(1, dtype=torch.float64) if s is None else s.number.cpu() for s in found]).to(like)
     one = torch.ones_like(counts)
-    trials = [(one / n, sums[0], one[0] / n), (one, sums[0], one[0])]
+    trials: list[tuple[Tensor, list[Tensor], Tensor]] = [(one / n, sums[0], one[0] / n), (one, sums[0], one[0])]
     if step.terms:
         M = numbers(step.terms, 1).to(counts)[0]
         trials.append((counts / M, sums[1], 1 / M))
@@ -119,7 +119,7 @@ def _weights(
 def _factors(step: Step, found: Sequence[_Single | None], weights: Tensor) -> Tensor:
     """``w_n sqrt(M_n)``, where the ``M_n`` of a share is that of its own loss over the weight.  # (n,)"""
     if not step.terms:
-        return weights * (len(found) if step.reduction == "mean" else 1.0) ** 0.5
+        return weights * float(len(found) if step.reduction == "mean" else 1) ** 0.5
     counts = torch.cat([torch.ones_like(weights[:1]) if s is None else s.number.to(weights) for s in found])
     factors: Tensor = (weights * counts).sqrt()
     return factors

@@ -62,6 +62,15 @@ class Declared:
         call, loss, logits = (exchange(part, pick, known) for part in (self.call, self.loss, self.logits))
         return Declared(call, loss, logits)
 
+    def part(self, rows: Tensor, axis: int, n: int) -> Declared:
+        """As `cut`. ValueError where that does not leave as many examples in the call."""
+        made = self.cut(rows, axis, n)
+        tensors = (v for v in tree_leaves((made.call._args, made.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0)
+        first = next(tensors, None)
+        if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
+            raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples")
+        return made
+
 
 def terms_of(recorder: LossRecorder, loss: Tensor, logits: Tensor | None, likelihood: Likelihood | None) -> list[Terms]:
     """The terms of a loss: read off its calls, else those of the likelihood that was declared."""
@@ -127,12 +136,7 @@ class Batch:
 
     def part(self, rows: Tensor, n: int) -> Batch:
         """Some of the ``n`` examples. ValueError where the declared call is not cut with them."""
-        axis = self.config.batch_axis
-        cut = self.declared.cut(rows, axis, n)
-        first = next((v for v in tree_leaves((cut.call._args, cut.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0), None)
-        if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
-            raise ValueError(f"{self.declared.call!r} cannot be cut to {len(rows)} of {n} examples")
-        return Batch(self.model, cut, self.config, self)
+        return Batch(self.model, self.declared.part(rows, self.config.batch_axis, n), self.config, self)
 
     @torch.enable_grad()
     def evaluate(self) -> tuple[Tensor, list[Terms]]:

@@ -253,6 +253,19 @@ def test_what_cannot_be_told_is_noted() -> None:
     assert "could not be checked" in str(maker.summary())
 
 
+def test_layers_without_a_gradient_prove_nothing() -> None:
+    """Behind a head of zeros the lookup is as the inputs are, and the loss is not."""
+    model, x, t, _ = build("example first", 2 * N, tokens=True)
+    model.rows = lambda m, x: m.second(flat(m.first(x).tanh().transpose(0, 1)))
+    with torch.no_grad():
+        model.second.weight.zero_()
+    maker = custom(model, FisherEmp(), FULL)
+    declare(maker, model, x, t, loss_of(True))
+    maker.forward_and_backward()
+    expected = by_examples(maker, model, x, t, loss_of(True), 1 / N, N * 2 * N)
+    assert oracles.relative_error(held(maker)[0][0], expected) < 1e-12
+
+
 # ------------------------------------------------------------------ no order fits
 class Shuffled(nn.Module):
     """Rows of examples lie in pairs: neither order is that of the inputs."""
@@ -285,6 +298,26 @@ def test_rows_in_no_order_are_evaluated_alone() -> None:
         warnings.simplefilter("error")  # it was said
         maker.forward_and_backward()
     assert oracles.relative_error(held(maker)[0][0], expected) < 1e-12
+
+
+def test_rows_that_are_chosen_before_the_layers() -> None:
+    """As many as would divide: two for each of four examples, but three, one, two and two they are."""
+    model, x, t, _ = build("example first", 3)
+    kept = torch.arange(3) < torch.tensor([3, 1, 2, 2]).unsqueeze(1)
+    model.rows = lambda m, xs: BODY(m, xs[0][xs[1]])
+    maker = custom(model, FisherEmp(), FULL)
+    y = maker.setup_model_call(lambda x, kept: model((x, kept)), x, kept)
+    maker.setup_loss_call(lambda z, t, kept: F.cross_entropy(z, t[kept]), y, t, kept)
+    with pytest.warns(SelfCheckWarning, match="for each"):
+        maker.forward_and_backward()
+    rows = []
+    for n in range(N):
+        z = model((x[n : n + 1], kept[n : n + 1]))
+        loss = F.cross_entropy(z, t[n][kept[n]], reduction="sum") / 8**0.5
+        values = dict(zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        rows.append(torch.cat([s.lay_out(dict(values)).reshape(-1) for b in maker.plan.blocks for s in b.sites]))
+    J = torch.stack(rows)
+    assert oracles.relative_error(held(maker)[0][0], J.T @ J) < 1e-12
 
 
 def test_a_statistic_that_groups_them_itself_is_refused() -> None:

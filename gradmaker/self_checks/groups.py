@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arrangement import APART
+from gradmaker.arrangement import APART, key_of
 from gradmaker.batches import Declared
 from gradmaker.calls import Call, Layout, to_examples
 from gradmaker.capture import Tape
@@ -46,12 +46,12 @@ class Inputs:
 
     def run(self, tape: Tape, example: int | None) -> Calls:
         """The calls of layers for one example, or for all of them."""
-        call = self.call if example is None else Declared(self.call).cut(torch.tensor([example]), self.axis, tape.batch).call
+        call = self.call if example is None else Declared(self.call).part(torch.tensor([example]), self.axis, tape.batch).call
         known: dict[int, object] = {}
         made = Tape(tape.root, dict.fromkeys(tape.calls), tape.arrangement)
         replay = Replay(self.model, lambda: (resolve(call, known), torch.zeros(())))
         with tape.paused(), made.recording(sized=True), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             replay.run()
         return made.calls
 
@@ -90,12 +90,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Calls], pair: Sequence[int]) -> bool | None:
-    """By the first call that tells, of those with several rows an example; of the others where there are none."""
+    """By the first call that tells, of those with several rows an example; of the others where there are none.
+
+    Only calls tell that were compared with the outputs, which takes a gradient.
+    """
     found: dict[bool, list[bool | None]] = {}
     for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding") for m in s.modules):
         for j, own in enumerate(tape.calls.get(module, ())):
             layout = tape.layout(own)
-            if layout is APART or any(len(calls[module]) <= j for calls in (whole, *alone)):
+            if (
+                layout is APART
+                or key_of(own, tape.batch) not in tape.arrangement.orders
+                or any(len(calls[module]) <= j for calls in (whole, *alone))
+            ):
                 continue
             several, same = _same_rows(
                 whole[module][j].input, [calls[module][j].input for calls in alone], layout, module, pair
@@ -120,12 +127,13 @@ def _same_rows(
     except ValueError:
         return True, None
     several = rows.shape[1] > 1
-    if any(y.shape != rows.shape[1:] for y in own):
+    if any(y.shape[1:] != rows.shape[2:] for y in own):
         return several, None
-    rows, own = rows.double().reshape(*rows.shape[:2], -1), [y.double().reshape(len(y), -1) for y in own]
+    size = rows.shape[2:].numel()
+    rows, own = rows.double().reshape(*rows.shape[:2], size), [y.double().reshape(len(y), size) for y in own]
     limit = TOLERANCES.get(x.dtype, 1e-3 if x.is_floating_point() else 0.0) * float(rows.abs().max())
-    if all(_near(rows[e], y, limit) for e, y in zip(pair, own, strict=True)):
-        return several, None if _near(own[0], own[1], limit) else True
+    if all(len(y) == rows.shape[1] and _near(rows[e], y, limit) for e, y in zip(pair, own, strict=True)):
+        return several, None if _near(own[0], own[1], limit) else True  # examples that are alike
     everything = rows.flatten(0, 1)
     return several, False if all(_contained(y, everything, limit) for y in own) else None
 
