@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,10 +120,10 @@ def _weights(
 def _factors(step: Step, found: Sequence[_Single | None], weights: Tensor) -> Tensor:
     """``w_n sqrt(M_n)``, where the ``M_n`` of a share is that of its own loss over the weight.  # (n,)"""
     if not step.terms:
-        return weights * float(len(found) if step.reduction == "mean" else 1) ** 0.5
+        M = len(found) if step.reduction == "mean" else 1
+        return weights * math.sqrt(M)
     counts = torch.cat([torch.ones_like(weights[:1]) if s is None else s.number.to(weights) for s in found])
-    factors: Tensor = (weights * counts).sqrt()
-    return factors
+    return (weights * counts).sqrt()
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -220,6 +220,28 @@ def test_the_call_of_a_loop_is_made_again(name: str) -> None:
     assert oracles.relative_error(held(maker)[0][0], expected) < 1e-12
 
 
+def test_dropout_before_all_layers_does_not() -> None:
+    """What goes into them is what it is for an example alone in evaluation mode only."""
+    model, x, t, turned = build("time first, layers flat", 2 * N, dropout=0.5)
+    model.rows = lambda m, x: m.second(m.first(m.drop(features(x.transpose(0, 1)))).tanh())
+    maker = custom(model, FisherEmp(), FULL)
+    declare(maker, model, x, t, loss_of(turned))
+    maker.forward_and_backward()
+    assert maker.checks.arrangement.last and "groups" not in maker.checks.arrangement.notes
+    assert all(m.training for m in model.modules())
+
+
+def test_masks_of_a_loop_are_read_in_that_order() -> None:
+    model, x, t, turned = build("time first, layers flat", 2 * N)
+    t = t.masked_fill(torch.arange(t.numel()).reshape(t.shape) % 7 < 3, -100)
+    maker = attached(model, Kron(), loss_of(turned), x, t)
+    other, *_ = build("time first, layers flat", 2 * N)
+    declared = custom(other, FisherEmp(), Kron())
+    declare(declared, other, x, t, loss_of(turned))
+    declared.forward_and_backward()
+    assert all(oracles.relative_error(a, b) < 1e-12 for a, b in zip(held(maker), held(declared), strict=True))
+
+
 @pytest.mark.parametrize("tokens", [False, True])
 def test_dropout_does_not_hide_the_order(tokens: bool) -> None:
     name = "time first, layers flat"
@@ -447,7 +469,7 @@ def test_examples_that_depend_on_each_other_are_not_evaluated_alone() -> None:
     x = build("example first", 1)[1][:, 0]
     maker = custom(model, FisherEmp(), FULL)
     y = maker.setup_model_call(lambda x: model(x) @ model(x).T, x)
-    maker.setup_loss_call(F.cross_entropy, y, torch.arange(N).roll(1))
+    maker.setup_loss_call(lambda z: F.cross_entropy(z, torch.arange(len(z))), y)
     with quiet():
         maker.forward_and_backward()
     assert "examples" not in maker.checks.arrangement.notes and held(maker)[0].norm() > 0

@@ -98,11 +98,8 @@ def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Ca
     for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding") for m in s.modules):
         for j, own in enumerate(tape.calls.get(module, ())):
             layout = tape.layout(own)
-            if (
-                layout is APART
-                or key_of(own, tape.batch) not in tape.arrangement.orders
-                or any(len(calls[module]) <= j for calls in (whole, *alone))
-            ):
+            seen = layout is not APART and key_of(own, tape.batch) in tape.arrangement.orders
+            if not seen or any(len(calls[module]) <= j for calls in (whole, *alone)):
                 continue
             several, same = _same_rows(
                 whole[module][j].input, [calls[module][j].input for calls in alone], layout, module, pair
