@@ -66,6 +66,11 @@ class Curvature(ABC):
         return False
 
     @property
+    def groups(self) -> bool:
+        """Whether the matrix depends on which rows of a pass are one example's."""
+        return False
+
+    @property
     def pooled(self) -> bool:
         """Whether the pairs of a step's micro-batches add up to one, of the step's loss: taken in at its end, by `complete`."""
         return False

@@ -92,6 +92,12 @@ class Outer(Evidence):
         weights = None if self.weights is None else self.weights.reshape(examples, -1)
         return replace(self, inputs=inputs, gradients=gradients.squeeze(2), weights=weights)
 
+    def scaled(self, factors: Tensor) -> Outer:
+        """The gradient of each example times a factor; in a pass of its own it is a cotangent.  factors: (n,)"""
+        axis = 2 if self.gradients.shape[2] == len(factors) else 0
+        shape = [-1 if a == axis else 1 for a in range(self.gradients.ndim)]
+        return replace(self, gradients=self.gradients * factors.to(self.gradients).view(shape))
+
     def reduced(self) -> Outer:
         """One position per example: the mean input and the summed gradient (K-FAC-reduce, arXiv:2311.00636)."""
         assert isinstance(self.inputs, Tensor)

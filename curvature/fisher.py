@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradmaker.curvature.alone import examples_alone
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
+from gradmaker.curvature.weights import numbers
 from gradmaker.errors import SelfCheckError
 from gradmaker.pulls import Pulled, Source, bytes_of_pull, pull
 
@@ -25,13 +27,15 @@ __all__ = ["FisherEmp", "FisherExact", "FisherMC"]
 class _Portion(Mapping[str, Evidence]):
     """Evidence by site, made when it is asked for: the patches of one convolution are gone before those of the next are cut."""
 
-    def __init__(self, step: Step, found: Pulled, mask: Tensor | None, fresh: bool) -> None:
-        self.step, self.found, self.mask, self.fresh = step, found, mask, fresh
+    def __init__(self, step: Step, found: Pulled, mask: Tensor | None, fresh: bool, root: Tensor | None = None) -> None:
+        """root: a factor for the gradient of each example.  # (n,)"""
+        self.step, self.found, self.mask, self.fresh, self.root = step, found, mask, fresh, root
         self.sites = {site.name: site for site in step.active()}
 
     def __getitem__(self, name: str) -> Evidence:
         step, site = self.step, self.sites[name]
-        return site.outer(step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
+        made = site.outer(step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
+        return made if self.root is None else made.scaled(self.root)
 
     def __contains__(self, name: object) -> bool:  # inherited, it would make the evidence to see whether it is there
         return name in self.sites
@@ -129,20 +133,22 @@ class FisherMC(_Pulled):
 
 
 def _mixed(step: Step) -> bool:
-    """Whether no example of a pass has a gradient of its own: they depend on each other, or are not known."""
+    """Whether the rows of no example are known: examples depend on each other, or their part of the outputs is not known."""
     return not step.tape.sized or (step.tape.joint and step.tape.batch > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FisherEmp(Curvature):
-    """The second moment of the gradients at the observed targets: ``C = M sum_n g_n g_n^T``.
+    """The second moment of the gradients at the observed targets: ``C = sum_n M_n g_n g_n^T``.
 
-    ``g_n`` is the gradient of the share of example ``n`` in the loss, and ``M = sum omega / sum omega^2`` over the weights
-    ``omega_m = dL/dl_m`` of all its terms, whatever their order and spelling: the number of terms that a mean averages over,
-    1 for a sum. So ``C`` is that of one loss, and linear in a factor of it, as the other Fisher matrices are. Unequal weights
-    in micro-batches: each has the ``M`` of its own. For sequences ``examples`` says what one gradient is: that of a whole
-    sequence, which costs no extra pass, or of a single token, one pass for each position. Where the examples of a batch depend
-    on each other, as with negatives from the batch, the terms of the loss take their place.
+    ``g_n`` is the gradient of the share of example ``n`` in the loss, and ``M_n = sum omega / sum omega^2`` over the weights
+    ``omega_m = dL/dl_m`` of its terms, whatever their order and spelling: the number of terms that a mean averages over, 1 for
+    a sum. So ``C`` is that of one loss, linear in a factor of it as the other Fisher matrices are, and a sum over examples,
+    however they are cut into micro-batches. For sequences ``examples`` says what one gradient is: that of a whole sequence,
+    which costs no extra pass, or of a single token, one pass for each position; calls of a loss with as many positions share
+    them. Where a pass does not show which rows are whose, the declared calls are evaluated on each example alone, if what they
+    give adds up to the gradient of the batch. Where it does not, since examples depend on each other as with negatives from
+    the batch, the terms of the loss take their place.
 
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
     """
@@ -164,36 +170,62 @@ class FisherEmp(Curvature):
         """Gradients of whole sequences come with the ordinary backward pass."""
         return self.examples == "sequence"
 
+    @property
+    def groups(self) -> bool:
+        return self.rides
+
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if not self.rides or (_mixed(step) and step.terms):
+        if self.rides and _mixed(step):
+            yield from self._mixed_examples(step)
+            return
+        if not self.rides:
             yield from self._tokens(step)
             return
         assert step.ridden is not None
-        if _mixed(step):
+        sources: list[Source] = []
+        own = [s.name for s in step.active() if s.direct(step.tape) or step.tape.apart(s.modules)]
+        if own and step.head is None:
+            raise SelfCheckError(
+                f"FisherEmp: {', '.join(own)} need a pass for each example, and a loop's backward pass is over when it is "
+                "measured: declare the calls instead of attaching, choose FisherMC or FisherExact, or leave them out by ignore="
+            )
+        if own and step.head is not None:
+            parts = zip(step.head.outputs, step.head.slopes, step.head.owners(step.examples), strict=True)
+            sources = [Source(z, slope.unsqueeze(0), owner) for z, slope, owner in parts]
+        found = pull(step.tape, step.sites, sources, True, step.ridden, frozen=False) if sources else Pulled(step.ridden)
+        mask = step.mask(step.terms[0]) if step.terms else None
+        yield _Portion(step, found, mask, True, self._numbers(step).sqrt())
+
+    def _mixed_examples(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
+        portion = examples_alone(step)
+        if portion is not None:
+            yield portion
+        elif step.terms and step.head is not None and not step.tape.ungrouped:
+            yield from self._tokens(step)
+        else:
             raise SelfCheckError(
                 f"FisherEmp needs the gradients of {step.tape.batch} examples, which depend on each other in this pass, or "
-                "whose part of the outputs is not known: use a recognised loss, whose terms then take their place, or "
-                "FisherMC, or say by batch_axis= where the examples are"
+                "whose part of the outputs is not known, and the declared calls on each example alone do not add up to the "
+                "gradient of the batch: give the examples on one axis, the first or that of batch_axis=, and declare all data "
+                "as arguments of the calls; or use a recognised loss and FisherMC"
             )
-        root = self._terms(step).sqrt()
-        scaled = {m: [[g * root.to(g) for g in outs] for outs in calls] for m, calls in step.ridden.items()}
-        sources: list[Source] = []
-        if step.head is not None and any(site.direct(step.tape) or step.tape.apart(site.modules) for site in step.active()):
-            parts = zip(step.head.outputs, step.head.slopes, step.head.owners(step.examples), strict=True)
-            sources = [Source(z, slope.unsqueeze(0) * root.to(slope), owner) for z, slope, owner in parts]
-        found = pull(step.tape, step.sites, sources, True, scaled, frozen=False) if sources else Pulled(scaled)
-        yield _Portion(step, found, step.mask(step.terms[0]) if step.terms else None, True)
 
     def _tokens(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
+        """The gradients of positions; of calls with as many positions together."""
         if not step.terms:
             raise ValueError("FisherEmp(examples='token') needs a recognised loss; examples='sequence' does not")
-        for index, (terms, slope) in enumerate(zip(step.terms, step.slopes(), strict=True)):
-            vectors = terms.empirical(slope, step.examples)
-            source = Source(terms.z, vectors, terms.owners(step.examples))
-            yield _Portion(step, pull(step.tape, step.sites, [source], True), step.mask(terms), index == 0)
+        n, fresh = step.examples, True
+        groups: dict[int, list[tuple[Terms, Tensor]]] = {}
+        for terms, slope in zip(step.terms, step.slopes(), strict=True):
+            groups.setdefault(terms.positions(n), []).append((terms, slope))
+        for R, calls in groups.items():
+            root = numbers([t for t, _ in calls], n, R).sqrt().reshape(n, R)
+            sources = [Source(t.z, t.empirical(slope, n, root), t.owners(n)) for t, slope in calls]
+            yield _Portion(step, pull(step.tape, step.sites, sources, True), step.mask(calls[0][0]), fresh)
+            fresh = False
 
-    def _terms(self, step: Step) -> Tensor:
-        """``M``; of an unrecognised loss, by the declared reduction.  # ()"""
+    def _numbers(self, step: Step) -> Tensor:
+        """``M_n``; of an unrecognised loss, by the declared reduction.  # (n,)"""
         if step.terms:
-            return step.terms[0].denominator
-        return torch.tensor(float(step.examples) if step.reduction == "mean" else 1.0, dtype=torch.float64)
+            return numbers(step.terms, step.examples)
+        return torch.full((step.examples,), float(step.examples) if step.reduction == "mean" else 1.0, dtype=torch.float64)

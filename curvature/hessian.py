@@ -123,6 +123,10 @@ class Products(Curvature):
         return self.squares
 
     @property
+    def groups(self) -> bool:
+        return self.squares
+
+    @property
     def at_once(self) -> bool:
         """Whether a product can be vectorised over vectors."""
         return True
@@ -169,16 +173,16 @@ class Products(Curvature):
 @torch.no_grad()
 def _squares(step: Step) -> Tensor:
     """The diagonal of `FisherEmp`: squares of the gradients of examples; zeros for layers that took no part.  # (1, P)"""
-    (portion,) = FisherEmp().measure(step)
     pieces = []
     for site in step.sites:
-        if site.name in portion:
-            outer = portion[site.name]
-            assert isinstance(outer, Outer)
-            pieces.append(outer.squares().reshape(1, -1))
-        else:
-            like = next(iter(site.parameters.values()))
-            pieces.append(torch.zeros(1, prod(site.shape), dtype=step.statistics_dtype(site), device=like.device))
+        like = next(iter(site.parameters.values()))
+        pieces.append(torch.zeros(1, prod(site.shape), dtype=step.statistics_dtype(site), device=like.device))
+    for portion in FisherEmp().measure(step):
+        for site, piece in zip(step.sites, pieces, strict=True):
+            if site.name in portion:
+                outer = portion[site.name]
+                assert isinstance(outer, Outer)
+                piece += outer.squares().reshape(1, -1)
     return torch.cat(pieces, 1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradmaker.curvature.recorder import LossCall, LossRecorder, Weighting
 from gradmaker.curvature.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, effective_number, rows_of
+from gradmaker.curvature.weights import together
 
 __all__ = [
     "LIKELIHOODS",
@@ -166,7 +167,7 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
     terms = [LIKELIHOODS[w.likelihood]().read(w) for _, _, w in _weighted(recorder, loss)]
     if len(terms) < 2:
         return terms
-    M = effective_number(_together(terms))
+    M = effective_number([w for _, w in together(terms)])
     return [replace(t, denominator=M) for t in terms]
 
 
@@ -188,16 +189,6 @@ def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tens
     pairs = zip(calls, _factors(calls, loss), strict=True)
     found = [(call, factor, call.weigh(factor)) for call, factor in pairs if factor is not None]
     return [(call, factor, w) for call, factor, w in found if w.z.requires_grad]
-
-
-def _together(terms: list[Terms]) -> list[Tensor]:
-    """Weights of terms; those of one likelihood on the same logits add, as of mixed labels: ``a l_m + b l_m`` is one term."""
-    found: dict[object, Tensor] = {}
-    for t in terms:
-        base = t.z if t.z._base is None else t.z._base
-        key = (type(t), id(base), t.z.storage_offset(), t.z.shape, t.z.stride())
-        found[key] = found[key] + t.weights() if key in found else t.weights()
-    return list(found.values())
 
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:

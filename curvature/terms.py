@@ -5,7 +5,8 @@ Every recognised loss is ``L = sum_m omega_m l_m(z_m) + const``, and its general
 every scale of the loss: nothing is left to fold in afterwards.
 
 Letters: ``m`` loss terms (rows), ``C`` coordinates of a term, ``n`` examples, ``R`` positions per example (``m = n R``, the
-position runs fastest), ``k`` columns, ``M`` the effective number of terms.
+position runs fastest, or the example, as of time-first outputs: `Terms.order`), ``k`` columns, ``M`` the effective number of
+terms.
 
 Reference: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, sections 8-10;
 Kunstner, Hennig, Balles, "Limitations of the empirical Fisher approximation", NeurIPS 2019, arXiv:1905.12558.
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +56,7 @@ class Terms(ABC):
     axis: int | None  # of z, the one that holds the C coordinates; None: every element is a term
     omega: Tensor  # (m,) dL/dl_m, detached; the mean over the elements of a term
     denominator: Tensor  # ()
+    order: Literal["first", "last"] = field(default="first", kw_only=True)  # last: row ``m`` is of example ``m % n``
 
     def weights(self) -> Tensor:
         """What each term weighs in the loss, or each of its elements where they are independent.  # (m,) or (m, C)"""
@@ -79,7 +82,19 @@ class Terms(ABC):
 
     def owners(self, examples: int) -> Tensor:
         """Which example every entry of z belongs to.  # like z, integer"""
-        return self.spread(torch.arange(self.omega.numel(), device=self.omega.device) // self.positions(examples))
+        R, rows = self.positions(examples), torch.arange(self.omega.numel(), device=self.omega.device)
+        return self.spread(rows // R if self.order == "first" else rows % examples)
+
+    def by_example(self, values: Tensor, examples: int) -> Tensor:
+        """One value for each term, laid out as examples and positions.  # (m, ...) -> (n, R, ...)"""
+        R = self.positions(examples)
+        if self.order == "first":
+            return values.reshape(examples, R, *values.shape[1:])
+        return values.reshape(R, examples, *values.shape[1:]).transpose(0, 1)
+
+    def turned(self) -> Terms:
+        """The same terms, read in the other order of rows."""
+        return replace(self, order="last" if self.order == "first" else "first")
 
     def spread(self, values: Tensor) -> Tensor:
         """One value for each term, at all of its coordinates.  # (m,) -> like z"""
@@ -117,16 +132,18 @@ class Terms(ABC):
         return self._restore(self._draw(samples, generator) / samples**0.5)
 
     @torch.no_grad()
-    def empirical(self, gradient: Tensor, examples: int) -> Tensor:
+    def empirical(self, gradient: Tensor, examples: int, root: Tensor) -> Tensor:
         """The gradient of the loss itself, terms apart: ``sqrt(M) dL/dz`` at position ``t``, zero elsewhere, for each ``t``.
 
-        Together ``M sum_m g_m g_m^T`` with ``g_m = dL/dz_m``.  gradient: like z  # (R, *z.shape)
+        gradient: like z; root: ``sqrt(M)`` of each position (n, R)  # (R, *z.shape)
         """
         R = self.positions(examples)
         rows = rows_of(gradient, self.axis)  # (m, C)
-        scaled = rows * self.denominator.sqrt().to(rows)
-        eye = torch.eye(R, dtype=scaled.dtype, device=scaled.device)
-        return self._restore(scaled.reshape(examples, R, -1) * eye[:, None, :, None])
+        rows = rows * (root if self.order == "first" else root.mT).reshape(-1, 1).to(rows)
+        index = torch.arange(len(rows), device=rows.device)
+        place = index % R if self.order == "first" else index // examples
+        at = place == torch.arange(R, device=rows.device).unsqueeze(1)  # (R, m)
+        return self._restore(torch.where(at.unsqueeze(-1), rows, 0.0))
 
     @torch.no_grad()
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
@@ -150,7 +167,8 @@ class Terms(ABC):
         R, device = self.positions(examples), self.omega.device
         column = torch.arange(start, stop, device=device)
         t, c = column // self._width, column % self._width
-        rows = t.unsqueeze(1) + R * torch.arange(examples, device=device)  # (k, n)
+        example = torch.arange(examples, device=device)
+        rows = t.unsqueeze(1) + R * example if self.order == "first" else examples * t.unsqueeze(1) + example  # (k, n)
         out = self.omega.new_zeros(stop - start, self.omega.numel(), self._width)
         out[torch.arange(stop - start, device=device).unsqueeze(1), rows] = self._columns(rows, c)
         return self._restore(out)

@@ -48,6 +48,8 @@ class Arrangement:
     orders: dict[Key, Order | None] = field(default_factory=dict)  # None: no order fits, the call is measured apart
     direct: set[str] = field(default_factory=set)  # parameters that are measured by their own derivatives, without any call
     joint: set[Structure] = field(default_factory=set)  # where no call keeps examples apart: the batch is one example
+    last: set[Structure] = field(default_factory=set)  # where in the rows of the outputs examples run fastest
+    ungrouped: set[Structure] = field(default_factory=set)  # where rows of examples are not where they seem to be
     checked: dict[Structure, int] = field(default_factory=dict)  # how often; see `SelfChecks`
     notes: dict[str, str] = field(default_factory=dict)  # by parameter or site: what was found
 

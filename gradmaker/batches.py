@@ -49,16 +49,27 @@ class Declared:
             exchange(part, found.append, known)
         return [v for v in found if isinstance(v, Tensor) and not v.is_inference()]
 
-    def cut(self, rows: Tensor) -> Declared:
-        """The same calls on some of the examples: of every tensor whose first axis is that of the examples."""
-        n, known = self.examples, dict[int, Deferred]()
+    def cut(self, rows: Tensor, axis: int = 0, n: int | None = None) -> Declared:
+        """The same calls on some of ``n`` examples: of every tensor with the examples on ``axis``, or else on the first."""
+        count, known = self.examples if n is None else n, dict[int, Deferred]()
 
         def pick(value: Any) -> Any:
-            sized = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.ndim > 0 and len(value) == n
-            return value[rows.to(value.device)] if sized else value
+            if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+                return value
+            own = next((a for a in dict.fromkeys((axis, 0)) if value.ndim > a and value.shape[a] == count), None)
+            return value if own is None else value.index_select(own, rows.to(value.device))
 
         call, loss, logits = (exchange(part, pick, known) for part in (self.call, self.loss, self.logits))
         return Declared(call, loss, logits)
+
+    def part(self, rows: Tensor, axis: int, n: int) -> Declared:
+        """As `cut`. ValueError where that does not leave as many examples in the call."""
+        made = self.cut(rows, axis, n)
+        tensors = (v for v in tree_leaves((made.call._args, made.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0)
+        first = next(tensors, None)
+        if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
+            raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples")
+        return made
 
 
 def terms_of(recorder: LossRecorder, loss: Tensor, logits: Tensor | None, likelihood: Likelihood | None) -> list[Terms]:
@@ -122,6 +133,16 @@ class Batch:
             return self
         rows = torch.randperm(n, generator=generator)[:size]
         return Batch(self.model, self.declared.cut(rows), self.config, self)
+
+    def part(self, rows: Tensor, n: int) -> Batch:
+        """Some of the ``n`` examples. ValueError where the declared call is not cut with them."""
+        return Batch(self.model, self.declared.part(rows, self.config.batch_axis, n), self.config, self)
+
+    @torch.enable_grad()
+    def evaluate(self) -> tuple[Tensor, list[Terms]]:
+        """The loss and its terms, by a fresh evaluation."""
+        _, loss, terms = self._run()
+        return loss, terms
 
     def scale(self) -> Tensor | float:
         """What makes the loss of a sample an unbiased estimate of that of the whole: 1 for means, ``n / k`` for sums.

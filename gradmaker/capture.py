@@ -44,7 +44,9 @@ class Tape:
         self.batch_axis = batch_axis
         self.sized = False  # whether that is known: there may be none
         self._called_with = False  # whether it is read off a call of the model
+        self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the model's first call
         self.joint = False  # whether the batch is measured as one example
+        self.ungrouped = False  # whether that is since the rows of examples were not found
         self.norms = FrozenNorms()
         self.collecting = False  # whether output gradients of a backward pass of the loop are kept
         self._own = False  # whether those of a backward pass that the tape runs itself are
@@ -73,7 +75,7 @@ class Tape:
     def again(self, modules: Iterable[nn.Module]) -> Tape:
         """A tape for another pass of the same kind."""
         made = Tape(self.root, dict.fromkeys(modules), self.arrangement, self.batch_axis)
-        made.joint = self.joint
+        made.joint, made.ungrouped = self.joint, self.ungrouped
         return made
 
     def structure(self, outputs: Sequence[Tensor]) -> Structure:
@@ -153,6 +155,7 @@ class Tape:
         first = next((v for v in tensors(args, kwargs) if v.ndim > 0), None)
         if self._called_with or first is None:
             return
+        self.called = (args, kwargs)
         if not self.batch_axis < first.ndim:
             raise ValueError(
                 f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, "

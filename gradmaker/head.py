@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Head:
     loss: Tensor | None = None  # None: out of sight
     recorder: LossRecorder | None = None
     known: list[Tensor] | None = None  # slopes that are known already
+    order: Literal["first", "last"] = "first"  # of the rows of outputs: examples one after another, or running fastest
 
     @classmethod
     def of(cls, loss: Tensor, output: Any, terms: Sequence[Terms], recorder: LossRecorder) -> Head:
@@ -81,10 +82,21 @@ class Head:
         return all(z.ndim > 0 and z.shape[0] % n == 0 for z in self.outputs)
 
     def owners(self, n: int) -> list[Tensor]:
-        """Which of ``n`` examples every entry of an output belongs to: its first axis holds them in order.  # like z each"""
+        """Which of ``n`` examples every entry of an output belongs to: its first axis holds them in `order`.  # like z each"""
         if self.terms:
             return [t.owners(n) for t in self.terms]
-        return [_owners(z, n) for z in self.outputs]
+        return [_owners(z, n, self.order) for z in self.outputs]
+
+    def repeats(self, n: int) -> bool:
+        """Whether an output that divides has several rows for each of ``n`` examples."""
+        if self.terms:
+            return any(t.omega.numel() > n for t in self.terms)
+        return any(len(z) > n for z in self.outputs)
+
+    def turn(self) -> None:
+        """Read the rows of all outputs in the other order."""
+        self.order = "last" if self.order == "first" else "first"
+        self.terms = [t.turned() for t in self.terms]
 
     def counted(self) -> list[Tensor]:
         """One where an entry of an output has a part in the loss, else zero.  # like z each"""
@@ -93,8 +105,9 @@ class Head:
         return [t.spread(t.valid().to(t.omega.dtype)) for t in self.terms]
 
 
-def _owners(z: Tensor, n: int) -> Tensor:
+def _owners(z: Tensor, n: int, order: str) -> Tensor:
     if n == 1:
         return torch.zeros((), dtype=torch.int64, device=z.device)
-    rows = torch.arange(z.shape[0], device=z.device) // (z.shape[0] // n)
+    rows = torch.arange(z.shape[0], device=z.device)
+    rows = rows // (z.shape[0] // n) if order == "first" else rows % n
     return rows.view(-1, *[1] * (z.ndim - 1)).expand(z.shape)

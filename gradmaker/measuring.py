@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradmaker.batches import Batches, terms_of
+from gradmaker.batches import Batch, Batches, terms_of
 from gradmaker.borrowing import borrowing
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.config import GradientConfig
@@ -17,7 +17,7 @@ from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.curvature.recorder import LossRecorder
-from gradmaker.deferred import resolve
+from gradmaker.deferred import Deferred, resolve
 from gradmaker.graph import Graph
 from gradmaker.head import Head
 from gradmaker.ledger import WHOLE_STEP, Ledger
@@ -26,7 +26,7 @@ from gradmaker.pending import Pending
 from gradmaker.plan import Plan, PlanClocks, make_plan
 from gradmaker.pool import Pool
 from gradmaker.previous import bookmark, complete
-from gradmaker.self_checks import SelfChecks
+from gradmaker.self_checks import Inputs, SelfChecks
 from gradmaker.sites import Site
 from gradmaker.stacking import carry
 from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
@@ -107,16 +107,20 @@ class MeasuringMaker(GradientMaker):
             if batches is not None:
                 batches.own.note(terms)
             make = partial(Graph, self.model, loss, terms, logits)
-            kept = checked or not self.checks.arrangement.plain
+            kept = checked or tape.joint or not self.checks.arrangement.plain
             graph, ridden = self._backward(tape, make, loss, weight, batches, kept)
             if checked and self._all_finite(loss):
                 self.check(tape, head, scaled(ridden, 1 / weight) if weight else None)
-            extra = Extra(graph, batches, self._previous)
+            terms = head.terms or terms  # in the order of rows that was found
+            extra = Extra(graph, batches, self._previous, own=partial(self._own_batch, batches))
             pending = self.measure_pass(tape, terms, weight, [loss], head=head, extra=extra)
             self.fold_pass(self.measure_pass(tape, terms, weight, [], ridden=ridden, head=head, extra=extra, pending=pending))
         if batches is not None and self.plan.asks("previous", self._due) and self._finite:
             self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
         return output, loss
+
+    def _own_batch(self, batches: Batches | None) -> Batch:
+        return Batch(self.model, self._declared[""], self.config) if batches is None else batches.own
 
     def _repeats(self) -> bool:
         return any(self.plan.asks(what, self._due) for what in ("replay", "previous")) or len(self._declared) > 1
@@ -167,9 +171,20 @@ class MeasuringMaker(GradientMaker):
         shares = any(c.rides and "loss_reduction" not in c.idle for c in curvatures)  # those of examples in the whole loss
         ridden = ridden if explained or shares else None
         with plain_arithmetic(self.model), borrowing():
-            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly)
+            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly, self._inputs(tape))
         if unseen - self._unseen:
             self.plan_again(self._unseen | unseen)
+
+    def _inputs(self, tape: Tape) -> Inputs | None:
+        """The call of the model, where something that is measured by its calls groups the rows of examples."""
+        triples = [b.triple for b in self.plan.measured(self._due) if b.triple.curvature.recorded]
+        strict = any(t.representation.groups for t in triples)
+        if not strict and not any(t.curvature.groups for t in triples):
+            return None
+        call = self._call
+        if call is None and tape.called is not None:
+            call = Deferred(self.model, *tape.called, type(self.model).__name__)
+        return None if call is None else Inputs(self.model, call, self.config.batch_axis, strict)
 
     def plan_again(self, unseen: frozenset[str]) -> None:
         """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
@@ -225,7 +240,7 @@ class MeasuringMaker(GradientMaker):
                 step.ridden, step.head = ridden, head
                 step.part = self._part if pending.part is None else pending.part
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
-                step.notes = extra.notes
+                step.notes, step.own = extra.notes, extra.own
                 if curvature.layerwise:
                     step.check_calls()
                 self._ledger.note(step.part, weight, step.examples)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_gauss_newton, multiply_hessian, second_derivatives
 from gradmaker.curvature.likelihood import Terms, read_terms
 from gradmaker.curvature.recorder import LossRecorder
+from gradmaker.curvature.weights import numbers
 from gradmaker.graph import Graph
 from gradmaker.model_checks import check_parameters
 from gradmaker.real_pairs import as_real, real_dtype, real_shape, write_real
@@ -260,7 +261,9 @@ class _Curvature:
         if kind == "mc":
             return terms.sample(samples, torch.Generator(terms.z.device).manual_seed(seed + 7919 * index))
         (slope,) = torch.autograd.grad(self.graph.loss, terms.z, retain_graph=True)
-        return terms.empirical(slope, terms.omega.numel())
+        m = terms.omega.numel()
+        root = numbers([t for t in self.terms if t.z is terms.z], m).sqrt()
+        return terms.empirical(slope, m, root.unsqueeze(1))
 
     def draw(self, seed: int, distribution: Literal["gaussian", "signs"]) -> Tensor:
         """A random vector.  # (P,)"""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.batches import Batches
+from gradmaker.batches import Batch, Batches
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
@@ -51,6 +52,7 @@ class Extra:
     batches: Batches | None = None
     previous: Previous | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
 
 
 NOTHING = Extra()
@@ -76,6 +78,7 @@ class Step:
     batches: Batches | None = None  # of this pass, to be evaluated again
     previous: Previous | None = None  # the last step that was measured
     notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
+    own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
 
     def slopes(self) -> list[Tensor]:
         """``dL/dz`` of each of `terms`."""
@@ -118,7 +121,8 @@ class Step:
         """
         if not self.masked:
             return None
-        own = [t.valid().reshape(self.examples, -1) for t in (terms, *self.terms) if not t.omega.numel() % self.examples]
+        n = self.examples
+        own = [t.by_example(t.valid(), n) for t in (terms, *self.terms) if not t.omega.numel() % n]
         finest = max(m.shape[1] for m in own)
         placed = [m if m.shape[1] == finest else m.any(1, keepdim=True).expand(-1, finest) for m in own]
         return torch.stack(placed).any(0)

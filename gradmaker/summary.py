@@ -98,6 +98,8 @@ def _unchecked(plan: Plan, reached: set[str], checks: SelfChecks) -> dict[str, s
                 found[site.name] = "its gradient was zero in every pass so far, or no pass was checked"
     if "loss" in own.notes:
         found["loss"] = f"{own.notes['loss']}, so that its curvature was not compared"
+    if "groups" in own.notes:
+        found["groups"] = own.notes["groups"]
     return found
 
 

@@ -117,6 +117,11 @@ class Representation(ABC):
         """The granularity of the blocks that this representation is given."""
 
     @property
+    def groups(self) -> bool:
+        """Whether the statistic depends on which rows of a pass are one example's, beyond the sum of their products."""
+        return False
+
+    @property
     def skips_first(self) -> bool:
         """Whether the step of a block's first evidence is left out: it gets zero, and its average of gradients stands still."""
         return False

@@ -58,6 +58,10 @@ class Eigenbasis(Representation):
     def grain(self) -> Grain:
         return "layer"
 
+    @property
+    def groups(self) -> bool:
+        return self.sharing == "reduce"
+
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """As of `Kron`."""
         return self._kron().wide(shape, max_dim)

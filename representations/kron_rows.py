@@ -47,6 +47,10 @@ class KronRows(Representation):
     def grain(self) -> Grain:
         return "layer"
 
+    @property
+    def groups(self) -> bool:
+        return self.reduction != "none"
+
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """None: rows are what serves wide axes."""
         return frozenset()

@@ -88,6 +88,10 @@ class Kron(Representation):
     def grain(self) -> Grain:
         return "layer"
 
+    @property
+    def groups(self) -> bool:
+        return self.sharing == "reduce"
+
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """None with blocks, which serve wide sides."""
         return frozenset() if self.wide_sides == "blocks" else super().wide(shape, max_dim)

@@ -1,4 +1,4 @@
-"""The empirical Fisher of one loss is one matrix, whatever its spelling: ``C = M sum_n g_n g_n^T``."""
+"""The empirical Fisher of one loss is one matrix, whatever its spelling and its cut: ``C = sum_n M_n g_n g_n^T``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker.curvature import FisherEmp
+from gradmaker.curvature.weights import numbers
 from gradmaker.representations import Dense, Diagonal, Kron
 from tests import models, oracles
 from tests.measure import custom
@@ -104,22 +105,25 @@ SPELLINGS: dict[str, list[Loss]] = {
 }
 
 
-def effective(omega: Tensor) -> float:
-    return float(omega.sum() / omega.square().sum())
+def effective(*omegas: Tensor) -> Tensor:
+    """Of each example.  omegas: (n, ...) each"""
+    omega = torch.cat([o.reshape(N, -1) for o in omegas], 1)
+    return omega.sum(1) / omega.square().sum(1)
 
 
-NUMBERS: dict[str, float] = {
+KEPT = (IGNORED >= 0).double()
+NUMBERS: dict[str, float | Tensor] = {
     "mixed_labels": TERMS,
     "sum": 1.0,
     "mean": TERMS,
     "ignored": float((IGNORED >= 0).sum()),
     "class_weights": effective(WEIGHTS[LABELS] / WEIGHTS[LABELS].sum()),
     "squares": ELEMENTS,
-    "weighted_squares": effective(WEIGHTS / (WEIGHTS.sum() * TERMS)),
+    "weighted_squares": effective((WEIGHTS / (WEIGHTS.sum() * TERMS)).expand(N, R, CLASSES)),
     "binary": ELEMENTS,
-    "two": (1 + ELEMENTS) / (1 / float((IGNORED >= 0).sum()) + ELEMENTS),
+    "two": effective(KEPT / KEPT.sum(), torch.ones(N, R, CLASSES).double()),
 }
-"""``M = sum omega / sum omega^2``, by hand."""
+"""``M_n = sum omega / sum omega^2`` over the terms of an example, by hand."""
 
 
 def case_of(loss: Loss) -> Case:
@@ -170,7 +174,7 @@ def test_it_is_that_of_gradients_by_hand(name: str) -> None:
         own = torch.arange(N).reshape(-1, 1, 1) == n
         g = torch.autograd.grad(loss(torch.where(own, z, z.detach())), parameters)
         row = torch.cat([x.reshape(-1) for x in g])
-        C = C + NUMBERS[name] * torch.outer(row, row)
+        C = C + (torch.as_tensor(NUMBERS[name]).double().expand(N)[n] * torch.outer(row, row))
     maker = custom(case.model, FisherEmp(), Dense(granularity="full"))
     maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
     maker.forward_and_backward()
@@ -205,7 +209,90 @@ def test_its_expectation_under_the_model_is_the_fisher_matrix(name: str) -> None
         y = z.detach() + shift if name == "squares" else torch.full_like(z, target)
         p = 0.5 if name == "squares" else (1 - target - z.detach().sigmoid()).abs()
         t, g = terms(y)
-        total += p * t.empirical(g, N)[0].square()
+        total += p * t.empirical(g, N, numbers([t], N).sqrt().unsqueeze(1))[0].square()
     t, _ = terms(torch.zeros_like(z))
     exact = torch.cat(list(t.exact(N))).square().sum(0)
     assert oracles.relative_error(total, exact) < 1e-12
+
+
+# ------------------------------------------------------------------ micro-batches
+UNEQUAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "class weights": lambda z, t: ce(flat(z), t.flatten(), weight=WEIGHTS, reduction="sum"),
+    "weights and masks": lambda z, t: ce(flat(z), t.flatten(), weight=WEIGHTS, ignore_index=1, reduction="sum"),
+    "smoothed": lambda z, t: ce(z.mT, t, weight=WEIGHTS, label_smoothing=0.2, reduction="sum"),
+    "two losses": lambda z, t: ce(z.mT, t, reduction="sum") + 0.1 * mse(z, t.unsqueeze(-1).expand_as(z).double()),
+}
+"""Sums, or means that are not over examples alone."""
+
+
+@pytest.mark.parametrize("examples", ["sequence", "token"])
+@pytest.mark.parametrize("sizes", [(1, 5), (2, 3, 1)])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_micro_batches_of_unequal_weights_add_up(name: str, sizes: tuple[int, ...], examples: Any) -> None:
+    """The matrix is a sum over examples, whatever else is in their batch."""
+    found = []
+    for parts in ((N,), sizes):
+        case = case_of(squares)
+        maker = custom(case.model, FisherEmp(examples=examples), Dense(granularity="full"), decay=0.0)
+        pieces = zip(case.x.split(list(parts)), LABELS.split(list(parts)), strict=True)
+        for x, t in pieces:
+            maker.setup_loss_call(UNEQUAL[name], maker.setup_model_call(case.model, x), t)
+            maker.accumulate(len(x) / N if name == "two losses" else 1.0)
+        maker.precondition()
+        found.append([b.triple.representation.to_dense(b.state) for b in maker.plan.blocks])
+    if name == "two losses":  # a sum beside a mean over the batch: another loss when it is cut
+        assert not same(found[1], found[0])
+    else:
+        assert same(found[1], found[0])
+
+
+# ------------------------------------------------------------------ tokens of several calls
+SHARED: dict[str, list[Loss]] = {
+    "one tensor": [lambda z: entropy(z), lambda z: 0.5 * squares(z)],
+    "views of one": [lambda z: ce(z.view(-1, CLASSES), LABELS.flatten()), lambda z: 0.5 * squares(z.view(N, R, CLASSES))],
+    "flat and not": [lambda z: ce(z.mT, LABELS, reduction="sum"), lambda z: squares(flat(z).view_as(VALUES))],
+    "made of each other": [lambda z: entropy(z), lambda z: squares(2 * z)],
+    "three": [lambda z: entropy(z), lambda z: squares(z), lambda z: 0.3 * entropy(z, LABELS.flip(0))],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_token_has_one_gradient_of_all_calls(name: str) -> None:
+    """Calls of a loss on the same logits: what they share is counted once."""
+    calls = SHARED[name]
+
+    def loss(z: Tensor) -> Tensor:
+        return torch.stack([call(z) for call in calls]).sum()
+
+    (found,) = held(loss, FisherEmp(examples="token"), Dense(granularity="full"))
+    case = case_of(loss)
+    z = case.model(case.x)
+    leaf = z.detach().requires_grad_()
+    slope = torch.autograd.grad(loss(leaf), leaf)[0]
+    numbers_of = NUMBERS_OF[name]()
+    C = torch.zeros(found.shape[1:], dtype=torch.float64)
+    for n in range(N):
+        for r in range(R):
+            own = torch.zeros_like(slope)
+            own[n, r] = slope[n, r]
+            g = torch.autograd.grad(z, list(case.model.parameters()), own, retain_graph=True)
+            row = torch.cat([x.reshape(-1) for x in g])
+            C = C + numbers_of[n, r] * torch.outer(row, row)
+    maker = custom(case.model, FisherEmp(), Dense(granularity="full"))
+    order = torch.cat([_order(case.model, site) for site in maker.plan.blocks[0].sites])
+    assert oracles.relative_error(found[0], C[order][:, order]) < 1e-12
+
+
+def _of_terms(*weights: tuple[float, int]) -> Tensor:
+    """``sum omega / sum omega^2`` of so many terms of these weights.  # (n, r)"""
+    total, square = (sum(k * w**power for w, k in weights) for power in (1, 2))
+    return torch.full((N, R), total / square, dtype=torch.float64)
+
+
+NUMBERS_OF: dict[str, Callable[[], Tensor]] = {
+    "one tensor": lambda: _of_terms((1 / TERMS, 1), (0.5 / ELEMENTS, CLASSES)),
+    "views of one": lambda: _of_terms((1 / TERMS, 1), (0.5 / ELEMENTS, CLASSES)),
+    "flat and not": lambda: _of_terms((1.0, 1), (1 / ELEMENTS, CLASSES)),
+    "made of each other": lambda: _of_terms((1 / TERMS, 1), (1 / ELEMENTS, CLASSES)),
+    "three": lambda: _of_terms((1.3 / TERMS, 1), (1 / ELEMENTS, CLASSES)),
+}

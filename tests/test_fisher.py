@@ -174,8 +174,8 @@ def test_declared_likelihood() -> None:
 EMPIRICAL = [name for name in LOSSES if name not in ("two", "ce_module", "ce_by_hand")]
 
 
-def single(case: Case, loss: str, terms: float) -> Callable[[Any, int], Tensor]:
-    """``M`` times the part of one example in the loss."""
+def single(case: Case, root: Tensor) -> Callable[[Any, int], Tensor]:
+    """``sqrt(M_n)`` times the part of one example in the loss."""
     rows = case.t.numel() // len(case.x)
 
     def part(y: Tensor, n: int) -> Tensor:
@@ -183,7 +183,7 @@ def single(case: Case, loss: str, terms: float) -> Callable[[Any, int], Tensor]:
             z = case.model(case.x).flatten(0, -2)
         at = slice(n * rows, (n + 1) * rows)
         whole = torch.cat([z[: at.start], y.reshape(-1, CLASSES), z[at.stop :]])
-        return terms * case.loss(whole.unflatten(0, (len(case.x), -1)), case.t)
+        return root[n] * case.loss(whole.unflatten(0, (len(case.x), -1)), case.t)
 
     return part
 
@@ -204,19 +204,18 @@ def weights_of(loss: str, t: Tensor) -> Tensor:
     return found * (3 if "scaled" in loss else 1) / (1 if "sum" in loss else observed.sum())
 
 
-def terms_of(loss: str, t: Tensor) -> float:
-    """``M = sum omega / sum omega^2``."""
-    omega = weights_of(loss, t)
-    return float(omega.sum() / omega.square().sum())
+def terms_of(loss: str, t: Tensor) -> Tensor:
+    """``M_n = sum omega / sum omega^2`` over the terms of each example.  # (n,)"""
+    omega = weights_of(loss, t.flatten()).reshape(len(t), -1)
+    return omega.sum(1) / omega.square().sum(1).clamp(min=1e-300)
 
 
 @pytest.mark.parametrize("loss", EMPIRICAL)
 @pytest.mark.parametrize("make", [models.mlp, SEQUENCE["last"], models.attention], ids=["mlp", "tagger", "attention"])
 def test_empirical_fisher_of_examples(make: Callable[[], Case], loss: str) -> None:
-    """One gradient a sequence, M of all terms."""
+    """One gradient a sequence, M of its own terms."""
     case = lost(make, LOSSES[loss], lambda y: y.flatten(0, -2))
-    M = terms_of(loss, case.t.flatten())
-    oracle = oracles.empirical_fisher(case.model, case.x, single(case, loss, M), M)
+    oracle = oracles.empirical_fisher(case.model, case.x, single(case, terms_of(loss, case.t).sqrt()), 1.0)
     for representation in (FULL, Dense(), Diagonal(granularity="layer")):
         maker = measure(lost(make, LOSSES[loss], lambda y: y.flatten(0, -2)), FisherEmp(), representation)
         compare(maker, oracle)

@@ -184,6 +184,7 @@ class Attachment:
                 plan = maker.plan
                 maker.check(tape, head, None)
                 pending = pending if maker.plan is plan else pending.moved(maker.plan.blocks)
+            current.terms = head.terms  # in the order of rows that was found
             current.pending = maker.measure_pass(
                 tape, current.terms, self.weight, [value, gradient], head=head, pending=pending
             )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arrangement import Arrangement, Structure
+from gradmaker.arrangement import Arrangement, Key, Structure
+from gradmaker.calls import Order
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, pull_pair
 from gradmaker.self_checks.findings import Findings, tell
+from gradmaker.self_checks.groups import Inputs, check_groups
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.rest import check_rest
 from gradmaker.self_checks.uses import check_uses
@@ -49,7 +51,11 @@ class SelfChecks:
     def arrange(self, tape: Tape, head: Head) -> Structure:
         """Take over what is known of passes like this one; returns what kind of pass it is."""
         structure = tape.structure(head.outputs)
-        tape.joint = structure in self.arrangement.joint or (tape.batch > 1 and not head.divides(tape.batch))
+        if (structure in self.arrangement.last) != (head.order == "last"):
+            head.turn()
+        tape.ungrouped = structure in self.arrangement.ungrouped
+        mixed = tape.ungrouped or structure in self.arrangement.joint
+        tape.joint = mixed or (tape.batch > 1 and not head.divides(tape.batch))
         return structure
 
     def proven(self, modules: Sequence[nn.Module]) -> bool:
@@ -65,12 +71,20 @@ class SelfChecks:
         return self.arrangement.checked.get(structure, 0) < TRIES or _selects(head.outputs)
 
     def run(
-        self, tape: Tape, sites: Sequence[Site], head: Head, ridden: OutputGradients | None, explained: bool, costly: bool
+        self,
+        tape: Tape,
+        sites: Sequence[Site],
+        head: Head,
+        ridden: OutputGradients | None,
+        explained: bool,
+        costly: bool,
+        inputs: Inputs | None = None,
     ) -> set[str]:
         """Check a pass; returns names of parameters whose layers do not show all of their uses.
 
         ridden: output gradients of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
-        costly: whether examples that mix are measured with a pass for each
+        costly: whether examples that mix are measured with a pass for each. inputs: the model's call, where something that is
+        measured groups the rows of examples
         """
         structure, found = tape.structure(head.outputs), Findings()
         self._runs += 1
@@ -78,14 +92,63 @@ class SelfChecks:
         first = self.arrangement.checked.get(structure, 0) < TRIES
         if tape.batch > 1 and head.divides(tape.batch):
             tape.joint = False
-            pair, c = pull_pair(tape, head, generator)
-            check_examples(tape, sites, pair, c, found)
+            self._check_examples(tape, sites, head, inputs if first else None, generator, found)
         elif tape.batch > 1:
             found.undivided = tape.batch
         if first:
             self._check_uses(tape, sites, head, ridden, explained, generator, found)
-        self._settle(tape, structure, found, costly)
+        self._settle(tape, head, structure, found, costly)
         return set(found.unseen)
+
+    def _check_examples(
+        self, tape: Tape, sites: Sequence[Site], head: Head, inputs: Inputs | None, generator: torch.Generator, found: Findings
+    ) -> None:
+        """Where the examples are, with the rows of the outputs in the order that fits the layers, and the inputs."""
+
+        def orders() -> dict[Key, Order | None]:
+            made = Findings()
+            pair, c = pull_pair(tape, head, generator)
+            check_examples(tape, sites, pair, c, made)
+            return made.orders
+
+        found.orders = orders()
+        several = head.repeats(tape.batch)
+        if several and _unplaced(found.orders):
+            found.orders = self._turned(head, orders, found.orders)
+        if inputs is None or not several or not found.orders or found.joint:
+            return
+        right = self._are_grouped(tape, sites, inputs, found.orders, generator)
+        if right is False:
+            before = found.orders
+            head.turn()
+            other = orders()
+            if _unplaced(other) <= _unplaced(before) and self._are_grouped(tape, sites, inputs, other, generator):
+                found.orders, right = other, True
+            else:
+                head.turn()
+        found.grouped(right, inputs.strict)
+
+    def _turned(
+        self, head: Head, orders: Callable[[], dict[Key, Order | None]], before: dict[Key, Order | None]
+    ) -> dict[Key, Order | None]:
+        """The other order of rows, if more calls keep their examples apart by it."""
+        head.turn()
+        other = orders()
+        if _unplaced(other) < _unplaced(before):
+            return other
+        head.turn()
+        return before
+
+    def _are_grouped(
+        self,
+        tape: Tape,
+        sites: Sequence[Site],
+        inputs: Inputs,
+        orders: dict[Key, Order | None],
+        generator: torch.Generator,
+    ) -> bool | None:
+        with self.arrangement.supposing(orders):
+            return check_groups(tape, sites, inputs, generator)
 
     def _check_uses(
         self,
@@ -115,12 +178,16 @@ class SelfChecks:
             if not explained and ridden is not None:
                 check_rest(tape, sites, head, plain, ridden, found)
 
-    def _settle(self, tape: Tape, structure: Structure, found: Findings, costly: bool) -> None:
+    def _settle(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""
         names = {m: name for name, m in self.model.named_modules()}
         tell(found, names, costly, self.mode == "error", self._said)
         own = self.arrangement
-        if found.joint:
+        (own.last.add if head.order == "last" else own.last.discard)(structure)
+        if found.ungrouped:
+            own.ungrouped.add(structure)
+        tape.ungrouped = structure in own.ungrouped
+        if found.joint or tape.ungrouped:
             own.joint.add(structure)
             tape.joint = True
         else:
@@ -129,6 +196,11 @@ class SelfChecks:
         own.direct.update(found.direct, found.unseen)
         own.notes.update(found.direct | found.unseen | found.notes)
         own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else PROVEN
+
+
+def _unplaced(orders: dict[Key, Order | None]) -> int:
+    """How many kinds of calls keep no example apart."""
+    return sum(order is None for order in orders.values())
 
 
 def _selects(outputs: Sequence[Tensor]) -> bool:

@@ -26,11 +26,25 @@ class Findings:
     dark: set[str] = field(default_factory=set)  # parameters without a gradient here: nothing could be proven
     notes: dict[str, str] = field(default_factory=dict)
     undivided: int = 0  # the number of examples, if what the loss is a function of does not fall into as many equal parts
+    ungrouped: bool = False  # whether the rows of examples in the calls are not those of the inputs
 
     @property
     def joint(self) -> bool:
         """Whether no call keeps examples apart."""
         return bool(self.orders) and all(order is None for order in self.orders.values())
+
+    def grouped(self, right: bool | None, strict: bool) -> None:
+        """Take in whether rows are grouped as the examples of the inputs are; None: unchecked. SelfCheckError if ``strict``."""
+        if right is None:
+            self.notes["groups"] = "which rows are those of one example could not be checked against the inputs"
+        self.ungrouped = right is False
+        if self.ungrouped and strict:
+            raise SelfCheckError(
+                "the rows that would be taken for one example's are not computed from one example of the inputs, as where "
+                "positions or views are laid out before the examples: lay the outputs and the layers out with the examples "
+                "first (or all time first), say by batch_axis= where they are in the inputs, or choose sharing='expand', "
+                "which does not group rows"
+            )
 
 
 def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool, said: set[str]) -> None:
@@ -42,7 +56,9 @@ def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: 
     lines = [f"{name}: {found}" for name, found in {**findings.unseen, **findings.direct}.items()]
     if apart and findings.joint:
         lines.append("in every layer the examples of the batch depend on each other: the batch is measured as one example")
-    elif apart:
+    if findings.ungrouped:
+        lines.append("the rows of examples could not be found: each example is evaluated alone")
+    elif apart and not findings.joint:
         lines += [f"{name}: no axis of its outputs holds the examples, or they depend on each other" for name in apart]
     if findings.undivided:
         lines.append(

@@ -109,7 +109,13 @@ class _Pass:
         own, mode = self.maker.checks.arrangement, self.maker.config.self_check
         scratch = SelfChecks(self.maker.model, "fallback", self.maker.config.seed)
         scratch.arrangement = self.tape.arrangement = replace(
-            own, orders=dict(own.orders), direct=set(own.direct), joint=set(own.joint), checked={}, notes=dict(own.notes)
+            own,
+            orders=dict(own.orders),
+            direct=set(own.direct),
+            joint=set(own.joint),
+            last=set(own.last),
+            checked={},
+            notes=dict(own.notes),
         )
         scratch.arrange(self.tape, self.head)
         unseen = set(self.maker._unseen)

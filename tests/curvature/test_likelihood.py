@@ -245,7 +245,7 @@ def test_nothing_but_ignored_terms(reduction: str, weight: Tensor | None) -> Non
     nothing = torch.full((N,), -100)
     (t,) = read(lambda z: 0.5 * F.cross_entropy(z, nothing, weight, reduction=reduction), point(N, C))
     gradient = torch.zeros(N, C)
-    for s in (exact([t], N), t.sample(2, torch.Generator()), t.empirical(gradient, N), t.omega):
+    for s in (exact([t], N), t.sample(2, torch.Generator()), t.empirical(gradient, N, torch.ones(N, 1)), t.omega):
         assert (s == 0).all()
     assert not t.valid().any()
 
@@ -288,8 +288,8 @@ def test_empirical_keeps_positions_apart(shape: tuple[int, ...], target: Tensor)
     loss = F.cross_entropy(z, target, ignore_index=2)
     (t,) = read(lambda z: F.cross_entropy(z, target, ignore_index=2), z)
     (gradient,) = torch.autograd.grad(loss, z)
-    split = t.empirical(gradient, N)
     M = (target != 2).sum()
+    split = t.empirical(gradient, N, M.sqrt().expand(N, z.numel() // N // C))
     torch.testing.assert_close(split.sum(0), gradient * M.sqrt())
     each = torch.autograd.functional.jacobian(
         lambda z: F.cross_entropy(z, target, ignore_index=2, reduction="none").reshape(-1), z.detach()
@@ -367,7 +367,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
         (t,) = read(lambda z, f=loss: f(z), z.to(dtype).requires_grad_())
         (reference,) = read(loss, z.to(dtype).double().requires_grad_())
         assert t.omega.dtype == torch.float32
-        for s in (exact([t], N), t.sample(2, torch.Generator()), t.empirical(t.z.detach(), N)):
+        for s in (exact([t], N), t.sample(2, torch.Generator()), t.empirical(t.z.detach(), N, torch.ones(N, 1))):
             assert s.dtype == dtype
         torch.testing.assert_close(exact([t], N).double(), exact([reference], N), rtol=2e-2, atol=2e-2)
 

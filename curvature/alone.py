@@ -1,0 +1,180 @@
+"""Examples on their own: the declared calls evaluated on each, where the recorded pass does not show which rows are whose."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.arrangement import Arrangement
+from gradmaker.capture import Tape
+from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.curvature.weights import numbers
+from gradmaker.errors import SelfCheckWarning
+from gradmaker.pulls import Pulled
+
+if TYPE_CHECKING:
+    from gradmaker.batches import Batch
+    from gradmaker.step import Step
+
+__all__ = ["examples_alone"]
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Of the sum over examples, relative to the gradient of the batch; half precision has `HALF`."""
+HALF = 3e-2
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError)
+"""What calls raise that cannot be made on one example."""
+
+
+@dataclass
+class _Single:
+    """One example: its evidence by site with the scale of its own loss, the gradient of that, and the number of its terms."""
+
+    evidence: dict[str, Outer]
+    gradient: list[Tensor]
+    number: Tensor  # (1,)
+
+
+@torch.enable_grad()
+def examples_alone(step: Step) -> Mapping[str, Evidence] | None:
+    """The gradients of all examples, by ``n`` evaluations of the declared calls on one example each.
+
+    None where that cannot be, or where the gradients, each times its weight in the batch, do not add up to that of the batch:
+    then examples depend on each other. The weight of an example is 1 in a sum, ``1 / n`` in a mean, or ``M_n / M`` in a mean
+    over terms of which it has ``M_n``.
+    """
+    head, n = step.head, step.tape.batch
+    if step.own is None or head is None or head.loss is None or not step.tape.sized or n < 2:
+        return None
+    parameters = list(dict.fromkeys(p for s in step.sites for p in s.parameters.values() if p.requires_grad))
+    expected = step.tape.pull_parameters([head.loss], [torch.ones_like(head.loss)], parameters)
+    plain, weighed = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    found: list[_Single | None] = []
+    try:
+        batch = step.own()
+        with step.tape.paused(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for e in range(n):
+                single = _single(step, batch, e, parameters)
+                found.append(single)
+                for j, g in enumerate([] if single is None else single.gradient):
+                    assert single is not None
+                    plain[j] += g
+                    weighed[j] += g * single.number.to(g)
+    except FAILURES:
+        return None
+    weights = _weights(step, found, (plain, weighed), expected)
+    if weights is None:
+        return None
+    _say(step)
+    factors = _factors(step, found, weights)
+    names = dict.fromkeys(k for single in found if single is not None for k in single.evidence)
+    return {k: _joined([None if s is None else s.evidence.get(k) for s in found]).scaled(factors) for k in names}
+
+
+def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]) -> _Single | None:
+    """None of an example that has no term in the loss."""
+    own = batch.part(torch.tensor([e]), step.tape.batch)
+    modules = dict.fromkeys(m for s in step.sites for m in s.modules)
+    tape = Tape(step.tape.root, modules, Arrangement(direct=step.tape.arrangement.direct))
+    tape.assume(1)
+    with tape.recording(sized=True):
+        loss, terms = own.evaluate()
+        tape.end_forward([loss])
+        if terms and not any(bool(t.valid().any()) for t in terms):
+            return None
+        one = torch.ones_like(loss)
+        gradient = tape.pull_parameters([loss], [one], parameters)
+        rows = {p: g.unsqueeze(0) for p, g in zip(parameters, gradient, strict=True)}
+        pulled = Pulled(tape.pull([loss], [one.unsqueeze(0)]), {}, rows)
+    alone = replace(step, tape=tape, terms=terms, masked=any(bool(t.masked()) for t in terms))
+    mask = alone.mask(terms[0]) if terms else None
+    evidence = {s.name: s.outer(tape, pulled, mask, step.statistics_dtype(s)) for s in alone.active()}
+    return _Single(evidence, gradient, numbers(terms, 1) if terms else torch.ones(1, dtype=torch.float64))
+
+
+def _weights(
+    step: Step, found: Sequence[_Single | None], sums: tuple[list[Tensor], list[Tensor]], expected: list[Tensor]
+) -> Tensor | None:
+    """Of the loss of each example in that of the batch: those with which the gradients add up.  # (n,)"""
+    n, like = len(found), expected[0].device
+    counts = torch.cat([torch.zeros(1, dtype=torch.float64) if s is None else s.number.cpu() for s in found]).to(like)
+    one = torch.ones_like(counts)
+    trials: list[tuple[Tensor, list[Tensor], Tensor]] = [(one / n, sums[0], one[0] / n), (one, sums[0], one[0])]
+    if step.terms:
+        M = numbers(step.terms, 1).to(counts)[0]
+        trials.append((counts / M, sums[1], 1 / M))
+    size = _norm(expected)
+    limit = _tolerance(step, expected) * max(size, torch.finfo(torch.float32).tiny)
+    for weights, total, factor in trials:
+        if _norm([a * factor.to(a) - b for a, b in zip(total, expected, strict=True)]) <= limit:
+            return weights
+    return None
+
+
+def _factors(step: Step, found: Sequence[_Single | None], weights: Tensor) -> Tensor:
+    """``w_n sqrt(M_n)``, where the ``M_n`` of a share is that of its own loss over the weight.  # (n,)"""
+    if not step.terms:
+        M = len(found) if step.reduction == "mean" else 1
+        return weights * math.sqrt(M)
+    counts = torch.cat([torch.ones_like(weights[:1]) if s is None else s.number.to(weights) for s in found])
+    return (weights * counts).sqrt()
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.detach().abs().double().square().sum() for t in tensors]).sum().sqrt())
+
+
+def _tolerance(step: Step, tensors: Sequence[Tensor]) -> float:
+    calls = [call for each in step.tape.calls.values() for call in each]
+    if any(call.autocast is not None for call in calls):
+        return HALF
+    return max(TOLERANCES.get(t.abs().dtype, HALF) for t in tensors)
+
+
+def _joined(outers: Sequence[Outer | None]) -> Outer:
+    """The evidence of single examples as that of a batch: shorter ones are filled up with positions that do not count."""
+    like = next(o for o in outers if o is not None)
+    r = max(o.gradients.shape[3] for o in outers if o is not None)
+    filled = [_filled(_nothing(like) if o is None else o, r) for o in outers]
+    weighed = any(o is None or o.weights is not None or o.gradients.shape[3] < r for o in outers)
+    inputs = [o.inputs for o in filled]
+    lookups = [x for x in inputs if isinstance(x, OneHot)]
+    joined = (
+        replace(lookups[0], index=torch.cat([x.index for x in lookups]))
+        if lookups
+        else torch.cat([x for x in inputs if isinstance(x, Tensor)], 1)
+    )
+    weights = torch.cat([o.weights for o in filled if o.weights is not None]) if weighed else None
+    return replace(like, inputs=joined, gradients=torch.cat([o.gradients for o in filled], 2), weights=weights)
+
+
+def _nothing(like: Outer) -> Outer:
+    zeros = torch.zeros_like(like.gradients)
+    return replace(like, gradients=zeros, weights=zeros.new_zeros(1, zeros.shape[3]))
+
+
+def _filled(o: Outer, r: int) -> Outer:
+    own = o.gradients.shape[3]
+    weights = o.gradients.new_ones(1, own) if o.weights is None else o.weights
+    inputs = replace(o.inputs, index=_pad(o.inputs.index, 1, r)) if isinstance(o.inputs, OneHot) else _pad(o.inputs, 2, r)
+    return replace(o, inputs=inputs, gradients=_pad(o.gradients, 3, r), weights=_pad(weights, 1, r))
+
+
+def _pad(x: Tensor, axis: int, size: int) -> Tensor:
+    missing = list(x.shape)
+    missing[axis] = size - missing[axis]
+    return torch.cat([x, x.new_zeros(missing)], axis) if missing[axis] else x
+
+
+def _say(step: Step) -> None:
+    """Once: what it costs."""
+    notes = step.tape.arrangement.notes
+    if "examples" not in notes:
+        notes["examples"] = f"the gradients of {step.tape.batch} examples took a pass of the declared calls for each"
+        warnings.warn(f"FisherEmp: {notes['examples']}, at every measurement", SelfCheckWarning, stacklevel=2)
