@@ -49,6 +49,7 @@ class Arrangement:
     direct: set[str] = field(default_factory=set)  # parameters that are measured by their own derivatives, without any call
     joint: set[Structure] = field(default_factory=set)  # where no call keeps examples apart: the batch is one example
     checked: dict[Structure, int] = field(default_factory=dict)  # how often; done with -1
+    whole: dict[Structure, str] = field(default_factory=dict)  # where all of the loss is differentiated twice: at which outputs
     notes: dict[str, str] = field(default_factory=dict)  # by parameter or site: what was found
 
     @property

@@ -29,6 +29,7 @@ class Head:
     loss: Tensor | None = None  # None: out of sight
     recorder: LossRecorder | None = None
     known: list[Tensor] | None = None  # slopes that are known already
+    whole: bool = False  # whether the terms are those of all of the loss, by autograd
 
     @classmethod
     def of(cls, loss: Tensor, output: Any, terms: Sequence[Terms], recorder: LossRecorder) -> Head:

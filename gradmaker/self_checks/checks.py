@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.arrangement import Arrangement, Structure
 from gradmaker.capture import OutputGradients, Tape
+from gradmaker.errors import SelfCheckWarning
 from gradmaker.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, pull_pair
@@ -17,7 +19,10 @@ from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.uses import check_uses
 from gradmaker.sites import Site
 
-__all__ = ["SelfChecks"]
+__all__ = ["OUTSIDE", "WHOLE", "SelfChecks"]
+
+WHOLE, OUTSIDE = "loss by autograd", "outside of the curvature"
+"""What notes are about."""
 
 TRIES = 3
 """Measurements at which a structure is checked while some of its layers have no gradient, as behind weights that are zero."""
@@ -63,13 +68,28 @@ class SelfChecks:
             return False
         return self.arrangement.checked.get(structure, 0) < DONE or _selects(head.outputs)
 
+    def say(self, key: str, text: str) -> None:
+        """Warn, once for each key, and keep it for the summary."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(f"self-check: {text}", SelfCheckWarning, stacklevel=2)
+        self.arrangement.notes[key] = text
+
     def run(
-        self, tape: Tape, sites: Sequence[Site], head: Head, ridden: OutputGradients | None, explained: bool, costly: bool
+        self,
+        tape: Tape,
+        sites: Sequence[Site],
+        head: Head,
+        ridden: OutputGradients | None,
+        explained: bool,
+        costly: bool,
+        written: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> set[str]:
         """Check a pass; returns names of parameters whose layers do not show all of their uses.
 
         ridden: output gradients of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
-        costly: whether examples that mix are measured with a pass for each
+        costly: whether examples that mix are measured with a pass for each. written: gradients of the whole loss, where its
+        terms have to explain them
         """
         structure, found = tape.structure(head.outputs), Findings()
         self._runs += 1
@@ -80,7 +100,7 @@ class SelfChecks:
             pair, c = pull_pair(tape, head, generator)
             check_examples(tape, sites, pair, c, found)
         if first:
-            self._check_uses(tape, sites, head, ridden, explained, generator, found)
+            self._check_uses(tape, sites, head, ridden, explained, generator, found, written)
         self._settle(tape, structure, found, costly)
         return set(found.unseen)
 
@@ -93,6 +113,7 @@ class SelfChecks:
         explained: bool,
         generator: torch.Generator,
         found: Findings,
+        written: Mapping[nn.Parameter, Tensor] | None,
     ) -> None:
         slopes = head.probes(generator)
         cotangents = [s.unsqueeze(0) for s in slopes]
@@ -107,6 +128,9 @@ class SelfChecks:
             pulled = tape.pull(head.outputs, cotangents) if tape.norms.seen else pulled
             derived = tape.pull_parameters(head.outputs, slopes, parameters)
         truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
+        if written is not None:
+            own = tape.pull_parameters(head.outputs, slopes, parameters) if tape.norms.seen else derived
+            _note_outside(sites, dict(zip(parameters, own, strict=True)), written, found)
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, pulled, truth, found)
 
@@ -124,6 +148,28 @@ class SelfChecks:
         own.direct.update(found.direct, found.unseen)
         own.notes.update(found.direct | found.unseen | found.notes)
         own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else DONE
+
+
+def _note_outside(
+    sites: Sequence[Site], through: Mapping[nn.Parameter, Tensor], written: Mapping[nn.Parameter, Tensor], found: Findings
+) -> None:
+    """A part of the loss that does not go through its outputs, as a penalty of weights, is seen in the gradient alone."""
+    named = {p: name for site in sites for name, p in site.parameters.items()}
+    size = max((float(g.double().norm()) for g in written.values()), default=0.0)
+    apart = [
+        name
+        for p, name in named.items()
+        if p in written and float((written[p] - through[p]).double().norm()) > _rounding(p) * max(size, 1e-300)
+    ]
+    if apart:
+        found.notes[OUTSIDE] = (
+            f"a part of the loss depends on {', '.join(apart)} without going through its outputs, as a penalty of weights "
+            "does: it is in the gradient, and outside of the curvature"
+        )
+
+
+def _rounding(p: Tensor) -> float:
+    return 5e-2 if p.dtype in (torch.float16, torch.bfloat16) else 1e-8 if p.dtype == torch.float64 else 1e-3
 
 
 def _selects(outputs: Sequence[Tensor]) -> bool:
