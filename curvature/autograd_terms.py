@@ -216,7 +216,8 @@ def _check_convex(z: Tensor, eigenvalues: Tensor) -> None:
     if below > (3e-2 if half else CLIPPED) * above:
         raise SelfCheckError(
             f"the loss is not convex in an output of shape {tuple(z.shape)}: negative eigenvalues of its Hessian there are "
-            f"{below / max(above, 1e-300):.1e} of the positive ones, and at most {CLIPPED:g} are set to zero"
+            f"{below / max(above, 1e-300):.1e} of the positive ones, and at most {CLIPPED:g} are set to zero; name by "
+            "setup_logits_repr what it is convex in, as probabilities may be"
         )
 
 

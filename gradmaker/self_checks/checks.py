@@ -155,17 +155,19 @@ def _note_outside(
 ) -> None:
     """A part of the loss that does not go through its outputs, as a penalty of weights, is seen in the gradient alone."""
     named = {p: name for site in sites for name, p in site.parameters.items()}
-    size = max((float(g.double().norm()) for g in written.values()), default=0.0)
+    size = max((_norm(written[p]) for p in named if p in written), default=0.0)
     apart = [
-        name
-        for p, name in named.items()
-        if p in written and float((written[p] - through[p]).double().norm()) > _rounding(p) * max(size, 1e-300)
+        name for p, name in named.items() if p in written and _norm(written[p] - through[p]) > _rounding(p) * max(size, 1e-300)
     ]
     if apart:
         found.notes[OUTSIDE] = (
             f"a part of the loss depends on {', '.join(apart)} without going through its outputs, as a penalty of weights "
             "does: it is in the gradient, and outside of the curvature"
         )
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.abs().double().norm())
 
 
 def _rounding(p: Tensor) -> float:

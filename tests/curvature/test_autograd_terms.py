@@ -61,7 +61,11 @@ def columns(terms: Terms, examples: int) -> Tensor:
 
 LOSSES: dict[str, tuple[Loss, tuple[int, ...], type[Terms]]] = {
     "penalty": (lambda z: F.cross_entropy(z, y) + 0.1 * z.square().mean(), (N, C), AutogradTerms),
-    "penalty of the normaliser": (lambda z: F.cross_entropy(z, y) + 0.1 * z.logsumexp(1).square().mean(), (N, C), AutogradTerms),
+    "penalty of the normaliser": (
+        lambda z: F.cross_entropy(z, y) + 0.1 * z.logsumexp(1).square().mean(),
+        (N, C),
+        AutogradTerms,
+    ),
     "power": (lambda z: F.cross_entropy(z, y, reduction="none").square().mean(), (N, C), AutogradTerms),
     "class axis 1": (lambda z: F.cross_entropy(z, y_t) + 0.1 * z.square().sum(), (N, C, T), AutogradTerms),
     "class axis last": (lambda z: -z.log_softmax(-1)[..., 0].mean(), (N, T, C), AutogradTerms),
