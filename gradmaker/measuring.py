@@ -112,6 +112,8 @@ class MeasuringMaker(GradientMaker):
             make = partial(Graph, self.model, loss, terms, logits)
             kept = checked or not self.checks.arrangement.plain
             graph, ridden = self._backward(tape, make, loss, weight, batches, kept)
+            if graph is not None and self._guesses(graph) and self._all_finite(loss):
+                self.whole.products(tape, graph, head)
             if self._explains(tape, head, checked) and self._all_finite(loss):
                 bare = Head.of(loss, output if logits is None else logits, [], recorder)
                 whole = scaled(ridden, 1 / weight) if weight else tape.pull([loss], [torch.ones_like(loss).unsqueeze(0)])
@@ -163,6 +165,11 @@ class MeasuringMaker(GradientMaker):
         """Whether a pass is the first of its kind."""
         structure = self.checks.arrange(tape, head)
         return bool(self.recorded_sites()) and self.checks.due(structure, head)
+
+    def _guesses(self, graph: Graph) -> bool:
+        """Whether products need outputs that nobody has named."""
+        asked = any(c.of_outputs for c in self._curvatures()) and self.config.self_check == "fallback"
+        return asked and not graph.outputs and self.config.likelihood is None
 
     def _explains(self, tape: Tape, head: Head, checked: bool) -> bool:
         """Whether it is to be seen to that the terms of a pass are all of a loss, of which nothing is declared."""

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradmaker as gm
-from gradmaker.curvature import Categorical, FisherEmp, FisherExact, FisherMC, SampledGradient
+from gradmaker.curvature import Categorical, FisherEmp, FisherExact, FisherMC, GaussNewton, SampledGradient
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
-from gradmaker.representations import Dense, Kron
+from gradmaker.representations import Dense, Implicit, Kron
+from gradmaker.solvers import CG
 from tests import oracles
 from tests.measure import compare, custom, measure, setup
 from tests.models import CLASSES, Case, build, mlp, tagger
@@ -216,6 +217,44 @@ def test_a_declared_likelihood_comes_first() -> None:
     compare(maker, oracles.loss_ggn(case.model, case.x, lambda z: F.cross_entropy(z, case.t)))
 
 
+# ------------------------------------------------------------------ products
+def by_products(case: Case) -> Any:
+    config = gm.CustomGradientConfig(curvature=GaussNewton(), representation=Implicit(), solver=CG(damping=0.1))
+    maker = gm.CustomGradientMaker(case.model, config)
+    setup(maker, case)
+    return maker
+
+
+@pytest.mark.parametrize("name", ["huber", "poisson", "smoothed by hand", "teacher, reversed"])
+def test_gauss_newton_products(name: str) -> None:
+    case = cased(name)
+    G = oracles.loss_ggn(case.model, case.x, lambda z: case.loss(z, case.t))
+    parameters = list(case.model.parameters())
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(case.run(), parameters)])
+    by_products(case).forward_and_backward()
+    assert oracles.relative_error(oracles.gradient_vector(case.model), oracles.tikhonov_solve(G, 0.1, g)) < 1e-8
+
+
+def test_gauss_newton_products_of_two_heads() -> None:
+    case = build(Two, N, 4, loss=lambda y, t: F.huber_loss(y["a"], r) + F.smooth_l1_loss(y["b"], two))
+    G = oracles.loss_ggn(
+        case.model, case.x, lambda z: F.huber_loss(z[:, :3], r) + F.smooth_l1_loss(z[:, 3:], two), select=joined
+    )
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(case.run(), list(case.model.parameters()))])
+    by_products(case).forward_and_backward()
+    assert oracles.relative_error(oracles.gradient_vector(case.model), oracles.tikhonov_solve(G, 0.1, g)) < 1e-8
+
+
+@pytest.mark.parametrize("what", ["not convex", "does not go through the model's outputs"])
+def test_products_that_cannot_be_right_are_refused(what: str) -> None:
+    case = mlp()
+    weight = case.model[0].weight
+    loss = {"not convex": lambda z, t: z.cos().sum()}.get(what, lambda z, t: F.huber_loss(z, r) + weight.square().sum())
+    with pytest.raises(SelfCheckError, match=f"{what}.*setup_logits_repr"):
+        by_products(case._replace(loss=loss)).forward_and_backward()
+    assert all(p.grad is None for p in case.model.parameters())
+
+
 # ------------------------------------------------------------------ what is said, and kept
 def test_it_is_said_once_and_shown() -> None:
     case = cased("focal")
@@ -322,6 +361,15 @@ def test_the_empirical_fisher_needs_nothing_of_it() -> None:
         warnings.simplefilter("error")
         maker = measure(case, FisherEmp())
     assert not maker.summary().notes
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_tokens_have_the_same_scale(reduction: Any) -> None:
+    """Of one position an example, tokens are sequences; the terms of the whole loss stand in for recognised ones."""
+    case = mlp()._replace(loss=lambda z, t: F.huber_loss(z, r, reduction=reduction))
+    found = measure(case, FisherEmp(examples="token"), loss_reduction=reduction).plan.blocks[0].state["matrix"]
+    expected = measure(case, FisherEmp(), loss_reduction=reduction).plan.blocks[0].state["matrix"]
+    assert oracles.relative_error(found, expected) < 1e-10
 
 
 def test_methods_by_name() -> None:

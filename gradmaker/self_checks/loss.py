@@ -14,7 +14,7 @@ from gradmaker.curvature.recorder import class_axis
 from gradmaker.errors import SelfCheckError
 from gradmaker.head import Head
 
-__all__ = ["ADVICE", "check_curvature", "check_gradient", "ends", "gradient_error"]
+__all__ = ["ADVICE", "check_curvature", "check_gradient", "ends", "gradient_error", "half"]
 
 ADVICE = (
     "use fisher=FisherEmp(), which takes the gradients of examples whatever the loss is; or declare likelihood= and "
@@ -25,7 +25,8 @@ LINEAR = (F.nll_loss, F.kl_div)
 """Losses of log-probabilities: all of their curvature is that of the log-softmax before them."""
 
 
-def _half(tensors: Sequence[Tensor]) -> bool:
+def half(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is in half precision."""
     return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
 
 
@@ -49,7 +50,7 @@ def gradient_error(pulled: OutputGradients, ridden: OutputGradients) -> tuple[fl
             for a, b in zip(own, all_of, strict=True):
                 difference += float((a - b).double().square().sum())
                 size += float(b.double().square().sum())
-    limit = 2e-2 if _half([g for calls in ridden.values() for call in calls for g in call]) else 1e-4
+    limit = 2e-2 if half([g for calls in ridden.values() for call in calls for g in call]) else 1e-4
     return difference**0.5 / max(size**0.5, 1e-150), limit
 
 
@@ -83,7 +84,7 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
     ]
     difference = sum(float((a - b).detach().double().square().sum()) for a, b in zip(found, expected, strict=True)) ** 0.5
     size = max(sum(float(x.detach().double().square().sum()) for x in values) ** 0.5 for values in (found, expected))
-    if difference > (5e-2 if _half(outputs) else 1e-3) * size:
+    if difference > (5e-2 if half(outputs) else 1e-3) * size:
         raise SelfCheckError(
             f"the curvature of the loss at the outputs is not that of its recognised terms ({_names(head)}): a product with "
             f"its Hessian differs by {difference / size:.1e} of its size, as where a loss is a function of a recognised one: "
@@ -118,7 +119,7 @@ def _check_normalised(head: Head) -> None:
             continue
         total = call.arguments["input"].float().logsumexp(class_axis(call))
         worst = float(total.abs().max()) if total.numel() else 0.0
-        if worst > (5e-2 if _half([call.arguments["input"]]) else 1e-3):
+        if worst > (5e-2 if half([call.arguments["input"]]) else 1e-3):
             raise SelfCheckError(
                 f"F.{call.function.__name__} was given numbers that are not log-probabilities (log sum exp is off by "
                 f"{worst:.1e}), for which it has another curvature: apply log_softmax, or use F.cross_entropy on logits"

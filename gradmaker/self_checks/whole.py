@@ -11,13 +11,15 @@ from gradmaker.arrangement import Structure
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.autograd_terms import Output, autograd_terms
 from gradmaker.errors import SelfCheckError
+from gradmaker.graph import Graph
 from gradmaker.head import Head
 from gradmaker.self_checks.checks import WHOLE, SelfChecks
-from gradmaker.self_checks.loss import ADVICE, check_curvature, check_gradient, ends, gradient_error
+from gradmaker.self_checks.loss import ADVICE, check_curvature, check_gradient, ends, gradient_error, half
 
 __all__ = ["Whole"]
 
 NONE = "no recognised loss was called"
+CONVEX = "setup_logits_repr names what the loss is a convex function of"
 COST = "one product with the Hessian of the loss, without the model, for each entry of an output that others depend on"
 
 
@@ -40,6 +42,18 @@ class Whole:
             return self._made(tape, bare if known == "outputs" else head)
         reason = NONE if not head.terms else self._missing(tape, head, ridden) if checked else None
         return head if reason is None else self._found(tape, head, bare, ridden, structure, reason)
+
+    def products(self, tape: Tape, graph: Graph, bare: Head) -> None:
+        """Products of an unrecognised loss are those at the outputs of the model. SelfCheckError where they cannot be."""
+        try:
+            found = self._made(tape, bare)
+        except SelfCheckError as error:
+            raise SelfCheckError(f"{NONE}, and {error}; {CONVEX}") from error
+        assert found.known is not None
+        left = graph.take(found.terms, found.known)
+        if left > (5e-2 if half(found.outputs) else 1e-3):
+            raise SelfCheckError(f"{NONE}, and {left:.1e} of its gradient does not go through the model's outputs; {CONVEX}")
+        self._say(NONE, found)
 
     def _missing(self, tape: Tape, head: Head, ridden: OutputGradients) -> str | None:
         """What the recognised terms leave out."""
