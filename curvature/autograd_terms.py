@@ -27,6 +27,8 @@ __all__ = ["WIDEST", "AutogradTerms", "Output", "autograd_terms", "centred", "he
 
 WIDEST = 256
 """Entries of an output that depend on each other in the loss: each costs a product, and a block has this many rows."""
+MOST = 2**27
+"""Numbers in the blocks of an output together, of eight bytes each."""
 CLIPPED = 1e-3
 """What the negative eigenvalues may make of the sum of the positive ones, and are set to zero; more is no convex loss."""
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-5}
@@ -135,7 +137,7 @@ class _Block:
     def terms(self) -> Terms:
         """The first layout that explains the product with a random vector. SelfCheckError if none does."""
         found = self._diagonal() if self.classes is None else self._categorical()
-        for axis in () if found is not None else dict.fromkeys((*self.axes, *range(self.z.ndim))):
+        for axis in () if found is not None else dict.fromkeys((*self.axes, *range(1, self.z.ndim))):
             found = self._blocks(axis, None, self.z.shape[axis])
             if found is not None:
                 break
@@ -148,7 +150,7 @@ class _Block:
             return found
         raise SelfCheckError(
             f"the loss makes entries of an output of shape {tuple(self.z.shape)} depend on each other, and its Hessian there "
-            f"has blocks of {min(self.wide, default=self.z.numel())} rows or more, of which at most {WIDEST} are formed"
+            f"has blocks of {min(self.wide, default=self.z.numel())} rows or more: at most {WIDEST} are formed, and {MOST:,} numbers in all"
         )
 
     def _explains(self, image: Tensor) -> bool:
@@ -181,7 +183,7 @@ class _Block:
         return found
 
     def _blocks(self, axis: int | None, parts: int | None, width: int) -> Terms | None:
-        if width > WIDEST:
+        if width > WIDEST or self.z.numel() * width > MOST:
             self.wide.append(width)
             return None
         like = torch.zeros_like(self.z)

@@ -49,7 +49,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "teacher": lambda z, t: F.kl_div(z.log_softmax(1), q, reduction="batchmean"),
     "teacher, reversed": lambda z, t: F.kl_div(near, z.log_softmax(1), reduction="batchmean", log_target=True),
     "power of nll": lambda z, t: F.nll_loss(z.log_softmax(1), t).square(),
-    "huber": lambda z, t: F.huber_loss(z, r),
+    "huber": lambda z, t: F.huber_loss(z, r.to(z.dtype)),
     "poisson": lambda z, t: F.poisson_nll_loss(z, counts),
     "cauchy, near zero": lambda z, t: (0.1 * z).square().log1p().sum(),
     "by hand, bce and its penalty": lambda z, t: (z.exp().log1p() - q * z).mean() + 0.1 * z.pow(4).sum(),
@@ -167,11 +167,12 @@ def test_examples_that_the_loss_couples_are_one() -> None:
     compare(measure(case), oracles.loss_ggn(case.model, case.x, lambda z: loss(z, case.t)))
 
 
-def test_positions() -> None:
+@pytest.mark.parametrize("coupled", [False, True])
+def test_positions(coupled: bool) -> None:
     case = tagger("last")
 
     def loss(z: Tensor, t: Tensor) -> Tensor:
-        return -z.log_softmax(-1)[..., 0].mean() + 1e-2 * z.square().sum()
+        return (z.flatten(1) if coupled else z).logsumexp(-1).mean() - z[..., 0].mean() + 1e-2 * z.square().sum()
 
     own = case._replace(loss=loss)
     G = oracles.loss_ggn(case.model, case.x, lambda z: loss(z, case.t))
@@ -310,6 +311,37 @@ def test_verify_follows() -> None:
     setup(maker, case)
     result = maker.verify()
     assert result.passed and "Hessian of the whole loss" in str(result)
+
+
+ALONE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross entropy": F.cross_entropy,
+    "nll": lambda z, t: F.nll_loss(z.log_softmax(1), t),
+    "divergence": lambda z, t: F.kl_div(z.log_softmax(1), q.to(z.dtype), reduction="batchmean"),
+    "squares": lambda z, t: F.mse_loss(z, r.to(z.dtype)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ALONE)
+def test_recognised_losses_raise_no_alarm(name: str, dtype: torch.dtype) -> None:
+    case = mlp()._replace(loss=ALONE[name])
+    half = dtype == torch.bfloat16
+    case = case._replace(model=case.model.to(torch.float32 if half else dtype), x=case.x.to(torch.float32 if half else dtype))
+    with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        warnings.simplefilter("error")
+        maker = measure(case)
+    assert not maker.summary().notes and not maker.summary().unchecked
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", ["focal", "penalty of logits", "huber"])
+def test_lower_precision_is_near(name: str, half: bool) -> None:
+    case = cased(name)
+    G = oracles.loss_ggn(case.model, case.x, lambda z: case.loss(z, case.t))
+    low = case._replace(model=case.model.float(), x=case.x.float(), loss=lambda z, t: case.loss(z.float(), t))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        maker = measure(low)
+    compare(maker, G, tolerance=0.1 if half else 1e-4)
 
 
 # ------------------------------------------------------------------ refusals

@@ -114,6 +114,22 @@ def test_a_batch_that_depends_on_itself_is_one_block(examples: int) -> None:
     torch.testing.assert_close(columns(terms, 1), dense(loss, z), rtol=1e-10, atol=1e-12)
 
 
+def test_classes_that_couple_the_batch_are_one_block() -> None:
+    """Blocks along the first axis would be small, and belong to no example."""
+    z = point(4, 4)
+    (terms,) = formed(lambda z: z.logsumexp(0).sum(), z, examples=4)
+    assert terms.omega.numel() == 1
+    torch.testing.assert_close(columns(terms, 1), dense(lambda z: z.logsumexp(0).sum(), z), rtol=1e-10, atol=1e-12)
+
+
+def test_a_vector_holds_examples_one_after_the_other() -> None:
+    z = point(2 * N)
+    (terms,) = formed(lambda z: z.view(N, 2).logsumexp(1).sum(), z)
+    assert terms.omega.numel() == N
+    assert torch.equal(terms.owners(N), torch.arange(N).repeat_interleave(2))
+    torch.testing.assert_close(columns(terms, N), dense(lambda z: z.view(N, 2).logsumexp(1).sum(), z), rtol=1e-10, atol=1e-12)
+
+
 LOGS: dict[str, Loss] = {
     "by hand": lambda x: -x[torch.arange(N), y].mean(),
     "smoothed by hand": lambda x: -(q * x).sum(1).mean(),
