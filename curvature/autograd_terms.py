@@ -150,7 +150,8 @@ class _Block:
             return found
         raise SelfCheckError(
             f"the loss makes entries of an output of shape {tuple(self.z.shape)} depend on each other, and its Hessian there "
-            f"has blocks of {min(self.wide, default=self.z.numel())} rows or more: at most {WIDEST} are formed, and {MOST:,} numbers in all"
+            f"has blocks of {min(self.wide, default=self.z.numel())} rows or more: at most {WIDEST} are formed, "
+            f"and {MOST:,} numbers in all"
         )
 
     def _explains(self, image: Tensor) -> bool:
