@@ -37,6 +37,9 @@ class Curvature(ABC):
     layerwise: ClassVar[bool] = True
     """Whether the evidence is that of layers: it speaks of their inputs and output gradients."""
 
+    of_outputs: ClassVar[bool] = False
+    """Whether products have to know what the loss is a function of."""
+
     idle: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this curvature, with the reason and a way out: configs refuse them."""
 

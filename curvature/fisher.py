@@ -160,10 +160,7 @@ class FisherEmp(Curvature):
         if self.examples not in ("sequence", "token"):
             raise ValueError(f"examples={self.examples!r}: expected 'sequence' or 'token'")
 
-    @property
-    def idle(self) -> dict[str, str]:  # type: ignore[override]
-        """Single tokens come from a recognised loss alone."""
-        return NO_DRAWS if self.rides else NO_DRAWS | NO_REDUCTION
+    idle = NO_DRAWS
 
     @property
     def rides(self) -> bool:

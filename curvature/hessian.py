@@ -219,10 +219,13 @@ class GaussNewton(Products):
     """``G = J^T Lambda J``, ``J`` the Jacobian of the logits and ``Lambda`` the Hessian of the loss in them.
 
     For the recognised losses it is the Fisher matrix. Of what ``setup_logits_repr`` names, ``Lambda`` is the Hessian of the
-    whole loss, by autograd: another loss, or what is added to a recognised one, needs to be convex in it.
+    whole loss, by autograd: another loss, or what is added to a recognised one, needs to be convex in it. Where no loss is
+    recognised and nothing named, it is that at the outputs of the model; see `gradmaker.curvature.autograd_terms`.
 
     Reference: Schraudolph, Neural Computation 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
+
+    of_outputs: ClassVar[bool] = True
 
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
         graph.check_outputs()

@@ -87,7 +87,7 @@ class Categorical(Likelihood):
         return self.axis % z.ndim if z.ndim > 1 else 0
 
     def read(self, w: Weighting) -> Terms:
-        axis = self.axis_of(w.z)
+        axis = self.axis_of(w.z) if w.axis is None else w.axis
         z = rows_of(w.z, axis)
         omega = _reduced(w.weight.reshape(-1).to(z.dtype).clamp(min=0), w)
         # logits of masked rows may be anything, NaN included

@@ -6,7 +6,7 @@ A function, a module, a lambda, a partial, or a call inside the model: all end i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LossCall", "LossRecorder", "Weighting", "compute"]
+__all__ = ["LossCall", "LossRecorder", "Weighting", "class_axis", "compute", "log_axis"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class Weighting:
     weight: Tensor  # one per term: z without its class axis; one per element where coordinates are independent: like z
     total: Tensor  # (), what a mean divides by
     reduction: str
+    axis: int | None = None  # of the classes, where it is not the one that torch's losses have
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,33 @@ def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
     return Weighting("categorical", z, compute(factor) * weight, total, call.reduction)
 
 
+def _kl_div(call: LossCall, factor: Tensor) -> Weighting:
+    """``sum_k q_k (log q_k - x_k)`` of log-probabilities ``x`` is a cross entropy with the target ``q``, up to a constant."""
+    arguments = call.arguments
+    x, axis = arguments["input"], class_axis(call)
+    q = compute(arguments["target"].exp() if arguments["log_target"] else arguments["target"])
+    q = q.broadcast_to(torch.broadcast_shapes(q.shape, x.shape))
+    weight = (q * compute(factor)).sum_to_size(x.shape).sum(axis)
+    divisor = {"mean": q.numel(), "batchmean": x.shape[0] if x.ndim else 1}.get(call.reduction)
+    total = weight.new_full((), divisor or 1)
+    return Weighting("categorical", x, weight, total, "mean" if divisor else "sum", axis)
+
+
+def class_axis(call: LossCall) -> int:
+    """Where the classes of a categorical loss are: on the axis that torch says, or on which log-probabilities add up to one."""
+    x: Tensor = call.arguments["input"]
+    return min(1, x.ndim - 1) if call.function is not F.kl_div else log_axis(x, [x.ndim - 1, min(1, x.ndim - 1)]) or x.ndim - 1
+
+
+def log_axis(x: Tensor, axes: Iterable[int]) -> int | None:
+    """The axis on which numbers are normalised log-probabilities; None if there is none."""
+    limit = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    for axis in dict.fromkeys(axes):
+        if x.ndim and x.numel() and x.shape[axis] > 1 and bool((compute(x.detach()).logsumexp(axis).abs() <= limit).all()):
+            return axis
+    return None
+
+
 def _mse(call: LossCall, factor: Tensor) -> Weighting:
     """The loss is symmetric, so that z is whichever side is in the graph; if both are, it is their difference."""
     z, target, w = call.arguments["input"], call.arguments["target"], call.arguments.get("weight")
@@ -157,6 +185,7 @@ def compute(x: Tensor) -> Tensor:
 _READERS: Mapping[Callable[..., Tensor], Callable[[LossCall, Tensor], Weighting]] = {
     F.cross_entropy: _cross_entropy,
     F.nll_loss: _cross_entropy,
+    F.kl_div: _kl_div,
     F.mse_loss: _mse,
     F.binary_cross_entropy_with_logits: _bce,
 }

@@ -138,7 +138,7 @@ class Terms(ABC):
         gradient: like z; root: ``sqrt(M)`` of each position (n, R)  # (R, *z.shape)
         """
         R = self.positions(examples)
-        rows = rows_of(gradient, self.axis)  # (m, C)
+        rows = self._rows(gradient)  # (m, C)
         rows = rows * (root if self.order == "first" else root.mT).reshape(-1, 1).to(rows)
         index = torch.arange(len(rows), device=rows.device)
         place = index % R if self.order == "first" else index // examples
@@ -149,14 +149,18 @@ class Terms(ABC):
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """``sum_m u_m^T Lambda_m v_m``: the inner product of two displacements of the outputs.  u, v: like z  # ()"""
         kept = self.valid().unsqueeze(-1)  # logits of masked rows may be anything, and so may be their displacements
-        return self._inner(*(torch.where(kept, rows_of(x, self.axis), 0.0) for x in (u, v)))
+        return self._inner(*(torch.where(kept, self._rows(x), 0.0) for x in (u, v)))
 
     @torch.no_grad()
     def multiply(self, u: Tensor) -> Tensor:
         """``Lambda_m u_m`` for every term, at once and without columns.  # like z -> like z"""
         kept = self.valid().unsqueeze(-1)  # as in `inner`
-        image = self._multiply(torch.where(kept, rows_of(u, self.axis), 0.0))
+        image = self._multiply(torch.where(kept, self._rows(u), 0.0))
         return self._restore(torch.where(kept, image, 0.0).unsqueeze(0)).squeeze(0)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Something like z, by terms.  # like z -> (m, C)"""
+        return rows_of(x, self.axis)
 
     @property
     def _width(self) -> int:

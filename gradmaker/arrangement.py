@@ -51,6 +51,7 @@ class Arrangement:
     last: set[Structure] = field(default_factory=set)  # where in the rows of the outputs examples run fastest
     ungrouped: set[Structure] = field(default_factory=set)  # where rows of examples are not where they seem to be
     checked: dict[Structure, int] = field(default_factory=dict)  # how often; see `SelfChecks`
+    whole: dict[Structure, str] = field(default_factory=dict)  # where all of the loss is differentiated twice: at which outputs
     notes: dict[str, str] = field(default_factory=dict)  # by parameter or site: what was found
 
     @property

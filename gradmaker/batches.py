@@ -65,8 +65,7 @@ class Declared:
     def part(self, rows: Tensor, axis: int, n: int) -> Declared:
         """As `cut`. ValueError where that does not leave as many examples in the call."""
         made = self.cut(rows, axis, n)
-        tensors = (v for v in tree_leaves((made.call._args, made.call._kwargs)) if isinstance(v, Tensor) and v.ndim > 0)
-        first = next(tensors, None)
+        first = next((v for v in tensors(made.call._args, made.call._kwargs) if v.ndim > 0), None)
         if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
             raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples")
         return made

@@ -64,6 +64,17 @@ class Graph:
         curved = torch.autograd.grad(slope, self.logits, pushed, retain_graph=True, allow_unused=True)
         return self._differentiate([self.logits], list(curved)) if curved[0] is not None else self._differentiate([], [])
 
+    def take(self, terms: Sequence[Terms], slopes: Sequence[Tensor]) -> float:
+        """The terms of all of the loss, with ``dL/dz``; returns how much of its gradient does not go through them."""
+        self.terms, self.outputs = list(terms), [t.z for t in terms]
+        through = self._differentiate(self.outputs, list(slopes))
+        pairs = [(torch.zeros_like(p) if g is None else g.detach(), through[p]) for p, g in self.gradients.items()]
+        difference, size = (
+            torch.stack([x.abs().double().square().sum() for x in each]).sum().sqrt()
+            for each in ([g - u for g, u in pairs], [g for g, _ in pairs])
+        )
+        return float(difference / size) if size > 0 else 0.0
+
     def check_outputs(self) -> None:
         """ValueError unless it is known what the loss is a convex function of."""
         if not self.outputs:

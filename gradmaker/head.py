@@ -30,6 +30,7 @@ class Head:
     recorder: LossRecorder | None = None
     known: list[Tensor] | None = None  # slopes that are known already
     order: Literal["first", "last"] = "first"  # of the rows of outputs: examples one after another, or running fastest
+    whole: bool = False  # whether the terms are those of all of the loss, by autograd
 
     @classmethod
     def of(cls, loss: Tensor, output: Any, terms: Sequence[Terms], recorder: LossRecorder) -> Head:

@@ -26,7 +26,9 @@ from gradmaker.pending import Pending
 from gradmaker.plan import Plan, PlanClocks, make_plan
 from gradmaker.pool import Pool
 from gradmaker.previous import bookmark, complete
+from gradmaker.ranks import ranks
 from gradmaker.self_checks import Inputs, SelfChecks
+from gradmaker.self_checks.whole import Whole
 from gradmaker.sites import Site
 from gradmaker.stacking import carry
 from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
@@ -48,6 +50,7 @@ class MeasuringMaker(GradientMaker):
         self.plan = make_plan(model, self.config, METHODS)
         self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
         self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
+        self.whole = Whole(self.checks, self.config.loss_reduction)
         self.served: frozenset[nn.Parameter] | None = None  # those that the attached optimizer holds; None: all
         self._clocks = PlanClocks(self.plan)
         self._asked = -1  # the step for which the clocks have been asked
@@ -109,8 +112,15 @@ class MeasuringMaker(GradientMaker):
             make = partial(Graph, self.model, loss, terms, logits)
             kept = checked or tape.joint or not self.checks.arrangement.plain
             graph, ridden = self._backward(tape, make, loss, weight, batches, kept)
+            if graph is not None and self._guesses(graph) and self._all_finite(loss):
+                self.whole.products(tape, graph, head)
+            if self._explains(tape, head, checked) and self._all_finite(loss):
+                bare = Head.of(loss, output if logits is None else logits, [], recorder)
+                whole = scaled(ridden, 1 / weight) if weight else tape.pull([loss], [torch.ones_like(loss).unsqueeze(0)])
+                head = self.explain(tape, head, bare, whole, checked)
+                terms, checked = head.terms, self.is_to_be_checked(tape, head)
             if checked and self._all_finite(loss):
-                self.check(tape, head, scaled(ridden, 1 / weight) if weight else None)
+                self.check(tape, head, scaled(ridden, 1 / weight) if weight else None, weight)
             terms = head.terms or terms  # in the order of rows that was found
             extra = Extra(graph, batches, self._previous, own=partial(self._own_batch, batches))
             pending = self.measure_pass(tape, terms, weight, [loss], head=head, extra=extra)
@@ -160,18 +170,39 @@ class MeasuringMaker(GradientMaker):
         structure = self.checks.arrange(tape, head)
         return bool(self.recorded_sites()) and self.checks.due(structure, head)
 
-    def check(self, tape: Tape, head: Head, ridden: OutputGradients | None) -> None:
+    def _guesses(self, graph: Graph) -> bool:
+        """Whether products need outputs that nobody has named."""
+        asked = any(c.of_outputs for c in self._curvatures()) and self.config.self_check == "fallback"
+        return asked and not graph.outputs and self.config.likelihood is None
+
+    def _explains(self, tape: Tape, head: Head, checked: bool) -> bool:
+        """Whether it is to be seen to that the terms of a pass are all of a loss, of which nothing is declared."""
+        if self.config.self_check != "fallback" or not any(c.recorded and not c.rides for c in self._curvatures()):
+            return False
+        if not head.terms:
+            return self.config.likelihood is None and (tape.batch > 0 or not tape.sized)
+        return not head.declared and (checked or tape.structure(head.outputs) in self.checks.arrangement.whole)
+
+    def explain(self, tape: Tape, head: Head, bare: Head, ridden: OutputGradients, checked: bool) -> Head:
+        """The head of a pass whose terms are all of the loss; see `Whole.explain`."""
+        with plain_arithmetic(self.model), borrowing():
+            return self.whole.explain(tape, head, bare, ridden, checked)
+
+    def check(self, tape: Tape, head: Head, ridden: OutputGradients | None, weight: float = 0.0) -> None:
         """Make the self-checks on a pass, and measure by their verdict from here on.
 
-        ridden: output gradients of the whole loss, where they are known
+        ridden: output gradients of the whole loss, where they are known. weight: of it in ``.grad``; 0: others are in there
         """
         curvatures = [c for c in self._curvatures() if c.recorded]
-        explained = any(not c.rides for c in curvatures) and not head.declared
+        owned = any(not c.rides for c in curvatures) and not head.declared
+        explained = owned and self.config.self_check == "error"  # else `explain` has seen to it
+        own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
         costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
         shares = any(c.rides and "loss_reduction" not in c.idle for c in curvatures)  # those of examples in the whole loss
         ridden = ridden if explained or shares else None
         with plain_arithmetic(self.model), borrowing():
-            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly, self._inputs(tape))
+            written = own if owned or head.whole else None
+            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly, self._inputs(tape), written)
         if unseen - self._unseen:
             self.plan_again(self._unseen | unseen)
 

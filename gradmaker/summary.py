@@ -10,6 +10,7 @@ import torch
 from gradmaker.blocks import Block
 from gradmaker.plan import Plan
 from gradmaker.self_checks import SelfChecks
+from gradmaker.self_checks.checks import OUTSIDE, WHOLE
 from gradmaker.sites import Site
 from gradmaker.solvers.diagnosis import COLUMNS
 
@@ -24,12 +25,14 @@ class Summary:
     """Rows of (parameters, block, curvature, representation, solver, bytes); prints as a table.
 
     ``refreshes`` tell how the last refresh of every factor went: its name, `gradmaker.solvers.diagnosis.COLUMNS`, and how often
-    its block has failed. ``unchecked`` tells what the self-checks could not prove, and why.
+    its block has failed. ``unchecked`` tells what the self-checks could not prove, and why; ``notes`` what they
+    found of the loss.
     """
 
     rows: list[tuple[str, str, str, str, str, int]]
     refreshes: list[tuple[str, int, float, float, float, int, int]] = field(default_factory=list)
     unchecked: Mapping[str, str] = field(default_factory=dict)  # by site, or "loss"
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -42,6 +45,7 @@ class Summary:
             shown = [(name, str(n), *(f"{x:.2g}" for x in xs), str(r), str(f)) for name, n, *xs, r, f in self.refreshes]
             lines += ["", *_table([DIAGNOSIS, *shown]), ""]
         lines += [f"unchecked, {name}: {reason}" for name, reason in self.unchecked.items()]
+        lines += [f"{name}: {text}" for name, text in self.notes.items()]
         return "\n".join([*lines, f"total {self.bytes:,} bytes"])
 
 
@@ -71,7 +75,7 @@ def summarise(plan: Plan, reached: set[str], checks: SelfChecks) -> Summary:
             names = ", ".join(site.parameters) + mark
             rows.append((names, shape, *(str(p) for p in parts), size * count // total))
     rows += [(name, "-", reason, "-", "plain gradient", 0) for name, reason in plan.plain.items()]
-    return Summary(rows, _refreshes(plan.blocks), _unchecked(plan, reached, checks))
+    return Summary(rows, _refreshes(plan.blocks), _unchecked(plan, reached, checks), _notes(checks))
 
 
 def _way(block: Block, site: Site, checks: SelfChecks) -> str:
@@ -101,6 +105,11 @@ def _unchecked(plan: Plan, reached: set[str], checks: SelfChecks) -> dict[str, s
     if "groups" in own.notes:
         found["groups"] = own.notes["groups"]
     return found
+
+
+def _notes(checks: SelfChecks) -> dict[str, str]:
+    """What is measured of the loss, where that is not all of it or not by its recognised terms."""
+    return {name: checks.arrangement.notes[name] for name in (WHOLE, OUTSIDE) if name in checks.arrangement.notes}
 
 
 def _refreshes(blocks: Sequence[Block]) -> list[tuple[str, int, float, float, float, int, int]]:

@@ -200,7 +200,7 @@ def test_one_preconditioner() -> None:
 def test_targets_are_drawn_of_a_recognised_loss() -> None:
     case = models.mlp_gaussian()
     huber = case._replace(loss=lambda y, t: F.huber_loss(y, t, reduction="none").sum() / len(t))
-    maker: Any = from_config(case.model, {**BY_FACTORS, "curvature": "Hessian"})
+    maker: Any = from_config(case.model, {**BY_FACTORS, "curvature": "Hessian", "self_check": "error"})
     with pytest.raises(ValueError, match="needs the likelihood behind the loss"):
         step(maker, huber)
 

@@ -476,7 +476,7 @@ def test_sampled_gradient_leaves_everything_else() -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     unknown = case._replace(loss=lambda y, t: y.square().mean())
     with pytest.raises(ValueError, match="SampledGradient needs the likelihood"):
-        step(custom(unknown, SampledGradient(), Dense(), Cholesky()), unknown)
+        step(custom(unknown, SampledGradient(), Dense(), Cholesky(), self_check="error"), unknown)
 
 
 def test_tnt_direction() -> None:

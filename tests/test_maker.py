@@ -182,8 +182,9 @@ def test_logits_and_likelihood_stand_in_for_an_unrecognised_loss(method: str) ->
 
 @pytest.mark.parametrize("logits", [True, False], ids=["no likelihood", "no logits"])
 def test_an_unrecognised_loss_without_a_likelihood_is_an_error(logits: bool) -> None:
+    """Where the checks are strict, or where a likelihood is declared and not of what."""
     case = mlp()
-    config = gm.KfacGradientConfig(likelihood=None if logits else Categorical())
+    config = gm.KfacGradientConfig(self_check="error") if logits else gm.KfacGradientConfig(likelihood=Categorical())
     maker = gm.KfacGradientMaker(case.model, config)
     y = maker.setup_model_call(case.model, case.x)
     maker.setup_loss_call(own_cross_entropy, y, case.t)

@@ -310,6 +310,7 @@ def finite(value: Any) -> bool:
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore::gradmaker.errors.SelfCheckWarning")
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("method", ALL)
 def test_an_empty_batch_adds_nothing(method: str, name: str) -> None:

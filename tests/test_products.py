@@ -196,7 +196,8 @@ def test_any_convex_loss() -> None:
         found = ggnvp(case.model, partial(F.huber_loss, target=case.t, delta=0.4), v, outputs=lambda: case.model(case.x))
         assert oracles.relative_error(found, G @ v) < 1e-12
     maker = METHODS["custom"](
-        case.model, CustomGradientConfig(curvature=GaussNewton(), representation=Implicit(), solver=CG(damping=0.1))
+        case.model,
+        CustomGradientConfig(curvature=GaussNewton(), representation=Implicit(), solver=CG(damping=0.1), self_check="error"),
     )
     y = maker.setup_model_call(case.model, case.x)
     maker.setup_loss_call(huber.loss, y, case.t)

@@ -164,8 +164,10 @@ def focal(y: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", [penalised, focal])
 def test_a_part_of_the_loss_that_is_not_recognised_is_found(loss: Callable[..., Tensor]) -> None:
     case = models.mlp()
-    found = maker_of(case, loss=loss).verify()
+    found = maker_of(case, loss=loss, self_check="error").verify()
     assert named(found) == {"0", "2"} and "of the loss" in str(found), str(found)
+    followed = maker_of(case, loss=loss).verify()
+    assert followed.passed and "Hessian of the whole loss" in followed.notes["loss"]
     emp = {"fisher": "FisherEmp"}
     assert maker_of(case, loss=loss, **emp).verify().passed
     assert maker_of(case, "adam", loss=loss).verify().passed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from gradmaker.arrangement import Arrangement, Key, Structure
 from gradmaker.calls import Order
 from gradmaker.capture import OutputGradients, Tape
+from gradmaker.errors import SelfCheckWarning
 from gradmaker.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, pull_pair
@@ -20,7 +22,10 @@ from gradmaker.self_checks.rest import check_rest
 from gradmaker.self_checks.uses import check_uses
 from gradmaker.sites import Site
 
-__all__ = ["SelfChecks"]
+__all__ = ["OUTSIDE", "WHOLE", "SelfChecks"]
+
+WHOLE, OUTSIDE = "loss by autograd", "outside of the curvature"
+"""What notes are about."""
 
 TRIES = 3
 """Measurements at which a structure is checked while some of its layers have no gradient, as behind weights that are zero."""
@@ -70,6 +75,13 @@ class SelfChecks:
             return False
         return self.arrangement.checked.get(structure, 0) < TRIES or _selects(head.outputs)
 
+    def say(self, key: str, text: str) -> None:
+        """Warn, once for each key, and keep it for the summary."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(f"self-check: {text}", SelfCheckWarning, stacklevel=2)
+        self.arrangement.notes[key] = text
+
     def run(
         self,
         tape: Tape,
@@ -79,12 +91,13 @@ class SelfChecks:
         explained: bool,
         costly: bool,
         inputs: Inputs | None = None,
+        written: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> set[str]:
         """Check a pass; returns names of parameters whose layers do not show all of their uses.
 
         ridden: output gradients of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
         costly: whether examples that mix are measured with a pass for each. inputs: the model's call, where something that is
-        measured groups the rows of examples
+        measured groups the rows of examples. written: gradients of the whole loss, where its terms have to explain them
         """
         structure, found = tape.structure(head.outputs), Findings()
         self._runs += 1
@@ -96,7 +109,7 @@ class SelfChecks:
         elif tape.batch > 1:
             found.undivided = tape.batch
         if first:
-            self._check_uses(tape, sites, head, ridden, explained, generator, found)
+            self._check_uses(tape, sites, head, ridden, explained, generator, found, written)
         self._settle(tape, head, structure, found, costly)
         return set(found.unseen)
 
@@ -159,6 +172,7 @@ class SelfChecks:
         explained: bool,
         generator: torch.Generator,
         found: Findings,
+        written: Mapping[nn.Parameter, Tensor] | None,
     ) -> None:
         slopes = head.probes(generator)
         cotangents = [s.unsqueeze(0) for s in slopes]
@@ -173,6 +187,9 @@ class SelfChecks:
             pulled = tape.pull(head.outputs, cotangents) if tape.norms.seen else pulled
             derived = tape.pull_parameters(head.outputs, slopes, parameters)
         truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
+        if written is not None:
+            own = tape.pull_parameters(head.outputs, slopes, parameters) if tape.norms.seen else derived
+            _note_outside(sites, dict(zip(parameters, own, strict=True)), written, found)
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, pulled, truth, found)
             if not explained and ridden is not None:
@@ -201,6 +218,30 @@ class SelfChecks:
 def _unplaced(orders: dict[Key, Order | None]) -> int:
     """How many kinds of calls keep no example apart."""
     return sum(order is None for order in orders.values())
+
+
+def _note_outside(
+    sites: Sequence[Site], through: Mapping[nn.Parameter, Tensor], written: Mapping[nn.Parameter, Tensor], found: Findings
+) -> None:
+    """A part of the loss that does not go through its outputs, as a penalty of weights, is seen in the gradient alone."""
+    named = {p: name for site in sites for name, p in site.parameters.items()}
+    size = max((_norm(written[p]) for p in named if p in written), default=0.0)
+    apart = [
+        name for p, name in named.items() if p in written and _norm(written[p] - through[p]) > _rounding(p) * max(size, 1e-300)
+    ]
+    if apart:
+        found.notes[OUTSIDE] = (
+            f"a part of the loss depends on {', '.join(apart)} without going through its outputs, as a penalty of weights "
+            "does: it is in the gradient, and outside of the curvature"
+        )
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.abs().double().norm())
+
+
+def _rounding(p: Tensor) -> float:
+    return 5e-2 if p.dtype in (torch.float16, torch.bfloat16) else 1e-8 if p.dtype == torch.float64 else 1e-3
 
 
 def _selects(outputs: Sequence[Tensor]) -> bool:

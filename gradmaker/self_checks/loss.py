@@ -9,37 +9,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradmaker.capture import OutputGradients
+from gradmaker.curvature.autograd_terms import centred, hessian_products, of_logits
+from gradmaker.curvature.recorder import class_axis
 from gradmaker.errors import SelfCheckError
 from gradmaker.head import Head
 
-__all__ = ["check_curvature", "check_gradient"]
+__all__ = ["ADVICE", "check_curvature", "check_gradient", "ends", "gradient_error", "half"]
 
 ADVICE = (
     "use fisher=FisherEmp(), which takes the gradients of examples whatever the loss is; or declare likelihood= and "
     "setup_logits_repr; or accept the curvature of the recognised terms alone by self_check='off'"
 )
 
+LINEAR = (F.nll_loss, F.kl_div)
+"""Losses of log-probabilities: all of their curvature is that of the log-softmax before them."""
 
-def _half(tensors: Sequence[Tensor]) -> bool:
+
+def half(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is in half precision."""
     return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
 
 
 @torch.no_grad()
 def check_gradient(head: Head, pulled: OutputGradients, ridden: OutputGradients) -> None:
     """SelfCheckError unless the slopes of the terms, pulled back, are the gradients of the whole loss in every layer."""
+    error, limit = gradient_error(pulled, ridden)
+    if error > limit:
+        raise SelfCheckError(
+            f"the recognised terms of the loss ({_names(head)}) give another gradient than the whole loss, in the layers by "
+            f"{error:.1e} of its size: a part of the loss is not among them, and its curvature would be missing: {ADVICE}"
+        )
+
+
+@torch.no_grad()
+def gradient_error(pulled: OutputGradients, ridden: OutputGradients) -> tuple[float, float]:
+    """How far pulled slopes are from the layers' gradients of the whole loss, in their size; and what rounding makes of it."""
     difference = size = 0.0
     for module, calls in ridden.items():
         for own, all_of in zip(pulled[module], calls, strict=True):
             for a, b in zip(own, all_of, strict=True):
                 difference += float((a - b).double().square().sum())
                 size += float(b.double().square().sum())
-    limit = 2e-2 if _half([g for calls in ridden.values() for call in calls for g in call]) else 1e-4
-    if difference**0.5 > limit * size**0.5:
-        raise SelfCheckError(
-            f"the recognised terms of the loss ({_names(head)}) give another gradient than the whole loss, in the layers by "
-            f"{(difference / max(size, 1e-300)) ** 0.5:.1e} of its size: a part of the loss is not among them, and its "
-            f"curvature would be missing: {ADVICE}"
-        )
+    limit = 2e-2 if half([g for calls in ridden.values() for call in calls for g in call]) else 1e-4
+    return difference**0.5 / max(size**0.5, 1e-150), limit
 
 
 def _names(head: Head) -> str:
@@ -53,23 +65,26 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
     if loss is None or not head.terms or not loss.requires_grad:
         return "the loss is out of sight"
     _check_normalised(head)
-    if any(call.function is F.nll_loss for call in (head.recorder.calls if head.recorder else ())):
-        return None  # linear in log-probabilities, which were seen to be normalised
     v = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in outputs]
+    classes = _log_probabilities(head)
     try:
-        if len(outputs) > 1 and _linked(outputs):
+        if len(outputs) > 1 and len(ends(outputs)) < len(outputs):
             return "one output of the loss is made of another"
-        slopes = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-        pairs = [(s, w) for s, w in zip(slopes, v, strict=True) if s is not None and s.requires_grad]
-        found = _products(pairs, outputs)
+        slopes = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
+        moved = [centred(z, classes[id(z)], w) if id(z) in classes else w for z, w in zip(outputs, v, strict=True)]
+        found = hessian_products(slopes, outputs, moved)
     except (RuntimeError, NotImplementedError):
         return "the loss has no second derivative"
+    found = [
+        of_logits(z, classes[id(z)], s, w, h) if id(z) in classes else h
+        for z, s, w, h in zip(outputs, slopes, v, found, strict=True)
+    ]
     expected = [
         sum((t.multiply(w) for t in head.terms if t.z is z), torch.zeros_like(z)) for z, w in zip(outputs, v, strict=True)
     ]
     difference = sum(float((a - b).detach().double().square().sum()) for a, b in zip(found, expected, strict=True)) ** 0.5
     size = max(sum(float(x.detach().double().square().sum()) for x in values) ** 0.5 for values in (found, expected))
-    if difference > (5e-2 if _half(outputs) else 1e-3) * size:
+    if difference > (5e-2 if half(outputs) else 1e-3) * size:
         raise SelfCheckError(
             f"the curvature of the loss at the outputs is not that of its recognised terms ({_names(head)}): a product with "
             f"its Hessian differs by {difference / size:.1e} of its size, as where a loss is a function of a recognised one: "
@@ -78,36 +93,34 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
     return None
 
 
-def _products(pairs: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """``H v`` by the gradient of ``<slope, v>``."""
-    if not pairs:
-        return [torch.zeros_like(z) for z in outputs]
-    inner = torch.stack([(s * w).sum() for s, w in pairs]).sum()
-    found = torch.autograd.grad(inner, list(outputs), retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(z) if h is None else h for z, h in zip(outputs, found, strict=True)]
+def ends(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those that no other one is made of."""
+    inner: set[int] = set()
+    for z in outputs:
+        others = [w for w in outputs if w is not z]
+        if others:
+            found = torch.autograd.grad(z, others, torch.ones_like(z), retain_graph=True, allow_unused=True)
+            inner.update(id(w) for w, g in zip(others, found, strict=True) if g is not None)
+    return [z for z in outputs if id(z) not in inner]
 
 
-def _linked(outputs: Sequence[Tensor]) -> bool:
-    """Whether an output is made of another one."""
-    for j, z in enumerate(outputs):
-        others = [w for i, w in enumerate(outputs) if i != j]
-        found = torch.autograd.grad(z, others, torch.ones_like(z), retain_graph=True, allow_unused=True)
-        if any(g is not None for g in found):
-            return True
-    return False
+def _log_probabilities(head: Head) -> dict[int, int]:
+    """Outputs that a loss takes as log-probabilities, of which it is linear: the axis of the classes, by identity."""
+    calls = [] if head.recorder is None else head.recorder.calls
+    named = [call for call in calls if call.function in LINEAR and call.output.requires_grad]
+    return {id(call.arguments["input"]): class_axis(call) for call in named}
 
 
 @torch.no_grad()
 def _check_normalised(head: Head) -> None:
-    """`F.nll_loss` takes log-probabilities: of other numbers the loss is linear, without curvature."""
+    """`F.nll_loss` and `F.kl_div` take log-probabilities: of other numbers the loss is linear, without curvature."""
     for call in head.recorder.calls if head.recorder else ():
-        if call.function is not F.nll_loss or not call.output.requires_grad:
+        if call.function not in LINEAR or not call.arguments["input"].requires_grad:
             continue
-        x = call.arguments["input"].float()
-        total = x.logsumexp(min(1, x.ndim - 1))
+        total = call.arguments["input"].float().logsumexp(class_axis(call))
         worst = float(total.abs().max()) if total.numel() else 0.0
-        if worst > (5e-2 if _half([call.arguments["input"]]) else 1e-3):
+        if worst > (5e-2 if half([call.arguments["input"]]) else 1e-3):
             raise SelfCheckError(
-                f"F.nll_loss was given numbers that are not log-probabilities (log sum exp is off by {worst:.1e}), for which "
-                "it has another curvature: apply log_softmax first, or use F.cross_entropy on the logits"
+                f"F.{call.function.__name__} was given numbers that are not log-probabilities (log sum exp is off by "
+                f"{worst:.1e}), for which it has another curvature: apply log_softmax, or use F.cross_entropy on logits"
             )

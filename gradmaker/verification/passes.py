@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.batches import terms_of
-from gradmaker.capture import Tape
+from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import OneHot, Outer
 from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
@@ -20,8 +20,10 @@ from gradmaker.head import Head
 from gradmaker.pulls import Source, pull
 from gradmaker.real_pairs import real_dtype
 from gradmaker.self_checks import SelfChecks
+from gradmaker.self_checks.checks import WHOLE
 from gradmaker.self_checks.examples import Pair, pull_pair
 from gradmaker.self_checks.loss import check_curvature, check_gradient
+from gradmaker.self_checks.whole import Whole
 from gradmaker.sites import Site
 
 if TYPE_CHECKING:
@@ -67,15 +69,16 @@ def measure(maker: PreconditionedGradientMaker) -> Measured:
         tape.end_forward([loss])
         logits = None if maker._logits is None else resolve(maker._logits, known)
         head = Head.of(loss, output, terms_of(recorder, loss, logits, maker.config.likelihood), recorder)
+        bare = Head.of(loss, output if logits is None else logits, [], recorder)
         with torch.autocast(loss.device.type, enabled=False):
-            return _Pass(maker, tape, head, loss).measure()
+            return _Pass(maker, tape, head, bare, loss).measure()
 
 
 class _Pass:
     """A pass that was recorded."""
 
-    def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, loss: Tensor) -> None:
-        self.maker, self.tape, self.head, self.loss = maker, tape, head, loss
+    def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, bare: Head, loss: Tensor) -> None:
+        self.maker, self.tape, self.head, self.bare, self.loss = maker, tape, head, bare, loss
         recorded = [c for c in maker.plan.curvatures(of_passes=True) if c.recorded]
         self.sites = [s for c in recorded for s in maker.plan.sites(c) if not s.frozen]
         self.found = Measured()
@@ -166,21 +169,36 @@ class _Pass:
 
     def _check_loss(self) -> None:
         curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.rides]
-        if not curvatures or self.head.declared or not self.head.outputs:
+        mode, declared = self.maker.config.self_check, self.head.declared
+        if not self.head.terms:
+            declared = mode != "fallback" or self.maker.config.likelihood is not None
+        if not curvatures or declared or not self.head.outputs:
             return
         try:
             ridden = self.tape.pull([self.loss], [torch.ones_like(self.loss).unsqueeze(0)])
-            pulled = self.tape.pull(self.head.outputs, [s.unsqueeze(0) for s in self.head.slopes])
-            check_gradient(self.head, pulled, ridden)
-            unchecked = check_curvature(self.head, self.generator)
+            self._explain_loss(ridden)
         except SelfCheckError as error:
-            if self.maker.config.self_check == "off":  # it was accepted
+            if mode == "off":  # it was accepted
                 self.found.notes["loss"] = str(error)
                 return
             self.found.failures |= {s.name: f"loss: {error}" for c in curvatures for s in self.maker.plan.sites(c)}
+
+    def _explain_loss(self, ridden: OutputGradients) -> None:
+        """SelfCheckError where the maker would not measure all of the loss, or would have to do so by autograd."""
+        config, notes = self.maker.config, self.found.notes
+        if config.self_check != "fallback":
+            check_gradient(self.head, self.tape.pull(self.head.outputs, [s.unsqueeze(0) for s in self.head.slopes]), ridden)
+            unchecked = check_curvature(self.head, self.generator)
         else:
-            if unchecked:
-                self.found.notes["loss"] = f"its curvature is unchecked: {unchecked}"
+            scratch = SelfChecks(self.maker.model, "fallback", config.seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SelfCheckWarning)
+                head = Whole(scratch, config.loss_reduction).explain(self.tape, self.head, self.bare, ridden, True)
+            unchecked = scratch.arrangement.notes.get("loss")
+            if head.whole:
+                notes["loss"] = scratch.arrangement.notes[WHOLE]
+        if unchecked:
+            notes["loss"] = f"its curvature is unchecked: {unchecked}"
 
     # ---------------------------------------------------------------- gradients of examples
     def _capture(self) -> None:

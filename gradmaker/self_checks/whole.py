@@ -1,0 +1,138 @@
+"""The curvature of a whole loss at its outputs, where the recognised terms are not all of it or there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradmaker.arrangement import Structure
+from gradmaker.capture import OutputGradients, Tape
+from gradmaker.curvature.autograd_terms import Output, autograd_terms
+from gradmaker.errors import SelfCheckError
+from gradmaker.graph import Graph
+from gradmaker.head import Head
+from gradmaker.self_checks.checks import WHOLE, SelfChecks
+from gradmaker.self_checks.loss import ADVICE, check_curvature, check_gradient, ends, gradient_error, half
+
+__all__ = ["Whole"]
+
+NONE = "no recognised loss was called"
+CONVEX = "setup_logits_repr names what the loss is a convex function of"
+COST = "one product with the Hessian of the loss, without the model, for each entry of an output that others depend on"
+
+
+class Whole:
+    """Gives a pass the head that explains its loss, and remembers for passes of its kind which outputs are right."""
+
+    def __init__(self, checks: SelfChecks, reduction: str) -> None:
+        """reduction: of a loss that is not recognised"""
+        self.checks, self.reduction = checks, reduction
+        self._runs = 0
+
+    def explain(self, tape: Tape, head: Head, bare: Head, ridden: OutputGradients, checked: bool) -> Head:
+        """The head itself, or one of the whole loss. SelfCheckError where that cannot be formed.
+
+        bare: without the recognised terms. ridden: output gradients of the whole loss. checked: whether this is a pass to check
+        """
+        structure = tape.structure(head.outputs)
+        known = self.checks.arrangement.whole.get(structure)
+        if known is not None:
+            return self._made(tape, bare if known == "outputs" else head)
+        reason = NONE if not head.terms else self._missing(tape, head, ridden) if checked else None
+        return head if reason is None else self._found(tape, head, bare, ridden, structure, reason)
+
+    def products(self, tape: Tape, graph: Graph, bare: Head) -> None:
+        """Products of an unrecognised loss are those at the outputs of the model. SelfCheckError where they cannot be."""
+        try:
+            found = self._made(tape, bare)
+        except SelfCheckError as error:
+            raise SelfCheckError(f"{NONE}, and {error}; {CONVEX}") from error
+        assert found.known is not None
+        left = graph.take(found.terms, found.known)
+        if left > (5e-2 if half(found.outputs) else 1e-3):
+            raise SelfCheckError(f"{NONE}, and {left:.1e} of its gradient does not go through the model's outputs; {CONVEX}")
+        self._say(NONE, found)
+
+    def _missing(self, tape: Tape, head: Head, ridden: OutputGradients) -> str | None:
+        """What the recognised terms leave out."""
+        generator = self._generator()
+        try:
+            check_gradient(head, tape.pull(head.outputs, [s.unsqueeze(0) for s in head.slopes]), ridden)
+            unchecked = check_curvature(head, generator)
+        except SelfCheckError as error:
+            return str(error).removesuffix(f": {ADVICE}")
+        if unchecked:
+            self.checks.arrangement.notes["loss"] = unchecked
+        return None
+
+    def _found(self, tape: Tape, head: Head, bare: Head, ridden: OutputGradients, structure: Structure, reason: str) -> Head:
+        """At the outputs of the recognised terms, else at those of the model."""
+        failures = []
+        for name, source in (("terms", head), ("outputs", bare)):
+            if not source.outputs or (name == "terms" and not head.terms):
+                continue
+            try:
+                found = self._made(tape, source)
+                _prove(tape, found, ridden)
+            except SelfCheckError as error:
+                failures.append(str(error))
+                continue
+            self.checks.arrangement.whole[structure] = name
+            self._say(reason, found)
+            return found
+        tried = "; ".join(dict.fromkeys(failures)) or "the model returns no output that it could be a function of"
+        raise SelfCheckError(f"{reason}. Nor is it known what else to measure, since {tried}: {ADVICE}")
+
+    def _made(self, tape: Tape, source: Head) -> Head:
+        """With the terms of the whole loss at the outputs of a head."""
+        assert source.loss is not None
+        axes: dict[int, list[int]] = {}
+        for t in source.terms:
+            axes.setdefault(id(t.z), []).extend(() if t.axis is None else (t.axis,))
+        outputs = [
+            Output(z, tuple(dict.fromkeys((*axes.get(id(z), ()), z.ndim - 1, min(1, z.ndim - 1)))))
+            for z in _ends_of(source.loss, list({id(z): z for z in source.outputs}.values()))
+        ]
+        if not outputs:
+            raise SelfCheckError("the loss does not depend on an output of the model")
+        n = max(tape.batch, 1)
+        M = source.terms[0].denominator if source.terms else outputs[0].z.new_tensor(self._count(n), dtype=torch.float64)
+        terms, slopes = autograd_terms(source.loss, outputs, n, M, self._generator())
+        return Head([o.z for o in outputs], terms, source.loss, source.recorder, slopes, whole=True)
+
+    def _count(self, n: int) -> float:
+        return float(n) if self.reduction == "mean" else 1.0
+
+    def _generator(self) -> torch.Generator:
+        self._runs += 1
+        return torch.Generator().manual_seed((self.checks.seed * 1000003 + self._runs) % 2**63)
+
+    def _say(self, reason: str, found: Head) -> None:
+        shapes = ", ".join(str(tuple(z.shape)) for z in found.outputs)
+        text = f"{reason}; the Hessian of the whole loss in outputs of shape {shapes} is taken instead: it costs {COST}"
+        self.checks.say(WHOLE, text)
+
+
+def _ends_of(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those outputs that the loss depends on, but not only through others."""
+    if not outputs:
+        return []
+    slopes = torch.autograd.grad(loss, list(outputs), retain_graph=True, allow_unused=True)
+    return ends([z for z, s in zip(outputs, slopes, strict=True) if s is not None])
+
+
+@torch.no_grad()
+def _prove(tape: Tape, head: Head, ridden: OutputGradients) -> None:
+    """SelfCheckError unless the loss acts on the layers through these outputs alone, and has a curvature there."""
+    error, limit = gradient_error(tape.pull(head.outputs, [s.unsqueeze(0) for s in head.slopes]), ridden)
+    if error > limit:
+        shapes = ", ".join(str(tuple(z.shape)) for z in head.outputs)
+        raise SelfCheckError(
+            f"{error:.1e} of the gradient in the layers does not come through the output of shape {shapes}, as where an "
+            "activation inside of the model is penalised"
+        )
+    drawn = torch.Generator().manual_seed(0)
+    if not any(bool(t.multiply(torch.randn(t.z.shape, generator=drawn).to(t.z)).any()) for t in head.terms):
+        raise SelfCheckError("the loss has no curvature at its outputs, of which it is linear or piecewise linear")
