@@ -193,7 +193,7 @@ def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tens
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:
     """``dL/d(output)`` of each call, None where L does not depend on it."""
-    if len(calls) == 1 and calls[0].output is loss:
+    if len(calls) == 1 and calls[0].is_all_of(loss):
         return (torch.ones_like(loss),)
     outputs = [call.output for call in calls]
     return torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True) if outputs else ()

@@ -37,6 +37,11 @@ class LossCall:
     function: Callable[..., Tensor]
     arguments: Mapping[str, Any]
     output: Tensor
+    given: Tensor  # what the caller has of it: a copy, which ``loss *= 2`` may change
+
+    def is_all_of(self, loss: Tensor) -> bool:
+        """Whether a loss is the output of this call, as it was."""
+        return self.given is loss and loss._version == 0
 
     @property
     def reduction(self) -> str:
@@ -78,8 +83,9 @@ class LossRecorder(TorchFunctionMode):
         if func is F.mse_loss and arguments["input"].requires_grad and arguments["target"].requires_grad:
             arguments, output = _of_difference(arguments)
         output = func(*args, **kwargs) if output is None else output
-        self.calls.append(LossCall(func, arguments, output))
-        return output
+        given = output.clone() if output.requires_grad else output
+        self.calls.append(LossCall(func, arguments, output, given))
+        return given
 
 
 def _of_difference(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor]:

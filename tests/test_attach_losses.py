@@ -65,6 +65,36 @@ def test_a_loss_inside_is_measured_with_its_weights(method: str, options: str, f
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["kfac_exact", "kfac_mc", "unit_ng"])
+def test_a_loss_may_be_scaled_in_place(method: str) -> None:
+    """As loops of several processes do: by ``loss *= processes``."""
+
+    def scaled(loss: Tensor) -> Tensor:
+        loss *= 0.25
+        return loss
+
+    results = []
+    for way in ("apart", "in place", "attached"):
+        torch.manual_seed(0)
+        model, case = WithLoss().double(), mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.02)
+        maker = maker_of(model, CONFIGS[method]())
+        if way == "attached":
+            maker.attach(optimizer, "categorical")
+        for x, t in batches(case, 3):
+            optimizer.zero_grad()
+            if way == "attached":
+                scaled(model(x, t)["loss"]).backward()
+            else:
+                loss = maker.setup_model_call(model, x, t)["loss"]
+                maker.setup_loss_call(scaled if way == "in place" else lambda value: 0.25 * value, loss)
+                maker.forward_and_backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-10, atol=1e-12)
+
+
 class TwoLosses(nn.Module):
     def __init__(self) -> None:
         super().__init__()
