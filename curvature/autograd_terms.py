@@ -171,7 +171,7 @@ class _Block:
         curvature = rows_of(d, axis)
         _check_convex(self.z, curvature)
         omega = self._counted(lambda x: rows_of(x, axis), curvature)
-        return GaussianTerms(self.z, axis, omega, self.M, curvature.clamp(min=0))
+        return GaussianTerms(self.z, axis, omega, self.M, curvature.clamp(min=0), assumed=omega / self.M.to(omega))
 
     def _categorical(self) -> Terms | None:
         """Where nothing but the slopes of log-probabilities is left, of which the loss is linear."""
@@ -209,7 +209,8 @@ class _Block:
         s, Q = torch.linalg.eigh((B + B.mT) / 2)
         _check_convex(self.z, s)
         S = (Q * s.clamp(min=0).sqrt().unsqueeze(-2)).to(rows(like).dtype)
-        return AutogradTerms(self.z, axis, self._counted(rows, B), self.M, S, parts)
+        omega = self._counted(rows, B)
+        return AutogradTerms(self.z, axis, omega, self.M, S, parts, assumed=omega / self.M.to(omega))
 
 
 def _check_convex(z: Tensor, eigenvalues: Tensor) -> None:

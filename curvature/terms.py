@@ -57,9 +57,13 @@ class Terms(ABC):
     omega: Tensor  # (m,) dL/dl_m, detached; the mean over the elements of a term
     denominator: Tensor  # ()
     order: Literal["first", "last"] = field(default="first", kw_only=True)  # last: row ``m`` is of example ``m % n``
+    assumed: Tensor | None = field(default=None, kw_only=True)  # (m,) weights in the loss, where its curvature tells none
 
     def weights(self) -> Tensor:
         """What each term weighs in the loss, or each of its elements where they are independent.  # (m,) or (m, C)"""
+        return self._weights() if self.assumed is None else self.assumed
+
+    def _weights(self) -> Tensor:
         return self.omega
 
     def valid(self) -> Tensor:
@@ -239,7 +243,7 @@ class GaussianTerms(Terms):
 
     curvature: Tensor  # (m, C), the diagonal of Lambda
 
-    def weights(self) -> Tensor:
+    def _weights(self) -> Tensor:
         return self.curvature / 2
 
     def _columns(self, rows: Tensor, c: Tensor) -> Tensor:
@@ -265,7 +269,7 @@ class BernoulliTerms(GaussianTerms):
     scale: Tensor  # (m, C)
     sigma: Tensor  # (m, C)
 
-    def weights(self) -> Tensor:
+    def _weights(self) -> Tensor:
         return self.scale
 
     def _draw(self, samples: int, generator: torch.Generator) -> Tensor:

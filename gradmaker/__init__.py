@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradmaker.config import GradientConfig
     from gradmaker.cost_report import cost_report
     from gradmaker.damping_sweep import damping_sweep
+    from gradmaker.errors import SelfCheckError, SelfCheckWarning
     from gradmaker.maker import GradientMaker, PlainGradientConfig
     from gradmaker.methods import METHODS, from_config
     from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientConfig, CasprAdaptiveGradientMaker
@@ -229,6 +230,8 @@ __all__ = [
     "SaddleFreeDiagonalGradientMaker",
     "SaddleFreeGradientConfig",
     "SaddleFreeGradientMaker",
+    "SelfCheckError",
+    "SelfCheckWarning",
     "SengGradientConfig",
     "SengGradientMaker",
     "ShampooGradientConfig",
@@ -272,6 +275,8 @@ _MODULES = {
     "compare": "compare",
     "cost_report": "cost_report",
     "damping_sweep": "damping_sweep",
+    "SelfCheckError": "errors",
+    "SelfCheckWarning": "errors",
     "from_config": "methods",
     "legality": "triple",
 }

@@ -1,4 +1,4 @@
-"""The recognised terms are all of the loss, in gradient and curvature, or it is refused."""
+"""The recognised terms are all of the loss, in gradient and curvature, or it is measured otherwise or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker.curvature import FisherMC
-from gradmaker.errors import SelfCheckError
+from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from tests.models import Case
 from tests.self_checks.planted import BLOCKS, Planted, build, is_an_error, is_right, is_right_in_silence, labels, maker_of, step
 
@@ -120,10 +120,27 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("mode", ["error", "fallback"])
+REFUSED = ("margin", "logarithm", "unnormalised")  # without a second derivative, not convex, without a curvature
+
+
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_loss_that_is_not_all_in_sight_is_refused(name: str, mode: str) -> None:
-    is_an_error(PLANTED[name], mode)
+def test_a_loss_that_is_not_all_in_sight_is_refused(name: str) -> None:
+    is_an_error(PLANTED[name], "error")
+
+
+@pytest.mark.filterwarnings("ignore:self-check. what the loss is a function of does not fall:gradmaker.errors.SelfCheckWarning")
+@pytest.mark.parametrize("name", PLANTED)
+def test_or_the_whole_of_it_is_measured_and_said(name: str) -> None:
+    planted = PLANTED[name]
+    if name in REFUSED:
+        is_an_error(planted, "fallback")
+        return
+    for blocks in ("layer", "full"):
+        case = planted.make()
+        maker = maker_of(case, blocks)
+        with pytest.warns(SelfCheckWarning, match=rf"({planted.says}).*the Hessian of the whole loss"):
+            step(maker, case)
+        assert is_right(maker, case), blocks
 
 
 @pytest.mark.parametrize("name", [name for name, planted in PLANTED.items() if planted.blocks])
@@ -156,7 +173,7 @@ def test_a_penalty_on_activations_is_a_part_of_the_loss(scale: float) -> None:
 
 def test_sampled_targets_are_checked_too() -> None:
     case = net(focal)
-    maker = maker_of(case, "layer", FisherMC())
+    maker = maker_of(case, "layer", FisherMC(), self_check="error")
     with pytest.raises(SelfCheckError, match=CURVED):
         step(maker, case)
 
