@@ -227,6 +227,11 @@ class GaussNewton(Products):
 
     of_outputs: ClassVar[bool] = True
 
+    @property
+    def idle(self) -> dict[str, str]:  # type: ignore[override]
+        """`self_check` decides about losses that are not recognised."""
+        return {name: reason for name, reason in super().idle.items() if name != "self_check"}
+
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
         graph.check_outputs()
         return partial(multiply_gauss_newton, graph)

@@ -320,7 +320,7 @@ def test_steps_leave_no_tensors_behind(name: str, make: Callable[[], Case]) -> N
         maker.forward_and_backward()
         if step in (2, 49):
             counts.append(tensors())
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # other tests may leave something that is collected in between
 
 
 def test_a_step_holds_no_graph() -> None:

@@ -77,9 +77,7 @@ def steps(case: Case, maker: Any, count: int = 3) -> Tensor:
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
 @pytest.mark.parametrize("method", PRECONDITIONED)
-@pytest.mark.filterwarnings(
-    "ignore:self-check. .*a backward pass for each:gradmaker.SelfCheckWarning"
-)  # slower, not otherwise
+@pytest.mark.filterwarnings("ignore:self-check. .*a backward pass for each:gradmaker.SelfCheckWarning")  # slower, not otherwise
 def test_a_checkpoint_changes_nothing_or_is_refused(method: str, use_reentrant: bool, name: str) -> None:
     options = {"method": method, **without_search(method)}
     plain, case = suited(method, lambda: MAKE[name](None)), MAKE[name](use_reentrant)

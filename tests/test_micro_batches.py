@@ -319,8 +319,10 @@ def test_a_part_that_fails_is_not_counted() -> None:
         with pytest.raises(ZeroDivisionError):
             maker.accumulate(0.5)
     after = maker._pool.dump()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(a["cv"], b["cv"]) for k in before for a, b in zip(before[k], after[k], strict=True))
+    assert before and after.keys() == before.keys()
+    for site, portions in before.items():
+        assert after[site].keys() == portions.keys()
+        assert all(torch.equal(after[site][k][part], pair[part]) for k, pair in portions.items() for part in pair)
 
 
 def _then_raise(add: Callable[..., None]) -> Callable[..., None]:
