@@ -99,6 +99,8 @@ class Products(Curvature):
         """What draws and what has to know the loss or how it reduces depends on the options."""
         cut, told = self.examples is not None, self.squares or self.factors
         known = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
+        if cut:  # along the axis of the examples
+            known = {name: reason for name, reason in known.items() if name != "batch_axis"}
         return known if cut or self.factors else known | NO_DRAWS
 
     @property

@@ -30,16 +30,10 @@ class Declared:
     loss: Deferred | None = None
     logits: Deferred | None = None
 
-    @property
-    def counted(self) -> int | None:
-        """Size of the first axis of the first tensor that goes into the call; None without one."""
-        given = tensors(self.call._args, self.call._kwargs)
-        return next((len(v) for v in given if v.ndim > 0), None)
-
-    @property
-    def examples(self) -> int:
-        """As `counted`; 0 without a tensor."""
-        return self.counted or 0
+    def counted(self, axis: int) -> int | None:
+        """Size of an axis of the first tensor that goes into the call; None without one that has it."""
+        first = next((v for v in tensors(self.call._args, self.call._kwargs) if v.ndim > 0), None)
+        return None if first is None or first.ndim <= axis else first.shape[axis]
 
     def tensors(self) -> list[Tensor]:
         """All that go into the calls and carry a count of their changes, which those of the inference mode do not."""
@@ -49,14 +43,14 @@ class Declared:
             exchange(part, found.append, known)
         return [v for v in found if isinstance(v, Tensor) and not v.is_inference()]
 
-    def cut(self, rows: Tensor, axis: int = 0, n: int | None = None) -> Declared:
+    def cut(self, rows: Tensor, axis: int, n: int) -> Declared:
         """The same calls on some of ``n`` examples: of every tensor with the examples on ``axis``, or else on the first."""
-        count, known = self.examples if n is None else n, dict[int, Deferred]()
+        known = dict[int, Deferred]()
 
         def pick(value: Any) -> Any:
             if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
                 return value
-            own = next((a for a in dict.fromkeys((axis, 0)) if value.ndim > a and value.shape[a] == count), None)
+            own = next((a for a in dict.fromkeys((axis, 0)) if value.ndim > a and value.shape[a] == n), None)
             return value if own is None else value.index_select(own, rows.to(value.device))
 
         call, loss, logits = (exchange(part, pick, known) for part in (self.call, self.loss, self.logits))
@@ -88,9 +82,14 @@ class Batch:
     def __init__(self, model: nn.Module, declared: Declared, config: GradientConfig, whole: Batch | None = None) -> None:
         """whole: what this was cut from"""
         self.model, self.declared, self.config, self.whole = model, declared, config, whole
-        self.replay = Replay(model, _evaluation(model, declared), declared.counted)
+        self.replay = Replay(model, _evaluation(model, declared), declared.counted(config.batch_axis))
         self.mass: Tensor | None = None  # of its loss terms, once they are known
         self.known = False  # whether they are
+
+    @property
+    def examples(self) -> int:
+        """How many go into the call; 0 where no tensor does."""
+        return self.declared.counted(self.config.batch_axis) or 0
 
     def note(self, terms: list[Terms]) -> None:
         """Remember what the loss terms weigh."""
@@ -104,11 +103,11 @@ class Batch:
         except (RuntimeError, ValueError, IndexError) as error:
             if self.whole is None:
                 raise
-            n, k = self.whole.declared.examples, self.declared.examples
+            n, k = self.whole.examples, self.examples
             raise ValueError(
                 f"the declared calls failed on {k} of the {n} examples: {error}. What is cut is every tensor among their "
-                f"arguments whose first axis has {n} entries; a function that holds its data itself cannot be cut. Pass the "
-                "data as arguments, or declare a batch for the products by setup_curvature_call"
+                f"arguments with {n} entries on the axis of examples; a function that holds its data itself cannot be cut. "
+                "Pass the data as arguments, or declare a batch for the products by setup_curvature_call"
             ) from error
         return Graph(self.model, loss, terms, logits)
 
@@ -122,7 +121,7 @@ class Batch:
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
         """Some of its examples, drawn without replacement; itself if there are no more."""
-        n = self.declared.examples
+        n = self.examples
         if not n:
             raise ValueError(
                 f"no examples can be drawn from {self.declared.call!r}: it takes no tensor, so pass the data as arguments "
@@ -131,7 +130,7 @@ class Batch:
         if size >= n:
             return self
         rows = torch.randperm(n, generator=generator)[:size]
-        return Batch(self.model, self.declared.cut(rows), self.config, self)
+        return Batch(self.model, self.declared.cut(rows, self.config.batch_axis, n), self.config, self)
 
     def part(self, rows: Tensor, n: int) -> Batch:
         """Some of the ``n`` examples. ValueError where the declared call is not cut with them."""
@@ -156,7 +155,7 @@ class Batch:
         if self.mass is not None and self.whole.mass is not None:
             ratio = self.whole.mass / self.mass
         elif self.config.loss_reduction == "sum":
-            ratio = self.whole.declared.examples / self.declared.examples
+            ratio = self.whole.examples / self.examples
         return ratio * self.whole.scale()
 
 

@@ -86,7 +86,7 @@ class MeasuringMaker(GradientMaker):
         own = (m for c in recorded for s in self.plan.sites(c, due, self.served) for m in s.modules)
         modules = dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model))))
         tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
-        tape.assume(self._declared[""].counted if self._declared else None)
+        tape.assume(self._declared[""].counted(self.config.batch_axis) if self._declared else None)
         return tape
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:

@@ -299,3 +299,26 @@ def test_a_failed_sample_leaves_everything_as_it_was() -> None:
     assert all(p.grad is None for p in case.model.parameters()) and maker.state_dict()["step"] == state["step"]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
     assert step(maker, case).isfinite().all()
+
+
+def test_examples_are_drawn_along_their_axis() -> None:
+    """Of inputs with time first, as many as examples, a sample is one of examples and not of times."""
+    torch.manual_seed(0)
+    x, t = torch.randn(4, 4, 3, dtype=torch.float64), torch.randint(2, (4, 4))
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(y.transpose(1, 2), t)
+
+    seen: list[Tensor] = []
+    model = make()
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    maker = from_config(model, {"method": "hessian_free", "curvature_examples": 2, "batch_axis": 1})
+    maker.setup_loss_call(loss, maker.setup_model_call(model, x), t)
+    maker.forward_and_backward()
+    drawn = [v for v in seen if v.shape == (4, 2, 3)]
+    assert drawn and all(v.shape[0] == 4 for v in seen)
+    assert all(any(torch.equal(v[:, j], x[:, k]) for k in range(4)) for v in drawn for j in range(2))
