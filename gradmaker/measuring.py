@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradmaker.arithmetic import plain_arithmetic, sums_to_finite
 from gradmaker.batches import Batch, Batches, terms_of
 from gradmaker.borrowing import borrowing
 from gradmaker.capture import OutputGradients, Tape
@@ -17,7 +18,7 @@ from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.likelihood import Terms
 from gradmaker.curvature.recorder import LossRecorder
-from gradmaker.deferred import Deferred, resolve
+from gradmaker.deferred import resolve
 from gradmaker.graph import Graph
 from gradmaker.head import Head
 from gradmaker.ledger import WHOLE_STEP, Ledger
@@ -33,7 +34,7 @@ from gradmaker.sites import Site
 from gradmaker.stacking import carry
 from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
 
-__all__ = ["MeasuringMaker", "plain_arithmetic"]
+__all__ = ["MeasuringMaker"]
 
 
 class MeasuringMaker(GradientMaker):
@@ -200,22 +201,13 @@ class MeasuringMaker(GradientMaker):
         costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
         shares = any(c.rides and "loss_reduction" not in c.idle for c in curvatures)  # those of examples in the whole loss
         ridden = ridden if explained or shares else None
+        triples = [b.triple for b in self.plan.measured(self._due) if b.triple.curvature.recorded]
+        inputs = Inputs.of(self.model, self._call, tape, triples, self.config.batch_axis)
         with plain_arithmetic(self.model), borrowing():
             written = own if owned or head.whole else None
-            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly, self._inputs(tape), written)
+            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly, inputs, written)
         if unseen - self._unseen:
             self.plan_again(self._unseen | unseen)
-
-    def _inputs(self, tape: Tape) -> Inputs | None:
-        """The call of the model, where something that is measured by its calls groups the rows of examples."""
-        triples = [b.triple for b in self.plan.measured(self._due) if b.triple.curvature.recorded]
-        strict = any(t.representation.groups for t in triples)
-        if not strict and not any(t.curvature.groups for t in triples):
-            return None
-        call = self._call
-        if call is None and tape.called is not None:
-            call = Deferred(self.model, *tape.called, type(self.model).__name__)
-        return None if call is None else Inputs(self.model, call, self.config.batch_axis, strict)
 
     def plan_again(self, unseen: frozenset[str]) -> None:
         """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
@@ -339,7 +331,7 @@ class MeasuringMaker(GradientMaker):
         served = self.served
         own = (p for p in self.model.parameters() if served is None or p in served)
         tensors = check + [p.grad for p in own if p.grad is not None]
-        finite = torch.stack([_sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
+        finite = torch.stack([sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
         kept = [t.valid() for t in terms]
         flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
         values = torch.stack(flags).tolist()
@@ -354,14 +346,3 @@ class MeasuringMaker(GradientMaker):
     def forget_pass(self) -> None:
         """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
         self._finite, self._noted = True, False
-
-
-def _sums_to_finite(value: Tensor) -> Tensor:
-    """Whether all elements are finite, without a mask of them.  # () bool"""
-    return value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
-
-
-def plain_arithmetic(model: nn.Module) -> Any:
-    """The maker's own mathematics runs outside of the user's autocast."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, enabled=False)

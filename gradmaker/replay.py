@@ -13,7 +13,20 @@ from gradmaker.borrowing import borrowing
 from gradmaker.exchange import copies, exchanged
 from gradmaker.reentrant import refuse_reentrant
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "in_modes"]
+
+
+@contextmanager
+def in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Modules train or evaluate as they are told, or did: a step may be seen again after an evaluation in between."""
+    now = {m: m.training for m in modes}
+    try:
+        for m, training in modes.items():
+            m.training = training
+        yield
+    finally:
+        for m, training in now.items():
+            m.training = training
 
 
 class Replay:
@@ -34,23 +47,11 @@ class Replay:
     def run(self, tensors: Mapping[nn.Parameter, Tensor] | None = None) -> tuple[Any, Tensor]:
         """The model's result and the loss, in the graph, with ``tensors`` in the place of parameters."""
         other: dict[Any, Tensor] = {**copies(self.model), **(tensors or {})}
-        with torch.random.fork_rng(devices=self._devices), self._as_then(), borrowing(), exchanged(self.model, other):
+        with torch.random.fork_rng(devices=self._devices), in_modes(self._modes), borrowing(), exchanged(self.model, other):
             torch.set_rng_state(self._cpu_state)
             for device, state in zip(self._devices, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
             return self.function()
-
-    @contextmanager
-    def _as_then(self) -> Iterator[None]:
-        """Modules train or evaluate as they did: a step may be looked at again after an evaluation in between."""
-        now = {m: m.training for m in self._modes}
-        try:
-            for m, training in self._modes.items():
-                m.training = training
-            yield
-        finally:
-            for m, training in now.items():
-                m.training = training
 
     @torch.no_grad()
     def loss_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> Tensor:

@@ -8,8 +8,8 @@ rows in the batch are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from gradmaker.batches import Declared
 from gradmaker.calls import Call, Layout, to_examples
 from gradmaker.capture import Tape
 from gradmaker.deferred import Deferred, resolve
-from gradmaker.replay import Replay
+from gradmaker.replay import Replay, in_modes
 from gradmaker.sites import Site
+from gradmaker.triple import Triple
 
 __all__ = ["Inputs", "check_groups"]
 
@@ -43,6 +44,16 @@ class Inputs:
     call: Deferred
     axis: int  # of the examples, in the first tensor of the call
     strict: bool  # whether a statistic groups rows itself, so that nothing can take its place
+
+    @classmethod
+    def of(cls, model: nn.Module, call: Deferred | None, tape: Tape, triples: Sequence[Triple], axis: int) -> Inputs | None:
+        """None where nothing that is measured by the calls groups rows, or the call is out of sight."""
+        strict = any(t.representation.groups for t in triples)
+        if not strict and not any(t.curvature.groups for t in triples):
+            return None
+        if call is None and tape.called is not None:
+            call = Deferred(model, *tape.called, type(model).__name__)
+        return None if call is None else cls(model, call, axis, strict)
 
     def run(self, tape: Tape, example: int | None) -> Calls:
         """The calls of layers for one example, or for all of them."""
@@ -67,25 +78,13 @@ def check_groups(tape: Tape, sites: Sequence[Site], inputs: Inputs, generator: t
     for evaluating in (False, True):
         if found is None and (not evaluating or any(m.training for m in inputs.model.modules())):
             try:
-                with _evaluating(inputs.model) if evaluating else nullcontext():
+                with in_modes(dict.fromkeys(inputs.model.modules(), False)) if evaluating else nullcontext():
                     whole = inputs.run(tape, None) if evaluating else tape.calls
                     alone = [inputs.run(tape, e) for e in pair]
             except FAILURES:
                 continue
             found = _verdict(tape, sites, whole, alone, pair)
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    try:
-        for m in modes:
-            m.training = False
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 @torch.no_grad()
