@@ -98,9 +98,11 @@ class Products(Curvature):
     def idle(self) -> dict[str, str]:  # type: ignore[override]
         """What draws and what has to know the loss or how it reduces depends on the options."""
         cut, told = self.examples is not None, self.squares or self.factors
-        known = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
-        if cut:  # along the axis of the examples
-            known = {name: reason for name, reason in known.items() if name != "batch_axis"}
+        known: dict[str, str] = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
+        if cut:  # along that axis
+            known.pop("batch_axis", None)
+        if self.of_outputs:  # it decides about losses that are not recognised
+            known.pop("self_check", None)
         return known if cut or self.factors else known | NO_DRAWS
 
     @property
@@ -228,11 +230,6 @@ class GaussNewton(Products):
     """
 
     of_outputs: ClassVar[bool] = True
-
-    @property
-    def idle(self) -> dict[str, str]:  # type: ignore[override]
-        """`self_check` decides about losses that are not recognised."""
-        return {name: reason for name, reason in super().idle.items() if name != "self_check"}
 
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
         graph.check_outputs()

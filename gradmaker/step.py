@@ -106,14 +106,6 @@ class Step:
                 "the very model that the maker was made for (compile it after making the maker, not before)"
             )
 
-    def check_active(self) -> None:
-        """RuntimeError if none did."""
-        if not self.active():
-            raise RuntimeError(
-                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
-                "the very model that the maker was made for (compile it after making the maker, not before)"
-            )
-
     def mask(self, terms: Terms) -> Tensor | None:
         """Positions where any term of the loss counts, by example; None when all do.
 

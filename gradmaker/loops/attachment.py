@@ -324,8 +324,3 @@ def _refuse_overlap(maker: PreconditionedGradientMaker, optimizer: Optimizer) ->
                 f"attach: {type(rival).__name__} is attached to this optimizer and preconditions {', '.join(both)} as "
                 "well: one maker for each parameter; name the others in ignore=, or use fallback="
             )
-
-
-def _refuse_second(before: Marks) -> None:
-    if before.moved():
-        raise RuntimeError(checks.TWICE)
