@@ -40,7 +40,7 @@ class Curvature(ABC):
     of_outputs: ClassVar[bool] = False
     """Whether products have to know what the loss is a function of."""
 
-    idle: ClassVar[dict[str, str]] = {}
+    inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this curvature, with the reason and a way out: configs refuse them."""
 
     @property

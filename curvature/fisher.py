@@ -51,7 +51,7 @@ class _Pulled(Curvature):
     """A Fisher whose cotangents at the loss are pulled back in extra passes."""
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
-    idle = NO_REDUCTION
+    inapplicable = NO_REDUCTION
 
     def splits(self, step: Step) -> bool:
         """Whether examples that mix in a layer get passes of their own."""
@@ -86,7 +86,7 @@ class FisherExact(_Pulled):
     Reference: Martens, 2014, arXiv:1412.1193, section 9; Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662.
     """
 
-    idle = NO_DRAWS | NO_REDUCTION
+    inapplicable = NO_DRAWS | NO_REDUCTION
 
     chunk: int | None = None
     """Cotangents that are pulled back at once; None takes as many as ``memory`` has room for."""
@@ -160,7 +160,7 @@ class FisherEmp(Curvature):
         if self.examples not in ("sequence", "token"):
             raise ValueError(f"examples={self.examples!r}: expected 'sequence' or 'token'")
 
-    idle = NO_DRAWS
+    inapplicable = NO_DRAWS
 
     @property
     def rides(self) -> bool:

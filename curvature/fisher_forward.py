@@ -48,7 +48,7 @@ class FisherForward(Curvature):
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Inputs,)
-    idle = NO_DRAWS | NO_REDUCTION
+    inapplicable = NO_DRAWS | NO_REDUCTION
 
     @property
     def rides(self) -> bool:

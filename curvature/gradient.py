@@ -27,7 +27,7 @@ class BatchGradient(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
     layerwise: ClassVar[bool] = False
-    idle = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
+    inapplicable = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found = ((site, site.read()) for site in step.sites)
@@ -46,7 +46,7 @@ class DisplacedGradient(Curvature):
     gives: ClassVar[tuple[type[Evidence], ...]] = (Located,)
     layerwise: ClassVar[bool] = False
     definite: ClassVar[bool] = False
-    idle = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
+    inapplicable = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found: dict[str, Located] = {}

@@ -95,7 +95,7 @@ class Products(Curvature):
             raise ValueError("squares=True and factors=True: choose one of them, there is one preconditioner")
 
     @property
-    def idle(self) -> dict[str, str]:  # type: ignore[override]
+    def inapplicable(self) -> dict[str, str]:  # type: ignore[override]
         """What draws and what has to know the loss or how it reduces depends on the options."""
         cut, told = self.examples is not None, self.squares or self.factors
         known: dict[str, str] = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)

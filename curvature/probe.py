@@ -37,7 +37,7 @@ class HessianProbe(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
     layerwise: ClassVar[bool] = False
-    idle = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
+    inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     samples: int = 1
@@ -107,7 +107,7 @@ class GradientProbe(Curvature):
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Contrast,)
     layerwise: ClassVar[bool] = False
-    idle = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
+    inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
     lift: float = 0.0
 

@@ -41,7 +41,7 @@ class FisherRecursive(Curvature):
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Factors,)
-    idle = NO_DRAWS | NO_REDUCTION
+    inapplicable = NO_DRAWS | NO_REDUCTION
 
     chunk: int = 64
     """Columns of the factor of ``Lambda`` that are formed at once: a bound on memory."""

@@ -31,7 +31,7 @@ class SampledGradient(Curvature):
     """
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
-    idle = NO_REDUCTION
+    inapplicable = NO_REDUCTION
 
     samples: int = 1
 

@@ -38,7 +38,7 @@ class Sums(NamedTuple):
 class _Lazy(Curvature):
     """Evidence about the step before."""
 
-    idle = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
+    inapplicable = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
     @property
     def asks(self) -> frozenset[str]:
@@ -63,7 +63,7 @@ class Secant(_Lazy):
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
 
-    idle = _Lazy.idle | NO_CALLS
+    inapplicable = _Lazy.inapplicable | NO_CALLS
     gives: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
     layerwise: ClassVar[bool] = False
 

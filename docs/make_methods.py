@@ -63,7 +63,7 @@ def refused(name: str) -> str:
     """The common options that say nothing to a method with its defaults."""
     config: Any = METHODS[name].Config()
     common = {f.name for f in fields(GradientConfig)}
-    found = [] if name == "gradient" else [key for key in config.idle_options() if key in common]
+    found = [] if name == "gradient" else [key for key in config.inapplicable_options() if key in common]
     return ", ".join(f"`{key}`" for key in sorted(found))
 
 

@@ -106,8 +106,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "published, no plain steps": partial(PublishedMomentum, plain=0),
 }
 # Roots at steps 2, 5, 8, ...; plain gradients before; sums; the length of the gradient, which the authors' code always gives.
-COMMON = {"decay": None, "norm": "keep", "preconditioner_interval": 3, "warmup_steps": 3, "start_step": 2}
-UNGRAFTED = {"norm": "none", "start_step": 0}
+COMMON = {"decay": None, "grafting": "keep", "preconditioner_interval": 3, "warmup_steps": 3, "start_step": 2}
+UNGRAFTED = {"grafting": "none", "start_step": 0}
 ABSOLUTE = {
     "method": "custom",
     "curvature": "BatchGradient",

@@ -24,7 +24,7 @@ class Solved:
     value: Tensor
     cache: State
     average: State
-    norm_state: State
+    grafting_state: State
 
 
 class Block:
@@ -33,7 +33,7 @@ class Block:
     def __init__(self, placements: list[Placement]) -> None:
         first = placements[0]
         self.sites = [p.site for p in placements]
-        self.triple, self.norm, self.momentum, self.decay = first.triple, first.norm, first.momentum, first.decay
+        self.triple, self.grafting, self.momentum, self.decay = first.triple, first.grafting, first.momentum, first.decay
         self.nesterov, self.averaging, self.precision = first.nesterov, first.averaging, first.precision
         self.method = first.method
         self.full, self.joins_groups = self.triple.representation.grain == "full", first.joins_groups
@@ -45,7 +45,7 @@ class Block:
         self.cache: State = {}
         self.ready: set[str] = set()  # sites for which the cache holds more than an empty statistic
         self.fresh: set[str] = set()  # sites whose first step this is and is left out
-        self.norm_state: State = self.norm.init(self.frame) if self.norm else {}
+        self.grafting_state: State = self.grafting.init(self.frame) if self.grafting else {}
         self.average: State = {}
         if self.momentum:
             self.average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()}
@@ -261,30 +261,30 @@ class Block:
     def solve(self, raw: Tensor, started: bool = True) -> Solved:
         """The preconditioned gradient, averaged and rescaled as configured. Nothing is changed before `keep`.
 
-        raw: this step's gradient; started: False for what `norm` takes the length from, instead
+        raw: this step's gradient; started: False for what `grafting` takes the length from, instead
         """
         (g, average), cache = self.averaged(raw), self.triple.representation.snapshot(self.cache)
-        value, norm_state = self.applied(cache, g), {k: v.clone() for k, v in self.norm_state.items()}
-        if self.norm:
-            value = self.norm.rescale(norm_state, value, g, raw) if started else self.norm.target(norm_state, g, raw)
-        for slot in self._idle():
-            for new, old in ((average, self.average), (norm_state, self.norm_state)):
+        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in self.grafting_state.items()}
+        if rule := self.grafting:
+            value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
+        for slot in self._without_gradient():
+            for new, old in ((average, self.average), (grafting_state, self.grafting_state)):
                 for key, moved in new.items():
                     moved[slot] = old[key][slot]
-        return Solved(value, cache, average, norm_state)
+        return Solved(value, cache, average, grafting_state)
 
     def keep(self, solved: Solved) -> None:
         """Go on from what a solve has left."""
-        self.cache, self.average, self.norm_state = solved.cache, solved.average, solved.norm_state
+        self.cache, self.average, self.grafting_state = solved.cache, solved.average, solved.grafting_state
 
-    def _idle(self) -> list[slice]:
+    def _without_gradient(self) -> list[slice]:
         """Members of the stack that have no gradient or no statistic: their averages stand still, as if they were alone."""
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if self._rests(site)]
+        return [slot for site, slot in members if self._lacks_gradient(site)]
 
-    def _rests(self, site: Site) -> bool:
+    def _lacks_gradient(self, site: Site) -> bool:
         return site.name not in self.ready or site.name in self.fresh or site.read() is None
 
 

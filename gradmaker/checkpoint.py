@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump", "load"]
 
-_PARTS = ("state", "cache", "average", "norm_state")
+_PARTS = ("state", "cache", "average", "grafting_state")
 
 
 def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
-from gradmaker.norms import NORMS, Norm
+from gradmaker.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
+from gradmaker.grafting import GRAFTINGS, Grafting
 from gradmaker.precision import Precision
 from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.rules import Rule, check_rule
@@ -27,16 +29,16 @@ from gradmaker.triple import Triple, did_you_mean
 __all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
 
 COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
-ONE_BLOCK = {"spread": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
-INTERVALS = ("curvature_interval", "preconditioner_interval", "warmup_steps", "spread")
-OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "norm", "norm_decay", *INTERVALS)
+ONE_BLOCK = {"stagger": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
+INTERVALS = ("curvature_interval", "preconditioner_interval", "warmup_steps", "stagger")
+OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "grafting", "grafting_decay", *INTERVALS)
 """Options that a fallback has values of its own for; the others are shared with it."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientConfig(ABC):
+class GradientConfig(metaclass=RenamedOptions):
     """What every method has; a method adds its own fields and says by `triple` how it treats each site."""
 
     damping: float | None = 1e-3
@@ -55,15 +57,15 @@ class GradientConfig(ABC):
     """Before this step both happen at every step."""
     start_step: int = 0
     """Before this step statistics are gathered, and ``.grad`` stays plain, or is the step of a grafted method."""
-    spread: bool = True
-    """Whether the refreshes of different blocks are spread over the interval, instead of all at one step."""
+    stagger: bool = True
+    """Whether the refreshes of different blocks are staggered over the interval, instead of all at one step."""
     ignore: tuple[Rule, ...] = ()
     """Modules, classes and name patterns (``'head.*'``) that keep their plain gradient."""
     fallback: str = "gradient"
     """The method, by name, of parameters that this one does not cover."""
-    norm: str = "none"
-    """Length of the result for each block: none (as it comes), keep (the gradient's), or a name of `NORMS` (grafting)."""
-    norm_decay: float = 0.999
+    grafting: str = "none"
+    """Length of the result for each block: none (as it comes), keep (the gradient's), or a name of `GRAFTINGS` (grafting)."""
+    grafting_decay: float = 0.999
     """Weight of the OLD second moment of a grafted Adam or RMSProp (Google and Meta: 0.999, but 0.99 for Meta's RMSProp)."""
     max_dim: int = 8192
     """Axes longer than this get a diagonal factor; a dense block larger than this is refused."""
@@ -90,7 +92,7 @@ class GradientConfig(ABC):
     """What running averages of statistics are: see `RootedGradientConfig`, where it is an option."""
     shapes: ClassVar[ShapePolicy | None] = None
     """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
-    idle: ClassVar[dict[str, str]] = {}
+    inapplicable: ClassVar[dict[str, str]] = {}
     """Options that say nothing to this method, with the reason and a way out: only their defaults are accepted."""
     only_with: ClassVar[dict[str, dict[str, Any]]] = {}
     """Options that say something only beside a value of another, or one of several, or, with ``bool``, where it is set."""
@@ -103,41 +105,58 @@ class GradientConfig(ABC):
         if self.decay is not None:
             check_interval("decay", self.decay, 0.0, 1.0, hint=", or None to sum")
         check_interval("momentum", self.momentum, 0.0, 1.0)
-        check_interval("norm_decay", self.norm_decay, 0.0, 1.0)
+        check_interval("grafting_decay", self.grafting_decay, 0.0, 1.0)
         if self.failures_allowed is not None:
             check_count("failures_allowed", self.failures_allowed, 0)
         as_schedule("curvature_interval", self.curvature_interval)
         as_schedule("preconditioner_interval", self.preconditioner_interval)
         for name, least in (("warmup_steps", 0), ("start_step", 0), ("max_dim", 1)):
             check_count(name, getattr(self, name), least)
-        check_choice("norm", self.norm, list(NORMS))
+        check_choice("grafting", self.grafting, list(GRAFTINGS))
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
         check_choice("self_check", self.self_check, ["fallback", "error", "off"])
         check_count("batch_axis", self.batch_axis, 0)
-        for name, kind in (("spread", bool), ("nesterov", bool), ("seed", int)):
+        for name, kind in (("stagger", bool), ("nesterov", bool), ("seed", int)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {kind.__name__}")
         self.statistics_dtype()
         object.__setattr__(self, "ignore", _rules(self.ignore))
-        self._refuse_idle()
+        self._refuse_inapplicable()
 
-    def norm_rule(self) -> Norm | None:
-        """The rule of `norm`, with `norm_decay`."""
-        rule = NORMS[self.norm]
-        return rule and rule.decaying(self.norm_decay)
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for old in inspect.get_annotations(cls):
+            if (new := RENAMED_OPTIONS.get(old)) is not None and hasattr(cls, new):
+                raise TypeError(f"{cls.__name__}.{old}: this option is {new!r} now; set {new}")
+
+    if not TYPE_CHECKING:  # a checker is to find wrong names
+
+        def __getattr__(self, name: str) -> Any:
+            """An option by its earlier name."""
+            if (new := current_name(type(self), name)) == name:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            warn_of(name, new)
+            return getattr(self, new)
+
+    def grafting_rule(self) -> Grafting | None:
+        """The rule of `grafting`, with `grafting_decay`."""
+        rule = GRAFTINGS[self.grafting]
+        return rule and rule.decaying(self.grafting_decay)
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:
         """The parts for a site; None if the method does not cover it."""
 
-    def idle_options(self) -> dict[str, str]:
-        """`idle` of the method and of the parts that it was given."""
+    def inapplicable_options(self) -> dict[str, str]:
+        """`inapplicable` of the method and of the parts that it was given."""
         parts = [getattr(self, f.name) for f in fields(self) if f.name in ("curvature", "fisher", "representation", "solver")]
-        found = {name: reason for part in (self, *parts) for name, reason in part.idle.items()}
+        found = {name: reason for part in (self, *parts) for name, reason in part.inapplicable.items()}
         if self.nesterov and not self.momentum:
             found["nesterov"] = "there is no average of gradients; set momentum"
-        if self.norm_decay != type(self).norm_decay and not ((rule := self.norm_rule()) and rule.decays):
-            found["norm_decay"] = f"norm={self.norm!r} has no second moment that decays; those of adam and rmsprop do"
+        if self.grafting_decay != type(self).grafting_decay and not ((rule := self.grafting_rule()) and rule.decays):
+            found["grafting_decay"] = (
+                f"grafting={self.grafting!r} has no second moment that decays; those of adam and rmsprop do"
+            )
         for name, others in self.only_with.items():
             for other, wanted in others.items():
                 value = getattr(self, other)
@@ -147,16 +166,16 @@ class GradientConfig(ABC):
                     found[name] = f"it goes with {other}={wanted!r}"
         return found
 
-    def _refuse_idle(self) -> None:
+    def _refuse_inapplicable(self) -> None:
         """ValueError for an option that was given and would be ignored."""
         defaults = {f.name: f.default for f in fields(self)}
         plain = self.fallback == defaults["fallback"]
-        for name, reason in self.idle_options().items():
+        for name, reason in self.inapplicable_options().items():
             value = getattr(self, name)
             if value != defaults[name] and (plain or name in OF_A_FALLBACK or name == "fallback"):
                 raise ValueError(f"{name}={value!r} would have no effect: {reason}")
 
-    def check_sites(self, sites: Sequence[Site]) -> None:  # noqa: B027
+    def check_sites(self, sites: Sequence[Site]) -> None:
         """ValueError for an option that speaks of layers which the model does not have."""
 
     def statistics_dtype(self) -> torch.dtype | None:
@@ -231,7 +250,7 @@ def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
     """Make a dataclass from a mapping. ValueError on an unknown key, with the close match and all legal keys."""
     legal = [f.name for f in fields(make)]
     for key in given:
-        if key not in legal:
+        if current_name(make, key) not in legal:
             raise ValueError(f"{what} has no option {key!r}: {did_you_mean(key, legal)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:

@@ -198,8 +198,9 @@ class MeasuringMaker(GradientMaker):
         owned = any(not c.rides for c in curvatures) and not head.declared
         explained = owned and self.config.self_check == "error"  # else `explain` has seen to it
         own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
-        costly = any("seed" in c.idle or self._whole(c) for c in curvatures)
-        shares = any(c.rides and "loss_reduction" not in c.idle for c in curvatures)  # those of examples in the whole loss
+        costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
+        # Shares of examples in the whole loss.
+        shares = any(c.rides and "loss_reduction" not in c.inapplicable for c in curvatures)
         ridden = ridden if explained or shares else None
         triples = [b.triple for b in self.plan.measured(self._due) if b.triple.curvature.recorded]
         inputs = Inputs.of(self.model, self._call, tape, triples, self.config.batch_axis)
@@ -325,7 +326,7 @@ class MeasuringMaker(GradientMaker):
 
         One host read, and only on steps on which a statistic would take them in.
         """
-        if not (self._due or any(b.momentum or b.norm_state for b in self.plan.blocks)):
+        if not (self._due or any(b.momentum or b.grafting_state for b in self.plan.blocks)):
             return False, False
         self._noted = True
         served = self.served

@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from gradmaker.norms import Norm
+from gradmaker.grafting import Grafting
 from gradmaker.precision import Precision
 from gradmaker.real_pairs import real_dtype
 from gradmaker.representations.base import Frame
@@ -23,7 +23,7 @@ class Placement:
 
     site: Site
     triple: Triple
-    norm: Norm | None
+    grafting: Grafting | None
     momentum: float
     max_dim: int
     dtype: torch.dtype | None

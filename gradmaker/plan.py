@@ -103,7 +103,7 @@ class PlanClocks:
         for name, clocks in self.of.items():
             clocks.refresh.tick(step)
             for block in self.plan.measured({name}):
-                yield block, clocks.refresh.due(step, block.share if self.plan.methods[name].spread else 0.0)
+                yield block, clocks.refresh.due(step, block.share if self.plan.methods[name].stagger else 0.0)
 
     def dump(self) -> dict[str, dict[str, dict[str, int]]]:
         """Their periods, by method."""
@@ -185,10 +185,10 @@ def _place(sites: list[Site], name: str, method: GradientConfig, common: Gradien
         if triple is None:
             rest.append(site)
             continue
-        norm = method.norm_rule()
+        grafting = method.grafting_rule()
         dtype = common.statistics_dtype()
         rest_of = (method.nesterov, method.decay, method.averaging, method.precision(), name)
-        placements.append(Placement(site, triple, norm, method.momentum, common.max_dim, dtype, *rest_of))
+        placements.append(Placement(site, triple, grafting, method.momentum, common.max_dim, dtype, *rest_of))
     return placements, rest
 
 

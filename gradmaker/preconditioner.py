@@ -114,7 +114,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 self._refresh()
                 ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]
         for block, solved in ledger.solved:
-            if self._started or (block.norm and block.norm.leads):
+            if self._started or (block.grafting and block.grafting.leads):
                 block.write(solved.value)
 
     @property

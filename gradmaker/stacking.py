@@ -19,7 +19,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
-        shared = (p.method, p.triple, p.norm, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
+        shared = (p.method, p.triple, p.grafting, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
         key: tuple[object, ...] = shared
         if frame is not None:
             large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
@@ -51,6 +51,6 @@ def carry(old: Iterable[Block], new: Iterable[Block]) -> None:
             before, place = known.get(site.name, (None, slot))
             if before is None or not before.holds_like(block):
                 continue
-            for part in ("state", "average", "norm_state"):
+            for part in ("state", "average", "grafting_state"):
                 for key, value in getattr(before, part).items():
                     getattr(block, part)[key][slot] = value[place]

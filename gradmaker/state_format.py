@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["FORMAT", "check_format"]
 
-FORMAT = 2
+FORMAT = 3
 """Raised with every change of keys or of their meaning. The first format had no number."""
 
 

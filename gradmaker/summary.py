@@ -63,7 +63,7 @@ def summarise(plan: Plan, reached: set[str], checks: SelfChecks) -> Summary:
     """
     rows = []
     for block in plan.blocks:
-        tensors = [t for part in (block.state, block.cache, block.average, block.norm_state) for t in part.values()]
+        tensors = [t for part in (block.state, block.cache, block.average, block.grafting_state) for t in part.values()]
         held = {id(t): t for t in tensors}.values()  # a cache may be the state itself
         size = sum(t.numel() * t.element_size() for t in held)
         total = sum(slot.stop - slot.start for slot in block.slots)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_idle
+from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.solvers.ladder import count_failures
@@ -110,7 +110,7 @@ class AlternatingInverse(Representation):
         state["age"].add_(1)
         if age + 1 == PATIENCE and self.start is None:
             low = torch.stack([state[f"values_{k}"].amin(-1) for k in self._axes(state)]).amin(0)
-            warn_if_idle(low > 0.5, "start=1.0 begins at the scale of the first gradient")
+            warn_if_unmoved(low > 0.5, "start=1.0 begins at the scale of the first gradient")
 
     def _use(self, state: State, axes: list[int]) -> None:
         """Apply the roots of these axes as they are now."""

@@ -16,7 +16,7 @@ __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "
 
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
 _AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
-NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "spread": _AT_ONCE}
+NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "stagger": _AT_ONCE}
 NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
 
 State: TypeAlias = dict[str, Tensor]
@@ -108,7 +108,7 @@ class Representation(ABC):
     """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
-    idle: ClassVar[dict[str, str]] = {}
+    inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
 
     @property

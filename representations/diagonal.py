@@ -27,7 +27,7 @@ class Diagonal(Representation):
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Gradient, Product)
     elementwise: ClassVar[bool] = True
-    idle = NO_LIMIT
+    inapplicable = NO_LIMIT
 
     granularity: Literal["tensor", "layer"] = "tensor"
 

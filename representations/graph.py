@@ -65,7 +65,7 @@ class GaussianGraph(Representation):
         return _Star() if self.structure == "bias" else _Sets(self.structure)
 
     @property
-    def idle(self) -> dict[str, str]:  # type: ignore[override]
+    def inapplicable(self) -> dict[str, str]:  # type: ignore[override]
         """The bias as a parent makes no matrix."""
         return NO_LIMIT if self.structure == "bias" else {}
 

@@ -65,7 +65,7 @@ class Implicit(Representation):
     live: ClassVar[bool] = True
     fleeting: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
-    idle = NEWEST_ALONE | NO_LIMIT | EVERY_STEP
+    inapplicable = NEWEST_ALONE | NO_LIMIT | EVERY_STEP
 
     @property
     def grain(self) -> Grain:

@@ -18,7 +18,7 @@ from gradmaker.representations.kronecker import apply_factors, expand, mode_matr
 from gradmaker.solvers.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.solvers.spectrum import decompose_again, largest_eigenvalue, symmetrise
 
-__all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_idle"]
+__all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
 
 Denominator: TypeAlias = Literal["exact", "tr", "fro", "op", "d-tr"]
 PATIENCE = 100
@@ -85,9 +85,9 @@ def array_spectrum(C: Tensor) -> tuple[Tensor, Tensor]:
     return s.square(), U
 
 
-def warn_if_idle(idle: Tensor, advice: str) -> None:
+def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
     """Say that some member's inverse has not left its start.  # (B,)"""
-    if bool(idle.any()):  # a host read
+    if bool(unmoved.any()):  # a host read
         warnings.warn(
             f"preconditioner inactive: after {PATIENCE} gradients the held inverse still is the multiple of the identity it "
             f"began with, and the step a multiple of the plain gradient: {advice}",
@@ -157,7 +157,9 @@ class InverseDims(Representation):
             L.copy_(self._updated(L, x, fold))
         state["age"].add_(1)
         if self.denominator != "exact" and int(state["age"][0]) == PATIENCE:  # a host read, of the scalar forms alone
-            warn_if_idle(self._idle(state, G * (1.0 if self.unit else fold.alpha**0.5)), "denominator='exact' follows them")
+            warn_if_unmoved(
+                self._unmoved(state, G * (1.0 if self.unit else fold.alpha**0.5)), "denominator='exact' follows them"
+            )
 
     def _rescale(self, L: Tensor, x: Tensor, age: Tensor) -> None:
         """Set the start to the scale of the first gradient; a zero one has none."""
@@ -165,7 +167,7 @@ class InverseDims(Representation):
         scale = torch.where((age == 0) & (mean > 0), 1 / mean, 1.0)
         L.mul_((scale**0.5 if L.ndim == 3 and self.denominator == "exact" else scale).view(-1, *[1] * (L.ndim - 1)))
 
-    def _idle(self, state: State, G: Tensor) -> Tensor:
+    def _unmoved(self, state: State, G: Tensor) -> Tensor:
         """No axis has a condition of two, and ``tr(L S) > d``, where an inverse that holds ``S`` has less.  # (B,)"""
         found = [torch.zeros_like(state["age"], dtype=torch.bool)]
         for axis, (s, _) in enumerate(self.spectra(state)):

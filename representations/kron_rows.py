@@ -31,7 +31,7 @@ class KronRows(Representation):
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
     factored_axes: ClassVar[bool] = True
     live: ClassVar[bool] = True
-    idle = NEWEST_ALONE | NO_LIMIT
+    inapplicable = NEWEST_ALONE | NO_LIMIT
 
     reduction: Literal["sum", "subsample", "none"] = "sum"
     positions: int = 16

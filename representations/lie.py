@@ -42,7 +42,7 @@ class _Fitted(Representation):
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Pair, Contrast)
-    idle: ClassVar[dict[str, str]] = {"decay": "what is fitted takes a step a pair and averages none; set rate"}
+    inapplicable: ClassVar[dict[str, str]] = {"decay": "what is fitted takes a step a pair and averages none; set rate"}
 
     rate: float = 0.1
     normaliser: Normaliser = "slow"

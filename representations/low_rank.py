@@ -39,7 +39,7 @@ class Spanned(Representation):
     """``C = J^T J`` behind the three products of `LowRank`."""
 
     live: ClassVar[bool] = True
-    idle = NO_LIMIT
+    inapplicable = NO_LIMIT
 
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """None: no matrix of the block's size is held."""

@@ -113,7 +113,7 @@ class Pairs(Representation):
     takes: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
     whole_layers: ClassVar[bool] = True
     immediate: ClassVar[bool] = True
-    idle = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH
+    inapplicable = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH
 
     memory: int = 10
     indefinite: Literal["skip", "damp"] = "skip"

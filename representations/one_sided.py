@@ -86,7 +86,7 @@ class ZeroHistory(OneSided):
     Reference: Bernstein, Newhouse 2024, "Old optimizer, new norm", arXiv:2409.20325, proposition 5.
     """
 
-    idle = NEWEST_ALONE
+    inapplicable = NEWEST_ALONE
 
     def init(self, frame: Frame) -> State:
         """The gradient itself: a solver may want no matrix of its rows at all."""

@@ -31,7 +31,9 @@ class Position(Representation):
     takes: ClassVar[tuple[type[Evidence], ...]] = (Located,)
     fleeting: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
-    idle = NEWEST_ALONE | NO_LIMIT | dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)
+    inapplicable = (
+        NEWEST_ALONE | NO_LIMIT | dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)
+    )
 
     @property
     def grain(self) -> Grain:

@@ -28,7 +28,7 @@ class ProbeDiagonal(Representation):
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
     elementwise: ClassVar[bool] = True
-    idle = NO_LIMIT
+    inapplicable = NO_LIMIT
 
     statistic: Literal["squares", "signed"] = "squares"
     spatial: bool = False

@@ -129,7 +129,7 @@ class Rows(Spanned):
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint)
     whole_layers: ClassVar[bool] = True
-    idle = NEWEST_ALONE | NO_LIMIT
+    inapplicable = NEWEST_ALONE | NO_LIMIT
 
     granularity: Literal["full", "layer"] = "full"
     max_rows: int = 8192

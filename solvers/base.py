@@ -38,7 +38,7 @@ class Solver(ABC):
     """Whether `equation` multiplies ``x``, so that it holds up to the rounding of ``x`` times a condition number."""
     rounds_to_limit: ClassVar[int] = 1
     """Solves of one gradient after which a `limit` is reached."""
-    idle: ClassVar[dict[str, str]] = {}
+    inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this solver, with the reason and a way out: `custom` refuses them."""
 
     @property

@@ -93,8 +93,8 @@ class PolarFactor(Solver):
     needs: ClassVar[type] = Momentary
     definite: ClassVar[bool] = True
     linear: ClassVar[bool] = False
-    idle: ClassVar[dict[str, str]] = NO_LIMIT | dict.fromkeys(
-        ("curvature_interval", "preconditioner_interval", "warmup_steps", "spread"),
+    inapplicable: ClassVar[dict[str, str]] = NO_LIMIT | dict.fromkeys(
+        ("curvature_interval", "preconditioner_interval", "warmup_steps", "stagger"),
         "the factor is that of the very gradient, at every step; fewer steps of the iteration make it cheaper",
     )
 

@@ -64,8 +64,16 @@ class Reference:
 
     def __init__(self, rule: Callable[[], Rule], **options: Any) -> None:
         self.rule, self.rules = rule, dict[tuple[str, int], Rule]()
-        known = {"merge": "none", "block": None, "rows": "left", "norm": "none", "momentum": 0.0, "nesterov": False, "start": 0}
-        known |= {"norm_decay": 0.999}
+        known = {
+            "merge": "none",
+            "block": None,
+            "rows": "left",
+            "grafting": "none",
+            "momentum": 0.0,
+            "nesterov": False,
+            "start": 0,
+        }
+        known |= {"grafting_decay": 0.999}
         assert options.keys() <= known.keys()
         self.options = {**known, **options}
         self.history: dict[tuple[str, int], list[Tensor]] = {}
@@ -96,7 +104,7 @@ class Reference:
         U = rule(g, m, step)
         target = self.target(history, m)
         if step < self.options["start"]:
-            return g if target is None or self.options["norm"] in ("keep", "sqrtn") else target
+            return g if target is None or self.options["grafting"] in ("keep", "sqrtn") else target
         return U if target is None else U * target.norm() / U.norm()
 
     def average(self, history: list[Tensor]) -> Tensor:
@@ -108,7 +116,7 @@ class Reference:
         return torch.einsum("t,t...->...", weights, torch.stack(history)) / weights.sum()
 
     def target(self, history: list[Tensor], m: Tensor) -> Tensor | None:
-        kind, T = self.options["norm"], len(history)
+        kind, T = self.options["grafting"], len(history)
         if kind == "none":
             return None
         if kind == "keep":
@@ -120,7 +128,7 @@ class Reference:
         squares = torch.stack(past).square()
         if kind == "adagrad":
             return m / (squares.sum(0).sqrt() + 1e-10)
-        d = self.options["norm_decay"]
+        d = self.options["grafting_decay"]
         weights = torch.tensor([(1 - d) * d ** (T - 1 - s) for s in range(T)], dtype=torch.float64)
         v = torch.einsum("t,t...->...", weights, squares)
         return m / ((v / weights.sum() if kind == "adam" else v).sqrt() + 1e-8)

@@ -52,11 +52,11 @@ COMMON: dict[str, list[Any]] = {
     "preconditioner_interval": [3],
     "warmup_steps": [4],
     "start_step": [3],
-    "spread": [False, True],
+    "stagger": [False, True],
     "ignore": [("head*",)],
     "fallback": ["adam"],
-    "norm": ["keep", "none"],
-    "norm_decay": [0.5],
+    "grafting": ["keep", "none"],
+    "grafting_decay": [0.5],
     "max_dim": [3],
     "dtype": ["float64"],
     "seed": [5],
@@ -92,7 +92,7 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "floor"): [0.5],
     ("", "merge"): ["none", "to_2d"],  # others need weights with an axis for heads: tests/test_shapes.py
     ("one_sided", "merge"): ["greedy"],
-    ("psgd_whiten", "norm"): ["keep", "adam"],  # its bound is not reached here: tests/test_psgd_whiten.py
+    ("psgd_whiten", "grafting"): ["keep", "adam"],  # its bound is not reached here: tests/test_psgd_whiten.py
     ("psgd_whiten", "merge"): ["none"],  # with to_2d the shapes are those of its default here
     ("", "split"): [(("head", 2),)],
     ("", "self_check"): ["off"],
@@ -122,7 +122,7 @@ ELSEWHERE: dict[tuple[str, str], str] = {
         (method, name): "of other models and inputs: tests/self_checks/test_structures.py"
         for method in NAMED
         for name in ("self_check", "batch_axis")
-        if name not in METHODS[method].Config().idle_options()
+        if name not in METHODS[method].Config().inapplicable_options()
     },
 }
 """Options that no trial of some steps can show, with the reason and the test that shows them."""
@@ -134,11 +134,11 @@ OTHER_PARTS = {
 BESIDE: dict[str, dict[str, Any]] = {
     "decay": EVERY,
     "nesterov": {"momentum": 0.5},
-    "norm_decay": {"norm": "adam"},
+    "grafting_decay": {"grafting": "adam"},
     "curvature_interval": EVERY,
     "preconditioner_interval": EVERY,
     "warmup_steps": THIRD,
-    "spread": THIRD | {"curvature_interval": 1},
+    "stagger": THIRD | {"curvature_interval": 1},
     "loss_reduction": {"fisher": FisherEmp()},
 }
 """Other options that have to be set for one to matter; those that a method does not have or refuses are left out."""
@@ -149,7 +149,7 @@ OWN_BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("tonga", "window"): {"rank": 1},
     ("tonga_unit", "window"): {"rank": 1},
     ("skfac", "positions"): {"reduction": "subsample"},
-    ("shampoo", "balanced"): {"exponent": 0.5, "norm": "none"},
+    ("shampoo", "balanced"): {"exponent": 0.5, "grafting": "none"},
     ("seng", "coordinates"): {"coordinates": 1001},
     ("seng", "official"): {"coordinates": 300},
     ("hessian_free", "line_search"): {"damping": 1e-6, "backtrack": False, "adapt": False},
@@ -157,7 +157,7 @@ OWN_BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("ksd", "floor"): {"search": "model"},
     **{(method, "wide_sides"): {"max_dim": 3} for method in METHODS},
     ("full_adagrad", "merge"): {"block_size": 3},
-    **{(method, "averaging"): {"norm": "none", "decay": 0.9} for method in ("shampoo", "one_sided", "caspr")},
+    **{(method, "averaging"): {"grafting": "none", "decay": 0.9} for method in ("shampoo", "one_sided", "caspr")},
     ("curveball", "rho"): {"beta": 0.1},
     ("curveball", "adapt"): {"damping": 10.0},  # so that the model predicts too little
     ("custom", "curvature"): {"representation": Diagonal(granularity="layer")},

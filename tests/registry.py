@@ -36,8 +36,8 @@ def taken(method: str, cases: Mapping[str, Callable[[], Case]]) -> Iterator[tupl
 def legal_options(method: str, **wanted: Any) -> dict[str, Any]:
     """Those of the wanted options that the method has and that say something to it."""
     config: Any = METHODS[method].Config()
-    idle = config.idle_options() if isinstance(config, GradientConfig) else {}
-    return {k: v for k, v in wanted.items() if hasattr(config, k) and (k not in idle or v == getattr(config, k))}
+    inapplicable = config.inapplicable_options() if isinstance(config, GradientConfig) else {}
+    return {k: v for k, v in wanted.items() if hasattr(config, k) and (k not in inapplicable or v == getattr(config, k))}
 
 
 def without_draws(method: str) -> dict[str, Any]:

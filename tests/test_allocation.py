@@ -37,7 +37,7 @@ SLACK = 1 << 18
 
 def held(maker: Any) -> int:
     """Bytes of all state of a maker."""
-    states = [s for b in maker.plan.blocks for s in (b.state, b.cache, b.norm_state, b.average)]
+    states = [s for b in maker.plan.blocks for s in (b.state, b.cache, b.grafting_state, b.average)]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for s in states for x in s.values()}
     return sum(storages.values())
 

@@ -353,7 +353,7 @@ def test_what_is_not_finite_enters_no_statistic(method: str, bad: str) -> None:
             for p in case.model.parameters():
                 p.nan_to_num_()
         for name, parts in maker.state_dict()["sites"].items():
-            for part in ("state", "cache", "average", "norm_state"):
+            for part in ("state", "cache", "average", "grafting_state"):
                 for key, value in parts[part].items():
                     assert value.isfinite().all()
                     if spoiled:

@@ -178,7 +178,7 @@ def test_parameters_that_the_optimizer_leaves_out_are_left_alone(held: int, meth
         optimizer = torch.optim.SGD(part.parameters(), 0.05)
         config = CONFIGS[method]()
         if method.startswith("kfac"):  # else refreshes fall where the number of blocks puts them
-            config = replace(config, spread=False)
+            config = replace(config, stagger=False)
         maker = maker_of(case.model, config).attach(optimizer, "categorical")
         total = [torch.zeros_like(p) for p in rest]
         for x, t in batches(case):

@@ -43,7 +43,7 @@ def expected(steps: list[Tensor], averaging: str, mode: str, method: str) -> Ten
 @pytest.mark.parametrize("averaging", ["corrected", "plain", "raw"])
 def test_thirty_steps_by_hand(averaging: str, mode: str, method: str) -> None:
     steps = gradients(4, 3, steps=30)
-    options: dict[str, Any] = {"method": method, "decay": DECAY, "damping": DAMPING, "norm": "none", "momentum": 0.0}
+    options: dict[str, Any] = {"method": method, "decay": DECAY, "damping": DAMPING, "grafting": "none", "momentum": 0.0}
     options |= {"averaging": averaging, "mode": mode, "preconditioner_interval": 1}
     options |= {"nesterov": False} if method == "caspr" else {}
     for count in (1, 7, 30):
@@ -51,11 +51,11 @@ def test_thirty_steps_by_hand(averaging: str, mode: str, method: str) -> None:
         assert oracles.relative_error(found, expected(steps[:count], averaging, mode, method)) < 1e-10
 
 
-@pytest.mark.parametrize("norm", ["keep", "adam"])
+@pytest.mark.parametrize("grafting", ["keep", "adam"])
 @pytest.mark.parametrize("method", ["shampoo", "caspr"])
-def test_relative_damping_and_a_grafted_length_leave_no_scale(method: str, norm: str) -> None:
+def test_relative_damping_and_a_grafted_length_leave_no_scale(method: str, grafting: str) -> None:
     steps = [[g] for g in gradients(4, 3, steps=12)]
-    options: dict[str, Any] = {"method": method, "decay": DECAY, "norm": norm, "preconditioner_interval": 1}
+    options: dict[str, Any] = {"method": method, "decay": DECAY, "grafting": grafting, "preconditioner_interval": 1}
     found = [run(options | {"averaging": a}, steps)[0] for a in ("corrected", "plain", "raw")]
     assert oracles.relative_error(found[1], found[0]) < 1e-9 and oracles.relative_error(found[2], found[0]) < 1e-9
     other = [

@@ -20,7 +20,7 @@ from tests.models import Case, bare_scale, embedding_mean, frozen, linear, mlp, 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "gradient": gm.PlainGradientConfig,
     "adam": gm.AdamGradientConfig,
-    "shampoo": lambda: gm.ShampooGradientConfig(norm="adam"),
+    "shampoo": lambda: gm.ShampooGradientConfig(grafting="adam"),
     "kfac": lambda: gm.KfacGradientConfig(warmup_steps=0, curvature_interval=2, momentum=0.9),
     "kfac_emp": lambda: gm.KfacGradientConfig(fisher=FisherEmp(), fallback="adam"),
     "unit_ng": lambda: gm.UnitNaturalGradientConfig(fisher=FisherMC(samples=2)),

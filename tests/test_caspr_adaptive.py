@@ -136,7 +136,7 @@ def test_a_run_of_a_network() -> None:
 def test_before_the_start_it_is_nadam(method: str) -> None:
     """101 steps, but for the weights of the Nesterov average, which sum to one here and to 1.9, 1.43, ... there."""
     nadam = Nadam()
-    config = {"method": method, **({"norm": "adam", "start_step": 101} if method == "caspr" else {})}
+    config = {"method": method, **({"grafting": "adam", "start_step": 101} if method == "caspr" else {})}
     errors = follow(config, problem(103), lambda g: nadam(g)[1] / nadam.excess)
     assert max(errors[:101]) < 1e-12
     assert min(errors[101:]) > 1e-2
@@ -203,19 +203,19 @@ def test_blocks_are_tensors_of_their_own() -> None:
         assert torch.equal(whole[where], own)
 
 
-@pytest.mark.parametrize("norm", ["none", "adam", "keep"])
+@pytest.mark.parametrize("grafting", ["none", "adam", "keep"])
 @pytest.mark.parametrize("decay", [None, 0.999, 0.0])
-def test_zero_gradients_stay_zero(norm: str, decay: float | None) -> None:
+def test_zero_gradients_stay_zero(grafting: str, decay: float | None) -> None:
     """The release divides by the length of the step."""
     zeros = torch.zeros(3, 4, dtype=torch.float64)
-    config = {**AT_ONCE, "norm": norm, "decay": decay, "basis_interval": 2}
+    config = {**AT_ONCE, "grafting": grafting, "decay": decay, "basis_interval": 2}
     assert torch.equal(run(config, [[zeros]] * 25)[0], zeros)
     found = run(config, [[zeros]] * 25 + [[g] for g in gradients(3, 4, steps=3)])[0]
     assert found.isfinite().all() and found.norm() > 0
 
 
 def test_rotations_commute_with_the_step() -> None:
-    config = {**AT_ONCE, "norm": "none", "momentum": 0.0, "basis_interval": 2}
+    config = {**AT_ONCE, "grafting": "none", "momentum": 0.0, "basis_interval": 2}
     steps = gradients(4, 5)
     U, V = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (4, 5))
     plain, turned = run(config, [[g] for g in steps])[0], run(config, [[U @ g @ V.T] for g in steps])[0]
@@ -248,7 +248,14 @@ def test_the_defaults_are_the_releases() -> None:
 
 def test_a_stale_preconditioner_stays_as_it_was() -> None:
     """What is applied between two refreshes of the cache does not follow the roots that the statistics are measured with."""
-    config = {**AT_ONCE, "norm": "none", "momentum": 0.0, "basis_interval": 1, "preconditioner_interval": 4, "spread": False}
+    config = {
+        **AT_ONCE,
+        "grafting": "none",
+        "momentum": 0.0,
+        "basis_interval": 1,
+        "preconditioner_interval": 4,
+        "stagger": False,
+    }
     model, (probe, *steps) = Matrices((3, 4)), gradients(3, 4, steps=9)
     maker: Any = from_config(model, config)
     found = []

@@ -67,7 +67,7 @@ AT_ONCE = {"warmup_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac", "curvature_interval": 10, "preconditioner_interval": 5, **AT_ONCE},
     "kfac after a warm-up": {"method": "kfac", "curvature_interval": 7, "preconditioner_interval": 7, "warmup_steps": 3},
-    "kfac at once": {"method": "kfac", "curvature_interval": 10, "preconditioner_interval": 4, "spread": False, **AT_ONCE},
+    "kfac at once": {"method": "kfac", "curvature_interval": 10, "preconditioner_interval": 4, "stagger": False, **AT_ONCE},
     "kfac by schedules": {
         "method": "kfac",
         "curvature_interval": Linear(first=1, last=6, total=10),

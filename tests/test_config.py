@@ -34,11 +34,11 @@ WRONG: dict[str, list[Any]] = {
     "preconditioner_interval": [0, 2.0, [1], {"Stepped": 3}, {"Linear": {}, "Stepped": {}}],
     "warmup_steps": [-1, 1.5, None, True],
     "start_step": [-1, "0", None],
-    "spread": ["yes", None, 2],
+    "stagger": ["yes", None, 2],
     "nesterov": ["yes", None, 2],
     "ignore": ["head", nn.Linear, nn.Linear(1, 1), 3, (3,), (int,), (None,)],
-    "norm": ["kept", None, "sgd"],
-    "norm_decay": [-0.1, 1.0, None, NAN, "0.9", True],
+    "grafting": ["kept", None, "sgd"],
+    "grafting_decay": [-0.1, 1.0, None, NAN, "0.9", True],
     "failures_allowed": [-1, 1.5, "3", True],
     "max_dim": [0, -1, 1.5, None],
     "dtype": ["float16", "double", torch.float16, torch.int64, 32],
@@ -114,7 +114,7 @@ def test_configs_are_frozen_keyword_only_values(name: str) -> None:
     assert config == CONFIGS[name]() and hash(config) == hash(CONFIGS[name]())
     with pytest.raises(TypeError):
         CONFIGS[name](1e-3)
-    if name != "gradient" and "damping" not in config.idle_options():
+    if name != "gradient" and "damping" not in config.inapplicable_options():
         assert replace(config, damping=0.5) != config and replace(config, damping=0.5).damping == 0.5
         with pytest.raises(FrozenInstanceError):
             config.damping = 1

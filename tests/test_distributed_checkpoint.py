@@ -25,7 +25,7 @@ SLOW = {"curvature_interval": 2, "preconditioner_interval": 4}
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac beside adam": ("kfac", {"fallback": "adam", "ignore": ["0.bias"], "momentum": 0.9, **SLOW}),
     "kfac rescaled": ("kfac", {"rescale": "momentum", "adaptive_damping": {"AdaptiveDamping": {"interval": 2}}}),
-    "shampoo grafted": ("shampoo", {"norm": "adam", "preconditioner_interval": 5}),
+    "shampoo grafted": ("shampoo", {"grafting": "adam", "preconditioner_interval": 5}),
     "soap": ("soap", {"preconditioner_interval": 5}),
     "caspr_adaptive": ("caspr_adaptive", {}),
     "one_sided in bfloat16": ("one_sided", {"apply_dtype": "bfloat16"}),

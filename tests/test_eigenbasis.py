@@ -22,7 +22,7 @@ from tests import models, oracles
 from tests.measure import ggn, site_order
 from tests.models import Case
 
-EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 EXACT, EMP = FisherExact(), FisherEmp()
 
 

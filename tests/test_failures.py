@@ -20,10 +20,10 @@ from tests.test_kronecker_dims import Matrices, gradients
 
 AT_ONCE: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0}
 ROOTED: list[dict[str, Any]] = [
-    {"method": "shampoo", "norm": "none", **AT_ONCE},
-    {"method": "shampoo", "root": "newton", "norm": "none", **AT_ONCE},
-    {"method": "shampoo", "root": "svd", "norm": "none", **AT_ONCE},
-    {"method": "one_sided", "norm": "none", **AT_ONCE},
+    {"method": "shampoo", "grafting": "none", **AT_ONCE},
+    {"method": "shampoo", "root": "newton", "grafting": "none", **AT_ONCE},
+    {"method": "shampoo", "root": "svd", "grafting": "none", **AT_ONCE},
+    {"method": "one_sided", "grafting": "none", **AT_ONCE},
     {"method": "caspr", "root": "higher_order", **AT_ONCE},
     {"method": "full_adagrad", **AT_ONCE},
 ]
@@ -80,7 +80,7 @@ def test_one_failure_more_than_allowed_is_an_error(config: dict[str, Any], allow
 
 
 def test_without_a_limit_it_goes_on() -> None:
-    maker, model = two(method="shampoo", norm="none", failures_allowed=None, **AT_ONCE)
+    maker, model = two(method="shampoo", grafting="none", failures_allowed=None, **AT_ONCE)
     g, h = gradients(3, 4, steps=2)
     feed(maker, model, g, h)
     before = model.w[1].grad.clone()
@@ -93,7 +93,7 @@ def test_without_a_limit_it_goes_on() -> None:
 
 def test_a_success_begins_the_count_again() -> None:
     """With averages that forget at once the statistic of the next gradient is sound."""
-    maker, model = two(method="shampoo", norm="none", decay=0.0, failures_allowed=1, **AT_ONCE)
+    maker, model = two(method="shampoo", grafting="none", decay=0.0, failures_allowed=1, **AT_ONCE)
     g, h = gradients(3, 4, steps=2)
     solver = maker.plan.blocks[0].triple.solver
     original = type(solver).prepare
@@ -154,7 +154,7 @@ def test_the_step_that_raises_leaves_everything_as_it_was() -> None:
 
 
 def test_counters_are_saved() -> None:
-    config = {"method": "shampoo", "norm": "none", "failures_allowed": 2, **AT_ONCE}
+    config = {"method": "shampoo", "grafting": "none", "failures_allowed": 2, **AT_ONCE}
     maker, model = two(**config)
     other, twin = two(**config)
     g, h = gradients(3, 4, steps=2)
@@ -278,7 +278,7 @@ def test_counters_are_read_when_they_have_arrived(monkeypatch: pytest.MonkeyPatc
         return replace(original(*args), arrived=Later(2))
 
     monkeypatch.setattr(failures, "_report", delayed)
-    maker, model = two(method="shampoo", norm="none", failures_allowed=0, **AT_ONCE)
+    maker, model = two(method="shampoo", grafting="none", failures_allowed=0, **AT_ONCE)
     g, h = gradients(3, 4, steps=2)
     feed(maker, model, g, h)
     spoil(maker)
@@ -289,7 +289,7 @@ def test_counters_are_read_when_they_have_arrived(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_copied_where_nothing_is_limited() -> None:
-    maker, model = two(method="shampoo", norm="none", **AT_ONCE)
+    maker, model = two(method="shampoo", grafting="none", **AT_ONCE)
     feed(maker, model, *gradients(3, 4, steps=2))
     free = Failures(None)
     free.note(maker.plan.blocks, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.norms import NORMS
+from gradmaker.grafting import GRAFTINGS
 from tests import oracles
 from tests.kronecker_reference import Reference
 from tests.test_kronecker_dims import Shampoo, gradients, run
@@ -31,14 +31,14 @@ def histories(steps: int) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("norm", [name for name in NORMS if name != "amplitude"])
-def test_lengths_with_averages(norm: str, average: str) -> None:
+@pytest.mark.parametrize("grafting", [name for name in GRAFTINGS if name != "amplitude"])
+def test_lengths_with_averages(grafting: str, average: str) -> None:
     """The length is that of the average as the method sees it; second moments are those of the gradients themselves."""
-    options = {"norm": norm, **AVERAGES[average]}
+    options = {"grafting": grafting, **AVERAGES[average]}
     config = {"method": "shampoo", "decay": 0.9, "damping": 1e-4, "preconditioner_interval": 1, "warmup_steps": 0, **options}
     for count in (1, 2, 6):
         steps = histories(count)
-        found = run({**config, "spread": False}, steps)
+        found = run({**config, "stagger": False}, steps)
         for j, value in enumerate(found):
             reference = Reference(lambda: Shampoo(1e-4, 0.9), **options)
             for t in range(count):
@@ -51,9 +51,9 @@ def test_amplitudes_of_each_block(momentum: float) -> None:
     """A root mean square of at most two and then entries of at most ten, block by block: small ones are left alone."""
     config = {"method": "shampoo", "decay": 0.9, "damping": 1e-4, "momentum": momentum, "preconditioner_interval": 1}
     steps = histories(5)
-    own, bounded = (run({**config, "norm": norm}, steps) for norm in ("none", "amplitude"))
+    own, bounded = (run({**config, "grafting": grafting}, steps) for grafting in ("none", "amplitude"))
     scaled = [[100.0 * g if t == 4 else g for g in step] for t, step in enumerate(steps)]
-    large, cut = (run({**config, "norm": norm}, scaled) for norm in ("none", "amplitude"))
+    large, cut = (run({**config, "grafting": grafting}, scaled) for grafting in ("none", "amplitude"))
     for U, found in (*zip(own, bounded, strict=True), *zip(large, cut, strict=True)):
         rms = float(U.square().mean().sqrt())
         expected = (U * min(1.0, 2.0 / rms)).clamp(-10.0, 10.0)
@@ -63,10 +63,10 @@ def test_amplitudes_of_each_block(momentum: float) -> None:
 
 def test_an_amplitude_is_cut_on_both_sides() -> None:
     """One large entry among many small ones, of either sign."""
-    norm = NORMS["amplitude"]
-    assert norm is not None
+    grafting = GRAFTINGS["amplitude"]
+    assert grafting is not None
     value = torch.zeros(4, 400, dtype=torch.float64)
     value[0, 0], value[1, 3], value[2, :] = 100.0, -100.0, 1.5
-    found = norm.rescale({}, value, value, value)
+    found = grafting.rescale({}, value, value, value)
     assert float(found[0, 0]) == 10.0 and float(found[1, 3]) == -10.0
     assert torch.equal(found[2], value[2]) and torch.equal(found[3], value[3])

@@ -134,7 +134,7 @@ def directions(method: str, gradients: list[Tensor], **options: Any) -> list[Ten
 def test_zero_history_shampoo_orthogonalises(shape: tuple[int, int], root: str) -> None:
     """``U V^T`` of ``G = U S V^T``."""
     for G in (torch.randn(shape), 1e-6 * torch.randn(shape), 1e5 * torch.randn(shape)):
-        (found,) = directions("shampoo", [G], decay=0.0, damping=1e-10, norm="none", root=root)
+        (found,) = directions("shampoo", [G], decay=0.0, damping=1e-10, grafting="none", root=root)
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
         assert oracles.relative_error(found, U @ Vh) < 1e-5
 
@@ -152,12 +152,12 @@ SHAMPOO: dict[str, Any] = {"damping": 1e-4, "preconditioner_interval": 1}
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("root, tolerance", [("eigh", 1e-9), ("newton", 1e-4)])
-@pytest.mark.parametrize("norm", ["none", "keep"])
-def test_shampoo_is_rotation_equivariant(decay: float | None, root: str, tolerance: float, norm: str) -> None:
-    assert rotated("shampoo", decay=decay, root=root, norm=norm, **SHAMPOO) < tolerance
+@pytest.mark.parametrize("grafting", ["none", "keep"])
+def test_shampoo_is_rotation_equivariant(decay: float | None, root: str, tolerance: float, grafting: str) -> None:
+    assert rotated("shampoo", decay=decay, root=root, grafting=grafting, **SHAMPOO) < tolerance
 
 
-@pytest.mark.parametrize("method, options", [("adam", {}), ("adagrad", {}), ("shampoo", {**SHAMPOO, "norm": "adam"})])
+@pytest.mark.parametrize("method, options", [("adam", {}), ("adagrad", {}), ("shampoo", {**SHAMPOO, "grafting": "adam"})])
 def test_coordinates_matter_to_element_wise_lengths(method: str, options: dict[str, Any]) -> None:
     assert rotated(method, **options) > 1e-2
 
@@ -190,9 +190,9 @@ def test_loss_scale(name: str, factor: float, method: str, fisher: Curvature) ->
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 @pytest.mark.parametrize("method, options, degree", [
-    ("shampoo", {"norm": "none"}, 0),
-    ("shampoo", {"norm": "keep"}, 1),
-    ("shampoo", {"norm": "none", "root": "newton"}, 0),
+    ("shampoo", {"grafting": "none"}, 0),
+    ("shampoo", {"grafting": "keep"}, 1),
+    ("shampoo", {"grafting": "none", "root": "newton"}, 0),
     ("adam", {"damping": 1e-30}, 0),
     ("adagrad", {"damping": 1e-30}, 0),
     ("gradient", {}, 1),

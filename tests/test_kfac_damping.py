@@ -19,7 +19,7 @@ from gradmaker.solvers import AdaptiveDamping
 from tests import models, oracles
 from tests.models import CLASSES, Case
 
-EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 
 
 def network(*between: Callable[[], nn.Module], n: int = 12) -> Case:

@@ -154,9 +154,9 @@ class Kl:
 
 STAR: dict[str, tuple[Any, Any, dict[str, Any], float]] = {
     "exact": (models.mlp, lambda: Star("exact", 1e-4, None), {"damping": 1e-4}, 0.1),
-    "exact_average": (models.mlp, lambda: Star("exact", 1e-3, 0.9), {"damping": 1e-3, "decay": 0.9, "norm": "none"}, 0.01),
-    "exact_order_4": (convolution, lambda: Star("exact", 1e-3, None), {"damping": 1e-3, "norm": "adam"}, 0.01),
-    "tr": (models.mlp, lambda: Star("tr", 1e-3, None), {"damping": 1e-3, "denominator": "tr", "norm": "none"}, 0.01),
+    "exact_average": (models.mlp, lambda: Star("exact", 1e-3, 0.9), {"damping": 1e-3, "decay": 0.9, "grafting": "none"}, 0.01),
+    "exact_order_4": (convolution, lambda: Star("exact", 1e-3, None), {"damping": 1e-3, "grafting": "adam"}, 0.01),
+    "tr": (models.mlp, lambda: Star("tr", 1e-3, None), {"damping": 1e-3, "denominator": "tr", "grafting": "none"}, 0.01),
     "fro": (models.mlp, lambda: Star("fro", 1e-3, 0.9), {"damping": 1e-3, "denominator": "fro", "decay": 0.9}, 0.1),
     "d_tr": (models.mlp, lambda: Star("d-tr", 1e-3, None), {"damping": 1e-3, "denominator": "d-tr", "block_size": 3}, 0.1),
     "compat": (
@@ -173,7 +173,7 @@ def test_kradagrad_star(row: str) -> None:
     make, rule, options, lr = STAR[row]
     case = make()
     maker = from_config(case.model, {"method": "kradagrad_star", **SCHEDULE, **options})
-    own = {"norm": options.get("norm", "keep"), "block": options.get("block_size")}
+    own = {"grafting": options.get("grafting", "keep"), "block": options.get("block_size")}
     compare(case, maker, Reference(rule, **own), lr, 1e-5)
 
 
@@ -244,7 +244,7 @@ def test_the_array_form_is_woodburys(columns: int) -> None:
 
 def test_the_array_form_is_shampoo() -> None:
     steps = gradients(4, 5, steps=40)
-    found = run({"method": "kradagrad_star", "norm": "none", "damping": 1e-4, **SCHEDULE}, [[g] for g in steps])[0]
+    found = run({"method": "kradagrad_star", "grafting": "none", "damping": 1e-4, **SCHEDULE}, [[g] for g in steps])[0]
     state: oracles.State = {}
     expected = steps[0]
     for g in steps:
@@ -274,7 +274,7 @@ def test_the_array_form_keeps_its_digits_in_float32(exponent: int) -> None:
 def test_a_vector_is_full_matrix_adagrad() -> None:
     steps = [[g] for g in gradients(5)]
     mean = float(steps[0][0].square().sum()) / 5
-    found = run({"method": "kradagrad_star", "denominator": "tr", "norm": "none", "damping": 1e-3, **SCHEDULE}, steps)[0]
+    found = run({"method": "kradagrad_star", "denominator": "tr", "grafting": "none", "damping": 1e-3, **SCHEDULE}, steps)[0]
     A = torch.stack([torch.outer(g, g) for (g,) in steps]).sum(0) + 1e-3 * mean * eye(5)
     assert oracles.relative_error(found, power(torch.linalg.inv(A), 0.5) @ steps[-1][0]) < 1e-10
 

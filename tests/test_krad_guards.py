@@ -103,7 +103,7 @@ def test_a_block_that_cannot_be_decomposed_keeps_its_root(
     options: dict[str, Any], routine: str, silent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.ParameterList([nn.Parameter(torch.zeros(3, 4))])
-    maker: Any = from_config(model, {**options, "norm": "none", "warmup_steps": 9})
+    maker: Any = from_config(model, {**options, "grafting": "none", "warmup_steps": 9})
     g = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
 
     def root() -> Tensor:

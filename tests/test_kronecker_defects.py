@@ -66,7 +66,7 @@ ON_AXES = ["shampoo", "one_sided", "caspr", "full_adagrad", "kradagrad", "kradag
 def test_without_a_graft_the_length_is_the_methods_own(method: str) -> None:
     """KrADagrad's release takes the length of the gradient with its graft switched off, too."""
     model = Matrices((4, 3))
-    maker: Any = from_config(model, {"method": method, "norm": "none"})
+    maker: Any = from_config(model, {"method": method, "grafting": "none"})
     for g in gradients(4, 3):
         model.w[0].grad = g.clone()
         maker.precondition()
@@ -77,7 +77,7 @@ def test_without_a_graft_the_length_is_the_methods_own(method: str) -> None:
 def test_before_the_start_the_gradient_is_plain(method: str) -> None:
     """Statistics are gathered from it, and are those of a run that starts at once."""
     late, once = Matrices((4, 3)), Matrices((4, 3))
-    options = {"method": method, "norm": "none", "momentum": 0.0, **({"nesterov": False} if method == "caspr" else {})}
+    options = {"method": method, "grafting": "none", "momentum": 0.0, **({"nesterov": False} if method == "caspr" else {})}
     makers: list[Any] = [from_config(late, {**options, "start_step": 5}), from_config(once, options)]
     for t, g in enumerate(gradients(4, 3, steps=8)):
         for model, maker in zip((late, once), makers, strict=True):

@@ -16,7 +16,7 @@ from tests.kronecker_reference import Reference, Rule, inverse_root, moments, on
 from tests.models import Case
 from tests.test_trajectories import compare
 
-SCHEDULE: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+SCHEDULE: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 
 
 def convolution() -> Case:
@@ -77,61 +77,67 @@ ROWS: dict[str, tuple[str, Callable[[], Case], Callable[[], Rule], dict[str, Any
         {"damping": 1e-4, "decay": 0.9, "merge": "to_2d", "block_size": 3},
         0.02,
     ),
-    "one_sided": ("one_sided", models.mlp, lambda: OneSided(1e-6, 0.95), {"norm": "none"}, 0.02),
+    "one_sided": ("one_sided", models.mlp, lambda: OneSided(1e-6, 0.95), {"grafting": "none"}, 0.02),
     "one_sided_right": (
         "one_sided",
         models.mlp,
         lambda: OneSided(1e-6, None),
-        {"norm": "none", "side": "right", "decay": None},
+        {"grafting": "none", "side": "right", "decay": None},
         0.05,
     ),
     "one_sided_left": (
         "one_sided",
         convolution,
         lambda: OneSided(1e-4, 0.9),
-        {"norm": "adam", "side": "left", "decay": 0.9, "damping": 1e-4},
+        {"grafting": "adam", "side": "left", "decay": 0.9, "damping": 1e-4},
         0.02,
     ),
-    "merge": ("shampoo", convolution, lambda: Shampoo(1e-6, 0.95), {"merge": "to_2d", "norm": "none"}, 0.02),
+    "merge": ("shampoo", convolution, lambda: Shampoo(1e-6, 0.95), {"merge": "to_2d", "grafting": "none"}, 0.02),
     "greedy": (
         "shampoo",
         convolution,
         lambda: Shampoo(1e-6, None),
-        {"merge": "greedy", "block_size": 5, "decay": None, "norm": "none"},
+        {"merge": "greedy", "block_size": 5, "decay": None, "grafting": "none"},
         0.05,
     ),
-    "blocks": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"block_size": 2, "norm": "adagrad"}, 0.05),
+    "blocks": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"block_size": 2, "grafting": "adagrad"}, 0.05),
     "blocks_order_4": (
         "shampoo",
         convolution,
         lambda: Shampoo(1e-4, 0.95),
-        {"block_size": 2, "norm": "keep", "damping": 1e-4},
+        {"block_size": 2, "grafting": "keep", "damping": 1e-4},
         0.05,
     ),
-    "half": ("shampoo", models.mlp, lambda: Shampoo(1e-4, 0.95, 0.5), {"exponent": 0.5, "damping": 1e-4, "norm": "adam"}, 0.02),
+    "half": (
+        "shampoo",
+        models.mlp,
+        lambda: Shampoo(1e-4, 0.95, 0.5),
+        {"exponent": 0.5, "damping": 1e-4, "grafting": "adam"},
+        0.02,
+    ),
     "half_balanced": (
         "shampoo",
         models.mlp,
         lambda: Shampoo(1e-4, None, 0.5, True),
-        {"exponent": 0.5, "balanced": True, "damping": 1e-4, "decay": None, "norm": "none"},
+        {"exponent": 0.5, "balanced": True, "damping": 1e-4, "decay": None, "grafting": "none"},
         0.05,
     ),
-    "rmsprop": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"norm": "rmsprop"}, 1e-3),
-    "rmsprop_normalised": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"norm": "rmsprop_normalised"}, 1e-3),
-    "sqrtn_momentum": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"norm": "sqrtn", "momentum": 0.8}, 1e-2),
+    "rmsprop": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "rmsprop"}, 1e-3),
+    "rmsprop_normalised": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "rmsprop_normalised"}, 1e-3),
+    "sqrtn_momentum": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "sqrtn", "momentum": 0.8}, 1e-2),
     "nesterov_start": (
         "shampoo",
         models.mlp,
         lambda: Shampoo(1e-6, 0.95),
-        {"norm": "adam", "momentum": 0.9, "nesterov": True, "start_step": 7},
+        {"grafting": "adam", "momentum": 0.9, "nesterov": True, "start_step": 7},
         2e-2,
     ),
-    "plain_start": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"norm": "keep", "start_step": 5}, 0.1),
+    "plain_start": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "keep", "start_step": 5}, 0.1),
     "refresh": (
         "shampoo",
         models.mlp,
         lambda: Shampoo(1e-6, 0.95, every=4),
-        {"norm": "none", "preconditioner_interval": 4},
+        {"grafting": "none", "preconditioner_interval": 4},
         0.02,
     ),
 }
@@ -141,7 +147,7 @@ def reference_options(options: dict[str, Any], default_merge: str, rows: str) ->
     names = {"block_size": "block", "start_step": "start", "side": "rows"}
     used = {"merge": default_merge, "rows": rows, **options}
     kept = {names.get(k, k): v for k, v in used.items()}
-    return {k: v for k, v in kept.items() if k in ("merge", "block", "rows", "norm", "momentum", "nesterov", "start")}
+    return {k: v for k, v in kept.items() if k in ("merge", "block", "rows", "grafting", "momentum", "nesterov", "start")}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -215,11 +221,11 @@ BLOCKED = [*PRODUCTS, "muon"]
 
 
 @pytest.mark.parametrize("method", BLOCKED)
-@pytest.mark.parametrize("norm", ["none", "adam"])
-def test_block_grid_equals_independent_tensors(method: str, norm: str) -> None:
+@pytest.mark.parametrize("grafting", ["none", "adam"])
+def test_block_grid_equals_independent_tensors(method: str, grafting: str) -> None:
     """Bit by bit; blocks know nothing of one another."""
     steps = gradients(5, 8)
-    config = {"method": method, "norm": norm, "spread": False}
+    config = {"method": method, "grafting": grafting, "stagger": False}
     grid = [(slice(a, min(a + 3, 5)), slice(b, min(b + 3, 8))) for a in (0, 3) for b in (0, 3, 6)]
     (whole,) = run({**config, "block_size": 3}, [[g] for g in steps])
     apart = run(config, [[g[where] for where in grid] for g in steps])
@@ -235,7 +241,7 @@ def test_a_block_as_large_as_the_tensor_is_the_tensor(method: str) -> None:
 
 def test_blocks_of_size_one_are_adagrad() -> None:
     steps = [[g] for g in gradients(3, 4)]
-    options = {"decay": None, "norm": "none", "damping": 1e-14, "preconditioner_interval": 1}
+    options = {"decay": None, "grafting": "none", "damping": 1e-14, "preconditioner_interval": 1}
     found = run({"method": "shampoo", "block_size": 1, **options}, steps)[0]
     squares = torch.stack([g for (g,) in steps]).square().sum(0)
     torch.testing.assert_close(found, steps[-1][0] / squares.sqrt(), rtol=1e-10, atol=0)
@@ -253,7 +259,7 @@ def test_transposing_the_parameter_transposes_the_step(method: str) -> None:
 )
 def test_rotations_commute_with_the_step(method: str) -> None:
     """U G V^T -> U step V^T; SOAP and EShampoo too, and Adam does not."""
-    config = {"method": method, "norm": "none", "momentum": 0.0}
+    config = {"method": method, "grafting": "none", "momentum": 0.0}
     steps = gradients(4, 5)
     U, V = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (4, 5))
     plain, turned = run(config, [[g] for g in steps])[0], run(config, [[U @ g @ V.T] for g in steps])[0]
@@ -272,7 +278,7 @@ def test_zero_history_is_the_polar_factor() -> None:
         "caspr": {"momentum": 0.0},
         "full_adagrad": {"block_size": None},
     }.items():
-        found = run({"method": method, "norm": "none", "damping": 1e-12, **extra}, [G])[0]
+        found = run({"method": method, "grafting": "none", "damping": 1e-12, **extra}, [G])[0]
         if method == "full_adagrad":  # a vector's polar factor
             assert oracles.relative_error(found, G[0] / G[0].norm()) < 1e-9
         else:
@@ -281,7 +287,7 @@ def test_zero_history_is_the_polar_factor() -> None:
 
 def test_one_sided_is_full_matrix_for_a_column() -> None:
     steps = [[g] for g in gradients(5, 1)]
-    options = {"damping": 1e-6, "decay": None, "norm": "none", "preconditioner_interval": 1}
+    options = {"damping": 1e-6, "decay": None, "grafting": "none", "preconditioner_interval": 1}
     column = run({"method": "one_sided", "side": "left", **options}, steps)[0]
     torch.testing.assert_close(column, run({"method": "full_adagrad", **options}, steps)[0], rtol=1e-9, atol=0)
 
@@ -339,7 +345,7 @@ def test_a_one_by_one_factor_is_a_scalar_root(method: str) -> None:
     """They return the identity for it."""
     steps = [[g] for g in gradients(1, 1)]
     found = run(
-        {"method": method, "decay": None, "norm": "none", "momentum": 0.0, "preconditioner_interval": 1, "damping": 1e-12},
+        {"method": method, "decay": None, "grafting": "none", "momentum": 0.0, "preconditioner_interval": 1, "damping": 1e-12},
         steps,
     )[0]
     total = torch.stack([g for (g,) in steps]).square().sum()
@@ -347,12 +353,12 @@ def test_a_one_by_one_factor_is_a_scalar_root(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m in BLOCKED])
-@pytest.mark.parametrize("norm", ["none", "keep", "adam", "rmsprop_normalised", "sqrtn"])
-def test_zero_gradients_stay_zero_and_finite(method: str, norm: str) -> None:
+@pytest.mark.parametrize("grafting", ["none", "keep", "adam", "rmsprop_normalised", "sqrtn"])
+def test_zero_gradients_stay_zero_and_finite(method: str, grafting: str) -> None:
     """CASPR's code divides by the length of the step."""
     zeros = [torch.zeros(3, 4, dtype=torch.float64)]
-    assert torch.equal(run({"method": method, "norm": norm}, [zeros] * 4)[0], zeros[0])
-    found = run({"method": method, "norm": norm}, [zeros, *([g] for g in gradients(3, 4, steps=3))])[0]
+    assert torch.equal(run({"method": method, "grafting": grafting}, [zeros] * 4)[0], zeros[0])
+    found = run({"method": method, "grafting": grafting}, [zeros, *([g] for g in gradients(3, 4, steps=3))])[0]
     assert found.isfinite().all() and found.norm() > 0
 
 
@@ -361,7 +367,7 @@ def test_zero_gradients_stay_zero_and_finite(method: str, norm: str) -> None:
 def test_direction_does_not_depend_on_the_scale(method: str, scale: float) -> None:
     """The references' power iteration stops at once on small matrices."""
     for extra in ({}, {"root": "newton"}) if method != "full_adagrad" else ({},):
-        config = {"method": method, "norm": "none", **extra}
+        config = {"method": method, "grafting": "none", **extra}
         steps = gradients(4, 5)
         found = run(config, [[scale * g] for g in steps])[0]
         assert oracles.relative_error(found, run(config, [[g] for g in steps])[0]) < 1e-5
@@ -369,8 +375,8 @@ def test_direction_does_not_depend_on_the_scale(method: str, scale: float) -> No
 
 def test_grafting_takes_the_length_and_none_leaves_it() -> None:
     steps = [[g] for g in gradients(4, 5)]
-    own = run({"method": "shampoo", "norm": "none"}, steps)[0]
-    kept = run({"method": "shampoo", "norm": "keep"}, steps)[0]
+    own = run({"method": "shampoo", "grafting": "none"}, steps)[0]
+    kept = run({"method": "shampoo", "grafting": "keep"}, steps)[0]
     assert abs(float(kept.norm() / steps[-1][0].norm()) - 1) < 1e-9
     assert (
         oracles.relative_error(kept / kept.norm(), own / own.norm()) < 1e-12 and abs(float(own.norm() / kept.norm()) - 1) > 1e-3

@@ -21,7 +21,7 @@ from tests.measure import ggn, site_order
 from tests.models import CLASSES, Case
 from tests.test_invariances import outputs_after
 
-EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 EXACT, EMP = FisherExact(), FisherEmp()
 NEW = Fold(0.0, 1.0, 1.0)
 

@@ -19,7 +19,7 @@ from tests.kronecker_reference import moments, unfolded
 from tests.test_kronecker_dims import gradients, run
 
 CPU = torch.device("cpu")
-AT_ONCE: dict[str, Any] = {"norm": "none", "preconditioner_interval": 1, "warmup_steps": 0}
+AT_ONCE: dict[str, Any] = {"grafting": "none", "preconditioner_interval": 1, "warmup_steps": 0}
 
 
 def frame(*shape: int) -> Frame:

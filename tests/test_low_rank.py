@@ -630,7 +630,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_resuming_at_any_step_is_bitwise(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of another size at each step; evictions and cuts before and after; refreshes less often than updates."""
     monkeypatch.setattr(Sketched, "__init__", _sketch_everything(Sketched.__init__))
-    wanted = {"curvature_interval": 2, "preconditioner_interval": 3, "warmup_steps": 3, "spread": False}
+    wanted = {"curvature_interval": 2, "preconditioner_interval": 3, "warmup_steps": 3, "stagger": False}
     intervals = legal_options(method, **wanted)
 
     def run(maker: Any, case: Case, start: int, stop: int) -> None:

@@ -75,7 +75,7 @@ def test_plain_maker_is_autograd(name: str) -> None:
         same(grads(case.model), expected)
         assert torch.equal(logits_of(y), logits_of(expected_y)) and torch.equal(loss, expected_loss)
         assert loss.grad_fn is None and all(p.grad is None or p.grad.grad_fn is None for p in case.model.parameters())
-    assert maker.step == 2 and maker.state_dict() == {"format": 2, "step": 2}
+    assert maker.step == 2 and maker.state_dict() == {"format": 3, "step": 2}
 
 
 # --- what a model and a loss may look like --------------------------------------------------------------------------------

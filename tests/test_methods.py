@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from gradmaker import stacking
 from gradmaker.config import GradientConfig
+from gradmaker.grafting import GRAFTINGS
 from gradmaker.maker import GradientMaker
 from gradmaker.methods import METHODS, from_config
-from gradmaker.norms import NORMS
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from tests import models, oracles
 from tests.models import CLASSES, Case
@@ -184,7 +184,9 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("at", [1, 3, 12])
 def test_state_round_trip_is_bitwise(method: str, at: int) -> None:
     case, twin = (suited(method, towers, tower) for _ in range(2))
-    options = legal_options(method, warmup_steps=2, curvature_interval=2, preconditioner_interval=3, momentum=0.5, norm="adam")
+    options = legal_options(
+        method, warmup_steps=2, curvature_interval=2, preconditioner_interval=3, momentum=0.5, grafting="adam"
+    )
     maker = maker_of(method, case.model, **options)
     train(maker, case, at, 1e-3)
     state, weights = reloaded(maker.state_dict()), copy.deepcopy(case.model.state_dict())
@@ -207,11 +209,11 @@ def test_state_round_trip_is_bitwise(method: str, at: int) -> None:
 # --- (iv) stacks ----------------------------------------------------------------------------------------------------------
 @every_preconditioned
 def test_stacked_equals_unstacked(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refreshes are not spread here: a spread refresh falls on a step that depends on the grouping."""
+    """Refreshes are not staggered here: a staggered refresh falls on a step that depends on the grouping."""
     together, apart = (suited(method, towers, tower) for _ in range(2))
-    stacked = maker_of(method, together.model, **legal_options(method, spread=False))
+    stacked = maker_of(method, together.model, **legal_options(method, stagger=False))
     monkeypatch.setattr(stacking, "STACK_LIMIT", 0)
-    single = maker_of(method, apart.model, **legal_options(method, spread=False))
+    single = maker_of(method, apart.model, **legal_options(method, stagger=False))
     first = stacked.plan.blocks[0]
     if not first.full and not first.triple.representation.live:  # live evidence is never stacked
         assert len(stacked.plan.blocks) < len(single.plan.blocks)
@@ -240,8 +242,8 @@ def probe(maker: Any, model: nn.Module, v: Tensor) -> Tensor:
 def test_preconditioner_is_linear_symmetric_positive(method: str, name: str) -> None:
     """Frozen after four measured steps, without the parts that are not linear: lengths and momentum."""
     case = suited(method, MODELS[name])
-    frozen = {"curvature_interval": 1000, "preconditioner_interval": 1000, "warmup_steps": 4, "start_step": 0, "spread": False}
-    maker = maker_of(method, case.model, norm="none", momentum=0.0, **legal_options(method, **frozen))
+    frozen = {"curvature_interval": 1000, "preconditioner_interval": 1000, "warmup_steps": 4, "start_step": 0, "stagger": False}
+    maker = maker_of(method, case.model, grafting="none", momentum=0.0, **legal_options(method, **frozen))
     if not all(b.triple.solver.linear for b in maker.plan.blocks):
         pytest.skip("P is that of the gradient that it is applied to")
     train(maker, case, 4, 1e-3)  # a secant needs weights that move
@@ -302,8 +304,8 @@ def test_channels_last(method: str) -> None:
 
 @pytest.mark.parametrize("method", PER_TENSOR)
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (2, 1, 3), (2, 3, 2, 2), (2, 2, 1, 3, 2)])
-@pytest.mark.parametrize("norm", NORMS)
-def test_tensors_of_any_order(method: str, shape: tuple[int, ...], norm: str) -> None:
+@pytest.mark.parametrize("grafting", GRAFTINGS)
+def test_tensors_of_any_order(method: str, shape: tuple[int, ...], grafting: str) -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,7 +318,7 @@ def test_tensors_of_any_order(method: str, shape: tuple[int, ...], norm: str) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         case = Case(Bare(), torch.randn(4, *shape, dtype=torch.float64), torch.zeros(4), lambda y, t: y)
-    maker = maker_of(method, case.model, norm=norm, momentum=0.0)
+    maker = maker_of(method, case.model, grafting=grafting, momentum=0.0)
     first = case.run().item()
     for x in (case.x, case.x.flip(0) * 1.5, case.x):
         raw = raw_gradients(case, x, case.t)["w"]

@@ -19,7 +19,7 @@ from gradmaker.representations import ProbeDiagonal
 from tests import models, oracles
 from tests.models import CLASSES, Case
 
-EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 N, R = 8, 5
 SPLITS: dict[str, Sequence[int]] = {"1+7": (1, 7), "4+4": (4, 4), "3+0+5": (3, 0, 5), "2+1+5": (2, 1, 5)}
 

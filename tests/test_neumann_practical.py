@@ -263,7 +263,7 @@ def test_it_trains() -> None:
 def test_bad_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         NeumannPracticalGradientConfig(**bad)
-    for idle in ({"damping": 0.1}, {"curvature_interval": 3}):
+    for options in ({"damping": 0.1}, {"curvature_interval": 3}):
         with pytest.raises(ValueError, match="no effect"):
-            NeumannPracticalGradientConfig(**idle)
+            NeumannPracticalGradientConfig(**options)
     assert isinstance(from_config(nn.Linear(2, 2), {"method": "neumann_practical"}), NeumannPracticalGradientMaker)

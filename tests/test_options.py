@@ -84,7 +84,7 @@ def test_every_option_of_a_free_triple_has_an_effect_or_is_refused(row: tuple[st
         held = replace(held, basis_interval=1)
     parts = {"curvature": config.curvature, "representation": held, "solver": config.solver}
     for value in COMMON[option]:
-        natural = option == "decay" and value == 0.0 and NEWEST_ALONE.items() <= held.idle.items()
+        natural = option == "decay" and value == 0.0 and NEWEST_ALONE.items() <= held.inapplicable.items()
         if value != getattr(config, option) and not natural:
             Trial("custom", parts, option, value).run()
 
@@ -102,20 +102,20 @@ def test_what_no_trial_shows_has_a_reason_and_a_test() -> None:
     """Short tables of options that a method has and accepts, each naming a file of tests that knows the option."""
     for (method, name), reason in {**ELSEWHERE, **OTHER_PARTS}.items():
         config: Any = METHODS[method].Config()
-        assert name in config.as_mapping() and name not in config.idle_options(), f"{method}.{name}: stale"
+        assert name in config.as_mapping() and name not in config.inapplicable_options(), f"{method}.{name}: stale"
         assert name in (ROOT / reason.rpartition(": ")[2]).read_text(encoding="utf-8"), reason
     assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root", *CHECKS}
 
 
 @pytest.mark.parametrize(
-    ("method", "option", "value"), [("muon", "max_dim", 3), ("smw_ng", "spread", False), ("smw_gn", "spread", False)]
+    ("method", "option", "value"), [("muon", "max_dim", 3), ("smw_ng", "stagger", False), ("smw_gn", "stagger", False)]
 )
 def test_options_that_have_only_other_bytes_or_another_method_to_speak_to(method: str, option: str, value: Any) -> None:
     """Refused, except where a fallback shares them; intervals it has of its own."""
     make: Any = METHODS[method].Config
     with pytest.raises(ValueError, match=rf"{option}={value} would have no effect"):
         make(**{option: value})
-    if option not in OF_A_FALLBACK and "fallback" not in make().idle_options():
+    if option not in OF_A_FALLBACK and "fallback" not in make().inapplicable_options():
         assert getattr(make(fallback="kfac", **{option: value}), option) == value
 
 
@@ -127,10 +127,10 @@ def test_muon_holds_gradients_and_no_matrix_of_their_rows() -> None:
 
 # --- declarations ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", NAMED)
-def test_an_idle_option_is_refused_and_its_default_is_not(method: str) -> None:
+def test_an_inapplicable_option_is_refused_and_its_default_is_not(method: str) -> None:
     make: Any = METHODS[method].Config
-    idle = make().idle_options()
-    for name, reason in idle.items():
+    inapplicable = make().inapplicable_options()
+    for name, reason in inapplicable.items():
         assert make(**{name: getattr(make(), name)}) == make()
         for value in values(method, name):
             with pytest.raises(ValueError) as caught:
@@ -145,23 +145,23 @@ def test_representations_say_what_they_ignore(name: str) -> None:
         limited = bool(held.wide((9,) if held.grain in ("full", "unit") else (9, 9), 3))
     except ValueError:
         limited = True
-    assert ("max_dim" in held.idle) != limited
-    assert ("curvature_interval" in held.idle) == ("warmup_steps" in held.idle) == held.fleeting
-    assert set(held.idle) <= set(COMMON)
+    assert ("max_dim" in held.inapplicable) != limited
+    assert ("curvature_interval" in held.inapplicable) == ("warmup_steps" in held.inapplicable) == held.fleeting
+    assert set(held.inapplicable) <= set(COMMON)
 
 
 @pytest.mark.parametrize("name", CURVATURES)
 def test_curvatures_say_what_they_ignore(name: str) -> None:
     curvature = CURVATURES[name]()
-    assert set(curvature.idle) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
+    assert set(curvature.inapplicable) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
     said = CHECKS - {"self_check"} if curvature.of_outputs else CHECKS  # of which it decides about losses
-    assert set(curvature.idle) & CHECKS == (set() if curvature.recorded else said)
+    assert set(curvature.inapplicable) & CHECKS == (set() if curvature.recorded else said)
 
 
 def test_options_of_a_free_triple_are_those_of_its_parts() -> None:
     rows: dict[str, Any] = {"curvature": FisherEmp(), "representation": Rows(), "solver": CG()}
     assert CustomGradientConfig(**rows, decay=0.0).decay == 0.0  # which is what it does
-    for option, value in {"decay": 0.5, "max_dim": 5, "seed": 1, "spread": False, "fallback": "adam"}.items():
+    for option, value in {"decay": 0.5, "max_dim": 5, "seed": 1, "stagger": False, "fallback": "adam"}.items():
         with pytest.raises(ValueError, match=f"{option}=.* would have no effect"):
             CustomGradientConfig(**rows, **{option: value})
     pairs: dict[str, Any] = {"curvature": Secant(), "representation": Pairs(), "solver": Apply()}
@@ -195,7 +195,7 @@ OWN_MEMORY = (
     *("adahessian", "esgd", "saddle_free_diagonal"),  # probes that depend on the step
     "kradagrad",  # refuses it
 )
-FORGETTING = [name for name in NAMED if "decay" not in METHODS[name].Config().idle_options() and name not in OWN_MEMORY]
+FORGETTING = [name for name in NAMED if "decay" not in METHODS[name].Config().inapplicable_options() and name not in OWN_MEMORY]
 
 
 def directions(method: str, config: Any, first: int) -> Tensor:
@@ -211,7 +211,7 @@ def directions(method: str, config: Any, first: int) -> Tensor:
 
 @pytest.mark.parametrize("method", FORGETTING)
 def test_a_decay_of_zero_keeps_the_newest_batch_alone(method: str) -> None:
-    options = legal_options(method, **EVERY, momentum=0.0, norm="none") | without_draws(method)
+    options = legal_options(method, **EVERY, momentum=0.0, grafting="none") | without_draws(method)
     config: Any = METHODS[method].Config(**options, decay=0.0)
     found = directions(method, config, 2)
     assert oracles.relative_error(directions(method, config, 0), found) < 1e-11
@@ -235,9 +235,9 @@ def test_an_inverse_that_cannot_forget_says_so() -> None:
     ("make", "option", "value"),
     [
         (KradagradStarGradientConfig, "denominator", "tr"),
-        (KradagradStarGradientConfig, "norm", "adam"),
+        (KradagradStarGradientConfig, "grafting", "adam"),
         (KradagradGradientConfig, "start", 0.5),
-        (KradagradGradientConfig, "norm", "adam"),
+        (KradagradGradientConfig, "grafting", "adam"),
     ],
 )
 def test_a_published_variant_refuses_another_option(make: Any, option: str, value: Any) -> None:

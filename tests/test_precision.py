@@ -36,7 +36,7 @@ def gradient(generator: torch.Generator) -> Tensor:
 def run(options: dict[str, Any], steps: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A maker after so many gradients, every one refreshed."""
     model, generator = Matrices().to(dtype), torch.Generator().manual_seed(3)
-    every: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "norm": "none", "decay": None}
+    every: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "grafting": "none", "decay": None}
     every |= {"momentum": 0.0, "nesterov": False}
     maker = from_config(model, {**every, **options})
     for _ in range(steps):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradmaker import METHODS, PsgdWhitenGradientConfig, PsgdWhitenGradientMaker, from_config
 from gradmaker.curvature import GradientProbe
 from gradmaker.curvature.evidence import Contrast
-from gradmaker.norms import Amplitude
+from gradmaker.grafting import Amplitude
 from gradmaker.representations import KronQ
 from gradmaker.representations import geometries as module
 from gradmaker.representations.geometries import GEOMETRIES
@@ -103,8 +103,8 @@ SWITCHED: dict[str, dict[str, Any]] = {
     "separate": {"merge": "none"},
     "merged": {"merge": "to_2d"},
     "merged_blocks": {"merge": "to_2d", "block_size": 3},
-    **{name: {"norm": name} for name in ("none", "keep", "adagrad", "rmsprop", "adam")},
-    "all": {"merge": "to_2d", "block_size": 3, "norm": "adam", "norm_decay": 0.9, "momentum": 0.8},
+    **{name: {"grafting": name} for name in ("none", "keep", "adagrad", "rmsprop", "adam")},
+    "all": {"merge": "to_2d", "block_size": 3, "grafting": "adam", "grafting_decay": 0.9, "momentum": 0.8},
 }
 
 
@@ -114,7 +114,7 @@ def test_thirty_switched_steps(row: str) -> None:
     given = {"momentum": 0.0, **SWITCHED[row]}
     case = convolution() if "merge" in given else models.mlp()
     maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(seed=3, **given))
-    names = {"merge": "merge", "block_size": "block", "norm": "norm", "norm_decay": "norm_decay"}
+    names = {"merge": "merge", "block_size": "block", "grafting": "grafting", "grafting_decay": "grafting_decay"}
     options = {names[key]: value for key, value in given.items() if key in names}
     compare(case, maker, Whitening("Q0.5EQ1.5", given["momentum"], 1e-9, 3, **options), 1e-2, 1e-8)
 
@@ -187,7 +187,7 @@ def test_scale_of_the_loss(method: str, geometry: str) -> None:
     for c in (1.0, 2.0**10):
         case = models.mlp()
         scaled = case._replace(loss=lambda y, t, c=c, case=case: c * case.loss(y, t))
-        maker: Any = from_config(case.model, {"method": method, "geometry": geometry, "damping": 0.0, "norm": "none"})
+        maker: Any = from_config(case.model, {"method": method, "geometry": geometry, "damping": 0.0, "grafting": "none"})
         for _ in range(6):
             step(maker, scaled)
         found.append(oracles.gradient_vector(case.model))
@@ -199,7 +199,7 @@ def test_a_zero_gradient_says_nothing(geometry: str) -> None:
     """Before the first one that is not zero there is no scale: a fit to the noise alone would start at 1 / damping."""
     w = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
     model = nn.ParameterList([w])
-    maker: Any = from_config(model, {"method": "psgd_whiten", "geometry": geometry, "norm": "none"})
+    maker: Any = from_config(model, {"method": "psgd_whiten", "geometry": geometry, "grafting": "none"})
 
     def given(g: Tensor) -> Tensor:
         w.grad = g.clone()
@@ -210,7 +210,7 @@ def test_a_zero_gradient_says_nothing(geometry: str) -> None:
     for _ in range(100):
         assert torch.equal(given(zero), zero)
     found = given(first)
-    fresh: Any = from_config(nn.ParameterList([w]), {"method": "psgd_whiten", "geometry": geometry, "norm": "none"})
+    fresh: Any = from_config(nn.ParameterList([w]), {"method": "psgd_whiten", "geometry": geometry, "grafting": "none"})
     assert 0.2 < float(found.square().mean().sqrt()) < 5
     held = {k: v.clone() for k, v in maker.plan.blocks[0].state.items()}
     given(zero)

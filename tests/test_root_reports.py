@@ -69,7 +69,7 @@ def shampoo(root: str, **options: Any) -> ShampooGradientMaker:
 def test_shampoo_is_the_same_by_every_root(root: str, decay: float | None) -> None:
     found = []
     for choice in ("eigh", root):
-        maker = shampoo(choice, decay=decay, norm="none")
+        maker = shampoo(choice, decay=decay, grafting="none")
         for batch in batches(4):
             step(maker, *batch)
         found.append(gradients(maker))
@@ -110,7 +110,7 @@ def test_square_roots_save_a_float32_statistic(method: str) -> None:
     off = {}
     for root, damping in (("eigh", 1e-6), ("newton", 1e-6), ("svd", 1e-12)):
         layer = nn.Linear(12, 12, bias=False)
-        options = {"root": root, "damping": damping, "norm": "none", "decay": 0.0, "momentum": 0.0, "nesterov": False}
+        options = {"root": root, "damping": damping, "grafting": "none", "decay": 0.0, "momentum": 0.0, "nesterov": False}
         maker = from_config(layer, {"method": method, **options})
         step_by(maker, layer, G.float())
         off[root] = float((layer.weight.grad.double() - U @ V.T).norm() / 12**0.5)  # type: ignore[union-attr]
@@ -171,7 +171,7 @@ def test_methods_without_roots_and_with_cholesky() -> None:
 def test_costs_are_the_textbooks() -> None:
     """Shampoo of one matrix, by hand: ``9 d^3`` to decompose, two products to root and verify, two to apply."""
     layer, rows = nn.Linear(24, 16, bias=False), 10
-    maker = ShampooGradientMaker(layer, ShampooGradientConfig(norm="none", preconditioner_interval=20, warmup_steps=0))
+    maker = ShampooGradientMaker(layer, ShampooGradientConfig(grafting="none", preconditioner_interval=20, warmup_steps=0))
     with pytest.raises(ValueError, match="has not made a step"):
         cost_report(maker, torch.randn(rows, 24))
     y = maker.setup_model_call(layer, torch.randn(rows, 24))

@@ -52,8 +52,8 @@ def recorded(
 def run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[int], list[int]]:
     """The steps of measurements, and those of refreshes of the first block."""
     case = mlp()
-    _, measured, prepared = recorded(monkeypatch, case.model, gm.KfacGradientConfig(spread=False, **options), case.x, case.t)
-    assert len({tuple(p) for p in prepared.values()}) == 1  # without spread, all at once
+    _, measured, prepared = recorded(monkeypatch, case.model, gm.KfacGradientConfig(stagger=False, **options), case.x, case.t)
+    assert len({tuple(p) for p in prepared.values()}) == 1  # without staggering, all at once
     return measured, next(iter(prepared.values()))
 
 
@@ -89,7 +89,7 @@ def test_updates_happen_when_they_are_due(key: str, name: str, monkeypatch: pyte
 
 def test_methods_of_gradients_follow_the_same_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = mlp()
-    config = gm.ShampooGradientConfig(curvature_interval=5, preconditioner_interval=8, warmup_steps=2, spread=False)
+    config = gm.ShampooGradientConfig(curvature_interval=5, preconditioner_interval=8, warmup_steps=2, stagger=False)
     _, measured, prepared = recorded(monkeypatch, case.model, config, case.x, case.t)
     assert measured == [0, 1, 6, 11, 16, 21]
     assert set(map(tuple, prepared.values())) == {(0, 1, 9, 17)}
@@ -97,7 +97,7 @@ def test_methods_of_gradients_follow_the_same_clocks(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_spread_refreshes_every_block_once_a_period_and_shares_the_cost(
+def test_staggering_refreshes_every_block_once_a_period_and_shares_the_cost(
     interval: int, warmup: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight layers of eight sizes, so that nothing is stacked; the first refresh of all is at once."""

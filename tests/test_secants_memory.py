@@ -227,7 +227,7 @@ def test_a_step_reads_the_pairs_and_copies_none() -> None:
 
 
 def test_what_is_applied_at_once_has_no_interval() -> None:
-    for option, value in {"preconditioner_interval": 3, "spread": False}.items():
+    for option, value in {"preconditioner_interval": 3, "stagger": False}.items():
         with pytest.raises(ValueError, match=f"{option}={value} would have no effect"):
             METHODS["lbfgs"].Config(**{option: value})
 

@@ -23,7 +23,7 @@ from gradmaker.solvers import Solver
 from tests import oracles
 
 AXES = [name for name, make in METHODS.items() if issubclass(make.Config, AxesGradientConfig)]
-SCHEDULE: dict[str, Any] = {"preconditioner_interval": 2, "warmup_steps": 0, "spread": False}
+SCHEDULE: dict[str, Any] = {"preconditioner_interval": 2, "warmup_steps": 0, "stagger": False}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -298,7 +298,7 @@ def test_a_grouped_convolution_trains_as_its_groups(method: str) -> None:
 def test_order_three_is_dense() -> None:
     """(H_1 (x) H_2 (x) H_3)^(-1/6) g of each part, with whole matrices."""
     steps = [randn(4, 3, 2, seed=k) for k in range(6)]
-    options = {"method": "shampoo", "norm": "none", "decay": None, "damping": 1e-6, "preconditioner_interval": 1}
+    options = {"method": "shampoo", "grafting": "none", "decay": None, "damping": 1e-6, "preconditioner_interval": 1}
     for split, parts in (((), 1), ({"w.0": 2}, 2)):
         (found,) = run({**options, "split": split}, [[g] for g in steps])
         for j, value in enumerate(found.chunk(parts)):

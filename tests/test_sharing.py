@@ -17,7 +17,7 @@ from gradmaker.curvature import FisherExact
 from tests import models, oracles
 from tests.models import CLASSES, Case
 
-EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 
 
 class Mixer(nn.Module):

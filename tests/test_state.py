@@ -26,11 +26,11 @@ SPARSE: dict[str, Any] = {"curvature_interval": 3, "preconditioner_interval": 4,
 CONFIGS: dict[str, Callable[[], Any]] = {
     "plain": gm.PlainGradientConfig,
     "adam": gm.AdamGradientConfig,
-    "adagrad_kept": lambda: gm.AdagradGradientConfig(norm="keep"),
-    "shampoo_adagrad": lambda: gm.ShampooGradientConfig(norm="adagrad", momentum=0.9, **SPARSE),
-    "shampoo_adam": lambda: gm.ShampooGradientConfig(norm="adam", root="newton", decay=None, **SPARSE),
+    "adagrad_kept": lambda: gm.AdagradGradientConfig(grafting="keep"),
+    "shampoo_adagrad": lambda: gm.ShampooGradientConfig(grafting="adagrad", momentum=0.9, **SPARSE),
+    "shampoo_adam": lambda: gm.ShampooGradientConfig(grafting="adam", root="newton", decay=None, **SPARSE),
     "kfac_mc": lambda: gm.KfacGradientConfig(fisher=FisherMC(samples=2), momentum=0.5, **SPARSE),
-    "kfac_at_once": lambda: gm.KfacGradientConfig(spread=False, split="exact", **SPARSE),
+    "kfac_at_once": lambda: gm.KfacGradientConfig(stagger=False, split="exact", **SPARSE),
     "kfac_fallback": lambda: gm.KfacGradientConfig(fallback="adam", fisher=FisherEmp(), **SPARSE),
     "kfac_schedules": lambda: gm.KfacGradientConfig(
         curvature_interval=Linear(first=1, last=4, total=6),
@@ -161,7 +161,7 @@ def test_a_layer_that_comes_late_is_treated_as_if_it_were_alone(starts: int, mon
     for limit in (128, 0):
         monkeypatch.setattr(stacking, "STACK_LIMIT", limit)
         case = twins(starts)
-        maker = maker_of(case.model, gm.KfacGradientConfig(spread=False, fisher=FisherExact(), **SPARSE | {"warmup_steps": 0}))
+        maker = maker_of(case.model, gm.KfacGradientConfig(stagger=False, fisher=FisherExact(), **SPARSE | {"warmup_steps": 0}))
         for index in range(7):
             train(maker, case, index, index + 1)
             late: Any = case.model.get_submodule("late").weight
@@ -228,7 +228,7 @@ def _edit(state: Any, path: tuple[str, ...], value: Any) -> Any:
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "not a state": (lambda s: s.clear(), "expected what state_dict"),
     "another kind": (
-        lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1, format=2),
+        lambda s: s["sites"].__setitem__("0", 3) if s.clear() else s.update(step=1, format=3),
         "expected what state_dict",
     ),
     "missing site": (lambda s: _edit(s, ("sites", "2"), None), r"missing \['2'\], unknown \[\]"),
@@ -237,7 +237,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "missing clock": (lambda s: _edit(s, ("clocks", "method"), None), r"clocks: missing \['method'\]"),
     "missing time": (lambda s: _edit(s, ("clocks", "method", "refresh", "next"), None), r"refresh: missing \['next'\]"),
     "no format": (lambda s: _edit(s, ("format",), None), r"saved by an earlier version, which gave no format.*measure anew"),
-    "another format": (lambda s: _edit(s, ("format",), 1), r"of format 1, and format 2 is read"),
+    "another format": (lambda s: _edit(s, ("format",), 1), r"of format 1, and format 3 is read"),
     "unknown key": (lambda s: _edit(s, ("extra",), 1), r"unknown \['extra'\]"),
     "missing part": (lambda s: _edit(s, ("sites", "0", "cache"), None), r"0: missing \['cache'\]"),
     "missing tensor": (lambda s: _edit(s, ("sites", "0", "state", "left"), None), r"0: state: missing \['left'\]"),
@@ -424,7 +424,7 @@ def test_a_plain_maker_saves_between_steps() -> None:
         maker.state_dict()
     run_parts(maker, case, 0, PARTS[1:])
     maker.precondition()
-    assert maker.state_dict() == {"format": 2, "step": 1}
+    assert maker.state_dict() == {"format": 3, "step": 1}
 
 
 def test_a_measured_pass_of_another_loop_is_not_saved() -> None:

@@ -250,7 +250,7 @@ KFAC_ROWS: dict[str, tuple[Callable[[], Case], dict[str, Any]]] = {
 def test_kfac(row: str) -> None:
     make, options = KFAC_ROWS[row]
     case = make()
-    schedule = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+    schedule = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
     config = KfacGradientConfig(**{"damping": 1e-2, **schedule, **options})
     compare(case, METHODS["kfac"](case.model, config), Kfac(config), 5e-3, 1e-8)
 
@@ -296,7 +296,7 @@ class Shampoo:
         return product
 
     def rescaled(self, u: Tensor, g: Tensor, history: list[Tensor]) -> Tensor:
-        squares, kind = torch.stack(history).square(), self.config.norm
+        squares, kind = torch.stack(history).square(), self.config.grafting
         if kind == "none":
             return u
         if kind == "keep":
@@ -311,20 +311,20 @@ class Shampoo:
 
 
 SHAMPOO_ROWS: dict[str, tuple[Callable[[], Case], dict[str, Any]]] = {
-    "sum": (models.mlp, {"decay": None, "norm": "none"}),
-    "average": (models.mlp, {"decay": 0.9, "norm": "none"}),
-    "keep": (models.mlp, {"decay": 0.9, "norm": "keep"}),
-    "adagrad": (models.mlp, {"decay": None, "norm": "adagrad"}),
-    "adam": (models.mlp, {"decay": 0.9, "norm": "adam"}),
-    "intervals": (models.mlp, {"norm": "none", "curvature_interval": 3, "preconditioner_interval": 3}),
-    "stale_roots": (models.mlp, {"norm": "adam", "preconditioner_interval": 4}),
-    "stale_statistics": (models.mlp, {"norm": "adagrad", "decay": None, "curvature_interval": 3}),
-    "order_4": (partial(models.convolution, 2, groups=2), {"decay": None, "norm": "none"}),
-    "order_4_keep": (partial(models.convolution, 2), {"decay": 0.9, "norm": "keep", "preconditioner_interval": 3}),
-    "order_5": (partial(models.convolution, 3, groups=4), {"decay": 0.9, "norm": "adam"}),
-    "vectors": (models.normed, {"decay": None, "norm": "none"}),
-    "large_ridge": (models.mlp, {"damping": 0.1, "norm": "none"}),
-    "embedding": (models.embedding_mean, {"decay": 0.9, "norm": "none", "damping": 1e-3}),
+    "sum": (models.mlp, {"decay": None, "grafting": "none"}),
+    "average": (models.mlp, {"decay": 0.9, "grafting": "none"}),
+    "keep": (models.mlp, {"decay": 0.9, "grafting": "keep"}),
+    "adagrad": (models.mlp, {"decay": None, "grafting": "adagrad"}),
+    "adam": (models.mlp, {"decay": 0.9, "grafting": "adam"}),
+    "intervals": (models.mlp, {"grafting": "none", "curvature_interval": 3, "preconditioner_interval": 3}),
+    "stale_roots": (models.mlp, {"grafting": "adam", "preconditioner_interval": 4}),
+    "stale_statistics": (models.mlp, {"grafting": "adagrad", "decay": None, "curvature_interval": 3}),
+    "order_4": (partial(models.convolution, 2, groups=2), {"decay": None, "grafting": "none"}),
+    "order_4_keep": (partial(models.convolution, 2), {"decay": 0.9, "grafting": "keep", "preconditioner_interval": 3}),
+    "order_5": (partial(models.convolution, 3, groups=4), {"decay": 0.9, "grafting": "adam"}),
+    "vectors": (models.normed, {"decay": None, "grafting": "none"}),
+    "large_ridge": (models.mlp, {"damping": 0.1, "grafting": "none"}),
+    "embedding": (models.embedding_mean, {"decay": 0.9, "grafting": "none", "damping": 1e-3}),
 }
 
 
@@ -333,7 +333,7 @@ SHAMPOO_ROWS: dict[str, tuple[Callable[[], Case], dict[str, Any]]] = {
 def test_shampoo(row: str, root: str, tolerance: float) -> None:
     make, options = SHAMPOO_ROWS[row]
     case = make()
-    schedule = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+    schedule = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
     config = ShampooGradientConfig(**{"decay": 0.9, "root": root, **schedule, **options})
-    lr = 0.3 if config.norm == "keep" else 0.02
+    lr = 0.3 if config.grafting == "keep" else 0.02
     compare(case, METHODS["shampoo"](case.model, config), Shampoo(config), lr, tolerance)

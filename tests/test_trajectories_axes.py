@@ -146,18 +146,26 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "raw": {"decay": 0.9, "averaging": "raw"},
 }
 LENGTHS: dict[str, dict[str, Any]] = {
-    "none": {"norm": "none"},
-    "sgd": {"norm": "keep"},
-    "adagrad": {"norm": "adagrad"},
-    "rmsprop": {"norm": "rmsprop", "norm_decay": 0.9},
-    "adam": {"norm": "adam"},
-    "adam_decay": {"norm": "adam", "norm_decay": 0.8},
-    "nesterov": {"norm": "adam", "momentum": 0.8, "nesterov": True, "start_step": 6},
+    "none": {"grafting": "none"},
+    "sgd": {"grafting": "keep"},
+    "adagrad": {"grafting": "adagrad"},
+    "rmsprop": {"grafting": "rmsprop", "grafting_decay": 0.9},
+    "adam": {"grafting": "adam"},
+    "adam_decay": {"grafting": "adam", "grafting_decay": 0.8},
+    "nesterov": {"grafting": "adam", "momentum": 0.8, "nesterov": True, "start_step": 6},
 }
-ALL = {"merge": "to_2d", "block_size": 3, "decay": 0.9, "norm": "adam", "norm_decay": 0.9, "momentum": 0.8, "nesterov": True}
+ALL = {
+    "merge": "to_2d",
+    "block_size": 3,
+    "decay": 0.9,
+    "grafting": "adam",
+    "grafting_decay": 0.9,
+    "momentum": 0.8,
+    "nesterov": True,
+}
 
-OFTEN: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
-ROOTED = OFTEN | {"damping": 1e-4, "norm": "none"}
+OFTEN: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
+ROOTED = OFTEN | {"damping": 1e-4, "grafting": "none"}
 METHODS_ON_AXES: dict[str, tuple[Callable[[Any], Rule], dict[str, Any]]] = {
     "shampoo": (Product, ROOTED),
     "one_sided": (lambda c: Product(c, one=True), ROOTED),
@@ -166,11 +174,11 @@ METHODS_ON_AXES: dict[str, tuple[Callable[[Any], Rule], dict[str, Any]]] = {
     "caspr_axes": (PowerMean, ROOTED | {"momentum": 0.0, "nesterov": False, "p": None}),
     "full_adagrad": (Whole, {"damping": 1e-4}),
     "full_adagrad_window": (Whole, {"damping": 1e-4, "window": 6}),
-    "caspr_adaptive": (OneWay, {"basis_interval": 3, "start_step": 0, "norm": "none", "start": 1e-2, "damping": 1e-4}),
-    "kradagrad_star": (lambda c: Star("exact", c.damping, c.decay), OFTEN | {"damping": 1e-3, "norm": "none"}),
+    "caspr_adaptive": (OneWay, {"basis_interval": 3, "start_step": 0, "grafting": "none", "start": 1e-2, "damping": 1e-4}),
+    "kradagrad_star": (lambda c: Star("exact", c.damping, c.decay), OFTEN | {"damping": 1e-3, "grafting": "none"}),
     "kradagrad_star_tr": (
         lambda c: Star("tr", c.damping, c.decay),
-        OFTEN | {"damping": 1e-3, "denominator": "tr", "norm": "none"},
+        OFTEN | {"damping": 1e-3, "denominator": "tr", "grafting": "none"},
     ),
     "kradagrad": (lambda c: Alternating(c.damping, c.basis_interval, c.start, c.decay), {}),
     "soap": (lambda c: Soap(3, c.decay, c.damping, False), {"basis_interval": 3, "damping": 1e-4, "momentum": 0.0}),
@@ -236,11 +244,17 @@ def case_of(method: str, row: dict[str, Any]) -> Case:
 def test_thirty_steps(method: str, name: str, row: dict[str, Any]) -> None:
     make, _ = METHODS_ON_AXES[method]
     config, case = config_of(method, row), case_of(method, row)
-    names = {"merge": "merge", "block": "block_size", "norm": "norm", "norm_decay": "norm_decay", "momentum": "momentum"}
+    names = {
+        "merge": "merge",
+        "block": "block_size",
+        "grafting": "grafting",
+        "grafting_decay": "grafting_decay",
+        "momentum": "momentum",
+    }
     names |= {"nesterov": "nesterov", "start": "start_step", "rows": "side"}
     options = {key: getattr(config, field) for key, field in names.items() if field in options_of(method)}
     maker = METHODS[base_of(method)](case.model, config)
-    compare(case, maker, Reference(lambda: make(config), **options), 0.3 if config.norm == "keep" else 0.02, 1e-6)
+    compare(case, maker, Reference(lambda: make(config), **options), 0.3 if config.grafting == "keep" else 0.02, 1e-6)
 
 
 def test_every_method_is_switched_in_every_way() -> None:

@@ -394,7 +394,7 @@ def test_equivalent_triples(name: str) -> None:
 
 
 def test_shampoo_is_its_triple() -> None:
-    named = METHODS["shampoo"].Config(norm="none", decay=None, damping=1e-4, preconditioner_interval=1)
+    named = METHODS["shampoo"].Config(grafting="none", decay=None, damping=1e-4, preconditioner_interval=1)
     free = custom(BatchGradient(), KronDims(), Eigh(power=-0.5, damping=1e-4, split="each", mode="largest"), decay=None)
     assert oracles.relative_error(direction(models.mlp, named, "shampoo", 3), direction(models.mlp, free, steps=3)) < 1e-12
 

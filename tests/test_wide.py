@@ -33,7 +33,7 @@ from tests.live import Live
 from tests.models import CLASSES, Case
 
 pytestmark = pytest.mark.usefixtures("double")
-EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "spread": False}
+EVERY_STEP: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
 NEW, FURTHER = Fold(0.0, 1.0, 1.0), Fold(0.7, 0.3, 0.3)
 
 

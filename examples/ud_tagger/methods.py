@@ -87,7 +87,7 @@ def _options(point: Point, setting: Setting) -> dict[str, Any]:
         "decay": 1 - point["one_minus_beta2"],
         "momentum": 1 - point["one_minus_beta1"],
         "nesterov": True,
-        "norm": "adam",
+        "grafting": "adam",
         "preconditioner_interval": setting.interval,
         "max_dim": setting.max_dim,
         "block_size": setting.block_size,

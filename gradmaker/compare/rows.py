@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradmaker.compare.errors import InputError, suggest
+from gradmaker.deprecations import current_name
 
 Method = str | Path | Mapping[str, Any]
 ROW_KEYS = ("label", "learning_rates", "optimizer")
@@ -115,7 +116,8 @@ class Row:
         """The whole configuration as plain values, with the defaults that the maker's config filled in."""
         config = getattr(maker, "config", None)
         resolved = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else {}
-        stated = {} if self.maker is None else {"maker": plain({**self.maker, **resolved})}
+        given = {current_name(type(config), name): value for name, value in (self.maker or {}).items()}
+        stated = {} if self.maker is None else {"maker": plain({**given, **resolved})}
         return {**stated, "optimizer": {"name": self.optimizer, **plain(self.options)}}
 
 

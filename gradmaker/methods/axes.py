@@ -26,7 +26,7 @@ APPLIED = {"bfloat16": torch.bfloat16, **DTYPES}
 class AxesGradientConfig(GradientConfig):
     """Every parameter tensor, or block of it, by itself, with a factor for each of its axes."""
 
-    idle = BatchGradient.idle | COVERS_ALL
+    inapplicable = BatchGradient.inapplicable | COVERS_ALL
 
     merge: Merge = "none"
     """Axes that become one: none, squeeze (those of size one go), to_2d (all but the first), balanced (to a matrix as square as
@@ -87,10 +87,10 @@ class RootedGradientConfig(HeldRootsGradientConfig):
         check_choice("averaging", self.averaging, list(get_args(Averaging)))
         self.rooter()
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """A sum has no average."""
         summed = {"averaging": "the statistic is a sum; set decay"} if self.decay is None else {}
-        return super().idle_options() | summed
+        return super().inapplicable_options() | summed
 
     def rooter(self) -> Solver:
         """What roots the factors. ValueError for a mode that the root does not have."""

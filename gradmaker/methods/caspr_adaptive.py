@@ -36,7 +36,7 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
     decay: float | None = 0.999
     momentum: float = 0.9
     nesterov: bool = True
-    norm: str = "adam"
+    grafting: str = "adam"
     start_step: int = 101
     merge: Merge = "to_2d"
     block_size: int | None = 1024

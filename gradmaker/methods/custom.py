@@ -22,7 +22,7 @@ class CustomGradientConfig(GradientConfig):
 
     damping: float | None = None
     """Replaces that of the solver."""
-    idle = COVERS_ALL
+    inapplicable = COVERS_ALL
 
     curvature: Curvature = BatchGradient()
     representation: Representation = Diagonal()
@@ -39,9 +39,9 @@ class CustomGradientConfig(GradientConfig):
             object.__setattr__(self, "solver", replace(self.solver, damping=self.damping))  # type: ignore[type-var]
         Triple(self.curvature, self.representation, self.solver)
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """Also what the granularity and the solver leave without a meaning."""
-        found = super().idle_options() | (ONE_BLOCK if self.representation.grain == "full" else {})
+        found = super().inapplicable_options() | (ONE_BLOCK if self.representation.grain == "full" else {})
         if not hasattr(self.solver, "damping"):
             found["damping"] = f"{type(self.solver).__name__} has none; set that of the representation or of the curvature"
         if self.decay == 0 and found.items() >= NEWEST_ALONE.items():

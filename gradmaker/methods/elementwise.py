@@ -23,7 +23,7 @@ class AdagradGradientConfig(GradientConfig):
     Reference: Duchi, Hazan & Singer, JMLR 2011, figure 1; defaults of `torch.optim.Adagrad`.
     """
 
-    idle = BatchGradient.idle | Diagonal.idle | COVERS_ALL
+    inapplicable = BatchGradient.inapplicable | Diagonal.inapplicable | COVERS_ALL
 
     damping: float = 1e-10
     decay: float | None = None
@@ -47,7 +47,7 @@ class AdamGradientConfig(GradientConfig):
     Reference: Kingma & Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
     """
 
-    idle = BatchGradient.idle | Diagonal.idle | COVERS_ALL
+    inapplicable = BatchGradient.inapplicable | Diagonal.inapplicable | COVERS_ALL
 
     damping: float = 1e-8
     decay: float | None = 0.999

@@ -66,7 +66,7 @@ class KfraGradientConfig(KroneckerGradientConfig):
     Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3; average and schedule are those of K-FAC.
     """
 
-    idle = COVERS_ALL
+    inapplicable = COVERS_ALL
 
     fisher: Curvature = FisherRecursive()
 
@@ -127,7 +127,7 @@ class SkfacGradientConfig(KroneckerGradientConfig):
     Reference: Tang et al., CVPR 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature".
     """
 
-    idle = NO_LIMIT | {"wide_sides": "rows are what serves wide sides"}
+    inapplicable = NO_LIMIT | {"wide_sides": "rows are what serves wide sides"}
     only_with: ClassVar[dict[str, dict[str, Any]]] = {"positions": {"reduction": "subsample"}}
 
     decay: float | None = 0.0

@@ -48,9 +48,9 @@ class FullAdagradGradientConfig(AxesGradientConfig):
         check_choice("mode", self.mode, ["absolute", "largest"])
         self._triple()
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """A window holds no matrix of the tensor's size."""
-        return super().idle_options() | ({} if self.window is None else Window.idle)
+        return super().inapplicable_options() | ({} if self.window is None else Window.inapplicable)
 
     def _triple(self) -> Triple:
         if self.window is None:

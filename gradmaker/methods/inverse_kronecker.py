@@ -53,14 +53,14 @@ class KradagradStarGradientConfig(HeldRootsGradientConfig):
 
     damping: float = 1e-5
     decay: float | None = None
-    norm: str = "keep"
+    grafting: str = "keep"
     preconditioner_interval: int | Schedule = 20
     warmup_steps: int = 5
     denominator: Denominator = "exact"
     compat: Literal["none", "kradagrad"] = "none"
 
     def __post_init__(self) -> None:
-        _take_published(self, {"denominator": "d-tr", "norm": "keep"})
+        _take_published(self, {"denominator": "d-tr", "grafting": "keep"})
         super().__post_init__()
         self._state()
 
@@ -97,7 +97,7 @@ class KradagradGradientConfig(AxesGradientConfig):
     compat: Literal["none", "kradagrad"] = "none"
 
     def __post_init__(self) -> None:
-        _take_published(self, {"start": None, "norm": "none"})
+        _take_published(self, {"start": None, "grafting": "none"})
         super().__post_init__()
         if self.decay == 0:
             raise ValueError(ONE_AXIS)

@@ -60,7 +60,7 @@ class ShampooGradientConfig(RootedGradientConfig):
     """Shampoo: ``P G = G x_1 H_1^(-1/2k) ... x_k H_k^(-1/2k)`` with ``H_m`` the statistic of axis ``m`` of the gradient.
 
     ``damping`` is a ridge relative to each factor's largest eigenvalue. Vectors get full-matrix AdaGrad, which is Shampoo of
-    order one. ``decay=None`` sums, as first published; ``norm`` grafts.
+    order one. ``decay=None`` sums, as first published; ``grafting`` grafts.
 
     Reference: Gupta, Koren & Singer, ICML 2018, arXiv:1802.09568, algorithms 1 and 2; average, ridge and grafting: Anil et
     al., 2020, arXiv:2002.09018.
@@ -68,10 +68,10 @@ class ShampooGradientConfig(RootedGradientConfig):
 
     damping: float = 1e-6
     decay: float | None = 0.95
-    norm: str = "keep"
+    grafting: str = "keep"
     preconditioner_interval: int | Schedule = 20
     warmup_steps: int = 5
-    only_with: ClassVar[dict[str, dict[str, Any]]] = {"balanced": {"exponent": bool, "norm": "none"}}
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"balanced": {"exponent": bool, "grafting": "none"}}
 
     exponent: float | None = None
     """``e`` of ``H^(-e)`` on every axis, instead of ``1/2k``; 1/2 fits better (Morwani et al. 2024, arXiv:2406.17748)."""

@@ -52,7 +52,7 @@ class SmwNaturalGradientConfig(_LatestBatchConfig):
     networks", arXiv:1906.02353, section 3.
     """
 
-    idle = Rows.idle | ONE_BLOCK
+    inapplicable = Rows.inapplicable | ONE_BLOCK
 
     fisher: Curvature = FisherEmp()
     """FisherEmp, FisherMC or FisherExact."""
@@ -98,7 +98,7 @@ class TongaGradientConfig(GradientConfig):
     Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, "Topmoumoute online natural gradient algorithm", sections 4 and 5.
     """
 
-    idle = BatchGradient.idle | Truncated.idle | COVERS_ALL | ONE_BLOCK
+    inapplicable = BatchGradient.inapplicable | Truncated.inapplicable | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-3
     decay: float | None = 0.995
@@ -133,7 +133,7 @@ class TongaUnitGradientConfig(TongaGradientConfig):
     Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, section 5 (block-diagonal version, rank 5).
     """
 
-    idle = BatchGradient.idle | Truncated.idle | COVERS_ALL
+    inapplicable = BatchGradient.inapplicable | Truncated.inapplicable | COVERS_ALL
 
     rank: int = 5
 
@@ -156,7 +156,7 @@ class MfacGradientConfig(GradientConfig):
     Reference: Frantar, Kurtic & Alistarh, NeurIPS 2021, arXiv:2107.03356, section 3.2; defaults of the authors' code.
     """
 
-    idle = BatchGradient.idle | Window.idle | COVERS_ALL | ONE_BLOCK
+    inapplicable = BatchGradient.inapplicable | Window.inapplicable | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-5
     decay: float | None = None
@@ -188,7 +188,7 @@ class GgtGradientConfig(GradientConfig):
     Reference: Agarwal et al., ICML 2019, arXiv:1806.02958, algorithm 1.
     """
 
-    idle = BatchGradient.idle | Window.idle | COVERS_ALL | ONE_BLOCK
+    inapplicable = BatchGradient.inapplicable | Window.inapplicable | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-4
     decay: float | None = None
@@ -224,7 +224,7 @@ class SengGradientConfig(_LatestBatchConfig):
     of the authors' code for CIFAR.
     """
 
-    idle = Sketched.idle
+    inapplicable = Sketched.inapplicable
     only_with: ClassVar[dict[str, dict[str, Any]]] = {"official": {"coordinates": bool}}
 
     damping: float = 0.05
@@ -242,9 +242,9 @@ class SengGradientConfig(_LatestBatchConfig):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """A seed is that of the coordinates too."""
-        found = super().idle_options()
+        found = super().inapplicable_options()
         return {name: reason for name, reason in found.items() if self.coordinates is None or name != "seed"}
 
     def triple(self, site: Site) -> Triple | None:

@@ -53,7 +53,7 @@ class NewtonGradientConfig(GradientConfig):
     for the diagonal.
     """
 
-    idle = COVERS_ALL
+    inapplicable = COVERS_ALL
 
     damping: float = 1e-2
     decay: float | None = 0.0
@@ -68,10 +68,10 @@ class NewtonGradientConfig(GradientConfig):
         super().__post_init__()
         check_choice("granularity", self.granularity, ["full", "layer", "diagonal"])
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """Also what the granularity leaves without a meaning."""
-        held = {"full": ONE_BLOCK, "diagonal": Diagonal.idle}
-        return super().idle_options() | held.get(self.granularity, {})
+        held = {"full": ONE_BLOCK, "diagonal": Diagonal.inapplicable}
+        return super().inapplicable_options() | held.get(self.granularity, {})
 
     def triple(self, site: Site) -> Triple | None:
         if self.granularity == "diagonal":
@@ -91,7 +91,7 @@ class NewtonGradientMaker(PreconditionedGradientMaker):
 class MatrixFreeConfig(GradientConfig):
     """What methods on products with a curvature have in common."""
 
-    idle = Implicit.idle | COVERS_ALL | ONE_BLOCK
+    inapplicable = Implicit.inapplicable | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-3
     decay: float | None = 0.0
@@ -107,10 +107,10 @@ class MatrixFreeConfig(GradientConfig):
             check_count("curvature_examples", self.curvature_examples, 1)
         self._triple()
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """Of the curvature as it is measured."""
-        own, measured = self.curvature.idle, self._triple().curvature.idle
-        return {name: why for name, why in super().idle_options().items() if name not in own or name in measured}
+        own, measured = self.curvature.inapplicable, self._triple().curvature.inapplicable
+        return {name: why for name, why in super().inapplicable_options().items() if name not in own or name in measured}
 
     def measured(self, **options: Any) -> Curvature:
         """The curvature with what the method wants of it.  options: fields of `Products`"""

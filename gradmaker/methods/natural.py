@@ -34,7 +34,7 @@ class UnitNaturalGradientConfig(GradientConfig):
     Reference: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2.
     """
 
-    idle = COVERS_ALL
+    inapplicable = COVERS_ALL
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
@@ -57,7 +57,7 @@ class FullNaturalGradientConfig(GradientConfig):
     Reference: Amari, Neural Computation 1998.
     """
 
-    idle = COVERS_ALL | ONE_BLOCK
+    inapplicable = COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
@@ -81,7 +81,7 @@ class LayerNaturalGradientConfig(GradientConfig):
     arXiv:1503.05671, section 4.1.
     """
 
-    idle = COVERS_ALL
+    inapplicable = COVERS_ALL
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
@@ -104,7 +104,7 @@ class DiagonalNaturalGradientConfig(GradientConfig):
     Reference: Becker & LeCun 1988 for the diagonal Gauss-Newton matrix; Martens, JMLR 2020, arXiv:1412.1193, section 11.
     """
 
-    idle = Diagonal.idle | COVERS_ALL
+    inapplicable = Diagonal.inapplicable | COVERS_ALL
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)

@@ -57,7 +57,7 @@ class PsgdGradientConfig(HessianProbeConfig):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; defaults of the author's psgd_torch.
     """
 
-    idle = HessianProbe.idle | TriangularQ.idle | COVERS_ALL | ONE_BLOCK
+    inapplicable = HessianProbe.inapplicable | TriangularQ.inapplicable | COVERS_ALL | ONE_BLOCK
     only_with: ClassVar[dict[str, dict[str, Any]]] = {"mode": {"whiten": False}}
 
     damping: float = 1e-9
@@ -100,7 +100,7 @@ class PsgdKfGradientConfig(PsgdGradientConfig):
     ``geometry``.
     """
 
-    idle = HessianProbe.idle | KronQ.idle | COVERS_ALL
+    inapplicable = HessianProbe.inapplicable | KronQ.inapplicable | COVERS_ALL
 
     max_skew: float | None = None
     geometry: str = "EQ"
@@ -120,19 +120,19 @@ class PsgdKfGradientMaker(PreconditionedGradientMaker):
 class PsgdWhitenGradientConfig(AxesGradientConfig):
     """PSGD-Kron, whitening: ``P = (x)_k Q_k^T Q_k``, a factor for each axis of a tensor, fitted to ``E[g g^T]^(-1/2)``.
 
-    Options as of `PsgdKfGradientConfig`. ``norm='amplitude'`` bounds what is left of outliers; a whitened gradient has entries
-    of about one, so that learning rates are Adam's. ``momentum`` is preconditioned by what whitens the gradient. Differs from
-    psgd_torch in small things: an average of gradients with Adam's bias correction, a first ``P`` for each tensor by itself,
-    balanced factors at every step, and no update from a gradient that is zero throughout.
+    Options as of `PsgdKfGradientConfig`. ``grafting='amplitude'`` bounds what is left of outliers; a whitened gradient has
+    entries of about one, so that learning rates are Adam's. ``momentum`` is preconditioned by what whitens the gradient.
+    Differs from psgd_torch in small things: an average of gradients with Adam's bias correction, a first ``P`` for each tensor
+    by itself, balanced factors at every step, and no update from a gradient that is zero throughout.
 
     Reference: Li, 2024, arXiv:2402.11858; Pooladzandi, Li, 2024, arXiv:2402.04553; defaults of psgd_torch (2025).
     """
 
-    idle = GradientProbe.idle | KronQ.idle | COVERS_ALL
+    inapplicable = GradientProbe.inapplicable | KronQ.inapplicable | COVERS_ALL
 
     damping: float = 1e-9
     decay: float | None = None
-    norm: str = "amplitude"
+    grafting: str = "amplitude"
     merge: Merge = "squeeze"
     rate: float = 0.1
     max_skew: float | None = 1.0
@@ -165,7 +165,7 @@ class AdahessianGradientConfig(HessianProbeConfig):
     Reference: Yao et al., AAAI 2021, arXiv:2006.00719, algorithm 1; defaults of the authors' code.
     """
 
-    idle = HessianProbe.idle | ProbeDiagonal.idle | COVERS_ALL
+    inapplicable = HessianProbe.inapplicable | ProbeDiagonal.inapplicable | COVERS_ALL
 
     damping: float = 1e-4
     decay: float | None = 0.999
@@ -204,13 +204,13 @@ class EsgdGradientConfig(HessianProbeConfig):
     Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, algorithm 1 (one probe in 20 steps, damping 1e-4).
     """
 
-    idle = HessianProbe.idle | ProbeDiagonal.idle | COVERS_ALL
+    inapplicable = HessianProbe.inapplicable | ProbeDiagonal.inapplicable | COVERS_ALL
 
     damping: float = 1e-4
     decay: float | None = None
     curvature_interval: int | Schedule = 20
     preconditioner_interval: int | Schedule = 20
-    spread: bool = False
+    stagger: bool = False
     samples: int = 1
     """Probes a measurement."""
     per_tensor: ClassVar[bool] = True
@@ -243,7 +243,7 @@ class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
     (diagonal).
     """
 
-    idle = HessianProbe.idle | COVERS_ALL
+    inapplicable = HessianProbe.inapplicable | COVERS_ALL
     only_with: ClassVar[dict[str, dict[str, Any]]] = {"samples": {"entries": "probes"}}
 
     damping: float = 1e-3
@@ -259,11 +259,11 @@ class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
         check_interval("damping", self.damping, 1e-300, float("inf"))
         check_count("samples", self.samples, 1)
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """Also what the way of measuring leaves without a meaning."""
-        exact = Hessian().idle
-        held = {"probes": ProbeDiagonal.idle, "hessian": exact | Diagonal.idle, "absolute": exact | ONE_BLOCK}
-        return super().idle_options() | held[self.entries]
+        exact = Hessian().inapplicable
+        held = {"probes": ProbeDiagonal.inapplicable, "hessian": exact | Diagonal.inapplicable, "absolute": exact | ONE_BLOCK}
+        return super().inapplicable_options() | held[self.entries]
 
     def triple(self, site: Site) -> Triple | None:
         if self.entries == "absolute":

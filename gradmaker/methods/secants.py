@@ -33,7 +33,7 @@ class LbfgsGradientConfig(GradientConfig):
     Reference: Liu, Nocedal, Math. Programming 1989; consistent batches: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
 
-    idle = Secant.idle | Pairs.idle | COVERS_ALL | ONE_BLOCK
+    inapplicable = Secant.inapplicable | Pairs.inapplicable | COVERS_ALL | ONE_BLOCK
 
     damping: float = 0.0
     memory: int = 10
@@ -70,7 +70,7 @@ class KbfgsGradientConfig(GradientConfig):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877; defaults of the authors' code.
     """
 
-    idle = LayerSecant.idle
+    inapplicable = LayerSecant.inapplicable
 
     damping: float = 0.3
     decay: float | None = 0.9

@@ -100,9 +100,9 @@ class NeumannPracticalGradientConfig(GradientConfig):
     Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, algorithm 2 and section 4.
     """
 
-    idle = (
-        DisplacedGradient.idle
-        | Position.idle
+    inapplicable = (
+        DisplacedGradient.inapplicable
+        | Position.inapplicable
         | COVERS_ALL
         | ONE_BLOCK
         | {"damping": "no matrix is inverted; beta and alpha keep the weights in bounds"}

@@ -30,7 +30,7 @@ class FangGradientConfig(GradientConfig):
     section 2.2.
     """
 
-    idle = COVERS_ALL
+    inapplicable = COVERS_ALL
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
@@ -42,9 +42,9 @@ class FangGradientConfig(GradientConfig):
         super().__post_init__()
         GaussianGraph(self.structure)
 
-    def idle_options(self) -> dict[str, str]:
+    def inapplicable_options(self) -> dict[str, str]:
         """Also what the structure leaves without a meaning."""
-        return super().idle_options() | GaussianGraph(self.structure).idle
+        return super().inapplicable_options() | GaussianGraph(self.structure).inapplicable
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.fisher, GaussianGraph(self.structure), LocalRegression(damping=self.damping))

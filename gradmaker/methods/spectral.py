@@ -32,7 +32,7 @@ class MuonGradientConfig(AxesGradientConfig):
     Reference: Jordan et al. 2024, Muon; Liu et al. 2025, arXiv:2502.16982 (rms); Carlson et al., AISTATS 2015 (nuclear).
     """
 
-    idle = AxesGradientConfig.idle | NO_LIMIT
+    inapplicable = AxesGradientConfig.inapplicable | NO_LIMIT
     only_with: ClassVar[dict[str, dict[str, Any]]] = {
         "steps": {"iteration": ("quintic", "polar_express")},
         "half": {"iteration": ("quintic", "polar_express")},

@@ -34,7 +34,7 @@ class OneSidedGradientConfig(RootedGradientConfig):
 
     damping: float = 1e-6
     decay: float | None = 0.95
-    norm: str = "keep"
+    grafting: str = "keep"
     preconditioner_interval: int | Schedule = 10
     warmup_steps: int = 5
     merge: Merge = "to_2d"
@@ -68,7 +68,7 @@ class CasprGradientConfig(RootedGradientConfig):
 
     ``p`` generalises: ``[(1/m) sum_k H_k^(-1/2p)]^p`` over the axes; ``p=None`` takes their number, ``p='inf'`` is Shampoo.
     Its code runs on bias-corrected Nesterov averages with the length of NAdam's step, after 101 steps of NAdam itself:
-    ``norm='adam'``, ``start_step=101``. The weights of these averages sum to one here and to ``(1 - b^(t+1)) / (1 - b^t)``
+    ``grafting='adam'``, ``start_step=101``. The weights of these averages sum to one here and to ``(1 - b^(t+1)) / (1 - b^t)``
     there, ``b = momentum``: a longer step at first. The regret bound is that of ``decay=None``.
 
     Reference: Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR 2024, algorithm 1 and section 5 (ridge 1e-6).
@@ -78,7 +78,7 @@ class CasprGradientConfig(RootedGradientConfig):
     decay: float | None = 0.999
     momentum: float = 0.9
     nesterov: bool = True
-    norm: str = "adam"
+    grafting: str = "adam"
     preconditioner_interval: int | Schedule = 20
     warmup_steps: int = 5
     merge: Merge = "to_2d"

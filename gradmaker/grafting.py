@@ -13,10 +13,10 @@ from gradmaker.curvature.evidence import Gradient
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.representations.diagonal import Diagonal
 
-__all__ = ["NORMS", "Amplitude", "Graft", "Keep", "Norm", "Sign"]
+__all__ = ["GRAFTINGS", "Amplitude", "Graft", "Grafting", "Keep", "Sign"]
 
 
-class Norm(ABC):
+class Grafting(ABC):
     """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``, unless it says otherwise."""
 
     leads: ClassVar[bool] = False
@@ -27,7 +27,7 @@ class Norm(ABC):
         """Whether it has a running average, of which the decay can be chosen."""
         return False
 
-    def decaying(self, decay: float) -> Norm:
+    def decaying(self, decay: float) -> Grafting:
         """The rule with this decay; itself where there is none."""
         return self
 
@@ -49,7 +49,7 @@ class Norm(ABC):
 
 
 @dataclass(frozen=True)
-class Keep(Norm):
+class Keep(Grafting):
     """The length of the gradient itself."""
 
     def target(self, state: State, g: Tensor, raw: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Keep(Norm):
 
 
 @dataclass(frozen=True)
-class Graft(Norm):
+class Graft(Grafting):
     """The length of an element-wise method's step: AdaGrad (``decay=None``), Adam, or RMSProp (not ``corrected``).
 
     ``normalised`` divides each block's gradient by its length before it enters the second moment and the step.
@@ -77,7 +77,7 @@ class Graft(Norm):
     def decays(self) -> bool:
         return self.decay is not None
 
-    def decaying(self, decay: float) -> Norm:
+    def decaying(self, decay: float) -> Grafting:
         return replace(self, decay=decay) if self.decays else self
 
     def init(self, frame: Frame) -> State:
@@ -94,7 +94,7 @@ class Graft(Norm):
 
 
 @dataclass(frozen=True)
-class Sign(Norm):
+class Sign(Grafting):
     """The length of a step of plus or minus one for each element, ``sqrt(n)``: Google's SQRT_N."""
 
     def target(self, state: State, g: Tensor, raw: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Sign(Norm):
 
 
 @dataclass(frozen=True)
-class Amplitude(Norm):
+class Amplitude(Grafting):
     """A root mean square of at most ``mean``, then entries of at most ``largest`` in size: a whitened gradient has one.
 
     Reference: Li, psgd_torch (2025), whose defaults these are.
@@ -126,7 +126,7 @@ def _unit(g: Tensor) -> Tensor:
     return g / torch.where(length > 0, length, 1.0).reshape(-1, *[1] * (g.ndim - 1))
 
 
-NORMS: dict[str, Norm | None] = {
+GRAFTINGS: dict[str, Grafting | None] = {
     "none": None,
     "keep": Keep(),
     "adagrad": Graft(None, 1e-10),
