@@ -32,7 +32,7 @@ class AdaptedDamping:
         """Judge by this step, as soon as another begins."""
         self._trial, self._index = trial, step
 
-    def settle(self, step: int) -> bool:
+    def judge(self, step: int) -> bool:
         """At the beginning of a step: judge the one that is waiting. Whether ``lambda`` has changed."""
         if self._trial is None or self._index == step:
             return False

@@ -103,7 +103,7 @@ class Block:
                 done.add(key)
 
     def _update(self, slot: slice, evidence: Evidence, fold: Fold) -> None:
-        whole = self.full or self.triple.representation.live
+        whole = self.full or self.triple.representation.unstacked
         state = self.state if whole else {k: v[slot] for k, v in self.state.items()}
         before = _versions(self.state)
         try:
@@ -204,7 +204,7 @@ class Block:
         measured: names of the sites that have given evidence at all.
         """
         known = measured & {s.name for s in self.sites}
-        due = due or self.triple.representation.fleeting or self.triple.representation.immediate
+        due = due or self.triple.representation.per_step or self.triple.representation.immediate
         refreshed = bool(known) if due else bool(known - self.ready)
         if self.full and refreshed:
             self.cache = self.refreshed(self.state, self.cache or None)
@@ -223,7 +223,7 @@ class Block:
     @property
     def late(self) -> bool:
         """Whether names and shapes of its tensors are known only when it has been measured."""
-        return self.triple.representation.live and not self.triple.representation.fleeting
+        return self.triple.representation.unstacked and not self.triple.representation.per_step
 
     def empty_cache(self) -> State:
         """The names and shapes of a cache, all zero; none where these are not known yet."""

@@ -230,14 +230,14 @@ def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
     """The stacked cache; none where no member is in it."""
     if not ready:
         return {}
-    if block.triple.representation.live:
+    if block.triple.representation.unstacked:
         return _gather_live(block, "cache", members[0], {}, None)
     return _gather_part(block, "cache", members, block.empty_cache())
 
 
 def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:
     own: State = getattr(block, part) if like is None else like
-    if part == "state" and block.triple.representation.live:
+    if part == "state" and block.triple.representation.unstacked:
         if block.late and not members[0]:
             return block.triple.representation.init(block.frame)
         return _gather_live(block, part, members[0], own, block.frame.dtype)
@@ -250,7 +250,7 @@ def _gather_part(block: Block, part: str, members: list[State], like: State | No
 
 
 def _gather_live(block: Block, part: str, member: State, like: State, other: torch.dtype | None) -> State:
-    """The state or cache of a live representation: only its own `update` knows names and shapes, beyond the first axis.
+    """The state or cache of an unstacked representation: only its own `update` knows names and shapes, beyond the first axis.
 
     other: dtype of the floating tensors that ``like`` does not have; None leaves it
     """

@@ -59,7 +59,7 @@ class Ledger:
         """The passes of the step are to be repeated: what ends with a pass is measured anew.  blocks: those of the plan"""
         self.solved = None
         for block in blocks:
-            if block.triple.representation.fleeting:
+            if block.triple.representation.per_step:
                 block.triple.representation.release(block.state)
                 own = {block.name, *(s.name for s in block.sites)}
                 self.prepared.pop(block, None)

@@ -256,7 +256,7 @@ class MeasuringMaker(GradientMaker):
         if ridden is not None:
             ridden = scaled(ridden, 1 / (weight * scale))
         for curvature in self._curvatures():
-            held = curvature not in self.plan.fleeting  # a statistic takes in no loss without terms; what ends now begins anew
+            held = curvature not in self.plan.per_step  # a statistic takes in no loss without terms; what ends now begins anew
             if curvature.rides == (ridden is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked, self._due)
                 if not step.sites:

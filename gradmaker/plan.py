@@ -56,9 +56,9 @@ class Plan:
         return [c for c in found if c.of_passes == of_passes]
 
     @property
-    def fleeting(self) -> frozenset[Curvature]:
+    def per_step(self) -> frozenset[Curvature]:
         """Those whose evidence ends with the step: they are measured at every one."""
-        return frozenset(b.triple.curvature for b in self.blocks if b.triple.representation.fleeting)
+        return frozenset(b.triple.curvature for b in self.blocks if b.triple.representation.per_step)
 
     def purposes(self) -> frozenset[str]:
         """What a batch of its own can be declared for."""
@@ -89,7 +89,7 @@ class PlanClocks:
 
     def measure(self, step: int) -> frozenset[str]:
         """The methods that are to be measured; to be asked once for each step."""
-        ending = {b.method for b in self.plan.blocks if b.triple.representation.fleeting}
+        ending = {b.method for b in self.plan.blocks if b.triple.representation.per_step}
         return frozenset(name for name, clocks in self.of.items() if clocks.measure.tick(step) | (name in ending))
 
     def retry(self, due: Collection[str], reached: Collection[str], step: int) -> None:

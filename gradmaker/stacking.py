@@ -22,7 +22,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
         shared = (p.method, p.triple, p.grafting, p.momentum, p.nesterov, p.decay, p.averaging, p.dtype, p.precision)
         key: tuple[object, ...] = shared
         if frame is not None:
-            large = p.triple.representation.live or max(frame.shape, default=1) > STACK_LIMIT
+            large = p.triple.representation.unstacked or max(frame.shape, default=1) > STACK_LIMIT
             alone = p.site.name if large else ""
             key = (*key, replace(frame, stack=0), alone)
         groups.setdefault(key, []).append(p)
@@ -45,7 +45,7 @@ def carry(old: Iterable[Block], new: Iterable[Block]) -> None:
     parts = [(block, *pair) for block in old if not block.full for pair in zip(block.sites, block.slots, strict=True)]
     known = {site.name: (block, slot) for block, site, slot in parts}
     for block in new:
-        if block.full or block.triple.representation.live:
+        if block.full or block.triple.representation.unstacked:
             continue
         for site, slot in zip(block.sites, block.slots, strict=True):
             before, place = known.get(site.name, (None, slot))

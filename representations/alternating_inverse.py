@@ -17,7 +17,7 @@ from gradmaker.representations.base import Fold, Frame, Grain, Representation, S
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
-from gradmaker.solvers.ladder import count_failures
+from gradmaker.solvers.fallbacks import count_failures
 from gradmaker.solvers.spectrum import decompose_again, symmetrise
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
@@ -139,23 +139,23 @@ class AlternatingInverse(Representation):
         return krad_update(L, x, "fro")
 
     def _refresh(self, state: State, axes: set[int]) -> None:
-        lost = torch.zeros_like(state["age"], dtype=torch.bool)
+        failed = torch.zeros_like(state["age"], dtype=torch.bool)
         for axis in axes:
             L, held = state[f"inverse_{axis}"], state[f"values_{axis}"]
             finite = torch.isfinite(L).flatten(1).all(1)
             if L.ndim == 2:
                 held.copy_(torch.where(finite[:, None], L, held))
-                lost |= ~finite
+                failed |= ~finite
                 continue
-            s, Q, ok, rungs = decompose_again(torch.where(finite[:, None, None], L, 0.0))
+            s, Q, ok, retries = decompose_again(torch.where(finite[:, None, None], L, 0.0))
             ok = ok & finite
             s = s.clamp(min=0)
             error = spectral_residual(L, (s, Q), torch.where(s > 0, s, torch.inf))  # a root of zero is zero
-            renew_row(state["diagnosis"], axis, ~ok, error, s.amax(-1), rungs=rungs)
-            lost |= ~ok
+            renew_row(state["diagnosis"], axis, ~ok, error, s.amax(-1), retries=retries)
+            failed |= ~ok
             held.copy_(torch.where(ok[:, None], s, held))
             state[f"basis_{axis}"].copy_(torch.where(ok[:, None, None], Q, state[f"basis_{axis}"]))
-        for name, value in count_failures(lost, state).items():
+        for name, value in count_failures(failed, state).items():
             state[name].copy_(value)
 
     def _root(self, state: State, axis: int, power: float = 0.5) -> Tensor:

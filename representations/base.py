@@ -98,9 +98,9 @@ class Representation(ABC):
 
     factored_axes: ClassVar[bool] = False
     """Whether every axis of a block has a factor of its own, which may be a diagonal."""
-    live: ClassVar[bool] = False
+    unstacked: ClassVar[bool] = False
     """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
-    fleeting: ClassVar[bool] = False
+    per_step: ClassVar[bool] = False
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
     immediate: ClassVar[bool] = False
     """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""

@@ -15,7 +15,7 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
-from gradmaker.solvers.ladder import count_failures, is_empty
+from gradmaker.solvers.fallbacks import count_failures, is_empty
 from gradmaker.solvers.spectrum import decompose_again
 
 __all__ = ["CrossDims"]
@@ -87,16 +87,16 @@ class CrossDims(Representation):
         for axis, S in zip(axes, factors, strict=True):
             S.mul_(_like(scales[axis], S))
             found.append(_spectrum(torch.where(_like(usable, S), S, 0.0)))
-        lost = ~torch.stack([usable, *(ok for _, _, ok, _ in found)]).all(0)
-        for axis, (s, Q, _, rungs) in enumerate(found):  # all axes of a member or none: each is measured through the others
+        failed = ~torch.stack([usable, *(ok for _, _, ok, _ in found)]).all(0)
+        for axis, (s, Q, _, retries) in enumerate(found):  # all axes of a member or none: each is measured through the others
             held = state[f"values_{axis}"]
-            held.copy_(torch.where(lost[:, None], held, s.clamp(min=self.floor)))
+            held.copy_(torch.where(failed[:, None], held, s.clamp(min=self.floor)))
             if Q is not None:
                 basis = state[f"basis_{axis}"]
-                basis.copy_(torch.where(lost[:, None, None], basis, Q))
+                basis.copy_(torch.where(failed[:, None, None], basis, Q))
             error = spectral_residual(factors[axis], (s,) if Q is None else (s, Q), s.clamp(min=self.floor))
-            renew_row(state["diagnosis"], axis, lost, error, s.amax(-1), self.floor, rungs=rungs)
-        for name, value in count_failures(lost, state, is_empty(factors)).items():
+            renew_row(state["diagnosis"], axis, failed, error, s.amax(-1), self.floor, retries=retries)
+        for name, value in count_failures(failed, state, is_empty(factors)).items():
             state[name].copy_(value)
 
     def _power(self, state: State, axis: int, power: float) -> Tensor:
@@ -138,7 +138,7 @@ def _like(x: Tensor, S: Tensor) -> Tensor:
 
 
 def _spectrum(S: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Eigenvalues, basis, whether they are right, rungs of the ladder.  # (B, d, d) or (B, d), then as `decompose_again`"""
+    """Eigenvalues, basis, whether they are right, retries.  # (B, d, d) or (B, d), then as `decompose_again`"""
     if S.ndim == 3:
         return decompose_again(S)
     return S, None, torch.isfinite(S).all(-1), torch.zeros_like(S[:, 0])

@@ -62,8 +62,8 @@ class Implicit(Representation):
     """
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Product,)
-    live: ClassVar[bool] = True
-    fleeting: ClassVar[bool] = True
+    unstacked: ClassVar[bool] = True
+    per_step: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT | EVERY_STEP
 

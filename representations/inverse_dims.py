@@ -214,8 +214,8 @@ class InverseDims(Representation):
             else:
                 found.append(singular_residual(L.mT, (s.sqrt(), Q), damped))
         ridges = [torch.full_like(e, damping) for e in found]
-        rungs = torch.zeros(len(found), len(state["age"]), device=found[0].device)
-        return diagnose(described(found, ridges), [s.amax(-1) for s, _ in spectra], rungs)
+        retries = torch.zeros(len(found), len(state["age"]), device=found[0].device)
+        return diagnose(described(found, ridges), [s.amax(-1) for s, _ in spectra], retries)
 
     def _spectrum(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
         if L.ndim == 2:

@@ -30,7 +30,7 @@ class KronRows(Representation):
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
     factored_axes: ClassVar[bool] = True
-    live: ClassVar[bool] = True
+    unstacked: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
 
     reduction: Literal["sum", "subsample", "none"] = "sum"

@@ -38,7 +38,7 @@ def form_rows(representation: LowRank, state: State) -> Tensor:
 class Spanned(Representation):
     """``C = J^T J`` behind the three products of `LowRank`."""
 
-    live: ClassVar[bool] = True
+    unstacked: ClassVar[bool] = True
     inapplicable = NO_LIMIT
 
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:

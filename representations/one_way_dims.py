@@ -119,15 +119,15 @@ class OneWayDims(Representation):
         """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
         axes = self._axes(state)
         new = rooting(self.root, self.damping).prepare(_Statistics(len(axes)), state, self.rooted(state))
-        lost = new["failures"] > state["failures"]
+        failed = new["failures"] > state["failures"]
         change = torch.ones_like(new["diagnosis"][:, 0, 0])  # (B,)
         for axis in axes:
             S, X = state[f"factor_{axis}"], new[f"root_{axis}"]
             damped = _damped(S, new["diagnosis"][:, axis, RIDGE])
             S.mul_(_like(change, S))
             if (before := state.get(f"rooted_{axis}")) is not None:
-                change = torch.where(lost, 1.0, change * _overlap(X, before))
-                before.copy_(torch.where(_like(lost, S), before, damped))
+                change = torch.where(failed, 1.0, change * _overlap(X, before))
+                before.copy_(torch.where(_like(failed, S), before, damped))
         for name, value in new.items():
             state[name].copy_(value)
 

@@ -29,7 +29,7 @@ class Position(Representation):
     """The weights of the newest gradient, as one vector. Of ``C`` nothing is held: taken alone, it stands for ``C = I``."""
 
     takes: ClassVar[tuple[type[Evidence], ...]] = (Located,)
-    fleeting: ClassVar[bool] = True
+    per_step: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     inapplicable = (
         NEWEST_ALONE | NO_LIMIT | dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)

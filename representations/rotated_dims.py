@@ -15,7 +15,7 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import apply_factors, mode_matrix
 from gradmaker.solvers.diagnosis import COLUMNS, estimate_largest, renew_row
-from gradmaker.solvers.ladder import count_failures
+from gradmaker.solvers.fallbacks import count_failures
 from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
 
 __all__ = ["RotatedDims"]
@@ -114,11 +114,11 @@ class RotatedDims(Representation):
         fold.weigh_(state["mass"])
 
     def _renew(self, state: State, born: bool) -> None:
-        lost = torch.zeros_like(state["age"], dtype=torch.bool)
+        failed = torch.zeros_like(state["age"], dtype=torch.bool)
         for axis in self._axes(state):
             H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
             stale = torch.isfinite(H).all(-1).all(-1)
-            lost |= ~stale
+            failed |= ~stale
             error = off_diagonal(H, Q)
             if not born and self.tolerance:
                 stale &= error > self.tolerance
@@ -131,13 +131,13 @@ class RotatedDims(Representation):
             else:
                 new = qr_steps(H, Q, self.tolerance)
             right = torch.isfinite(new).all(-1).all(-1)
-            stale, lost = stale & right, lost | (stale & ~right)
+            stale, failed = stale & right, failed | (stale & ~right)
             Q.copy_(torch.where(stale[:, None, None], new, Q))
             told, done = state["diagnosis"], stale.to(H.dtype)
             renew_row(told, axis, ~torch.isfinite(error), error, estimate_largest(H), iterations=done)
             if order_new is not None:
                 self._permute(state, axis, torch.where(stale[:, None], order_new, order))
-        for name, value in count_failures(lost, state).items():
+        for name, value in count_failures(failed, state).items():
             state[name].copy_(value)
 
     def _permute(self, state: State, axis: int, order: Tensor) -> None:

@@ -13,7 +13,7 @@ from gradmaker.representations.base import State
 from gradmaker.representations.capabilities import Elementwise, Factored
 from gradmaker.representations.dense import Dense
 from gradmaker.solvers.base import InverseSolver
-from gradmaker.solvers.ladder import settle
+from gradmaker.solvers.fallbacks import keep_previous
 from gradmaker.solvers.spectrum import decompose, symmetrise
 
 __all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh", "SignedDivision"]
@@ -53,7 +53,7 @@ class AbsoluteEigh(_DenseSolver):
         )
         if self.entries:
             new, default = {"scale": 1 / (_entries(s, Q) + self.damping)}, {"scale": default["scale"]}
-        return settle(new, ~(ok & finite), previous, default)
+        return keep_previous(new, ~(ok & finite), previous, default)
 
     def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix is held as it is, so that `operator` is no larger."""
@@ -100,7 +100,7 @@ class LU(_DenseSolver):
         factors, pivots, info = torch.linalg.lu_factor_ex(torch.where(finite[:, None, None], C, eye) + self.damping * eye)
         order = torch.arange(1, C.shape[-1] + 1, dtype=pivots.dtype, device=C.device)
         new, default = {"factors": factors, "pivots": pivots}, {"factors": self.damping * eye, "pivots": order}
-        return settle(new, ~finite | (info != 0), previous, default)
+        return keep_previous(new, ~finite | (info != 0), previous, default)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         C = representation.to_dense(state)
@@ -127,8 +127,8 @@ class _DiagonalSolver(InverseSolver):
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         new = self._denominator(representation.diagonal(state))
         flat = new.reshape(len(new), -1)
-        lost = ~torch.isfinite(flat.sum(1)) | (flat == 0).any(1)
-        return settle({"denominator": new}, lost, previous, {"denominator": new.new_tensor(self.damping)})
+        failed = ~torch.isfinite(flat.sum(1)) | (flat == 0).any(1)
+        return keep_previous({"denominator": new}, failed, previous, {"denominator": new.new_tensor(self.damping)})
 
     def operator(self, representation: Any, state: State) -> Tensor:
         d = representation.diagonal(state)

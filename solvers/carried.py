@@ -32,6 +32,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def keep_finite(cache: State, value: Tensor, fallback: Tensor) -> Tensor:
     """A result, or ``fallback``, which is counted, where it overflowed.  # (1, P)"""
-    lost = ~torch.isfinite(value).all()
-    cache["failures"] = cache["failures"] + lost
-    return torch.where(lost, fallback, value)
+    failed = ~torch.isfinite(value).all()
+    cache["failures"] = cache["failures"] + failed
+    return torch.where(failed, fallback, value)

@@ -15,8 +15,8 @@ from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
 from gradmaker.solvers.definition import axis_power, balanced_ridges
 from gradmaker.solvers.diagnosis import diagnose, estimate_largest
-from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
-from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, residual, settle_roots
+from gradmaker.solvers.fallbacks import Parts, factorise, is_empty, scalars
+from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, keep_roots, residual
 from gradmaker.solvers.spectrum import add_ridge, symmetrise
 
 __all__ = ["Cholesky", "CholeskyInverse"]
@@ -25,7 +25,7 @@ __all__ = ["Cholesky", "CholeskyInverse"]
 class CholeskyInverse(InverseRoot):
     """``(A + ridge I)^-1``."""
 
-    rungs = 5
+    larger_ridges = 5
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         damped = add_ridge(A, ridge)
@@ -71,12 +71,12 @@ class Cholesky(InverseSolver):
         p = integer_root(self.exponent, representation.order(len(factors)))
         if p != 1:
             raise ValueError(self.refuse(representation))
-        results, lost, rungs = ascend(_Described(p), factors, self._ridges(factors))
+        results, failed, retries = factorise(_Described(p), factors, self._ridges(factors))
         # The inverses are stored, not the triangles: on one CPU core in float32 the two products of a d x d gradient take 0.02,
         # 0.67, 17 ms at d = 64, 256, 785, two `cholesky_solve` 0.11, 2.2, 30 ms; a stack of 8: 0.09, 5, 151 and 0.75, 17, 271.
         gain = 1 / self.damping if self.damping else 1.0
-        diagnosis = diagnose([info for _, info in results], [estimate_largest(F) for F in factors], rungs)
-        return settle_roots([X for X, _ in results], lost, previous, gain, diagnosis, is_empty(factors))
+        diagnosis = diagnose([info for _, info in results], [estimate_largest(F) for F in factors], retries)
+        return keep_roots([X for X, _ in results], failed, previous, gain, diagnosis, is_empty(factors))
 
     def _ridges(self, factors: Sequence[Tensor]) -> list[Tensor]:
         if self.split == "pi":

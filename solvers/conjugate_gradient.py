@@ -13,7 +13,7 @@ from gradmaker.representations.base import State
 from gradmaker.representations.capabilities import Multiplies
 from gradmaker.solvers.base import InverseSolver, spectral_power
 from gradmaker.solvers.damping import check_interval
-from gradmaker.solvers.ladder import settle
+from gradmaker.solvers.fallbacks import keep_previous
 
 __all__ = ["CG"]
 
@@ -44,8 +44,9 @@ class CG(InverseSolver):
         finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
         cache: State = representation.snapshot(state)
         nothing = {name: x.new_zeros(()) for name, x in cache.items()}
-        before = None if representation.live else previous  # a live state has other names and shapes each time
-        cache.update(settle(dict(cache), ~finite, before, nothing))  # copies: `settle` never returns what it was given
+        before = None if representation.unstacked else previous  # an unstacked state has other names and shapes each time
+        # Copies: `keep_previous` never returns what it was given.
+        cache.update(keep_previous(dict(cache), ~finite, before, nothing))
         return cache
 
     def operator(self, representation: Any, state: State) -> Tensor:

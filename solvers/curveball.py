@@ -79,9 +79,9 @@ class CurveBall(Solver):
         else:
             A_delta, rho, beta = None, z.new_tensor(self.rho), z.new_tensor(self.beta)
         following = rho * z - beta * delta
-        lost = ~torch.isfinite(following).all()
-        cache["failures"] = cache["failures"] + lost
-        cache["z"] = torch.where(lost, torch.zeros_like(z), following)
+        failed = ~torch.isfinite(following).all()
+        cache["failures"] = cache["failures"] + failed
+        cache["z"] = torch.where(failed, torch.zeros_like(z), following)
         cache["count"] = cache["count"] + 1
         if self.adapt is not None and int(cache["count"]) % self.interval == 0:
             cache["damping"] = self._adapted(self.adapt, representation, cache, g)

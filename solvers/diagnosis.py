@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.representations.factor import widest
-from gradmaker.solvers.ladder import Parts
+from gradmaker.solvers.fallbacks import Parts
 
 __all__ = [
     "COLUMNS",
@@ -23,24 +23,24 @@ __all__ = [
 
 COLUMNS = ("iterations", "residual", "lambda_max", "damping", "retries")
 """Of ``cache["diagnosis"]`` (B, m, 5), one row for each factor: iterations of the attempt that was accepted (0: direct);
-residual of ``A X^p - I`` with the damped ``A``; largest eigenvalue; ridge that was added, in units of the statistic; rungs of
-the ladder. A member that failed keeps the row of the root that it keeps. Of a tracked basis the residual is what was
+residual of ``A X^p - I`` with the damped ``A``; largest eigenvalue; ridge that was added, in units of the statistic; fallbacks
+that were tried. A member that failed keeps the row of the root that it keeps. Of a tracked basis the residual is what was
 off-diagonal in the old one, and an iteration says that there is a new one."""
 
 
 def diagnose(
-    infos: Sequence[Tensor], largest: Sequence[Tensor], rungs: Tensor, scales: Sequence[Tensor] | None = None
+    infos: Sequence[Tensor], largest: Sequence[Tensor], retries: Tensor, scales: Sequence[Tensor] | None = None
 ) -> Tensor:
     """The rows of `COLUMNS`.  # (B, m, 5)
 
-    infos: iterations, residual, ridge for each factor, each (B, 3); largest: each (B,); rungs: (m, B)
+    infos: iterations, residual, ridge for each factor, each (B, 3); largest: each (B,); retries: (m, B)
     scales: what the factors were divided by before, each (B,)
     """
     rows = []
     for k, (info, top) in enumerate(zip(infos, largest, strict=True)):
         iterations, residual, ridge = info.unbind(-1)
         unit = torch.ones_like(top) if scales is None else scales[k]
-        rows.append(torch.stack([iterations, residual, top * unit, ridge * unit, rungs[k].to(top.dtype)], -1))
+        rows.append(torch.stack([iterations, residual, top * unit, ridge * unit, retries[k].to(top.dtype)], -1))
     return torch.stack(rows, 1)
 
 
@@ -57,13 +57,13 @@ def renew_row(
     largest: Tensor,
     ridge: float = 0.0,
     iterations: Tensor | float = 0.0,
-    rungs: Tensor | float = 0.0,
+    retries: Tensor | float = 0.0,
 ) -> None:
     """Write a factor's row of a table that a statistic holds, in place, but for members that keep what they have.
 
     table: (B, m, 5); kept: (B,); all else: (B,), or one number for all
     """
-    row = torch.stack([torch.zeros_like(residual) + x for x in (iterations, residual, largest, ridge, rungs)], -1)
+    row = torch.stack([torch.zeros_like(residual) + x for x in (iterations, residual, largest, ridge, retries)], -1)
     table[:, factor] = torch.where(kept[:, None], table[:, factor], row)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradmaker.representations.base import State
 from gradmaker.representations.capabilities import Elementwise
 from gradmaker.solvers.base import PowerSolver
-from gradmaker.solvers.ladder import settle
+from gradmaker.solvers.fallbacks import keep_previous
 
 __all__ = ["Division"]
 
@@ -35,8 +35,8 @@ class Division(PowerSolver):
         d = representation.diagonal(state)
         root = d.clamp(min=0)
         denominator = (root.sqrt_() if self.power == -0.5 else root.pow_(abs(self.power))).add_(self.damping)
-        lost = ~torch.isfinite(denominator.reshape(d.shape[0], -1).sum(1))  # one pass; a mask of the elements takes three
-        return settle({"denominator": denominator}, lost, previous, {"denominator": d.new_tensor(self.damping)})
+        failed = ~torch.isfinite(denominator.reshape(d.shape[0], -1).sum(1))  # one pass; a mask of the elements takes three
+        return keep_previous({"denominator": denominator}, failed, previous, {"denominator": d.new_tensor(self.damping)})
 
     def operator(self, representation: Any, state: State) -> Tensor:
         d = representation.diagonal(state)

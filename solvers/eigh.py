@@ -18,8 +18,8 @@ from gradmaker.solvers.base import PowerSolver, spectral_power
 from gradmaker.solvers.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
 from gradmaker.solvers.definition import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.solvers.diagnosis import described, diagnose, spectral_residual, unknown
-from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty, scalars, settle
-from gradmaker.solvers.roots import apply_roots, settle_roots
+from gradmaker.solvers.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.solvers.roots import apply_roots, keep_roots
 from gradmaker.solvers.spectrum import decompose, is_definite
 
 __all__ = ["Decomposition", "Eigh"]
@@ -28,7 +28,7 @@ __all__ = ["Decomposition", "Eigh"]
 class Decomposition(Factorisation):
     """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards, where it costs nothing."""
 
-    rungs = 0
+    larger_ridges = 0
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)
@@ -71,17 +71,17 @@ class Eigh(PowerSolver):
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         factors = scalars(representation.factors(state))
         order = representation.order(len(factors))
-        results, lost, rungs = ascend(Decomposition(), factors, [F.new_zeros(F.shape[:1]) for F in factors])
+        results, failed, retries = factorise(Decomposition(), factors, [F.new_zeros(F.shape[:1]) for F in factors])
         power = -1.0 if self.placement == "after" else self.power
         gain = self.damping**power if self.mode == "absolute" and self.damping else 1.0
         if self.split == "exact":
-            return self._settle_exact(factors, (results, lost, rungs), previous, order, gain)
+            return self._keep_exact(factors, (results, failed, retries), previous, order, gain)
         spectra = [parts[0] for parts in results]
         damped, ridges = self._damped(factors, spectra, order)
         roots = [_power(parts, s, self.power / order) for parts, s in zip(results, damped, strict=True)]
         found = [spectral_residual(*each) for each in zip(factors, results, damped, strict=True)]
-        diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs)
-        return settle_roots(roots, _add_infinite(lost, roots), previous, gain, diagnosis, is_empty(factors))
+        diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], retries)
+        return keep_roots(roots, _add_infinite(failed, roots), previous, gain, diagnosis, is_empty(factors))
 
     def _damped(self, factors: Sequence[Tensor], spectra: Sequence[Tensor], order: float) -> tuple[list[Tensor], list[Tensor]]:
         """What is raised to a power in place of each factor's spectrum, and the ridges, as they are reported."""
@@ -94,7 +94,7 @@ class Eigh(PowerSolver):
         ridges = pi_ridges(factors, self.damping ** (order / m) * prod(u ** (1 / m) for u in units))
         return [s + r.unsqueeze(-1) for s, r in zip(spectra, ridges, strict=True)], ridges
 
-    def _settle_exact(
+    def _keep_exact(
         self,
         factors: Sequence[Tensor],
         found: tuple[list[Parts], Tensor, Tensor],
@@ -102,7 +102,7 @@ class Eigh(PowerSolver):
         order: float,
         gain: float,
     ) -> State:
-        results, lost, rungs = found
+        results, failed, retries = found
         spectrum = _outer([parts[0] ** (1 / order) for parts in results])  # of C: (B, d_1, ..., d_m)
         power = self.power
         if self.placement == "after":
@@ -114,9 +114,9 @@ class Eigh(PowerSolver):
         residuals = [spectral_residual(F, parts, None) for F, parts in zip(factors, results, strict=True)]
         flat = spectrum.flatten(1)
         ridges = [self.damping * ridge_unit(self.mode, flat.amax(-1), _mean(flat))] * len(factors)
-        new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], rungs)
+        new["diagnosis"] = diagnose(described(residuals, ridges), [parts[0].amax(-1) for parts in results], retries)
         default["diagnosis"] = unknown(new["diagnosis"])
-        return settle(new, _add_infinite(lost, [new["scale"]]), previous, default, is_empty(factors))
+        return keep_previous(new, _add_infinite(failed, [new["scale"]]), previous, default, is_empty(factors))
 
     def operator(self, representation: Any, state: State) -> Tensor:
         if self.split == "exact":
@@ -176,8 +176,8 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
     return conjugate(parts[1], powered) if len(parts) == 2 else powered
 
 
-def _add_infinite(lost: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Members that overflowed are lost too: no damping on a singular matrix.  # (B,)"""
+def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Members that overflowed have failed too: no damping on a singular matrix.  # (B,)"""
     for x in tensors:
-        lost = lost | ~torch.isfinite(x).flatten(1).all(1)
-    return lost
+        failed = failed | ~torch.isfinite(x).flatten(1).all(1)
+    return failed

@@ -16,7 +16,7 @@ from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import average_trace
 from gradmaker.solvers.definition import axis_power, balanced_ridges
-from gradmaker.solvers.ladder import climb, scalars, settle
+from gradmaker.solvers.fallbacks import keep_previous, scalars, try_all
 
 __all__ = ["FactorWoodbury"]
 
@@ -48,7 +48,7 @@ class FactorWoodbury(InverseSolver):
             default.update({f"{name}_{k}": self._zero_curvature(name, x, whole) for name, x in share.items()})
             failures.append(failed)
         before = previous if previous is not None and _alike(new, previous) else None
-        return settle(new, torch.stack(failures).any(0), before, default)
+        return keep_previous(new, torch.stack(failures).any(0), before, default)
 
     def _zero_curvature(self, name: str, x: Tensor, whole: bool) -> Tensor:
         """What stands in the cache where the factor is zero: ``1 / sqrt(damping)``."""
@@ -88,8 +88,8 @@ def _apply(cache: State, k: int) -> Callable[[Tensor], Tensor]:
 def _invert(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """``(F + r I)^-1`` and the members for which nothing helped."""
     factors = scalars([F])
-    ((inverse,),), lost = climb(CholeskyInverse(1), factors, [ridge.to(F.dtype)])
-    return inverse.reshape(F.shape), lost
+    ((inverse,),), failed = try_all(CholeskyInverse(1), factors, [ridge.to(F.dtype)])
+    return inverse.reshape(F.shape), failed
 
 
 def _alike(new: State, previous: State) -> bool:

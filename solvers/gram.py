@@ -16,7 +16,7 @@ from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.damping import Placement, check_choice, check_interval
 from gradmaker.solvers.eigh import Decomposition
-from gradmaker.solvers.ladder import climb, count_failures
+from gradmaker.solvers.fallbacks import count_failures, try_all
 
 __all__ = ["Gram", "Tail"]
 
@@ -96,16 +96,16 @@ class Gram(Solver):
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         K = representation.gram(state).double()
-        new, lost = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
+        new, failed = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
-        held = state if representation.live else {name: x.clone() for name, x in state.items()}
-        counters = count_failures(lost, previous)
-        if not bool(lost.any()):
+        held = state if representation.unstacked else {name: x.clone() for name, x in state.items()}
+        counters = count_failures(failed, previous)
+        if not bool(failed.any()):
             return {**held, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
         if previous is not None:  # with its own rows: they fit together
             return {**previous, **counters}
         nothing = {name: torch.zeros_like(x) for name, x in {**held, **new}.items()}
-        return {**nothing, "gain": unit * torch.where(lost, self._rest(), new["gain"]), **counters}
+        return {**nothing, "gain": unit * torch.where(failed, self._rest(), new["gain"]), **counters}
 
     def _rest(self) -> float:
         """What a zero curvature would do to a gradient."""
@@ -123,24 +123,24 @@ class Gram(Solver):
         return max(torch.finfo(x.dtype).eps for x in state.values() if x.is_floating_point())
 
     def _invert(self, K: Tensor, roundoff: float | None) -> tuple[State, Tensor]:
-        """``M`` and ``t``, maybe ``(K + slack |K|)^-1``, and who is lost.  # (B, N, N), (B,), (B, N, N), (B,)"""
+        """``M`` and ``t``, maybe ``(K + slack |K|)^-1``, and who has failed.  # (B, N, N), (B,), (B, N, N), (B,)"""
         ridges = [K.new_full(K.shape[:1], self.damping)]
         size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # not below the largest eigenvalue
         if roundoff is not None and bool((roundoff * size > LOSS * self.damping).any()):
             ridges.append(torch.where(size > 0, ROUNDOFFS * roundoff * size, 1.0))
-        found, lost = climb(CholeskyInverse(1), [K] * len(ridges), ridges)
+        found, failed = try_all(CholeskyInverse(1), [K] * len(ridges), ridges)
         inverse, *fits = (X for (X,) in found)
         cache = {"middle": -inverse / self.damping, "gain": K.new_full(K.shape[:1], 1 / self.damping)}
-        return cache | dict(zip(("fit",), fits, strict=False)), lost
+        return cache | dict(zip(("fit",), fits, strict=False)), failed
 
     def _decompose(self, K: Tensor) -> tuple[State, Tensor]:
         """``P`` on the span of the rows, the projector on it, ``t``.  # (B, N, N), (B, N, N), (B,), (B,)"""
-        ((s, V),), lost = climb(Decomposition(), [K], [K.new_zeros(K.shape[:1])])
+        ((s, V),), failed = try_all(Decomposition(), [K], [K.new_zeros(K.shape[:1])])
         kept = s > s.amax(-1, keepdim=True) * SMALLEST**2
         values, tail = self._spectrum(s.sqrt(), kept)
         inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
         middle, projector = ((V * (entries * inverse).unsqueeze(-2)) @ V.mT for entries in (values, torch.ones_like(s)))
-        return {"middle": middle, "projector": projector, "gain": tail}, lost | ~torch.isfinite(tail)
+        return {"middle": middle, "projector": projector, "gain": tail}, failed | ~torch.isfinite(tail)
 
     def _spectrum(self, sigma: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """What ``P`` does in the directions of the singular values ``sigma`` of ``J``, and to the rest.  # (B, N), (B,)"""

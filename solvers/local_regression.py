@@ -12,7 +12,7 @@ from gradmaker.representations.base import State
 from gradmaker.representations.capabilities import Graphical
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.ladder import climb, settle
+from gradmaker.solvers.fallbacks import keep_previous, try_all
 
 __all__ = ["LocalRegression"]
 
@@ -33,12 +33,12 @@ class LocalRegression(InverseSolver):
 
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         inner, cross, own = representation.families(state)
-        coefficients, lost = self._coefficients(inner, cross)
+        coefficients, failed = self._coefficients(inner, cross)
         # A Schur complement of C + damping I is at least the damping: less is rounding.
         residual = (own + self.damping - (coefficients * cross).sum(-1)).clamp(min=self.damping)
         finite = torch.isfinite(coefficients).all(-1) & torch.isfinite(residual) & (residual > 0)
         default = {"coefficients": own.new_zeros(()), "residual": own.new_tensor(self.damping or 1.0)}
-        return settle({"coefficients": coefficients, "residual": residual}, lost | ~finite.all(1), previous, default)
+        return keep_previous({"coefficients": coefficients, "residual": residual}, failed | ~finite.all(1), previous, default)
 
     def _coefficients(self, inner: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
         """``(C_pa,pa + damping I)^-1 C_pa,i``, and the blocks of which one failed.  # (B, P, q), (B,)"""
@@ -46,8 +46,8 @@ class LocalRegression(InverseSolver):
         if q == 1:
             return torch.where(cross == 0, cross, cross / (inner[..., 0] + self.damping)), cross.new_zeros(B, dtype=torch.bool)
         stack = inner.reshape(B * P, q, q)
-        ((inverse,),), lost = climb(CholeskyInverse(1), [stack], [stack.new_full((B * P,), self.damping)])
-        return (inverse.reshape(inner.shape) @ cross.unsqueeze(-1)).squeeze(-1), lost.reshape(B, P).any(1)
+        ((inverse,),), failed = try_all(CholeskyInverse(1), [stack], [stack.new_full((B * P,), self.damping)])
+        return (inverse.reshape(inner.shape) @ cross.unsqueeze(-1)).squeeze(-1), failed.reshape(B, P).any(1)
 
     def operator(self, representation: Any, state: State) -> Tensor:
         S, d = representation.regressions(state, self.damping)

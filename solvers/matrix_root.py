@@ -18,8 +18,8 @@ from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
 from gradmaker.solvers.definition import axis_power
 from gradmaker.solvers.diagnosis import diagnose
-from gradmaker.solvers.ladder import Parts, ascend, is_empty, scalars
-from gradmaker.solvers.roots import InverseRoot, apply_roots, residual, settle_roots
+from gradmaker.solvers.fallbacks import Parts, factorise, is_empty, scalars
+from gradmaker.solvers.roots import InverseRoot, apply_roots, keep_roots, residual
 from gradmaker.solvers.spectrum import add_ridge, largest_eigenvalue
 
 __all__ = ["IteratedRoot", "MatrixRoot", "fraction"]
@@ -44,7 +44,7 @@ class IteratedRoot(InverseRoot):
     """`InverseRoot` by an iteration, which is believed where the matrix is positive and the residual small."""
 
     described: ClassVar[bool] = True
-    rungs = 5
+    larger_ridges = 5
 
     @abstractmethod
     def root(self, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,12 +116,12 @@ class MatrixRoot(PowerSolver):
         units = [ridge_unit(self.mode, top, average_trace(F)) for top, F in zip(largest, normal, strict=True)]
         if self.mode == "absolute":
             units = [1 / s for s in scales]
-        results, lost, rungs = ascend(method, normal, [self.damping * unit for unit in units])
+        results, failed, retries = factorise(method, normal, [self.damping * unit for unit in units])
         powered = [_raise(X, b) for X, _ in results]
         roots = [X * s.view(-1, *[1] * (X.ndim - 1)) ** (-b / a) for X, s in zip(powered, scales, strict=True)]
-        diagnosis = diagnose([info for _, info in results], largest, rungs, scales)
+        diagnosis = diagnose([info for _, info in results], largest, retries, scales)
         gain = self.damping**self.power if self.mode == "absolute" and self.damping else 1.0
-        return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(factors))
+        return keep_roots(roots, failed, previous, gain, diagnosis, is_empty(factors))
 
     def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors = representation.factors(state)

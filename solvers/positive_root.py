@@ -12,7 +12,7 @@ from torch import Tensor
 from gradmaker.representations.base import State
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
-from gradmaker.solvers.roots import apply_roots, settle_roots
+from gradmaker.solvers.roots import apply_roots, keep_roots
 
 __all__ = ["PositiveRoot"]
 
@@ -42,7 +42,7 @@ class PositiveRoot(PowerSolver):
         roots = self._roots(representation, spectra)
         held = [x for x in (*state.values(), *roots) if x.is_floating_point()]
         finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in held]).all(0)
-        return settle_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
+        return keep_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
 
     def axes(self, representation: Any, state: State) -> list[Tensor]:
         return self._roots(representation, representation.spectra(state))

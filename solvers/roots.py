@@ -13,10 +13,10 @@ from gradmaker.representations.base import State
 from gradmaker.representations.factor import identity
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.diagnosis import unknown
-from gradmaker.solvers.ladder import Factorisation, Parts, settle
+from gradmaker.solvers.fallbacks import Factorisation, Parts, keep_previous
 from gradmaker.solvers.spectrum import add_ridge, decompose, is_definite
 
-__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "residual", "settle_roots", "verify"]
+__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual", "verify"]
 
 
 def integer_root(power: float, order: float) -> int:
@@ -88,21 +88,21 @@ class InverseRoot(Factorisation):
         return self.parts(X, 0, found, ridge), ok & (s.amin(-1) + ridge > 0) & (found <= tolerance)
 
 
-def settle_roots(
+def keep_roots(
     roots: Sequence[Tensor],
-    lost: Tensor,
+    failed: Tensor,
     previous: State | None,
     gain: float,
     diagnosis: Tensor | None = None,
     empty: Tensor | None = None,
 ) -> State:
-    """A cache of one root for each factor. A lost member without a past gets ``P = gain I``.  empty: as in `settle`"""
+    """A cache of one root for each factor. A failed member without a past gets ``P = gain I``.  empty: as in `keep_previous`"""
     new = {f"root_{k}": X for k, X in enumerate(roots)}
     share = gain ** (1 / len(roots))
     default = {name: share * identity(X) for name, X in new.items()}
     if diagnosis is not None:
         new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
-    return settle(new, lost, previous, default, empty)
+    return keep_previous(new, failed, previous, default, empty)
 
 
 def held_roots(cache: State) -> list[Tensor]:

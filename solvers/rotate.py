@@ -16,7 +16,7 @@ from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
 from gradmaker.solvers.definition import along_axes
 from gradmaker.solvers.diagnosis import unknown
-from gradmaker.solvers.ladder import settle
+from gradmaker.solvers.fallbacks import keep_previous
 
 __all__ = ["Rotate", "RotatingSolver"]
 
@@ -44,12 +44,12 @@ class RotatingSolver(PowerSolver):
     def prepare(self, representation: Any, state: State, previous: State | None) -> State:
         bases = {f"basis_{k}": Q for k, Q in enumerate(representation.bases(state)) if Q is not None}
         new = {"scale": self.scale(representation, state), **bases}
-        lost = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in new.values()]).all(0)
+        failed = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in new.values()]).all(0)
         default = {name: identity(Q) for name, Q in bases.items()}
         default["scale"] = new["scale"].new_tensor(self.gain)
         if "diagnosis" in state:
             new["diagnosis"], default["diagnosis"] = state["diagnosis"], unknown(state["diagnosis"])
-        return settle(new, lost, previous, default)
+        return keep_previous(new, failed, previous, default)
 
     def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x = Q ((Q^T g) / divisor)``."""

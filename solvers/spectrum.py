@@ -54,9 +54,9 @@ def decompose_again(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if A.dtype == torch.float64 or bool(ok.all()):
         return s, Q, ok, (~ok).to(s.dtype)
     values, basis, right = decompose(A.double())
-    climbed = ~ok
+    retried = ~ok
     s, Q = torch.where(ok[:, None], s, values.to(s.dtype)), torch.where(ok[:, None, None], Q, basis.to(Q.dtype))
-    return s, Q, ok | right, climbed.to(s.dtype)
+    return s, Q, ok | right, retried.to(s.dtype)
 
 
 def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor]:

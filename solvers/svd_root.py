@@ -15,8 +15,8 @@ from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
 from gradmaker.solvers.definition import axis_power
 from gradmaker.solvers.diagnosis import described, diagnose, singular_residual
-from gradmaker.solvers.ladder import Factorisation, Parts, ascend, is_empty
-from gradmaker.solvers.roots import apply_roots, settle_roots
+from gradmaker.solvers.fallbacks import Factorisation, Parts, factorise, is_empty
+from gradmaker.solvers.roots import apply_roots, keep_roots
 
 __all__ = ["SvdRoot"]
 
@@ -24,7 +24,7 @@ __all__ = ["SvdRoot"]
 class _SingularValues(Factorisation):
     """Parts ``(s, V)`` of ``R = U diag(s) V^T``, or ``(s,)`` for a diagonal. The damping comes afterwards."""
 
-    rungs = 0
+    larger_ridges = 0
     symmetric = False
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
@@ -86,7 +86,7 @@ class SvdRoot(PowerSolver):
         norms = [R.flatten(1).abs().amax(1) for R in held]
         scales = [torch.where(n > 0, n, 1.0) for n in norms]
         normal = [R / s.view(-1, *[1] * (R.ndim - 1)) for R, s in zip(held, scales, strict=True)]
-        results, lost, rungs = ascend(_SingularValues(), normal, [R.new_zeros(R.shape[:1]) for R in normal])
+        results, failed, retries = factorise(_SingularValues(), normal, [R.new_zeros(R.shape[:1]) for R in normal])
         spectra = [parts[0].square() for parts in results]
         squares = [s.square() for s in scales]
         absolute = self.mode == "absolute"
@@ -96,11 +96,11 @@ class SvdRoot(PowerSolver):
         exponent = self.power / representation.order(len(held))
         roots = [_root(*each, exponent) for each in zip(results, damped, scales, strict=True)]
         for X in roots:  # no damping on a singular matrix
-            lost = lost | ~torch.isfinite(X).flatten(1).all(1)
+            failed = failed | ~torch.isfinite(X).flatten(1).all(1)
         found = [singular_residual(*each) for each in zip(normal, results, damped, strict=True)]
-        diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], rungs, squares)
+        diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], retries, squares)
         gain = self.damping**self.power if absolute and self.damping else 1.0
-        return settle_roots(roots, lost, previous, gain, diagnosis, is_empty(held))
+        return keep_roots(roots, failed, previous, gain, diagnosis, is_empty(held))
 
     def axes(self, representation: Any, state: State) -> list[Tensor]:
         factors: Sequence[Tensor] = representation.factors(state)

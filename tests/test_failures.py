@@ -14,7 +14,7 @@ from gradmaker import METHODS, failures, from_config
 from gradmaker.failures import Failures
 from gradmaker.representations import CrossDims, Dense
 from gradmaker.solvers import Cholesky, Gram, NewtonRoot
-from gradmaker.solvers.ladder import count_failures
+from gradmaker.solvers.fallbacks import count_failures
 from tests import models, oracles
 from tests.test_kronecker_dims import Matrices, gradients
 

@@ -120,7 +120,7 @@ def test_the_summary_shows_them() -> None:
         assert len(maker.summary().refreshes) == 2 * len(list(model.parameters())), method
 
 
-# --- the ladder -----------------------------------------------------------------------------------------------------------
+# --- the fallbacks -----------------------------------------------------------------------------------------------------------
 HELD: dict[str, Any] = {
     "soap": RotatedDims(basis_interval=1),
     "eshampoo": RotatedDims(basis_interval=1, tracking="eigh", order="basis_first"),

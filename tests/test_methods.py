@@ -215,7 +215,7 @@ def test_stacked_equals_unstacked(method: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(stacking, "STACK_LIMIT", 0)
     single = maker_of(method, apart.model, **legal_options(method, stagger=False))
     first = stacked.plan.blocks[0]
-    if not first.full and not first.triple.representation.live:  # live evidence is never stacked
+    if not first.full and not first.triple.representation.unstacked:  # such evidence is never stacked
         assert len(stacked.plan.blocks) < len(single.plan.blocks)
         assert all(len(b.sites) == 1 for b in single.plan.blocks)
     train(stacked, together, 12, 1e-3)

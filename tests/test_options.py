@@ -146,7 +146,7 @@ def test_representations_say_what_they_ignore(name: str) -> None:
     except ValueError:
         limited = True
     assert ("max_dim" in held.inapplicable) != limited
-    assert ("curvature_interval" in held.inapplicable) == ("warmup_steps" in held.inapplicable) == held.fleeting
+    assert ("curvature_interval" in held.inapplicable) == ("warmup_steps" in held.inapplicable) == held.per_step
     assert set(held.inapplicable) <= set(COMMON)
 
 

@@ -80,10 +80,10 @@ def test_a_step_is_judged_once_another_begins() -> None:
     """Not while it goes on, and once."""
     damping, model = adapted(), Model()
     damping.watch(model, 3)  # type: ignore[arg-type]
-    assert not damping.settle(3) and damping.value == 8.0 and damping.dump(3) == 8.0 and model.asked == 0
+    assert not damping.judge(3) and damping.value == 8.0 and damping.dump(3) == 8.0 and model.asked == 0
     assert damping.dump(4) == 4.0 and damping.value == 8.0  # as it will be
-    assert damping.settle(4) and damping.value == 4.0 and damping.ratio == pytest.approx(1.0)
-    assert not damping.settle(5) and damping.value == 4.0
+    assert damping.judge(4) and damping.value == 4.0 and damping.ratio == pytest.approx(1.0)
+    assert not damping.judge(5) and damping.value == 4.0
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_step_is_judged_once_another_begins() -> None:
 def test_both_bounds_of_the_ratio(fall: float, penalised: bool, value: float) -> None:
     damping = adapted(penalised=penalised)
     damping.watch(Model(fall), 0)  # type: ignore[arg-type]
-    damping.settle(1)
+    damping.judge(1)
     assert damping.value == value
 
 
@@ -104,20 +104,20 @@ def test_the_penalty_is_a_half_of_damping_times_the_square() -> None:
     """``-6 + 1 + 8 / 2 = -1``: a fall by one is what was predicted."""
     damping = adapted(penalised=True)
     damping.watch(Model(1.0, slope=-6.0), 0)  # type: ignore[arg-type]
-    assert damping.settle(1) and damping.ratio == pytest.approx(1.0) and damping.value == 4.0
+    assert damping.judge(1) and damping.ratio == pytest.approx(1.0) and damping.value == 4.0
 
 
 def test_weights_that_have_not_moved_say_nothing() -> None:
     damping = adapted()
     damping.watch(Model(moved=0.0), 0)  # type: ignore[arg-type]
-    assert not damping.settle(1) and damping.value == 8.0 and damping.ratio is None
+    assert not damping.judge(1) and damping.value == 8.0 and damping.ratio is None
 
 
 def test_a_load_drops_what_is_waiting() -> None:
     damping = adapted()
     damping.watch(Model(), 0)  # type: ignore[arg-type]
     damping.load(2.0)
-    assert not damping.settle(1) and damping.value == 2.0 and damping.ratio is None
+    assert not damping.judge(1) and damping.value == 2.0 and damping.ratio is None
 
 
 @pytest.mark.parametrize("interval, steps", [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [2, 5]), (6, [5])])

@@ -181,7 +181,7 @@ def test_a_block_that_fails_loses_its_member_alone(solver: Solver) -> None:
 
 
 def test_a_block_is_rescued_by_a_larger_ridge() -> None:
-    """An indefinite block climbs, the others keep their bits; the diagnosis tells of the highest rung."""
+    """An indefinite block is tried again, the others keep their bits; the diagnosis tells of the most retries."""
     tiled, state, *_ = both("known", 3)
     broken = {key: v.clone() for key, v in state.items()}
     rows, block = blocks(broken["right"])[1]

@@ -97,7 +97,7 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
 
     # ---------------------------------------------------------------- damping that follows the loss
     def _run(self, weight: float) -> tuple[Any, Tensor]:
-        if self._damping is not None and self._damping.settle(self.step):
+        if self._damping is not None and self._damping.judge(self.step):
             self._take_damping()
         batch = Batch(self.model, self._declared[""], self.config) if self._tries() else None
         result: tuple[Any, Tensor] = super()._run(weight)

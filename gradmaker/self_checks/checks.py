@@ -110,7 +110,7 @@ class SelfChecks:
             found.undivided = tape.batch
         if first:
             self._check_uses(tape, sites, head, ridden, explained, generator, found, written)
-        self._settle(tape, head, structure, found, costly)
+        self._record(tape, head, structure, found, costly)
         return set(found.unseen)
 
     def _check_examples(
@@ -195,7 +195,7 @@ class SelfChecks:
             if not explained and ridden is not None:
                 check_rest(tape, sites, head, plain, ridden, found)
 
-    def _settle(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
+    def _record(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""
         names = {m: name for name, m in self.model.named_modules()}
         tell(found, names, costly, self.mode == "error", self._said)

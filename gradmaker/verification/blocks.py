@@ -86,7 +86,7 @@ def _solve_error(scratch: Scratch) -> float | None:
     members = _members(scratch)
     state = _doubled(representation, block.state, members)
     g, found = (x.double() if members is None else x[members].double() for x in (g, found))
-    if scratch.size <= DENSE_LIMIT and len(g) * scratch.size**2 <= 2 * ENTRIES and not representation.fleeting:
+    if scratch.size <= DENSE_LIMIT and len(g) * scratch.size**2 <= 2 * ENTRIES and not representation.per_step:
         scratch.how.add("dense")
         P = solver.operator(representation, state)
         return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
@@ -105,7 +105,7 @@ def _solve_error(scratch: Scratch) -> float | None:
 def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     """``P g``.  # (B, *shape)"""
     block, representation = scratch.block, scratch.triple.representation
-    if not representation.fleeting:
+    if not representation.per_step:
         block.prepare({s.name for s in block.sites if s.name in scratch.portion})
         return block.applied(block.cache, g)
     solver = scratch.triple.solver.limit()
@@ -119,7 +119,7 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
 def _members(scratch: Scratch) -> Tensor | None:
     """Members of the stack that are checked, all that have a statistic if memory allows it; None: the whole stack."""
     block = scratch.block
-    if block.full or block.triple.representation.live:
+    if block.full or block.triple.representation.unstacked:
         return None
     slots = [slot for site, slot in zip(block.sites, block.slots, strict=True) if site.name in scratch.portion]
     known = [b for slot in slots for b in range(slot.start, slot.stop)]
@@ -137,7 +137,7 @@ def _spread(known: list[int], most: int) -> list[int]:
 
 def _doubled(representation: Representation, state: State, members: Tensor | None) -> State:
     """A statistic in float64, of some members."""
-    if representation.fleeting:  # a product goes by the dtype of its vector
+    if representation.per_step:  # a product goes by the dtype of its vector
         return state
     picked = state if members is None else {k: v[members] for k, v in state.items()}
     return {k: v.double() if v.is_floating_point() else v for k, v in picked.items()}
@@ -147,7 +147,7 @@ def _doubled(representation: Representation, state: State, members: Tensor | Non
 def _approximation(scratch: Scratch) -> float | None:
     """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
     block, representation = scratch.block, scratch.triple.representation
-    if representation.fleeting or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
+    if representation.per_step or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
         return None
     pieces = list(block._evidence(scratch.portion))
     if all(not isinstance(e, (Pair, Product)) for _, e, _ in pieces) and _small(scratch, pieces):
@@ -196,7 +196,7 @@ def _products(
 ) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
     """For a few vectors: the member that they belong to, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
     block, representation = scratch.block, scratch.triple.representation
-    whole = block.full or representation.live
+    whole = block.full or representation.unstacked
     rows = None if whole else torch.arange(slot.start, slot.stop, device=block.frame.device)
     state = _doubled(representation, block.state, rows)
     count = block.frame.stack if whole else slot.stop - slot.start

@@ -93,7 +93,7 @@ class _Pass:
             self._capture()
         parameters = list(dict.fromkeys(p for b in self.maker.plan.blocks for s in b.sites for p in s.parameters.values()))
         self.found.gradients = self._pulled([self.loss], [torch.ones_like(self.loss)], parameters)
-        if self.head.outputs and any(b.triple.representation.fleeting for b in self.maker.plan.blocks):
+        if self.head.outputs and any(b.triple.representation.per_step for b in self.maker.plan.blocks):
             for _ in range(ROWS):
                 self.found.rows.append(self._pulled(self.head.outputs, self._cotangents(), parameters))
         return self.found

@@ -56,7 +56,7 @@ def fill(scratch: Scratch) -> None:
     """Fold evidence into the statistic."""
     block, kinds = scratch.block, scratch.triple.curvature.gives
     portion = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
-    if block.triple.representation.fleeting and portion:
+    if block.triple.representation.per_step and portion:
         portion = {WHOLE: _whole(scratch)}
     scratch.portion = portion
     if portion:

@@ -13,7 +13,7 @@ from tests import models, oracles
 from tests.models import Case
 from tests.test_triples import LEGAL, mapping
 
-ROWS = {row[1]: row for row in reversed(LEGAL) if row[2] == "CG" and not REPRESENTATIONS[row[1].split("(")[0]].fleeting}
+ROWS = {row[1]: row for row in reversed(LEGAL) if row[2] == "CG" and not REPRESENTATIONS[row[1].split("(")[0]].per_step}
 
 
 def case_of(row: tuple[str, str, str]) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmaker.solvers.ladder import count_failures, settle
+from gradmaker.solvers.fallbacks import count_failures, keep_previous
 
 T, F = True, False
 LOST = [[T, F, T], [T, T, F], [F, T, T], [T, T, T]]  # by refresh, of three members
@@ -28,7 +28,7 @@ def test_an_empty_statistic_ends_a_row_and_counts() -> None:
 def test_lost_members_keep_what_they_had() -> None:
     """The default where they had nothing; nothing of the others, which are as new."""
     new = {"root_0": torch.full((3, 2), 7.0)}
-    cache = settle(new, torch.tensor([T, F, T]), None, {"root_0": torch.tensor(1.0)})
+    cache = keep_previous(new, torch.tensor([T, F, T]), None, {"root_0": torch.tensor(1.0)})
     assert cache["root_0"][:, 0].tolist() == [1, 7, 1] and cache["failing"].tolist() == [1, 0, 1]
-    again = settle({"root_0": torch.full((3, 2), 9.0)}, torch.tensor([T, T, F]), cache, {"root_0": torch.tensor(1.0)})
+    again = keep_previous({"root_0": torch.full((3, 2), 9.0)}, torch.tensor([T, T, F]), cache, {"root_0": torch.tensor(1.0)})
     assert again["root_0"][:, 0].tolist() == [1, 7, 9] and again["failing"].tolist() == [2, 1, 0]

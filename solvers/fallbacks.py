@@ -1,8 +1,8 @@
-"""The ladder of a failed factorisation, and what a block falls back to when all of it fails.
+"""Retries of a failed factorisation, and what a block falls back to when all of them fail.
 
-Rungs: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the block's
-previous cache, counted in ``cache["failures"]``, and in ``cache["failing"]`` as long as it goes on. Only members that failed
-climb, and the others keep their bits. One host read in a `prepare`: which members failed.
+In this order: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the
+block's previous cache, counted in ``cache["failures"]``, and in ``cache["failing"]`` as long as it goes on. Only members that
+failed are tried again, and the others keep their bits. One host read in a `prepare`: which members failed.
 
 All of it works on copies in the dtype of the statistic (float32 as a rule). No global flag is touched: whoever runs a step on
 a GPU decides about TF32 around it.
@@ -21,7 +21,7 @@ from gradmaker.representations.base import State
 from gradmaker.representations.factor import is_tiled, join, join_vector, split
 from gradmaker.solvers.spectrum import largest_eigenvalue, symmetrise
 
-__all__ = ["Factorisation", "Parts", "ascend", "climb", "count_failures", "is_empty", "scalars", "settle"]
+__all__ = ["Factorisation", "Parts", "count_failures", "factorise", "is_empty", "keep_previous", "scalars", "try_all"]
 
 Parts: TypeAlias = tuple[Tensor, ...]
 """What a factorisation makes of a stack of factors, each (B, ...)."""
@@ -32,7 +32,7 @@ Attempt: TypeAlias = Callable[[Tensor, Tensor], tuple[Parts, Tensor]]
 class Factorisation(ABC):
     """What a solver does to one stack of factors. Each method also says which members it accepts, by a residual."""
 
-    rungs: ClassVar[int]
+    larger_ridges: ClassVar[int]
     """How often the ridge is multiplied by ten."""
 
     @property
@@ -61,16 +61,16 @@ def scalars(factors: Sequence[Tensor]) -> list[Tensor]:
     return [F.reshape(-1, 1) if F.shape[1:] == (1, 1) else F for F in factors]
 
 
-def climb(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor]:
-    """Factorise every stack of factors: the parts, and the members for which nothing helped.  # m of parts, (B,)"""
-    results, lost, _ = ascend(method, factors, ridges)
-    return results, lost
+def try_all(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor]:
+    """Factorise every stack of factors, with all fallbacks: the parts, and the members that failed.  # m of parts, (B,)"""
+    results, failed, _ = factorise(method, factors, ridges)
+    return results, failed
 
 
-def ascend(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor, Tensor]:
-    """`climb`, and the rung on which every factor succeeded, 0 for the first choice.  # m of parts, (B,), (m, B)"""
+def factorise(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor, Tensor]:
+    """`try_all`, and after how many retries every factor succeeded, 0 for the first choice.  # m of parts, (B,), (m, B)"""
     if any(is_tiled(F) for F in factors):
-        return _ascend_tiled(method, factors, ridges)
+        return _factorise_tiled(method, factors, ridges)
     safe = [_sanitise(F, ridge, method.symmetric) for F, ridge in zip(factors, ridges, strict=True)]
     results: list[Parts] = []
     accepted: list[Tensor] = []
@@ -79,31 +79,31 @@ def ascend(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Te
         results.append(parts)
         accepted.append(ok & finite)
     table = torch.stack(accepted)  # (m, B)
-    rungs = torch.zeros_like(table, dtype=torch.int64)
+    retries = torch.zeros_like(table, dtype=torch.int64)
     for k, row in enumerate(table.tolist()):
         A, ridge, finite = safe[k]
-        failed = [b for b, ok in enumerate(row) if not ok]
-        if failed and A.ndim == 3:
-            rows = torch.tensor(failed, device=A.device)
-            done, rungs[k, rows] = _rescue(method, A[rows], ridge[rows], results[k], rows)
+        refused = [b for b, ok in enumerate(row) if not ok]
+        if refused and A.ndim == 3:
+            rows = torch.tensor(refused, device=A.device)
+            done, retries[k, rows] = _retry(method, A[rows], ridge[rows], results[k], rows)
             table[k, rows] = done & finite[rows]
-    return results, ~table.all(0), rungs
+    return results, ~table.all(0), retries
 
 
-def _ascend_tiled(
+def _factorise_tiled(
     method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]
 ) -> tuple[list[Parts], Tensor, Tensor]:
-    """`ascend` where a factor has several blocks, each of which climbs by itself: a member is lost with any of them."""
-    results, lost, rungs = [], [], []
+    """`factorise` where a factor has several blocks, each of which is tried by itself: a member has failed with any of them."""
+    results, failed, retries = [], [], []
     for F, ridge in zip(factors, ridges, strict=True):
         pieces = split(F) if is_tiled(F) else [F]
         B = len(F)
-        climbed = [ascend(method, [x], [ridge.repeat_interleave(len(x) // B)]) for x in pieces]
-        lost.append(torch.stack([each.view(B, -1).any(1) for _, each, _ in climbed]).any(0))
-        rungs.append(torch.stack([each[0].view(B, -1).amax(1) for *_, each in climbed]).amax(0))
-        parts = [found[0] for found, *_ in climbed]
+        tried = [factorise(method, [x], [ridge.repeat_interleave(len(x) // B)]) for x in pieces]
+        failed.append(torch.stack([each.view(B, -1).any(1) for _, each, _ in tried]).any(0))
+        retries.append(torch.stack([each[0].view(B, -1).amax(1) for *_, each in tried]).amax(0))
+        parts = [found[0] for found, *_ in tried]
         results.append(_joined(method, parts, F) if is_tiled(F) else parts[0])
-    return results, torch.stack(lost).any(0), torch.stack(rungs)
+    return results, torch.stack(failed).any(0), torch.stack(retries)
 
 
 def _joined(method: Factorisation, parts: list[Parts], F: Tensor) -> Parts:
@@ -129,40 +129,40 @@ def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor
     return torch.where(finite[:, None, None], A, eye), torch.where(finite, ridge, 1.0), finite
 
 
-def _rescue(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Climb with the failed members and write what succeeds into ``parts``: who succeeded, and on which rung.  # (b,), (b,)"""
+def _retry(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Try the fallbacks on failed members and write what succeeds into ``parts``: who did, and after how many.  # (b,), (b,)"""
     done = torch.zeros_like(ridge, dtype=torch.bool)
-    height = torch.zeros_like(ridge, dtype=torch.int64)
-    for attempt, A_rung, ridge_rung in _rungs(method, A, ridge):
-        if A.device.type == "cpu" and bool(done.all()):  # a host read costs nothing here, a rung does
+    count = torch.zeros_like(ridge, dtype=torch.int64)
+    for attempt, A_tried, ridge_tried in _fallbacks(method, A, ridge):
+        if A.device.type == "cpu" and bool(done.all()):  # a host read costs nothing here, a try does
             break
-        candidates, ok = attempt(A_rung, ridge_rung)
+        candidates, ok = attempt(A_tried, ridge_tried)
         for part, candidate in zip(parts, candidates, strict=True):
             new = candidate.to(part.dtype)
             ok = ok & torch.isfinite(new).flatten(1).all(1)  # a float64 root may be too large for the statistic's dtype
         ok = ok & ~done
-        height = height + ~done
+        count = count + ~done
         for part, candidate in zip(parts, candidates, strict=True):
             mask = ok.view(-1, *[1] * (part.ndim - 1))
             part[rows] = torch.where(mask, candidate.to(part.dtype), part[rows])
         done = done | ok
-    return done, height
+    return done, count
 
 
-def _rungs(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
+def _fallbacks(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
     largest = largest_eigenvalue(A).abs().nan_to_num(0)
     # A ridge beyond a tenth of the largest eigenvalue would hide an indefinite matrix instead of repairing a rounded one.
     limit = torch.maximum(ridge, 0.1 * largest)
     start = torch.maximum(ridge, torch.finfo(A.dtype).eps * largest)
-    for rung in range(1, method.rungs + 1):
-        yield method.matrix, A, torch.minimum(start * 10**rung, limit)
+    for k in range(1, method.larger_ridges + 1):
+        yield method.matrix, A, torch.minimum(start * 10**k, limit)
     if A.dtype != torch.float64:
         yield method.matrix, A.double(), ridge.double()
     yield method.last_resort, A.double(), ridge.double()
 
 
-def settle(new: State, lost: Tensor, previous: State | None, default: State, empty: Tensor | None = None) -> State:
-    """The cache: lost members keep what they had (``default``, broadcast, if there was nothing) and are counted.
+def keep_previous(new: State, failed: Tensor, previous: State | None, default: State, empty: Tensor | None = None) -> State:
+    """The cache: failed members keep what they had (``default``, broadcast, if there was nothing) and are counted.
 
     ``failures`` counts in all, ``failing`` in a row, for `gradmaker.failures`.
 
@@ -170,14 +170,14 @@ def settle(new: State, lost: Tensor, previous: State | None, default: State, emp
     so that they are no failures in a row  # (B,)
     """
     before = default if previous is None else previous
-    cache = {name: torch.where(lost.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in new.items()}
-    return cache | count_failures(lost, previous, empty)
+    cache = {name: torch.where(failed.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in new.items()}
+    return cache | count_failures(failed, previous, empty)
 
 
-def count_failures(lost: Tensor, previous: State | None, empty: Tensor | None = None) -> State:
-    """The counters after a refresh in which these members were lost; see `settle`.  # each (B,)"""
-    once = lost.to(torch.int64)
-    harmed = once if empty is None else (lost & ~empty).to(torch.int64)
+def count_failures(failed: Tensor, previous: State | None, empty: Tensor | None = None) -> State:
+    """The counters after a refresh in which these members failed; see `keep_previous`.  # each (B,)"""
+    once = failed.to(torch.int64)
+    harmed = once if empty is None else (failed & ~empty).to(torch.int64)
     if previous is None:
         return {"failures": once, "failing": harmed.clone()}  # never one tensor: caches are updated in place
     return {"failures": previous["failures"] + once, "failing": (previous["failing"] + 1) * harmed}

@@ -118,14 +118,14 @@ def test_a_zero_matrix_has_no_scale(solver):
     assert torch.equal(solver.solve(Kron(), cache, g)[3], solver.solve(Kron(), past, g)[3])
 
 
-# ------------------------------------------------------------------ the rungs
+# ------------------------------------------------------------------ the fallbacks
 def dense(matrix: Tensor) -> State:
     return {"matrix": matrix.unsqueeze(0), "mass": matrix.new_ones(1)}
 
 
-@pytest.mark.parametrize(("smallest", "rung"), [(-3e-7, 0), (-3e-6, 1), (-3e-4, 3), (-3e-2, 5)])
+@pytest.mark.parametrize(("smallest", "retries"), [(-3e-7, 0), (-3e-6, 1), (-3e-4, 3), (-3e-2, 5)])
 @pytest.mark.parametrize("solver", [NewtonRoot(power=-0.25), Cholesky(damping=1e-6)], ids=str)
-def test_the_first_ridge_that_repairs_is_taken(solver, smallest, rung):
+def test_the_first_ridge_that_repairs_is_taken(solver, smallest, retries):
     A = indefinite(32, smallest)  # lambda_max is one
     cache = solver.prepare(Dense(), dense(A), None)
     assert cache["failures"].tolist() == [0]
@@ -136,7 +136,7 @@ def test_the_first_ridge_that_repairs_is_taken(solver, smallest, rung):
         if damped.min() > 0:
             expected = Q @ torch.diag(damped**solver.exponent) @ Q.T
             errors[k] = float((cache["root_0"][0] - expected).norm() / expected.norm())
-    assert min(errors, key=errors.__getitem__) == rung
+    assert min(errors, key=errors.__getitem__) == retries
 
 
 @pytest.mark.parametrize("solver", [NewtonRoot(power=-0.25), NewtonRoot(), Cholesky(damping=1e-3)], ids=str)
@@ -237,7 +237,7 @@ def test_a_cholesky_that_always_fails_ends_at_eigh(monkeypatch):
     torch.testing.assert_close(solver.solve(Kron(), cache, g), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_only_failed_members_climb(monkeypatch):
+def test_only_failed_members_are_tried_again(monkeypatch):
     sizes = []
     state = healthy()
     state["left"][1] = indefinite(o, -0.2)
