@@ -16,7 +16,7 @@ from gradmaker.capture import Tape
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer
 from gradmaker.curvature.weights import numbers
 from gradmaker.errors import SelfCheckWarning
-from gradmaker.pulls import Pulled
+from gradmaker.vjps import VJPs
 
 if TYPE_CHECKING:
     from gradmaker.batches import Batch
@@ -52,7 +52,7 @@ def examples_alone(step: Step) -> Mapping[str, Evidence] | None:
     if step.own is None or head is None or head.loss is None or not step.tape.sized or n < 2:
         return None
     parameters = list(dict.fromkeys(p for s in step.sites for p in s.parameters.values() if p.requires_grad))
-    expected = step.tape.pull_parameters([head.loss], [torch.ones_like(head.loss)], parameters)
+    expected = step.tape.vjp_parameters([head.loss], [torch.ones_like(head.loss)], parameters)
     plain, weighed = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     found: list[_Single | None] = []
     try:
@@ -89,12 +89,12 @@ def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]
         if terms and not any(bool(t.valid().any()) for t in terms):
             return None
         one = torch.ones_like(loss)
-        gradient = tape.pull_parameters([loss], [one], parameters)
+        gradient = tape.vjp_parameters([loss], [one], parameters)
         rows = {p: g.unsqueeze(0) for p, g in zip(parameters, gradient, strict=True)}
-        pulled = Pulled(tape.pull([loss], [one.unsqueeze(0)]), {}, rows)
+        vjps = VJPs(tape.vjp([loss], [one.unsqueeze(0)]), {}, rows)
     alone = replace(step, tape=tape, terms=terms, masked=any(bool(t.masked()) for t in terms))
     mask = alone.mask(terms[0]) if terms else None
-    evidence = {s.name: s.outer(tape, pulled, mask, step.statistics_dtype(s)) for s in alone.active()}
+    evidence = {s.name: s.outer(tape, vjps, mask, step.statistics_dtype(s)) for s in alone.active()}
     return _Single(evidence, gradient, numbers(terms, 1) if terms else torch.ones(1, dtype=torch.float64))
 
 

@@ -4,8 +4,9 @@
 Which entries of ``z`` belong together is found and not assumed: single elements, rows along an axis, examples, or all of the
 batch, whichever first gives the product of the whole Hessian with a random vector.
 
-Where ``z = log softmax(y)``, ``Lambda`` is the Hessian in the logits ``y``: with ``J = I - 1 p^T`` and slopes ``s = dL/dz``,
-``d^2 L / dy^2 = J^T (d^2 L / dz^2) J - (sum_k s_k) (diag p - p p^T)``; pulled through ``J`` once more it stays what it is.
+Where ``z = log softmax(y)``, ``Lambda`` is the Hessian in the logits ``y``: with ``J = I - 1 p^T`` and ``s = dL/dz``,
+``d^2 L / dy^2 = J^T (d^2 L / dz^2) J - (sum_k s_k) (diag p - p p^T)``; differentiated through ``J`` once more it
+stays what it is.
 
 Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation 2002.
 """
@@ -86,9 +87,9 @@ class AutogradTerms(Terms):
 
 
 # -------------------------------------------------------------------- products at the outputs
-def hessian_products(slopes: Sequence[Tensor | None], outputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
-    """``H v`` by the gradient of ``<dL/dz, v>``.  slopes: in the graph  # like z each"""
-    pairs = [(s, w) for s, w in zip(slopes, v, strict=True) if s is not None and s.requires_grad]
+def hessian_products(loss_gradients: Sequence[Tensor | None], outputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    """``H v`` by the gradient of ``<dL/dz, v>``.  loss_gradients: in the graph  # like z each"""
+    pairs = [(s, w) for s, w in zip(loss_gradients, v, strict=True) if s is not None and s.requires_grad]
     if not pairs:
         return [torch.zeros_like(z) for z in outputs]
     with torch.enable_grad():
@@ -98,11 +99,11 @@ def hessian_products(slopes: Sequence[Tensor | None], outputs: Sequence[Tensor],
 
 
 @torch.no_grad()
-def in_logits(z: Tensor, axis: int, slope: Tensor, apply: Apply) -> Apply:
+def in_logits(z: Tensor, axis: int, loss_gradient: Tensor, apply: Apply) -> Apply:
     """Products with the Hessian in the logits of log-probabilities, by those with the one in the log-probabilities."""
 
     def product(v: Tensor) -> Tensor:
-        return of_logits(z, axis, slope, v, apply(centred(z, axis, v)))
+        return of_logits(z, axis, loss_gradient, v, apply(centred(z, axis, v)))
 
     return product
 
@@ -112,9 +113,9 @@ def centred(z: Tensor, axis: int, v: Tensor) -> Tensor:
     return v - (z.detach().exp() * v).sum(axis, keepdim=True)
 
 
-def of_logits(z: Tensor, axis: int, slope: Tensor, v: Tensor, image: Tensor) -> Tensor:
+def of_logits(z: Tensor, axis: int, loss_gradient: Tensor, v: Tensor, image: Tensor) -> Tensor:
     """The product with the Hessian in the logits, where ``image`` is that with the one in the log-probabilities of ``J v``."""
-    p, mass = z.detach().exp(), -slope.detach().sum(axis, keepdim=True)
+    p, mass = z.detach().exp(), -loss_gradient.detach().sum(axis, keepdim=True)
     return image - p * image.sum(axis, keepdim=True) + mass * p * centred(z, axis, v)
 
 
@@ -124,7 +125,7 @@ class _Block:
     """The Hessian in one output, by products with it."""
 
     z: Tensor
-    slope: Tensor
+    loss_gradient: Tensor
     axes: Sequence[int]
     apply: Apply
     v: Tensor  # random
@@ -160,7 +161,7 @@ class _Block:
 
     def _counted(self, rows: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
         """One for each term that has a part in the loss.  curvature: (m, *)"""
-        used = rows(self.slope).ne(0).any(-1) | curvature.flatten(1).ne(0).any(-1)
+        used = rows(self.loss_gradient).ne(0).any(-1) | curvature.flatten(1).ne(0).any(-1)
         return used.to(compute(self.z).dtype)
 
     def _diagonal(self) -> Terms | None:
@@ -174,9 +175,9 @@ class _Block:
         return GaussianTerms(self.z, axis, omega, self.M, curvature.clamp(min=0), assumed=omega / self.M.to(omega))
 
     def _categorical(self) -> Terms | None:
-        """Where nothing but the slopes of log-probabilities is left, of which the loss is linear."""
+        """Where nothing but the gradients of log-probabilities is left, of which the loss is linear."""
         assert self.classes is not None
-        mass = -rows_of(self.slope, self.classes).sum(-1)
+        mass = -rows_of(self.loss_gradient, self.classes).sum(-1)
         p = rows_of(self.z, self.classes).exp()
         found = CategoricalTerms(self.z, self.classes, mass, self.M, p)
         if bool((mass < 0).any()) or not self._explains(found.multiply(self.v)):
@@ -237,13 +238,13 @@ def autograd_terms(
     zs = [o.z for o in outputs]
     seed = torch.ones_like(loss).requires_grad_()  # in the graph, so that what has one derivative only cannot pass for linear
     with torch.enable_grad():
-        slopes = torch.autograd.grad(loss, zs, seed, create_graph=True, materialize_grads=True)
-    if any(node.name() == "torch::autograd::Error" for node in nodes([s for s in slopes if s.requires_grad])):
+        loss_gradients = torch.autograd.grad(loss, zs, seed, create_graph=True, materialize_grads=True)
+    if any(node.name() == "torch::autograd::Error" for node in nodes([s for s in loss_gradients if s.requires_grad])):
         raise SelfCheckError("the loss can be differentiated only once")
     v = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in zs]
     try:
-        together = hessian_products(slopes, zs, v)
-        applies = [_apply(s, z) for s, z in zip(slopes, zs, strict=True)]
+        together = hessian_products(loss_gradients, zs, v)
+        applies = [_apply(s, z) for s, z in zip(loss_gradients, zs, strict=True)]
         alone = [apply(w) for apply, w in zip(applies, v, strict=True)]
     except (RuntimeError, NotImplementedError) as error:
         raise SelfCheckError(f"the loss has no second derivative ({str(error).splitlines()[0]})") from error
@@ -252,16 +253,16 @@ def autograd_terms(
         if float((x - y).double().norm()) > TOLERANCES.get(x.dtype, 5e-2) * size:
             raise SelfCheckError("outputs of the model depend on each other in the loss, which is no sum of losses of each")
     found: list[Terms] = []
-    for o, slope, apply, w, image in zip(outputs, slopes, applies, v, alone, strict=True):
+    for o, loss_gradient, apply, w, image in zip(outputs, loss_gradients, applies, v, alone, strict=True):
         classes = log_axis(o.z, o.axes)
         if classes is not None:
-            apply = in_logits(o.z, classes, slope, apply)
+            apply = in_logits(o.z, classes, loss_gradient, apply)
             image = apply(w)
         likely = o.axes if classes is None else (classes, *o.axes)
         axes = [axis for axis in likely if axis > 0]  # along the first, a row would hold several examples
-        found.append(_Block(o.z, slope.detach(), axes, apply, w, image, examples, M, classes).terms())
-    return found, [s.detach() for s in slopes]
+        found.append(_Block(o.z, loss_gradient.detach(), axes, apply, w, image, examples, M, classes).terms())
+    return found, [s.detach() for s in loss_gradients]
 
 
-def _apply(slope: Tensor, z: Tensor) -> Apply:
-    return lambda v: hessian_products([slope], [z], [v])[0]
+def _apply(loss_gradient: Tensor, z: Tensor) -> Apply:
+    return lambda v: hessian_products([loss_gradient], [z], [v])[0]

@@ -59,12 +59,12 @@ class Curvature(ABC):
         return True
 
     @property
-    def aside(self) -> tuple[str, ...]:
+    def auxiliary(self) -> tuple[str, ...]:
         """What is measured beside the curvature, for solvers that have a use for it."""
         return ()
 
     @property
-    def rides(self) -> bool:
+    def uses_main_backward(self) -> bool:
         """Whether the output gradients of the ordinary backward pass are all that is needed."""
         return False
 

@@ -317,7 +317,7 @@ class Product(Evidence):
 
     matvec: Callable[[Tensor], Tensor]  # of k vectors, each flat or in the block's shape: (k, ...) -> (k, ...)
     loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
-    slope_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # the loss there, and its gradient: (1, P) -> (), (1, P)
+    loss_and_gradient_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # there: (1, P) -> (), (1, P)
     squares: Tensor | None = None  # the diagonal of the empirical Fisher matrix  # (1, P)
     layers: Layers | None = None  # a Kronecker approximation of the Fisher matrix
 

@@ -16,7 +16,7 @@ from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
 from gradmaker.curvature.weights import numbers
 from gradmaker.errors import SelfCheckError
-from gradmaker.pulls import Pulled, Source, bytes_of_pull, pull
+from gradmaker.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
@@ -27,7 +27,7 @@ __all__ = ["FisherEmp", "FisherExact", "FisherMC"]
 class _Portion(Mapping[str, Evidence]):
     """Evidence by site, made when it is asked for: the patches of one convolution are gone before those of the next are cut."""
 
-    def __init__(self, step: Step, found: Pulled, mask: Tensor | None, fresh: bool, root: Tensor | None = None) -> None:
+    def __init__(self, step: Step, found: VJPs, mask: Tensor | None, fresh: bool, root: Tensor | None = None) -> None:
         """root: a factor for the gradient of each example.  # (n,)"""
         self.step, self.found, self.mask, self.fresh, self.root = step, found, mask, fresh, root
         self.sites = {site.name: site for site in step.active()}
@@ -47,7 +47,7 @@ class _Portion(Mapping[str, Evidence]):
         return len(self.sites)
 
 
-class _Pulled(Curvature):
+class _CotangentFisher(Curvature):
     """A Fisher whose cotangents at the loss are pulled back in extra passes."""
 
     gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
@@ -73,12 +73,12 @@ class _Pulled(Curvature):
             mask = step.mask(terms)
             for chunk in self.cotangents(step, terms, index):
                 source = Source(terms.z, chunk, terms.owners(step.examples))
-                yield _Portion(step, pull(step.tape, step.sites, [source], self.splits(step)), mask, fresh)
+                yield _Portion(step, vjps_of(step.tape, step.sites, [source], self.splits(step)), mask, fresh)
                 fresh = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherExact(_Pulled):
+class FisherExact(_CotangentFisher):
     """The exact Fisher, which for these likelihoods is the Gauss-Newton matrix: ``C = sum_m w_m J_m^T Lambda_m J_m``.
 
     One backward pass for each output of an example (for each position and output in sequences), batched in chunks.
@@ -108,11 +108,11 @@ class FisherExact(_Pulled):
                 f"FisherExact would need {columns} backward passes for an output of shape {tuple(terms.z.shape)}: "
                 f"use FisherMC(samples=1), or raise max_columns (now {self.max_columns})"
             )
-        return terms.exact(step.examples, self.chunk or max(1, self.memory // max(1, bytes_of_pull(step.tape, step.sites))))
+        return terms.exact(step.examples, self.chunk or max(1, self.memory // max(1, bytes_of_vjp(step.tape, step.sites))))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherMC(_Pulled):
+class FisherMC(_CotangentFisher):
     """The Fisher by targets drawn from the model's own distribution: unbiased, one backward pass a sample.
 
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 5.
@@ -163,22 +163,22 @@ class FisherEmp(Curvature):
     inapplicable = NO_DRAWS
 
     @property
-    def rides(self) -> bool:
+    def uses_main_backward(self) -> bool:
         """Gradients of whole sequences come with the ordinary backward pass."""
         return self.examples == "sequence"
 
     @property
     def groups(self) -> bool:
-        return self.rides
+        return self.uses_main_backward
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if self.rides and _mixed(step):
+        if self.uses_main_backward and _mixed(step):
             yield from self._mixed_examples(step)
             return
-        if not self.rides:
+        if not self.uses_main_backward:
             yield from self._tokens(step)
             return
-        assert step.ridden is not None
+        assert step.output_gradients is not None
         sources: list[Source] = []
         own = [s.name for s in step.active() if s.direct(step.tape) or step.tape.apart(s.modules)]
         if own and step.head is None:
@@ -187,9 +187,10 @@ class FisherEmp(Curvature):
                 "measured: declare the calls instead of attaching, choose FisherMC or FisherExact, or leave them out by ignore="
             )
         if own and step.head is not None:
-            parts = zip(step.head.outputs, step.head.slopes, step.head.owners(step.examples), strict=True)
-            sources = [Source(z, slope.unsqueeze(0), owner) for z, slope, owner in parts]
-        found = pull(step.tape, step.sites, sources, True, step.ridden, frozen=False) if sources else Pulled(step.ridden)
+            parts = zip(step.head.outputs, step.head.loss_gradients, step.head.owners(step.examples), strict=True)
+            sources = [Source(z, loss_gradient.unsqueeze(0), owner) for z, loss_gradient, owner in parts]
+        together = step.output_gradients
+        found = vjps_of(step.tape, step.sites, sources, True, together, frozen=False) if sources else VJPs(together)
         mask = step.mask(step.terms[0]) if step.terms else None
         yield _Portion(step, found, mask, True, self._numbers(step).sqrt())
 
@@ -213,12 +214,12 @@ class FisherEmp(Curvature):
             raise ValueError("FisherEmp(examples='token') needs a recognised loss; examples='sequence' does not")
         n, fresh = step.examples, True
         groups: dict[int, list[tuple[Terms, Tensor]]] = {}
-        for terms, slope in zip(step.terms, step.slopes(), strict=True):
-            groups.setdefault(terms.positions(n), []).append((terms, slope))
+        for terms, loss_gradient in zip(step.terms, step.loss_gradients(), strict=True):
+            groups.setdefault(terms.positions(n), []).append((terms, loss_gradient))
         for R, calls in groups.items():
             root = numbers([t for t, _ in calls], n, R).sqrt().reshape(n, R)
-            sources = [Source(t.z, t.empirical(slope, n, root), t.owners(n)) for t, slope in calls]
-            yield _Portion(step, pull(step.tape, step.sites, sources, True), step.mask(calls[0][0]), fresh)
+            sources = [Source(t.z, t.empirical(loss_gradient, n, root), t.owners(n)) for t, loss_gradient in calls]
+            yield _Portion(step, vjps_of(step.tape, step.sites, sources, True), step.mask(calls[0][0]), fresh)
             fresh = False
 
     def _numbers(self, step: Step) -> Tensor:

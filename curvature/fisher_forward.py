@@ -11,7 +11,7 @@ import torch
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Inputs, Outer
 from gradmaker.curvature.fisher import _Portion
-from gradmaker.pulls import Pulled
+from gradmaker.vjps import VJPs
 
 if TYPE_CHECKING:
     from gradmaker.step import Step
@@ -51,10 +51,10 @@ class FisherForward(Curvature):
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     @property
-    def rides(self) -> bool:
+    def uses_main_backward(self) -> bool:
         """Nothing is pulled back: the recorded forward pass is read when the ordinary backward pass is through."""
         return True
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        assert step.ridden is not None
-        yield _Forward(step, Pulled(step.ridden), step.mask(step.terms[0]) if step.terms else None, True)
+        assert step.output_gradients is not None
+        yield _Forward(step, VJPs(step.output_gradients), step.mask(step.terms[0]) if step.terms else None, True)

@@ -106,7 +106,7 @@ class Products(Curvature):
         return known if cut or self.factors else known | NO_DRAWS
 
     @property
-    def aside(self) -> tuple[str, ...]:
+    def auxiliary(self) -> tuple[str, ...]:
         return tuple(name for name in ("squares", "factors") if getattr(self, name))
 
     @property
@@ -122,7 +122,7 @@ class Products(Curvature):
         return self.squares or self.factors
 
     @property
-    def rides(self) -> bool:
+    def uses_main_backward(self) -> bool:
         """The gradients of examples come with the ordinary backward pass."""
         return self.squares
 
@@ -145,7 +145,7 @@ class Products(Curvature):
 
         def product(sites: list[Site], squares: Tensor | None = None, layers: Layers | None = None) -> Product:
             layout = Layout(sites)
-            losses = partial(_loss_at, layout, own.replay), partial(_slope_at, layout, search.replay)
+            losses = partial(_loss_at, layout, own.replay), partial(_loss_and_gradient_at, layout, search.replay)
             return Product(partial(apply, layout), *losses, squares, layers)
 
         reached = [s for s in step.sites if any(p.grad is not None for p in s.parameters.values())]
@@ -253,9 +253,9 @@ def _loss_at(layout: Layout, replay: Replay, displacement: Tensor) -> Tensor:
     return replay.loss_at({p: d[0] for p, d in layout.spread(displacement).items()}).reshape(())
 
 
-def _slope_at(layout: Layout, replay: Replay, displacement: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient_at(layout: Layout, replay: Replay, displacement: Tensor) -> tuple[Tensor, Tensor]:
     """The loss at ``theta + displacement`` and its gradient.  # (1, P) -> (), (1, P)"""
-    loss, gradient = replay.slope_at({p: d[0] for p, d in layout.spread(displacement).items()})
+    loss, gradient = replay.loss_and_gradient_at({p: d[0] for p, d in layout.spread(displacement).items()})
     return loss.reshape(()), layout.gather({p: g.unsqueeze(0) for p, g in gradient.items()}, displacement.dtype)
 
 

@@ -26,8 +26,8 @@ __all__ = [
     "LossRecorder",
     "Terms",
     "find_likelihood",
+    "loss_gradients_of",
     "read_terms",
-    "slopes_of",
     "terms_from_gradient",
 ]
 
@@ -171,7 +171,7 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
     return [replace(t, denominator=M) for t in terms]
 
 
-def slopes_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor | None]:
+def loss_gradients_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor | None]:
     """``dL/dz`` of each term as of its own call alone: where ``z`` is made into another one, not through that.
 
     None where the loss does not depend on what was declared as the logits.  # like z each

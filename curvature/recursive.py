@@ -67,7 +67,7 @@ class FisherRecursive(Curvature):
             if W is not None:
                 B = W.mT @ B @ W
                 B = (B + B.mT) / 2
-            B = B * _slope_moment(after, call, weights)
+            B = B * _derivative_moment(after, call, weights)
             for site in sites[module]:
                 factors = _factors(site, call.input, B, weights, step.statistics_dtype(site))
                 found[site.name] = replace(factors, counted=counted)
@@ -153,11 +153,11 @@ def _example_weights(step: Step, terms: Terms) -> tuple[Tensor, Tensor]:
     return (counted / counted.sum().clamp(min=1)).unsqueeze(1), counted.sum()
 
 
-def _slope_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:
+def _derivative_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:
     """``mean_n phi'_n phi'_n^T`` of what lies between a layer's output and ``after``, element by element.  # (d, d)"""
-    (slope,) = torch.autograd.grad(after, call.edges[0], torch.ones_like(after), retain_graph=True)
-    slope = slope.detach().to(weights)
-    moment: Tensor = slope.mT @ (slope * weights)
+    (derivative,) = torch.autograd.grad(after, call.edges[0], torch.ones_like(after), retain_graph=True)
+    derivative = derivative.detach().to(weights)
+    moment: Tensor = derivative.mT @ (derivative * weights)
     return moment
 
 

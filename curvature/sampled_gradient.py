@@ -55,8 +55,8 @@ class SampledGradient(Curvature):
 def _gradients(step: Step, sites: list[Site], z: Tensor, cotangent: Tensor) -> dict[str, Evidence]:
     """``J^T u`` for all parameters of the sites, laid out as their blocks."""
     parameters = list(dict.fromkeys(p for site in sites for p in site.parameters.values()))
-    pulled = dict(zip(parameters, step.tape.pull_parameters([z], [cotangent], parameters), strict=True))
-    return {site.name: Gradient(_lay_out(site, pulled).to(step.statistics_dtype(site))) for site in sites}
+    vjps = dict(zip(parameters, step.tape.vjp_parameters([z], [cotangent], parameters), strict=True))
+    return {site.name: Gradient(_lay_out(site, vjps).to(step.statistics_dtype(site))) for site in sites}
 
 
 def _lay_out(site: Site, gradients: dict[nn.Parameter, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Opening, OutputPair, PairedInputs, SecantPair
-from gradmaker.pulls import Pulled
+from gradmaker.vjps import VJPs
 
 if TYPE_CHECKING:
     from gradmaker.sites import Site
@@ -118,16 +118,17 @@ class LayerSecant(_Lazy):
     gives: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
 
     @property
-    def rides(self) -> bool:
+    def uses_main_backward(self) -> bool:
         """The output gradients before the step are those of the ordinary backward pass."""
         return True
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        assert step.ridden is not None
+        assert step.output_gradients is not None
         mask = step.mask(step.terms[0]) if step.terms else None
         found: dict[str, Evidence] = {}
+        vjps = VJPs(step.output_gradients)
         for site in step.active():
-            outer = site.outer(step.tape, Pulled(step.ridden), mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
+            outer = site.outer(step.tape, vjps, mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
             found[site.name] = paired = PairedInputs(**vars(outer))
             step.notes[site.name] = _sums(site, paired)
         yield found
@@ -153,11 +154,11 @@ class LayerSecant(_Lazy):
         with tape.recording():
             _, loss = made.replay.run()
             tape.end_forward([loss])
-            pulled = Pulled(tape.pull([loss], [torch.ones_like(loss).unsqueeze(0)]))
+            vjps = VJPs(tape.vjp([loss], [torch.ones_like(loss).unsqueeze(0)]))
         found: dict[str, Sums] = {}
         for site in sites:
             if site.fired(tape):
-                outer = site.outer(tape, pulled, None, step.statistics_dtype(site)).regrouped(tape.batch)
+                outer = site.outer(tape, vjps, None, step.statistics_dtype(site)).regrouped(tape.batch)
                 counted = replace(outer, weights=made.notes[site.name].weights)
                 found[site.name] = _sums(site, PairedInputs(**vars(counted)))
         return found

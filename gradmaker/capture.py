@@ -226,7 +226,7 @@ class Tape:
                 call.gradients = [None] * len(call.shapes)
         return found
 
-    def pull(
+    def vjp(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], modules: Iterable[nn.Module] | None = None
     ) -> OutputGradients:
         """Output gradients for given cotangents of outputs; keeps the graph.  cotangents: each (k, *output)
@@ -235,7 +235,7 @@ class Tape:
         """
         chosen = self.calls if modules is None else {m: self.calls[m] for m in modules}
         if self._reentrant:
-            return self._pull_by_backward(outputs, cotangents)
+            return self._vjp_by_backward(outputs, cotangents)
         k = cotangents[0].shape[0]
         edges = [edge for calls in chosen.values() for call in calls for edge in call.edges]
         gradients = iter(vector_jacobian(outputs, edges, cotangents))
@@ -244,8 +244,8 @@ class Tape:
             for module, calls in chosen.items()
         }
 
-    def _pull_by_backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> OutputGradients:
-        """As `pull`, where a reentrant checkpoint allows nothing but a whole backward pass; ``.grad`` is put back."""
+    def _vjp_by_backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> OutputGradients:
+        """As `vjp`, where a reentrant checkpoint allows nothing but a whole backward pass; ``.grad`` is put back."""
         with self.gradients_apart():
             passes = [self.collect(lambda c=c: _backward(outputs, c)) for c in zip(*cotangents, strict=True)]  # type: ignore[misc]
         return {
@@ -255,28 +255,28 @@ class Tape:
             for module in self.calls
         }
 
-    def pull_parameters(
+    def vjp_parameters(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
         """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangents: like the outputs"""
         if not self._reentrant:
             with self.paused():  # a checkpoint repeats its calls
-                pulled = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
-            return list(pulled)
+                found = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
+            return list(found)
         with self.gradients_apart():
             self.collect(lambda: _backward(outputs, cotangents))
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
-    def pull_rows(
+    def vjp_rows(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
-        """As `pull_parameters` for several cotangents, in one batched pass where that can be.  (k, *output) -> (k, *p)"""
+        """As `vjp_parameters` for several cotangents, in one batched pass where that can be.  (k, *output) -> (k, *p)"""
         if not self._reentrant:
             with self.paused():
                 found = vector_jacobian(outputs, list(parameters), cotangents)
             k = len(cotangents[0])
             return [p.new_zeros(k, *p.shape) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        passes = [self.pull_parameters(outputs, c, parameters) for c in zip(*cotangents, strict=True)]
+        passes = [self.vjp_parameters(outputs, c, parameters) for c in zip(*cotangents, strict=True)]
         return [torch.stack(same) for same in zip(*passes, strict=True)]
 
     @contextmanager

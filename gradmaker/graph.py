@@ -32,8 +32,8 @@ class Graph:
         self.loss, self.terms, self.logits = loss, list(terms), logits
         found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         self.gradients = dict(zip(self.parameters, found, strict=True))  # in the graph; None where the loss does not reach
-        self._pulled: tuple[list[Tensor], list[nn.Parameter], list[Tensor], Sequence[Tensor | None]] | None = None
-        self._sound = True  # whether what was pulled met no operation that cannot be differentiated twice
+        self._known_vjp: tuple[list[Tensor], list[nn.Parameter], list[Tensor], Sequence[Tensor | None]] | None = None
+        self._sound = True  # whether what was differentiated met no operation that cannot be differentiated twice
 
     def write_gradients(self, weight: float) -> None:
         """``.grad`` as a backward pass of ``weight * loss`` would leave it where there was none."""
@@ -53,21 +53,21 @@ class Graph:
     def gauss_newton(self, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
         """``sum_t J_t^T Lambda_t J_t v`` over the terms of the loss, or ``J^T H_L J v`` with its Hessian in the logits."""
         self.check_outputs()
-        pushed = self.push(self.outputs, vectors)
+        jvps = self.jvp(self.outputs, vectors)
         if self.logits is None:
-            return self._differentiate(self.outputs, [t.multiply(u) for t, u in zip(self.terms, pushed, strict=True)])
-        (slope,) = torch.autograd.grad(self.loss, self.logits, create_graph=True, allow_unused=True)
-        if slope is None:
+            return self._differentiate(self.outputs, [t.multiply(u) for t, u in zip(self.terms, jvps, strict=True)])
+        (loss_gradient,) = torch.autograd.grad(self.loss, self.logits, create_graph=True, allow_unused=True)
+        if loss_gradient is None:
             raise ValueError("the loss does not depend on what setup_logits_repr names as the logits")
-        if not slope.requires_grad:
+        if not loss_gradient.requires_grad:
             return self._differentiate([], [])
-        curved = torch.autograd.grad(slope, self.logits, pushed, retain_graph=True, allow_unused=True)
+        curved = torch.autograd.grad(loss_gradient, self.logits, jvps, retain_graph=True, allow_unused=True)
         return self._differentiate([self.logits], list(curved)) if curved[0] is not None else self._differentiate([], [])
 
-    def take(self, terms: Sequence[Terms], slopes: Sequence[Tensor]) -> float:
+    def take(self, terms: Sequence[Terms], loss_gradients: Sequence[Tensor]) -> float:
         """The terms of all of the loss, with ``dL/dz``; returns how much of its gradient does not go through them."""
         self.terms, self.outputs = list(terms), [t.z for t in terms]
-        through = self._differentiate(self.outputs, list(slopes))
+        through = self._differentiate(self.outputs, list(loss_gradients))
         pairs = [(torch.zeros_like(p) if g is None else g.detach(), through[p]) for p, g in self.gradients.items()]
         difference, size = (
             torch.stack([x.abs().double().square().sum() for x in each]).sum().sqrt()
@@ -84,23 +84,23 @@ class Graph:
                 "convex function of"
             )
 
-    def push(self, outputs: Sequence[Tensor], vectors: Vectors) -> list[Tensor]:
+    def jvp(self, outputs: Sequence[Tensor], vectors: Vectors) -> list[Tensor]:
         """``J v`` for several outputs: the derivative of ``u -> J^T u`` in the direction ``v``."""
         moved = [p for p in self.parameters if p in vectors]
-        duals, pulled = self._pull(outputs, moved)
-        pairs = [(g, vectors[p]) for g, p in zip(pulled, moved, strict=True) if g is not None]
+        duals, vjps = self._vjp(outputs, moved)
+        pairs = [(g, vectors[p]) for g, p in zip(vjps, moved, strict=True) if g is not None]
         if not pairs:
             return [torch.zeros_like(z) for z in outputs]
         found = torch.autograd.grad([g for g, _ in pairs], duals, [v for _, v in pairs], retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if u is None else u for u, z in zip(found, outputs, strict=True)]
 
-    def _pull(self, outputs: Sequence[Tensor], moved: list[nn.Parameter]) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    def _vjp(self, outputs: Sequence[Tensor], moved: list[nn.Parameter]) -> tuple[list[Tensor], Sequence[Tensor | None]]:
         """``u`` and ``J^T u`` in the graph, the same for every vector; that of the last call is kept."""
-        known = self._pulled
+        known = self._known_vjp
         if known is None or not (_same(known[0], outputs) and _same(known[1], moved)):
             duals = [torch.zeros_like(z, requires_grad=True) for z in outputs]
             found = torch.autograd.grad(outputs, moved, duals, create_graph=True, allow_unused=True)
-            self._pulled = known = list(outputs), moved, duals, found
+            self._known_vjp = known = list(outputs), moved, duals, found
             self._sound = not _ends_early(g for g in found if g is not None)
         _refuse(not self._sound)
         return known[2], known[3]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.likelihood import LossRecorder, Terms, slopes_of
+from gradmaker.curvature.likelihood import LossRecorder, Terms, loss_gradients_of
 from gradmaker.errors import SelfCheckError
 from gradmaker.trees import tensors
 
@@ -19,16 +19,16 @@ __all__ = ["Head"]
 
 @dataclass
 class Head:
-    """Outputs ``z`` of one pass, those of the recognised loss terms or else of the model, and the slopes ``dL/dz`` there.
+    """Outputs ``z`` of one pass, those of the recognised loss terms or else of the model, and ``dL/dz`` there.
 
-    A slope is that of the output's own part of the loss: an output that is made of another one is not counted there again.
+    A gradient is that of the output's own part of the loss: an output that is made of another one is not counted there again.
     """
 
     outputs: list[Tensor]
     terms: list[Terms] = field(default_factory=list)  # one for each output; none where the loss is not recognised
     loss: Tensor | None = None  # None: out of sight
     recorder: LossRecorder | None = None
-    known: list[Tensor] | None = None  # slopes that are known already
+    known: list[Tensor] | None = None  # gradients that are known already
     order: Literal["first", "last"] = "first"  # of the rows of outputs: examples one after another, or running fastest
     whole: bool = False  # whether the terms are those of all of the loss, by autograd
 
@@ -47,7 +47,7 @@ class Head:
         return self.recorder is None or not any(call.output.requires_grad for call in self.recorder.calls)
 
     @property
-    def slopes(self) -> list[Tensor]:
+    def loss_gradients(self) -> list[Tensor]:
         """``dL/dz`` of each output. SelfCheckError where the loss does not depend on what was declared as the logits."""
         found = [s for s in self._found if s is not None]
         if len(found) < len(self.outputs):
@@ -63,14 +63,14 @@ class Head:
             return list(self.known)
         assert self.loss is not None and self.recorder is not None
         if self.terms:
-            return slopes_of(self.recorder, self.loss, self.terms)
+            return loss_gradients_of(self.recorder, self.loss, self.terms)
         if not self.outputs:
             return []
         found = torch.autograd.grad(self.loss, self.outputs, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(z) if s is None else s for z, s in zip(self.outputs, found, strict=True)]
 
     def probes(self, generator: torch.Generator) -> list[Tensor]:
-        """The slopes; random numbers where they are not known.  # like z each"""
+        """The gradients of the loss; random numbers where they are not known.  # like z each"""
         return [
             torch.randn(z.shape, generator=generator).to(z) if s is None else s
             for z, s in zip(self.outputs, self._found, strict=True)

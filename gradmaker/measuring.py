@@ -112,20 +112,21 @@ class MeasuringMaker(GradientMaker):
                 batches.own.note(terms)
             make = partial(Graph, self.model, loss, terms, logits)
             kept = checked or tape.joint or not self.checks.arrangement.plain
-            graph, ridden = self._backward(tape, make, loss, weight, batches, kept)
+            graph, output_gradients = self._backward(tape, make, loss, weight, batches, kept)
             if graph is not None and self._guesses(graph) and self._all_finite(loss):
                 self.whole.products(tape, graph, head)
             if self._explains(tape, head, checked) and self._all_finite(loss):
                 bare = Head.of(loss, output if logits is None else logits, [], recorder)
-                whole = scaled(ridden, 1 / weight) if weight else tape.pull([loss], [torch.ones_like(loss).unsqueeze(0)])
+                one = torch.ones_like(loss).unsqueeze(0)
+                whole = scaled(output_gradients, 1 / weight) if weight else tape.vjp([loss], [one])
                 head = self.explain(tape, head, bare, whole, checked)
                 terms, checked = head.terms, self.is_to_be_checked(tape, head)
             if checked and self._all_finite(loss):
-                self.check(tape, head, scaled(ridden, 1 / weight) if weight else None, weight)
+                self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
             terms = head.terms or terms  # in the order of rows that was found
             extra = Extra(graph, batches, self._previous, own=partial(self._own_batch, batches))
             pending = self.measure_pass(tape, terms, weight, [loss], head=head, extra=extra)
-            self.fold_pass(self.measure_pass(tape, terms, weight, [], ridden=ridden, head=head, extra=extra, pending=pending))
+            self.fold_pass(self.measure_pass(tape, terms, weight, [], output_gradients, head, extra, pending=pending))
         if batches is not None and self.plan.asks("previous", self._due) and self._finite:
             self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
         return output, loss
@@ -149,16 +150,16 @@ class MeasuringMaker(GradientMaker):
                 made.append(make())
                 made[0].write_gradients(weight)
                 return
-            pulled = kept or any(not c.rides for c in self._curvatures())
-            (loss * weight if weight != 1.0 else loss).backward(retain_graph=pulled)
+            retained = kept or any(not c.uses_main_backward for c in self._curvatures())
+            (loss * weight if weight != 1.0 else loss).backward(retain_graph=retained)
 
-        ridden = tape.collect(differentiate)
+        output_gradients = tape.collect(differentiate)
         if shared:
-            return made[0], scaled(ridden, weight)
+            return made[0], scaled(output_gradients, weight)
         if not products or batches is None:
-            return None, ridden
+            return None, output_gradients
         with tape.paused(), borrowing():
-            return batches.curvature.graph(), ridden
+            return batches.curvature.graph(), output_gradients
 
     # ---------------------------------------------------------------- self-checks
     def recorded_sites(self) -> list[Site]:
@@ -178,35 +179,35 @@ class MeasuringMaker(GradientMaker):
 
     def _explains(self, tape: Tape, head: Head, checked: bool) -> bool:
         """Whether it is to be seen to that the terms of a pass are all of a loss, of which nothing is declared."""
-        if self.config.self_check != "fallback" or not any(c.recorded and not c.rides for c in self._curvatures()):
+        if self.config.self_check != "fallback" or not any(c.recorded and not c.uses_main_backward for c in self._curvatures()):
             return False
         if not head.terms:
             return self.config.likelihood is None and (tape.batch > 0 or not tape.sized)
         return not head.declared and (checked or tape.structure(head.outputs) in self.checks.arrangement.whole)
 
-    def explain(self, tape: Tape, head: Head, bare: Head, ridden: OutputGradients, checked: bool) -> Head:
+    def explain(self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, checked: bool) -> Head:
         """The head of a pass whose terms are all of the loss; see `Whole.explain`."""
         with plain_arithmetic(self.model), borrowing():
-            return self.whole.explain(tape, head, bare, ridden, checked)
+            return self.whole.explain(tape, head, bare, output_gradients, checked)
 
-    def check(self, tape: Tape, head: Head, ridden: OutputGradients | None, weight: float = 0.0) -> None:
+    def check(self, tape: Tape, head: Head, output_gradients: OutputGradients | None, weight: float = 0.0) -> None:
         """Make the self-checks on a pass, and measure by their verdict from here on.
 
-        ridden: output gradients of the whole loss, where they are known. weight: of it in ``.grad``; 0: others are in there
+        output_gradients: of the whole loss, where they are known. weight: of it in ``.grad``; 0: others are in there
         """
         curvatures = [c for c in self._curvatures() if c.recorded]
-        owned = any(not c.rides for c in curvatures) and not head.declared
+        owned = any(not c.uses_main_backward for c in curvatures) and not head.declared
         explained = owned and self.config.self_check == "error"  # else `explain` has seen to it
         own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
         costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
         # Shares of examples in the whole loss.
-        shares = any(c.rides and "loss_reduction" not in c.inapplicable for c in curvatures)
-        ridden = ridden if explained or shares else None
+        shares = any(c.uses_main_backward and "loss_reduction" not in c.inapplicable for c in curvatures)
+        output_gradients = output_gradients if explained or shares else None
         triples = [b.triple for b in self.plan.measured(self._due) if b.triple.curvature.recorded]
         inputs = Inputs.of(self.model, self._call, tape, triples, self.config.batch_axis)
         with plain_arithmetic(self.model), borrowing():
             written = own if owned or head.whole else None
-            unseen = self.checks.run(tape, self.recorded_sites(), head, ridden, explained, costly, inputs, written)
+            unseen = self.checks.run(tape, self.recorded_sites(), head, output_gradients, explained, costly, inputs, written)
         if unseen - self._unseen:
             self.plan_again(self._unseen | unseen)
 
@@ -236,7 +237,7 @@ class MeasuringMaker(GradientMaker):
         terms: list[Terms],
         weight: float,
         check: list[Tensor],
-        ridden: OutputGradients | None = None,
+        output_gradients: OutputGradients | None = None,
         head: Head | None = None,
         extra: Extra = NOTHING,
         scale: float = 1.0,
@@ -244,7 +245,7 @@ class MeasuringMaker(GradientMaker):
     ) -> Pending:
         """Measure the curvatures of a recorded pass; `fold_pass` makes what is found the statistics.
 
-        ridden: output gradients of the backward pass, for those that need just these; the others are measured without.
+        output_gradients: of the backward pass, for those that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
         pending: what was measured of this step before, to be added to
         """
@@ -253,15 +254,15 @@ class MeasuringMaker(GradientMaker):
         empty |= tape.sized and not tape.batch
         if not self._finite:
             return pending
-        if ridden is not None:
-            ridden = scaled(ridden, 1 / (weight * scale))
+        if output_gradients is not None:
+            output_gradients = scaled(output_gradients, 1 / (weight * scale))
         for curvature in self._curvatures():
             held = curvature not in self.plan.per_step  # a statistic takes in no loss without terms; what ends now begins anew
-            if curvature.rides == (ridden is not None) and not (empty and held):
+            if curvature.uses_main_backward == (output_gradients is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked, self._due)
                 if not step.sites:
                     continue
-                step.ridden, step.head = ridden, head
+                step.output_gradients, step.head = output_gradients, head
                 step.part = self._part if pending.part is None else pending.part
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 step.notes, step.own = extra.notes, extra.own

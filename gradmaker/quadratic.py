@@ -45,23 +45,23 @@ class QuadraticModel:
     def expand(self, directions: Sequence[Displacement]) -> tuple[Tensor, Tensor, Tensor]:
         """``L``, ``g^T d_i`` and ``d_i^T F d_j``.  # (), (k,), (k, k)"""
         parts = [[x * weight for x in self._expand(batch, directions)] for batch, weight in self.passes]
-        loss, slopes, F = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
-        return loss, slopes, F
+        loss, derivatives, F = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+        return loss, derivatives, F
 
     def _expand(self, batch: Batch, directions: Sequence[Displacement]) -> tuple[Tensor, Tensor, Tensor]:
-        pushed = [self._push(batch, d) for d in directions]
-        loss, _, _, terms = pushed[0]
-        images = [us for _, _, us, _ in pushed]
+        jvps = [self._jvp(batch, d) for d in directions]
+        loss, _, _, terms = jvps[0]
+        images = [us for _, _, us, _ in jvps]
         rows = [
             torch.stack(
                 [torch.stack([t.inner(u, v) for t, u, v in zip(terms, us, vs, strict=True)]).double().sum() for vs in images]
             )
             for us in images
         ]
-        return loss, torch.stack([slope for _, slope, _, _ in pushed]), torch.stack(rows)
+        return loss, torch.stack([derivative for _, derivative, _, _ in jvps]), torch.stack(rows)
 
     @torch.enable_grad()
-    def _push(self, batch: Batch, direction: Displacement) -> tuple[Tensor, Tensor, list[Tensor], list[Terms]]:
+    def _jvp(self, batch: Batch, direction: Displacement) -> tuple[Tensor, Tensor, list[Tensor], list[Terms]]:
         """``L``, ``g^T d``, and ``J d`` of every loss call, with its terms."""
         try:
             with forward.dual_level(), LossRecorder() as recorder:
@@ -69,7 +69,7 @@ class QuadraticModel:
                 logits, loss = batch.replay.run(duals)
                 refuse_reentrant(loss)
                 terms = terms_of(recorder, loss, logits, batch.config.likelihood)
-                value, slope = forward.unpack_dual(loss)
+                value, derivative = forward.unpack_dual(loss)
                 images = [forward.unpack_dual(t.z).tangent for t in terms]
         except RuntimeError as error:
             if not isinstance(error, NotImplementedError) and not any(words in str(error) for words in UNSUPPORTED):
@@ -83,7 +83,7 @@ class QuadraticModel:
                 "the quadratic model needs the Fisher matrix of the loss: a recognised loss (F.cross_entropy, F.nll_loss, "
                 "F.mse_loss or F.binary_cross_entropy_with_logits), or likelihood= and setup_logits_repr"
             )
-        zero = torch.zeros_like(value) if slope is None else slope
+        zero = torch.zeros_like(value) if derivative is None else derivative
         moved = [torch.zeros_like(t.z) if u is None else u.detach() for u, t in zip(images, terms, strict=True)]
         return _number(value), _number(zero), moved, terms
 

@@ -58,7 +58,7 @@ class Replay:
         """The loss at ``theta + displacement``.  # ()"""
         return self.run({p: p + d for p, d in displacement.items()})[1]
 
-    def slope_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+    def loss_and_gradient_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """The loss at ``theta + displacement`` and its gradient there, for all trainable parameters.  # (), ..."""
         moved = {p: p.detach() for p in self.model.parameters() if p.requires_grad}
         moved = {p: (v + displacement[p] if p in displacement else v).requires_grad_() for p, v in moved.items()}
@@ -70,4 +70,4 @@ class Replay:
 
     def gradient_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The loss' gradient at ``theta + displacement``."""
-        return self.slope_at(displacement)[1]
+        return self.loss_and_gradient_at(displacement)[1]

@@ -32,9 +32,9 @@ class Rescaling:
         """Change a proposed step to the best, in place, and remember it.  proposed: of the parameters that take part"""
         before = {p: self.last[self.names[p]] for p in proposed if self.names[p] in self.last}
         directions = [self._whole(model, d) for d in ([proposed, before] if before else [proposed])]
-        _, slopes, F = model.expand(directions)
+        _, derivatives, F = model.expand(directions)
         size = torch.stack([torch.stack([inner(a, b) for b in directions]) for a in directions])
-        w = minimise(slopes, F + damping * size)
+        w = minimise(derivatives, F + damping * size)
         for p, step in proposed.items():
             step.mul_(w[0].to(step.dtype))
             if p in before:

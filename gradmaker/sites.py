@@ -23,7 +23,7 @@ from gradmaker.rules import Path, Rule, names, paths
 from gradmaker.shapes import ShapePolicy, View
 
 if TYPE_CHECKING:
-    from gradmaker.pulls import Pulled
+    from gradmaker.vjps import VJPs
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
 
@@ -115,7 +115,7 @@ class Site:
             return True  # whatever was recorded: the parts of an attention module may have been, and not the module
         return self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules))
 
-    def outer(self, tape: Tape, found: Pulled, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
+    def outer(self, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
         """The evidence of a pass. Several calls are further sharing positions.
 
         mask: (n, R) loss terms that count, R positions per example.
@@ -133,7 +133,7 @@ class Site:
         weights = None if mask is None else _position_weights(mask, positions, len(calls)).to(dtype)
         return Outer(inputs, g, self.bias, self.rule.transposed, weights, fresh)
 
-    def _formed(self, tape: Tape, found: Pulled, dtype: torch.dtype, fresh: bool) -> Outer:
+    def _formed(self, tape: Tape, found: VJPs, dtype: torch.dtype, fresh: bool) -> Outer:
         """Rows that are formed already: of a call that is repeated, or of the parameter itself."""
         if self.direct(tape):
             ((_, p),) = self.parameters.items()

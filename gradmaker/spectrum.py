@@ -70,9 +70,9 @@ def ntk_vp(model: nn.Module, outputs: Callable[[], Tensor], vector: Tensor) -> T
     """
     z = Replay(model, lambda: (None, outputs())).run()[1]
     graph = Graph(model, (z * vector.to(z.dtype)).sum(), [])
-    pulled = {p: g.detach() for p, g in graph.gradients.items() if g is not None}
+    gradients = {p: g.detach() for p, g in graph.gradients.items() if g is not None}
     with second_derivatives("a product with the tangent kernel"):
-        return graph.push([z], pulled)[0].detach()
+        return graph.jvp([z], gradients)[0].detach()
 
 
 def eigenpairs(
@@ -243,12 +243,12 @@ class _Curvature:
                 "F.binary_cross_entropy_with_logits, as functions or modules"
             )
         terms = self.terms
-        if kind == "empirical":  # whose slopes are those of the whole loss: logits of several terms count once
+        if kind == "empirical":  # whose gradients are those of the whole loss: logits of several terms count once
             terms = list({id(t.z): t for t in terms}.values())
         outputs = [t.z for t in terms]
         with second_derivatives("a Fisher product"):
-            pushed = self.graph.push(outputs, self._split(v))
-        pairs = list(zip(terms, pushed, strict=True))
+            jvps = self.graph.jvp(outputs, self._split(v))
+        pairs = list(zip(terms, jvps, strict=True))
         if kind == "exact":
             weighted = [t.multiply(u) for t, u in pairs]
         else:
@@ -260,10 +260,10 @@ class _Curvature:
         """``c``.  # (k, *z.shape)"""
         if kind == "mc":
             return terms.sample(samples, torch.Generator(terms.z.device).manual_seed(seed + 7919 * index))
-        (slope,) = torch.autograd.grad(self.graph.loss, terms.z, retain_graph=True)
+        (loss_gradient,) = torch.autograd.grad(self.graph.loss, terms.z, retain_graph=True)
         m = terms.omega.numel()
         root = numbers([t for t in self.terms if t.z is terms.z], m).sqrt()
-        return terms.empirical(slope, m, root.unsqueeze(1))
+        return terms.empirical(loss_gradient, m, root.unsqueeze(1))
 
     def draw(self, seed: int, distribution: Literal["gaussian", "signs"]) -> Tensor:
         """A random vector.  # (P,)"""

@@ -70,7 +70,7 @@ class Step:
     terms: list[Terms] = field(default_factory=list)  # of the loss; empty when the loss was not recognised
     head: Head | None = None  # the outputs that the loss is a function of
     whole: bool = False  # whether some block of this curvature holds all layers as one
-    ridden: OutputGradients | None = None  # output gradients of the backward pass that has run
+    output_gradients: OutputGradients | None = None  # of the backward pass that has run
     reduction: str = "mean"  # of a loss that was not recognised
     masked: bool = False  # whether the loss left out some of its terms
     part: int = 0  # which micro-batch of the step this is
@@ -80,9 +80,9 @@ class Step:
     notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
 
-    def slopes(self) -> list[Tensor]:
+    def loss_gradients(self) -> list[Tensor]:
         """``dL/dz`` of each of `terms`."""
-        return [] if self.head is None else self.head.slopes
+        return [] if self.head is None else self.head.loss_gradients
 
     @property
     def examples(self) -> int:

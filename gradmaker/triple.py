@@ -68,7 +68,7 @@ def _unsolvable(curvature: Curvature, representation: Representation, solver: So
         return f"{s} needs a positive semidefinite matrix, and {c} need not be one"
     if solver.steady and not curvature.steady:
         return f"{s} needs one and the same matrix throughout a solve, and {c}(fresh=True) draws another for every product"
-    unread = [name for name in curvature.aside if name not in solver.reads]
+    unread = [name for name in curvature.auxiliary if name not in solver.reads]
     if unread:
         return f"{c}({unread[0]}=True) measures {unread[0]} that {s} does not read"
     return solver.refuse(representation)

@@ -43,7 +43,7 @@ class MatrixFree(Protocol):
     def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
         """``L(theta + displacement)``; None where it cannot be evaluated.  # (1, P) -> ()"""
 
-    def slope_at(self, state: State, displacement: Tensor) -> tuple[Tensor, Tensor] | None:
+    def loss_and_gradient_at(self, state: State, displacement: Tensor) -> tuple[Tensor, Tensor] | None:
         """The loss of the search batch at ``theta + displacement`` and its gradient there.  # (1, P) -> (), (1, P)"""
 
     def squares(self, state: State) -> Tensor | None:
@@ -118,9 +118,9 @@ class Implicit(Representation):
         losses = [w * loss_at(displacement) for w, loss_at in known if loss_at is not None]
         return torch.stack(losses).sum() if len(losses) == len(known) else None
 
-    def slope_at(self, state: State, displacement: Tensor) -> tuple[Tensor, Tensor] | None:
-        known = [(w, product.slope_at) for w, product in _products(state)]
-        found = [(w, slope_at(displacement)) for w, slope_at in known if slope_at is not None]
+    def loss_and_gradient_at(self, state: State, displacement: Tensor) -> tuple[Tensor, Tensor] | None:
+        known = [(w, product.loss_and_gradient_at) for w, product in _products(state)]
+        found = [(w, evaluate(displacement)) for w, evaluate in known if evaluate is not None]
         if len(found) < len(known):
             return None
         return torch.stack([w * loss for w, (loss, _) in found]).sum(), torch.stack([w * g for w, (_, g) in found]).sum(0)

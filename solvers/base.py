@@ -53,7 +53,7 @@ class Solver(ABC):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What it makes use of beside ``C``: names as in `Curvature.aside`."""
+        """What it makes use of beside ``C``: names as in `Curvature.auxiliary`."""
         return frozenset()
 
     @property

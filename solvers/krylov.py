@@ -90,15 +90,15 @@ class Krylov(Solver):
             H = self._inverse((V @ CV.mT).double())
             a = -(H @ (V @ g[0]).double())
             if self.search == "bfgs" and torch.isfinite(H).all():
-                a = minimise(partial(self._slope, representation, cache, V), H, 2 * len(V))
+                a = minimise(partial(self._objective, representation, cache, V), H, 2 * len(V))
             x = -(a.to(g.dtype) @ V).unsqueeze(0)
         x = keep_finite(cache, x, g / (self.damping or 1.0))
         cache["solution"] = x
         return x
 
-    def _slope(self, representation: Any, cache: State, V: Tensor, a: Tensor) -> tuple[float, Tensor]:
+    def _objective(self, representation: Any, cache: State, V: Tensor, a: Tensor) -> tuple[float, Tensor]:
         """``L(theta + V^T a) + lambda |a|^2 / 2`` and its gradient.  # (K,) -> , (K,)"""
-        found = representation.slope_at(cache, (a.to(V.dtype) @ V).unsqueeze(0))
+        found = representation.loss_and_gradient_at(cache, (a.to(V.dtype) @ V).unsqueeze(0))
         if found is None:
             raise RuntimeError("Krylov(search='bfgs') needs the loss at displaced weights, and this curvature has none")
         loss, gradient = found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["minimise"]
 
-Slope: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
+Objective: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 """A point to the value there and its gradient.  # (K,) -> , (K,)"""
 
 DECREASE, CURVATURE = 1e-4, 0.9
@@ -24,7 +24,7 @@ NOISE = 1e-14
 """Of a value, relative."""
 
 
-def minimise(slope: Slope, H: Tensor, iterations: int) -> Tensor:
+def minimise(objective: Objective, H: Tensor, iterations: int) -> Tensor:
     """A point of lower value, by BFGS from zero with the inverse Hessian ``H`` to begin with.
 
     ``d = -H g``, a step along it that fulfils Wolfe's conditions, ``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``. It ends
@@ -34,14 +34,14 @@ def minimise(slope: Slope, H: Tensor, iterations: int) -> Tensor:
     # H: (K, K) -> (K,)
     """
     x = torch.zeros_like(H[0])
-    f, g = slope(x)
+    f, g = objective(x)
     first = float(g @ H @ g)
     for _ in range(iterations):
         d = -(H @ g)
         descent = float(g @ d)
         if not (isfinite(f) and descent < -DONE * first):
             break
-        found = _search(slope, x, d, f, descent)
+        found = _search(objective, x, d, f, descent)
         if found is None:
             break
         t, f, after = found
@@ -51,7 +51,7 @@ def minimise(slope: Slope, H: Tensor, iterations: int) -> Tensor:
     return x
 
 
-def _search(slope: Slope, x: Tensor, d: Tensor, f: float, descent: float) -> tuple[float, float, Tensor] | None:
+def _search(objective: Objective, x: Tensor, d: Tensor, f: float, descent: float) -> tuple[float, float, Tensor] | None:
     """A step length with the value and gradient there; None if nothing is lower.
 
     Values that differ by rounding alone are compared by their slopes (Hager & Zhang, SIAM J. Optim. 2005).
@@ -60,7 +60,7 @@ def _search(slope: Slope, x: Tensor, d: Tensor, f: float, descent: float) -> tup
     low, high, t = 0.0, inf, 1.0
     best: tuple[float, float, Tensor] | None = None
     for _ in range(TRIES):
-        value, g = slope(x + t * d)
+        value, g = objective(x + t * d)
         along = float(g @ d)
         lower = value <= f + DECREASE * t * descent or (abs(value - f) <= noise and along <= (2 * DECREASE - 1) * descent)
         if not (lower and isfinite(along)):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker.curvature.recursive import _slope_moment
+from gradmaker.curvature.recursive import _derivative_moment
 from gradmaker.methods import METHODS
 from gradmaker.representations.base import Frame
 from tests.live import Live
@@ -74,11 +74,11 @@ def test_recursion_ends_at_the_lowest_layer(monkeypatch: pytest.MonkeyPatch) -> 
     sides: list[int] = []
 
     def moment(*args: Any) -> Tensor:
-        found = _slope_moment(*args)
+        found = _derivative_moment(*args)
         sides.append(len(found))
         return found
 
-    monkeypatch.setattr("gradmaker.curvature.recursive._slope_moment", moment)
+    monkeypatch.setattr("gradmaker.curvature.recursive._derivative_moment", moment)
     inputs = 1200
     model = nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 3))
     maker: Any = METHODS["kfra"](model, METHODS["kfra"].Config(max_dim=8))

@@ -250,7 +250,7 @@ def test_a_replay_leaves_no_trace_of_what_the_model_remembers() -> None:
     replay = Replay(model, evaluate)
     evaluate()
     before, values = objects(model), [b.clone() for b in model.buffers()]
-    replay.slope_at({p: torch.ones_like(p) for p in model.parameters()})
+    replay.loss_and_gradient_at({p: torch.ones_like(p) for p in model.parameters()})
     replay.loss_at({})
     assert objects(model) == before
     assert all(torch.equal(b, v) for b, v in zip(model.buffers(), values, strict=True))

@@ -286,13 +286,13 @@ def pulled(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[int], 
     from gradmaker.capture import Tape
 
     sizes: list[int] = []
-    original = Tape.pull
+    original = Tape.vjp
 
-    def pull(tape: Tape, outputs: Any, cotangents: Any, modules: Any = None) -> Any:
+    def vjp(tape: Tape, outputs: Any, cotangents: Any, modules: Any = None) -> Any:
         sizes.append(len(cotangents[0]))
         return original(tape, outputs, cotangents, modules)
 
-    monkeypatch.setattr(Tape, "pull", pull)
+    monkeypatch.setattr(Tape, "vjp", vjp)
     maker = measure(wide(), FisherExact(**options), Kron(), self_check="off")
     return sizes, {f"{b.name} {k}": v for b in maker.plan.blocks for k, v in b.state.items()}
 

@@ -208,11 +208,11 @@ def test_targets_are_drawn_of_a_recognised_loss() -> None:
 UNREAD = [("neumann", "factors"), ("lissa", "squares"), ("curveball", "factors"), ("newton", "factors"), ("neumann", "squares")]
 
 
-@pytest.mark.parametrize("method, aside", UNREAD)
-def test_what_nothing_reads_is_refused(method: str, aside: str) -> None:
-    curvature = GaussNewton(squares=aside == "squares", factors=aside == "factors")
+@pytest.mark.parametrize("method, auxiliary", UNREAD)
+def test_what_nothing_reads_is_refused(method: str, auxiliary: str) -> None:
+    curvature = GaussNewton(squares=auxiliary == "squares", factors=auxiliary == "factors")
     with pytest.raises(
-        ValueError, match=f"GaussNewton\\({aside}=True\\) measures {aside} that .* does not read. Solvers that fit"
+        ValueError, match=f"GaussNewton\\({auxiliary}=True\\) measures {auxiliary} that .* does not read. Solvers that fit"
     ):
         from_config(models.mlp().model, {"method": method, "curvature": curvature})
 

@@ -359,7 +359,7 @@ def test_forward_only_needs_no_likelihood_and_no_further_pass(monkeypatch: pytes
     def refuse(*args: Any) -> None:
         raise AssertionError("a further backward pass")
 
-    monkeypatch.setattr(Tape, "pull", refuse)
+    monkeypatch.setattr(Tape, "vjp", refuse)
     case = models.mlp()._replace(loss=lambda y, t: (y.cos() * (1 + t[:, None])).mean())
     config = METHODS["kfac"].Config(fisher=FisherForward(), self_check="off")
     maker = METHODS["kfac"](case.model, config)

@@ -120,14 +120,14 @@ class Searched(Quadratic):
         super().measure()
         (_, product), loss = self.state.products[0], self.loss  # type: ignore[attr-defined]
 
-        def slope_at(d: Tensor) -> tuple[Tensor, Tensor]:
+        def loss_and_gradient_at(d: Tensor) -> tuple[Tensor, Tensor]:
             assert loss is not None
             leaf = d[0].detach().requires_grad_()
             with torch.enable_grad():
                 value = loss(leaf)
             return value.detach(), torch.autograd.grad(value, leaf)[0].unsqueeze(0)
 
-        object.__setattr__(product, "slope_at", slope_at)
+        object.__setattr__(product, "loss_and_gradient_at", loss_and_gradient_at)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])

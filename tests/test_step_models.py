@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradmaker.adapted_damping import AdaptedDamping
+from gradmaker.damping_state import DampingState
 from gradmaker.rescaling import PARALLEL, minimise
 from gradmaker.solvers.levenberg_marquardt import AdaptiveDamping
 
@@ -72,8 +72,8 @@ class Model:
         return torch.tensor(5 - self.fall).double()
 
 
-def adapted(**options: Any) -> AdaptedDamping:
-    return AdaptedDamping(AdaptiveDamping(interval=1, omega=0.5, **options), 8.0)
+def adapted(**options: Any) -> DampingState:
+    return DampingState(AdaptiveDamping(interval=1, omega=0.5, **options), 8.0)
 
 
 def test_a_step_is_judged_once_another_begins() -> None:
@@ -122,5 +122,5 @@ def test_a_load_drops_what_is_waiting() -> None:
 
 @pytest.mark.parametrize("interval, steps", [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [2, 5]), (6, [5])])
 def test_the_last_step_of_an_interval(interval: int, steps: list[int]) -> None:
-    damping = AdaptedDamping(AdaptiveDamping(interval=interval), 1.0)
+    damping = DampingState(AdaptiveDamping(interval=interval), 1.0)
     assert [step for step in range(6) if damping.due(step)] == steps

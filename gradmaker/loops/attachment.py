@@ -173,13 +173,13 @@ class Attachment:
         maker.forget_pass()
         with current.measuring():
             if current.at in current.losses:
-                value, slope = current.terms_inside(gradient, factor)
+                value, loss_gradient = current.terms_inside(gradient, factor)
             else:
                 assert z is not None
-                value, slope = z, factor
+                value, loss_gradient = z, factor
                 current.terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, z, gradient)]
             outputs = [t.z for t in current.terms] or [value]
-            head = Head(outputs, current.terms, known=[slope])
+            head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
                 plan = maker.plan
                 maker.check(tape, head, None)
@@ -211,7 +211,7 @@ class Attachment:
         maker.forget_pass()
         with torch.no_grad(), borrowing():
             self._pending = maker.measure_pass(
-                tape, current.terms, self.weight, [], ridden=tape.harvest(), scale=current.scale, pending=pending
+                tape, current.terms, self.weight, [], output_gradients=tape.harvest(), scale=current.scale, pending=pending
             )
         self._marks = Marks(self._parameters(maker))
         current.end()

@@ -89,7 +89,7 @@ class LoopPass:
             self._handles.callback(value.register_hook(_Arrival(owner, arrived, self, name)).remove)
 
     def terms_inside(self, gradient: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the terms of the loss inside, with their exact weights; returns its output and its slope.
+        """Find the terms of the loss inside, with their exact weights; returns its output and ``dL/dz`` there.
 
         gradient: of its output, as it arrived; factor: the same without the scales of the loop
         """

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmaker.adapted_damping import AdaptedDamping
 from gradmaker.batches import Batch
 from gradmaker.blocks import Block
 from gradmaker.config import GradientConfig, check_choice, check_interval
+from gradmaker.damping_state import DampingState
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.quadratic import QuadraticModel
 from gradmaker.rescaling import Rescaling
@@ -73,16 +73,16 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
     def __init__(self, model: nn.Module, config: TrustRegionGradientConfig | None = None) -> None:
         super().__init__(model, config)
         rule = self.config.adaptive_damping
-        self._damping = None if rule is None else AdaptedDamping(rule, float(self.config.damping or 0.0))
+        self._damping = None if rule is None else DampingState(rule, float(self.config.damping or 0.0))
         how = self.config.rescale
         self._rescaling = None if how == "none" else Rescaling(model, momentum=how == "momentum")
         self._trial: QuadraticModel | None = None  # of the step that is under way
-        self._adapted: list[Block] = []  # not those of the fallback, whose damping is their own
+        self._with_adaptive_damping: list[Block] = []  # not those of the fallback, whose damping is their own
         self._planned()
 
     def _planned(self) -> None:
         if self._damping is not None:
-            self._adapted = [b for b in self.plan.blocks if b.triple == self.config.triple(b.sites[0])]
+            self._with_adaptive_damping = [b for b in self.plan.blocks if b.triple == self.config.triple(b.sites[0])]
             self._take_damping()
 
     @property
@@ -119,7 +119,7 @@ class TrustRegionGradientMaker(PreconditionedGradientMaker):
     def _take_damping(self) -> None:
         """Make the parts with the ``lambda`` of now."""
         config = replace(self.config, damping=self.damping)
-        for block in self._adapted:
+        for block in self._with_adaptive_damping:
             block.triple = config.triple(block.sites[0]) or block.triple
 
     def _precondition(self) -> None:

@@ -14,7 +14,7 @@ from gradmaker.capture import OutputGradients, Tape
 from gradmaker.errors import SelfCheckWarning
 from gradmaker.head import Head
 from gradmaker.reentrant import nodes
-from gradmaker.self_checks.examples import check_examples, pull_pair
+from gradmaker.self_checks.examples import check_examples, vjp_pair
 from gradmaker.self_checks.findings import Findings, tell
 from gradmaker.self_checks.groups import Inputs, check_groups
 from gradmaker.self_checks.loss import check_curvature, check_gradient
@@ -87,7 +87,7 @@ class SelfChecks:
         tape: Tape,
         sites: Sequence[Site],
         head: Head,
-        ridden: OutputGradients | None,
+        output_gradients: OutputGradients | None,
         explained: bool,
         costly: bool,
         inputs: Inputs | None = None,
@@ -95,7 +95,7 @@ class SelfChecks:
     ) -> set[str]:
         """Check a pass; returns names of parameters whose layers do not show all of their uses.
 
-        ridden: output gradients of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
+        output_gradients: of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
         costly: whether examples that mix are measured with a pass for each. inputs: the model's call, where something that is
         measured groups the rows of examples. written: gradients of the whole loss, where its terms have to explain them
         """
@@ -109,7 +109,7 @@ class SelfChecks:
         elif tape.batch > 1:
             found.undivided = tape.batch
         if first:
-            self._check_uses(tape, sites, head, ridden, explained, generator, found, written)
+            self._check_uses(tape, sites, head, output_gradients, explained, generator, found, written)
         self._record(tape, head, structure, found, costly)
         return set(found.unseen)
 
@@ -120,7 +120,7 @@ class SelfChecks:
 
         def orders() -> dict[Key, Order | None]:
             made = Findings()
-            pair, c = pull_pair(tape, head, generator)
+            pair, c = vjp_pair(tape, head, generator)
             check_examples(tape, sites, pair, c, made)
             return made.orders
 
@@ -168,32 +168,32 @@ class SelfChecks:
         tape: Tape,
         sites: Sequence[Site],
         head: Head,
-        ridden: OutputGradients | None,
+        output_gradients: OutputGradients | None,
         explained: bool,
         generator: torch.Generator,
         found: Findings,
         written: Mapping[nn.Parameter, Tensor] | None,
     ) -> None:
-        slopes = head.probes(generator)
-        cotangents = [s.unsqueeze(0) for s in slopes]
-        pulled = plain = tape.pull(head.outputs, cotangents)
-        if explained and ridden is not None:
-            check_gradient(head, pulled, ridden)
+        loss_gradients = head.probes(generator)
+        cotangents = [s.unsqueeze(0) for s in loss_gradients]
+        vjps = plain = tape.vjp(head.outputs, cotangents)
+        if explained and output_gradients is not None:
+            check_gradient(head, vjps, output_gradients)
             unchecked = check_curvature(head, generator)
             if unchecked:
                 found.notes["loss"] = unchecked
         parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
         with tape.norms.held():
-            pulled = tape.pull(head.outputs, cotangents) if tape.norms.seen else pulled
-            derived = tape.pull_parameters(head.outputs, slopes, parameters)
+            vjps = tape.vjp(head.outputs, cotangents) if tape.norms.seen else vjps
+            derived = tape.vjp_parameters(head.outputs, loss_gradients, parameters)
         truth: dict[nn.Parameter, Tensor] = dict(zip(parameters, derived, strict=True))
         if written is not None:
-            own = tape.pull_parameters(head.outputs, slopes, parameters) if tape.norms.seen else derived
+            own = tape.vjp_parameters(head.outputs, loss_gradients, parameters) if tape.norms.seen else derived
             _note_outside(sites, dict(zip(parameters, own, strict=True)), written, found)
         with self.arrangement.supposing(found.orders):
-            check_uses(tape, sites, pulled, truth, found)
-            if not explained and ridden is not None:
-                check_rest(tape, sites, head, plain, ridden, found)
+            check_uses(tape, sites, vjps, truth, found)
+            if not explained and output_gradients is not None:
+                check_rest(tape, sites, head, plain, output_gradients, found)
 
     def _record(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
         """Make the findings those of the maker."""

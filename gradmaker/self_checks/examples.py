@@ -18,7 +18,7 @@ from gradmaker.head import Head
 from gradmaker.self_checks.findings import Findings
 from gradmaker.sites import Site
 
-__all__ = ["Pair", "check_examples", "pull_pair"]
+__all__ = ["Pair", "check_examples", "vjp_pair"]
 
 LEVELS = 8
 """Powers of two: examples that are taken for each other escape one check in so many, and checks are drawn anew."""
@@ -36,7 +36,7 @@ def levels(n: int, generator: torch.Generator) -> Tensor:
     return torch.pow(2.0, shift[order].double() - LEVELS // 2)
 
 
-def pull_pair(tape: Tape, head: Head, generator: torch.Generator) -> tuple[Pair, Tensor]:
+def vjp_pair(tape: Tape, head: Head, generator: torch.Generator) -> tuple[Pair, Tensor]:
     """Output gradients for a random gradient at the outputs, and for the scaled one; and the scales.  # ..., (n,)"""
     n = tape.batch
     c, first, second = levels(n, generator), [], []
@@ -45,7 +45,7 @@ def pull_pair(tape: Tape, head: Head, generator: torch.Generator) -> tuple[Pair,
         first.append(r.unsqueeze(0))
         second.append((r * c.to(z)[owner]).unsqueeze(0))
     with tape.norms.held():
-        return (tape.pull(head.outputs, first), tape.pull(head.outputs, second)), c
+        return (tape.vjp(head.outputs, first), tape.vjp(head.outputs, second)), c
 
 
 @torch.no_grad()

@@ -31,9 +31,9 @@ def half(tensors: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def check_gradient(head: Head, pulled: OutputGradients, ridden: OutputGradients) -> None:
-    """SelfCheckError unless the slopes of the terms, pulled back, are the gradients of the whole loss in every layer."""
-    error, limit = gradient_error(pulled, ridden)
+def check_gradient(head: Head, vjps: OutputGradients, output_gradients: OutputGradients) -> None:
+    """SelfCheckError unless the vector-Jacobian products of the terms are the gradients of the whole loss in every layer."""
+    error, limit = gradient_error(vjps, output_gradients)
     if error > limit:
         raise SelfCheckError(
             f"the recognised terms of the loss ({_names(head)}) give another gradient than the whole loss, in the layers by "
@@ -42,15 +42,15 @@ def check_gradient(head: Head, pulled: OutputGradients, ridden: OutputGradients)
 
 
 @torch.no_grad()
-def gradient_error(pulled: OutputGradients, ridden: OutputGradients) -> tuple[float, float]:
-    """How far pulled slopes are from the layers' gradients of the whole loss, in their size; and what rounding makes of it."""
+def gradient_error(vjps: OutputGradients, output_gradients: OutputGradients) -> tuple[float, float]:
+    """How far these products are from the layers' gradients of the whole loss, in their size; and what rounding makes of it."""
     difference = size = 0.0
-    for module, calls in ridden.items():
-        for own, all_of in zip(pulled[module], calls, strict=True):
+    for module, calls in output_gradients.items():
+        for own, all_of in zip(vjps[module], calls, strict=True):
             for a, b in zip(own, all_of, strict=True):
                 difference += float((a - b).double().square().sum())
                 size += float(b.double().square().sum())
-    limit = 2e-2 if half([g for calls in ridden.values() for call in calls for g in call]) else 1e-4
+    limit = 2e-2 if half([g for calls in output_gradients.values() for call in calls for g in call]) else 1e-4
     return difference**0.5 / max(size**0.5, 1e-150), limit
 
 
@@ -70,14 +70,14 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
     try:
         if len(outputs) > 1 and len(ends(outputs)) < len(outputs):
             return "one output of the loss is made of another"
-        slopes = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
+        loss_gradients = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
         moved = [centred(z, classes[id(z)], w) if id(z) in classes else w for z, w in zip(outputs, v, strict=True)]
-        found = hessian_products(slopes, outputs, moved)
+        found = hessian_products(loss_gradients, outputs, moved)
     except (RuntimeError, NotImplementedError):
         return "the loss has no second derivative"
     found = [
         of_logits(z, classes[id(z)], s, w, h) if id(z) in classes else h
-        for z, s, w, h in zip(outputs, slopes, v, found, strict=True)
+        for z, s, w, h in zip(outputs, loss_gradients, v, found, strict=True)
     ]
     expected = [
         sum((t.multiply(w) for t in head.terms if t.z is z), torch.zeros_like(z)) for z, w in zip(outputs, v, strict=True)

@@ -23,18 +23,18 @@ AGAIN = "BackwardBackward"
 
 
 def check_rest(
-    tape: Tape, sites: Sequence[Site], head: Head, pulled: OutputGradients, ridden: OutputGradients, found: Findings
+    tape: Tape, sites: Sequence[Site], head: Head, vjps: OutputGradients, output_gradients: OutputGradients, found: Findings
 ) -> None:
     """SelfCheckError where a part of the loss that is not among its terms would be missing from gradients of examples.
 
-    pulled: output gradients of the terms; ridden: of the whole loss; found: what the other checks have found
+    vjps: output gradients of the terms; output_gradients: of the whole loss; found: what the other checks have found
     """
-    if not head.terms or not _differ(head, pulled, ridden):
+    if not head.terms or not _differ(head, vjps, output_gradients):
         return
     lost = {*found.unseen, *found.direct}
     lost |= {type(key[0]).__name__ for key, order in found.orders.items() if order is None}
     if head.loss is not None and any(AGAIN in node.name() for node in nodes([head.loss])):
-        lost |= set(_beside(tape, sites, head.loss, ridden))
+        lost |= set(_beside(tape, sites, head.loss, output_gradients))
     if lost:
         raise SelfCheckError(
             f"a part of the loss is not among its recognised terms, and its share for each example cannot be told apart for "
@@ -44,21 +44,21 @@ def check_rest(
         )
 
 
-def _differ(head: Head, pulled: OutputGradients, ridden: OutputGradients) -> bool:
+def _differ(head: Head, vjps: OutputGradients, output_gradients: OutputGradients) -> bool:
     try:
-        check_gradient(head, pulled, ridden)
+        check_gradient(head, vjps, output_gradients)
     except SelfCheckError:
         return True
     return False
 
 
-def _beside(tape: Tape, sites: Sequence[Site], loss: torch.Tensor, ridden: OutputGradients) -> dict[str, str]:
+def _beside(tape: Tape, sites: Sequence[Site], loss: torch.Tensor, output_gradients: OutputGradients) -> dict[str, str]:
     """Parameters whose calls do not add up to the gradient of the loss."""
     own = [s for s in sites if s.rule is not None]
     parameters: list[nn.Parameter] = list(dict.fromkeys(p for s in own for p in s.parameters.values()))
     if not parameters:
         return {}
-    truth = tape.pull_parameters([loss], [torch.ones_like(loss)], parameters)
+    truth = tape.vjp_parameters([loss], [torch.ones_like(loss)], parameters)
     seen = Findings()
-    check_uses(tape, own, ridden, dict(zip(parameters, truth, strict=True)), seen)
+    check_uses(tape, own, output_gradients, dict(zip(parameters, truth, strict=True)), seen)
     return seen.unseen

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from gradmaker.calls import Call
 from gradmaker.capture import OutputGradients, Tape
 from gradmaker.curvature.evidence import Outer
-from gradmaker.pulls import Pulled
 from gradmaker.self_checks.findings import Findings
 from gradmaker.sites import Site
+from gradmaker.vjps import VJPs
 
 __all__ = ["check_uses"]
 
@@ -79,12 +79,12 @@ def _repeats(error: Exception) -> bool:
 def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtype) -> tuple[Tensor, float, int]:
     """The sum of a site's calls, the size that rounding is relative to, and the number of rows.  # (G, o, i)"""
     if site.rule is None:
-        own = site.outer(tape, Pulled(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
+        own = site.outer(tape, VJPs(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
         return own.sum(0), float(own.norm()), len(own)
     by_kernel = _by_kernel(tape, site, gradients)
     if by_kernel is not None:
         return by_kernel
-    outer = site.outer(tape, Pulled(gradients), None, dtype)
+    outer = site.outer(tape, VJPs(gradients), None, dtype)
     rows = outer.gradients.shape[2] * outer.gradients.shape[3]
     return outer.combine(outer.gradients.new_ones(outer.count)), _size(outer), rows
 

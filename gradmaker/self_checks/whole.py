@@ -31,17 +31,17 @@ class Whole:
         self.checks, self.reduction = checks, reduction
         self._runs = 0
 
-    def explain(self, tape: Tape, head: Head, bare: Head, ridden: OutputGradients, checked: bool) -> Head:
+    def explain(self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, checked: bool) -> Head:
         """The head itself, or one of the whole loss. SelfCheckError where that cannot be formed.
 
-        bare: without the recognised terms. ridden: output gradients of the whole loss. checked: whether this is a pass to check
+        bare: without the recognised terms. output_gradients: of the whole loss. checked: whether this is a pass to check
         """
         structure = tape.structure(head.outputs)
         known = self.checks.arrangement.whole.get(structure)
         if known is not None:
             return self._made(tape, bare if known == "outputs" else head)
-        reason = NONE if not head.terms else self._missing(tape, head, ridden) if checked else None
-        return head if reason is None else self._found(tape, head, bare, ridden, structure, reason)
+        reason = NONE if not head.terms else self._missing(tape, head, output_gradients) if checked else None
+        return head if reason is None else self._found(tape, head, bare, output_gradients, structure, reason)
 
     def products(self, tape: Tape, graph: Graph, bare: Head) -> None:
         """Products of an unrecognised loss are those at the outputs of the model. SelfCheckError where they cannot be."""
@@ -55,11 +55,11 @@ class Whole:
             raise SelfCheckError(f"{NONE}, and {left:.1e} of its gradient does not go through the model's outputs; {CONVEX}")
         self._say(NONE, found)
 
-    def _missing(self, tape: Tape, head: Head, ridden: OutputGradients) -> str | None:
+    def _missing(self, tape: Tape, head: Head, output_gradients: OutputGradients) -> str | None:
         """What the recognised terms leave out."""
         generator = self._generator()
         try:
-            check_gradient(head, tape.pull(head.outputs, [s.unsqueeze(0) for s in head.slopes]), ridden)
+            check_gradient(head, tape.vjp(head.outputs, [s.unsqueeze(0) for s in head.loss_gradients]), output_gradients)
             unchecked = check_curvature(head, generator)
         except SelfCheckError as error:
             return str(error).removesuffix(f": {ADVICE}")
@@ -67,7 +67,9 @@ class Whole:
             self.checks.arrangement.notes["loss"] = unchecked
         return None
 
-    def _found(self, tape: Tape, head: Head, bare: Head, ridden: OutputGradients, structure: Structure, reason: str) -> Head:
+    def _found(
+        self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, structure: Structure, reason: str
+    ) -> Head:
         """At the outputs of the recognised terms, else at those of the model."""
         failures = []
         for name, source in (("terms", head), ("outputs", bare)):
@@ -75,7 +77,7 @@ class Whole:
                 continue
             try:
                 found = self._made(tape, source)
-                _prove(tape, found, ridden)
+                _prove(tape, found, output_gradients)
             except SelfCheckError as error:
                 failures.append(str(error))
                 continue
@@ -99,8 +101,8 @@ class Whole:
             raise SelfCheckError("the loss does not depend on an output of the model")
         n = max(tape.batch, 1)
         M = source.terms[0].denominator if source.terms else outputs[0].z.new_tensor(self._count(n), dtype=torch.float64)
-        terms, slopes = autograd_terms(source.loss, outputs, n, M, self._generator())
-        return Head([o.z for o in outputs], terms, source.loss, source.recorder, slopes, whole=True)
+        terms, loss_gradients = autograd_terms(source.loss, outputs, n, M, self._generator())
+        return Head([o.z for o in outputs], terms, source.loss, source.recorder, loss_gradients, whole=True)
 
     def _count(self, n: int) -> float:
         return float(n) if self.reduction == "mean" else 1.0
@@ -119,14 +121,14 @@ def _ends_of(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
     """Those outputs that the loss depends on, but not only through others."""
     if not outputs:
         return []
-    slopes = torch.autograd.grad(loss, list(outputs), retain_graph=True, allow_unused=True)
-    return ends([z for z, s in zip(outputs, slopes, strict=True) if s is not None])
+    loss_gradients = torch.autograd.grad(loss, list(outputs), retain_graph=True, allow_unused=True)
+    return ends([z for z, s in zip(outputs, loss_gradients, strict=True) if s is not None])
 
 
 @torch.no_grad()
-def _prove(tape: Tape, head: Head, ridden: OutputGradients) -> None:
+def _prove(tape: Tape, head: Head, output_gradients: OutputGradients) -> None:
     """SelfCheckError unless the loss acts on the layers through these outputs alone, and has a curvature there."""
-    error, limit = gradient_error(tape.pull(head.outputs, [s.unsqueeze(0) for s in head.slopes]), ridden)
+    error, limit = gradient_error(tape.vjp(head.outputs, [s.unsqueeze(0) for s in head.loss_gradients]), output_gradients)
     if error > limit:
         shapes = ", ".join(str(tuple(z.shape)) for z in head.outputs)
         raise SelfCheckError(

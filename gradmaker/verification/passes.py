@@ -17,14 +17,14 @@ from gradmaker.curvature.recorder import LossRecorder
 from gradmaker.deferred import resolve
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from gradmaker.head import Head
-from gradmaker.pulls import Source, pull
 from gradmaker.real_pairs import real_dtype
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.checks import WHOLE
-from gradmaker.self_checks.examples import Pair, pull_pair
+from gradmaker.self_checks.examples import Pair, vjp_pair
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.whole import Whole
 from gradmaker.sites import Site
+from gradmaker.vjps import Source, vjps_of
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker
@@ -92,16 +92,16 @@ class _Pass:
         if self.head.outputs:
             self._capture()
         parameters = list(dict.fromkeys(p for b in self.maker.plan.blocks for s in b.sites for p in s.parameters.values()))
-        self.found.gradients = self._pulled([self.loss], [torch.ones_like(self.loss)], parameters)
+        self.found.gradients = self._vjp([self.loss], [torch.ones_like(self.loss)], parameters)
         if self.head.outputs and any(b.triple.representation.per_step for b in self.maker.plan.blocks):
             for _ in range(ROWS):
-                self.found.rows.append(self._pulled(self.head.outputs, self._cotangents(), parameters))
+                self.found.rows.append(self._vjp(self.head.outputs, self._cotangents(), parameters))
         return self.found
 
-    def _pulled(
+    def _vjp(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> dict[nn.Parameter, Tensor | None]:
-        return dict(zip(parameters, self.tape.pull_parameters(outputs, cotangents, parameters), strict=True))
+        return dict(zip(parameters, self.tape.vjp_parameters(outputs, cotangents, parameters), strict=True))
 
     def _cotangents(self) -> list[Tensor]:
         return [torch.randn(z.shape, generator=self.generator, dtype=torch.float64).to(z) for z in self.head.outputs]
@@ -162,38 +162,42 @@ class _Pass:
     def _keeps_apart(self, site: Site) -> bool:
         """Whether every output of a layer has an axis that keeps the examples apart, although its rule finds none."""
         if self._pair is None:
-            self._pair = pull_pair(self.tape, self.head, self.generator)
+            self._pair = vjp_pair(self.tape, self.head, self.generator)
         (first, second), c = self._pair
         calls = [(m, j, call) for m in site.modules for j, call in enumerate(self.tape.calls.get(m, ()))]
         return all(_scales(first[m][j][0][0], second[m][j][0][0], c, call.dtype) for m, j, call in calls)
 
     def _check_loss(self) -> None:
-        curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.rides]
+        curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.uses_main_backward]
         mode, declared = self.maker.config.self_check, self.head.declared
         if not self.head.terms:
             declared = mode != "fallback" or self.maker.config.likelihood is not None
         if not curvatures or declared or not self.head.outputs:
             return
         try:
-            ridden = self.tape.pull([self.loss], [torch.ones_like(self.loss).unsqueeze(0)])
-            self._explain_loss(ridden)
+            output_gradients = self.tape.vjp([self.loss], [torch.ones_like(self.loss).unsqueeze(0)])
+            self._explain_loss(output_gradients)
         except SelfCheckError as error:
             if mode == "off":  # it was accepted
                 self.found.notes["loss"] = str(error)
                 return
             self.found.failures |= {s.name: f"loss: {error}" for c in curvatures for s in self.maker.plan.sites(c)}
 
-    def _explain_loss(self, ridden: OutputGradients) -> None:
+    def _explain_loss(self, output_gradients: OutputGradients) -> None:
         """SelfCheckError where the maker would not measure all of the loss, or would have to do so by autograd."""
         config, notes = self.maker.config, self.found.notes
         if config.self_check != "fallback":
-            check_gradient(self.head, self.tape.pull(self.head.outputs, [s.unsqueeze(0) for s in self.head.slopes]), ridden)
+            check_gradient(
+                self.head,
+                self.tape.vjp(self.head.outputs, [s.unsqueeze(0) for s in self.head.loss_gradients]),
+                output_gradients,
+            )
             unchecked = check_curvature(self.head, self.generator)
         else:
             scratch = SelfChecks(self.maker.model, "fallback", config.seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SelfCheckWarning)
-                head = Whole(scratch, config.loss_reduction).explain(self.tape, self.head, self.bare, ridden, True)
+                head = Whole(scratch, config.loss_reduction).explain(self.tape, self.head, self.bare, output_gradients, True)
             unchecked = scratch.arrangement.notes.get("loss")
             if head.whole:
                 notes["loss"] = scratch.arrangement.notes[WHOLE]
@@ -209,15 +213,15 @@ class _Pass:
         if not sites:
             return
         sources = [Source(z, c.unsqueeze(0), o) for z, c, o in zip(self.head.outputs, cotangents, owners, strict=True)]
-        pulled = pull(self.tape, sites, sources, split=True)
+        vjps = vjps_of(self.tape, sites, sources, split=True)
         self.found.evidence = {
-            s.name: s.outer(self.tape, pulled, None, self.maker.config.statistics_dtype() or _dtype(s)) for s in sites
+            s.name: s.outer(self.tape, vjps, None, self.maker.config.statistics_dtype() or _dtype(s)) for s in sites
         }
         parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
         for j in self._chosen(n):
             alone = [torch.where(o == j, c, 0.0) for c, o in zip(cotangents, owners, strict=True)]
             with self.tape.norms.held():
-                truth = self._pulled(self.head.outputs, alone, parameters)
+                truth = self._vjp(self.head.outputs, alone, parameters)
             self._compare(sites, truth, j)
 
     def _chosen(self, n: int) -> list[int]:

@@ -15,7 +15,7 @@ from tests.self_checks.planted import Count
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
-    """Runs of the checks, of `Tape.pull`, and calls of autograd."""
+    """Runs of the checks, of `Tape.vjp`, and calls of autograd."""
     found = Count()
 
     def counted(owner: Any, name: str, attribute: str) -> None:
@@ -28,7 +28,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
         monkeypatch.setattr(owner, name, call)
 
     counted(SelfChecks, "run", "checks")
-    counted(Tape, "pull", "pulls")
+    counted(Tape, "vjp", "vjps")
     counted(torch.autograd, "grad", "passes")
     counted(torch.autograd, "backward", "passes")
     yield found

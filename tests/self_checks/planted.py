@@ -26,15 +26,15 @@ class Count:
     """How often something was done."""
 
     def __init__(self) -> None:
-        self.checks = self.pulls = self.passes = 0
+        self.checks = self.vjps = self.passes = 0
 
     def since(self, before: tuple[int, int, int]) -> tuple[int, int, int]:
-        now = self.checks, self.pulls, self.passes
+        now = self.checks, self.vjps, self.passes
         return now[0] - before[0], now[1] - before[1], now[2] - before[2]
 
     @property
     def now(self) -> tuple[int, int, int]:
-        return self.checks, self.pulls, self.passes
+        return self.checks, self.vjps, self.passes
 
 
 class Planted(NamedTuple):

@@ -60,7 +60,7 @@ def distillation(z: Tensor, t: Tensor) -> Tensor:
 
 
 def recorded_and_dropped(z: Tensor, t: Tensor) -> Tensor:
-    """The recognised loss is not what is differentiated, but a mean of it with another of the same slopes' size."""
+    """The recognised loss is not what is differentiated, but a mean of it with another of the same gradients' size."""
     return F.cross_entropy(z, t) * 0.7 + 0.3 * (z.logsumexp(-1) - z[range(N), t]).mean()
 
 

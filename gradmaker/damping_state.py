@@ -7,10 +7,10 @@ import torch
 from gradmaker.quadratic import QuadraticModel, inner
 from gradmaker.solvers.levenberg_marquardt import AdaptiveDamping
 
-__all__ = ["AdaptedDamping"]
+__all__ = ["DampingState"]
 
 
-class AdaptedDamping:
+class DampingState:
     """``lambda``, and the step by which it will be judged once the weights have moved.
 
     One host read for each time that ``lambda`` is judged, and none else.
@@ -44,10 +44,10 @@ class AdaptedDamping:
     def _judged(self, trial: QuadraticModel) -> tuple[float, float | None]:
         """The next ``lambda``, with ``rho``; as they are if the weights have not moved."""
         d = trial.displacement()
-        loss, slopes, F = trial.expand([d])
+        loss, derivatives, F = trial.expand([d])
         size = inner(d, d)
         damping = torch.full_like(size, self.value)
-        predicted = slopes[0] + F[0, 0] / 2
+        predicted = derivatives[0] + F[0, 0] / 2
         if self.rule.penalised:
             predicted = predicted + damping * size / 2
         change = trial.loss_now() - loss

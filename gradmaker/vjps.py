@@ -15,7 +15,7 @@ from gradmaker.capture import OutputGradients, Tape
 if TYPE_CHECKING:
     from gradmaker.sites import Site
 
-__all__ = ["Pulled", "Source", "bytes_of_pull", "pull"]
+__all__ = ["Source", "VJPs", "bytes_of_vjp", "vjps_of"]
 
 AT_ONCE = 1 << 24
 """Entries of the cotangents that are formed at once where every example has passes of its own."""
@@ -31,7 +31,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Pulled:
+class VJPs:
     """Gradients for ``k`` cotangents of ``n`` examples."""
 
     together: OutputGradients  # (k, *output), all examples in one pass
@@ -39,14 +39,14 @@ class Pulled:
     direct: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # (k n, *parameter), or (k, *parameter) summed
 
 
-def pull(
+def vjps_of(
     tape: Tape,
     sites: Sequence[Site],
     sources: Sequence[Source],
     split: bool,
     together: OutputGradients | None = None,
     frozen: bool = True,
-) -> Pulled:
+) -> VJPs:
     """All that some sites need.
 
     split: whether examples that mix get passes of their own; else they count as one, which is unbiased for cotangents that are
@@ -59,13 +59,13 @@ def pull(
     )
     with tape.norms.held() if frozen else nullcontext():
         if together is None:
-            together = tape.pull(outputs, cotangents)
+            together = tape.vjp(outputs, cotangents)
         split = split and tape.examples > 1
         if not split or not (direct or modules):
-            summed = dict(zip(direct, tape.pull_rows(outputs, cotangents, direct), strict=True)) if direct else {}
-            return Pulled(together, {}, summed)
+            summed = dict(zip(direct, tape.vjp_rows(outputs, cotangents, direct), strict=True)) if direct else {}
+            return VJPs(together, {}, summed)
         found = [
-            (tape.pull(outputs, part, modules), tape.pull_rows(outputs, part, direct)) for part in _each(sources, tape.examples)
+            (tape.vjp(outputs, part, modules), tape.vjp_rows(outputs, part, direct)) for part in _each(sources, tape.examples)
         ]
     apart: OutputGradients = {
         m: [
@@ -74,10 +74,10 @@ def pull(
         ]
         for m in modules
     }
-    return Pulled(together, apart, {p: torch.cat([rows[j] for _, rows in found]) for j, p in enumerate(direct)})
+    return VJPs(together, apart, {p: torch.cat([rows[j] for _, rows in found]) for j, p in enumerate(direct)})
 
 
-def bytes_of_pull(tape: Tape, sites: Sequence[Site]) -> int:
+def bytes_of_vjp(tape: Tape, sites: Sequence[Site]) -> int:
     """What the gradients of one cotangent take: each call's output once, and what has a pass for each example as often."""
     calls = [call for calls in tape.calls.values() for call in calls]
     total = sum(shape.numel() * call.dtype.itemsize for call in calls for shape in call.shapes)
