@@ -60,7 +60,7 @@ class Curvature(ABC):
 
     @property
     def auxiliary(self) -> tuple[str, ...]:
-        """What is measured beside the curvature, for solvers that have a use for it."""
+        """What is measured beside the curvature, for solvers that use it."""
         return ()
 
     @property
@@ -75,7 +75,7 @@ class Curvature(ABC):
 
     @property
     def pooled(self) -> bool:
-        """Whether the pairs of a step's micro-batches add up to one, of the step's loss: taken in at its end, by `complete`."""
+        """Whether the pairs of a step's micro-batches add up to one, of its loss: accumulated at its end, by `complete`."""
         return False
 
     @property
@@ -95,10 +95,10 @@ class Curvature(ABC):
         """Of both tensors of a pair of `secants`."""
         return site.shape
 
-    def complete(self, step: Step, portions: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
-        """What the statistics take in at the end of a step, from what its micro-batches make together: if it is `pooled`."""
-        yield from portions
+    def complete(self, step: Step, chunks: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+        """What the statistics accumulate at the end of a step, from what its micro-batches make together: if it is `pooled`."""
+        yield from chunks
 
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        """The evidence of a step by site name, in one or several portions that add up."""
+        """The evidence of a step by site name, in one or several chunks that add up."""

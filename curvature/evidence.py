@@ -46,7 +46,7 @@ PIECE = 1 << 24
 """Entries of rows that are formed at once where only sums over them are wanted: a bound on memory, 64 MiB in float32."""
 
 WHOLE = ""
-"""Name, in a portion of evidence, of what speaks of all sites as one vector, in the order of ``step.sites``."""
+"""Name, in a chunk of evidence, of what speaks of all sites as one vector, in the order of ``step.sites``."""
 
 
 class Evidence(ABC):

@@ -21,10 +21,10 @@ from gradmaker.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 if TYPE_CHECKING:
     from gradmaker.step import Step
 
-__all__ = ["FisherEmp", "FisherExact", "FisherMC"]
+__all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 
 
-class _Portion(Mapping[str, Evidence]):
+class LazyEvidence(Mapping[str, Evidence]):
     """Evidence by site, made when it is asked for: the patches of one convolution are gone before those of the next are cut."""
 
     def __init__(self, step: Step, found: VJPs, mask: Tensor | None, fresh: bool, root: Tensor | None = None) -> None:
@@ -73,7 +73,7 @@ class _CotangentFisher(Curvature):
             mask = step.mask(terms)
             for chunk in self.cotangents(step, terms, index):
                 source = Source(terms.z, chunk, terms.owners(step.examples))
-                yield _Portion(step, vjps_of(step.tape, step.sites, [source], self.splits(step)), mask, fresh)
+                yield LazyEvidence(step, vjps_of(step.tape, step.sites, [source], self.splits(step)), mask, fresh)
                 fresh = False
 
 
@@ -192,12 +192,12 @@ class FisherEmp(Curvature):
         together = step.output_gradients
         found = vjps_of(step.tape, step.sites, sources, True, together, frozen=False) if sources else VJPs(together)
         mask = step.mask(step.terms[0]) if step.terms else None
-        yield _Portion(step, found, mask, True, self._numbers(step).sqrt())
+        yield LazyEvidence(step, found, mask, True, self._numbers(step).sqrt())
 
     def _mixed_examples(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        portion = examples_alone(step)
-        if portion is not None:
-            yield portion
+        evidence = examples_alone(step)
+        if evidence is not None:
+            yield evidence
         elif step.terms and step.head is not None and not step.tape.ungrouped:
             yield from self._tokens(step)
         else:
@@ -219,7 +219,7 @@ class FisherEmp(Curvature):
         for R, calls in groups.items():
             root = numbers([t for t, _ in calls], n, R).sqrt().reshape(n, R)
             sources = [Source(t.z, t.empirical(loss_gradient, n, root), t.owners(n)) for t, loss_gradient in calls]
-            yield _Portion(step, vjps_of(step.tape, step.sites, sources, True), step.mask(calls[0][0]), fresh)
+            yield LazyEvidence(step, vjps_of(step.tape, step.sites, sources, True), step.mask(calls[0][0]), fresh)
             fresh = False
 
     def _numbers(self, step: Step) -> Tensor:

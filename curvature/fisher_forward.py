@@ -10,7 +10,7 @@ import torch
 
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Inputs, Outer
-from gradmaker.curvature.fisher import _Portion
+from gradmaker.curvature.fisher import LazyEvidence
 from gradmaker.vjps import VJPs
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["FisherForward"]
 
 
-class _Forward(_Portion):
+class _Forward(LazyEvidence):
     """The same evidence without its output gradients."""
 
     def __getitem__(self, name: str) -> Evidence:

@@ -149,10 +149,10 @@ class Products(Curvature):
             return Product(partial(apply, layout), *losses, squares, layers)
 
         reached = [s for s in step.sites if any(p.grad is not None for p in s.parameters.values())]
-        portion: dict[str, Evidence] = {site.name: product([site]) for site in reached}
+        chunk: dict[str, Evidence] = {site.name: product([site]) for site in reached}
         told = _squares(step) if self.squares else None, layer_factors(step) if self.factors else None
-        portion[WHOLE] = product(step.sites, *told)
-        yield portion
+        chunk[WHOLE] = product(step.sites, *told)
+        yield chunk
 
     def _applied(self, step: Step, batch: Batch) -> Apply:
         """On all examples, on the ones drawn now, or on others in every call."""
@@ -181,10 +181,10 @@ def _squares(step: Step) -> Tensor:
     for site in step.sites:
         like = next(iter(site.parameters.values()))
         pieces.append(torch.zeros(1, prod(site.shape), dtype=step.statistics_dtype(site), device=like.device))
-    for portion in FisherEmp().measure(step):
+    for chunk in FisherEmp().measure(step):
         for site, piece in zip(step.sites, pieces, strict=True):
-            if site.name in portion:
-                outer = portion[site.name]
+            if site.name in chunk:
+                outer = chunk[site.name]
                 assert isinstance(outer, Outer)
                 piece += outer.squares().reshape(1, -1)
     return torch.cat(pieces, 1)

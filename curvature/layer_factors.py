@@ -1,4 +1,4 @@
-"""Kronecker factors of one pass, for what is told of a curvature beside its products."""
+"""Kronecker factors of one pass, for what is measured of a curvature beside its products."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def layer_factors(step: Step) -> Layers:
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 3.1.
     """
     found: dict[str, Factors] = {}
-    for portion in FisherMC().measure(step):
-        for name in portion:
-            outer = portion[name]
+    for chunk in FisherMC().measure(step):
+        for name in chunk:
+            outer = chunk[name]
             assert isinstance(outer, Outer)
             factors = found.setdefault(name, _empty(outer))
             outer.add_gradient_moment_(factors.B, 1.0, 1.0)

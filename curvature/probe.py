@@ -76,10 +76,10 @@ class HessianProbe(Curvature):
                 found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), site.lay_out(dict(image)).to(dtype))
             yield found
 
-    def complete(self, step: Step, portions: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
-        for sample, portion in enumerate(portions):
+    def complete(self, step: Step, chunks: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+        for sample, chunk in enumerate(chunks):
             found: dict[str, Evidence] = {}
-            for name, pair in portion.items():
+            for name, pair in chunk.items():
                 assert isinstance(pair, Pair)
                 found[name] = Pair(pair.v, _lifted(step, f"lift {sample} {name}", pair.cv, self.lift))
             yield found

@@ -72,7 +72,7 @@ class ProjectionRule(LayerRule):
 
 # ------------------------------------------------------------------ listening to a call
 class Listener:
-    """Hooks on an attention module, between which its projections are told of."""
+    """Hooks on an attention module, between which its projections are recorded."""
 
     def __init__(self, tell: Tell) -> None:
         self.tell = tell

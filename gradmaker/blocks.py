@@ -85,16 +85,16 @@ class Block:
             return Fold(self.decay, of_step * weight, 1.0, summed=True, of_step=of_step)
         return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay, of_step=1 - self.decay)
 
-    def update(self, portion: Mapping[str, Evidence], fold: Fold, further: set[str], done: set[str] | None = None) -> None:
-        """Fold in one portion of a step's evidence.
+    def update(self, chunk: Mapping[str, Evidence], fold: Fold, further: set[str], done: set[str] | None = None) -> None:
+        """Fold in one chunk of a step's evidence.
 
         further: names whose first evidence of this step has been folded in before; extended here.
-        done: what of this portion has been folded in before, when the step began for the first time; extended here.
+        done: what of this chunk has been folded in before, when the step began for the first time; extended here.
         """
         self.check_whole()
         done = set() if done is None else done
         self.state = self.triple.representation.adopt(self.state)
-        for slot, evidence, names in self._evidence(portion):
+        for slot, evidence, names in self._evidence(chunk):
             key = self.name if self.full else names[0]
             if key not in done:
                 again = names[0] in further
@@ -121,19 +121,19 @@ class Block:
                 "step cannot be repeated: load a state that was saved before, or make the maker anew"
             )
 
-    def _evidence(self, portion: Mapping[str, Evidence]) -> Iterator[tuple[slice, Evidence, list[str]]]:
-        names = [s.name for s in self.sites if s.name in portion]
-        if self.full and WHOLE in portion:
-            yield slice(0, 1), portion[WHOLE], names or [s.name for s in self.sites]
+    def _evidence(self, chunk: Mapping[str, Evidence]) -> Iterator[tuple[slice, Evidence, list[str]]]:
+        names = [s.name for s in self.sites if s.name in chunk]
+        if self.full and WHOLE in chunk:
+            yield slice(0, 1), chunk[WHOLE], names or [s.name for s in self.sites]
         elif not self.full:
             slots = dict(zip((s.name for s in self.sites), self.slots, strict=True))
-            yield from ((slots[n], _as_one(portion[n]) if self.joins_groups else portion[n], [n]) for n in names)
+            yield from ((slots[n], _as_one(chunk[n]) if self.joins_groups else chunk[n], [n]) for n in names)
         elif names:
-            yield slice(0, 1), self._joined(portion), names
+            yield slice(0, 1), self._joined(chunk), names
 
-    def _joined(self, portion: Mapping[str, Evidence]) -> Evidence:
+    def _joined(self, chunk: Mapping[str, Evidence]) -> Evidence:
         """All layers as one piece of evidence; a layer that took no part contributes zeros."""
-        known = [portion.get(s.name) for s in self.sites]
+        known = [chunk.get(s.name) for s in self.sites]
         if any(isinstance(e, Gradient) for e in known):
             return Gradient(self._flat([e.gradient if isinstance(e, Gradient) else None for e in known]))
         if any(isinstance(e, Pair) for e in known):

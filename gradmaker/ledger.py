@@ -24,12 +24,12 @@ class Ledger:
         self.further: set[str] = set()  # sites that have given evidence in this step
         self.prepared: dict[Block, bool] = {}  # blocks that are done with refreshing, and whether they were due
         self.solved: list[tuple[Block, Solved]] | None = None  # until all of it is in `.grad`
-        self._folded: dict[tuple[int, int], set[str]] = {}  # by micro-batch and portion of its evidence: sites, or a full block
+        self._folded: dict[tuple[int, int], set[str]] = {}  # by micro-batch and chunk of its evidence: sites, or a full block
         self._parts: dict[int, tuple[float, int]] = {}  # weight and examples of the micro-batches
 
-    def folded(self, part: int, portion: int) -> set[str]:
-        """The names whose evidence in a portion has been folded in: to be extended."""
-        return self._folded.setdefault((part, portion), set())
+    def folded(self, part: int, chunk: int) -> set[str]:
+        """The names whose evidence in a chunk has been folded in: to be extended."""
+        return self._folded.setdefault((part, chunk), set())
 
     def note(self, part: int, weight: float, examples: int) -> None:
         """A micro-batch is about to be folded in. RuntimeError if it is another than before the step began again."""
@@ -85,8 +85,8 @@ class Ledger:
         made = cls()
         made.further = set(saved["further"])
         for entry in saved["folded"]:
-            part, portion, name = entry.split("/", 2)
-            made.folded(int(part), int(portion)).add(name)
+            part, chunk, name = entry.split("/", 2)
+            made.folded(int(part), int(chunk)).add(name)
         made._parts = {int(part): (float(weight), int(examples)) for part, weight, examples in saved["parts"]}
         for block in blocks:
             names = {s.name for s in block.sites}

@@ -85,7 +85,7 @@ class GradientMaker:
         if self._call is None:
             raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
         if purpose not in self.purposes():
-            raise ValueError(f"{verb}: {type(self).__name__} with this config has no use for a batch of its own for this")
+            raise ValueError(f"{verb}: {type(self).__name__} with this config does not use a batch of its own for this")
         self._declared[purpose] = Declared(_deferred(verb, function, args, kwargs))
         return self._declared[purpose].call
 
@@ -146,7 +146,7 @@ class GradientMaker:
         return result
 
     def accumulate(self, weight: float = 1.0) -> tuple[Any, Tensor]:
-        """Run both passes of a micro-batch: its gradient and statistics are taken in, nothing is preconditioned yet.
+        """Run both passes of a micro-batch: its gradient and statistics are accumulated, nothing is preconditioned yet.
 
         weight: its share of the step's loss ``sum_j weight_j L_j``: ``n_j / n`` for means over examples, 1 for sums.
         """

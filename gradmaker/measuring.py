@@ -257,7 +257,7 @@ class MeasuringMaker(GradientMaker):
         if output_gradients is not None:
             output_gradients = scaled(output_gradients, 1 / (weight * scale))
         for curvature in self._curvatures():
-            held = curvature not in self.plan.per_step  # a statistic takes in no loss without terms; what ends now begins anew
+            held = curvature not in self.plan.per_step  # a statistic accumulates no loss without terms
             if curvature.uses_main_backward == (output_gradients is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked, self._due)
                 if not step.sites:
@@ -274,13 +274,13 @@ class MeasuringMaker(GradientMaker):
         return pending
 
     def _hold(
-        self, pending: Pending, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]], weight: float, part: int
+        self, pending: Pending, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, part: int
     ) -> None:
         if curvature.pooled:
-            pending.pooled.append((curvature, list(portions), weight))
+            pending.pooled.append((curvature, list(chunks), weight))
             return
         blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
-        pending.take(portions, blocks, weight, part, self._ledger)
+        pending.take(chunks, blocks, weight, part, self._ledger)
 
     def fold_pass(self, pending: Pending) -> None:
         """Make measured statistics those of the maker."""
@@ -289,15 +289,15 @@ class MeasuringMaker(GradientMaker):
         pending.fold(self._ledger, self._pool)
         self._ever |= self._ledger.further
 
-    def _fold(self, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]]) -> None:
+    def _fold(self, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]]) -> None:
         """What is measured once a step, from its gradient, enters the statistics."""
         blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
         ledger = self._ledger
         with plain_arithmetic(self.model), borrowing():
-            for index, portion in enumerate(portions):
+            for index, chunk in enumerate(chunks):
                 with torch.no_grad():
                     for block in blocks:
-                        block.update(portion, block.fold(1.0), ledger.further, ledger.folded(WHOLE_STEP, index))
+                        block.update(chunk, block.fold(1.0), ledger.further, ledger.folded(WHOLE_STEP, index))
         self._ever |= ledger.further
 
     def _step(

@@ -27,7 +27,7 @@ class Pending:
     part: int | None = None  # which of them is measured, where the maker does not count them itself
     blocks: dict[Block, Block] = field(default_factory=dict)  # copies with statistics of their own
     pooled: list[tuple[Curvature, list[Mapping[str, Evidence]], float]] = field(default_factory=list)
-    done: dict[tuple[int, int], set[str]] = field(default_factory=dict)  # by micro-batch and portion: what is in them
+    done: dict[tuple[int, int], set[str]] = field(default_factory=dict)  # by micro-batch and chunk: what is in them
 
     def block(self, block: Block) -> Block:
         """The copy of a block, made when it is first asked for."""
@@ -48,15 +48,15 @@ class Pending:
         return Pending(set(self.further), self.passes, self.part, fresh, self.pooled, self.done)
 
     def take(
-        self, portions: Iterable[Mapping[str, Evidence]], blocks: Iterable[Block], weight: float, part: int, ledger: Ledger
+        self, chunks: Iterable[Mapping[str, Evidence]], blocks: Iterable[Block], weight: float, part: int, ledger: Ledger
     ) -> None:
         """Fold evidence into the copies; what the ledger has of it, from a step that begins again, is left out."""
         own = list(blocks)
-        for index, portion in enumerate(portions):
+        for index, chunk in enumerate(chunks):
             done = self.done.setdefault((part, index), set(ledger.folded(part, index)))
             with torch.no_grad():
                 for block in own:
-                    self.block(block).update(portion, block.fold(weight), self.further, done)
+                    self.block(block).update(chunk, block.fold(weight), self.further, done)
 
     def fold(self, ledger: Ledger, pool: Pool) -> None:
         """Make the copies the statistics."""
@@ -65,8 +65,8 @@ class Pending:
         ledger.further |= self.further
         for key, names in self.done.items():
             ledger.folded(*key).update(names)
-        for curvature, portions, weight in self.pooled:
-            pool.add(curvature, portions, weight)
+        for curvature, chunks, weight in self.pooled:
+            pool.add(curvature, chunks, weight)
 
 
 def _copied(block: Block) -> Block:

@@ -24,25 +24,25 @@ class Pool:
 
     def __init__(self, held: Mapping[Curvature, list[dict[str, Pair]]] | None = None) -> None:
         self.held = dict(held or {})
-        """By curvature, portion and site."""
+        """By curvature, chunk and site."""
 
     def copy(self) -> Pool:
         """The same pairs, of which one may be extended."""
         return Pool(self.held)
 
-    def add(self, curvature: Curvature, portions: Iterable[Mapping[str, Evidence]], weight: float) -> None:
+    def add(self, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> None:
         """One more micro-batch, after all of it has been measured.  weight: of its loss in that of the step"""
-        fresh = [{name: _pair(e) for name, e in portion.items()} for portion in portions]
+        fresh = [{name: _pair(e) for name, e in chunk.items()} for chunk in chunks]
         before = self.held.get(curvature, [{} for _ in fresh])
         self.held[curvature] = [_sum(old, new, weight) for old, new in zip(before, fresh, strict=True)]
 
     # ---------------------------------------------------------------- state
     def dump(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """By site and portion: tensors alone."""
+        """By site and chunk: tensors alone."""
         found: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for portions in self.held.values():
-            for index, portion in enumerate(portions):
-                for name, pair in portion.items():
+        for chunks in self.held.values():
+            for index, chunk in enumerate(chunks):
+                for name, pair in chunk.items():
                     found.setdefault(name, {})[str(index)] = {"v": pair.v.clone(), "cv": pair.cv.clone()}
         return found
 
@@ -53,12 +53,12 @@ class Pool:
         for block in plan.blocks:
             for site in block.sites:
                 pairs = saved.get(site.name, {})
-                portions = held.setdefault(block.triple.curvature, []) if pairs else []
+                chunks = held.setdefault(block.triple.curvature, []) if pairs else []
                 for index, pair in pairs.items():
-                    portions += [{} for _ in range(int(index) + 1 - len(portions))]
-                    portion = portions[int(index)]
+                    chunks += [{} for _ in range(int(index) + 1 - len(chunks))]
+                    chunk = chunks[int(index)]
                     v, cv = (pair[key].to(block.frame.device, copy=True) for key in ("v", "cv"))
-                    portion[site.name] = Pair(v, cv)
+                    chunk[site.name] = Pair(v, cv)
         return cls(held)
 
 

@@ -108,8 +108,8 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 step.part = 0  # it is that of all micro-batches together
                 ledger.note(WHOLE_STEP, 1.0, step.examples)
                 self._fold(curvature, curvature.measure(step))
-            for curvature, portions in self._pool.held.items():
-                self._fold(curvature, curvature.complete(self._step(curvature, due=self._due), portions))
+            for curvature, chunks in self._pool.held.items():
+                self._fold(curvature, curvature.complete(self._step(curvature, due=self._due), chunks))
             with plain_arithmetic(self.model):
                 self._refresh()
                 ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]

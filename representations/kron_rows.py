@@ -67,7 +67,7 @@ class KronRows(Representation):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Outer)
-        if fold.mass > 0:  # a step's first portion
+        if fold.mass > 0:  # a step's first chunk
             _clear(state)
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")

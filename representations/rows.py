@@ -1,6 +1,6 @@
 """The evidence itself as a representation: inputs and output gradients of the last batch, multiplied out only where cheaper.
 
-Axes as in `gradmaker.curvature.evidence`; ``G = B H``: groups in a block's stack. State of layer ``j`` in portion ``p`` of a
+Axes as in `gradmaker.curvature.evidence`; ``G = B H``: groups in a block's stack. State of layer ``j`` in chunk ``p`` of a
 step's evidence, each tensor with ``B`` first:
 
 - ``p.j.gradients``: (B, H, k, n, r, o);
@@ -21,7 +21,7 @@ from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
 from gradmaker.representations.low_rank import Spanned
 
-__all__ = ["Part", "Rows", "portions"]
+__all__ = ["Part", "Rows", "chunks"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Part:
         return self.layout[1] * self.layout[2] * self.layout[3]
 
     def gram(self, other: Part) -> Tensor:
-        """``J J'^T`` of two portions of one layer, by whichever of two ways takes less memory.  # (B, N, N')"""
+        """``J J'^T`` of two chunks of one layer, by whichever of two ways takes less memory.  # (B, N, N')"""
         flat = self.gradients.flatten(1, 3), other.gradients.flatten(1, 3)
         formed = self.layout[2] * self.layout[3] * (self.count + other.count)
         if self.layout != other.layout or flat[0].shape[1] * flat[1].shape[1] > formed:  # a silent layer is laid out flat
@@ -158,23 +158,23 @@ class Rows(Spanned):
             mass.zero_()
         fold.weigh_(mass)
         state["mass"] = mass
-        portion = len(portions(state))
+        chunk = len(chunks(state))
         for j, part in enumerate(parts):
             assert isinstance(part, Outer)
-            new = self.lay(part, fold.alpha, f"{portion}.{j}")
-            last = f"{portion - 1}.{j}.gradients"
+            new = self.lay(part, fold.alpha, f"{chunk}.{j}")
+            last = f"{chunk - 1}.{j}.gradients"
             if self.merges(parts) and last in state:
-                state[last] = torch.cat([state[last], new[f"{portion}.{j}.gradients"]], 2)
+                state[last] = torch.cat([state[last], new[f"{chunk}.{j}.gradients"]], 2)
             else:
                 state.update(new)
         self._check_count(state)
 
     def merges(self, parts: Sequence[Evidence]) -> bool:
-        """Whether these are further cotangents for the inputs of the portion before."""
+        """Whether these are further cotangents for the inputs of the chunk before."""
         return any(isinstance(part, Outer) and not part.fresh for part in parts)
 
     def _check_count(self, state: State) -> None:
-        count = sum(parts[0].count for parts in portions(state))
+        count = sum(parts[0].count for parts in chunks(state))
         if count > self.max_rows:
             raise ValueError(
                 f"{type(self).__name__} would hold {count} rows (examples x cotangents), over max_rows={self.max_rows}: "
@@ -182,7 +182,7 @@ class Rows(Spanned):
             )
 
     def lay(self, part: Outer, alpha: float, name: str) -> State:
-        """The state of a layer in a portion of the evidence, which counts ``alpha``."""
+        """The state of a layer in a chunk of the evidence, which counts ``alpha``."""
         g = part.gradients.movedim(1, 0)
         g = g if alpha == 1.0 else g * alpha**0.5
         a = part.inputs.index.unsqueeze(0) if isinstance(part.inputs, OneHot) else part.inputs
@@ -207,13 +207,13 @@ class Rows(Spanned):
 
     def project(self, state: State, v: Tensor) -> Tensor:
         out = []
-        for parts, whole in zip(self.sketched(state), portions(state), strict=True):
+        for parts, whole in zip(self.sketched(state), chunks(state), strict=True):
             pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].gradients.dtype)))
             out.append(torch.stack([x.project(u) for x, u in zip(parts, pieces, strict=True)]).sum(0))
         return torch.cat(out, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
-        held = portions(state)
+        held = chunks(state)
         z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].gradients.dtype)
         pieces = z.split([parts[0].count for parts in held], 1)
         sums = [torch.cat([x.combine(y).flatten(1) for x in parts], 1) for parts, y in zip(held, pieces, strict=True)]
@@ -229,7 +229,7 @@ class Rows(Spanned):
     # ---------------------------------------------------------------- what a sketch changes
     def sketched(self, state: State) -> list[list[Part]]:
         """The rows as the Gram matrix and projections see them."""
-        return portions(state)
+        return chunks(state)
 
     def pick(self, state: State, parts: Sequence[Part], pieces: list[Tensor]) -> list[Tensor]:
         """Vectors as these rows see them."""
@@ -240,8 +240,8 @@ def _positive(mass: Tensor) -> Tensor:
     return torch.where(mass > 0, mass, 1.0)
 
 
-def portions(state: State) -> list[list[Part]]:
-    """The parts of every portion, layer by layer."""
+def chunks(state: State) -> list[list[Part]]:
+    """The parts of every chunk, layer by layer."""
     found: list[list[Part]] = []
     while f"{len(found)}.0.layout" in state:
         p, parts = len(found), list[Part]()

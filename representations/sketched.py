@@ -13,7 +13,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer
 from gradmaker.representations.base import Fold, State
 from gradmaker.representations.low_rank import form_rows
-from gradmaker.representations.rows import Part, Rows, portions
+from gradmaker.representations.rows import Part, Rows, chunks
 
 __all__ = ["Sketched"]
 
@@ -62,7 +62,7 @@ class Sketched(Rows):
         mass = state["mass"]
         count = last["sample.count"].shape[1] + 1 if last else 0
         drawn = {"sample.count": mass.new_empty(len(mass), count, 0)}
-        for j, part in enumerate(portions(state)[0]):
+        for j, part in enumerate(chunks(state)[0]):
             if part.layout[2] * part.layout[3] > self.above:
                 for side, d in (("outputs", part.gradients.shape[-1]), ("inputs", 0 if part.lookup else part.inputs.shape[-1])):
                     if d > (self.coordinates or d):
@@ -97,7 +97,7 @@ class Sketched(Rows):
 
     # ---------------------------------------------------------------- sampled coordinates
     def sketched(self, state: State) -> list[list[Part]]:
-        held = portions(state)
+        held = chunks(state)
         return (
             held if self.coordinates is None else [[self._sample(state, j, x) for j, x in enumerate(parts)] for parts in held]
         )

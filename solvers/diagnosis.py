@@ -109,7 +109,7 @@ def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
 def estimate_largest(F: Tensor) -> Tensor:
     """``lambda_max`` from below, by eight steps of power iteration from the largest column: for a report, not for a ridge.
 
-    Matrix-vector products only, for those solvers that have no other use for it.  # any form -> (B,)
+    Matrix-vector products only, for those solvers that do not need it otherwise.  # any form -> (B,)
     """
     return F.amax(-1) if F.ndim == 2 else widest(_iterate, F)
 

@@ -28,20 +28,20 @@ class LayerInverse:
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 6.3, for the damping.
     """
 
-    def __init__(self, portions: Sequence[tuple[float, Layers]], damping: float) -> None:
-        """portions: factors of micro-batches, with their weights"""
+    def __init__(self, batches: Sequence[tuple[float, Layers]], damping: float) -> None:
+        """batches: factors of micro-batches, with their weights"""
         self.damping, self.solver = damping, Cholesky(damping=damping)
-        self.sizes = portions[0][1].sizes
-        self.inverses = [self._invert([(w, held.factors[k]) for w, held in portions]) for k in range(len(self.sizes))]
+        self.sizes = batches[0][1].sizes
+        self.inverses = [self._invert([(w, held.factors[k]) for w, held in batches]) for k in range(len(self.sizes))]
 
     def __call__(self, v: Tensor) -> Tensor:
         """The image of a vector of all parameters.  # (1, P)"""
         pieces = zip(v[0].split(self.sizes), self.inverses, strict=True)
         return torch.cat([self._apply(piece, inverse) for piece, inverse in pieces]).unsqueeze(0)
 
-    def _invert(self, portions: Sequence[tuple[float, Factors | None]]) -> Inverse | None:
+    def _invert(self, batches: Sequence[tuple[float, Factors | None]]) -> Inverse | None:
         """What the solver prepares for a layer, and the shape of its stack of blocks."""
-        known = [(w, factors) for w, factors in portions if factors is not None]
+        known = [(w, factors) for w, factors in batches if factors is not None]
         if not known:
             return None
         frame = _frame(known[0][1])

@@ -19,7 +19,7 @@ class RotatedDivision(RotatingSolver):
     """``P g = Q [(Q^T g) / (s^|power| + damping)]``: the damping is added after the root, as Adam does.
 
     With ``raw`` it is added before the bias correction of ``s``, as SOAP's code does: ``damping / mass^|power|``. A block whose
-    spectrum has taken in nothing gets zero; one that fails before it ever succeeded ``g / damping``.
+    spectrum has accumulated nothing gets zero; one that fails before it ever succeeded ``g / damping``.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3.
     """

@@ -116,8 +116,8 @@ class TruncatedCG(Solver):
 
     def _preconditioner(self, representation: Any, cache: State, g: Tensor) -> Callable[[Tensor], Tensor]:
         """``r -> M^-1 r``."""
-        if portions := representation.layers(cache):
-            return LayerInverse(portions, max(float(cache["damping"]), self.factor_damping))
+        if batches := representation.layers(cache):
+            return LayerInverse(batches, max(float(cache["damping"]), self.factor_damping))
         if not self.preconditioner:
             return lambda r: r
         squares = representation.squares(cache)

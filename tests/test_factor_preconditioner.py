@@ -146,9 +146,9 @@ def test_sides_that_are_too_long_have_a_diagonal(monkeypatch: pytest.MonkeyPatch
     short = step(from_config(case.model, BY_FACTORS), case)
     made: list[Layers] = []
 
-    def kept(portions: list[tuple[float, Layers]], damping: float) -> LayerInverse:
-        made.extend(layers for _, layers in portions)
-        return LayerInverse(portions, damping)
+    def kept(batches: list[tuple[float, Layers]], damping: float) -> LayerInverse:
+        made.extend(layers for _, layers in batches)
+        return LayerInverse(batches, damping)
 
     monkeypatch.setattr("gradmaker.solvers.truncated_cg.LayerInverse", kept)
     assert torch.equal(step(from_config(case.model, BY_FACTORS), case), short) and not torch.allclose(full, short)
@@ -224,9 +224,9 @@ def test_input_factors_of_micro_batches_are_those_of_the_batch(cut: tuple[int, .
     made: list[list[tuple[float, Layers]]] = []
 
     class Watching(LayerInverse):
-        def __init__(self, portions: Any, damping: float) -> None:
-            made.append(list(portions))
-            super().__init__(portions, damping)
+        def __init__(self, batches: Any, damping: float) -> None:
+            made.append(list(batches))
+            super().__init__(batches, damping)
 
     monkeypatch.setattr("gradmaker.solvers.truncated_cg.LayerInverse", Watching)
     maker: Any = from_config(case.model, BY_FACTORS)
@@ -234,11 +234,11 @@ def test_input_factors_of_micro_batches_are_those_of_the_batch(cut: tuple[int, .
         maker.setup_loss_call(torch.nn.functional.cross_entropy, maker.setup_model_call(case.model, x), t, reduction="sum")
         maker.accumulate()
     maker.precondition()
-    (portions,) = made
+    (batches,) = made
     x = torch.cat([case.x, torch.ones(6, 1).double()], 1)
-    found = Watching(portions, LAMBDA).inverses[0]
-    assert found is not None and [w for w, _ in portions] == [1.0] * len(cut)
-    moments = [(layers.factors[0], layers.factors[0].counted) for _, layers in portions if layers.factors[0] is not None]
+    found = Watching(batches, LAMBDA).inverses[0]
+    assert found is not None and [w for w, _ in batches] == [1.0] * len(cut)
+    moments = [(layers.factors[0], layers.factors[0].counted) for _, layers in batches if layers.factors[0] is not None]
     assert [int(c) for _, c in moments] == list(cut)
     A = sum(f.A[0] * c for f, c in moments) / 6
     assert oracles.relative_error(A, x.mT @ x / 6) < 1e-12

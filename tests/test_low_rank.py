@@ -22,7 +22,7 @@ from gradmaker.representations import Dense, Rows, Sketched, Truncated, Window, 
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import Spanned, form_rows
-from gradmaker.representations.rows import portions
+from gradmaker.representations.rows import chunks
 from gradmaker.solvers import CG, Cholesky, Gram
 from tests import models, oracles
 from tests.live import Live
@@ -562,7 +562,7 @@ def test_draws_are_reproducible_and_change() -> None:
     "options", [{"coordinates": 2}, {"positions": 1}, {"coordinates": 2, "positions": 1, "official": True}]
 )
 def test_sketched_blocks_solve_what_they_say(options: dict[str, Any]) -> None:
-    """``(J^T J S + damping)^-1``, also of an embedding, and with several portions of evidence."""
+    """``(J^T J S + damping)^-1``, also of an embedding, and with several chunks of evidence."""
     for name in ("sequences", "grouped convolution", "padded embedding"):
         case = MODELS[name]()
         sketch = Sketched(above=0, **options)
@@ -749,7 +749,7 @@ def test_update_and_solve_read_nothing(method: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("lookup", [False, True])
 def test_products_of_rows(transposed: bool, lookup: bool) -> None:
-    """All three products against J itself, for every layout, in two portions of different sizes."""
+    """All three products against J itself, for every layout, in two chunks of different sizes."""
 
     def evidence(n: int) -> Outer:
         inputs = OneHot(torch.randint(4, (n, 3)), 4) if lookup else random(1, n, 3, 4)
@@ -760,7 +760,7 @@ def test_products_of_rows(transposed: bool, lookup: bool) -> None:
     state, pieces = rows.init(frame(1, *(shape if transposed else shape[::-1]))), [evidence(2), evidence(3)]
     rows.update(state, pieces[0], Fold(0.0, 0.25, 1.0))
     rows.update(state, pieces[1], Fold(1.0, 0.75, 0.0))
-    assert len(portions(state)) == 2 and isinstance(rows, LowRank) and isinstance(rows, Spanned)
+    assert len(chunks(state)) == 2 and isinstance(rows, LowRank) and isinstance(rows, Spanned)
     J = torch.cat([0.5 * pieces[0].rows().flatten(1), 0.75**0.5 * pieces[1].rows().flatten(1)])
     v, z = random(1, *(shape if transposed else shape[::-1])), random(1, 10)
     assert oracles.relative_error(rows.gram(state)[0], J @ J.mT) < 1e-12

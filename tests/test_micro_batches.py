@@ -267,16 +267,16 @@ def test_a_probe_is_one_product_with_the_hessian_of_the_sum() -> None:
         maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(case.model, case.x[part]), case.t[part], reduction="sum")
         maker.accumulate()
         pools.append(maker._pool.copy())
-    ((portions,),) = ([*pools[-1].held.values()],)
-    assert len(portions) == 2 and not torch.equal(portions[0]["0.weight"].v, portions[1]["0.weight"].v)
-    for portion in portions:
-        v, hv = (torch.cat([getattr(portion[k], x).reshape(-1) for k, _ in case.model.named_parameters()]) for x in ("v", "cv"))
+    ((chunks,),) = ([*pools[-1].held.values()],)
+    assert len(chunks) == 2 and not torch.equal(chunks[0]["0.weight"].v, chunks[1]["0.weight"].v)
+    for chunk in chunks:
+        v, hv = (torch.cat([getattr(chunk[k], x).reshape(-1) for k, _ in case.model.named_parameters()]) for x in ("v", "cv"))
         assert oracles.relative_error(hv, H @ v) < 1e-10
     (earlier,) = pools[0].held.values()
-    assert all(torch.equal(a[k].v, b[k].v) for a, b in zip(earlier, portions, strict=True) for k in a)
+    assert all(torch.equal(a[k].v, b[k].v) for a, b in zip(earlier, chunks, strict=True) for k in a)
     maker.precondition()
     assert not maker._pool.held
-    squares = torch.stack([portion["0.weight"].cv for portion in portions]).square().mean(0).sqrt()
+    squares = torch.stack([chunk["0.weight"].cv for chunk in chunks]).square().mean(0).sqrt()
     block = next(b for b in maker.plan.blocks if b.sites[0].name == "0.weight")
     assert oracles.relative_error(block.triple.representation.diagonal(block.state), squares) < 1e-12
 
@@ -320,9 +320,9 @@ def test_a_part_that_fails_is_not_counted() -> None:
             maker.accumulate(0.5)
     after = maker._pool.dump()
     assert before and after.keys() == before.keys()
-    for site, portions in before.items():
-        assert after[site].keys() == portions.keys()
-        assert all(torch.equal(after[site][k][part], pair[part]) for k, pair in portions.items() for part in pair)
+    for site, chunks in before.items():
+        assert after[site].keys() == chunks.keys()
+        assert all(torch.equal(after[site][k][part], pair[part]) for k, pair in chunks.items() for part in pair)
 
 
 def _then_raise(add: Callable[..., None]) -> Callable[..., None]:

@@ -277,9 +277,9 @@ def test_pairs_are_products_with_the_hessian(distribution: Any, name: str) -> No
         gives: ClassVar[Any] = (Pair,)
 
         def measure(self, step: Any) -> Any:
-            for portion in super().measure(step):
-                seen.append(portion)
-                yield portion
+            for chunk in super().measure(step):
+                seen.append(chunk)
+                yield chunk
 
     config = METHODS["custom"].Config(
         curvature=Watching(distribution=distribution, samples=2), representation=TriangularQ(), solver=Apply(), damping=None
@@ -287,12 +287,12 @@ def test_pairs_are_products_with_the_hessian(distribution: Any, name: str) -> No
     maker: Any = METHODS["custom"](case.model, config)
     step(maker, case)
     assert len(seen) == 2
-    for portion in seen:
+    for chunk in seen:
         v, hv = torch.zeros(len(H), dtype=torch.float64), torch.zeros(len(H), dtype=torch.float64)
         for block in maker.plan.blocks:
             for site in block.sites:
                 where = site_order(case.model, site)
-                v[where], hv[where] = portion[site.name].v.reshape(-1), portion[site.name].cv.reshape(-1)
+                v[where], hv[where] = chunk[site.name].v.reshape(-1), chunk[site.name].cv.reshape(-1)
         assert oracles.relative_error(hv, H @ v) < 1e-9
         assert distribution != "rademacher" or torch.equal(v.abs(), torch.ones_like(v))
 

@@ -226,9 +226,9 @@ def test_what_is_fitted_is_lifted_by_its_roundoff() -> None:
 
     class Watching(GradientProbe):
         def measure(self, step: Any) -> Any:
-            for portion in super().measure(step):
-                seen.append(portion)
-                yield portion
+            for chunk in super().measure(step):
+                seen.append(chunk)
+                yield chunk
 
     case = models.mlp()
     model = case.model.float()

@@ -78,13 +78,13 @@ def _part(axis: str, name: str, at: int) -> Callable[[Any, Case], Any]:
 
 @contextmanager
 def _measure(maker: Any, case: Case) -> Iterator[None]:
-    """After the first portion of evidence."""
+    """After the first chunk of evidence."""
     owner = type(maker.plan.blocks[0].triple.curvature)
     measure, bomb = owner.measure, Bomb(1)
 
     def measured(self: Any, step: Any) -> Any:
-        for portion in measure(self, step):
-            yield portion
+        for chunk in measure(self, step):
+            yield chunk
             bomb.wrap(int)()
 
     with pytest.MonkeyPatch.context() as patch:

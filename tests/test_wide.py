@@ -88,7 +88,7 @@ EVIDENCE: dict[str, tuple[Callable[[], Any], tuple[int, int], int]] = {  # with 
 
 
 def both(name: str, limit: int, sharing: Any = "expand") -> tuple[Kron, State, Kron, State, Frame]:
-    """Two portions of evidence, in blocks and whole."""
+    """Two chunks of evidence, in blocks and whole."""
     make, shape, stack = EVIDENCE[name]
     diagonal = frozenset({0}) if name == "one_hot" else frozenset()
     frame = Frame(stack, shape, diagonal, torch.float64, torch.device("cpu"), limit)

@@ -49,9 +49,9 @@ def check_block(block: Block, found: Measured) -> list[Check]:
     try:
         fill(scratch)
     except (RuntimeError, ValueError) as error:
-        scratch.unchecked |= dict.fromkeys(("solve", "approximation"), f"the statistic cannot take in this batch: {error}")
+        scratch.unchecked |= dict.fromkeys(("solve", "approximation"), f"the statistic cannot accumulate this batch: {error}")
     else:
-        if scratch.portion:
+        if scratch.evidence:
             solve, approximation = _solve_error(scratch), _approximation(scratch)
         else:
             scratch.unchecked |= dict.fromkeys(("solve", "approximation"), "this pass does not reach the block")
@@ -106,7 +106,7 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     """``P g``.  # (B, *shape)"""
     block, representation = scratch.block, scratch.triple.representation
     if not representation.per_step:
-        block.prepare({s.name for s in block.sites if s.name in scratch.portion})
+        block.prepare({s.name for s in block.sites if s.name in scratch.evidence})
         return block.applied(block.cache, g)
     solver = scratch.triple.solver.limit()
     cache = solver.prepare(representation, block.state, None)
@@ -121,7 +121,7 @@ def _members(scratch: Scratch) -> Tensor | None:
     block = scratch.block
     if block.full or block.triple.representation.unstacked:
         return None
-    slots = [slot for site, slot in zip(block.sites, block.slots, strict=True) if site.name in scratch.portion]
+    slots = [slot for site, slot in zip(block.sites, block.slots, strict=True) if site.name in scratch.evidence]
     known = [b for slot in slots for b in range(slot.start, slot.stop)]
     held = sum(v[0].numel() for v in block.state.values())
     each = max(held, scratch.size**2 if scratch.size <= DENSE_LIMIT else scratch.size)
@@ -149,7 +149,7 @@ def _approximation(scratch: Scratch) -> float | None:
     block, representation = scratch.block, scratch.triple.representation
     if representation.per_step or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
         return None
-    pieces = list(block._evidence(scratch.portion))
+    pieces = list(block._evidence(scratch.evidence))
     if all(not isinstance(e, (Pair, Product)) for _, e, _ in pieces) and _small(scratch, pieces):
         scratch.how.add("dense")
         return _dense_error(scratch, pieces)

@@ -37,7 +37,7 @@ class Scratch:
 
     block: Block
     found: Measured
-    portion: dict[str, Evidence] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
     how: set[str] = field(default_factory=set)
     unchecked: dict[str, str] = field(default_factory=dict)
 
@@ -55,14 +55,14 @@ class Scratch:
 def fill(scratch: Scratch) -> None:
     """Fold evidence into the statistic."""
     block, kinds = scratch.block, scratch.triple.curvature.gives
-    portion = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
-    if block.triple.representation.per_step and portion:
-        portion = {WHOLE: _whole(scratch)}
-    scratch.portion = portion
-    if portion:
-        block.update(portion, ONCE, set())
-    if OutputPair in kinds and portion:  # a secant of outputs comes after the inputs
-        v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in portion}
+    evidence = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
+    if block.triple.representation.per_step and evidence:
+        evidence = {WHOLE: _whole(scratch)}
+    scratch.evidence = evidence
+    if evidence:
+        block.update(evidence, ONCE, set())
+    if OutputPair in kinds and evidence:  # a secant of outputs comes after the inputs
+        v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in evidence}
         block.update({k: OutputPair(x, 2 * x) for k, x in v.items()}, ONCE, set())
 
 
