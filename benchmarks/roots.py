@@ -3,7 +3,7 @@
     python benchmarks/roots.py --out benchmarks/roots.md
 
 Matrices are ``Q diag(logspace(-log10 kappa, 0)) Q^T``, 96 x 96. Errors are relative, in the Frobenius norm, medians of seeds.
-The ladder and its larger ridges are left out: a number says what one attempt gives.
+The fallbacks, larger ridges first, are left out: a number says what one attempt gives.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ HEAD = """# Accuracy of inverse roots
 Made by `python benchmarks/roots.py`. Relative error of `A^(-1/p)`, medians of three seeds, 96 x 96; in brackets the
 iterations; after a slash the figure of our specification, which was measured before any of this was written. *negative*: a
 computed eigenvalue is negative, so that there is no root. An error near or above one is what a matrix gives that rounding has
-made indefinite; the ladder of the solvers sees that and takes a larger ridge.
+made indefinite; the fallbacks of the solvers see that and take a larger ridge.
 """
 NOTES = {
     "damped": "## float32, p = 4, condition 1e14, with a ridge\n\nError to the exact root of the damped matrix.\n",

@@ -53,7 +53,7 @@ CHANGED = (
     "limit the step instead, by its learning rate or the options of the method"
 )
 SCALE = 2.0**12
-"""A power of two from here on is taken for the scale of a `torch.amp.GradScaler` that was not told of."""
+"""A power of two from here on is taken for the scale of a `torch.amp.GradScaler` that was not named."""
 _WRAPPED = ("optimizer", "base_optimizer", "base", "_optimizer")
 
 
