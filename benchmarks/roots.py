@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.coupled import compose
+from gradmaker.linalg.eigen import decompose
+from gradmaker.linalg.roots import residual
 from gradmaker.representations.root_dims import RootKronDims
 from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, Solver, SvdRoot
-from gradmaker.solvers.coupled import compose
 from gradmaker.solvers.denman_beavers import denman_beavers
 from gradmaker.solvers.higher_order import coupled_series
 from gradmaker.solvers.newton_root import iterate_newton
 from gradmaker.solvers.newton_schulz import coupled_square_root
-from gradmaker.solvers.roots import residual
-from gradmaker.solvers.spectrum import decompose
 
 N, SEEDS, SLACK = 96, (0, 1, 2), 3.0
 CONDITIONS = (1e2, 1e4, 1e6, 1e7, 1e8, 1e10, 1e12)

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gradmaker import ShampooGradientConfig, ShampooGradientMaker
-from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
 
 DECAYS, AGES, SEEDS, STEPS, EVERY = (0.9, 0.95, 0.99), (1, 5, 10, 20, 50), (0, 1, 2), 400, 50
 RIDGE = 1e-6

@@ -7,11 +7,11 @@ from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
 from gradmaker.curvature.fisher_forward import FisherForward
 from gradmaker.curvature.gradient import BatchGradient, DisplacedGradient
 from gradmaker.curvature.hessian import GaussNewton, Hessian
-from gradmaker.curvature.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
 from gradmaker.curvature.probe import GradientProbe, HessianProbe
 from gradmaker.curvature.recursive import FisherRecursive
 from gradmaker.curvature.sampled_gradient import SampledGradient
 from gradmaker.curvature.secant import LayerSecant, Secant
+from gradmaker.loss.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
 
 CURVATURES: dict[str, type[Curvature]] = {
     c.__name__: c

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arrangement import Arrangement
-from gradmaker.capture import Tape
+from gradmaker.capture.arrangement import Arrangement
+from gradmaker.capture.tape import Tape
+from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer
-from gradmaker.curvature.weights import numbers
+from gradmaker.curvature.layer_evidence import outer
 from gradmaker.errors import SelfCheckWarning
-from gradmaker.vjps import VJPs
+from gradmaker.loss.weights import numbers
 
 if TYPE_CHECKING:
-    from gradmaker.batches import Batch
-    from gradmaker.step import Step
+    from gradmaker.curvature.step import Step
+    from gradmaker.passes.batches import Batch
 
 __all__ = ["examples_alone"]
 
@@ -94,7 +95,7 @@ def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]
         vjps = VJPs(tape.vjp([loss], [one.unsqueeze(0)]), {}, rows)
     alone = replace(step, tape=tape, terms=terms, masked=any(bool(t.masked()) for t in terms))
     mask = alone.mask(terms[0]) if terms else None
-    evidence = {s.name: s.outer(tape, vjps, mask, step.statistics_dtype(s)) for s in alone.active()}
+    evidence = {s.name: outer(s, tape, vjps, mask, step.statistics_dtype(s)) for s in alone.active()}
     return _Single(evidence, gradient, numbers(terms, 1) if terms else torch.ones(1, dtype=torch.float64))
 
 

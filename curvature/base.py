@@ -11,8 +11,8 @@ from torch import nn
 from gradmaker.curvature.evidence import Evidence
 
 if TYPE_CHECKING:
-    from gradmaker.sites import Site
-    from gradmaker.step import Step
+    from gradmaker.capture.sites import Site
+    from gradmaker.curvature.step import Step
 
 __all__ = ["NO_CALLS", "NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
 

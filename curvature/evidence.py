@@ -19,7 +19,7 @@ import torch
 from opt_einsum import contract
 from torch import Tensor
 
-from gradmaker.one_hot import OneHot
+from gradmaker.capture.one_hot import OneHot
 
 if TYPE_CHECKING:
     from gradmaker.curvature.factors import Layers

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradmaker.capture.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 from gradmaker.curvature.alone import examples_alone
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Outer
-from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
-from gradmaker.curvature.weights import numbers
+from gradmaker.curvature.layer_evidence import outer
 from gradmaker.errors import SelfCheckError
-from gradmaker.vjps import Source, VJPs, bytes_of_vjp, vjps_of
+from gradmaker.loss.likelihood import LIKELIHOODS, Terms
+from gradmaker.loss.weights import numbers
 
 if TYPE_CHECKING:
-    from gradmaker.step import Step
+    from gradmaker.curvature.step import Step
 
 __all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 
@@ -34,7 +35,7 @@ class LazyEvidence(Mapping[str, Evidence]):
 
     def __getitem__(self, name: str) -> Evidence:
         step, site = self.step, self.sites[name]
-        made = site.outer(step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
+        made = outer(site, step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
         return made if self.root is None else made.scaled(self.root)
 
     def __contains__(self, name: object) -> bool:  # inherited, it would make the evidence to see whether it is there

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Inputs, Outer
 from gradmaker.curvature.fisher import LazyEvidence
-from gradmaker.vjps import VJPs
 
 if TYPE_CHECKING:
-    from gradmaker.step import Step
+    from gradmaker.curvature.step import Step
 
 __all__ = ["FisherForward"]
 

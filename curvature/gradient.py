@@ -13,7 +13,7 @@ from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTIO
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Located
 
 if TYPE_CHECKING:
-    from gradmaker.step import Step
+    from gradmaker.curvature.step import Step
 
 __all__ = ["BatchGradient", "DisplacedGradient"]
 

@@ -21,15 +21,15 @@ from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
 from gradmaker.curvature.factors import Layers
 from gradmaker.curvature.fisher import FisherEmp
 from gradmaker.curvature.layer_factors import layer_factors
+from gradmaker.passes.vectors import Layout
 from gradmaker.reentrant import refuse_scripted
-from gradmaker.vectors import Layout
 
 if TYPE_CHECKING:
-    from gradmaker.batches import Batch
-    from gradmaker.graph import Graph, Vectors
-    from gradmaker.replay import Replay
-    from gradmaker.sites import Site
-    from gradmaker.step import Step
+    from gradmaker.capture.sites import Site
+    from gradmaker.curvature.step import Step
+    from gradmaker.passes.batches import Batch
+    from gradmaker.passes.graph import Graph, Vectors
+    from gradmaker.passes.replay import Replay
 
 __all__ = [
     "GaussNewton",
@@ -224,7 +224,7 @@ class GaussNewton(Products):
 
     For the recognised losses it is the Fisher matrix. Of what ``setup_logits_repr`` names, ``Lambda`` is the Hessian of the
     whole loss, by autograd: another loss, or what is added to a recognised one, needs to be convex in it. Where no loss is
-    recognised and nothing named, it is that at the outputs of the model; see `gradmaker.curvature.autograd_terms`.
+    recognised and nothing named, it is that at the outputs of the model; see `gradmaker.loss.autograd_terms`.
 
     Reference: Schraudolph, Neural Computation 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """

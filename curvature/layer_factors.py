@@ -14,7 +14,7 @@ from gradmaker.curvature.factors import Factors, Layers
 from gradmaker.curvature.fisher import FisherMC
 
 if TYPE_CHECKING:
-    from gradmaker.step import Step
+    from gradmaker.curvature.step import Step
 
 __all__ = ["LONGEST", "layer_factors"]
 

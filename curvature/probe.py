@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
-from gradmaker.real_pairs import real_shape, write_real
+from gradmaker.linalg.real_pairs import real_shape, write_real
 
 if TYPE_CHECKING:
-    from gradmaker.step import Step
+    from gradmaker.curvature.step import Step
 
 __all__ = ["GradientProbe", "HessianProbe"]
 

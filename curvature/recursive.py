@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.factors import Factors
-from gradmaker.curvature.likelihood import Terms
+from gradmaker.loss.likelihood import Terms
 
 if TYPE_CHECKING:
-    from gradmaker.layers import Call
-    from gradmaker.sites import Site
-    from gradmaker.step import Step
+    from gradmaker.capture.rules.layers import Call
+    from gradmaker.capture.sites import Site
+    from gradmaker.curvature.step import Step
 
 __all__ = ["FisherRecursive", "break_of_chain", "find_chain"]
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient
-from gradmaker.curvature.likelihood import LIKELIHOODS
+from gradmaker.loss.likelihood import LIKELIHOODS
 
 if TYPE_CHECKING:
-    from gradmaker.sites import Site
-    from gradmaker.step import Step
+    from gradmaker.capture.sites import Site
+    from gradmaker.curvature.step import Step
 
 __all__ = ["SampledGradient"]
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Opening, OutputPair, PairedInputs, SecantPair
-from gradmaker.vjps import VJPs
+from gradmaker.curvature.layer_evidence import outer
 
 if TYPE_CHECKING:
-    from gradmaker.sites import Site
-    from gradmaker.step import Pass, Step
+    from gradmaker.capture.sites import Site
+    from gradmaker.curvature.step import Pass, Step
 
 __all__ = ["LayerSecant", "Secant"]
 
@@ -128,8 +129,8 @@ class LayerSecant(_Lazy):
         found: dict[str, Evidence] = {}
         vjps = VJPs(step.output_gradients)
         for site in step.active():
-            outer = site.outer(step.tape, vjps, mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
-            found[site.name] = paired = PairedInputs(**vars(outer))
+            pairs = outer(site, step.tape, vjps, mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
+            found[site.name] = paired = PairedInputs(**vars(pairs))
             step.notes[site.name] = _sums(site, paired)
         yield found
         yield self._completed(step)
@@ -158,8 +159,8 @@ class LayerSecant(_Lazy):
         found: dict[str, Sums] = {}
         for site in sites:
             if site.fired(tape):
-                outer = site.outer(tape, vjps, None, step.statistics_dtype(site)).regrouped(tape.batch)
-                counted = replace(outer, weights=made.notes[site.name].weights)
+                pairs = outer(site, tape, vjps, None, step.statistics_dtype(site)).regrouped(tape.batch)
+                counted = replace(pairs, weights=made.notes[site.name].weights)
                 found[site.name] = _sums(site, PairedInputs(**vars(counted)))
         return found
 

@@ -1,6 +1,6 @@
 """Trains with every legal triple of the registered parts, and writes docs/sweep.md: `python docs/make_sweep.py`.
 
-The rule is that of `tests/test_sweep.py`. Results are in docs/data/sweep.json; what is there is not run again, unless
+The rule is that of `tests/docs/test_sweep.py`. Results are in docs/data/sweep.json; what is there is not run again, unless
 ``--fresh`` says so. An interrupted run goes on where it was.
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gradmaker.compare.cost import machine  # noqa: E402
-from tests import test_sweep as sweep  # noqa: E402
+from tests.docs import test_sweep as sweep  # noqa: E402
 
 PAGE, DATA = ROOT / "docs" / "sweep.md", ROOT / "docs" / "data" / "sweep.json"
 NETWORKS = {"mlp": "MLP", "small": "small MLP", "convolution": "convolution"}

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from gradmaker import CustomGradientConfig, CustomGradientMaker, GradientMaker
 from gradmaker.curvature import Curvature, Evidence, Outer
 from gradmaker.curvature.evidence import WHOLE
+from gradmaker.curvature.step import Step
 from gradmaker.representations import GaussianGraph
 from gradmaker.representations.graph import Parents
 from gradmaker.solvers import LocalRegression
-from gradmaker.step import Step
 
 
 class RBM(nn.Module):

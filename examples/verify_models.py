@@ -18,7 +18,7 @@ from networks import CLASSES, gpt, resnet18, vit_tiny
 from torch import Tensor, nn
 
 from gradmaker import METHODS
-from gradmaker.verification import Verification
+from gradmaker.reports.verification import Verification
 
 
 # ------------------------------------------------------------------ the check

@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame, State
-from gradmaker.sites import Site
 
 __all__ = ["WHOLE", "Block", "Solved"]
 

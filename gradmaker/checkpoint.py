@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.blocks import Block
-from gradmaker.ledger import Ledger
-from gradmaker.pool import Pool
-from gradmaker.previous import dump_secants, load_secants
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 from gradmaker.state_format import FORMAT, check_format
+from gradmaker.step.ledger import Ledger
+from gradmaker.step.pool import Pool
+from gradmaker.step.previous import dump_secants, load_secants
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker

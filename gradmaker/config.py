@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from gradmaker.capture.shapes import ShapePolicy
+from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
 from gradmaker.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.grafting import GRAFTINGS, Grafting
+from gradmaker.options.rules import Rule, check_rule
 from gradmaker.precision import Precision
 from gradmaker.representations import REPRESENTATIONS, Representation
-from gradmaker.rules import Rule, check_rule
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
-from gradmaker.shapes import ShapePolicy
-from gradmaker.sites import Site
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
 from gradmaker.triple import Triple, did_you_mean
 

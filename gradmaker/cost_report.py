@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradmaker.blocks import Block
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Gradient
 from gradmaker.representations.base import Fold
 from gradmaker.schedule import as_schedule
-from gradmaker.sites import Site
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.diagnosis import COLUMNS
+from gradmaker.linalg.state import State
 from gradmaker.representations.dense import Dense
 from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, Solver
-from gradmaker.solvers.diagnosis import COLUMNS
 
 __all__ = ["Sweep", "SweepRow", "damping_sweep"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.blocks import Block
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 
 __all__ = ["Failures"]
 

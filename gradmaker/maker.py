@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradmaker.batches import Declared
-from gradmaker.deferred import Deferred, depends_on, describe, resolve
-from gradmaker.ranks import ranks
+from gradmaker.passes.batches import Declared
+from gradmaker.passes.deferred import Deferred, depends_on, describe, resolve
+from gradmaker.scale.ranks import ranks
 from gradmaker.state_format import FORMAT, check_format
 
 __all__ = ["GradientMaker", "PlainGradientConfig"]

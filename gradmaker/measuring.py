@@ -9,30 +9,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arithmetic import plain_arithmetic, sums_to_finite
-from gradmaker.batches import Batch, Batches, terms_of
-from gradmaker.borrowing import borrowing
-from gradmaker.capture import OutputGradients, Tape
+from gradmaker.capture.borrowing import borrowing
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.curvature.likelihood import Terms
-from gradmaker.curvature.recorder import LossRecorder
-from gradmaker.deferred import resolve
-from gradmaker.graph import Graph
-from gradmaker.head import Head
-from gradmaker.ledger import WHOLE_STEP, Ledger
+from gradmaker.curvature.step import NOTHING, Extra, Previous, Step, scaled
+from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
+from gradmaker.loss.head import Head
+from gradmaker.loss.likelihood import Terms
+from gradmaker.loss.recorder import LossRecorder
 from gradmaker.maker import GradientMaker
-from gradmaker.pending import Pending
+from gradmaker.passes.batches import Batch, Batches, terms_of
+from gradmaker.passes.deferred import resolve
+from gradmaker.passes.graph import Graph
 from gradmaker.plan import Plan, PlanClocks, make_plan
-from gradmaker.pool import Pool
-from gradmaker.previous import bookmark, complete
-from gradmaker.ranks import ranks
+from gradmaker.scale.ranks import ranks
 from gradmaker.self_checks import Inputs, SelfChecks
 from gradmaker.self_checks.whole import Whole
-from gradmaker.sites import Site
 from gradmaker.stacking import carry
-from gradmaker.step import NOTHING, Extra, Previous, Step, scaled
+from gradmaker.step.ledger import WHOLE_STEP, Ledger
+from gradmaker.step.pending import Pending
+from gradmaker.step.pool import Pool
+from gradmaker.step.previous import bookmark, complete
 
 __all__ = ["MeasuringMaker"]
 

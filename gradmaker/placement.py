@@ -7,11 +7,11 @@ from math import prod
 
 import torch
 
+from gradmaker.capture.sites import Site
 from gradmaker.grafting import Grafting
+from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.precision import Precision
-from gradmaker.real_pairs import real_dtype
 from gradmaker.representations.base import Frame
-from gradmaker.sites import Site
 from gradmaker.triple import Triple
 
 __all__ = ["Placement"]

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradmaker.blocks import Block
+from gradmaker.capture.model_checks import check_model, check_parameters, check_watched
+from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
-from gradmaker.model_checks import check_model, check_parameters, check_watched
+from gradmaker.options.rules import names, paths
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
-from gradmaker.ranks import refuse_ranks
-from gradmaker.rules import names, paths
+from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.schedule import Clocks
-from gradmaker.sites import Site, layer_sites, tensor_sites
 from gradmaker.stacking import build_blocks
 from gradmaker.triple import did_you_mean
 

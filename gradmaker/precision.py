@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 from gradmaker.triple import Triple
 
 __all__ = ["Precision"]

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradmaker.arithmetic import plain_arithmetic
 from gradmaker.blocks import Block, Solved
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Likelihood
 from gradmaker.failures import Failures
-from gradmaker.ledger import WHOLE_STEP, Ledger
+from gradmaker.linalg.arithmetic import plain_arithmetic
 from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
-from gradmaker.pool import Pool
-from gradmaker.summary import Summary, summarise
-from gradmaker.verification import Verification, verify
+from gradmaker.reports.summary import Summary, summarise
+from gradmaker.reports.verification import Verification, verify
+from gradmaker.step.ledger import WHOLE_STEP, Ledger
+from gradmaker.step.pool import Pool
 
 __all__ = ["PreconditionedGradientMaker"]
 

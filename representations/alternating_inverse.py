@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
+from gradmaker.linalg.eigen import decompose_again, symmetrise
+from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
-from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
-from gradmaker.solvers.fallbacks import count_failures
-from gradmaker.solvers.spectrum import decompose_again, symmetrise
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence
+from gradmaker.linalg.state import State
 
 __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "State", "average"]
 
@@ -18,9 +19,6 @@ NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger
 _AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
 NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "stagger": _AT_ONCE}
 NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
-
-State: TypeAlias = dict[str, Tensor]
-"""Tensors only, every one with the stack axis ``B`` first."""
 
 Grain: TypeAlias = Literal["full", "layer", "unit", "tensor"]
 """Granularity of a block: all layers as one vector (P,); a layer's matrix (o, i); a row of it (i,); a parameter tensor."""

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 
 __all__ = [
     "Elementwise",
@@ -45,7 +45,7 @@ class Factored(Protocol):
     """``C = (F_1 (x) F_2 (x) ... (x) F_m)^(1 / order)`` with small PSD factors; one factor is a dense matrix."""
 
     def factors(self, state: State) -> list[Tensor]:
-        """Bias-corrected factors, in any form of `gradmaker.representations.factor`.  # each (B, d, d), (B, d) or (B, d, b)"""
+        """Bias-corrected factors, in any form of `gradmaker.linalg.factors`.  # each (B, d, d), (B, d) or (B, d, b)"""
 
     def unfold(self, g: Tensor) -> Tensor:
         """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
@@ -171,7 +171,7 @@ class Inverse(Protocol):
         """Eigenvalues and eigenvectors of ``L_k``; None for the unit basis.  # each (B, d), (B, d, d)"""
 
     def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
-        """How well `spectra` fit what is held, as rows of `gradmaker.solvers.diagnosis.COLUMNS`.  # (B, m, 5)"""
+        """How well `spectra` fit what is held, as rows of `gradmaker.linalg.diagnosis.COLUMNS`.  # (B, m, 5)"""
 
     def unfold(self, g: Tensor) -> Tensor:
         """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""

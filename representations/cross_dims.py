@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
+from gradmaker.linalg.eigen import decompose_again
+from gradmaker.linalg.fallbacks import count_failures, is_empty
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
-from gradmaker.solvers.diagnosis import COLUMNS, renew_row, spectral_residual
-from gradmaker.solvers.fallbacks import count_failures, is_empty
-from gradmaker.solvers.spectrum import decompose_again
 
 __all__ = ["CrossDims"]
 

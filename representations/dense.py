@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Product
+from gradmaker.linalg.columns import form_blocks
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.columns import form_blocks
 
 __all__ = ["Dense"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Product
+from gradmaker.linalg.columns import form_diagonal
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.columns import form_diagonal
 
 __all__ = ["Diagonal"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import PIECE, Evidence, Inputs, OneHot, Outer
+from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.factor import blocks, identity, rayleigh, transpose, turn
 from gradmaker.representations.kronecker import Kron, apply_factors
 
 __all__ = ["Eigenbasis", "rotated_squares"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Product
 from gradmaker.curvature.factors import Layers
+from gradmaker.linalg.columns import form_blocks
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
-from gradmaker.representations.columns import form_blocks
 
 __all__ = ["Held", "Implicit", "MatrixFree"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
+from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
-from gradmaker.solvers.diagnosis import described, diagnose, singular_residual, spectral_residual
-from gradmaker.solvers.spectrum import decompose_again, largest_eigenvalue, symmetrise
 
 __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
 

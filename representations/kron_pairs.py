@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
+from gradmaker.linalg.eigen import add_ridge, symmetrise
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import expand
 from gradmaker.representations.memory import dot, multiply, push, unfilled
-from gradmaker.solvers.spectrum import add_ridge, symmetrise
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 

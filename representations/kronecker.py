@@ -1,6 +1,6 @@
 """Kronecker products: an input and an output factor of a layer (KF-io), or one factor for each axis of a tensor (KF-dim).
 
-A factor is (B, d, d), or (B, d) when only its diagonal is kept, or tiled, see `gradmaker.representations.factor`. ``vec`` is
+A factor is (B, d, d), or (B, d) when only its diagonal is kept, or tiled, see `gradmaker.linalg.factors`. ``vec`` is
 row-major everywhere.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Inputs, OneHot, Outer
 from gradmaker.curvature.factors import Factors
+from gradmaker.linalg.factors import blocks, dense, is_tiled, tile_width
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.factor import blocks, dense, is_tiled, tile_width
 
 __all__ = ["Kron", "KronDims", "apply_factors", "expand", "mode_matrix"]
 

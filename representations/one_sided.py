@@ -18,8 +18,8 @@ __all__ = ["OneSided", "ZeroHistory"]
 class OneSided(Representation):
     """``C ~ L (x) I`` with ``L = sum G G^T``, ``G`` a tensor with all axes but the first in one.
 
-    Which side is the first is a matter of the blocks (`gradmaker.shapes.ShapePolicy`). ``C <= r L (x) I`` holds for the true
-    ``C``, ``r`` the largest rank of a gradient.
+    Which side is the first is a matter of the blocks (`gradmaker.capture.shapes.ShapePolicy`). ``C <= r L (x) I`` holds for the
+    true ``C``, ``r`` the largest rank of a gradient.
 
     Reference: Xie et al., 2025, arXiv:2502.10273 (one-sided Shampoo); An et al., 2025, arXiv:2503.20762 (ASGO).
     """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.damping import check_choice, check_interval
+from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
-from gradmaker.solvers.damping import check_choice, check_interval
-from gradmaker.solvers.diagnosis import COLUMNS
 from gradmaker.solvers.rooting import FactorRoot, rooting
 
 __all__ = ["OneWayDims"]

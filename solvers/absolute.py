@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.eigen import decompose, symmetrise
+from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Elementwise, Factored
 from gradmaker.representations.dense import Dense
 from gradmaker.solvers.base import InverseSolver
-from gradmaker.solvers.fallbacks import keep_previous
-from gradmaker.solvers.spectrum import decompose, symmetrise
 
 __all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh", "SignedDivision"]
 

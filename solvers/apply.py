@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Preconditions
 from gradmaker.solvers.base import Solver
 

@@ -9,15 +9,15 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import Mode, check_choice, check_interval
+from gradmaker.linalg.definition import along_axes, axis_power
+from gradmaker.linalg.factors import dense
+from gradmaker.linalg.roots import held_roots
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Summed
-from gradmaker.representations.factor import dense
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.damping import Mode, check_choice, check_interval
-from gradmaker.solvers.definition import along_axes, axis_power
 from gradmaker.solvers.rooting import Root, rooting
-from gradmaker.solvers.roots import held_roots
 
 __all__ = ["AxisMean"]
 
@@ -50,7 +50,7 @@ class AxisMean(Solver):
     """``P G``: ``p`` times ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
 
     ``root`` says how factors are rooted, ``svd`` those that are held by their square roots; ``mode`` damps in other units, see
-    `gradmaker.solvers.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
+    `gradmaker.linalg.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
     ``damping^(-1/2) g``.
 
     Reference: Duvvuri et al., ICLR 2024, algorithm 1 (``p = 2``); the factors 1/2, which its code leaves to grafting, are kept.

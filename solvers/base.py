@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
-from gradmaker.representations.factor import dense
-from gradmaker.solvers.damping import check_interval, damp
-from gradmaker.solvers.definition import along_axes
+from gradmaker.linalg.damping import check_interval, damp
+from gradmaker.linalg.definition import along_axes
+from gradmaker.linalg.factors import dense
+from gradmaker.linalg.state import State
 
 __all__ = ["InverseSolver", "PowerSolver", "Solver", "kronecker_of", "spectral_power"]
 

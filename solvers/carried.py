@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 
 __all__ = ["carry", "dot", "keep_finite"]
 

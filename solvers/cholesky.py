@@ -9,15 +9,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import check_choice, equal_ridges, pi_ridges
+from gradmaker.linalg.definition import axis_power, balanced_ridges
+from gradmaker.linalg.diagnosis import diagnose, estimate_largest
+from gradmaker.linalg.eigen import add_ridge, symmetrise
+from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
+from gradmaker.linalg.roots import InverseRoot, apply_roots, integer_root, keep_roots, residual
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import InverseSolver
-from gradmaker.solvers.damping import check_choice, equal_ridges, pi_ridges
-from gradmaker.solvers.definition import axis_power, balanced_ridges
-from gradmaker.solvers.diagnosis import diagnose, estimate_largest
-from gradmaker.solvers.fallbacks import Parts, factorise, is_empty, scalars
-from gradmaker.solvers.roots import InverseRoot, apply_roots, integer_root, keep_roots, residual
-from gradmaker.solvers.spectrum import add_ridge, symmetrise
 
 __all__ = ["Cholesky", "CholeskyInverse"]
 
@@ -45,7 +45,7 @@ class _Described(CholeskyInverse):
 class Cholesky(InverseSolver):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
-    ``split`` says how ``damping`` becomes the ridges ``r``: see `gradmaker.solvers.damping`. A block that fails before it ever
+    ``split`` says how ``damping`` becomes the ridges ``r``: see `gradmaker.linalg.damping`. A block that fails before it ever
     succeeded gets ``g / damping``, what a zero curvature would give.
 
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, sections 4.2 and 6.3.

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Multiplies
 from gradmaker.solvers.base import InverseSolver, spectral_power
-from gradmaker.solvers.damping import check_interval
-from gradmaker.solvers.fallbacks import keep_previous
 
 __all__ = ["CG"]
 

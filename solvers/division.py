@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Elementwise
 from gradmaker.solvers.base import PowerSolver
-from gradmaker.solvers.fallbacks import keep_previous
 
 __all__ = ["Division"]
 

@@ -10,17 +10,17 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
+from gradmaker.linalg.definition import along_axes, axis_power, axis_spectrum, outer
+from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, unknown
+from gradmaker.linalg.eigen import decompose, is_definite
+from gradmaker.linalg.factors import conjugate, identity, transpose
+from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.roots import apply_roots, keep_roots
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Factored
-from gradmaker.representations.factor import conjugate, identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
-from gradmaker.solvers.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
-from gradmaker.solvers.definition import along_axes, axis_power, axis_spectrum, outer
-from gradmaker.solvers.diagnosis import described, diagnose, spectral_residual, unknown
-from gradmaker.solvers.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
-from gradmaker.solvers.roots import apply_roots, keep_roots
-from gradmaker.solvers.spectrum import decompose, is_definite
 
 __all__ = ["Decomposition", "Eigh"]
 
@@ -48,7 +48,7 @@ class Eigh(PowerSolver):
       ``placement="after"`` damps what is inverted, ``(C^|power| + lambda)^-1``, in units of ``C^|power|``;
     - ``"pi"``, ``"each"``: ``(F_k + r_k I)^(power/order)``, collapsed to one matrix a factor.
 
-    ``mode`` says what ``damping`` is measured in, see `gradmaker.solvers.damping`: by the spectrum of ``C``, for ``each`` by
+    ``mode`` says what ``damping`` is measured in, see `gradmaker.linalg.damping`: by the spectrum of ``C``, for ``each`` by
     that of each factor; ``pi`` takes ridges alone. Negative eigenvalues count as zero. A block that fails before it ever
     succeeded gets ``damping^power g``, what a zero curvature would give; where the mode leaves no scale, it keeps its gradient.
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import average_trace
+from gradmaker.linalg.definition import axis_power, balanced_ridges
+from gradmaker.linalg.fallbacks import keep_previous, scalars, try_all
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import RowFactored
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.damping import average_trace
-from gradmaker.solvers.definition import axis_power, balanced_ridges
-from gradmaker.solvers.fallbacks import keep_previous, scalars, try_all
 
 __all__ = ["FactorWoodbury"]
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import Placement, check_choice, check_interval
+from gradmaker.linalg.fallbacks import count_failures, try_all
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.damping import Placement, check_choice, check_interval
 from gradmaker.solvers.eigh import Decomposition
-from gradmaker.solvers.fallbacks import count_failures, try_all
 
 __all__ = ["Gram", "Tail"]
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.definition import along_axes
+from gradmaker.linalg.roots import apply_roots, held_roots
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rooted
 from gradmaker.solvers.base import Solver, spectral_power
-from gradmaker.solvers.definition import along_axes
-from gradmaker.solvers.roots import apply_roots, held_roots
 
 __all__ = ["HeldRoot"]
 

@@ -9,10 +9,10 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
-from gradmaker.solvers.coupled import Iterate, converge
-from gradmaker.solvers.damping import check_interval
+from gradmaker.linalg.coupled import Iterate, converge
+from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.eigen import symmetrise
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot, fraction
-from gradmaker.solvers.spectrum import symmetrise
 
 __all__ = ["HigherOrder", "coupled_series"]
 

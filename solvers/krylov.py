@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import check_choice, check_interval
+from gradmaker.linalg.state import State
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.carried import carry, keep_finite
-from gradmaker.solvers.damping import check_choice, check_interval
 from gradmaker.solvers.quasi_newton import minimise
 
 __all__ = ["Krylov"]

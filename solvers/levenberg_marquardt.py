@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from gradmaker.solvers.damping import check_interval
+from gradmaker.linalg.damping import check_interval
 
 __all__ = ["AdaptiveDamping", "LevenbergMarquardt"]
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.fallbacks import keep_previous, try_all
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Graphical
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
-from gradmaker.solvers.fallbacks import keep_previous, try_all
 
 __all__ = ["LocalRegression"]
 

@@ -11,16 +11,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
+from gradmaker.linalg.definition import axis_power
+from gradmaker.linalg.diagnosis import diagnose
+from gradmaker.linalg.eigen import add_ridge, largest_eigenvalue
+from gradmaker.linalg.factors import map_blocks, widest
+from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
+from gradmaker.linalg.roots import InverseRoot, apply_roots, keep_roots, residual
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Factored
-from gradmaker.representations.factor import map_blocks, widest
 from gradmaker.solvers.base import PowerSolver
-from gradmaker.solvers.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
-from gradmaker.solvers.definition import axis_power
-from gradmaker.solvers.diagnosis import diagnose
-from gradmaker.solvers.fallbacks import Parts, factorise, is_empty, scalars
-from gradmaker.solvers.roots import InverseRoot, apply_roots, keep_roots, residual
-from gradmaker.solvers.spectrum import add_ridge, largest_eigenvalue
 
 __all__ = ["IteratedRoot", "MatrixRoot", "fraction"]
 
@@ -62,7 +62,7 @@ class IteratedRoot(InverseRoot):
 class MatrixRoot(PowerSolver):
     """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = order / |power|``.
 
-    ``mode`` puts the average eigenvalue or 1 in the place of ``lambda_max``, see `gradmaker.solvers.damping`. Factors are
+    ``mode`` puts the average eigenvalue or 1 in the place of ``lambda_max``, see `gradmaker.linalg.damping`. Factors are
     divided by their average trace first and roots scaled back, so that no scale under- or overflows. A block that fails before
     it ever succeeded keeps its gradient; with absolute damping it gets ``damping^power g``, what a zero curvature would give.
     """

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.state import State
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.carried import carry, keep_finite
-from gradmaker.solvers.damping import check_interval
 
 __all__ = ["Neumann"]
 

@@ -8,10 +8,10 @@ from math import ceil, log, sqrt
 import torch
 from torch import Tensor
 
-from gradmaker.solvers.coupled import Iterate, converge
+from gradmaker.linalg.coupled import Iterate, converge
+from gradmaker.linalg.eigen import symmetrise
+from gradmaker.linalg.roots import integer_root
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot
-from gradmaker.solvers.roots import integer_root
-from gradmaker.solvers.spectrum import symmetrise
 
 __all__ = ["NewtonRoot", "coupled_newton", "iterate_newton"]
 

@@ -10,11 +10,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.solvers.coupled import Iterate, compose, converge
-from gradmaker.solvers.damping import check_choice
+from gradmaker.linalg.coupled import Iterate, compose, converge
+from gradmaker.linalg.damping import check_choice
+from gradmaker.linalg.eigen import symmetrise
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot, fraction
 from gradmaker.solvers.polar_factor import Quintic, polar_express
-from gradmaker.solvers.spectrum import symmetrise
 
 __all__ = ["NewtonSchulz", "Polynomial", "binary_root", "coupled_square_root"]
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.damping import check_choice, check_interval
 from gradmaker.representations.base import NO_LIMIT, State
 from gradmaker.representations.capabilities import Momentary
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.damping import check_choice, check_interval
 
 __all__ = ["PolarFactor", "Quintic", "polar_express", "polar_factor"]
 

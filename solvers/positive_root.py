@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.roots import apply_roots, keep_roots
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
-from gradmaker.solvers.roots import apply_roots, keep_roots
 
 __all__ = ["PositiveRoot"]
 

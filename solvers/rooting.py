@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
+from gradmaker.linalg.damping import Mode, check_choice
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.damping import Mode, check_choice
 from gradmaker.solvers.denman_beavers import DenmanBeavers
 from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.higher_order import HigherOrder

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.definition import along_axes
+from gradmaker.linalg.diagnosis import unknown
+from gradmaker.linalg.factors import identity, transpose
+from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
-from gradmaker.representations.factor import identity, transpose
 from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
-from gradmaker.solvers.definition import along_axes
-from gradmaker.solvers.diagnosis import unknown
-from gradmaker.solvers.fallbacks import keep_previous
 
 __all__ = ["Rotate", "RotatingSolver"]
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.state import State
 from gradmaker.solvers.rotate import RotatingSolver
 
 __all__ = ["RotatedDivision"]

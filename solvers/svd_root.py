@@ -9,14 +9,14 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import Mode, check_choice, damp, ridge_unit
+from gradmaker.linalg.definition import axis_power
+from gradmaker.linalg.diagnosis import described, diagnose, singular_residual
+from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
+from gradmaker.linalg.roots import apply_roots, keep_roots
+from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import RootFactored
 from gradmaker.solvers.base import PowerSolver
-from gradmaker.solvers.damping import Mode, check_choice, damp, ridge_unit
-from gradmaker.solvers.definition import axis_power
-from gradmaker.solvers.diagnosis import described, diagnose, singular_residual
-from gradmaker.solvers.fallbacks import Factorisation, Parts, factorise, is_empty
-from gradmaker.solvers.roots import apply_roots, keep_roots
 
 __all__ = ["SvdRoot"]
 
@@ -64,7 +64,7 @@ class SvdRoot(PowerSolver):
 
     Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are good down to ``u^2 lambda_max``; the damping
     can be as small (1e-10 in float32). Roots are divided by their norm first. ``mode`` damps in other units, see
-    `gradmaker.solvers.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
+    `gradmaker.linalg.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
     ``damping^power g``, what a zero curvature would give.
 
     Reference: Golub & Van Loan, Matrix Computations, section 8.6; Anil et al. 2020, arXiv:2002.09018 (the ridge).

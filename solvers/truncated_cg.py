@@ -11,11 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gradmaker.representations.base import State
+from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.state import State
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.carried import carry, dot
-from gradmaker.solvers.damping import check_interval
 from gradmaker.solvers.layer_inverse import LayerInverse
 from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
 

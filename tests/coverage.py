@@ -16,9 +16,9 @@ from gradmaker import KfacGradientConfig, KfacGradientMaker
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Kron, Representation
 from tests import models, oracles
+from tests.capture.test_layers import MORE, Packed, Pooled, two
 from tests.measure import EXACT, blocks, ggn, measure, setup
 from tests.models import CLASSES, ZOO, Case, build, build_tokens
-from tests.test_layers import MORE, Packed, Pooled, two
 
 Blocks = dict[str, Tensor]  # by site: (B, P, P)
 

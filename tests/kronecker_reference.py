@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tests import oracles
+from tests.methods.test_trajectories import raw
 from tests.models import Case
-from tests.test_trajectories import raw
 
 Rule = Callable[[Tensor, Tensor, int], Tensor]
 

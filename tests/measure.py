@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import CustomGradientConfig, CustomGradientMaker
+from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature, FisherExact
 from gradmaker.representations import Dense, Diagonal, Representation
-from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky, Division, Solver
 from tests import oracles
 from tests.models import Case

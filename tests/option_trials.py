@@ -90,9 +90,9 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "adaptive_damping"): [AdaptiveDamping(interval=1, low=0.99, high=1.01)],
     ("", "curvature_examples"): [2],
     ("", "floor"): [0.5],
-    ("", "merge"): ["none", "to_2d"],  # others need weights with an axis for heads: tests/test_shapes.py
+    ("", "merge"): ["none", "to_2d"],  # others need weights with an axis for heads: tests/capture/test_shapes.py
     ("one_sided", "merge"): ["greedy"],
-    ("psgd_whiten", "grafting"): ["keep", "adam"],  # its bound is not reached here: tests/test_psgd_whiten.py
+    ("psgd_whiten", "grafting"): ["keep", "adam"],  # its bound is not reached here: tests/methods/test_psgd_whiten.py
     ("psgd_whiten", "merge"): ["none"],  # with to_2d the shapes are those of its default here
     ("", "split"): [(("head", 2),)],
     ("", "self_check"): ["off"],
@@ -115,8 +115,8 @@ OWN: dict[tuple[str, str], list[Any]] = {
 """Values of options that are a method's own; by the type of the default where nothing is said. ``""`` is every method."""
 PROBES = ("psgd", "psgd_kf", "adahessian", "esgd", "saddle_free_diagonal")
 ELSEWHERE: dict[tuple[str, str], str] = {
-    ("neumann_practical", "rate"): "it is for the weights of `undisplaced` alone: tests/test_options.py",
-    **{(method, "mode"): "the same product in another way: tests/test_probes.py" for method in PROBES},
+    ("neumann_practical", "rate"): "it is for the weights of `undisplaced` alone: tests/methods/test_options.py",
+    **{(method, "mode"): "the same product in another way: tests/methods/test_probes.py" for method in PROBES},
     **{(method, "failures_allowed"): "of what does not happen here: tests/test_failures.py" for method in NAMED},
     **{
         (method, name): "of other models and inputs: tests/self_checks/test_structures.py"

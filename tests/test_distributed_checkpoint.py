@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gradmaker import METHODS, from_config
 from tests import models
+from tests.methods.test_methods import PRECONDITIONED, passes
 from tests.models import Case
 from tests.registry import suited
-from tests.test_methods import PRECONDITIONED, passes
 from tests.test_state import equal_states, flat, run_parts
 
 LATE = "skfac smw_ng smw_gn tonga tonga_unit mfac ggt seng".split()

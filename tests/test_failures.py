@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gradmaker import METHODS, failures, from_config
 from gradmaker.failures import Failures
+from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.representations import CrossDims, Dense
 from gradmaker.solvers import Cholesky, Gram, NewtonRoot
-from gradmaker.solvers.fallbacks import count_failures
 from tests import models, oracles
-from tests.test_kronecker_dims import Matrices, gradients
+from tests.methods.test_kronecker_dims import Matrices, gradients
 
 AT_ONCE: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0}
 ROOTED: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradmaker.grafting import GRAFTINGS
 from tests import oracles
 from tests.kronecker_reference import Reference
-from tests.test_kronecker_dims import Shampoo, gradients, run
+from tests.methods.test_kronecker_dims import Shampoo, gradients, run
 
 AVERAGES: dict[str, dict[str, Any]] = {
     "none": {"momentum": 0.0},

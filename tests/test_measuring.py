@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gradmaker as gm
+from gradmaker.capture.sites import Site
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
-from gradmaker.sites import Site
 from tests.models import Case, mlp
 from tests.test_state import equal_states
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from gradmaker import from_config
 from gradmaker.blocks import Block
-from gradmaker.sites import Site
+from gradmaker.capture.sites import Site
 from tests import models
+from tests.methods.test_methods import PRECONDITIONED
 from tests.models import Case
 from tests.registry import suited
-from tests.test_methods import PRECONDITIONED
 from tests.test_state import equal_states
 
 SPARSE = {"curvature_interval": 2, "preconditioner_interval": 2, "warmup_steps": 0}

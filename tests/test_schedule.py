@@ -13,8 +13,8 @@ from torch import nn
 
 import gradmaker as gm
 from gradmaker.blocks import Block
+from gradmaker.curvature.step import Step
 from gradmaker.schedule import Clock, Linear, Stepped, as_schedule
-from gradmaker.step import Step
 from tests.models import mlp
 
 STEPS = 24

@@ -17,9 +17,9 @@ from gradmaker import (
     ShampooGradientMaker,
     Triple,
 )
+from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.representations import Diagonal
-from gradmaker.sites import Site
 from gradmaker.solvers import Division
 from ud_tagger.setting import Point, Setting
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmaker.borrowing import borrowing, is_pass
-from gradmaker.curvature.likelihood import Likelihood, terms_from_gradient
-from gradmaker.head import Head
+from gradmaker.capture.borrowing import borrowing, is_pass
 from gradmaker.loops import checks
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, apart, refuse_second
-from gradmaker.pending import Pending
+from gradmaker.loss.head import Head
+from gradmaker.loss.likelihood import Likelihood, terms_from_gradient
+from gradmaker.step.pending import Pending
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmaker.curvature.likelihood import LIKELIHOODS, Categorical, Likelihood, find_likelihood
+from gradmaker.loss.likelihood import LIKELIHOODS, Categorical, Likelihood, find_likelihood
 
 if TYPE_CHECKING:
     from gradmaker.preconditioner import PreconditionedGradientMaker

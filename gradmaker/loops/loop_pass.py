@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmaker.borrowing import borrowing, foreign
-from gradmaker.capture import Tape
-from gradmaker.curvature.likelihood import LIKELIHOODS, Terms
-from gradmaker.curvature.recorder import LossCall, LossRecorder
+from gradmaker.capture.borrowing import borrowing, foreign
+from gradmaker.capture.tape import Tape
 from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
 from gradmaker.loops.marks import Marks
-from gradmaker.pending import Pending
+from gradmaker.loss.likelihood import LIKELIHOODS, Terms
+from gradmaker.loss.recorder import LossCall, LossRecorder
+from gradmaker.step.pending import Pending
 from gradmaker.trees import tensors
 
 __all__ = ["LoopPass", "at_the_end"]

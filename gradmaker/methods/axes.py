@@ -7,12 +7,12 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 
+from gradmaker.capture.shapes import Merge, ShapePolicy, Split, as_split
 from gradmaker.config import COVERS_ALL, DTYPES, GradientConfig, as_dtype, check_choice, check_count
 from gradmaker.curvature import BatchGradient
+from gradmaker.linalg.damping import Mode
 from gradmaker.precision import Precision
-from gradmaker.shapes import Merge, ShapePolicy, Split, as_split
 from gradmaker.solvers import Solver
-from gradmaker.solvers.damping import Mode
 from gradmaker.solvers.matrix_root import MatrixRoot
 from gradmaker.solvers.rooting import Root, rooting
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+from gradmaker.capture.shapes import Merge
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, OneWayDims
-from gradmaker.shapes import Merge
-from gradmaker.sites import Site
 from gradmaker.solvers import Division, HeldRoot
 from gradmaker.solvers.rooting import FactorRoot
 from gradmaker.triple import Triple

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient, Curvature
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, Representation
 from gradmaker.representations.base import NEWEST_ALONE
-from gradmaker.sites import Site
 from gradmaker.solvers import Division, Solver
 from gradmaker.triple import Triple
 

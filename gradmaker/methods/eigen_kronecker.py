@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import RotatedDims
-from gradmaker.sites import Site
 from gradmaker.solvers import RotatedDivision
 from gradmaker.triple import Triple
 

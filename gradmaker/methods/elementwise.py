@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal
-from gradmaker.sites import Site
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import Curvature, FisherExact, FisherRecursive, SampledGradient
 from gradmaker.curvature.recursive import break_of_chain
@@ -18,7 +19,6 @@ from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Eigenbasis, Kron, KronRows, TensorNormal
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.schedule import Schedule
-from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky, FactorWoodbury, Rotate
 from gradmaker.triple import Triple
 

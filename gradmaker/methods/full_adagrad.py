@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice, check_count
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Window
-from gradmaker.sites import Site
 from gradmaker.solvers import Eigh, Gram
 from gradmaker.triple import Triple
 

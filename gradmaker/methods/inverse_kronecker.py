@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gradmaker.capture.shapes import Merge
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig, HeldRootsGradientConfig
@@ -13,8 +15,6 @@ from gradmaker.representations import AlternatingInverse, CrossDims, InverseDims
 from gradmaker.representations.alternating_inverse import ONE_AXIS
 from gradmaker.representations.inverse_dims import Denominator
 from gradmaker.schedule import Schedule
-from gradmaker.shapes import Merge
-from gradmaker.sites import Site
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
 

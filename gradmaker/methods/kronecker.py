@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import RootedGradientConfig
@@ -13,7 +14,6 @@ from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Kron, KronDims, RootKronDims
 from gradmaker.schedule import Schedule
-from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky, Eigh, Solver
 from gradmaker.triple import Triple
 

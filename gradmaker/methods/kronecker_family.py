@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.methods.trust_region import TrustRegionGradientConfig
 from gradmaker.representations import Dense
 from gradmaker.schedule import Schedule
-from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky
 from gradmaker.triple import Triple
 

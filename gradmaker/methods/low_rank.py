@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import BatchGradient, Curvature, FisherEmp, FisherExact
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Rows, Sketched, Truncated, Window
 from gradmaker.schedule import Schedule
-from gradmaker.sites import Site
 from gradmaker.solvers import Gram
 from gradmaker.solvers.gram import Tail
 from gradmaker.triple import Triple

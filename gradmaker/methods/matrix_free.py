@@ -10,12 +10,12 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import Curvature, GaussNewton, Hessian
 from gradmaker.curvature.hessian import Products
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Diagonal, Implicit
-from gradmaker.sites import Site
 from gradmaker.solvers import (
     LU,
     AbsoluteDivision,

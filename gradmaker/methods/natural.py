@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Diagonal
-from gradmaker.sites import Site
 from gradmaker.solvers import Cholesky, Division
 from gradmaker.triple import Triple
 

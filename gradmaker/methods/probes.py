@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from gradmaker.capture.shapes import Merge
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count, check_interval
 from gradmaker.curvature import Curvature, GradientProbe, Hessian, HessianProbe
 from gradmaker.curvature.hessian import Mode, check_mode
@@ -13,8 +15,6 @@ from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Diagonal, KronQ, ProbeDiagonal, TriangularQ
 from gradmaker.representations.lie import Normaliser
 from gradmaker.schedule import Schedule
-from gradmaker.shapes import Merge
-from gradmaker.sites import Site
 from gradmaker.solvers import AbsoluteDivision, AbsoluteEigh, Apply, Division
 from gradmaker.triple import Triple
 

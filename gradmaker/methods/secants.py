@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import LayerSecant, Secant
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import KronPairs, Pairs
-from gradmaker.sites import Site
 from gradmaker.solvers import Apply
 from gradmaker.triple import Triple
 

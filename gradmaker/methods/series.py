@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, Hessian
 from gradmaker.curvature.gradient import DisplacedGradient
 from gradmaker.methods.matrix_free import MatrixFreeConfig
+from gradmaker.passes.vectors import Layout
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Implicit
 from gradmaker.representations.position import Position
-from gradmaker.sites import Site
 from gradmaker.solvers import Neumann
 from gradmaker.solvers.displaced_neumann import DisplacedNeumann
 from gradmaker.triple import Triple
-from gradmaker.vectors import Layout
 
 __all__ = [
     "LissaGradientConfig",

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.methods.kronecker_family import KroneckerGradientConfig
-from gradmaker.rules import Rule, check_rule
-from gradmaker.sites import Site
+from gradmaker.options.rules import Rule, check_rule
 from gradmaker.triple import did_you_mean
 
 __all__ = ["Sharing", "SharingGradientConfig"]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import GaussianGraph
 from gradmaker.representations.graph import Parents
-from gradmaker.sites import Site
 from gradmaker.solvers import LocalRegression
 from gradmaker.triple import Triple
 

@@ -7,14 +7,14 @@ from fnmatch import fnmatch
 from math import sqrt
 from typing import Any, ClassVar, Literal
 
+from gradmaker.capture.shapes import Merge
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import AxesGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, ZeroHistory
 from gradmaker.representations.base import NO_LIMIT
-from gradmaker.shapes import Merge
-from gradmaker.sites import Site
 from gradmaker.solvers import Division, PolarFactor
 from gradmaker.triple import Triple
 

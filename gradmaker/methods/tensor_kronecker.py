@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from gradmaker.capture.shapes import Merge, ShapePolicy
+from gradmaker.capture.sites import Site
 from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import RootedGradientConfig
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import KronDims, KronSum, OneSided, RootKronDims
 from gradmaker.schedule import Schedule
-from gradmaker.shapes import Merge, ShapePolicy
-from gradmaker.sites import Site
 from gradmaker.solvers import AxisMean
 from gradmaker.solvers.rooting import FactorRoot
 from gradmaker.triple import Triple

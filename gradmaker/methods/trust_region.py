@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmaker.batches import Batch
 from gradmaker.blocks import Block
 from gradmaker.config import GradientConfig, check_choice, check_interval
-from gradmaker.damping_state import DampingState
+from gradmaker.passes.batches import Batch
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.quadratic import QuadraticModel
-from gradmaker.rescaling import Rescaling
 from gradmaker.solvers import AdaptiveDamping
+from gradmaker.trust_region.damping_state import DampingState
+from gradmaker.trust_region.quadratic import QuadraticModel
+from gradmaker.trust_region.rescaling import Rescaling
 
 __all__ = ["TrustRegionGradientConfig", "TrustRegionGradientMaker", "clip_factor"]
 

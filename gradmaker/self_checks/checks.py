@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arrangement import Arrangement, Key, Structure
-from gradmaker.calls import Order
-from gradmaker.capture import OutputGradients, Tape
+from gradmaker.capture.arrangement import Arrangement, Key, Structure
+from gradmaker.capture.rules.calls import Order
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.errors import SelfCheckWarning
-from gradmaker.head import Head
+from gradmaker.loss.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, vjp_pair
 from gradmaker.self_checks.findings import Findings, tell
@@ -20,7 +21,6 @@ from gradmaker.self_checks.groups import Inputs, check_groups
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.rest import check_rest
 from gradmaker.self_checks.uses import check_uses
-from gradmaker.sites import Site
 
 __all__ = ["OUTSIDE", "WHOLE", "SelfChecks"]
 

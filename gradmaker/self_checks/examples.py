@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arrangement import Key, key_of
-from gradmaker.calls import ORDERS, Call, LayerRule, Layout, Order, example_axis
-from gradmaker.capture import OutputGradients, Tape
-from gradmaker.head import Head
+from gradmaker.capture.arrangement import Key, key_of
+from gradmaker.capture.rules.calls import ORDERS, Call, LayerRule, Layout, Order, example_axis
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
+from gradmaker.loss.head import Head
 from gradmaker.self_checks.findings import Findings
-from gradmaker.sites import Site
 
 __all__ = ["Pair", "check_examples", "vjp_pair"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from gradmaker.arrangement import Key
-from gradmaker.calls import Order
+from gradmaker.capture.arrangement import Key
+from gradmaker.capture.rules.calls import Order
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 
 __all__ = ["Findings", "tell"]

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradmaker.arrangement import APART, key_of
-from gradmaker.batches import Declared
-from gradmaker.calls import Call, Layout, to_examples
-from gradmaker.capture import Tape
-from gradmaker.deferred import Deferred, resolve
-from gradmaker.replay import Replay, in_modes
-from gradmaker.sites import Site
+from gradmaker.capture.arrangement import APART, key_of
+from gradmaker.capture.rules.calls import Call, Layout, to_examples
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import Tape
+from gradmaker.passes.batches import Declared
+from gradmaker.passes.deferred import Deferred, resolve
+from gradmaker.passes.replay import Replay, in_modes
 from gradmaker.triple import Triple
 
 __all__ = ["Inputs", "check_groups"]

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmaker.capture import OutputGradients
-from gradmaker.curvature.autograd_terms import centred, hessian_products, of_logits
-from gradmaker.curvature.recorder import class_axis
+from gradmaker.capture.tape import OutputGradients
 from gradmaker.errors import SelfCheckError
-from gradmaker.head import Head
+from gradmaker.loss.autograd_terms import centred, hessian_products, of_logits
+from gradmaker.loss.head import Head
+from gradmaker.loss.recorder import class_axis
 
 __all__ = ["ADVICE", "check_curvature", "check_gradient", "ends", "gradient_error", "half"]
 

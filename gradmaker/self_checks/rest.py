@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from gradmaker.capture import OutputGradients, Tape
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.errors import SelfCheckError
-from gradmaker.head import Head
+from gradmaker.loss.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.findings import Findings
 from gradmaker.self_checks.loss import check_gradient
 from gradmaker.self_checks.uses import check_uses
-from gradmaker.sites import Site
 
 __all__ = ["check_rest"]
 

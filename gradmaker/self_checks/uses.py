@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gradmaker.calls import Call
-from gradmaker.capture import OutputGradients, Tape
+from gradmaker.capture.rules.calls import Call
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
+from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.evidence import Outer
+from gradmaker.curvature.layer_evidence import outer
 from gradmaker.self_checks.findings import Findings
-from gradmaker.sites import Site
-from gradmaker.vjps import VJPs
 
 __all__ = ["check_uses"]
 
@@ -79,23 +80,23 @@ def _repeats(error: Exception) -> bool:
 def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtype) -> tuple[Tensor, float, int]:
     """The sum of a site's calls, the size that rounding is relative to, and the number of rows.  # (G, o, i)"""
     if site.rule is None:
-        own = site.outer(tape, VJPs(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
+        own = outer(site, tape, VJPs(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
         return own.sum(0), float(own.norm()), len(own)
     by_kernel = _by_kernel(tape, site, gradients)
     if by_kernel is not None:
         return by_kernel
-    outer = site.outer(tape, VJPs(gradients), None, dtype)
-    rows = outer.gradients.shape[2] * outer.gradients.shape[3]
-    return outer.combine(outer.gradients.new_ones(outer.count)), _size(outer), rows
+    evidence = outer(site, tape, VJPs(gradients), None, dtype)
+    rows = evidence.gradients.shape[2] * evidence.gradients.shape[3]
+    return evidence.combine(evidence.gradients.new_ones(evidence.count)), _size(evidence), rows
 
 
-def _size(outer: Outer) -> float:
+def _size(evidence: Outer) -> float:
     """Root of the sum of the squares of all row products, as if inputs had one length."""
-    g = float(outer.gradients.norm())
-    if not isinstance(outer.inputs, Tensor):
+    g = float(evidence.gradients.norm())
+    if not isinstance(evidence.inputs, Tensor):
         return g
-    positions = max(1, outer.inputs.shape[1] * outer.inputs.shape[2])
-    return float(g * (float(outer.inputs.square().sum()) / positions + outer.bias) ** 0.5)
+    positions = max(1, evidence.inputs.shape[1] * evidence.inputs.shape[2])
+    return float(g * (float(evidence.inputs.square().sum()) / positions + evidence.bias) ** 0.5)
 
 
 def _by_kernel(tape: Tape, site: Site, gradients: OutputGradients) -> tuple[Tensor, float, int] | None:

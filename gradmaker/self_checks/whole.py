@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradmaker.arrangement import Structure
-from gradmaker.capture import OutputGradients, Tape
-from gradmaker.curvature.autograd_terms import Output, autograd_terms
+from gradmaker.capture.arrangement import Structure
+from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.errors import SelfCheckError
-from gradmaker.graph import Graph
-from gradmaker.head import Head
+from gradmaker.loss.autograd_terms import Output, autograd_terms
+from gradmaker.loss.head import Head
+from gradmaker.passes.graph import Graph
 from gradmaker.self_checks.checks import WHOLE, SelfChecks
 from gradmaker.self_checks.loss import ADVICE, check_curvature, check_gradient, ends, gradient_error, half
 

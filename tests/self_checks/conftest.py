@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradmaker.capture import Tape
+from gradmaker.capture.tape import Tape
 from gradmaker.self_checks import SelfChecks
 from tests.self_checks.planted import Count
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmaker.solvers.fallbacks import count_failures, keep_previous
+from gradmaker.linalg.fallbacks import count_failures, keep_previous
 
 T, F = True, False
 LOST = [[T, F, T], [T, T, F], [F, T, T], [T, T, T]]  # by refresh, of three members

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Gradient
+from gradmaker.linalg.diagnosis import COLUMNS
+from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps
 from gradmaker.representations import KronDims, RootKronDims
 from gradmaker.representations.base import Fold, Frame, Representation, State
 from gradmaker.representations.dense import Dense
@@ -29,11 +31,9 @@ from gradmaker.solvers import (
     Solver,
     SvdRoot,
 )
-from gradmaker.solvers.diagnosis import COLUMNS
 from gradmaker.solvers.higher_order import _coefficients, coupled_series
 from gradmaker.solvers.matrix_root import MatrixRoot
-from gradmaker.solvers.orthogonal_iteration import off_diagonal, power_step, qr_steps
-from tests.test_docs import script
+from tests.docs.test_docs import script
 
 ROOT = Path(__file__).resolve().parents[2]
 d = 16

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.damping import pi_ridges
 from gradmaker.representations.base import Representation, State
 from gradmaker.representations.capabilities import Elementwise, Factored, Multiplies
 from gradmaker.representations.dense import Dense
@@ -16,7 +17,6 @@ from gradmaker.representations.kronecker import Kron, KronDims
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
-from gradmaker.solvers.damping import pi_ridges
 from gradmaker.solvers.division import Division
 from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.newton_root import NewtonRoot

@@ -1,0 +1,69 @@
+"""A layer's evidence from the record of a pass: its inputs and output gradients, positions and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.capture.arrangement import APART
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.capture.rules.calls import Call
+from gradmaker.capture.rules.generic import per_example_rows
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
+from gradmaker.capture.vjps import VJPs
+from gradmaker.curvature.evidence import Outer
+
+__all__ = ["outer"]
+
+
+def outer(site: Site, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
+    """The evidence of a pass. Several calls are further sharing positions.
+
+    mask: (n, R) loss terms that count, R positions per example.
+    """
+    if site.rule is None or site.direct(tape):
+        return _formed(site, tape, found, dtype, fresh)
+    one = tape.apart(site.modules)  # no example has a place of its own: the rows are those of passes, if there were any
+    gradients = found.apart if one and site.modules[0] in found.apart else found.together
+    calls = [(m, c, g, APART if one else tape.layout(c)) for m in site.modules for c, g in _calls(tape, gradients, m)]
+    a = [site.rule.inputs(m, c, layout) for m, c, _, layout in calls] if site.weighted else []
+    g = torch.cat([site.rule.gradients(m, c, gs[0], layout) for m, c, gs, layout in calls], 3).to(dtype)
+    inputs = _join(a, dtype) if a else g.new_zeros(*g.shape[1:4], 0)
+    positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
+    mask = mask.reshape(1, -1) if mask is not None and one else mask
+    weights = None if mask is None else _position_weights(mask, positions, len(calls)).to(dtype)
+    return Outer(inputs, g, site.bias, site.rule.transposed, weights, fresh)
+
+
+def _formed(site: Site, tape: Tape, found: VJPs, dtype: torch.dtype, fresh: bool) -> Outer:
+    """Rows that are formed already: of a call that is repeated, or of the parameter itsite."""
+    if site.direct(tape):
+        ((_, p),) = site.parameters.items()
+        rows = found.direct[p].reshape(len(found.direct[p]), 1, -1)  # (k n, 1, P)
+    else:
+        rows = per_example_rows(site, tape, found.together)  # (k, n, P)
+    rows = rows.to(dtype)
+    empty = rows.new_zeros(1, rows.shape[1], 1, 0)
+    return Outer(empty, rows[:, None, :, None, :], bias=True, fresh=fresh)
+
+
+def _calls(tape: Tape, gradients: OutputGradients, module: nn.Module) -> Iterator[tuple[Call, list[Tensor]]]:
+    return zip(tape.calls[module], gradients[module], strict=True)
+
+
+def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if tensors:
+        return torch.cat(tensors, 2).detach().to(dtype)
+    lookups = [x for x in inputs if isinstance(x, OneHot)]
+    return OneHot(torch.cat([x.index for x in lookups], 1), lookups[0].size, lookups[0].padding)
+
+
+def _position_weights(mask: Tensor, positions: int, calls: int) -> Tensor:
+    """Which positions count: those of the counted loss terms where the layouts agree, else all of a counted example."""
+    if mask.shape[1] * calls == positions:
+        return mask.repeat(1, calls)
+    return mask.any(1, keepdim=True).expand(-1, positions)

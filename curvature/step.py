@@ -1,0 +1,136 @@
+"""What a curvature may know of the step that it measures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.capture.sites import Site
+from gradmaker.capture.tape import OutputGradients, Tape
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.linalg.real_pairs import real_dtype
+from gradmaker.loss.head import Head
+from gradmaker.loss.likelihood import Terms
+from gradmaker.passes.batches import Batch, Batches
+from gradmaker.passes.graph import Graph
+from gradmaker.passes.replay import Replay
+
+__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step", "scaled"]
+
+
+@dataclass
+class Pass:
+    """The pass of a micro-batch, to be made again."""
+
+    replay: Replay
+    weight: float  # of its loss in that of the step
+    notes: dict[str, Any]  # what curvatures wrote down for the next step, by site
+
+
+@dataclass
+class Previous:
+    """The last measured step, with the weights and the gradient that it had; `complete` leaves only its pairs."""
+
+    passes: list[Pass]
+    weights: dict[nn.Parameter, Tensor]
+    gradients: dict[nn.Parameter, Tensor]  # of its loss, ``sum_j weight_j L_j``, where that reaches
+    index: int
+    pairs: dict[str, Evidence] | None = None  # by site, once they are known
+    older: dict[str, Evidence] = field(default_factory=dict)  # pairs of methods that were not measured in this step
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What curvatures may ask for besides the tape."""
+
+    graph: Graph | None = None
+    batches: Batches | None = None
+    previous: Previous | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
+
+
+NOTHING = Extra()
+
+
+@dataclass
+class Step:
+    """One forward and backward pass, recorded."""
+
+    index: int
+    seed: int
+    sites: list[Site]  # that ask for this curvature
+    dtype: torch.dtype | None  # of statistics; None: that of the parameters, at least float32
+    tape: Tape
+    terms: list[Terms] = field(default_factory=list)  # of the loss; empty when the loss was not recognised
+    head: Head | None = None  # the outputs that the loss is a function of
+    whole: bool = False  # whether some block of this curvature holds all layers as one
+    output_gradients: OutputGradients | None = None  # of the backward pass that has run
+    reduction: str = "mean"  # of a loss that was not recognised
+    masked: bool = False  # whether the loss left out some of its terms
+    part: int = 0  # which micro-batch of the step this is
+    graph: Graph | None = None  # of the loss, for curvatures that ask for it
+    batches: Batches | None = None  # of this pass, to be evaluated again
+    previous: Previous | None = None  # the last step that was measured
+    notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
+    own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
+
+    def loss_gradients(self) -> list[Tensor]:
+        """``dL/dz`` of each of `terms`."""
+        return [] if self.head is None else self.head.loss_gradients
+
+    @property
+    def examples(self) -> int:
+        """Batch size, or 1 where examples mix everywhere."""
+        return self.tape.examples
+
+    def earlier(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients of the micro-batches of this step that came before, with their weights, where any was noted."""
+        before = self.previous
+        return before.gradients if before is not None and self.part and before.index == self.index else {}
+
+    def active(self) -> list[Site]:
+        """The sites that took part with any example."""
+        return [site for site in self.sites if site.fired(self.tape)] if self.tape.batch or not self.tape.sized else []
+
+    def check_calls(self) -> None:
+        """Refuse a pass in which no layer was called."""
+        if not any(site.fired(self.tape) for site in self.sites):
+            raise RuntimeError(
+                "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
+                "the very model that the maker was made for (compile it after making the maker, not before)"
+            )
+
+    def mask(self, terms: Terms) -> Tensor | None:
+        """Positions where any term of the loss counts, by example; None when all do.
+
+        Those of other calls of a loss than ``terms`` among them, so that the order of the calls does not matter.  # (n, R)
+        """
+        if not self.masked:
+            return None
+        n = self.examples
+        own = [t.by_example(t.valid(), n) for t in (terms, *self.terms) if not t.omega.numel() % n]
+        finest = max(m.shape[1] for m in own)
+        placed = [m if m.shape[1] == finest else m.any(1, keepdim=True).expand(-1, finest) for m in own]
+        return torch.stack(placed).any(0)
+
+    def statistics_dtype(self, site: Site) -> torch.dtype:
+        """The dtype of statistics for a site: float32 or better, whatever the model's."""
+        return self.dtype or real_dtype(next(iter(site.parameters.values())))
+
+    def generator(self, name: str, device: torch.device) -> torch.Generator:
+        """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
+        key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}/{self.part}".encode(), digest_size=7).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+
+
+def scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
+    """Output gradients of a loss that is multiplied by a factor."""
+    if factor == 1.0:
+        return gradients
+    return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}

@@ -1,0 +1,88 @@
+"""Layer rules: how one call of a layer becomes inputs ``a`` and output gradients ``g`` with ``dL/dW = sum g a^T``.
+
+This is the only place that knows layer types. A rule writes a layer's weight as ``G`` matrices ``(o, i)``; a bias is one more
+column. Norm layers are ``C`` groups of one output with the normalised input as their one feature. To add a layer, write a
+rule and list it in `RULES`; `tests/capture/test_layers.py` checks every rule against single-example loops.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import Tensor, nn
+
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.capture.rules.attention import ProjectionRule
+from gradmaker.capture.rules.calls import Call, Kind, LayerRule, Layout, check_lookup, to_examples
+from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
+from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
+
+__all__ = ["OPAQUE", "RULES", "Call", "Kind", "LayerRule", "Layout", "attends", "check_lookup", "rule_for", "to_examples"]
+
+OPAQUE = (nn.MultiheadAttention,)
+"""Modules that use their children's parameters without calling the children: hooks on the children would never fire."""
+
+
+class LinearRule(LayerRule):
+    types = (nn.Linear,)
+
+    def shape(self, module: nn.Linear) -> tuple[int, int, int]:
+        return 1, module.out_features, module.in_features
+
+    def inputs(self, module: nn.Linear, call: Call, layout: Layout) -> Tensor:
+        return to_examples(call.input, layout, axes=1).unsqueeze(0)
+
+    def gradients(self, module: nn.Linear, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
+
+
+class EmbeddingRule(LayerRule):
+    """Lookup tables as linear maps of one-hot inputs that are never formed.
+
+    With ``max_norm`` the call itself shortens the rows that it looks up, before it reads them: the curvature is that at the
+    shortened rows, as the gradient is.
+    """
+
+    types = (nn.Embedding,)
+    kind = "embedding"
+    transposed = True
+
+    def shape(self, module: nn.Embedding) -> tuple[int, int, int]:
+        return 1, module.num_embeddings, module.embedding_dim
+
+    def inputs(self, module: nn.Embedding, call: Call, layout: Layout) -> OneHot:
+        index = call.input
+        check_lookup(module)
+        return OneHot(to_examples(index, layout, axes=0), module.num_embeddings, module.padding_idx)
+
+    def gradients(self, module: nn.Embedding, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        if module.padding_idx is not None:  # the padding row has no gradient
+            g = g * (call.input != module.padding_idx).unsqueeze(-1)
+        return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
+
+
+RULES: tuple[LayerRule, ...] = (
+    LinearRule(),
+    ConvRule(),
+    ConvTransposeRule(),
+    ProjectionRule(),
+    EmbeddingRule(),
+    BatchNormRule(),
+    GroupNormRule(),
+    LayerNormRule(),
+    RMSNormRule(),
+)
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
+    """The rule of a module, or None: a subclass with a ``forward`` of its own is not the layer that it inherits from."""
+    for rule in RULES:
+        for kind in rule.types:
+            if isinstance(module, kind) and type(module).forward is kind.forward and rule.accepts(module):
+                return rule
+    return None
+
+
+def attends(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether a module is torch's attention, whose linear maps are blocks; one with a ``forward`` of its own is not."""
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward

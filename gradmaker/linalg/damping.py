@@ -1,0 +1,98 @@
+"""Damping: what keeps small eigenvalues from being inverted, in which units it is given, how factors share it.
+
+One vocabulary for all solvers of powers, `Mode`, for ``damping = e`` and a factor with eigenvalues ``s_1 ... s_d``:
+
+- ``absolute``: ``s + e``, in the units of the statistic (Tikhonov);
+- ``largest``: ``s + e max s`` (Anil et al. 2020, arXiv:2002.09018, algorithm 1), at most ``1 + 1/e`` in condition;
+- ``trace``: ``s + e mean s``, weaker by ``max s / mean s``;
+- ``clamp``: ``max(s, e max s)``, the eigenvalues above the bound stay what they are;
+- ``pseudo``: ``s`` above ``max(e, d u) max s``, ``u`` the unit roundoff; directions below it get nothing (pseudo-inverse).
+
+The last two need the eigenvalues themselves. Nothing here is ever added to a statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradmaker.linalg.factors import average_trace
+
+__all__ = [
+    "Mode",
+    "Placement",
+    "Split",
+    "average_trace",
+    "check_choice",
+    "check_interval",
+    "damp",
+    "equal_ridges",
+    "pi_ridges",
+    "ridge_unit",
+]
+
+Mode: TypeAlias = Literal["absolute", "largest", "trace", "clamp", "pseudo"]
+"""What ``damping`` is measured in, and what it does: see above."""
+RIDGES = ("absolute", "largest", "trace")
+"""Modes that add to the matrix, which needs no eigenvalues but the largest."""
+
+Placement: TypeAlias = Literal["before", "after"]
+"""Of the damping of a root: ``(C + lambda)^(-1/2)``, or ``(C^(1/2) + lambda)^-1`` with ``lambda`` in units of ``C^(1/2)``."""
+
+Split: TypeAlias = Literal["exact", "pi", "each"]
+"""``exact``: ``F_1 (x) F_2 + lambda I``; ``pi``: a ridge on every factor by `pi_ridges`; ``each``: lambda on every factor."""
+
+
+def check_interval(field: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
+    """Refuse a number outside ``(low, high)``, or ``[low, high)`` when ``closed``."""
+    if not isfinite(value) or not (low <= value if closed else low < value) or not value < high:
+        raise ValueError(f"{field} = {value!r}: legal are numbers in {'[' if closed else '('}{low:g}, {high:g})")
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is not in the list."""
+    if value not in choices:
+        raise ValueError(f"{field} = {value!r}: legal are {', '.join(map(repr, choices))}")
+
+
+def ridge_unit(mode: str, largest: Tensor, average: Tensor) -> Tensor:
+    """What ``damping`` is a multiple of.  # eigenvalues (B, ...) -> (B, ...)"""
+    return {"absolute": torch.ones_like(largest), "trace": average}.get(mode, largest)
+
+
+def damp(s: Tensor, damping: float | Tensor, mode: str) -> Tensor:
+    """What is raised to a negative power in place of the spectrum; infinite for directions that get nothing.
+
+    s: eigenvalues of one matrix a member, not negative  # (B, ...) -> (B, ...)
+    """
+    axes = tuple(range(1, s.ndim))
+    top = s.amax(axes, keepdim=True)
+    if mode == "clamp":
+        return torch.maximum(s, damping * top)
+    if mode == "pseudo":
+        least = torch.as_tensor(damping, dtype=s.dtype, device=s.device).clamp(min=s[:1].numel() * torch.finfo(s.dtype).eps / 2)
+        return torch.where(s > least * top, s, torch.inf)
+    return s + damping * ridge_unit(mode, top, s.mean(axes, keepdim=True))
+
+
+def pi_ridges(factors: Sequence[Tensor], share: Tensor | float) -> list[Tensor]:
+    """Factored Tikhonov: ``r_k = share t_k / t``, with ``t_k = tr F_k / d_k`` and ``t`` the geometric mean of the ``t_k``.
+
+    For two factors ``t_1 / t = pi`` and ``t_2 / t = 1 / pi``. ``share`` is ``lambda^(order / m)``: what each factor takes when
+    all have one scale. A trace that is zero or not finite leaves no scale to compare: then ``pi = 1``.
+
+    Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, section 6.3; k factors as in kfac-jax.  # -> m of (B,)
+    """
+    t = torch.stack([average_trace(F) for F in factors])  # (m, B)
+    usable = (torch.isfinite(t) & (t > 0)).all(0)
+    balance = torch.where(usable, t / t.log().mean(0).exp(), 1.0)
+    return list(balance * share)
+
+
+def equal_ridges(factors: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """``lambda`` on every factor.  # -> m of (B,)"""
+    return [F.new_full(F.shape[:1], damping) for F in factors]

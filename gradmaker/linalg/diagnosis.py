@@ -1,0 +1,124 @@
+"""What a refresh says about itself: one tensor in the cache, written without a host read, read when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradmaker.linalg.factors import widest
+from gradmaker.linalg.fallbacks import Parts
+
+__all__ = [
+    "COLUMNS",
+    "described",
+    "diagnose",
+    "estimate_largest",
+    "renew_row",
+    "singular_residual",
+    "spectral_residual",
+    "unknown",
+]
+
+COLUMNS = ("iterations", "residual", "lambda_max", "damping", "retries")
+"""Of ``cache["diagnosis"]`` (B, m, 5), one row for each factor: iterations of the attempt that was accepted (0: direct);
+residual of ``A X^p - I`` with the damped ``A``; largest eigenvalue; ridge that was added, in units of the statistic; fallbacks
+that were tried. A member that failed keeps the row of the root that it keeps. Of a tracked basis the residual is what was
+off-diagonal in the old one, and an iteration says that there is a new one."""
+
+
+def diagnose(
+    infos: Sequence[Tensor], largest: Sequence[Tensor], retries: Tensor, scales: Sequence[Tensor] | None = None
+) -> Tensor:
+    """The rows of `COLUMNS`.  # (B, m, 5)
+
+    infos: iterations, residual, ridge for each factor, each (B, 3); largest: each (B,); retries: (m, B)
+    scales: what the factors were divided by before, each (B,)
+    """
+    rows = []
+    for k, (info, top) in enumerate(zip(infos, largest, strict=True)):
+        iterations, residual, ridge = info.unbind(-1)
+        unit = torch.ones_like(top) if scales is None else scales[k]
+        rows.append(torch.stack([iterations, residual, top * unit, ridge * unit, retries[k].to(top.dtype)], -1))
+    return torch.stack(rows, 1)
+
+
+def described(residuals: Sequence[Tensor], ridges: Sequence[Tensor]) -> list[Tensor]:
+    """Iterations, residual, ridge of a direct method.  # each (B,) -> each (B, 3)"""
+    return [torch.stack([torch.zeros_like(e), e, r.to(e.dtype)], -1) for e, r in zip(residuals, ridges, strict=True)]
+
+
+def renew_row(
+    table: Tensor,
+    factor: int,
+    kept: Tensor,
+    residual: Tensor,
+    largest: Tensor,
+    ridge: float = 0.0,
+    iterations: Tensor | float = 0.0,
+    retries: Tensor | float = 0.0,
+) -> None:
+    """Write a factor's row of a table that a statistic holds, in place, but for members that keep what they have.
+
+    table: (B, m, 5); kept: (B,); all else: (B,), or one number for all
+    """
+    row = torch.stack([torch.zeros_like(residual) + x for x in (iterations, residual, largest, ridge, retries)], -1)
+    table[:, factor] = torch.where(kept[:, None], table[:, factor], row)
+
+
+def unknown(diagnosis: Tensor) -> Tensor:
+    """The row of a member that never succeeded: the residual is infinite.  # (5,)"""
+    row = torch.zeros(len(COLUMNS), dtype=diagnosis.dtype, device=diagnosis.device)
+    row[COLUMNS.index("residual")] = torch.inf
+    return row
+
+
+def spectral_residual(F: Tensor, parts: Parts, damped: Tensor | None) -> Tensor:
+    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: that of ``A X^p`` for any real ``p``.  # (B,)
+
+    Where no factor has a root of its own, ``max|Q^T F Q - S| / max S``.
+    """
+    return F.new_zeros(F.shape[:1]) if len(parts) == 1 else widest(_error, F, *parts, damped)
+
+
+def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
+    """`spectral_residual` of square matrices."""
+    product = Q.mT @ F @ Q
+    if damped is None:
+        error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
+        return (error / s.amax(-1)).nan_to_num(0.0)
+    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
+    w = damped.rsqrt()
+    whole = product + torch.diag_embed(torch.where(taken, damped - s, 0.0))
+    return (w.unsqueeze(-1) * whole * w.unsqueeze(-2) - torch.diag_embed(taken.to(w.dtype))).abs().amax((-2, -1))
+
+
+def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
+    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, and ``R^T R`` is not formed.  # (B,)"""
+    if len(parts) == 1:
+        return R.new_zeros(R.shape[:1])
+    s, V = parts
+    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
+    w = damped.rsqrt()
+    RW = (R @ V) * w.unsqueeze(-2)
+    rest = torch.diag_embed(torch.where(taken, damped - s.square(), 0.0) * w.square() - taken.to(w.dtype))
+    return (RW.mT @ RW + rest).abs().amax((-2, -1))
+
+
+def estimate_largest(F: Tensor) -> Tensor:
+    """``lambda_max`` from below, by eight steps of power iteration from the largest column: for a report, not for a ridge.
+
+    Matrix-vector products only, for those solvers that do not need it otherwise.  # any form -> (B,)
+    """
+    return F.amax(-1) if F.ndim == 2 else widest(_iterate, F)
+
+
+def _iterate(F: Tensor) -> Tensor:
+    longest = torch.linalg.vector_norm(F, dim=-2).argmax(-1)
+    v = torch.take_along_dim(F, longest[:, None, None], -1)  # (B, d, 1)
+    for _ in range(8):
+        norm = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+        v = F @ (v / torch.where(norm > 0, norm, 1.0))
+    top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+    return top

@@ -1,0 +1,188 @@
+"""Retries of a failed factorisation, and what a block falls back to when all of them fail.
+
+In this order: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the
+block's previous cache, counted in ``cache["failures"]``, and in ``cache["failing"]`` as long as it goes on. Only members that
+failed are tried again, and the others keep their bits. One host read in a `prepare`: which members failed.
+
+All of it works on copies in the dtype of the statistic (float32 as a rule). No global flag is touched: whoever runs a step on
+a GPU decides about TF32 around it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradmaker.linalg.eigen import largest_eigenvalue, symmetrise
+from gradmaker.linalg.factors import is_tiled, join, join_vector, split
+from gradmaker.linalg.state import State
+
+__all__ = ["Factorisation", "Parts", "count_failures", "factorise", "is_empty", "keep_previous", "scalars", "try_all"]
+
+Parts: TypeAlias = tuple[Tensor, ...]
+"""What a factorisation makes of a stack of factors, each (B, ...)."""
+
+Attempt: TypeAlias = Callable[[Tensor, Tensor], tuple[Parts, Tensor]]
+
+
+class Factorisation(ABC):
+    """What a solver does to one stack of factors. Each method also says which members it accepts, by a residual."""
+
+    larger_ridges: ClassVar[int]
+    """How often the ridge is multiplied by ten."""
+
+    @property
+    def summaries(self) -> int:
+        """How many parts, at the end, say something of a whole matrix, instead of its coordinates."""
+        return 0
+
+    symmetric: ClassVar[bool] = True
+    """Whether factors are symmetric up to rounding, and made so."""
+
+    @abstractmethod
+    def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        """The first choice.  # (B, d, d), (B,) -> parts, (B,)"""
+
+    @abstractmethod
+    def diagonal(self, a: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        """The same for diagonal factors.  # (B, d), (B,) -> parts, (B,)"""
+
+    @abstractmethod
+    def last_resort(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        """By `eigh`.  # (B, d, d), (B,) -> parts, (B,)"""
+
+
+def scalars(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, with 1 x 1 matrices as the diagonals that they are.  # (B, 1, 1) -> (B, 1)"""
+    return [F.reshape(-1, 1) if F.shape[1:] == (1, 1) else F for F in factors]
+
+
+def try_all(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor]:
+    """Factorise every stack of factors, with all fallbacks: the parts, and the members that failed.  # m of parts, (B,)"""
+    results, failed, _ = factorise(method, factors, ridges)
+    return results, failed
+
+
+def factorise(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor, Tensor]:
+    """`try_all`, and after how many retries every factor succeeded, 0 for the first choice.  # m of parts, (B,), (m, B)"""
+    if any(is_tiled(F) for F in factors):
+        return _factorise_tiled(method, factors, ridges)
+    safe = [_sanitise(F, ridge, method.symmetric) for F, ridge in zip(factors, ridges, strict=True)]
+    results: list[Parts] = []
+    accepted: list[Tensor] = []
+    for A, ridge, finite in safe:
+        parts, ok = (method.diagonal if A.ndim == 2 else method.matrix)(A, ridge)
+        results.append(parts)
+        accepted.append(ok & finite)
+    table = torch.stack(accepted)  # (m, B)
+    retries = torch.zeros_like(table, dtype=torch.int64)
+    for k, row in enumerate(table.tolist()):
+        A, ridge, finite = safe[k]
+        refused = [b for b, ok in enumerate(row) if not ok]
+        if refused and A.ndim == 3:
+            rows = torch.tensor(refused, device=A.device)
+            done, retries[k, rows] = _retry(method, A[rows], ridge[rows], results[k], rows)
+            table[k, rows] = done & finite[rows]
+    return results, ~table.all(0), retries
+
+
+def _factorise_tiled(
+    method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]
+) -> tuple[list[Parts], Tensor, Tensor]:
+    """`factorise` where a factor has several blocks, each of which is tried by itself: a member has failed with any of them."""
+    results, failed, retries = [], [], []
+    for F, ridge in zip(factors, ridges, strict=True):
+        pieces = split(F) if is_tiled(F) else [F]
+        B = len(F)
+        tried = [factorise(method, [x], [ridge.repeat_interleave(len(x) // B)]) for x in pieces]
+        failed.append(torch.stack([each.view(B, -1).any(1) for _, each, _ in tried]).any(0))
+        retries.append(torch.stack([each[0].view(B, -1).amax(1) for *_, each in tried]).amax(0))
+        parts = [found[0] for found, *_ in tried]
+        results.append(_joined(method, parts, F) if is_tiled(F) else parts[0])
+    return results, torch.stack(failed).any(0), torch.stack(retries)
+
+
+def _joined(method: Factorisation, parts: list[Parts], F: Tensor) -> Parts:
+    """The parts of all blocks of a factor, as those of the factor."""
+    B, d = F.shape[:2]
+    joined = []
+    columns = list(zip(*parts, strict=True))
+    for k, pieces in enumerate(columns):
+        if k >= len(columns) - method.summaries:
+            joined.append(torch.stack([x.view(B, -1, x.shape[-1]).amax(1) for x in pieces]).amax(0))
+        else:
+            joined.append(join(pieces, d) if pieces[0].ndim == 3 else join_vector(pieces, B))
+    return tuple(joined)
+
+
+def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A symmetric copy in which members that are not finite are replaced: `eigh` raises for them.  # F, ridge, finite (B,)"""
+    finite = torch.isfinite(F).flatten(1).all(1) & torch.isfinite(ridge)
+    if F.ndim == 2:
+        return torch.where(finite.unsqueeze(-1), F, 1.0), torch.where(finite, ridge, 1.0), finite
+    eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
+    A = symmetrise(F) if symmetric else F
+    return torch.where(finite[:, None, None], A, eye), torch.where(finite, ridge, 1.0), finite
+
+
+def _retry(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Try the fallbacks on failed members and write what succeeds into ``parts``: who did, and after how many.  # (b,), (b,)"""
+    done = torch.zeros_like(ridge, dtype=torch.bool)
+    count = torch.zeros_like(ridge, dtype=torch.int64)
+    for attempt, A_tried, ridge_tried in _fallbacks(method, A, ridge):
+        if A.device.type == "cpu" and bool(done.all()):  # a host read costs nothing here, a try does
+            break
+        candidates, ok = attempt(A_tried, ridge_tried)
+        for part, candidate in zip(parts, candidates, strict=True):
+            new = candidate.to(part.dtype)
+            ok = ok & torch.isfinite(new).flatten(1).all(1)  # a float64 root may be too large for the statistic's dtype
+        ok = ok & ~done
+        count = count + ~done
+        for part, candidate in zip(parts, candidates, strict=True):
+            mask = ok.view(-1, *[1] * (part.ndim - 1))
+            part[rows] = torch.where(mask, candidate.to(part.dtype), part[rows])
+        done = done | ok
+    return done, count
+
+
+def _fallbacks(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tuple[Attempt, Tensor, Tensor]]:
+    largest = largest_eigenvalue(A).abs().nan_to_num(0)
+    # A ridge beyond a tenth of the largest eigenvalue would hide an indefinite matrix instead of repairing a rounded one.
+    limit = torch.maximum(ridge, 0.1 * largest)
+    start = torch.maximum(ridge, torch.finfo(A.dtype).eps * largest)
+    for k in range(1, method.larger_ridges + 1):
+        yield method.matrix, A, torch.minimum(start * 10**k, limit)
+    if A.dtype != torch.float64:
+        yield method.matrix, A.double(), ridge.double()
+    yield method.last_resort, A.double(), ridge.double()
+
+
+def keep_previous(new: State, failed: Tensor, previous: State | None, default: State, empty: Tensor | None = None) -> State:
+    """The cache: failed members keep what they had (``default``, broadcast, if there was nothing) and are counted.
+
+    ``failures`` counts in all, ``failing`` in a row, for `gradmaker.failures`.
+
+    empty: members without a root because their statistic is zero, as that of a layer without gradients is: no sign of harm,
+    so that they are no failures in a row  # (B,)
+    """
+    before = default if previous is None else previous
+    cache = {name: torch.where(failed.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in new.items()}
+    return cache | count_failures(failed, previous, empty)
+
+
+def count_failures(failed: Tensor, previous: State | None, empty: Tensor | None = None) -> State:
+    """The counters after a refresh in which these members failed; see `keep_previous`.  # each (B,)"""
+    once = failed.to(torch.int64)
+    harmed = once if empty is None else (failed & ~empty).to(torch.int64)
+    if previous is None:
+        return {"failures": once, "failing": harmed.clone()}  # never one tensor: caches are updated in place
+    return {"failures": previous["failures"] + once, "failing": (previous["failing"] + 1) * harmed}
+
+
+def is_empty(factors: Sequence[Tensor]) -> Tensor:
+    """Members of which a factor is zero throughout.  # any form -> (B,)"""
+    return torch.stack([(F == 0).flatten(1).all(1) for F in factors]).any(0)

@@ -1,0 +1,1 @@
+"""What is read from a user: checks of values, close matches, name rules, numbers in YAML, registries of parts."""

@@ -1,0 +1,198 @@
+"""Batches that were declared: evaluated again, differentiated twice, cut down to some of their examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.loss.likelihood import Likelihood, Terms, read_terms
+from gradmaker.loss.recorder import LossRecorder
+from gradmaker.passes.deferred import Deferred, exchange, resolve
+from gradmaker.passes.graph import Graph
+from gradmaker.passes.replay import Replay
+from gradmaker.trees import tensors
+
+if TYPE_CHECKING:
+    from gradmaker.config import GradientConfig
+
+__all__ = ["Batch", "Batches", "Declared", "terms_of"]
+
+
+@dataclass
+class Declared:
+    """A forward pass and what it is for: the loss, and the logits where the loss does not show them."""
+
+    call: Deferred
+    loss: Deferred | None = None
+    logits: Deferred | None = None
+
+    def counted(self, axis: int) -> int | None:
+        """Size of an axis of the first tensor that goes into the call; None without one that has it."""
+        first = next((v for v in tensors(self.call._args, self.call._kwargs) if v.ndim > 0), None)
+        return None if first is None or first.ndim <= axis else first.shape[axis]
+
+    def tensors(self) -> list[Tensor]:
+        """All that go into the calls and carry a count of their changes, which those of the inference mode do not."""
+        found: list[Any] = []
+        known = dict[int, Deferred]()
+        for part in (self.call, self.loss, self.logits):
+            exchange(part, found.append, known)
+        return [v for v in found if isinstance(v, Tensor) and not v.is_inference()]
+
+    def cut(self, rows: Tensor, axis: int, n: int) -> Declared:
+        """The same calls on some of ``n`` examples: of every tensor with the examples on ``axis``, or else on the first."""
+        known = dict[int, Deferred]()
+
+        def pick(value: Any) -> Any:
+            if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+                return value
+            own = next((a for a in dict.fromkeys((axis, 0)) if value.ndim > a and value.shape[a] == n), None)
+            return value if own is None else value.index_select(own, rows.to(value.device))
+
+        call, loss, logits = (exchange(part, pick, known) for part in (self.call, self.loss, self.logits))
+        return Declared(call, loss, logits)
+
+    def part(self, rows: Tensor, axis: int, n: int) -> Declared:
+        """As `cut`. ValueError where that does not leave as many examples in the call."""
+        made = self.cut(rows, axis, n)
+        first = next((v for v in tensors(made.call._args, made.call._kwargs) if v.ndim > 0), None)
+        if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
+            raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples")
+        return made
+
+
+def terms_of(recorder: LossRecorder, loss: Tensor, logits: Tensor | None, likelihood: Likelihood | None) -> list[Terms]:
+    """The terms of a loss: read off its calls, else those of the likelihood that was declared."""
+    terms = read_terms(recorder, loss)
+    return terms if terms or likelihood is None or logits is None else [likelihood.terms(logits)]
+
+
+def mass_of(terms: list[Terms]) -> Tensor | None:
+    """What the loss terms weigh together; None of a loss that was not recognised.  # ()"""
+    return torch.stack([t.omega.sum().double() for t in terms]).sum() if terms else None
+
+
+class Batch:
+    """A declared batch, with the random numbers of the moment when this was made."""
+
+    def __init__(self, model: nn.Module, declared: Declared, config: GradientConfig, whole: Batch | None = None) -> None:
+        """whole: what this was cut from"""
+        self.model, self.declared, self.config, self.whole = model, declared, config, whole
+        self.replay = Replay(model, _evaluation(model, declared), declared.counted(config.batch_axis))
+        self.mass: Tensor | None = None  # of its loss terms, once they are known
+        self.known = False  # whether they are
+
+    @property
+    def examples(self) -> int:
+        """How many go into the call; 0 where no tensor does."""
+        return self.declared.counted(self.config.batch_axis) or 0
+
+    def note(self, terms: list[Terms]) -> None:
+        """Remember what the loss terms weigh."""
+        self.mass, self.known = mass_of(terms), True
+
+    @torch.enable_grad()
+    def graph(self) -> Graph:
+        """The graph of a fresh evaluation, which leaves no trace."""
+        try:
+            logits, loss, terms = self._run()
+        except (RuntimeError, ValueError, IndexError) as error:
+            if self.whole is None:
+                raise
+            n, k = self.whole.examples, self.examples
+            raise ValueError(
+                f"the declared calls failed on {k} of the {n} examples: {error}. What is cut is every tensor among their "
+                f"arguments with {n} entries on the axis of examples; a function that holds its data itself cannot be cut. "
+                "Pass the data as arguments, or declare a batch for the products by setup_curvature_call"
+            ) from error
+        return Graph(self.model, loss, terms, logits)
+
+    @torch.enable_grad()
+    def _run(self) -> tuple[Tensor | None, Tensor, list[Terms]]:
+        with LossRecorder() as recorder:
+            logits, loss = self.replay.run()
+        terms = terms_of(recorder, loss, logits, self.config.likelihood)
+        self.note(terms)
+        return logits, loss, terms
+
+    def sample(self, size: int, generator: torch.Generator) -> Batch:
+        """Some of its examples, drawn without replacement; itself if there are no more."""
+        n = self.examples
+        if not n:
+            raise ValueError(
+                f"no examples can be drawn from {self.declared.call!r}: it takes no tensor, so pass the data as arguments "
+                "of the declared calls"
+            )
+        if size >= n:
+            return self
+        rows = torch.randperm(n, generator=generator)[:size]
+        return Batch(self.model, self.declared.cut(rows, self.config.batch_axis, n), self.config, self)
+
+    def part(self, rows: Tensor, n: int) -> Batch:
+        """Some of the ``n`` examples. ValueError where the declared call is not cut with them."""
+        return Batch(self.model, self.declared.part(rows, self.config.batch_axis, n), self.config, self)
+
+    @torch.enable_grad()
+    def evaluate(self) -> tuple[Tensor, list[Terms]]:
+        """The loss and its terms, by a fresh evaluation."""
+        _, loss, terms = self._run()
+        return loss, terms
+
+    def scale(self) -> Tensor | float:
+        """What makes the loss of a sample an unbiased estimate of that of the whole: 1 for means, ``n / k`` for sums.
+
+        Read off the weights of the loss terms; of a loss that was not recognised, by ``loss_reduction``.
+        """
+        if self.whole is None:
+            return 1.0
+        if not self.whole.known:
+            self.whole._run()
+        ratio: Tensor | float = 1.0
+        if self.mass is not None and self.whole.mass is not None:
+            ratio = self.whole.mass / self.mass
+        elif self.config.loss_reduction == "sum":
+            ratio = self.whole.examples / self.examples
+        return ratio * self.whole.scale()
+
+
+def _evaluation(model: nn.Module, declared: Declared) -> Callable[[], tuple[Tensor | None, Tensor]]:
+    """Logits, where they are declared, and the loss; of other data than at first a RuntimeError."""
+    own = {*model.parameters(), *model.buffers()}  # which a step may change
+    then = [(v, v._version) for v in declared.tensors() if v not in own]
+
+    def evaluate() -> tuple[Tensor | None, Tensor]:
+        if any(v._version != version for v, version in then):
+            raise RuntimeError(
+                f"a tensor among the arguments of {declared.loss!r} was changed in place, by its pass or since, and this "
+                "method evaluates that batch again: declare a copy of it, by clone()"
+            )
+        known: dict[int, Any] = {}
+        resolve(declared.call, known)
+        loss = resolve(declared.loss, known)
+        return (None if declared.logits is None else resolve(declared.logits, known)), loss
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a pass is measured on: its own batch, and those that may have been declared besides."""
+
+    own: Batch
+    curvature: Batch  # for products with the curvature
+    search: Batch  # for losses and gradients at displaced weights
+
+    @property
+    def shared(self) -> bool:
+        """Whether products are those of the pass itself."""
+        return self.curvature is self.own
+
+    @classmethod
+    def of(cls, model: nn.Module, declared: dict[str, Declared], config: GradientConfig) -> Batches:
+        """declared: by purpose; that of the pass is ``""``"""
+        made = {purpose: Batch(model, each, config) for purpose, each in declared.items()}
+        return cls(made[""], made.get("curvature", made[""]), made.get("search", made[""]))

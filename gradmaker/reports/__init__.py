@@ -1,0 +1,1 @@
+"""Reports on a maker or a model: summary, verification, spectrum."""

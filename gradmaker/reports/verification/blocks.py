@@ -1,0 +1,251 @@
+"""What a block represents and what is solved with it, for a statistic that is made of one piece of evidence.
+
+By matrices that are formed in float64 where a block is small enough, else by products with a few random vectors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gradmaker.blocks import Block
+from gradmaker.capture.sites import Site
+from gradmaker.curvature.evidence import (
+    Evidence,
+    Gradient,
+    Inputs,
+    Joint,
+    Outer,
+    OutputPair,
+    Pair,
+    Product,
+)
+from gradmaker.reports.verification.passes import Measured, relative
+from gradmaker.reports.verification.result import Check
+from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
+from gradmaker.representations.base import Representation, State
+
+__all__ = ["check_block"]
+
+DENSE_LIMIT = 2048
+"""Blocks with more parameters are checked by products."""
+ENTRIES = 1 << 25
+"""Entries of float64 tensors that are formed at once: of a longer stack a few members are checked."""
+PROBES = 3
+"""Members of a stack, or vectors of a single one, that products are compared for."""
+
+
+def check_block(block: Block, found: Measured) -> list[Check]:
+    """One check for each of its sites; its statistics stay."""
+    own = copy.copy(block)
+    own.state, own.cache, own.ready = block.triple.representation.init(block.frame), {}, set()
+    scratch = Scratch(own, found)
+    solve = approximation = None
+    try:
+        fill(scratch)
+    except (RuntimeError, ValueError) as error:
+        scratch.unchecked |= dict.fromkeys(("solve", "approximation"), f"the statistic cannot accumulate this batch: {error}")
+    else:
+        if scratch.evidence:
+            solve, approximation = _solve_error(scratch), _approximation(scratch)
+        else:
+            scratch.unchecked |= dict.fromkeys(("solve", "approximation"), "this pass does not reach the block")
+    return [_check(scratch, site, solve, approximation) for site in block.sites]
+
+
+def _check(scratch: Scratch, site: Site, solve: float | None, approximation: float | None) -> Check:
+    block, found = scratch.block, scratch.found
+    unchecked = dict(scratch.unchecked)
+    if site.name in found.silent:
+        unchecked["gradients"] = "the layer was not called in this pass"
+        if not block.full:
+            unchecked |= dict.fromkeys(("solve", "approximation"), "the layer was not called in this pass")
+            solve = approximation = None
+    elif block.triple.curvature.layerwise and site.name not in found.errors:
+        unchecked["gradients"] = "the loss is a function of nothing that could be seen"
+    dtype = block.precision.coarsest(block.frame.dtype)
+    how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
+    error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
+    accuracy = block.triple.solver.accuracy
+    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half)
+
+
+# ------------------------------------------------------------------ the solve
+def _solve_error(scratch: Scratch) -> float | None:
+    """``P g`` as it is solved, against its definition."""
+    block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
+    g = scratch.draw(block.frame.stack, *block.frame.shape)
+    if not solver.linear and Gradient in representation.takes:  # P is that of the very gradient
+        representation.update(block.state, Gradient(g), ONCE)
+    found = _solved(scratch, g)
+    members = _members(scratch)
+    state = _doubled(representation, block.state, members)
+    g, found = (x.double() if members is None else x[members].double() for x in (g, found))
+    if scratch.size <= DENSE_LIMIT and len(g) * scratch.size**2 <= 2 * ENTRIES and not representation.per_step:
+        scratch.how.add("dense")
+        P = solver.operator(representation, state)
+        return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
+    exact, rounding = found, 0.0
+    if solver.implicit and scratch.block.frame.dtype != torch.float64:
+        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
+        rounding = relative(found, exact)
+    sides = solver.equation(representation, state, g, exact)
+    if sides is None:
+        scratch.unchecked["solve"] = f"{type(solver).__name__} has no equation for blocks of {scratch.size} parameters"
+        return None
+    scratch.how.add("probes")
+    return max(rounding, relative(*sides))
+
+
+def _solved(scratch: Scratch, g: Tensor) -> Tensor:
+    """``P g``.  # (B, *shape)"""
+    block, representation = scratch.block, scratch.triple.representation
+    if not representation.per_step:
+        block.prepare({s.name for s in block.sites if s.name in scratch.evidence})
+        return block.applied(block.cache, g)
+    solver = scratch.triple.solver.limit()
+    cache = solver.prepare(representation, block.state, None)
+    found = g
+    for _ in range(solver.rounds_to_limit):
+        found = solver.solve(representation, cache, g)
+    return found
+
+
+def _members(scratch: Scratch) -> Tensor | None:
+    """Members of the stack that are checked, all that have a statistic if memory allows it; None: the whole stack."""
+    block = scratch.block
+    if block.full or block.triple.representation.unstacked:
+        return None
+    slots = [slot for site, slot in zip(block.sites, block.slots, strict=True) if site.name in scratch.evidence]
+    known = [b for slot in slots for b in range(slot.start, slot.stop)]
+    held = sum(v[0].numel() for v in block.state.values())
+    each = max(held, scratch.size**2 if scratch.size <= DENSE_LIMIT else scratch.size)
+    return torch.tensor(_spread(known, max(PROBES, ENTRIES // max(1, each))), device=block.frame.device)
+
+
+def _spread(known: list[int], most: int) -> list[int]:
+    """So many of them at most, the first and the last among them."""
+    if len(known) <= most:
+        return known
+    return [known[j * (len(known) - 1) // (most - 1)] for j in range(most)]
+
+
+def _doubled(representation: Representation, state: State, members: Tensor | None) -> State:
+    """A statistic in float64, of some members."""
+    if representation.per_step:  # a product goes by the dtype of its vector
+        return state
+    picked = state if members is None else {k: v[members] for k, v in state.items()}
+    return {k: v.double() if v.is_floating_point() else v for k, v in picked.items()}
+
+
+# ------------------------------------------------------------------ the representation
+def _approximation(scratch: Scratch) -> float | None:
+    """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
+    block, representation = scratch.block, scratch.triple.representation
+    if representation.per_step or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
+        return None
+    pieces = list(block._evidence(scratch.evidence))
+    if all(not isinstance(e, (Pair, Product)) for _, e, _ in pieces) and _small(scratch, pieces):
+        scratch.how.add("dense")
+        return _dense_error(scratch, pieces)
+    if type(representation).matvec is Representation.matvec and scratch.size > DENSE_LIMIT:
+        name = type(representation).__name__
+        scratch.unchecked["approximation"] = f"{name} has no products for blocks of {scratch.size} parameters"
+        return None
+    scratch.how.add("probes")
+    return _probe_error(scratch, pieces)
+
+
+def _small(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> bool:
+    """Whether the rows and the matrices can be formed."""
+    counts = [e.count if isinstance(e, Outer) else e.parts[0].count if isinstance(e, Joint) else 1 for _, e, _ in pieces]
+    stack = scratch.block.frame.stack
+    return scratch.size <= DENSE_LIMIT and stack * scratch.size * max(*counts, scratch.size) <= ENTRIES
+
+
+def _dense_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
+    representation = scratch.triple.representation
+    C = representation.to_dense(_doubled(representation, scratch.block.state, None))
+    differences, sizes = [], []
+    for slot, evidence, _ in pieces:
+        J = evidence.rows().double()
+        J = J.reshape(J.shape[0], slot.stop - slot.start, -1)
+        dense = torch.einsum("nbp,nbq->bpq", J, J)
+        differences.append((C[slot] - dense).flatten())
+        sizes.append(dense.flatten())
+    size = torch.cat(sizes)
+    return relative(size + torch.cat(differences), size)
+
+
+def _probe_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
+    found, expected = [], []
+    for slot, evidence, names in pieces:
+        for member, held, measured in _products(scratch, slot, evidence, names):
+            found.append(held[member].flatten())
+            expected.append(measured[member].flatten())
+    return relative(torch.cat(found), torch.cat(expected))
+
+
+def _products(
+    scratch: Scratch, slot: slice, evidence: Evidence, names: list[str]
+) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
+    """For a few vectors: the member that they belong to, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
+    block, representation = scratch.block, scratch.triple.representation
+    whole = block.full or representation.unstacked
+    rows = None if whole else torch.arange(slot.start, slot.stop, device=block.frame.device)
+    state = _doubled(representation, block.state, rows)
+    count = block.frame.stack if whole else slot.stop - slot.start
+    if isinstance(evidence, Pair):
+        v, cv = (x.double().reshape(count, *block.frame.shape) for x in (evidence.v, evidence.cv))
+        yield slice(None), representation.matvec(state, v), cv
+        return
+    own = _as_double(evidence)
+    sites = [s for s in block.sites if s.name in names] if not block.full else block.sites
+    members = _spread(list(range(count)), PROBES)
+    for member in (members * PROBES)[:PROBES]:
+        v = torch.zeros(count, *block.frame.shape, dtype=torch.float64, device=block.frame.device)
+        v[member] = scratch.draw(*block.frame.shape, dtype=torch.float64)
+        yield member, representation.matvec(state, v), _product(own, v, sites)
+
+
+def _as_double(evidence: Evidence) -> Evidence:
+    if isinstance(evidence, Joint):
+        return Joint(tuple(part for part in map(_as_double, evidence.parts) if isinstance(part, Outer)))
+    if isinstance(evidence, Outer):
+        inputs = evidence.inputs.double() if isinstance(evidence.inputs, Tensor) else evidence.inputs
+        return replace(evidence, inputs=inputs, gradients=evidence.gradients.double())
+    return Gradient(evidence.gradient.double()) if isinstance(evidence, Gradient) else evidence
+
+
+def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
+    """``C v`` by the evidence's own products.  # (b, *shape)"""
+    if isinstance(evidence, Inputs):
+        return _input_product(evidence, v)
+    if isinstance(evidence, Outer):
+        return evidence.combine(evidence.project(v.reshape(sites[0].shape))).reshape(v.shape)
+    if isinstance(evidence, Joint):
+        parts = v.split([prod(s.shape) for s in sites], -1)
+        pairs = [(e, x.reshape(s.shape)) for e, x, s in zip(evidence.parts, parts, sites, strict=True)]
+        z = torch.stack([e.project(x) for e, x in pairs]).sum(0)
+        return torch.cat([e.combine(z).flatten() for e, _ in pairs]).reshape(v.shape)
+    if isinstance(evidence, Product):
+        return evidence.matvec(v)
+    assert isinstance(evidence, Gradient)
+    g = evidence.gradient.reshape(v.shape)
+    return g * (g * v).sum()
+
+
+def _input_product(evidence: Inputs, v: Tensor) -> Tensor:
+    """``v A``, ``A`` the mean of ``a a^T``.  # (G, o, i)"""
+    a = evidence.inputs if isinstance(evidence.inputs, Tensor) else evidence.inputs.dense(v.dtype)
+    a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a
+    share = a.new_ones(a.shape[1:3]) if evidence.weights is None else evidence.weights.to(a.dtype)
+    share = share / share.sum().clamp(min=1)
+    x = v.mT if evidence.transposed else v
+    out = torch.einsum("gnro,gnri->goi", torch.einsum("gnri,goi->gnro", a, x) * share[..., None], a)
+    return out.mT if evidence.transposed else out

@@ -1,0 +1,132 @@
+"""A copy of a block, with a statistic of its own made of one piece of evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.blocks import Block
+from gradmaker.capture.sites import Site
+from gradmaker.curvature.evidence import (
+    WHOLE,
+    Evidence,
+    Gradient,
+    Inputs,
+    Located,
+    Outer,
+    OutputPair,
+    Pair,
+    PairedInputs,
+    Product,
+)
+from gradmaker.reports.verification.passes import Measured
+from gradmaker.representations.base import Fold
+
+__all__ = ["ONCE", "Scratch", "fill"]
+
+ONCE = Fold(1.0, 1.0, 1.0)
+"""How the evidence enters an empty statistic. A decay of zero is refused by some."""
+
+
+@dataclass
+class Scratch:
+    """A copy of a block with a statistic of its own, and what has been found."""
+
+    block: Block
+    found: Measured
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    how: set[str] = field(default_factory=set)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.block.frame.device).manual_seed(1)
+        self.triple = self.block.triple
+        self.size = prod(self.block.frame.shape)
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers."""
+        frame = self.block.frame
+        return torch.randn(*shape, dtype=dtype or frame.dtype, device=frame.device, generator=self.generator)
+
+
+def fill(scratch: Scratch) -> None:
+    """Fold evidence into the statistic."""
+    block, kinds = scratch.block, scratch.triple.curvature.gives
+    evidence = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
+    if block.triple.representation.per_step and evidence:
+        evidence = {WHOLE: _whole(scratch)}
+    scratch.evidence = evidence
+    if evidence:
+        block.update(evidence, ONCE, set())
+    if OutputPair in kinds and evidence:  # a secant of outputs comes after the inputs
+        v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in evidence}
+        block.update({k: OutputPair(x, 2 * x) for k, x in v.items()}, ONCE, set())
+
+
+def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
+    """Of a site; None if the pass does not reach it."""
+    gives, takes = scratch.triple.curvature.gives, scratch.triple.representation.takes
+    kind = next((k for k in gives if issubclass(k, Pair) and k is not OutputPair), None)
+    if kind is not None:
+        v = scratch.draw(*site.shape)
+        return kind(v, v * (0.5 + scratch.draw(*site.shape).sigmoid()))
+    if any(issubclass(k, Gradient) for k in gives) or (Product in gives and Gradient in takes):
+        return Gradient(_gradient(scratch, site))
+    if Product in gives:
+        return Product(_Rows(_rows(scratch, [site])))
+    outer = scratch.found.evidence.get(site.name)
+    return None if outer is None else _of_kind(scratch, outer)
+
+
+def _of_kind(scratch: Scratch, outer: Outer) -> Evidence:
+    """As the curvature gives it, with a mean diagonal of one: what the damping adds is neither lost in rounding nor all."""
+    gives = scratch.triple.curvature.gives
+    if Inputs in gives:
+        return Inputs(outer.inputs, outer.gradients[:0], outer.bias, outer.transposed, outer.weights)
+    G, o = outer.gradients.shape[1], outer.gradients.shape[-1]
+    i = (outer.inputs.shape[-1] if isinstance(outer.inputs, Tensor) else outer.inputs.size) + outer.bias
+    shape = (G, i, o) if outer.transposed else (G, o, i)
+    mean = outer.project(scratch.draw(*shape, dtype=outer.gradients.dtype)).square().sum() / prod(shape)
+    scaled = replace(outer, gradients=outer.gradients / torch.where(mean > 0, mean, 1.0).sqrt())
+    return PairedInputs(**vars(scaled)) if PairedInputs in gives else scaled
+
+
+def _gradient(scratch: Scratch, site: Site) -> Tensor:
+    """That of the loss, with a mean square of one; random where there is none.  # (G, *shape)"""
+    g = site.lay_out(scratch.found.gradients).to(scratch.block.frame.dtype)
+    mean = g.square().mean()
+    return g / mean.sqrt() if bool(torch.isfinite(1 / mean)) else scratch.draw(*g.shape)
+
+
+def _rows(scratch: Scratch, sites: list[Site]) -> Tensor:
+    """A few gradients at random cotangents, as rows of length one.  # (k, P)"""
+    found = [torch.cat([s.lay_out(row).reshape(-1) for s in sites]) for row in scratch.found.rows]
+    J = torch.stack(found).to(scratch.block.frame.dtype)
+    return J / torch.where(J.any(1), J.norm(dim=1), 1.0).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """``v -> J^T J v``."""
+
+    J: Tensor  # (k, P)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        J = self.J.to(v.dtype)
+        return ((v.reshape(len(v), -1) @ J.mT) @ J).reshape(v.shape)
+
+
+def _whole(scratch: Scratch) -> Evidence:
+    """Of all sites as one vector, for what lasts one step only."""
+    block = scratch.block
+    if Product in block.triple.representation.takes:
+        return Product(_Rows(_rows(scratch, block.sites)))
+    weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for s in block.sites for p in s.parameters.values()}
+    g, w = (
+        torch.cat([part(s).reshape(-1).to(block.frame.dtype) for s in block.sites]).unsqueeze(0)
+        for part in (lambda s: _gradient(scratch, s), lambda s: s.lay_out(weights))
+    )
+    return Located(g, w)

@@ -1,0 +1,252 @@
+"""SOAP and eigenvalue-corrected Shampoo: whole runs, the reference's first step, invariance of the basis, tracking."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradmaker import from_config
+from gradmaker.curvature import Gradient
+from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.representations import RotatedDims
+from gradmaker.representations.base import Fold, Frame
+from gradmaker.solvers import RotatedDivision
+from tests import oracles
+from tests.kronecker_reference import Reference, on_axis, unfolded
+from tests.methods.test_kronecker_dims import gradients, run
+from tests.methods.test_trajectories import compare
+from tests.models import Case
+
+
+class Soap:
+    """The reference's step, tensor by tensor: project, average, step, statistics, QR every T steps."""
+
+    def __init__(self, T: int, b: float, eps: float, skip: bool, b1: float = 0.0, vectors: bool = False) -> None:
+        self.T, self.b, self.eps, self.skip, self.b1, self.vectors, self.t = T, b, eps, skip, b1, vectors, 0
+        self.H: list[Tensor] = []
+        self.Q: list[Tensor] = []
+        self.history: list[Tensor] = []
+        self.V: Any = 0.0
+
+    def turn(self, g: Tensor, back: bool = False) -> Tensor:
+        for axis, Q in enumerate(self.Q):
+            g = on_axis(Q if back else Q.T, g, axis)
+        return g
+
+    def __call__(self, g: Tensor, m: Tensor, step: int) -> Tensor:
+        turned = g.ndim > 1 or self.vectors
+        if step == 0:
+            if turned:
+                self.H = [(1 - self.b) * unfolded(g, k) @ unfolded(g, k).T for k in range(g.ndim)]
+                self.Q = [torch.linalg.eigh(H)[1].flip(1) for H in self.H]
+            if self.skip:
+                return torch.zeros_like(g)
+            self.t, self.V = 1, (1 - self.b) * (g.square().mean() * torch.ones_like(g) if turned else g.square())
+        else:
+            self.t += 1
+            self.V = self.b * self.V + (1 - self.b) * self.turn(g).square()
+        if self.skip:  # the reference's average knows nothing of the first gradient
+            self.history.append(g)
+            weights = [(1 - self.b1) * self.b1**age for age in reversed(range(self.t))]
+            m = sum(w * h for w, h in zip(weights, self.history, strict=True)) / (1 - self.b1**self.t)  # type: ignore[assignment]
+        U = self.turn(m) / (torch.as_tensor(self.V).sqrt() + self.eps) * (1 - self.b**self.t) ** 0.5
+        U = self.turn(U, back=True)
+        if step > 0 and turned:
+            self.H = [self.b * H + (1 - self.b) * unfolded(g, k) @ unfolded(g, k).T for k, H in enumerate(self.H)]
+            if step % self.T == 0:
+                self.refresh()
+        return U
+
+    def refresh(self) -> None:
+        for k, (H, Q) in enumerate(zip(self.H, self.Q, strict=True)):
+            order = (Q.T @ H @ Q).diagonal().argsort(descending=True)
+            self.V = self.V.index_select(k, order)
+            self.Q[k] = torch.linalg.qr(H @ Q[:, order])[0]
+
+
+class Eshampoo:
+    """Bases by decomposition before the moments are measured."""
+
+    def __init__(self, T: int, b: float, eps: float, e: float) -> None:
+        self.T, self.b, self.eps, self.e, self.t = T, b, eps, e, 0
+        self.H: list[Any] = []
+        self.Q: list[Tensor] = []
+        self.V: Any = 0.0
+
+    def __call__(self, g: Tensor, m: Tensor, step: int) -> Tensor:
+        self.t += 1
+        old = self.H or [0.0] * g.ndim
+        self.H = [self.b * H + (1 - self.b) * unfolded(g, k) @ unfolded(g, k).T for k, H in enumerate(old)]
+        if step == 0 or (step + 1) % self.T == 0:
+            self.Q = [torch.linalg.eigh(H)[1].flip(1) for H in self.H]
+        turned, back = g, m
+        for axis, Q in enumerate(self.Q):
+            turned, back = on_axis(Q.T, turned, axis), on_axis(Q.T, back, axis)
+        fresh = turned.square() if step else g.square().mean() * torch.ones_like(g)
+        self.V = self.b * self.V + (1 - self.b) * fresh
+        back = back / ((self.V / (1 - self.b**self.t)) ** self.e + self.eps)
+        for axis, Q in enumerate(self.Q):
+            back = on_axis(Q, back, axis)
+        return back
+
+
+def square(bias: bool = True) -> Case:
+    """Gradients of full rank from the first step on: otherwise the basis of the null space is anybody's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 4, bias), nn.Tanh(), nn.Linear(4, 4, bias)).double()
+        x, t = torch.randn(2, 16, 4, dtype=torch.float64)
+        return Case(model, x, t, lambda y, t: (y - t).square().mean())
+
+
+def filters() -> Case:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        layers = [nn.Conv2d(2, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
+        x, t = torch.randn(16, 2, 4, 4, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
+        return Case(nn.Sequential(*layers).double(), x, t, lambda y, t: (y - t).square().mean())
+
+
+SOAP_ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "every_step": (square, lambda: Soap(1, 0.95, 1e-8, False), {"basis_interval": 1, "momentum": 0.0}),
+    "interval": (square, lambda: Soap(3, 0.9, 1e-3, False), {"basis_interval": 3, "decay": 0.9, "damping": 1e-3}),
+    "momentum": (square, lambda: Soap(10, 0.95, 1e-8, False), {}),
+    "order_4": (filters, lambda: Soap(3, 0.9, 1e-4, False), {"basis_interval": 3, "decay": 0.9, "damping": 1e-4}),
+    "merged_blocks": (
+        filters,
+        lambda: Soap(3, 0.9, 1e-4, False),
+        {"basis_interval": 3, "decay": 0.9, "damping": 1e-4, "merge": "to_2d", "block_size": 4},
+    ),
+    "skip_first": (
+        square,
+        lambda: Soap(3, 0.95, 1e-8, True, 0.9),
+        {"basis_interval": 3, "skip_first": True, "momentum": 0.9},
+    ),
+}
+
+
+@pytest.mark.parametrize("row", SOAP_ROWS)
+def test_soap(row: str) -> None:
+    make, rule, options = SOAP_ROWS[row]
+    case = make()
+    maker = from_config(case.model, {"method": "soap", **options})
+    names = {"block_size": "block"}
+    own = {names.get(k, k): v for k, v in {"momentum": 0.95, **options}.items() if k in ("merge", "block_size", "momentum")}
+    compare(case, maker, Reference(rule, **own), 5e-3, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "T, e, options", [(1, 0.5, {}), (3, 0.5, {"basis_interval": 3}), (1, 0.3, {"exponent": 0.3, "damping": 1e-3})]
+)
+def test_eshampoo(T: int, e: float, options: dict[str, Any]) -> None:
+    case = square(bias=False)
+    eps = options.get("damping", 1e-6)
+    maker = from_config(case.model, {"method": "eshampoo", "tracking": "eigh", "tolerance": 0.0, "damping": eps, **options})
+    compare(case, maker, Reference(lambda: Eshampoo(T, 0.95, eps, e), momentum=0.9), 5e-3, 1e-6)
+
+
+def test_identity_basis_is_adam() -> None:
+    """All axes too wide for a basis; the epsilon is added before the bias correction, as SOAP's code does."""
+    steps = [[g] for g in gradients(3, 4)]
+    found = run({"method": "soap", "max_dim": 2, "damping": 1e-3}, steps)[0]
+    m, v = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    for (g,) in steps:
+        m, v = 0.95 * m + 0.05 * g, 0.95 * v + 0.05 * g**2
+    correction = 1 - 0.95 ** len(steps)
+    torch.testing.assert_close(found, m / correction * correction**0.5 / (v.sqrt() + 1e-3), rtol=1e-11, atol=0)
+
+
+def test_a_fixed_basis_is_adam_on_the_rotated_problem() -> None:
+    steps = gradients(3, 4, steps=8)
+    found = run({"method": "soap", "basis_interval": 1000, "skip_first": True, "momentum": 0.0}, [[g] for g in steps])[0]
+    Q, P = torch.linalg.eigh(steps[0] @ steps[0].T)[1], torch.linalg.eigh(steps[0].T @ steps[0])[1]
+    rotated = [Q.T @ g @ P for g in steps[1:]]
+    weights = [0.05 * 0.95**age for age in reversed(range(7))]
+    v = sum(w * g**2 for w, g in zip(weights, rotated, strict=True))
+    assert (
+        oracles.relative_error(found, Q @ (rotated[-1] / (torch.as_tensor(v).sqrt() + 1e-8) * sum(weights) ** 0.5) @ P.T) < 1e-6
+    )
+
+
+def filled(steps: int = 6, **options: Any) -> tuple[RotatedDims, dict[str, Tensor]]:
+    representation = RotatedDims(**options)
+    state = representation.init(Frame(1, (3, 4), frozenset(), torch.float64, torch.device("cpu")))
+    for g in gradients(3, 4, steps=steps):
+        representation.update(state, Gradient(g.unsqueeze(0)), Fold(0.9, 0.1, 0.1))
+    return representation, state
+
+
+def direction(representation: RotatedDims, state: dict[str, Tensor]) -> Tensor:
+    solver = RotatedDivision()
+    return solver.solve(representation, solver.prepare(representation, state, None), gradients(3, 4, seed=5)[0].unsqueeze(0))
+
+
+def test_signs_and_order_of_columns_do_not_matter_if_the_moments_follow() -> None:
+    representation, state = filled()
+    before = direction(representation, state)
+    order = torch.tensor([2, 0, 1])
+    state["basis_0"] = state["basis_0"][:, :, order] * torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    assert oracles.relative_error(direction(representation, state), before) > 1e-3  # the control
+    state["moments"] = state["moments"][:, order]
+    torch.testing.assert_close(direction(representation, state), before, rtol=1e-10, atol=1e-12)
+
+
+def test_moments_are_the_nearest_diagonal_in_the_basis() -> None:
+    steps = gradients(3, 4, steps=30)
+    Q = oracles.kron(*(torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (3, 4)))
+    A = torch.stack([torch.outer(g.reshape(-1), g.reshape(-1)) for g in steps]).mean(0)
+    best = torch.stack([(Q.T @ g.reshape(-1)).square() for g in steps]).mean(0)
+    for e in gradients(12, steps=20, seed=3):
+        assert (A - Q @ torch.diag(best) @ Q.T).norm() <= (A - Q @ torch.diag(best + 1e-3 * e) @ Q.T).norm()
+
+
+def test_rank_one_moments_are_balanced_shampoo() -> None:
+    """tr(L)^1/2 L^-1/2 G R^-1/2 is division by sqrt(a b^T / tr) in the eigenbasis."""
+    representation, state = filled(steps=30, tracking="eigh", order="basis_first", basis_interval=1)
+    L, R = state["factor_0"][0], state["factor_1"][0]
+    a, Q = torch.linalg.eigh(L)
+    b, P = torch.linalg.eigh(R)
+    state["basis_0"], state["basis_1"] = Q[None], P[None]
+    state["moments"] = torch.outer(a, b)[None] / L.trace() * state["mass"]
+    g = gradients(3, 4, seed=5)[0]
+    expected = L.trace() ** 0.5 * oracles.matrix_power(L, -0.5) @ g @ oracles.matrix_power(R, -0.5)
+    assert oracles.relative_error(direction(representation, state)[0], expected) < 1e-6
+
+
+# --- tracking -------------------------------------------------------------------------------------------------------------
+def spd(d: int, count: int = 2) -> Tensor:
+    Q = torch.linalg.qr(torch.randn(count, d, d, dtype=torch.float64))[0]
+    return (Q * torch.logspace(0, -3, d, dtype=torch.float64)) @ Q.mT
+
+
+@pytest.mark.parametrize("step", [lambda A, Q: power_step(A, Q)[0], lambda A, Q: qr_steps(A, Q, 0.0)])
+def test_tracking_converges_and_stays_orthogonal(step: Any) -> None:
+    A = spd(6)
+    Q = torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64))[0]
+    ratios = []
+    for _ in range(100):
+        Q = step(A, Q)
+        ratios.append(float(off_diagonal(A, Q).max()))
+    assert ratios[-1] < 1e-6 and all(b <= a * 1.01 + 1e-12 for a, b in pairwise(ratios[5:]))
+    assert (Q.mT @ Q - torch.eye(6, dtype=torch.float64)).abs().max() < 1e-12
+    assert (sorted_eigenvectors(A).mT @ Q).abs().diagonal(dim1=1, dim2=2).min() > 1 - 1e-6
+
+
+def test_the_order_of_a_power_step_is_that_of_the_moments() -> None:
+    A = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))[None]
+    Q, order = power_step(A, torch.eye(3, dtype=torch.float64)[None])
+    assert order.tolist() == [[1, 2, 0]] and torch.equal(Q.abs(), torch.eye(3, dtype=torch.float64)[:, [1, 2, 0]][None])
+
+
+def test_a_basis_that_still_fits_is_kept() -> None:
+    A = spd(5)
+    exact = sorted_eigenvectors(A)
+    assert torch.equal(qr_steps(A, exact, 0.01), exact)
+    mixed = exact.clone()
+    mixed[1] = torch.eye(5, dtype=torch.float64)
+    found = qr_steps(A, mixed, 0.01)
+    assert torch.equal(found[0], mixed[0]) and not torch.equal(found[1], mixed[1])
