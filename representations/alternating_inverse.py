@@ -16,9 +16,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 from gradmaker.linalg.fallbacks import count_failures
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
 
@@ -167,7 +167,7 @@ class AlternatingInverse(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh."""
-        return expand([self._root(state, axis, -1.0) for axis in self._axes(state)])
+        return kronecker_product([self._root(state, axis, -1.0) for axis in self._axes(state)])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         factors = [self._root(state, axis, -1.0) for axis in self._axes(state)]

@@ -15,8 +15,8 @@ from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again
 from gradmaker.linalg.fallbacks import count_failures, is_empty
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["CrossDims"]
 
@@ -105,7 +105,7 @@ class CrossDims(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh, with the floor."""
-        return expand([self._power(state, axis, 1.0) for axis in range(self._count(state))])
+        return kronecker_product([self._power(state, axis, 1.0) for axis in range(self._count(state))])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         factors = [self._power(state, axis, 1.0) for axis in range(self._count(state))]

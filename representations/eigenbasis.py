@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import PIECE, Evidence, Inputs, OneHot, Outer
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import Kron, apply_factors
+from gradmaker.representations.kronecker import Kron
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 

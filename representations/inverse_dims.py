@@ -15,8 +15,8 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
 
@@ -188,7 +188,7 @@ class InverseDims(Representation):
         return krad_update(L / beta, x, self.denominator)
 
     def to_dense(self, state: State) -> Tensor:
-        return expand(self._covariances(state))
+        return kronecker_product(self._covariances(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)

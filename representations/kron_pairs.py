@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
 from gradmaker.linalg.eigen import add_ridge, symmetrise
+from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import expand
 from gradmaker.representations.memory import dot, multiply, push, unfilled
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
@@ -216,7 +216,7 @@ class KronPairs(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         state = self.snapshot(state)
-        return expand([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
+        return kronecker_product([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         state = self.snapshot(state)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Inputs, OneHot, Outer
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import apply_factors
 
 __all__ = ["KronRows"]
 
@@ -95,8 +95,7 @@ class KronRows(Representation):
         return evidence if self.positions >= evidence.inputs.shape[2] else _thinned(evidence, evidence.inputs, self.positions)
 
     def to_dense(self, state: State) -> Tensor:
-        left, right = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
-        return torch.einsum("bij,bkl->bikjl", left, right).reshape(len(left), left.shape[-1] * right.shape[-1], -1)
+        return kronecker_product(self.factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self.factors(state), v)

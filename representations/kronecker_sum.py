@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import KronDims, apply_factors
+from gradmaker.representations.kronecker import KronDims
 from gradmaker.representations.root_dims import RootKronDims
 
 __all__ = ["KronSum", "axis_mean", "dense_mean"]

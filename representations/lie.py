@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
 
@@ -109,8 +109,8 @@ class _Fitted(Representation):
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
         if self.direct:
-            return expand(inverses)
-        return expand([R.square() if R.ndim == 2 else R @ R.mT for R in inverses])
+            return kronecker_product(inverses)
+        return kronecker_product([R.square() if R.ndim == 2 else R @ R.mT for R in inverses])
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.linalg.damping import check_choice, check_interval
 from gradmaker.linalg.diagnosis import COLUMNS
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.rooting import FactorRoot, rooting
 
 __all__ = ["OneWayDims"]
@@ -136,7 +136,7 @@ class OneWayDims(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh, with the ridge; the identity before the first."""
-        return expand(self._covariances(state))
+        return kronecker_product(self._covariances(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)

@@ -16,10 +16,10 @@ from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, u
 from gradmaker.linalg.eigen import decompose, is_definite
 from gradmaker.linalg.factors import conjugate, identity, transpose
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Factored
-from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
 
 __all__ = ["Decomposition", "Eigh"]

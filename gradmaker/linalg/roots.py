@@ -13,8 +13,8 @@ from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, is_definite
 from gradmaker.linalg.factors import identity
 from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
-from gradmaker.representations.kronecker import apply_factors
 
 __all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual", "verify"]
 
