@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Inputs, OneHot, Outer
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["KronRows"]
@@ -38,10 +39,8 @@ class KronRows(Representation):
     """Positions of an example that ``subsample`` keeps."""
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("sum", "subsample", "none"):
-            raise ValueError(f"reduction = {self.reduction!r}: legal are 'sum', 'subsample', 'none'")
-        if not isinstance(self.positions, int) or self.positions < 1:
-            raise ValueError(f"positions = {self.positions!r}: legal are integers of at least 1")
+        check_choice("reduction", self.reduction, ("sum", "subsample", "none"))
+        check_count("positions", self.positions, 1)
 
     @property
     def grain(self) -> Grain:

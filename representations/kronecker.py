@@ -7,6 +7,7 @@ row-major everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Inputs, OneHot, Out
 from gradmaker.curvature.factors import Factors
 from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["Kron", "KronDims"]
@@ -43,10 +45,8 @@ class Kron(Representation):
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
-        if self.sharing not in ("expand", "reduce"):
-            raise ValueError(f"sharing = {self.sharing!r}: legal are 'expand', 'reduce'")
-        if self.wide_sides not in ("diagonal", "blocks"):
-            raise ValueError(f"wide_sides = {self.wide_sides!r}: legal are 'diagonal', 'blocks'")
+        check_choice("sharing", self.sharing, ("expand", "reduce"))
+        check_choice("wide_sides", self.wide_sides, ("diagonal", "blocks"))
 
     @property
     def grain(self) -> Grain:
@@ -144,8 +144,8 @@ class KronDims(Representation):
     """Whether ``C`` is divided by ``tr(H)^(m exponent - 1)``: then it has the scale of a covariance whatever the exponent."""
 
     def __post_init__(self) -> None:
-        if self.exponent is not None and not self.exponent > 0:
-            raise ValueError(f"exponent = {self.exponent!r}: legal are positive numbers, or None")
+        if self.exponent is not None:
+            check_interval("exponent", self.exponent, 0, inf, hint=", or None")
 
     @property
     def grain(self) -> Grain:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.kronecker import KronDims
 
@@ -34,8 +35,7 @@ class TensorNormal(Representation):
     granularity: Literal["layer", "tensor"] = "layer"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("layer", "tensor"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'layer', 'tensor'")
+        check_choice("granularity", self.granularity, ("layer", "tensor"))
 
     @property
     def grain(self) -> Grain:

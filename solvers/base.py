@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval, damp
+from gradmaker.linalg.damping import damp
 from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.factors import dense
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 
 __all__ = ["InverseSolver", "PowerSolver", "Solver", "spectral_power"]
 

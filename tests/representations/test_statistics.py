@@ -322,9 +322,9 @@ def test_update_works_on_a_slice_of_the_stack():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Dense(granularity="row"), "granularity = 'row'"),
-        (lambda: Diagonal(granularity="full"), "granularity = 'full'"),
-        (lambda: Kron(sharing="sum"), "sharing = 'sum'"),
+        (lambda: Dense(granularity="row"), "granularity='row'"),
+        (lambda: Diagonal(granularity="full"), "granularity='full'"),
+        (lambda: Kron(sharing="sum"), "sharing='sum'"),
     ],
 )
 def test_unknown_words_are_refused(make, message):
