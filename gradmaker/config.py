@@ -16,9 +16,9 @@ import torch
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
-from gradmaker.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.grafting import GRAFTINGS, Grafting
 from gradmaker.options.checks import check_choice, check_count, check_interval, check_kind
+from gradmaker.options.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.options.rules import Rule, check_rule
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.options.yaml_text import parse_yaml

@@ -75,9 +75,7 @@ class Gram(Solver):
         check_choice("placement", self.placement, get_args(Placement))
         check_choice("mode", self.mode, ("absolute", "largest"))
         if self.placement == "before" and not (self.power == -0.5 and self.tail == "eps"):
-            raise ValueError(
-                "placement='before': expected power=-0.5 and tail='eps', where there is a root that is damped"
-            )
+            raise ValueError("placement='before': expected power=-0.5 and tail='eps', where there is a root that is damped")
         if self.mode == "largest" and (self.tail != "eps" or self.scale_preserving):
             raise ValueError("mode='largest': expected tail='eps', without scale_preserving")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradmaker.compare.errors import InputError
-from gradmaker.deprecations import current_name
+from gradmaker.options.deprecations import current_name
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.options.yaml_text import parse_yaml
 
