@@ -48,9 +48,7 @@ def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
     if F.ndim == 2:
         return g * F.view(B, *[1] * (axis - 1), -1, *[1] * (g.ndim - axis - 1))
     before, d, after = prod(shape[1:axis]), shape[axis], prod(shape[axis + 1 :])
-    if (
-        after == 1 and d >= NARROW
-    ):  # from the right; batched, these would be products of matrices with vectors
+    if after == 1 and d >= NARROW:  # from the right; batched, these would be products of matrices with vectors
         return (g.reshape(B, -1, d) @ F.mT).reshape(shape)
     x = g.reshape(B, before, d, after)
     if before == 1 or after >= NARROW:
