@@ -1,4 +1,4 @@
-"""What iterative solvers share: a cache that goes on from step to step, and inner products in double precision."""
+"""What iterative solvers share: caches that go on from step to step, and results that are finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradmaker.linalg.state import State
 
-__all__ = ["carry", "dot", "keep_finite"]
+__all__ = ["carry", "keep_finite"]
 
 
 def carry(representation: Any, state: State, previous: State | None, initial: State) -> State:
@@ -23,11 +23,6 @@ def carry(representation: Any, state: State, previous: State | None, initial: St
 def value_device(state: State) -> torch.device:
     """Where a state lies."""
     return next(iter(state.values())).device
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` in double precision: squares of small gradients would underflow.  # ()"""
-    return torch.dot(a.double().reshape(-1), b.double().reshape(-1))
 
 
 def keep_finite(cache: State, value: Tensor, fallback: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
 from gradmaker.representations.capabilities import Multiplies
@@ -59,24 +60,19 @@ class CG(InverseSolver):
         size = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g.abs()
         size = torch.where(size > 0, size, 1.0)  # squares of small gradients would underflow
         x, r, p = torch.zeros_like(g), g / size, g / size
-        rr = _dot(r, r)
+        rr = member_dots(r, r)
         goal = rr * self.tolerance**2
         active = rr > goal
         for _ in range(self.iterations):
             if g.device.type == "cpu" and not bool(active.any()):  # elsewhere the test would wait for the device
                 break
             Cp = representation.matvec(cache, p) + self.damping * p
-            curvature = _dot(p, Cp)
+            curvature = member_dots(p, Cp)
             active = active & (curvature > 0)
             step = torch.where(active, rr / curvature, 0.0)
             x, r = x + step * p, r - step * Cp
-            rr_new = _dot(r, r)
+            rr_new = member_dots(r, r)
             active = active & (rr_new > goal)
             p = r + torch.where(active, rr_new / rr, 0.0) * p
             rr = rr_new
         return x * size
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of the members, ready to broadcast.  # (B, *shape) -> (B, 1, ...)"""
-    return (a * b).reshape(a.shape[0], -1).sum(1).view(-1, *[1] * (a.ndim - 1))

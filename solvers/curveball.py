@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.inner_products import double_dot
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.carried import carry, dot
+from gradmaker.solvers.carried import carry
 from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
 
 __all__ = ["CurveBall"]
@@ -92,7 +93,7 @@ class CurveBall(Solver):
         now, then = (representation.loss_at(cache, d) for d in (torch.zeros_like(z), z))
         if now is None or then is None:
             return cache["damping"]
-        predicted = dot(z, representation.matvec(cache, z) + cache["damping"] * z) / 2 + dot(z, g)
+        predicted = double_dot(z, representation.matvec(cache, z) + cache["damping"] * z) / 2 + double_dot(z, g)
         return rule.adapt(cache["damping"], (then - now).double(), predicted)
 
 
@@ -102,9 +103,9 @@ def _best(g: Tensor, z: Tensor, delta: Tensor, Az: Tensor, A_delta: Tensor) -> t
     Directions of length one, or the smaller would be rounded away.
     """
     a, b = (torch.where(v.any(), v.norm(), 1.0) for v in (delta, z))
-    cross = dot(z / b, A_delta / a)
-    M = torch.stack([dot(delta / a, A_delta / a), cross, cross, dot(z / b, Az / b)]).reshape(2, 2)
-    right = torch.stack([dot(g, delta / a), dot(g, z / b)])
+    cross = double_dot(z / b, A_delta / a)
+    M = torch.stack([double_dot(delta / a, A_delta / a), cross, cross, double_dot(z / b, Az / b)]).reshape(2, 2)
+    right = torch.stack([double_dot(g, delta / a), double_dot(g, z / b)])
     if not torch.isfinite(M).all():
         return torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)
     first, second = torch.linalg.pinv(M, rtol=1e-12, hermitian=True) @ right

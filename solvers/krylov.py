@@ -15,7 +15,7 @@ from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.carried import carry, keep_finite
-from gradmaker.solvers.quasi_newton import minimise
+from gradmaker.solvers.quasi_newton import minimise_bfgs
 
 __all__ = ["Krylov"]
 
@@ -90,7 +90,7 @@ class Krylov(Solver):
             H = self._inverse((V @ CV.mT).double())
             a = -(H @ (V @ g[0]).double())
             if self.search == "bfgs" and torch.isfinite(H).all():
-                a = minimise(partial(self._objective, representation, cache, V), H, 2 * len(V))
+                a = minimise_bfgs(partial(self._objective, representation, cache, V), H, 2 * len(V))
             x = -(a.to(g.dtype) @ V).unsqueeze(0)
         x = keep_finite(cache, x, g / (self.damping or 1.0))
         cache["solution"] = x

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.inner_products import double_dot
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
 from gradmaker.representations.implicit import MatrixFree
 from gradmaker.solvers.base import Solver
-from gradmaker.solvers.carried import carry, dot
+from gradmaker.solvers.carried import carry
 from gradmaker.solvers.layer_inverse import LayerInverse
 from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
 
@@ -141,14 +142,14 @@ class TruncatedCG(Solver):
                 break
         if now is None:  # not even the first direction has positive curvature
             x = invert(g)
-            now = _Iterate(x, float(dot(x, multiply(x)) / 2 - dot(x, g)))
+            now = _Iterate(x, float(double_dot(x, multiply(x)) / 2 - double_dot(x, g)))
         return kept if kept and kept[-1] is now else [*kept, now]
 
     def _adapted(self, rule: LevenbergMarquardt, damping: Tensor, losses: _Losses, chosen: _Iterate) -> Tensor:
         now, then = losses.now, losses.at(chosen.x)
         if now is None or then is None:
             return damping
-        predicted = chosen.phi - damping.double() * dot(chosen.x, chosen.x) / 2
+        predicted = chosen.phi - damping.double() * double_dot(chosen.x, chosen.x) / 2
         return rule.adapt(damping, (then - now).double(), predicted)
 
 
@@ -185,7 +186,7 @@ def _improving(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -
     """A start, its residual and its ``phi``: the given one where ``phi`` is negative, else zero."""
     if bool(start.any()):
         r = g - multiply(start)
-        if (phi := float(-dot(start, g + r) / 2)) < 0:
+        if (phi := float(-double_dot(start, g + r) / 2)) < 0:
             return start, r, phi
     return torch.zeros_like(g), g, 0.0
 
@@ -200,11 +201,11 @@ def _conjugate(
     """Preconditioned conjugate gradients: iterates with their ``phi``, until the curvature or the residual is used up."""
     x, r, phi = start
     p = z = invert(r)
-    rz = dot(r, z)
-    least = torch.finfo(g.dtype).eps ** 2 * dot(g, invert(g))
+    rz = double_dot(r, z)
+    least = torch.finfo(g.dtype).eps ** 2 * double_dot(g, invert(g))
     for _ in range(iterations):
         Ap = multiply(p)
-        curvature = dot(p, Ap)
+        curvature = double_dot(p, Ap)
         if not torch.isfinite(curvature):
             yield _Iterate(torch.full_like(x, torch.nan), torch.nan)
             return
@@ -217,7 +218,7 @@ def _conjugate(
         phi -= float(step * rz) / 2
         yield _Iterate(x, phi)
         z = invert(r)
-        before, rz = rz, dot(r, z)
+        before, rz = rz, double_dot(r, z)
         p = z + (rz / before * p).to(x.dtype)
 
 
@@ -244,7 +245,7 @@ def _shortened(losses: _Losses, cache: State, g: Tensor, x: Tensor) -> Tensor:
     now = losses.now
     if now is None:
         return x
-    slope, eta = dot(g, x), 1.0
+    slope, eta = double_dot(g, x), 1.0
     for _ in range(TRIES):
         scaled = x if eta == 1.0 else eta * x
         then = losses.at(scaled)

@@ -16,7 +16,7 @@ from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 
-__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual", "verify"]
+__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual"]
 
 
 def integer_root(power: float, order: float) -> int:
@@ -25,12 +25,6 @@ def integer_root(power: float, order: float) -> int:
     if round(p) < 1 or abs(p - round(p)) > 1e-9:
         raise ValueError(f"power={power!r} needs the inverse root p = {p:g} of a factor: expected a whole p; use Eigh")
     return round(p)
-
-
-def verify(A: Tensor, X: Tensor, p: int) -> Tensor:
-    """Whether a root's `residual` is within its tolerance.  # (B, d, d), (B, d, d) -> (B,)"""
-    found, tolerance = residual(A, X, p)
-    return found <= tolerance
 
 
 def residual(A: Tensor, X: Tensor, p: int) -> tuple[Tensor, Tensor]:
