@@ -175,7 +175,7 @@ def test_search_is_no_longer_than_twice_the_dimension(monkeypatch: pytest.Monkey
         asked.append((len(H), iterations))
         return minimise_bfgs(slope, H, iterations)
 
-    monkeypatch.setattr(krylov, "minimise", watched)
+    monkeypatch.setattr(krylov, "minimise_bfgs", watched)
     Searched(C, lambda d: quartic(C, g, d)).solve(Krylov(dimension=3, search="bfgs"), g, 2)
     assert asked == [(3, 6), (3, 6)]
 
