@@ -21,6 +21,7 @@ from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
 from gradmaker.curvature.factors import Layers
 from gradmaker.curvature.fisher import FisherEmp
 from gradmaker.curvature.layer_factors import layer_factors
+from gradmaker.options.checks import check_choice
 from gradmaker.passes.vectors import Layout
 from gradmaker.reentrant import refuse_scripted
 
@@ -304,8 +305,7 @@ def second_derivatives(product: str) -> Iterator[None]:
 
 def check_mode(mode: str) -> None:
     """Refuse what is none."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode={mode!r}: legal are {', '.join(map(repr, get_args(Mode)))}")
+    check_choice("mode", mode, get_args(Mode))
 
 
 def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:

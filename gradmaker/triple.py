@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.base import Curvature
+from gradmaker.options.suggestions import did_you_mean
 from gradmaker.representations import REPRESENTATIONS
 from gradmaker.representations.base import Representation
 from gradmaker.solvers import SOLVERS
@@ -102,10 +102,3 @@ def _granularities() -> Iterator[tuple[str, Representation]]:
             yield name, make()
         for grain in grains:
             yield f"{name}({grain})", make(granularity=grain)  # type: ignore[call-arg]
-
-
-def did_you_mean(given: object, legal: list[str]) -> str:
-    """The close match, if any, and all that is legal."""
-    close = get_close_matches(str(given), legal, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Legal: {', '.join(legal)}"

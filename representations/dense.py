@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Product
 from gradmaker.linalg.columns import form_blocks
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["Dense"]
@@ -31,8 +32,7 @@ class Dense(Representation):
     granularity: Literal["full", "layer", "unit"] = "layer"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("full", "layer", "unit"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer', 'unit'")
+        check_choice("granularity", self.granularity, ("full", "layer", "unit"))
 
     @property
     def grain(self) -> Grain:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Product
 from gradmaker.linalg.columns import form_diagonal
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["Diagonal"]
@@ -32,8 +33,7 @@ class Diagonal(Representation):
     granularity: Literal["tensor", "layer"] = "tensor"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("tensor", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'tensor', 'layer'")
+        check_choice("granularity", self.granularity, ("tensor", "layer"))
 
     @property
     def grain(self) -> Grain:

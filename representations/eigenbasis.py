@@ -14,8 +14,10 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import PIECE, Evidence, Inputs, OneHot, Outer
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
+from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import Kron, apply_factors
+from gradmaker.representations.kronecker import Kron
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -47,8 +49,7 @@ class Eigenbasis(Representation):
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
-            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        check_count("basis_interval", self.basis_interval, 1)
         self._kron()
 
     def _kron(self) -> Kron:

@@ -50,9 +50,9 @@ class GaussianGraph(Representation):
 
     def __post_init__(self) -> None:
         if isinstance(self.structure, str) and self.structure not in ("bias", "full"):
-            raise ValueError(f"structure = {self.structure!r}: legal are 'bias', 'full', parents, or a function to parents")
+            raise ValueError(f"structure={self.structure!r}: expected bias, full, parents, or a function to parents")
         if self.structure == "bias" and self.whole:
-            raise ValueError("structure = 'bias' joins what lies in one layer: legal with whole=False")
+            raise ValueError("structure='bias': expected whole=False, since it joins what lies in one layer")
         if isinstance(self.structure, Sequence) and not isinstance(self.structure, str):
             object.__setattr__(self, "structure", tuple(tuple(p) for p in self.structure))
 

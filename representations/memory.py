@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair, SecantPair
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation, State
 
 __all__ = ["Pairs", "dot", "multiply", "ordered", "push", "unfilled"]
@@ -122,15 +123,11 @@ class Pairs(Representation):
     granularity: Literal["full", "layer"] = "full"
 
     def __post_init__(self) -> None:
-        if self.memory < 0:
-            raise ValueError(f"memory = {self.memory!r}: legal are non-negative integers")
-        if self.indefinite not in ("skip", "damp"):
-            raise ValueError(f"indefinite = {self.indefinite!r}: legal are 'skip', 'damp'")
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
+        check_count("memory", self.memory, 0)
+        check_choice("indefinite", self.indefinite, ("skip", "damp"))
+        check_choice("granularity", self.granularity, ("full", "layer"))
         for name in ("acceptance", "damping"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are non-negative numbers")
+            check_interval(name, getattr(self, name), 0, inf, closed=True)
 
     @property
     def grain(self) -> Grain:

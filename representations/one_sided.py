@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["OneSided", "ZeroHistory"]
@@ -53,8 +54,7 @@ class OneSided(Representation):
     def widen(self, state: State, P: Tensor) -> Tensor:
         """``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
         n = self.columns(state)
-        eye = torch.eye(n, dtype=P.dtype, device=P.device)
-        return torch.einsum("bij,kl->bikjl", P, eye).reshape(len(P), n * P.shape[1], -1)
+        return kronecker_product([P, torch.eye(n, dtype=P.dtype, device=P.device).expand(len(P), n, n)])
 
     def columns(self, state: State) -> int:
         """``n``."""

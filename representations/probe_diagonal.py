@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["ProbeDiagonal"]
@@ -34,8 +35,7 @@ class ProbeDiagonal(Representation):
     spatial: bool = False
 
     def __post_init__(self) -> None:
-        if self.statistic not in ("squares", "signed"):
-            raise ValueError(f"statistic = {self.statistic!r}: legal are 'squares', 'signed'")
+        check_choice("statistic", self.statistic, ("squares", "signed"))
 
     @property
     def grain(self) -> Grain:

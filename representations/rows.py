@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
 from gradmaker.representations.low_rank import Spanned
 
@@ -136,10 +137,8 @@ class Rows(Spanned):
     """More rows than this are refused: a system of that size is solved, in double precision."""
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows = {self.max_rows!r}: legal are integers of at least 1")
+        check_choice("granularity", self.granularity, ("full", "layer"))
+        check_count("max_rows", self.max_rows, 1)
 
     @property
     def grain(self) -> Grain:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, State
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.representations.rows import Part, Rows, chunks
@@ -47,8 +48,8 @@ class Sketched(Rows):
         super().__post_init__()
         for name, least in (("positions", 1), ("coordinates", 1), ("above", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} = {value!r}: legal are integers of at least {least}")
+            if value is not None:
+                check_count(name, value, least)
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         kept = {key: value for key, value in state.items() if key.startswith("sample.")}

@@ -125,7 +125,7 @@ def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> Gra
     """
     given = read_mapping(config)
     if "method" not in given:
-        raise ValueError(f"a config needs the key 'method'. Legal: {', '.join(METHODS)}")
+        raise ValueError(f"a config needs the key 'method': expected {', '.join(METHODS)}")
     name = given.pop("method")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method={name!r}: {did_you_mean(name, list(METHODS))}")

@@ -57,7 +57,7 @@ def _read(given: Any) -> Sharing | tuple[tuple[Rule, Sharing], ...]:
     legal = list(get_args(Sharing))
     if isinstance(given, str):
         if given not in legal:
-            raise ValueError(f"sharing={given!r}: {did_you_mean(given, legal)}, or a mapping from layers to these")
+            raise ValueError(f"sharing={given!r}: {did_you_mean(given, legal, ', or a mapping from layers to these')}")
         return given  # type: ignore[return-value]
     pairs = given.items() if isinstance(given, Mapping) else given
     try:

@@ -239,7 +239,7 @@ def test_parents_as_a_function_as_a_tuple_and_in_a_mapping() -> None:
 @pytest.mark.parametrize(
     "structure, sentence",
     [
-        ("star", "legal are 'bias', 'full', parents"),
+        ("star", "expected bias, full, parents"),
         ((*[()] * 11, (11,)), "entry 11 is an ancestor of itself"),
         ((*[()] * 10, (11,), (10,)), "entry 10 is an ancestor of itself"),
         ((*[()] * 11, (12,)), "the parents of entry 11"),
@@ -253,7 +253,7 @@ def test_wrong_parents_are_refused(structure: Any, sentence: str) -> None:
 
 
 def test_blocks_that_are_too_large_are_refused() -> None:
-    with pytest.raises(ValueError, match="legal with whole=False"):
+    with pytest.raises(ValueError, match="expected whole=False"):
         GaussianGraph("bias", whole=True)
     with pytest.raises(ValueError, match="name fewer parents"):
         GaussianGraph("full").init(Frame(1, (1000, 1), frozenset(), torch.float32, torch.device("cpu")))

@@ -310,7 +310,7 @@ def test_rotations_end_at_a_symmetric_factor(longest: float, order: int, drift: 
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"geometry = 'EP': legal are 'EQ', 'QEP', .*'PRO4P'"):
+    with pytest.raises(ValueError, match=r"geometry='EP': expected EQ, QEP, .*PRO4P"):
         KronQ(geometry="EP")
     for name in GEOMETRIES:
         if name == "EQ":
