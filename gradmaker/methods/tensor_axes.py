@@ -18,7 +18,10 @@ from gradmaker.solvers.rooting import Root, rooting
 
 __all__ = ["Averaging", "AxesGradientConfig", "HeldRootsGradientConfig", "RootedGradientConfig"]
 
+
 Averaging: TypeAlias = Literal["corrected", "plain", "raw"]
+
+
 APPLIED = {"bfloat16": torch.bfloat16, **DTYPES}
 
 
