@@ -8,13 +8,12 @@ from typing import Any, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.base import Curvature
-from gradmaker.options.suggestions import did_you_mean
 from gradmaker.representations import REPRESENTATIONS
 from gradmaker.representations.base import Representation
 from gradmaker.solvers import SOLVERS
 from gradmaker.solvers.base import Solver
 
-__all__ = ["Triple", "TripleError", "did_you_mean", "legality"]
+__all__ = ["Triple", "TripleError", "legality"]
 
 
 class TripleError(ValueError):

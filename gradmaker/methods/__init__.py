@@ -53,7 +53,7 @@ from gradmaker.methods.smw import SmwGaussNewtonGradientMaker, SmwNaturalGradien
 from gradmaker.methods.soap import EshampooGradientMaker, SoapGradientMaker
 from gradmaker.methods.tnt import TntGradientMaker
 from gradmaker.methods.tonga import TongaGradientMaker, TongaUnitGradientMaker
-from gradmaker.triple import did_you_mean
+from gradmaker.options.suggestions import did_you_mean
 
 __all__ = ["METHODS", "from_config"]
 

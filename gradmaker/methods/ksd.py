@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from gradmaker.config import check_choice
 from gradmaker.methods.matrix_free import MatrixFreeConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Implicit
 from gradmaker.solvers import (
