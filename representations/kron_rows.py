@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Inputs, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import apply_factors
 
@@ -28,7 +29,7 @@ class KronRows(Representation):
     There the positions are drawn; a representation draws no random numbers.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
     unstacked: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
@@ -71,7 +72,7 @@ class KronRows(Representation):
             _clear(state)
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        if isinstance(evidence, Inputs):
+        if evidence.kind == "inputs":
             _add_identity(state, outer, fold.share * evidence.counted)
         else:
             g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
