@@ -33,9 +33,6 @@ __all__ = [
     "ONE_BLOCK",
     "GradientConfig",
     "build",
-    "check_choice",
-    "check_count",
-    "check_interval",
     "read_mapping",
 ]
 

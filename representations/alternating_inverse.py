@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 from gradmaker.linalg.fallbacks import count_failures
@@ -53,7 +53,7 @@ class AlternatingInverse(Representation):
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     damping: float = 1e-8

@@ -16,7 +16,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.dense import Dense
 
@@ -42,7 +43,7 @@ class GaussianGraph(Representation):
     matrix", section 4; ``bias``: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2 and definition 6.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint)
 
     structure: Literal["bias", "full"] | Parents | Callable[[tuple[int, ...]], Sequence[Sequence[int]]] = "bias"
     whole: bool = False

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
@@ -110,7 +110,7 @@ class InverseDims(Representation):
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     denominator: Denominator = "exact"

@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, Pair, kinds
 from gradmaker.linalg.eigen import add_ridge, symmetrise
 from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.mode_products import kronecker_product
@@ -80,7 +81,7 @@ class KronPairs(Representation):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, algorithm 1; the authors' code (averages, limits).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
+    takes: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
 
     damping: float = 0.3
     pairs: int | None = None

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Inputs, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
@@ -29,7 +30,7 @@ class KronRows(Representation):
     There the positions are drawn; a representation draws no random numbers.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
     unstacked: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
@@ -70,7 +71,7 @@ class KronRows(Representation):
             _clear(state)
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        if isinstance(evidence, Inputs):
+        if evidence.kind == "inputs":
             _add_identity(state, outer, fold.share * evidence.counted)
         else:
             g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)

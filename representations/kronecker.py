@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Inputs, OneHot, Outer
-from gradmaker.curvature.factors import Factors
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.curvature.products import Factors
 from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.options.checks import check_choice, check_interval
@@ -38,7 +39,7 @@ class Kron(Representation):
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Factors, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Factors, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
@@ -71,7 +72,7 @@ class Kron(Representation):
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        alone = isinstance(evidence, Inputs)  # the identity is a mean as well: it does not add up
+        alone = evidence.kind == "inputs"  # the identity is a mean as well: it does not add up
         for rows, block in blocks(state[outer]):
             _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.share if alone else fold.alpha)
         if alone:
@@ -135,7 +136,7 @@ class KronDims(Representation):
     arXiv:2406.17748 (exponent 1).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     exponent: float | None = None

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
@@ -50,7 +50,7 @@ class KronSum(Representation):
     approximation for deep learning", section 3.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     p: int | None = 2

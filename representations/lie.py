@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
@@ -43,7 +43,7 @@ class _Fitted(Representation):
     A pair that is not finite, or whose ``h`` is zero throughout, says nothing: the members that it is for keep what they have.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Pair, Contrast)
+    takes: ClassVar[frozenset[Kind]] = kinds(Pair, (Pair, "noise_and_gradient"))
     inapplicable: ClassVar[dict[str, str]] = {"decay": "what is fitted takes a step a pair and averages none; set rate"}
 
     rate: float = 0.1
@@ -58,7 +58,7 @@ class _Fitted(Representation):
         old = {name: x.clone() for name, x in state.items()}
         v, h = (self.unfold(x) for x in (evidence.v, evidence.cv))
         self._start(state, v, h)
-        self.fit(state, v, h, independent=isinstance(evidence, Contrast))
+        self.fit(state, v, h, independent=evidence.kind == "noise_and_gradient")
         ok = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state.values()]).all(0)
         ok &= h.flatten(1).any(1)
         for name, x in state.items():

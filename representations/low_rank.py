@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State
 from gradmaker.representations.capabilities import LowRank
@@ -69,7 +69,7 @@ class Spanned(Representation):
 class _Stream(Spanned):
     """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; the Gram matrix gains a row a step."""
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     whole_layers: ClassVar[bool] = True
 
     def init(self, frame: Frame) -> State:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair, SecantPair
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Pair, kinds
 from gradmaker.linalg.inner_products import member_dots
 from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation, State
@@ -107,7 +107,7 @@ class Pairs(Representation):
     Reference: Liu, Nocedal, Math. Programming 1989; Powell 1978; Nocedal, Wright 2006, procedure 18.2.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
+    takes: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
     whole_layers: ClassVar[bool] = True
     immediate: ClassVar[bool] = True
     inapplicable = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH

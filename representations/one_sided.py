@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, State, average
 
@@ -25,7 +25,7 @@ class OneSided(Representation):
     Reference: Xie et al., 2025, arXiv:2502.10273 (one-sided Shampoo); An et al., 2025, arXiv:2503.20762 (ASGO).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     @property

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.linalg.mode_products import apply_factors, mode_matrix
@@ -43,7 +43,7 @@ class RotatedDims(Representation):
     (eigenvalue-corrected Shampoo, ``tolerance``).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     basis_interval: int = 10

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.linalg.contraction import contract
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.options.checks import check_choice
@@ -30,7 +31,7 @@ class TensorNormal(Representation):
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient, Outer)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient, Outer)
     factored_axes: ClassVar[bool] = True
 
     granularity: Literal["layer", "tensor"] = "layer"

@@ -15,7 +15,7 @@ from gradmaker import METHODS, PreconditionedGradientMaker, Triple, from_config
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.curvature import BatchGradient, probe
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.rules import paths
 from gradmaker.representations import KronDims
 from gradmaker.representations.capabilities import Factored

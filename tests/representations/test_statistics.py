@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Gradient, Joint, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Gradient, Joint, Outer
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.representations.base import Fold, Frame, Representation, State
 from gradmaker.representations.dense import Dense
