@@ -8,7 +8,8 @@ from typing import Literal
 from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig, check_choice
 from gradmaker.curvature import LayerSecant
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronPairs
 from gradmaker.solvers import Apply
 from gradmaker.triple import Triple
@@ -49,7 +50,8 @@ class KbfgsGradientConfig(GradientConfig):
         return Triple(LayerSecant(), self._representation(), Apply())
 
 
-class KbfgsGradientMaker(PreconditionedGradientMaker):
+@register("kbfgs")
+class KbfgsGradientMaker(Preconditioned[KbfgsGradientConfig]):
     """K-BFGS as a gradient maker; see `KbfgsGradientConfig`."""
 
     Config = KbfgsGradientConfig
@@ -75,7 +77,8 @@ class KbfgsLGradientConfig(KbfgsGradientConfig):
         return KronPairs(self.damping, self.pairs, self.limited, self.secant_decay, form=self.output_damping)
 
 
-class KbfgsLGradientMaker(PreconditionedGradientMaker):
+@register("kbfgs_l")
+class KbfgsLGradientMaker(Preconditioned[KbfgsLGradientConfig]):
     """K-BFGS(L) as a gradient maker; see `KbfgsLGradientConfig`."""
 
     Config = KbfgsLGradientConfig

@@ -8,7 +8,8 @@ from typing import Literal
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import Secant
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Pairs
 from gradmaker.solvers import Apply
 from gradmaker.triple import Triple
@@ -47,7 +48,8 @@ class LbfgsGradientConfig(GradientConfig):
         return Triple(Secant(), self._representation(), Apply())
 
 
-class LbfgsGradientMaker(PreconditionedGradientMaker):
+@register("lbfgs")
+class LbfgsGradientMaker(Preconditioned[LbfgsGradientConfig]):
     """L-BFGS as a gradient maker; see `LbfgsGradientConfig`."""
 
     Config = LbfgsGradientConfig

@@ -8,7 +8,8 @@ from typing import Literal
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
 from gradmaker.curvature import BatchGradient
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Window
 from gradmaker.solvers import Gram
 from gradmaker.triple import Triple
@@ -41,7 +42,8 @@ class MfacGradientConfig(GradientConfig):
         return Triple(BatchGradient(), Window(size=self.window, scale=self.warmup), Gram(damping=self.damping))
 
 
-class MfacGradientMaker(PreconditionedGradientMaker):
+@register("mfac")
+class MfacGradientMaker(Preconditioned[MfacGradientConfig]):
     """M-FAC as a gradient maker; see `MfacGradientConfig`."""
 
     Config = MfacGradientConfig

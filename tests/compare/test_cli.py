@@ -12,8 +12,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner, Result
 
 from gradmaker import METHODS
-from gradmaker.compare import command
-from gradmaker.compare import cost as cost_module
+from gradmaker.compare import command, cost as cost_module
 
 SHORT = ["--epochs", "1", "--seeds", "1", "--threads", "1", "--hidden", "16", "--lr", "0.1"]
 

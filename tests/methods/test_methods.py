@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker import stacking
+from gradmaker import METHODS, from_config, stacking
 from gradmaker.config import GradientConfig
 from gradmaker.grafting import GRAFTINGS
 from gradmaker.maker import GradientMaker
-from gradmaker.methods import METHODS, from_config
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from tests import models, oracles
 from tests.models import CLASSES, Case
