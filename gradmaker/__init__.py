@@ -242,7 +242,7 @@ class _Moved:
         """The spec of a module that has moved; None for any other."""
         if name.partition(".")[0] != __name__:
             return None
-        from gradmaker.deprecations import moved_module
+        from gradmaker.options.deprecations import moved_module
 
         return moved_module(name)
 

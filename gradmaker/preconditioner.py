@@ -136,7 +136,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         raw = block.read()
         return None if raw is None or not block.cache else (block, block.solve(raw, self._started))
 
-    # ---------------------------------------------------------------- riding another loop
+    # ---------------------------------------------------------------- attached to a loop
     def attach(
         self,
         optimizer: Optimizer,

@@ -77,7 +77,7 @@ def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> Gra
     """
     given = read_mapping(config)
     if "method" not in given:
-        raise ValueError(f"a config needs the key 'method'. Legal: {', '.join(METHODS)}")
+        raise ValueError(f"a config needs the key 'method': expected {', '.join(METHODS)}")
     name = given.pop("method")
     make: Any = METHODS.find("method", name)
     maker: GradientMaker = make(model, build(make.Config, given, f"method {name!r}"))

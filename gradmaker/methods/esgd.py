@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import COVERS_ALL, check_count, check_interval
+from gradmaker.config import COVERS_ALL
 from gradmaker.curvature import HessianProbe
 from gradmaker.methods.hessian_probes import HessianProbeConfig
+from gradmaker.options.checks import check_count, check_interval
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import ProbeDiagonal
@@ -43,7 +44,7 @@ class EsgdGradientConfig(HessianProbeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_interval("damping", self.damping, 1e-300, float("inf"))
+        check_interval("damping", self.damping, 0, float("inf"))
         check_count("samples", self.samples, 1)
 
     def triple(self, site: Site) -> Triple | None:

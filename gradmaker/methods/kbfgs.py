@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import GradientConfig, check_choice
+from gradmaker.config import GradientConfig
 from gradmaker.curvature import LayerSecant
+from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronPairs

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.methods.weight_sharing import SharingGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.representations import Kron
 from gradmaker.solvers import Cholesky, Eigh, Solver

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_count
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, GaussNewton
 from gradmaker.curvature.hessian import Products
+from gradmaker.options.checks import check_count
 from gradmaker.representations import Implicit
 from gradmaker.triple import Triple
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Window

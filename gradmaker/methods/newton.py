@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice
+from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, Hessian
+from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, Diagonal

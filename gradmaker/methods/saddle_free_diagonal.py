@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import COVERS_ALL, ONE_BLOCK, check_choice, check_count, check_interval
+from gradmaker.config import COVERS_ALL, ONE_BLOCK
 from gradmaker.curvature import Hessian, HessianProbe
 from gradmaker.methods.hessian_probes import HessianProbeConfig
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, Diagonal, ProbeDiagonal
@@ -43,7 +44,7 @@ class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
     def __post_init__(self) -> None:
         check_choice("entries", self.entries, ["probes", "hessian", "absolute"])
         super().__post_init__()
-        check_interval("damping", self.damping, 1e-300, float("inf"))
+        check_interval("damping", self.damping, 0, float("inf"))
         check_count("samples", self.samples, 1)
 
     def inapplicable_options(self) -> dict[str, str]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import GradientConfig, check_count
+from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature, FisherEmp
+from gradmaker.options.checks import check_count
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Sketched

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import ONE_BLOCK, GradientConfig, check_count
+from gradmaker.config import ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, FisherEmp, FisherExact
+from gradmaker.options.checks import check_count
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Rows
