@@ -109,6 +109,7 @@ def moved_names(old: str) -> Callable[[str], Any]:
         if name.startswith("_") or not hasattr(found := import_module(new), name):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         _warn(f"{old}.{name} is {new}.{name} now; the earlier name goes with the next version")
-        return getattr(found, name)
+        value = vars(sys.modules[old])[name] = getattr(found, name)  # a ``from`` import asks twice, and gets one warning
+        return value
 
     return find
