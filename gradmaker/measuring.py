@@ -21,6 +21,7 @@ from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Terms
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.maker import GradientMaker
+from gradmaker.options.registry import METHODS
 from gradmaker.passes.batches import Batch, Batches, terms_of
 from gradmaker.passes.deferred import resolve
 from gradmaker.passes.graph import Graph
@@ -45,9 +46,6 @@ class MeasuringMaker(GradientMaker):
 
     def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
         super().__init__(model, config)
-        from gradmaker.methods import METHODS  # the registry names this class' subclasses
-
-        self._methods = METHODS
         self.plan = make_plan(model, self.config, METHODS)
         self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
         self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
@@ -213,7 +211,7 @@ class MeasuringMaker(GradientMaker):
 
     def plan_again(self, unseen: frozenset[str]) -> None:
         """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
-        plan = make_plan(self.model, self.config, self._methods, unseen)
+        plan = make_plan(self.model, self.config, METHODS, unseen)
         carry(self.plan.blocks, plan.blocks)
         self.adopt(plan, unseen)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from gradmaker.capture.model_checks import check_model, check_parameters, check_
 from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.options.registry import Method
 from gradmaker.options.rules import names, paths
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
@@ -20,9 +21,6 @@ from gradmaker.placement import Placement
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
-
-if TYPE_CHECKING:
-    from gradmaker.maker import GradientMaker
 
 __all__ = ["Plan", "PlanClocks", "make_plan"]
 
@@ -116,7 +114,7 @@ class PlanClocks:
 
 
 def make_plan(
-    model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]], unseen: Set[str] = frozenset()
+    model: nn.Module, config: GradientConfig, methods: Mapping[str, type[Method]], unseen: Set[str] = frozenset()
 ) -> Plan:
     """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient.
 
@@ -192,7 +190,7 @@ def _place(sites: list[Site], name: str, method: GradientConfig, common: Gradien
     return placements, rest
 
 
-def _fallback(config: GradientConfig, methods: dict[str, type[GradientMaker]]) -> GradientConfig | None:
+def _fallback(config: GradientConfig, methods: Mapping[str, type[Method]]) -> GradientConfig | None:
     if config.fallback not in methods or config.fallback == "custom":
         legal = [m for m in methods if m != "custom"]
         raise ValueError(f"fallback={config.fallback!r}: {did_you_mean(config.fallback, legal)}")

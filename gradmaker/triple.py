@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -82,7 +82,7 @@ def _places(curvature: Curvature | type[Curvature], representation: Representati
     return not (curvature.layerwise and representation.grain == "tensor")
 
 
-def _names(registry: dict[str, Any], fits: Any) -> str:
+def _names(registry: Mapping[str, Any], fits: Any) -> str:
     return ", ".join(name for name, part in registry.items() if fits(part)) or "none"
 
 

@@ -1,5 +1,6 @@
 """Solvers: how a preconditioned gradient is obtained."""
 
+from gradmaker.options.registry import Registry, register
 from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh, SignedDivision
 from gradmaker.solvers.apply import Apply
 from gradmaker.solvers.axis_mean import AxisMean
@@ -28,39 +29,38 @@ from gradmaker.solvers.rotated_division import RotatedDivision
 from gradmaker.solvers.svd_root import SvdRoot
 from gradmaker.solvers.truncated_cg import TruncatedCG
 
-SOLVERS: dict[str, type[Solver]] = {
-    s.__name__: s
-    for s in (
-        Cholesky,
-        Eigh,
-        NewtonRoot,
-        FactorWoodbury,
-        Rotate,
-        Gram,
-        CG,
-        Division,
-        AxisMean,
-        RotatedDivision,
-        PositiveRoot,
-        PolarFactor,
-        AbsoluteEigh,
-        LU,
-        AbsoluteDivision,
-        SignedDivision,
-        TruncatedCG,
-        Krylov,
-        Neumann,
-        DisplacedNeumann,
-        CurveBall,
-        Apply,
-        LocalRegression,
-        HigherOrder,
-        NewtonSchulz,
-        DenmanBeavers,
-        SvdRoot,
-        HeldRoot,
-    )
-}
+SOLVERS: Registry[type[Solver]] = Registry("solver", Solver)
+for _part in (
+    Cholesky,
+    Eigh,
+    NewtonRoot,
+    FactorWoodbury,
+    Rotate,
+    Gram,
+    CG,
+    Division,
+    AxisMean,
+    RotatedDivision,
+    PositiveRoot,
+    PolarFactor,
+    AbsoluteEigh,
+    LU,
+    AbsoluteDivision,
+    SignedDivision,
+    TruncatedCG,
+    Krylov,
+    Neumann,
+    DisplacedNeumann,
+    CurveBall,
+    Apply,
+    LocalRegression,
+    HigherOrder,
+    NewtonSchulz,
+    DenmanBeavers,
+    SvdRoot,
+    HeldRoot,
+):
+    register(_part)
 
 __all__ = [
     "CG",

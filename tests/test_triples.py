@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker import METHODS, from_config
+from gradmaker import METHODS, from_config, register
 from gradmaker.curvature import CURVATURES, BatchGradient, Curvature, FisherEmp, FisherExact
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import REPRESENTATIONS, Dense, Diagonal, Kron, KronDims, Representation, Window
@@ -164,26 +164,16 @@ def refusal_of(*parts: Any) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def in_order() -> Iterator[None]:
-    """Both registries as they were, in their order: what monkeypatch puts back, it puts last."""
-    before = [(registry, dict(registry)) for registry in (SOLVERS, CURVATURES)]
-    yield
-    for registry, parts in before:
-        registry.clear()
-        registry.update(parts)  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("in_order")
+@pytest.mark.usefixtures("registrations")
 def test_sentences_are_computed_from_the_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_solver, wrong_curvature = (BatchGradient(), Diagonal(), Cholesky()), (BatchGradient(), Kron(), Cholesky())
     assert refusal_of(*wrong_solver).endswith(": CG, Division, AbsoluteDivision, SignedDivision")
     assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherMC, FisherEmp, FisherRecursive, FisherForward")
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton")
-    monkeypatch.setitem(SOLVERS, "Another", Another)
-    monkeypatch.delitem(SOLVERS, "CG")
-    monkeypatch.delitem(CURVATURES, "FisherMC")
-    monkeypatch.setitem(CURVATURES, "Indefinite", Indefinite)
+    monkeypatch.delitem(SOLVERS.entries, "CG")
+    monkeypatch.delitem(CURVATURES.entries, "FisherMC")
+    register(Another)
+    register(Indefinite)
     assert refusal_of(*wrong_solver).endswith(": Division, AbsoluteDivision, SignedDivision, Another")
     assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherEmp, FisherRecursive, FisherForward")
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton, Indefinite")

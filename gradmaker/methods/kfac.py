@@ -9,6 +9,7 @@ from gradmaker.capture.sites import Site
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.methods.weight_sharing import SharingGradientConfig
 from gradmaker.options.checks import check_choice
+from gradmaker.options.registry import register
 from gradmaker.representations import Kron
 from gradmaker.solvers import Cholesky, Eigh, Solver
 from gradmaker.triple import Triple
@@ -40,7 +41,8 @@ class KfacGradientConfig(SharingGradientConfig):
         return Triple(self.fisher, Kron(sharing=self.sharing_of(site), wide_sides=self.wide_sides), solver)
 
 
-class KfacGradientMaker(TrustRegionGradientMaker):
+@register("kfac")
+class KfacGradientMaker(TrustRegionGradientMaker[KfacGradientConfig]):
     """K-FAC as a gradient maker; see `KfacGradientConfig`."""
 
     Config = KfacGradientConfig

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmaker import METHODS
 from gradmaker.curvature import FisherEmp, FisherExact
-from gradmaker.methods import METHODS
 from gradmaker.reports.spectrum import hvp
 
 pytestmark = pytest.mark.usefixtures("double")
