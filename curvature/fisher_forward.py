@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import LazyEvidence
 
@@ -51,9 +51,9 @@ class FisherForward(Curvature):
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     @property
-    def uses_main_backward(self) -> bool:
-        """Nothing is pulled back: the recorded forward pass is read when the ordinary backward pass is through."""
-        return True
+    def needs(self) -> frozenset[Need]:
+        """No vjp: the recorded forward pass is read when the ordinary backward pass is through."""
+        return frozenset({"calls", "main_backward"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         assert step.output_gradients is not None

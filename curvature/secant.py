@@ -7,7 +7,6 @@ it has nothing to complete: that one pair is left out after loading.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, kinds
+from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, PairKind, kinds
 from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.roles import OfSecants
 
 if TYPE_CHECKING:
     from gradmaker.capture.sites import Site
@@ -36,26 +36,22 @@ class Sums(NamedTuple):
     weights: Tensor | None = None  # as in `Outer`, of the first time
 
 
-class _Lazy(Curvature):
-    """Evidence about the step before."""
+NO_OPTIONS = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
-    inapplicable = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
-    @property
-    def asks(self) -> frozenset[str]:
-        return frozenset({"previous"})
+def _completed(step: Step) -> dict[str, Evidence]:
+    """The secants of the step before, now that they are known."""
+    pairs = step.previous.pairs if step.previous is not None else None
+    return {} if pairs is None else {s.name: pairs[s.name] for s in step.sites if s.name in pairs}
 
-    @abstractmethod
-    def secants(self, step: Step) -> dict[str, Evidence]:
-        """Of ``step.previous``, by site, with the weights as they are now."""
 
-    def _completed(self, step: Step) -> dict[str, Evidence]:
-        pairs = step.previous.pairs if step.previous is not None else None
-        return {} if pairs is None else {s.name: pairs[s.name] for s in step.sites if s.name in pairs}
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: PairKind) -> Pair:
+    zeros = torch.zeros(shape, dtype=dtype, device=device)
+    return Pair(zeros, zeros.clone(), kind)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Secant(_Lazy):
+class Secant(OfSecants):
     """``s = theta_(t+1) - theta_t`` and ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``, both on batch ``t``.
 
     One more forward and backward pass a step. Gradients are passed on as well: they say how long a first step should be, and
@@ -64,12 +60,16 @@ class Secant(_Lazy):
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
 
-    inapplicable = _Lazy.inapplicable | NO_CALLS
+    inapplicable = NO_OPTIONS | NO_CALLS
     gives: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
     layerwise: ClassVar[bool] = False
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"previous"})
+
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        yield self._completed(step)
+        yield _completed(step)
         earlier, found = step.earlier(), dict[str, Evidence]()
         for site in step.sites:
             gradients = {p: _sum(p.grad, earlier.get(p)) for p in site.parameters.values()}
@@ -77,6 +77,9 @@ class Secant(_Lazy):
                 g = site.lay_out(gradients).to(step.statistics_dtype(site))
                 found[site.name] = Gradient(g, kind="initial_scaling")
         yield found
+
+    def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
+        return _zeros(site.shape, dtype, device, "secant")
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         previous = step.previous
@@ -107,7 +110,7 @@ def _difference(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSecant(_Lazy):
+class LayerSecant(OfSecants):
     """For each layer the inputs of this batch, and the secant of its mean output ``s`` and mean output gradient ``g``.
 
     ``s = mean_nr W a_nr`` over the positions that count, and ``g = (1/R) sum_nr dL/ds_nr`` for ``R`` sharing positions: for a
@@ -119,10 +122,12 @@ class LayerSecant(_Lazy):
 
     gives: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
 
+    inapplicable = NO_OPTIONS
+
     @property
-    def uses_main_backward(self) -> bool:
+    def needs(self) -> frozenset[Need]:
         """The output gradients before the step are those of the ordinary backward pass."""
-        return True
+        return frozenset({"calls", "main_backward", "previous"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         assert step.output_gradients is not None
@@ -134,10 +139,10 @@ class LayerSecant(_Lazy):
             found[site.name] = paired = replace(pairs, kind="with_secants")
             step.notes[site.name] = _sums(site, paired)
         yield found
-        yield self._completed(step)
+        yield _completed(step)
 
-    def secant_shape(self, site: Site) -> tuple[int, ...]:
-        return site.shape[:2]  # (G, o)
+    def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
+        return _zeros(site.shape[:2], dtype, device, "output_secant")  # (G, o)
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         assert step.previous is not None
