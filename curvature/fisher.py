@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ from gradmaker.curvature.alone import examples_alone
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.likelihood import LIKELIHOODS, Terms
 from gradmaker.loss.weights import numbers
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
 
 __all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 

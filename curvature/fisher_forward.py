@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -12,9 +12,7 @@ from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import LazyEvidence
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.step import Step
 
 __all__ = ["FisherForward"]
 

@@ -9,28 +9,26 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
 from gradmaker.curvature.evidence import WHOLE, Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import FisherEmp, FisherMC
 from gradmaker.curvature.layer_factors import layer_factors
 from gradmaker.curvature.products import Layers, Product
 from gradmaker.curvature.roles import OfProducts
+from gradmaker.curvature.step import Step
+from gradmaker.passes.batches import Batch
+from gradmaker.passes.graph import Graph, Vectors
+from gradmaker.passes.replay import Replay
 from gradmaker.passes.vectors import Layout
 from gradmaker.reentrant import refuse_scripted
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
-    from gradmaker.passes.batches import Batch
-    from gradmaker.passes.graph import Graph, Vectors
-    from gradmaker.passes.replay import Replay
 
 __all__ = [
     "GaussNewton",

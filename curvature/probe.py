@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvatu
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.step import Step
 from gradmaker.linalg.real_pairs import real_shape, write_real
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
 
 __all__ = ["GradientProbe", "HessianProbe"]
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.rules.calls import Call
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION
 from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.curvature.roles import Watching
+from gradmaker.curvature.step import Step
 from gradmaker.loss.likelihood import Terms
-
-if TYPE_CHECKING:
-    from gradmaker.capture.rules.layers import Call
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
 
 __all__ = ["FisherRecursive", "break_of_chain", "find_chain"]
 

@@ -9,31 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, PairKind, kinds
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.curvature.roles import OfSecants
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Pass, Step
+from gradmaker.curvature.step import LayerSums, Pass, Step
 
 __all__ = ["LayerSecant", "Secant"]
-
-
-class Sums(NamedTuple):
-    """Of a layer in a pass."""
-
-    outputs: Tensor  # (G, o) over the positions that count, less a bias that is not trained
-    gradients: Tensor  # (G, o) over examples, of the mean over positions
-    counted: int | Tensor  # positions
-    weights: Tensor | None = None  # as in `Outer`, of the first time
 
 
 NO_OPTIONS = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
@@ -146,14 +135,14 @@ class LayerSecant(OfSecants):
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         assert step.previous is not None
-        before: dict[str, Sums] = {}
-        after: dict[str, Sums] = {}
+        before: dict[str, LayerSums] = {}
+        after: dict[str, LayerSums] = {}
         for each in step.previous.passes:
             _gather(before, each.notes, each.weight)
             _gather(after, self._again(step, each), each.weight)
         return {k: _change(before[k], now) for k, now in after.items()}
 
-    def _again(self, step: Step, made: Pass) -> dict[str, Sums]:
+    def _again(self, step: Step, made: Pass) -> dict[str, LayerSums]:
         """What a pass would note now."""
         sites = [s for s in step.sites if s.name in made.notes]
         tape = step.tape.again(m for s in sites for m in s.modules)
@@ -162,7 +151,7 @@ class LayerSecant(OfSecants):
             _, loss = made.replay.run()
             tape.end_forward([loss])
             vjps = VJPs(tape.vjp([loss], [torch.ones_like(loss).unsqueeze(0)]))
-        found: dict[str, Sums] = {}
+        found: dict[str, LayerSums] = {}
         for site in sites:
             if site.fired(tape):
                 pairs = outer(site, tape, vjps, None, step.statistics_dtype(site)).regrouped(tape.batch)
@@ -171,23 +160,23 @@ class LayerSecant(OfSecants):
         return found
 
 
-def _change(before: Sums, now: Sums) -> Pair:
+def _change(before: LayerSums, now: LayerSums) -> Pair:
     """From the positions and the loss of a step to the same, later."""
     total = torch.as_tensor(now.counted, dtype=now.outputs.dtype, device=now.outputs.device).clamp(min=1)
     return Pair((now.outputs - before.outputs) / total, now.gradients - before.gradients, "output_secant")
 
 
-def _gather(total: dict[str, Sums], found: Mapping[str, Sums], weight: float) -> None:
+def _gather(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:
     """Add what a pass has found of its loss, which has this weight in that of the step."""
     for name, (s, g, n, _) in found.items():
-        s0, g0, n0, _ = total.get(name, Sums(torch.zeros_like(s), torch.zeros_like(g), 0))
-        total[name] = Sums(s0 + s, g0 + weight * g, n0 + n)
+        s0, g0, n0, _ = total.get(name, LayerSums(torch.zeros_like(s), torch.zeros_like(g), 0))
+        total[name] = LayerSums(s0 + s, g0 + weight * g, n0 + n)
 
 
 @torch.no_grad()
-def _sums(site: Site, paired: Outer) -> Sums:
+def _sums(site: Site, paired: Outer) -> LayerSums:
     """Outputs and output gradients of a pass."""
     a = paired.total()
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
     s = (site.lay_out(weights).to(a.dtype) @ a.unsqueeze(-1)).squeeze(-1)
-    return Sums(s, paired.gradients.sum((0, 2, 3)) / paired.gradients.shape[3], paired.counted, paired.weights)
+    return LayerSums(s, paired.gradients.sum((0, 2, 3)) / paired.gradients.shape[3], paired.counted, paired.weights)

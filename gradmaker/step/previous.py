@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradmaker.curvature.evidence import Evidence, Pair
 from gradmaker.curvature.roles import OfSecants
-from gradmaker.curvature.step import Pass, Previous
+from gradmaker.curvature.step import LayerSums, Pass, Previous
 from gradmaker.passes.replay import Replay
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["bookmark", "complete", "dump_secants", "load_secants"]
 
 
-def bookmark(maker: MeasuringMaker, replay: Replay, weight: float, notes: dict[str, Any]) -> Previous:
+def bookmark(maker: MeasuringMaker, replay: Replay, weight: float, notes: dict[str, LayerSums]) -> Previous:
     """The step that is under way, with the pass that has just been measured.  weight: its share in the loss"""
     parameters = [p for p in maker.model.parameters() if p.requires_grad]
     made = Pass(replay, weight, notes)
