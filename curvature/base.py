@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, TypeAlias
 
-from gradmaker.curvature.evidence import Evidence, Kind
+from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
 from gradmaker.curvature.step import Step
 
 __all__ = ["NO_CALLS", "NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature", "Need"]
@@ -36,13 +36,16 @@ class Curvature(ABC):
     """
 
     gives: ClassVar[frozenset[Kind]]
-    """The evidence that `measure` yields, by class and kind."""
+    """The evidence that `measure` yields, by class and kind, as `kinds` makes it."""
     definite: ClassVar[bool] = True
     """Whether ``C`` is positive semidefinite by construction."""
     layerwise: ClassVar[bool] = True
     """Whether the evidence is that of layers: it speaks of their inputs and output gradients."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this curvature, with the reason and a way out: configs refuse them."""
+
+    def __init_subclass__(cls) -> None:
+        check_kinds(cls, "gives")
 
     @property
     def needs(self) -> frozenset[Need]:

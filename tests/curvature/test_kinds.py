@@ -41,6 +41,15 @@ def test_a_kind_that_a_class_does_not_have_is_refused() -> None:
         kinds((Outer, "secant"))
 
 
+@pytest.mark.parametrize("declared", [(Gradient,), frozenset({Gradient}), Gradient])
+def test_a_declaration_of_another_form_is_refused(declared: Any) -> None:
+    for base, name in ((Curvature, "gives"), (Representation, "takes")):
+        with pytest.raises(
+            ValueError, match=rf"Mine\.{name}=.*: expected what kinds\(\) makes, as in {name} = kinds\(Gradient\)"
+        ):
+            type("Mine", (base,), {name: declared})
+
+
 @pytest.mark.parametrize("name", CURVATURES)
 def test_what_is_given_is_what_is_declared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No less and no more, over three steps."""
