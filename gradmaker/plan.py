@@ -13,6 +13,7 @@ from gradmaker.capture.model_checks import check_model, check_parameters, check_
 from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.curvature.base import Need
 from gradmaker.options.registry import Method
 from gradmaker.options.rules import names, paths
 from gradmaker.options.suggestions import did_you_mean
@@ -71,9 +72,9 @@ class Plan:
         if passes := self.curvatures(of_passes=True):
             refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
-    def asks(self, what: str, due: Collection[str] | None = None) -> bool:
-        """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
-        return any(what in b.triple.curvature.asks for b in self.measured(due))
+    def asks(self, what: Need, due: Collection[str] | None = None) -> bool:
+        """Whether any curvature needs this."""
+        return any(what in b.triple.curvature.needs for b in self.measured(due))
 
 
 class PlanClocks:
@@ -147,7 +148,7 @@ def make_plan(
         placements += more
         used |= {"fallback": fallback} if more else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
-    check_watched(p.site for p in placements if p.triple.curvature.recorded)
+    check_watched(p.site for p in placements if "calls" in p.triple.curvature.needs)
     blocks = build_blocks(placements)
     kept = ignored | {p for s in rest for p in s.parameters.values()}
     own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.roles import OfProducts
 from gradmaker.representations import REPRESENTATIONS
 from gradmaker.representations.base import Representation
 from gradmaker.solvers import SOLVERS
@@ -65,9 +66,10 @@ def _unsolvable(curvature: Curvature, representation: Representation, solver: So
         return f"{s} needs a representation with the capability {solver.needs.__name__}, and {r} is not one"
     if solver.definite and not curvature.definite:
         return f"{s} needs a positive semidefinite matrix, and {c} need not be one"
-    if solver.steady and not curvature.steady:
+    if solver.steady and isinstance(curvature, OfProducts) and not curvature.steady:
         return f"{s} needs one and the same matrix throughout a solve, and {c}(fresh=True) draws another for every product"
-    unread = [name for name in curvature.auxiliary if name not in solver.reads]
+    auxiliary = curvature.auxiliary if isinstance(curvature, OfProducts) else ()
+    unread = [name for name in auxiliary if name not in solver.reads]
     if unread:
         return f"{c}({unread[0]}=True) measures {unread[0]} that {s} does not read"
     return solver.refuse(representation)

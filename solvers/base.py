@@ -54,7 +54,7 @@ class Solver(ABC):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What it makes use of beside ``C``: names as in `Curvature.auxiliary`."""
+        """What it makes use of beside ``C``: names as in `OfProducts.auxiliary`."""
         return frozenset()
 
     @property

@@ -102,7 +102,7 @@ def test_table_names_every_part() -> None:
 
 @pytest.mark.parametrize("row", LEGAL, ids="-".join)
 def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
-    late = "previous" in CURVATURES[row[0]]().asks  # says nothing of the first step
+    late = "previous" in CURVATURES[row[0]]().needs  # says nothing of the first step
     for lr in (1e-2, 1e-1, 1e-3, 1.0, 1e-4):
         case = models.mlp()
         maker = from_config(case.model, mapping(*row))
