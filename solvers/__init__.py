@@ -3,7 +3,7 @@
 from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh, SignedDivision
 from gradmaker.solvers.apply import Apply
 from gradmaker.solvers.axis_mean import AxisMean
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import AnySolver, Solver
 from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
 from gradmaker.solvers.curveball import CurveBall
@@ -28,7 +28,7 @@ from gradmaker.solvers.rotated_division import RotatedDivision
 from gradmaker.solvers.svd_root import SvdRoot
 from gradmaker.solvers.truncated_cg import TruncatedCG
 
-SOLVERS: dict[str, type[Solver]] = {
+SOLVERS: dict[str, type[AnySolver]] = {
     s.__name__: s
     for s in (
         Cholesky,
@@ -69,6 +69,7 @@ __all__ = [
     "AbsoluteDivision",
     "AbsoluteEigh",
     "AdaptiveDamping",
+    "AnySolver",
     "Apply",
     "AxisMean",
     "Cholesky",

@@ -10,7 +10,7 @@ from gradmaker.curvature import BatchGradient, Curvature
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, Representation
 from gradmaker.representations.base import NEWEST_ALONE
-from gradmaker.solvers import Division, Solver
+from gradmaker.solvers import AnySolver, Division
 from gradmaker.triple import Triple
 
 __all__ = ["CustomGradientConfig", "CustomGradientMaker"]
@@ -26,7 +26,7 @@ class CustomGradientConfig(GradientConfig):
 
     curvature: Curvature = BatchGradient()
     representation: Representation = Diagonal()
-    solver: Solver = Division()
+    solver: AnySolver = Division()
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]

@@ -14,7 +14,7 @@ from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Kron, KronDims, RootKronDims
 from gradmaker.schedule import Schedule
-from gradmaker.solvers import Cholesky, Eigh, Solver
+from gradmaker.solvers import AnySolver, Cholesky, Eigh
 from gradmaker.triple import Triple
 
 __all__ = [
@@ -43,7 +43,7 @@ class KfacGradientConfig(SharingGradientConfig):
         check_choice("split", self.split, ["pi", "exact"])
 
     def layer(self, site: Site) -> Triple:
-        solver: Solver = Cholesky(damping=self.damping, split="pi")
+        solver: AnySolver = Cholesky(damping=self.damping, split="pi")
         if self.split == "exact":
             solver = Eigh(power=-1.0, damping=self.damping, split="exact")
         return Triple(self.fisher, Kron(sharing=self.sharing_of(site), wide_sides=self.wide_sides), solver)
