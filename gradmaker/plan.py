@@ -63,7 +63,7 @@ class Plan:
         """What a batch of its own can be declared for."""
         found = {
             "curvature": self.asks("graph") or self.asks("replay"),
-            "search": any(b.triple.solver.searches for b in self.blocks),
+            "search": any("search" in b.triple.solver.asks for b in self.blocks),
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
 

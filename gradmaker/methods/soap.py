@@ -85,7 +85,7 @@ class EshampooGradientConfig(AxesGradientConfig):
             basis_interval=self.basis_interval,
             tracking=self.tracking,
             tolerance=self.tolerance,
-            order="basis_first",
+            sequence="basis_first",
             vectors=True,
         )
 
