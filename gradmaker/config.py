@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from gradmaker.block_options import BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
@@ -142,6 +143,20 @@ class GradientConfig(metaclass=RenamedOptions):
         """The rule of `grafting`, with `grafting_decay`."""
         rule = GRAFTINGS[self.grafting]
         return rule and rule.decaying(self.grafting_decay)
+
+    def block_options(self, method: str, common: GradientConfig) -> BlockOptions:
+        """What its blocks are told.  method: its name in the plan; common: the config whose options a fallback shares"""
+        return BlockOptions(
+            method=method,
+            decay=self.decay,
+            averaging=self.averaging,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            grafting=self.grafting_rule(),
+            max_dim=common.max_dim,
+            dtype=common.statistics_dtype(),
+            precision=self.precision(),
+        )
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:

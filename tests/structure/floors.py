@@ -31,6 +31,8 @@ FLOORS = (
             "triple",
             "plan",
             "blocks",
+            "block_options",
+            "gathering",
             "schedule",
             "grafting",
             "precision",
