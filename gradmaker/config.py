@@ -91,6 +91,8 @@ class GradientConfig(metaclass=RenamedOptions):
     joint_bias: ClassVar[bool] = True
     averaging: ClassVar[str] = "corrected"
     """What running averages of statistics are: see `RootedGradientConfig`, where it is an option."""
+    slow_part: ClassVar[bool] = False
+    """Whether `preconditioner_interval` is that of a slow part of statistics; blocks without one follow every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
     """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
     inapplicable: ClassVar[dict[str, str]] = {}
@@ -156,6 +158,7 @@ class GradientConfig(metaclass=RenamedOptions):
             max_dim=common.max_dim,
             dtype=common.statistics_dtype(),
             precision=self.precision(),
+            slow_part=self.slow_part,
         )
 
     @abstractmethod

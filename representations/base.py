@@ -121,8 +121,6 @@ class Representation(ABC):
     """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
     refreshes_in_update: ClassVar[bool] = False
     """Whether `update` calls `refresh` itself, where `Fold.refresh` says that it is due, as a paper's order has it."""
-    follows_measurements: ClassVar[bool] = False
-    """Whether a solver's cache is renewed after every measurement, not only when `refresh` is due: its spectrum is new."""
     whole_layers: ClassVar[bool] = False
     """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
     elementwise: ClassVar[bool] = False
@@ -138,6 +136,11 @@ class Representation(ABC):
     @property
     def groups(self) -> bool:
         """Whether the statistic depends on which rows of a pass are one example's, beyond the sum of their products."""
+        return False
+
+    @property
+    def follows_measurements(self) -> bool:
+        """Whether a solver's cache is renewed after every measurement, not only when `refresh` is due: its spectrum is new."""
         return False
 
     @property

@@ -17,7 +17,7 @@ import gradmaker as gm
 from gradmaker.config import GradientConfig
 from gradmaker.deprecations import RENAMED_OPTIONS
 
-EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False}
+EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False, "basis_interval": 7}
 BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}}
 
 
