@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Site:
         if self.view is not None:
             return self.view.read(next(iter(found.values())))
         pieces = [
-            g[self._rows(k)].reshape(self.shape[0], *piece) for (k, g), piece in zip(found.items(), self._pieces(), strict=True)
+            self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in zip(found.items(), self._pieces(), strict=True)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
@@ -88,11 +88,12 @@ class Site:
                 p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
                 self.view.write(as_real(p.grad), piece)
             else:
-                write_real(p.grad[self._rows(name)], piece)
+                write_real(self.part(name, p.grad), piece)
 
-    def _rows(self, name: str) -> Any:
-        """Which rows of a parameter lie in this block."""
-        return self.rows.get(name, ...)
+    def part(self, name: str, value: Tensor, lead: int = 0) -> Tensor:
+        """What of a tensor in a parameter's shape lies in this block, outputs first: a view.  # (*lead, *parameter)"""
+        own = value[(*[slice(None)] * lead, self.rows.get(name, ...))]
+        return own.mT if self.rule is not None and self.rule.inputs_first and own.ndim == lead + 2 else own
 
     def _pieces(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters inside one block."""

@@ -15,6 +15,7 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.rules.attention import ProjectionRule
 from gradmaker.capture.rules.calls import Call, Kind, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
+from gradmaker.capture.rules.named import NAMED_RULES
 from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
 
 __all__ = ["OPAQUE", "RULES", "Call", "Kind", "LayerRule", "Layout", "attends", "check_lookup", "rule_for", "to_examples"]
@@ -71,16 +72,13 @@ RULES: tuple[LayerRule, ...] = (
     GroupNormRule(),
     LayerNormRule(),
     RMSNormRule(),
+    *NAMED_RULES,
 )
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a module, or None: a subclass with a ``forward`` of its own is not the layer that it inherits from."""
-    for rule in RULES:
-        for kind in rule.types:
-            if isinstance(module, kind) and type(module).forward is kind.forward and rule.accepts(module):
-                return rule
-    return None
+    """The rule of a module, or None."""
+    return next((rule for rule in RULES if rule.knows(module) and rule.accepts(module)), None)
 
 
 def attends(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
