@@ -38,7 +38,6 @@ WANTED: dict[str, Any] = {
     "basis_interval": 5,  # where a method counts measured steps by itself: SOAP's basis turns in the seventh, which is step 12
     "warmup_steps": 0,
     "stagger": False,
-    "spread": False,
 }
 """Options, as far as a method has them."""
 READS = frozenset(

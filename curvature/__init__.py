@@ -1,13 +1,14 @@
 """Curvature matrices: what is measured."""
 
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Contrast, Evidence, Gradient, Inputs, Joint, OneHot, Outer, Pair, Product
-from gradmaker.curvature.factors import Factors
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
 from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
 from gradmaker.curvature.fisher_forward import FisherForward
 from gradmaker.curvature.gradient import BatchGradient, DisplacedGradient
 from gradmaker.curvature.hessian import GaussNewton, Hessian
 from gradmaker.curvature.probe import GradientProbe, HessianProbe
+from gradmaker.curvature.products import Factors, Product
 from gradmaker.curvature.recursive import FisherRecursive
 from gradmaker.curvature.sampled_gradient import SampledGradient
 from gradmaker.curvature.secant import LayerSecant, Secant
@@ -39,7 +40,6 @@ __all__ = [
     "BatchGradient",
     "Bernoulli",
     "Categorical",
-    "Contrast",
     "Curvature",
     "DisplacedGradient",
     "Evidence",
@@ -55,8 +55,8 @@ __all__ = [
     "GradientProbe",
     "Hessian",
     "HessianProbe",
-    "Inputs",
     "Joint",
+    "Kind",
     "LayerSecant",
     "Likelihood",
     "OneHot",
@@ -65,4 +65,5 @@ __all__ = [
     "Product",
     "SampledGradient",
     "Secant",
+    "kinds",
 ]

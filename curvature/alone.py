@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.capture.arrangement import Arrangement
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.tape import Tape
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.errors import SelfCheckWarning
 from gradmaker.loss.weights import numbers

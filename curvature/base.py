@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence import Evidence, Kind
 
 if TYPE_CHECKING:
     from gradmaker.capture.sites import Site
@@ -30,7 +30,7 @@ class Curvature(ABC):
     Subclasses are frozen dataclasses: equal curvatures of one maker are measured once.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]]
+    gives: ClassVar[frozenset[Kind]]
     """Evidence types that `measure` yields."""
     definite: ClassVar[bool] = True
     """Whether ``C`` is positive semidefinite by construction."""

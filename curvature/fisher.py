@@ -13,7 +13,7 @@ from torch import Tensor
 from gradmaker.capture.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 from gradmaker.curvature.alone import examples_alone
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.likelihood import LIKELIHOODS, Terms
@@ -51,7 +51,7 @@ class LazyEvidence(Mapping[str, Evidence]):
 class _CotangentFisher(Curvature):
     """A Fisher whose cotangents at the loss are pulled back in extra passes."""
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Outer)
     inapplicable = NO_REDUCTION
 
     def splits(self, step: Step) -> bool:
@@ -154,7 +154,7 @@ class FisherEmp(Curvature):
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Outer)
     examples: Literal["sequence", "token"] = "sequence"
 
     def __post_init__(self) -> None:

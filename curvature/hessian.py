@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
-from gradmaker.curvature.factors import Layers
+from gradmaker.curvature.evidence import WHOLE, Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import FisherEmp
 from gradmaker.curvature.layer_factors import layer_factors
+from gradmaker.curvature.products import Layers, Product
+from gradmaker.options.checks import check_choice
 from gradmaker.passes.vectors import Layout
 from gradmaker.reentrant import refuse_scripted
 
@@ -74,7 +75,7 @@ ADVICE = (
 class Products(Curvature):
     """Evidence ``v -> C v``: of all sites as one vector, and of every site alone."""
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Product,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Product)
     layerwise: ClassVar[bool] = False
 
     examples: int | None = None
@@ -304,8 +305,7 @@ def second_derivatives(product: str) -> Iterator[None]:
 
 def check_mode(mode: str) -> None:
     """Refuse what is none."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode={mode!r}: legal are {', '.join(map(repr, get_args(Mode)))}")
+    check_choice("mode", mode, get_args(Mode))
 
 
 def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:

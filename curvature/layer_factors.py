@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import OneHot, Outer
-from gradmaker.curvature.factors import Factors, Layers
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Outer
 from gradmaker.curvature.fisher import FisherMC
+from gradmaker.curvature.products import Factors, Layers
 
 if TYPE_CHECKING:
     from gradmaker.curvature.step import Step

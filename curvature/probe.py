@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.linalg.real_pairs import real_shape, write_real
 
@@ -35,7 +35,7 @@ class HessianProbe(Curvature):
     arXiv:1512.04202, section 3 (pairs, noise).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Pair)
     layerwise: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
@@ -105,7 +105,7 @@ class GradientProbe(Curvature):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Pooladzandi, Li, 2024, arXiv:2402.04553, section 3 (whitening).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Contrast,)
+    gives: ClassVar[frozenset[Kind]] = kinds((Pair, "noise_and_gradient"))
     layerwise: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
@@ -121,7 +121,7 @@ class GradientProbe(Curvature):
             if g is not None:
                 g = g.to(step.statistics_dtype(site))
                 v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
-                found[site.name] = Contrast(v, _lifted(step, f"lift {site.name}", g, self.lift))
+                found[site.name] = Pair(v, _lifted(step, f"lift {site.name}", g, self.lift), "noise_and_gradient")
         yield found
 
 

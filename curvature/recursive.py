@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence
-from gradmaker.curvature.factors import Factors
+from gradmaker.curvature.evidence import Evidence, Kind, kinds
+from gradmaker.curvature.products import Factors
 from gradmaker.loss.likelihood import Terms
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class FisherRecursive(Curvature):
     Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3 (KFRA).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Factors,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Factors)
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     chunk: int = 64

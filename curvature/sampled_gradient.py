@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.loss.likelihood import LIKELIHOODS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SampledGradient(Curvature):
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925, algorithm 2, which leaves out the factor ``M``.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Gradient)
     inapplicable = NO_REDUCTION
 
     samples: int = 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Opening, OutputPair, PairedInputs, SecantPair
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, kinds
 from gradmaker.curvature.layer_evidence import outer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Secant(_Lazy):
     """
 
     inapplicable = _Lazy.inapplicable | NO_CALLS
-    gives: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
+    gives: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
     layerwise: ClassVar[bool] = False
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
@@ -74,7 +74,8 @@ class Secant(_Lazy):
         for site in step.sites:
             gradients = {p: _sum(p.grad, earlier.get(p)) for p in site.parameters.values()}
             if any(g is not None for g in gradients.values()):
-                found[site.name] = Opening(site.lay_out(gradients).to(step.statistics_dtype(site)))
+                g = site.lay_out(gradients).to(step.statistics_dtype(site))
+                found[site.name] = Gradient(g, kind="initial_scaling")
         yield found
 
     def secants(self, step: Step) -> dict[str, Evidence]:
@@ -89,7 +90,7 @@ class Secant(_Lazy):
             if any(p in previous.gradients for p in site.parameters.values()):
                 weights: Mapping[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
                 s = _difference(step, site, weights, previous.weights)
-                found[site.name] = SecantPair(s, _difference(step, site, now, previous.gradients))
+                found[site.name] = Pair(s, _difference(step, site, now, previous.gradients), "secant")
         return found
 
 
@@ -116,7 +117,7 @@ class LayerSecant(_Lazy):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 3.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
+    gives: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
 
     @property
     def uses_main_backward(self) -> bool:
@@ -130,7 +131,7 @@ class LayerSecant(_Lazy):
         vjps = VJPs(step.output_gradients)
         for site in step.active():
             pairs = outer(site, step.tape, vjps, mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
-            found[site.name] = paired = PairedInputs(**vars(pairs))
+            found[site.name] = paired = replace(pairs, kind="with_secants")
             step.notes[site.name] = _sums(site, paired)
         yield found
         yield self._completed(step)
@@ -161,14 +162,14 @@ class LayerSecant(_Lazy):
             if site.fired(tape):
                 pairs = outer(site, tape, vjps, None, step.statistics_dtype(site)).regrouped(tape.batch)
                 counted = replace(pairs, weights=made.notes[site.name].weights)
-                found[site.name] = _sums(site, PairedInputs(**vars(counted)))
+                found[site.name] = _sums(site, counted)
         return found
 
 
-def _change(before: Sums, now: Sums) -> OutputPair:
+def _change(before: Sums, now: Sums) -> Pair:
     """From the positions and the loss of a step to the same, later."""
     total = torch.as_tensor(now.counted, dtype=now.outputs.dtype, device=now.outputs.device).clamp(min=1)
-    return OutputPair((now.outputs - before.outputs) / total, now.gradients - before.gradients)
+    return Pair((now.outputs - before.outputs) / total, now.gradients - before.gradients, "output_secant")
 
 
 def _gather(total: dict[str, Sums], found: Mapping[str, Sums], weight: float) -> None:
@@ -179,7 +180,7 @@ def _gather(total: dict[str, Sums], found: Mapping[str, Sums], weight: float) ->
 
 
 @torch.no_grad()
-def _sums(site: Site, paired: PairedInputs) -> Sums:
+def _sums(site: Site, paired: Outer) -> Sums:
     """Outputs and output gradients of a pass."""
     a = paired.total()
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}

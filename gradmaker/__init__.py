@@ -24,76 +24,36 @@ if TYPE_CHECKING:
     from gradmaker.errors import SelfCheckError, SelfCheckWarning
     from gradmaker.maker import GradientMaker, PlainGradientConfig
     from gradmaker.methods import METHODS, from_config
+    from gradmaker.methods.adagrad import AdagradGradientConfig, AdagradGradientMaker
+    from gradmaker.methods.adahessian import AdahessianGradientConfig, AdahessianGradientMaker
+    from gradmaker.methods.adam import AdamGradientConfig, AdamGradientMaker
+    from gradmaker.methods.caspr import CasprGradientConfig, CasprGradientMaker
     from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientConfig, CasprAdaptiveGradientMaker
+    from gradmaker.methods.curveball import CurveballGradientConfig, CurveballGradientMaker
     from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker
-    from gradmaker.methods.eigen_kronecker import (
-        EshampooGradientConfig,
-        EshampooGradientMaker,
-        SoapGradientConfig,
-        SoapGradientMaker,
-    )
-    from gradmaker.methods.elementwise import (
-        AdagradGradientConfig,
-        AdagradGradientMaker,
-        AdamGradientConfig,
-        AdamGradientMaker,
-    )
-    from gradmaker.methods.fisher_kronecker import (
-        EkfacGradientConfig,
-        EkfacGradientMaker,
-        KflrGradientConfig,
-        KflrGradientMaker,
-        KfraGradientConfig,
-        KfraGradientMaker,
-        SkfacGradientConfig,
-        SkfacGradientMaker,
-        TntGradientConfig,
-        TntGradientMaker,
-    )
+    from gradmaker.methods.ekfac import EkfacGradientConfig, EkfacGradientMaker
+    from gradmaker.methods.esgd import EsgdGradientConfig, EsgdGradientMaker
+    from gradmaker.methods.fang import FangGradientConfig, FangGradientMaker
     from gradmaker.methods.full_adagrad import FullAdagradGradientConfig, FullAdagradGradientMaker
-    from gradmaker.methods.inverse_kronecker import (
-        KlShampooGradientConfig,
-        KlShampooGradientMaker,
+    from gradmaker.methods.ggt import GgtGradientConfig, GgtGradientMaker
+    from gradmaker.methods.hessian_free import HessianFreeGradientConfig, HessianFreeGradientMaker
+    from gradmaker.methods.kbfgs import KbfgsGradientConfig, KbfgsGradientMaker, KbfgsLGradientConfig, KbfgsLGradientMaker
+    from gradmaker.methods.kfac import KfacGradientConfig, KfacGradientMaker
+    from gradmaker.methods.kflr import KflrGradientConfig, KflrGradientMaker
+    from gradmaker.methods.kfra import KfraGradientConfig, KfraGradientMaker
+    from gradmaker.methods.kl_shampoo import KlShampooGradientConfig, KlShampooGradientMaker
+    from gradmaker.methods.krad import (
         KradagradGradientConfig,
         KradagradGradientMaker,
         KradagradStarGradientConfig,
         KradagradStarGradientMaker,
     )
-    from gradmaker.methods.kronecker import (
-        KfacGradientConfig,
-        KfacGradientMaker,
-        ShampooGradientConfig,
-        ShampooGradientMaker,
-    )
-    from gradmaker.methods.low_rank import (
-        GgtGradientConfig,
-        GgtGradientMaker,
-        MfacGradientConfig,
-        MfacGradientMaker,
-        SengGradientConfig,
-        SengGradientMaker,
-        SmwGaussNewtonGradientConfig,
-        SmwGaussNewtonGradientMaker,
-        SmwNaturalGradientConfig,
-        SmwNaturalGradientMaker,
-        TongaGradientConfig,
-        TongaGradientMaker,
-        TongaUnitGradientConfig,
-        TongaUnitGradientMaker,
-    )
-    from gradmaker.methods.matrix_free import (
-        CurveballGradientConfig,
-        CurveballGradientMaker,
-        HessianFreeGradientConfig,
-        HessianFreeGradientMaker,
-        KsdGradientConfig,
-        KsdGradientMaker,
-        NewtonGradientConfig,
-        NewtonGradientMaker,
-        SaddleFreeGradientConfig,
-        SaddleFreeGradientMaker,
-    )
-    from gradmaker.methods.natural import (
+    from gradmaker.methods.ksd import KsdGradientConfig, KsdGradientMaker
+    from gradmaker.methods.lbfgs import LbfgsGradientConfig, LbfgsGradientMaker
+    from gradmaker.methods.lissa import LissaGradientConfig, LissaGradientMaker
+    from gradmaker.methods.mfac import MfacGradientConfig, MfacGradientMaker
+    from gradmaker.methods.muon import MuonGradientConfig, MuonGradientMaker
+    from gradmaker.methods.natural_gradient import (
         DiagonalNaturalGradientConfig,
         DiagonalNaturalGradientMaker,
         FullNaturalGradientConfig,
@@ -103,44 +63,36 @@ if TYPE_CHECKING:
         UnitNaturalGradientConfig,
         UnitNaturalGradientMaker,
     )
-    from gradmaker.methods.probes import (
-        AdahessianGradientConfig,
-        AdahessianGradientMaker,
-        EsgdGradientConfig,
-        EsgdGradientMaker,
+    from gradmaker.methods.neumann import (
+        NeumannGradientConfig,
+        NeumannGradientMaker,
+        NeumannPracticalGradientConfig,
+        NeumannPracticalGradientMaker,
+    )
+    from gradmaker.methods.newton import NewtonGradientConfig, NewtonGradientMaker
+    from gradmaker.methods.one_sided import OneSidedGradientConfig, OneSidedGradientMaker
+    from gradmaker.methods.psgd import (
         PsgdGradientConfig,
         PsgdGradientMaker,
         PsgdKfGradientConfig,
         PsgdKfGradientMaker,
         PsgdWhitenGradientConfig,
         PsgdWhitenGradientMaker,
-        SaddleFreeDiagonalGradientConfig,
-        SaddleFreeDiagonalGradientMaker,
     )
-    from gradmaker.methods.secants import (
-        KbfgsGradientConfig,
-        KbfgsGradientMaker,
-        KbfgsLGradientConfig,
-        KbfgsLGradientMaker,
-        LbfgsGradientConfig,
-        LbfgsGradientMaker,
+    from gradmaker.methods.saddle_free import SaddleFreeGradientConfig, SaddleFreeGradientMaker
+    from gradmaker.methods.saddle_free_diagonal import SaddleFreeDiagonalGradientConfig, SaddleFreeDiagonalGradientMaker
+    from gradmaker.methods.seng import SengGradientConfig, SengGradientMaker
+    from gradmaker.methods.shampoo import ShampooGradientConfig, ShampooGradientMaker
+    from gradmaker.methods.skfac import SkfacGradientConfig, SkfacGradientMaker
+    from gradmaker.methods.smw import (
+        SmwGaussNewtonGradientConfig,
+        SmwGaussNewtonGradientMaker,
+        SmwNaturalGradientConfig,
+        SmwNaturalGradientMaker,
     )
-    from gradmaker.methods.series import (
-        LissaGradientConfig,
-        LissaGradientMaker,
-        NeumannGradientConfig,
-        NeumannGradientMaker,
-        NeumannPracticalGradientConfig,
-        NeumannPracticalGradientMaker,
-    )
-    from gradmaker.methods.sparse_inverse import FangGradientConfig, FangGradientMaker
-    from gradmaker.methods.spectral import MuonGradientConfig, MuonGradientMaker
-    from gradmaker.methods.tensor_kronecker import (
-        CasprGradientConfig,
-        CasprGradientMaker,
-        OneSidedGradientConfig,
-        OneSidedGradientMaker,
-    )
+    from gradmaker.methods.soap import EshampooGradientConfig, EshampooGradientMaker, SoapGradientConfig, SoapGradientMaker
+    from gradmaker.methods.tnt import TntGradientConfig, TntGradientMaker
+    from gradmaker.methods.tonga import TongaGradientConfig, TongaGradientMaker, TongaUnitGradientConfig, TongaUnitGradientMaker
     from gradmaker.preconditioner import PreconditionedGradientMaker
     from gradmaker.triple import Triple, TripleError, legality
 

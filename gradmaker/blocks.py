@@ -134,14 +134,14 @@ class Block:
     def _joined(self, chunk: Mapping[str, Evidence]) -> Evidence:
         """All layers as one piece of evidence; a layer that took no part contributes zeros."""
         known = [chunk.get(s.name) for s in self.sites]
-        if any(isinstance(e, Gradient) for e in known):
-            return Gradient(self._flat([e.gradient if isinstance(e, Gradient) else None for e in known]))
-        if any(isinstance(e, Pair) for e in known):
+        like = next(e for e in known if e is not None)
+        if isinstance(like, Gradient):
+            return replace(like, gradient=self._flat([e.gradient if isinstance(e, Gradient) else None for e in known]))
+        if isinstance(like, Pair):
             pairs = [e if isinstance(e, Pair) else None for e in known]
             v, cv = ([None if e is None else getattr(e, part) for e in pairs] for part in ("v", "cv"))
-            kind = next(type(e) for e in pairs if e is not None)
-            return kind(self._flat(v), self._flat(cv))
-        like = next(e for e in known if isinstance(e, Outer))
+            return replace(like, v=self._flat(v), cv=self._flat(cv))
+        assert isinstance(like, Outer)
         k, _, n = like.gradients.shape[:3]
         return Joint(
             tuple(e if isinstance(e, Outer) else self._silent(s, k, n) for s, e in zip(self.sites, known, strict=True))

@@ -14,12 +14,12 @@ from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
 from gradmaker.options.rules import names, paths
+from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
-from gradmaker.triple import did_you_mean
 
 if TYPE_CHECKING:
     from gradmaker.maker import GradientMaker

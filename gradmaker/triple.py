@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
@@ -14,7 +13,7 @@ from gradmaker.representations.base import Representation
 from gradmaker.solvers import SOLVERS
 from gradmaker.solvers.base import Solver
 
-__all__ = ["Triple", "TripleError", "did_you_mean", "legality"]
+__all__ = ["Triple", "TripleError", "legality"]
 
 
 class TripleError(ValueError):
@@ -42,7 +41,7 @@ def refusal(curvature: Curvature, representation: Representation, solver: Solver
     """Why three parts do not fit, with what would; None if they do."""
     c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
     if not _feeds(curvature, representation):
-        gives, takes = (", ".join(t.__name__ for t in ts) for ts in (curvature.gives, representation.takes))
+        gives, takes = (", ".join(sorted(map(str, kinds))) for kinds in (curvature.gives, representation.takes))
         fits = _names(CURVATURES, lambda part: _feeds(part, representation) and _places(part, representation))
         return f"{r} is built from {takes}, but {c} gives {gives}. Curvatures that fit {r}: {fits}"
     if not _places(curvature, representation):
@@ -75,7 +74,7 @@ def _unsolvable(curvature: Curvature, representation: Representation, solver: So
 
 
 def _feeds(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
-    return set(curvature.gives) <= set(representation.takes)
+    return curvature.gives <= representation.takes
 
 
 def _places(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
@@ -102,10 +101,3 @@ def _granularities() -> Iterator[tuple[str, Representation]]:
             yield name, make()
         for grain in grains:
             yield f"{name}({grain})", make(granularity=grain)  # type: ignore[call-arg]
-
-
-def did_you_mean(given: object, legal: list[str]) -> str:
-    """The close match, if any, and all that is legal."""
-    close = get_close_matches(str(given), legal, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Legal: {', '.join(legal)}"

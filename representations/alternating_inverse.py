@@ -6,19 +6,20 @@ Letters: ``L_k`` the factor of axis ``k``, ``P_k = L_k^(1/2)`` as of its last re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
+from math import inf, isqrt
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 from gradmaker.linalg.fallbacks import count_failures
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
 
@@ -52,7 +53,7 @@ class AlternatingInverse(Representation):
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     damping: float = 1e-8
@@ -62,14 +63,13 @@ class AlternatingInverse(Representation):
     plain: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
-            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping = {self.damping!r}: legal are non-negative numbers")
-        if self.start is not None and not self.start > 0:
-            raise ValueError(f"start = {self.start!r}: legal are positive numbers, or None")
-        if not isinstance(self.plain, int) or self.plain < 0 or (self.plain and not self.published):
-            raise ValueError(f"plain = {self.plain!r}: legal are integers of at least 0, beside published=True")
+        check_count("basis_interval", self.basis_interval, 1)
+        check_interval("damping", self.damping, 0, inf, closed=True)
+        if self.start is not None:
+            check_interval("start", self.start, 0, inf, hint=", or None")
+        check_count("plain", self.plain, 0)
+        if self.plain and not self.published:
+            raise ValueError(f"plain={self.plain!r}: expected 0 beside published=False")
 
     @property
     def grain(self) -> Grain:
@@ -167,7 +167,7 @@ class AlternatingInverse(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh."""
-        return expand([self._root(state, axis, -1.0) for axis in self._axes(state)])
+        return kronecker_product([self._root(state, axis, -1.0) for axis in self._axes(state)])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         factors = [self._root(state, axis, -1.0) for axis in self._axes(state)]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence import Evidence, Kind
 from gradmaker.linalg.state import State
 
 __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "State", "average"]
@@ -91,7 +91,7 @@ def average(total: Tensor, mass: Tensor) -> Tensor:
 class Representation(ABC):
     """A way of holding ``C`` for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
 
-    takes: ClassVar[tuple[type[Evidence], ...]]
+    takes: ClassVar[frozenset[Kind]]
     """Evidence types that `update` understands."""
 
     factored_axes: ClassVar[bool] = False

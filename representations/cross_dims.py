@@ -6,17 +6,19 @@ Letters: ``S_k`` the factor of axis ``k``, ``d_k`` its length, ``D`` the number 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again
 from gradmaker.linalg.fallbacks import count_failures, is_empty
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["CrossDims"]
 
@@ -32,7 +34,7 @@ class CrossDims(Representation):
     Reference: Lin et al. 2025, arXiv:2509.03378, KL-Shampoo.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     basis_interval: int = 10
@@ -40,11 +42,9 @@ class CrossDims(Representation):
     floor: float = 1e-8
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
-            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        check_count("basis_interval", self.basis_interval, 1)
         for name in ("start", "floor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are positive numbers")
+            check_interval(name, getattr(self, name), 0, inf)
 
     @property
     def grain(self) -> Grain:
@@ -105,7 +105,7 @@ class CrossDims(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh, with the floor."""
-        return expand([self._power(state, axis, 1.0) for axis in range(self._count(state))])
+        return kronecker_product([self._power(state, axis, 1.0) for axis in range(self._count(state))])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         factors = [self._power(state, axis, 1.0) for axis in range(self._count(state))]

@@ -12,10 +12,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import PIECE, Evidence, Inputs, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
+from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import Kron, apply_factors
+from gradmaker.representations.kronecker import Kron
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -38,7 +41,7 @@ class Eigenbasis(Representation):
     starts again from ``b a^T`` with every basis, so that short intervals leave little but `Kron`.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
@@ -47,8 +50,7 @@ class Eigenbasis(Representation):
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
-            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        check_count("basis_interval", self.basis_interval, 1)
         self._kron()
 
     def _kron(self) -> Kron:
@@ -78,7 +80,7 @@ class Eigenbasis(Representation):
         assert isinstance(evidence, Outer)
         first_step = self._advance(state, fold)
         self._kron().update(state, evidence, fold)
-        alone = isinstance(evidence, Inputs)  # as in `Kron`
+        alone = evidence.kind == "inputs"  # as in `Kron`
         state["moments"].mul_(fold.beta)
         if alone:
             fold.weigh_mean_(state["mass"], evidence.counted)

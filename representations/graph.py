@@ -16,7 +16,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.dense import Dense
 
@@ -42,7 +43,7 @@ class GaussianGraph(Representation):
     matrix", section 4; ``bias``: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2 and definition 6.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint)
 
     structure: Literal["bias", "full"] | Parents | Callable[[tuple[int, ...]], Sequence[Sequence[int]]] = "bias"
     whole: bool = False
@@ -50,9 +51,9 @@ class GaussianGraph(Representation):
 
     def __post_init__(self) -> None:
         if isinstance(self.structure, str) and self.structure not in ("bias", "full"):
-            raise ValueError(f"structure = {self.structure!r}: legal are 'bias', 'full', parents, or a function to parents")
+            raise ValueError(f"structure={self.structure!r}: expected bias, full, parents, or a function to parents")
         if self.structure == "bias" and self.whole:
-            raise ValueError("structure = 'bias' joins what lies in one layer: legal with whole=False")
+            raise ValueError("structure='bias': expected whole=False, since it joins what lies in one layer")
         if isinstance(self.structure, Sequence) and not isinstance(self.structure, str):
             object.__setattr__(self, "structure", tuple(tuple(p) for p in self.structure))
 

@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Product
-from gradmaker.curvature.factors import Layers
+from gradmaker.curvature.evidence import Evidence, Kind, kinds
+from gradmaker.curvature.products import Layers, Product
 from gradmaker.linalg.columns import form_blocks
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
 
@@ -61,7 +61,7 @@ class Implicit(Representation):
     between measurements have no meaning. Nothing is saved but the number of parameters.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Product,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Product)
     unstacked: ClassVar[bool] = True
     per_step: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True

@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, Pair, kinds
 from gradmaker.linalg.eigen import add_ridge, symmetrise
+from gradmaker.linalg.mode_products import kronecker_product
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import expand
 from gradmaker.representations.memory import dot, multiply, push, unfilled
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
@@ -78,7 +80,7 @@ class KronPairs(Representation):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, algorithm 1; the authors' code (averages, limits).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
+    takes: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
 
     damping: float = 0.3
     pairs: int | None = None
@@ -88,17 +90,13 @@ class KronPairs(Representation):
     form: Literal["powell", "shift"] = "powell"
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < inf:
-            raise ValueError(f"damping = {self.damping!r}: legal are positive numbers")
-        if self.pairs is not None and self.pairs < 1:
-            raise ValueError(f"pairs = {self.pairs!r}: legal are integers of at least 1, or None for whole matrices")
-        if self.limited not in ("outputs", "both"):
-            raise ValueError(f"limited = {self.limited!r}: legal are 'outputs', 'both'")
+        check_interval("damping", self.damping, 0, inf)
+        if self.pairs is not None:
+            check_count("pairs", self.pairs, 1, hint=", or None for whole matrices")
+        check_choice("limited", self.limited, ("outputs", "both"))
         for name in ("memory_decay", "least"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are numbers in [0, 1)")
-        if self.form not in ("powell", "shift"):
-            raise ValueError(f"form = {self.form!r}: legal are 'powell', 'shift'")
+            check_interval(name, getattr(self, name), 0, 1, closed=True)
+        check_choice("form", self.form, ("powell", "shift"))
 
     @property
     def grain(self) -> Grain:
@@ -216,7 +214,7 @@ class KronPairs(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         state = self.snapshot(state)
-        return expand([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
+        return kronecker_product([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         state = self.snapshot(state)

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair, SecantPair
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Pair, kinds
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation, State
 
 __all__ = ["Pairs", "dot", "multiply", "ordered", "push", "unfilled"]
@@ -110,7 +111,7 @@ class Pairs(Representation):
     Reference: Liu, Nocedal, Math. Programming 1989; Powell 1978; Nocedal, Wright 2006, procedure 18.2.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
+    takes: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
     whole_layers: ClassVar[bool] = True
     immediate: ClassVar[bool] = True
     inapplicable = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH
@@ -122,15 +123,11 @@ class Pairs(Representation):
     granularity: Literal["full", "layer"] = "full"
 
     def __post_init__(self) -> None:
-        if self.memory < 0:
-            raise ValueError(f"memory = {self.memory!r}: legal are non-negative integers")
-        if self.indefinite not in ("skip", "damp"):
-            raise ValueError(f"indefinite = {self.indefinite!r}: legal are 'skip', 'damp'")
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
+        check_count("memory", self.memory, 0)
+        check_choice("indefinite", self.indefinite, ("skip", "damp"))
+        check_choice("granularity", self.granularity, ("full", "layer"))
         for name in ("acceptance", "damping"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are non-negative numbers")
+            check_interval(name, getattr(self, name), 0, inf, closed=True)
 
     @property
     def grain(self) -> Grain:

@@ -11,11 +11,11 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
-from gradmaker.linalg.damping import check_choice, check_interval
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.rooting import FactorRoot, rooting
 
 __all__ = ["OneWayDims"]
@@ -59,7 +59,7 @@ class OneWayDims(Representation):
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5 (matrices; more axes are ours).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     basis_interval: int = 20
@@ -71,8 +71,7 @@ class OneWayDims(Representation):
     def __post_init__(self) -> None:
         for name, least in (("basis_interval", 1), ("warmup", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} = {value!r}: legal are integers of at least {least}")
+            check_count(name, value, least)
         check_interval("damping", self.damping, 0, float("inf"), closed=True)
         check_interval("start", self.start, 0, float("inf"))
         check_choice("root", self.root, get_args(FactorRoot))
@@ -136,7 +135,7 @@ class OneWayDims(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh, with the ridge; the identity before the first."""
-        return expand(self._covariances(state))
+        return kronecker_product(self._covariances(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.mode_products import mode_matrix
 from gradmaker.representations.base import Fold, State
-from gradmaker.representations.kronecker import KronDims, mode_matrix
+from gradmaker.representations.kronecker import KronDims
 
 __all__ = ["RootKronDims"]
 

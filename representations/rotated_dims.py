@@ -11,12 +11,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.fallbacks import count_failures
+from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import apply_factors, mode_matrix
 
 __all__ = ["RotatedDims"]
 
@@ -42,7 +43,7 @@ class RotatedDims(Representation):
     (eigenvalue-corrected Shampoo, ``tolerance``).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     basis_interval: int = 10
@@ -54,13 +55,10 @@ class RotatedDims(Representation):
     """Whether a tensor with one axis gets a basis too; otherwise it is Adam's."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis_interval, int) or self.basis_interval < 1:
-            raise ValueError(f"basis_interval = {self.basis_interval!r}: legal are integers of at least 1")
+        check_count("basis_interval", self.basis_interval, 1)
         for name, legal in (("tracking", ("power", "qr", "eigh")), ("order", ("moments_first", "basis_first"))):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are {', '.join(map(repr, legal))}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance = {self.tolerance!r}: legal are numbers in [0, 1)")
+            check_choice(name, getattr(self, name), legal)
+        check_interval("tolerance", self.tolerance, 0, 1, closed=True)
 
     @property
     def grain(self) -> Grain:

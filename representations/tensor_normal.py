@@ -9,9 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import KronDims, apply_factors
+from gradmaker.representations.kronecker import KronDims
 
 __all__ = ["TensorNormal"]
 
@@ -27,14 +30,13 @@ class TensorNormal(Representation):
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient, Outer)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient, Outer)
     factored_axes: ClassVar[bool] = True
 
     granularity: Literal["layer", "tensor"] = "layer"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("layer", "tensor"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'layer', 'tensor'")
+        check_choice("granularity", self.granularity, ("layer", "tensor"))
 
     @property
     def grain(self) -> Grain:
@@ -55,10 +57,7 @@ class TensorNormal(Representation):
         fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:
-        out, *rest = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
-        for F in rest:
-            out = torch.einsum("bij,bkl->bikjl", out, F).reshape(len(F), out.shape[-1] * F.shape[-1], -1)
-        return out
+        return kronecker_product(self.factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self.factors(state), self.unfold(v)).reshape(v.shape)

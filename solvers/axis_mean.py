@@ -9,11 +9,12 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import Mode, check_choice, check_interval
+from gradmaker.linalg.damping import Mode
 from gradmaker.linalg.definition import along_axes, axis_power
 from gradmaker.linalg.factors import dense
 from gradmaker.linalg.roots import held_roots
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import Summed
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
 from gradmaker.solvers.base import Solver

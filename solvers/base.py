@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar
@@ -11,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval, damp
+from gradmaker.linalg.damping import damp
 from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.factors import dense
+from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 
-__all__ = ["InverseSolver", "PowerSolver", "Solver", "kronecker_of", "spectral_power"]
+__all__ = ["InverseSolver", "PowerSolver", "Solver", "spectral_power"]
 
 
 class Solver(ABC):
@@ -83,7 +84,7 @@ class Solver(ABC):
         axes = self.axes(representation, state)
         if axes is None:
             raise NotImplementedError(f"{type(self).__name__} defines neither operator nor axes")
-        P: Tensor = representation.widen(state, kronecker_of([dense(X) for X in axes]))
+        P: Tensor = representation.widen(state, kronecker_product(axes))
         return P
 
     def axes(self, representation: Any, state: State) -> list[Tensor] | None:
@@ -142,12 +143,3 @@ def spectral_power(C: Tensor, damping: float | Tensor, exponent: float, mode: st
     powered: Tensor = damp(s.clamp(min=0), damping, mode) ** exponent
     result: Tensor = (Q * powered.unsqueeze(-2)) @ Q.mT
     return result
-
-
-def kronecker_of(matrices: Sequence[Tensor]) -> Tensor:
-    """``X_1 (x) X_2 (x) ...``, formed.  # each (B, d, d) -> (B, P, P)"""
-    out, *rest = matrices
-    for X in rest:
-        size = out.shape[-1] * X.shape[-1]
-        out = torch.einsum("bij,bkl->bikjl", out, X).reshape(-1, size, size)
-    return out

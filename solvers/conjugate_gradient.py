@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
 from gradmaker.linalg.fallbacks import keep_previous
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.capabilities import Multiplies
 from gradmaker.solvers.base import InverseSolver, spectral_power
 

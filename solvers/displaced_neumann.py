@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.position import Placed
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.carried import carry

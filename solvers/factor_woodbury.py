@@ -12,9 +12,9 @@ from torch import Tensor
 from gradmaker.linalg.damping import average_trace
 from gradmaker.linalg.definition import axis_power, balanced_ridges
 from gradmaker.linalg.fallbacks import keep_previous, scalars, try_all
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import RowFactored
-from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
 

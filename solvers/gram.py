@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import Placement, check_choice, check_interval
+from gradmaker.linalg.damping import Placement
 from gradmaker.linalg.fallbacks import count_failures, try_all
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.solvers.base import Solver
@@ -66,19 +67,17 @@ class Gram(Solver):
 
     def __post_init__(self) -> None:
         if self.power not in (-1.0, -0.5):
-            raise ValueError(f"power = {self.power!r}: legal are -1, -0.5")
+            raise ValueError(f"power={self.power!r}: expected -1, -0.5")
         check_choice("tail", self.tail, get_args(Tail))
         check_interval("damping", self.damping, 0, inf, closed=self.tail != "eps" and not self.scale_preserving)
         if self.tail == "sigma_min" and self.power != -0.5:
-            raise ValueError("tail = 'sigma_min': legal with power = -0.5")
+            raise ValueError("tail='sigma_min': expected power=-0.5")
         check_choice("placement", self.placement, get_args(Placement))
         check_choice("mode", self.mode, ("absolute", "largest"))
         if self.placement == "before" and not (self.power == -0.5 and self.tail == "eps"):
-            raise ValueError(
-                "placement = 'before': legal with power = -0.5 and tail = 'eps', where there is a root that is damped"
-            )
+            raise ValueError("placement='before': expected power=-0.5 and tail='eps', where there is a root that is damped")
         if self.mode == "largest" and (self.tail != "eps" or self.scale_preserving):
-            raise ValueError("mode = 'largest': legal with tail = 'eps', and without scale_preserving")
+            raise ValueError("mode='largest': expected tail='eps', without scale_preserving")
 
     @property
     def exponent(self) -> float:

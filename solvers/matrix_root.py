@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
+from gradmaker.linalg.damping import RIDGES, average_trace, ridge_unit
 from gradmaker.linalg.definition import axis_power
 from gradmaker.linalg.diagnosis import diagnose
 from gradmaker.linalg.eigen import add_ridge, largest_eigenvalue
@@ -19,6 +19,7 @@ from gradmaker.linalg.factors import map_blocks, widest
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
 from gradmaker.linalg.roots import InverseRoot, apply_roots, keep_roots, residual
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import PowerSolver
 
@@ -33,7 +34,7 @@ def fraction(power: float, order: float) -> Fraction:
     p = Fraction(order / abs(power)).limit_denominator(LARGEST)
     if not 0 < p.numerator <= LARGEST or abs(p - order / abs(power)) > 1e-9:
         raise ValueError(
-            f"power = {power!r} needs the inverse root p = {order / abs(power):g} of a factor: legal are a/b with whole "
+            f"power={power!r} needs the inverse root p = {order / abs(power):g} of a factor: expected a/b with whole "
             f"a, b <= {LARGEST}; use Eigh"
         )
     return p

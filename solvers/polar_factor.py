@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import inf, isfinite, sqrt
+from math import inf, sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_choice, check_interval
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import NO_LIMIT, State
 from gradmaker.representations.capabilities import Momentary
 from gradmaker.solvers.base import Solver
@@ -109,8 +109,7 @@ class PolarFactor(Solver):
         check_choice("method", self.method, ("quintic", "polar_express", "svd"))
         check_interval("steps", self.steps, 1, 100, closed=True)
         check_interval("lowest", self.lowest, 0, 1)
-        if not (self.gain > 0 and isfinite(self.gain)):
-            raise ValueError(f"gain = {self.gain!r}: legal are positive numbers")
+        check_interval("gain", self.gain, 0, inf)
 
     @property
     def exponent(self) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-from gradmaker.linalg.damping import Mode, check_choice
+from gradmaker.linalg.damping import Mode
+from gradmaker.options.checks import check_choice
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.denman_beavers import DenmanBeavers
 from gradmaker.solvers.eigh import Eigh

@@ -13,9 +13,9 @@ from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.factors import identity, transpose
 from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
-from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
 
 __all__ = ["Rotate", "RotatingSolver"]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.solvers.rotate import RotatingSolver
 
@@ -48,10 +49,6 @@ class RotatedDivision(RotatingSolver):
 
     def operator(self, representation: Any, state: State) -> Tensor:
         scale = 1 / self.divisor(representation, state)
-        Q: Tensor | None = None
-        for k, basis in enumerate(representation.bases(state)):
-            d = scale.shape[k + 1]
-            own = torch.eye(d, dtype=scale.dtype, device=scale.device).expand(len(scale), d, d) if basis is None else basis
-            Q = own if Q is None else torch.einsum("bij,bkl->bikjl", Q, own).reshape(len(own), Q.shape[1] * d, -1)
-        assert Q is not None
+        bases = zip(representation.bases(state), scale.shape[1:], strict=True)
+        Q = kronecker_product([scale.new_ones(len(scale), d) if basis is None else basis for basis, d in bases])
         return (Q * scale.flatten(1).unsqueeze(-2)) @ Q.mT

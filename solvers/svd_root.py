@@ -9,12 +9,13 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import Mode, check_choice, damp, ridge_unit
+from gradmaker.linalg.damping import Mode, damp, ridge_unit
 from gradmaker.linalg.definition import axis_power
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import RootFactored
 from gradmaker.solvers.base import PowerSolver
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,6 @@ from gradmaker.capture.shapes import ShapePolicy, View
 from gradmaker.capture.tape import Tape
 from gradmaker.linalg.real_pairs import as_real, real_shape, write_real
 from gradmaker.options.rules import Path, Rule, names, paths
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
 

@@ -12,9 +12,10 @@ import typer
 
 from gradmaker.compare.comparison import compare as run_comparison
 from gradmaker.compare.data import NAMES, load
-from gradmaker.compare.errors import InputError, require_extra, suggest
+from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.models import MODELS, factory
 from gradmaker.compare.rows import Method
+from gradmaker.options.suggestions import did_you_mean
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
@@ -78,7 +79,7 @@ def compare(
         if list_methods:
             return _print_methods()
         if data not in PRESETS:
-            raise InputError(f"unknown data {data!r}: {suggest(data, PRESETS)}")
+            raise InputError(f"unknown data {data!r}: {did_you_mean(data, PRESETS)}")
         preset = PRESETS[data]
         _prepare(device, preset.threads if threads is None else threads)
         loaded = load(data, data_dir)

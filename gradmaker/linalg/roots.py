@@ -13,8 +13,8 @@ from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, is_definite
 from gradmaker.linalg.factors import identity
 from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
-from gradmaker.representations.kronecker import apply_factors
 
 __all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual", "verify"]
 
@@ -23,7 +23,7 @@ def integer_root(power: float, order: float) -> int:
     """``p`` such that a factor's ``-1/p`` gives ``C^power``: ``p = order / |power|``."""
     p = order / abs(power)
     if round(p) < 1 or abs(p - round(p)) > 1e-9:
-        raise ValueError(f"power = {power!r} needs the inverse root p = {p:g} of a factor: legal are whole p; use Eigh")
+        raise ValueError(f"power={power!r} needs the inverse root p = {p:g} of a factor: expected a whole p; use Eigh")
     return round(p)
 
 

@@ -10,56 +10,50 @@ from torch import nn
 
 from gradmaker.config import build, read_mapping
 from gradmaker.maker import GradientMaker
+from gradmaker.methods.adagrad import AdagradGradientMaker
+from gradmaker.methods.adahessian import AdahessianGradientMaker
+from gradmaker.methods.adam import AdamGradientMaker
+from gradmaker.methods.caspr import CasprGradientMaker
 from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientMaker
+from gradmaker.methods.curveball import CurveballGradientMaker
 from gradmaker.methods.custom import CustomGradientMaker
-from gradmaker.methods.eigen_kronecker import EshampooGradientMaker, SoapGradientMaker
-from gradmaker.methods.elementwise import AdagradGradientMaker, AdamGradientMaker
-from gradmaker.methods.fisher_kronecker import (
-    EkfacGradientMaker,
-    KflrGradientMaker,
-    KfraGradientMaker,
-    SkfacGradientMaker,
-    TntGradientMaker,
-)
+from gradmaker.methods.ekfac import EkfacGradientMaker
+from gradmaker.methods.esgd import EsgdGradientMaker
+from gradmaker.methods.fang import FangGradientMaker
 from gradmaker.methods.full_adagrad import FullAdagradGradientMaker
-from gradmaker.methods.inverse_kronecker import KlShampooGradientMaker, KradagradGradientMaker, KradagradStarGradientMaker
-from gradmaker.methods.kronecker import KfacGradientMaker, ShampooGradientMaker
-from gradmaker.methods.low_rank import (
-    GgtGradientMaker,
-    MfacGradientMaker,
-    SengGradientMaker,
-    SmwGaussNewtonGradientMaker,
-    SmwNaturalGradientMaker,
-    TongaGradientMaker,
-    TongaUnitGradientMaker,
-)
-from gradmaker.methods.matrix_free import (
-    CurveballGradientMaker,
-    HessianFreeGradientMaker,
-    KsdGradientMaker,
-    NewtonGradientMaker,
-    SaddleFreeGradientMaker,
-)
-from gradmaker.methods.natural import (
+from gradmaker.methods.ggt import GgtGradientMaker
+from gradmaker.methods.hessian_free import HessianFreeGradientMaker
+from gradmaker.methods.kbfgs import KbfgsGradientMaker, KbfgsLGradientMaker
+from gradmaker.methods.kfac import KfacGradientMaker
+from gradmaker.methods.kflr import KflrGradientMaker
+from gradmaker.methods.kfra import KfraGradientMaker
+from gradmaker.methods.kl_shampoo import KlShampooGradientMaker
+from gradmaker.methods.krad import KradagradGradientMaker, KradagradStarGradientMaker
+from gradmaker.methods.ksd import KsdGradientMaker
+from gradmaker.methods.lbfgs import LbfgsGradientMaker
+from gradmaker.methods.lissa import LissaGradientMaker
+from gradmaker.methods.mfac import MfacGradientMaker
+from gradmaker.methods.muon import MuonGradientMaker
+from gradmaker.methods.natural_gradient import (
     DiagonalNaturalGradientMaker,
     FullNaturalGradientMaker,
     LayerNaturalGradientMaker,
     UnitNaturalGradientMaker,
 )
-from gradmaker.methods.probes import (
-    AdahessianGradientMaker,
-    EsgdGradientMaker,
-    PsgdGradientMaker,
-    PsgdKfGradientMaker,
-    PsgdWhitenGradientMaker,
-    SaddleFreeDiagonalGradientMaker,
-)
-from gradmaker.methods.secants import KbfgsGradientMaker, KbfgsLGradientMaker, LbfgsGradientMaker
-from gradmaker.methods.series import LissaGradientMaker, NeumannGradientMaker, NeumannPracticalGradientMaker
-from gradmaker.methods.sparse_inverse import FangGradientMaker
-from gradmaker.methods.spectral import MuonGradientMaker
-from gradmaker.methods.tensor_kronecker import CasprGradientMaker, OneSidedGradientMaker
-from gradmaker.triple import did_you_mean
+from gradmaker.methods.neumann import NeumannGradientMaker, NeumannPracticalGradientMaker
+from gradmaker.methods.newton import NewtonGradientMaker
+from gradmaker.methods.one_sided import OneSidedGradientMaker
+from gradmaker.methods.psgd import PsgdGradientMaker, PsgdKfGradientMaker, PsgdWhitenGradientMaker
+from gradmaker.methods.saddle_free import SaddleFreeGradientMaker
+from gradmaker.methods.saddle_free_diagonal import SaddleFreeDiagonalGradientMaker
+from gradmaker.methods.seng import SengGradientMaker
+from gradmaker.methods.shampoo import ShampooGradientMaker
+from gradmaker.methods.skfac import SkfacGradientMaker
+from gradmaker.methods.smw import SmwGaussNewtonGradientMaker, SmwNaturalGradientMaker
+from gradmaker.methods.soap import EshampooGradientMaker, SoapGradientMaker
+from gradmaker.methods.tnt import TntGradientMaker
+from gradmaker.methods.tonga import TongaGradientMaker, TongaUnitGradientMaker
+from gradmaker.options.suggestions import did_you_mean
 
 __all__ = ["METHODS", "from_config"]
 
@@ -125,7 +119,7 @@ def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> Gra
     """
     given = read_mapping(config)
     if "method" not in given:
-        raise ValueError(f"a config needs the key 'method'. Legal: {', '.join(METHODS)}")
+        raise ValueError(f"a config needs the key 'method': expected {', '.join(METHODS)}")
     name = given.pop("method")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method={name!r}: {did_you_mean(name, list(METHODS))}")

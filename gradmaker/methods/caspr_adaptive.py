@@ -7,9 +7,9 @@ from typing import get_args
 
 from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, OneWayDims
 from gradmaker.solvers import Division, HeldRoot

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.blocks import Block
-from gradmaker.config import GradientConfig, check_choice, check_interval
+from gradmaker.config import GradientConfig
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.passes.batches import Batch
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.solvers import AdaptiveDamping
@@ -49,7 +50,7 @@ class TrustRegionGradientConfig(GradientConfig):
         for name in ("clip", "clip_learning_rate"):
             value = getattr(self, name)
             if value is not None:
-                check_interval(name, value, math.ulp(0.0), math.inf, hint=", or None")
+                check_interval(name, value, 0, math.inf, hint=", or None")
         if (self.clip is None) != (self.clip_learning_rate is None):
             raise ValueError(
                 f"clip={self.clip!r}, clip_learning_rate={self.clip_learning_rate!r}: the clip bounds the length of a step, "

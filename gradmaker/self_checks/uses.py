@@ -87,7 +87,7 @@ def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtyp
         return by_kernel
     evidence = outer(site, tape, VJPs(gradients), None, dtype)
     rows = evidence.gradients.shape[2] * evidence.gradients.shape[3]
-    return evidence.combine(evidence.gradients.new_ones(evidence.count)), _size(evidence), rows
+    return evidence.combine(evidence.gradients.new_ones(1, evidence.count)), _size(evidence), rows
 
 
 def _size(evidence: Outer) -> float:

@@ -15,7 +15,7 @@ from gradmaker import METHODS, PreconditionedGradientMaker, Triple, from_config
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.curvature import BatchGradient, probe
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.rules import paths
 from gradmaker.representations import KronDims
 from gradmaker.representations.capabilities import Factored
@@ -324,7 +324,7 @@ def test_rules_are_those_of_ignore() -> None:
     shapes = {s.name: s.shape for b in maker.plan.blocks for s in b.sites}
     assert (shapes["qkv.weight"], shapes["qkv.bias"]) == ((3, 4, 4), (2, 6))
     config = maker.config
-    assert hash(config) and METHODS["shampoo"].Config(**config.as_mapping()) == config
+    assert hash(config) and METHODS["shampoo"].Config(**vars(config)) == config
 
 
 @pytest.mark.parametrize(

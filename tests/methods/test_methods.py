@@ -372,4 +372,4 @@ def test_config_round_trip(method: str) -> None:
     config = METHODS[method].Config()
     assert isinstance(config, GradientConfig)
     assert replace(config) == config
-    assert maker_of(method, nn.Linear(2, 2), **config.as_mapping()).config == config
+    assert maker_of(method, nn.Linear(2, 2), **vars(config)).config == config

@@ -371,9 +371,9 @@ def test_a_factor_that_is_not_finite_keeps_the_basis() -> None:
 
 @pytest.mark.parametrize("options", [{"basis_interval": 0}, {"sharing": "both"}, {"basis_interval": 1.5}])
 def test_illegal_options(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="legal are"):
+    with pytest.raises(ValueError, match="expected"):
         Eigenbasis(**options)
-    with pytest.raises(ValueError, match=r"legal are|Legal: "):
+    with pytest.raises(ValueError, match="expected"):
         METHODS["ekfac"].Config(**options)
 
 

@@ -15,16 +15,8 @@ from torch import Tensor
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import (
-    Evidence,
-    Gradient,
-    Inputs,
-    Joint,
-    Outer,
-    OutputPair,
-    Pair,
-    Product,
-)
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair, kinds
+from gradmaker.curvature.products import Product
 from gradmaker.reports.verification.passes import Measured, relative
 from gradmaker.reports.verification.result import Check
 from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
@@ -80,7 +72,7 @@ def _solve_error(scratch: Scratch) -> float | None:
     """``P g`` as it is solved, against its definition."""
     block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
     g = scratch.draw(block.frame.stack, *block.frame.shape)
-    if not solver.linear and Gradient in representation.takes:  # P is that of the very gradient
+    if not solver.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
         representation.update(block.state, Gradient(g), ONCE)
     found = _solved(scratch, g)
     members = _members(scratch)
@@ -147,7 +139,9 @@ def _doubled(representation: Representation, state: State, members: Tensor | Non
 def _approximation(scratch: Scratch) -> float | None:
     """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
     block, representation = scratch.block, scratch.triple.representation
-    if representation.per_step or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
+    if (
+        representation.per_step or kinds((Pair, "output_secant")) <= scratch.triple.curvature.gives
+    ):  # it is the measurement itself; no matrix
         return None
     pieces = list(block._evidence(scratch.evidence))
     if all(not isinstance(e, (Pair, Product)) for _, e, _ in pieces) and _small(scratch, pieces):
@@ -224,14 +218,15 @@ def _as_double(evidence: Evidence) -> Evidence:
 
 def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
     """``C v`` by the evidence's own products.  # (b, *shape)"""
-    if isinstance(evidence, Inputs):
+    if isinstance(evidence, Outer) and evidence.kind == "inputs":
         return _input_product(evidence, v)
     if isinstance(evidence, Outer):
-        return evidence.combine(evidence.project(v.reshape(sites[0].shape))).reshape(v.shape)
+        z = evidence.project(v.reshape(sites[0].shape)).sum(0, keepdim=True)
+        return evidence.combine(z).reshape(v.shape)
     if isinstance(evidence, Joint):
         parts = v.split([prod(s.shape) for s in sites], -1)
         pairs = [(e, x.reshape(s.shape)) for e, x, s in zip(evidence.parts, parts, sites, strict=True)]
-        z = torch.stack([e.project(x) for e, x in pairs]).sum(0)
+        z = torch.stack([e.project(x).sum(0, keepdim=True) for e, x in pairs]).sum(0)
         return torch.cat([e.combine(z).flatten() for e, _ in pairs]).reshape(v.shape)
     if isinstance(evidence, Product):
         return evidence.matvec(v)
@@ -240,7 +235,7 @@ def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
     return g * (g * v).sum()
 
 
-def _input_product(evidence: Inputs, v: Tensor) -> Tensor:
+def _input_product(evidence: Outer, v: Tensor) -> Tensor:
     """``v A``, ``A`` the mean of ``a a^T``.  # (G, o, i)"""
     a = evidence.inputs if isinstance(evidence.inputs, Tensor) else evidence.inputs.dense(v.dtype)
     a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a

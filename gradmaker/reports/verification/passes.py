@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.capture.vjps import Source, vjps_of
-from gradmaker.curvature.evidence import OneHot, Outer
+from gradmaker.curvature.evidence import Outer
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from gradmaker.linalg.real_pairs import real_dtype

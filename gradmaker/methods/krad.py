@@ -1,31 +1,23 @@
-"""Kronecker factors that are held inverted, or measured through the inverses of the others: KrADagrad and KL-Shampoo."""
+"""KrADagrad and KrADagrad*: inverse Kronecker factors, updated directly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig, HeldRootsGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig, HeldRootsGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import AlternatingInverse, CrossDims, InverseDims
+from gradmaker.representations import AlternatingInverse, InverseDims
 from gradmaker.representations.alternating_inverse import ONE_AXIS
 from gradmaker.representations.inverse_dims import Denominator
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
 
-__all__ = [
-    "KlShampooGradientConfig",
-    "KlShampooGradientMaker",
-    "KradagradGradientConfig",
-    "KradagradGradientMaker",
-    "KradagradStarGradientConfig",
-    "KradagradStarGradientMaker",
-]
+__all__ = ["KradagradGradientConfig", "KradagradGradientMaker", "KradagradStarGradientConfig", "KradagradStarGradientMaker"]
 
 
 def _take_published(config: Any, values: dict[str, Any]) -> None:
@@ -120,36 +112,3 @@ class KradagradGradientMaker(PreconditionedGradientMaker):
     """KrADagrad as a gradient maker; see `KradagradGradientConfig`."""
 
     Config = KradagradGradientConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class KlShampooGradientConfig(AxesGradientConfig):
-    """KL-Shampoo: ``P G = S_1^(-1/2) M S_2^(-1/2)``, ``S_1 = E[G S_2^-1 G^T] / n`` and ``S_2 = E[G^T S_1^-1 G] / m`` at rest.
-
-    ``damping`` is the least eigenvalue that is inverted. The result has the scale of a whitened gradient; no grafting.
-
-    Reference: Lin et al. 2025, arXiv:2509.03378.
-    """
-
-    damping: float = 1e-8
-    decay: float | None = 0.98
-    momentum: float = 0.9
-    merge: Merge = "to_2d"
-    basis_interval: int = 10
-    start: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._state()
-
-    def _state(self) -> CrossDims:
-        return CrossDims(self.basis_interval, self.start, self.damping)
-
-    def triple(self, site: Site) -> Triple | None:
-        return Triple(BatchGradient(), self._state(), PositiveRoot())
-
-
-class KlShampooGradientMaker(PreconditionedGradientMaker):
-    """KL-Shampoo as a gradient maker; see `KlShampooGradientConfig`."""
-
-    Config = KlShampooGradientConfig

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
-from gradmaker.methods.kronecker_family import KroneckerGradientConfig
+from gradmaker.methods.kfac_family import KroneckerGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.options.rules import Rule, check_rule
-from gradmaker.triple import did_you_mean
+from gradmaker.options.suggestions import did_you_mean
 
 __all__ = ["Sharing", "SharingGradientConfig"]
+
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
 
@@ -57,7 +58,7 @@ def _read(given: Any) -> Sharing | tuple[tuple[Rule, Sharing], ...]:
     legal = list(get_args(Sharing))
     if isinstance(given, str):
         if given not in legal:
-            raise ValueError(f"sharing={given!r}: {did_you_mean(given, legal)}, or a mapping from layers to these")
+            raise ValueError(f"sharing={given!r}: {did_you_mean(given, legal, ', or a mapping from layers to these')}")
         return given  # type: ignore[return-value]
     pairs = given.items() if isinstance(given, Mapping) else given
     try:

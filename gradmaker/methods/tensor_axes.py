@@ -8,9 +8,10 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 
 from gradmaker.capture.shapes import Merge, ShapePolicy, Split, as_split
-from gradmaker.config import COVERS_ALL, DTYPES, GradientConfig, as_dtype, check_choice, check_count
+from gradmaker.config import COVERS_ALL, DTYPES, GradientConfig, as_dtype
 from gradmaker.curvature import BatchGradient
 from gradmaker.linalg.damping import Mode
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.precision import Precision
 from gradmaker.solvers import Solver
 from gradmaker.solvers.matrix_root import MatrixRoot
@@ -18,7 +19,10 @@ from gradmaker.solvers.rooting import Root, rooting
 
 __all__ = ["Averaging", "AxesGradientConfig", "HeldRootsGradientConfig", "RootedGradientConfig"]
 
+
 Averaging: TypeAlias = Literal["corrected", "plain", "raw"]
+
+
 APPLIED = {"bfloat16": torch.bfloat16, **DTYPES}
 
 

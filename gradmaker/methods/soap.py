@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import RotatedDims
 from gradmaker.solvers import RotatedDivision

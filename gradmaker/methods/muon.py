@@ -1,4 +1,4 @@
-"""Spectral descent: the polar factor of an averaged gradient."""
+"""Muon and spectral descent: the polar factor of an averaged gradient."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Diagonal, ZeroHistory
 from gradmaker.representations.base import NO_LIMIT

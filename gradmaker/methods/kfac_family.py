@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.methods.trust_region import TrustRegionGradientConfig
+from gradmaker.options.checks import check_choice
 from gradmaker.representations import Dense
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Cholesky

@@ -1,4 +1,4 @@
-"""Methods on secants of consistent batches: L-BFGS, K-BFGS and K-BFGS(L)."""
+"""K-BFGS and K-BFGS(L): BFGS on both Kronecker factors of a layer."""
 
 from __future__ import annotations
 
@@ -6,58 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig, check_choice, check_count
-from gradmaker.curvature import LayerSecant, Secant
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import LayerSecant
+from gradmaker.options.checks import check_choice
 from gradmaker.preconditioner import PreconditionedGradientMaker
-from gradmaker.representations import KronPairs, Pairs
+from gradmaker.representations import KronPairs
 from gradmaker.solvers import Apply
 from gradmaker.triple import Triple
 
-__all__ = [
-    "KbfgsGradientConfig",
-    "KbfgsGradientMaker",
-    "KbfgsLGradientConfig",
-    "KbfgsLGradientMaker",
-    "LbfgsGradientConfig",
-    "LbfgsGradientMaker",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LbfgsGradientConfig(GradientConfig):
-    """L-BFGS: ``P g`` by the two loops over the last ``memory`` pairs, each of one batch before and after its step.
-
-    One more forward and backward pass a step; no line search. Averages do not apply (``decay``); ``damping`` is added to the
-    curvature of every pair. The first step has the length of torch's.
-
-    Reference: Liu, Nocedal, Math. Programming 1989; consistent batches: Schraudolph, Yu, Guenter, AISTATS 2007.
-    """
-
-    inapplicable = Secant.inapplicable | Pairs.inapplicable | COVERS_ALL | ONE_BLOCK
-
-    damping: float = 0.0
-    memory: int = 10
-    indefinite: Literal["skip", "damp"] = "skip"
-    """Pairs of negative curvature: left out, or damped as by Powell."""
-    acceptance: float = 1e-8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("memory", self.memory, 0)
-        check_choice("indefinite", self.indefinite, ["skip", "damp"])
-        self._representation()
-
-    def _representation(self) -> Pairs:
-        return Pairs(self.memory, self.indefinite, self.acceptance, self.damping)
-
-    def triple(self, site: Site) -> Triple | None:
-        return Triple(Secant(), self._representation(), Apply())
-
-
-class LbfgsGradientMaker(PreconditionedGradientMaker):
-    """L-BFGS as a gradient maker; see `LbfgsGradientConfig`."""
-
-    Config = LbfgsGradientConfig
+__all__ = ["KbfgsGradientConfig", "KbfgsGradientMaker", "KbfgsLGradientConfig", "KbfgsLGradientMaker"]
 
 
 @dataclass(frozen=True, kw_only=True)

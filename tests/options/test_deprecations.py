@@ -15,7 +15,7 @@ from torch import nn
 
 import gradmaker as gm
 from gradmaker.config import GradientConfig
-from gradmaker.deprecations import RENAMED_OPTIONS
+from gradmaker.options.deprecations import RENAMED_OPTIONS
 
 EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False}
 BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}}

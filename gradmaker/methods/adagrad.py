@@ -1,4 +1,4 @@
-"""Element-wise methods: a diagonal of the second moment of mini-batch gradients."""
+"""AdaGrad: a diagonal of the summed squares of mini-batch gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradmaker.representations import Diagonal
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
 
-__all__ = ["AdagradGradientConfig", "AdagradGradientMaker", "AdamGradientConfig", "AdamGradientMaker"]
+__all__ = ["AdagradGradientConfig", "AdagradGradientMaker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +37,3 @@ class AdagradGradientMaker(PreconditionedGradientMaker):
     """AdaGrad as a gradient maker; see `AdagradGradientConfig`."""
 
     Config = AdagradGradientConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamGradientConfig(GradientConfig):
-    """Adam: ``P g = m / (sqrt(v) + damping)`` with bias-corrected averages ``m`` of ``g`` and ``v`` of ``g^2``.
-
-    ``momentum`` is beta_1 and ``decay`` beta_2.
-    Reference: Kingma & Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
-    """
-
-    inapplicable = BatchGradient.inapplicable | Diagonal.inapplicable | COVERS_ALL
-
-    damping: float = 1e-8
-    decay: float | None = 0.999
-    momentum: float = 0.9
-    per_tensor: ClassVar[bool] = True
-
-    def triple(self, site: Site) -> Triple | None:
-        return Triple(BatchGradient(), Diagonal(), Division(power=-0.5, damping=self.damping))
-
-
-class AdamGradientMaker(PreconditionedGradientMaker):
-    """Adam as a gradient maker; see `AdamGradientConfig`."""
-
-    Config = AdamGradientConfig

@@ -1,7 +1,8 @@
-"""Kronecker factors of layers that are known already, as evidence and beside products."""
+"""The curvature as a function of vectors, or as a Kronecker product that is known already."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence
 
-__all__ = ["Factors", "Layers"]
+__all__ = ["Factors", "Layers", "Product"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class Layers:
 
     sizes: tuple[int, ...]  # numbers of parameters
     factors: tuple[Factors | None, ...]
+
+
+@dataclass(frozen=True)
+class Product(Evidence):
+    """The curvature as a function, for the whole block: valid while the step's graph is."""
+
+    matvec: Callable[[Tensor], Tensor]  # of k vectors, each flat or in the block's shape: (k, ...) -> (k, ...)
+    loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
+    loss_and_gradient_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # there: (1, P) -> (), (1, P)
+    squares: Tensor | None = None  # the diagonal of the empirical Fisher matrix  # (1, P)
+    layers: Layers | None = None  # a Kronecker approximation of the Fisher matrix
+
+    def rows(self) -> Tensor:
+        raise TypeError("a product has no rows")
 
 
 def _fitting(F: Tensor, ndim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Natural gradients with a sparse inverse of the Fisher matrix."""
+"""FANG: a sparse inverse of the Fisher matrix, by local regressions."""
 
 from __future__ import annotations
 
