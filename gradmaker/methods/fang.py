@@ -11,7 +11,7 @@ from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import GaussianGraph
-from gradmaker.representations.graph import Parents
+from gradmaker.representations.gaussian_graph import Parents
 from gradmaker.solvers import LocalRegression
 from gradmaker.triple import Triple
 
