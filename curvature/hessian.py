@@ -21,7 +21,7 @@ from gradmaker.curvature.evidence import WHOLE, Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import FisherEmp
 from gradmaker.curvature.layer_factors import layer_factors
 from gradmaker.curvature.products import Layers, Product
-from gradmaker.options.checks import check_choice
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.passes.vectors import Layout
 from gradmaker.reentrant import refuse_scripted
 
@@ -88,8 +88,8 @@ class Products(Curvature):
     """Whether Kronecker factors of the Fisher matrix are measured along, of targets drawn by the model: one backward pass."""
 
     def __post_init__(self) -> None:
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"examples={self.examples!r}: expected an integer of at least 1, or None for the whole batch")
+        if self.examples is not None:
+            check_count("examples", self.examples, 1, hint=", or None for the whole batch")
         if self.fresh and self.examples is None:
             raise ValueError("fresh=True: say how many examples are drawn for every product, by examples=")
         if self.squares and self.factors:

@@ -13,6 +13,7 @@ from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.loss.likelihood import Terms
+from gradmaker.options.checks import check_count
 
 if TYPE_CHECKING:
     from gradmaker.capture.rules.layers import Call
@@ -47,8 +48,7 @@ class FisherRecursive(Curvature):
     """Columns of the factor of ``Lambda`` that are formed at once: a bound on memory."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: expected an integer of at least 1")
+        check_count("chunk", self.chunk, 1)
 
     def watches(self, model: nn.Module) -> Iterable[nn.Module]:
         """All linear layers: the recursion goes through those that are frozen or ignored as well."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.loss.likelihood import LIKELIHOODS
+from gradmaker.options.checks import check_count
 
 if TYPE_CHECKING:
     from gradmaker.capture.sites import Site
@@ -36,8 +37,7 @@ class SampledGradient(Curvature):
     samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
+        check_count("samples", self.samples, 1)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         if not step.terms:
