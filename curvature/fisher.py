@@ -5,23 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradmaker.capture.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 from gradmaker.curvature.alone import examples_alone
-from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.likelihood import LIKELIHOODS, Terms
 from gradmaker.loss.weights import numbers
 from gradmaker.options.checks import check_choice, check_count
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
 
 __all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 
@@ -163,20 +161,16 @@ class FisherEmp(Curvature):
     inapplicable = NO_DRAWS
 
     @property
-    def uses_main_backward(self) -> bool:
+    def needs(self) -> frozenset[Need]:
         """Gradients of whole sequences come with the ordinary backward pass."""
-        return self.examples == "sequence"
-
-    @property
-    def groups(self) -> bool:
-        return self.uses_main_backward
+        return frozenset({"calls", "main_backward", "examples"} if self.examples == "sequence" else {"calls"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if self.uses_main_backward and _mixed(step):
-            yield from self._mixed_examples(step)
-            return
-        if not self.uses_main_backward:
+        if self.examples == "token":
             yield from self._tokens(step)
+            return
+        if _mixed(step):
+            yield from self._mixed_examples(step)
             return
         assert step.output_gradients is not None
         sources: list[Source] = []

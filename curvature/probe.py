@@ -5,32 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
+from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.step import Step
 from gradmaker.linalg.real_pairs import real_shape, write_real
 from gradmaker.options.checks import check_choice, check_count, check_interval
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
 
 __all__ = ["GradientProbe", "HessianProbe"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HessianProbe(Curvature):
+class HessianProbe(Pooled):
     """Pairs ``(v, H v)`` with random ``v``: one product with the Hessian of the loss for all parameters at once.
 
     What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
     ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
     the dtype. All micro-batches of a step are probed with one ``v``, and what they give adds up to the ``H v`` of the step's
-    loss. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero throughout, which bounds a fitted inverse
-    by ``1 / lift``. ``mode`` as of `Hessian`.
+    loss, as ``H^2`` is no sum over its parts. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero
+    throughout, which bounds a fitted inverse by ``1 / lift``. ``mode`` as of `Hessian`.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
@@ -46,13 +45,8 @@ class HessianProbe(Curvature):
     mode: Mode = "reverse"
 
     @property
-    def asks(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"graph", "replay"})
-
-    @property
-    def pooled(self) -> bool:
-        """``H`` is that of the step's loss: of a sum every part would show but a part."""
-        return True
 
     def __post_init__(self) -> None:
         check_choice("distribution", self.distribution, ("rademacher", "gaussian"))
@@ -75,13 +69,10 @@ class HessianProbe(Curvature):
                 found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), site.lay_out(dict(image)).to(dtype))
             yield found
 
-    def complete(self, step: Step, chunks: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+    def complete(self, step: Step, chunks: Sequence[Mapping[str, Pair]]) -> Iterator[Mapping[str, Evidence]]:
         for sample, chunk in enumerate(chunks):
-            found: dict[str, Evidence] = {}
-            for name, pair in chunk.items():
-                assert isinstance(pair, Pair)
-                found[name] = Pair(pair.v, _lifted(step, f"lift {sample} {name}", pair.cv, self.lift))
-            yield found
+            names = {name: f"lift {sample} {name}" for name in chunk}
+            yield {k: replace(pair, cv=_lifted(step, names[k], pair.cv, self.lift)) for k, pair in chunk.items()}
 
     def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
         """``v`` for one parameter."""

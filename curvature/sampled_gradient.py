@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.step import Step
 from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.options.checks import check_count
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
 
 __all__ = ["SampledGradient"]
 

@@ -120,7 +120,7 @@ class GradientConfig(metaclass=RenamedOptions):
         as_schedule("preconditioner_interval", self.preconditioner_interval)
         for name, least in (("warmup_steps", 0), ("start_step", 0), ("max_dim", 1)):
             check_count(name, getattr(self, name), least)
-        check_choice("grafting", self.grafting, list(GRAFTINGS))
+        check_choice("grafting", self.grafting, ["none", *GRAFTINGS])
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
         check_choice("self_check", self.self_check, ["fallback", "error", "off"])
         check_count("batch_axis", self.batch_axis, 0)
@@ -147,8 +147,7 @@ class GradientConfig(metaclass=RenamedOptions):
 
     def grafting_rule(self) -> Grafting | None:
         """The rule of `grafting`, with `grafting_decay`."""
-        rule = GRAFTINGS[self.grafting]
-        return rule and rule.decaying(self.grafting_decay)
+        return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:

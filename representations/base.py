@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind
+from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
 from gradmaker.linalg.state import State
 
 __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "State", "average"]
@@ -92,7 +92,7 @@ class Representation(ABC):
     """A way of holding ``C`` for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
 
     takes: ClassVar[frozenset[Kind]]
-    """Evidence types that `update` understands."""
+    """The evidence that `update` understands, by class and kind, as `kinds` makes it."""
 
     factored_axes: ClassVar[bool] = False
     """Whether every axis of a block has a factor of its own, which may be a diagonal."""
@@ -108,6 +108,9 @@ class Representation(ABC):
     """Whether a block takes no more than its own size, so that no block is too large."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
+
+    def __init_subclass__(cls) -> None:
+        check_kinds(cls, "takes")
 
     @property
     @abstractmethod

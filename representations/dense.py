@@ -70,6 +70,6 @@ class Dense(Representation):
         """The gradient as a vector.  # (B, P)"""
         return g.reshape(g.shape[0], -1)
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: the factor is ``C``."""
         return 1

@@ -26,22 +26,6 @@ HELD = ("failures", "failing", "diagnosis")
 
 
 @dataclass(frozen=True)
-class _Statistics:
-    """The statistics as they stand, as factors of a product, for the solver that roots them."""
-
-    axes: int
-
-    def factors(self, state: State) -> list[Tensor]:
-        return [state[f"factor_{axis}"] for axis in range(self.axes)]
-
-    def unfold(self, g: Tensor) -> Tensor:
-        return g
-
-    def order(self, factors: int) -> float:
-        return 1
-
-
-@dataclass(frozen=True)
 class OneWayDims(Representation):
     """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
 
@@ -117,7 +101,8 @@ class OneWayDims(Representation):
     def _refresh(self, state: State) -> None:
         """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
         axes = self._axes(state)
-        new = rooting(self.root, self.damping).prepare(_Statistics(len(axes)), state, self.rooted(state))
+        statistics = [state[f"factor_{axis}"] for axis in axes]
+        new = rooting(self.root, self.damping).prepare_factors(statistics, 1, self.rooted(state))
         failed = new["failures"] > state["failures"]
         change = torch.ones_like(new["diagnosis"][:, 0, 0])  # (B,)
         for axis in axes:

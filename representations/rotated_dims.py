@@ -33,7 +33,7 @@ class RotatedDims(Representation):
 
     Of every renewal the state tells, in ``diagnosis``, how far the old basis was from diagonal, and whether there is a new one.
 
-    - ``order="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
+    - ``sequence="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
     - ``"basis_first"``: the factors take it in first, and the basis may be renewed by it (EShampoo).
 
     The first gradient is diagonal in its own basis, where a second moment would be rounding noise: ``V`` starts as the same
@@ -49,14 +49,14 @@ class RotatedDims(Representation):
     basis_interval: int = 10
     tracking: Literal["power", "qr", "eigh"] = "power"
     tolerance: float = 0.0
-    order: Literal["moments_first", "basis_first"] = "moments_first"
+    sequence: Literal["moments_first", "basis_first"] = "moments_first"
     skip_first: bool = False
     vectors: bool = False
     """Whether a tensor with one axis gets a basis too; otherwise it is Adam's."""
 
     def __post_init__(self) -> None:
         check_count("basis_interval", self.basis_interval, 1)
-        for name, legal in (("tracking", ("power", "qr", "eigh")), ("order", ("moments_first", "basis_first"))):
+        for name, legal in (("tracking", ("power", "qr", "eigh")), ("sequence", ("moments_first", "basis_first"))):
             check_choice(name, getattr(self, name), legal)
         check_interval("tolerance", self.tolerance, 0, 1, closed=True)
 
@@ -84,17 +84,17 @@ class RotatedDims(Representation):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
         G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
-        if age == 0 or self.order == "basis_first":
+        if age == 0 or self.sequence == "basis_first":
             self._fold_factors(state, G, fold)
         # SOAP renews after every `basis_interval`-th step but the first; here that is before the step that follows.
         due = age > 1 and (age - 1) % self.basis_interval == 0
-        if self.order == "basis_first":
+        if self.sequence == "basis_first":
             due = age > 0 and (age + 1) % self.basis_interval == 0
         if age == 0 or due:
             self._renew(state, born=age == 0)
         if age > 0 or not self.skip_first:
             self._fold_moments(state, G, fold, born=age == 0)
-        if age > 0 and self.order == "moments_first":
+        if age > 0 and self.sequence == "moments_first":
             self._fold_factors(state, G, fold)
         state["age"].add_(1)
 

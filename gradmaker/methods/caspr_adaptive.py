@@ -10,7 +10,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, OneWayDims
 from gradmaker.solvers import Division, HeldRoot
 from gradmaker.solvers.rooting import FactorRoot
@@ -62,7 +63,8 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), HeldRoot())
 
 
-class CasprAdaptiveGradientMaker(PreconditionedGradientMaker):
+@register("caspr_adaptive")
+class CasprAdaptiveGradientMaker(Preconditioned[CasprAdaptiveGradientConfig]):
     """CASPR-adaptive as a gradient maker; see `CasprAdaptiveGradientConfig`."""
 
     Config = CasprAdaptiveGradientConfig

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gradmaker.capture.sites import Site
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.methods.weight_sharing import Sharing, SharingGradientConfig
+from gradmaker.options.registry import register
 from gradmaker.representations import Eigenbasis
 from gradmaker.solvers import Rotate
 from gradmaker.triple import Triple
@@ -37,7 +38,8 @@ class EkfacGradientConfig(SharingGradientConfig):
         return Triple(self.fisher, self._basis(self.sharing_of(site)), Rotate(power=-1.0, damping=self.damping))
 
 
-class EkfacGradientMaker(TrustRegionGradientMaker):
+@register("ekfac")
+class EkfacGradientMaker(TrustRegionGradientMaker[EkfacGradientConfig]):
     """EKFAC as a gradient maker; see `EkfacGradientConfig`."""
 
     Config = EkfacGradientConfig

@@ -8,7 +8,8 @@ from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import CrossDims
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
@@ -43,7 +44,8 @@ class KlShampooGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), PositiveRoot())
 
 
-class KlShampooGradientMaker(PreconditionedGradientMaker):
+@register("kl_shampoo")
+class KlShampooGradientMaker(Preconditioned[KlShampooGradientConfig]):
     """KL-Shampoo as a gradient maker; see `KlShampooGradientConfig`."""
 
     Config = KlShampooGradientConfig

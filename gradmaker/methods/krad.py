@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig, HeldRootsGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import AlternatingInverse, InverseDims
 from gradmaker.representations.alternating_inverse import ONE_AXIS
 from gradmaker.representations.inverse_dims import Denominator
@@ -64,7 +65,8 @@ class KradagradStarGradientConfig(HeldRootsGradientConfig):
         return Triple(BatchGradient(), self._state(), PositiveRoot(damping=1e-8 if self.compat == "kradagrad" else 0.0))
 
 
-class KradagradStarGradientMaker(PreconditionedGradientMaker):
+@register("kradagrad_star")
+class KradagradStarGradientMaker(Preconditioned[KradagradStarGradientConfig]):
     """KrADagrad* as a gradient maker; see `KradagradStarGradientConfig`."""
 
     Config = KradagradStarGradientConfig
@@ -108,7 +110,8 @@ class KradagradGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), PositiveRoot())
 
 
-class KradagradGradientMaker(PreconditionedGradientMaker):
+@register("kradagrad")
+class KradagradGradientMaker(Preconditioned[KradagradGradientConfig]):
     """KrADagrad as a gradient maker; see `KradagradGradientConfig`."""
 
     Config = KradagradGradientConfig

@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import RotatedDims
 from gradmaker.solvers import RotatedDivision
 from gradmaker.triple import Triple
@@ -49,7 +50,8 @@ class SoapGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), RotatedDivision(power=-0.5, damping=self.damping, raw=True))
 
 
-class SoapGradientMaker(PreconditionedGradientMaker):
+@register("soap")
+class SoapGradientMaker(Preconditioned[SoapGradientConfig]):
     """SOAP as a gradient maker; see `SoapGradientConfig`."""
 
     Config = SoapGradientConfig
@@ -83,7 +85,7 @@ class EshampooGradientConfig(AxesGradientConfig):
             basis_interval=self.basis_interval,
             tracking=self.tracking,
             tolerance=self.tolerance,
-            order="basis_first",
+            sequence="basis_first",
             vectors=True,
         )
 
@@ -91,7 +93,8 @@ class EshampooGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), RotatedDivision(power=-self.exponent, damping=self.damping))
 
 
-class EshampooGradientMaker(PreconditionedGradientMaker):
+@register("eshampoo")
+class EshampooGradientMaker(Preconditioned[EshampooGradientConfig]):
     """Eigenvalue-corrected Shampoo as a gradient maker; see `EshampooGradientConfig`."""
 
     Config = EshampooGradientConfig

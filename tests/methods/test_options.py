@@ -154,8 +154,8 @@ def test_representations_say_what_they_ignore(name: str) -> None:
 def test_curvatures_say_what_they_ignore(name: str) -> None:
     curvature = CURVATURES[name]()
     assert set(curvature.inapplicable) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
-    said = CHECKS - {"self_check"} if curvature.of_outputs else CHECKS  # of which it decides about losses
-    assert set(curvature.inapplicable) & CHECKS == (set() if curvature.recorded else said)
+    said = CHECKS - {"self_check"} if "outputs" in curvature.needs else CHECKS  # of which it decides about losses
+    assert set(curvature.inapplicable) & CHECKS == (set() if "calls" in curvature.needs else said)
 
 
 def test_options_of_a_free_triple_are_those_of_its_parts() -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer
-from gradmaker.curvature import evidence as curvature_evidence
+from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer, evidence as curvature_evidence
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Eigenbasis, Kron, eigenbasis
 from gradmaker.representations.eigenbasis import rotated_squares

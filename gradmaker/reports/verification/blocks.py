@@ -21,6 +21,7 @@ from gradmaker.reports.verification.passes import Measured, relative
 from gradmaker.reports.verification.result import Check
 from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
 from gradmaker.representations.base import Representation, State
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["check_block"]
 
@@ -63,7 +64,8 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
     dtype = block.precision.coarsest(block.frame.dtype)
     how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
-    accuracy = block.triple.solver.accuracy
+    solver = block.triple.solver
+    accuracy = solver.accuracy if isinstance(solver, Defined) else 0.0
     return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half)
 
 
@@ -72,7 +74,8 @@ def _solve_error(scratch: Scratch) -> float | None:
     """``P g`` as it is solved, against its definition."""
     block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
     g = scratch.draw(block.frame.stack, *block.frame.shape)
-    if not solver.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
+    defined = solver if isinstance(solver, Defined) else None
+    if defined and not defined.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
         representation.update(block.state, Gradient(g), ONCE)
     found = _solved(scratch, g)
     members = _members(scratch)
@@ -82,16 +85,15 @@ def _solve_error(scratch: Scratch) -> float | None:
         scratch.how.add("dense")
         P = solver.operator(representation, state)
         return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
-    exact, rounding = found, 0.0
-    if solver.implicit and scratch.block.frame.dtype != torch.float64:
-        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
-        rounding = relative(found, exact)
-    sides = solver.equation(representation, state, g, exact)
-    if sides is None:
+    if defined is None:
         scratch.unchecked["solve"] = f"{type(solver).__name__} has no equation for blocks of {scratch.size} parameters"
         return None
+    exact, rounding = found, 0.0
+    if defined.implicit and scratch.block.frame.dtype != torch.float64:
+        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
+        rounding = relative(found, exact)
     scratch.how.add("probes")
-    return max(rounding, relative(*sides))
+    return max(rounding, relative(*defined.equation(representation, state, g, exact)))
 
 
 def _solved(scratch: Scratch, g: Tensor) -> Tensor:
@@ -100,10 +102,12 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     if not representation.per_step:
         block.prepare({s.name for s in block.sites if s.name in scratch.evidence})
         return block.applied(block.cache, g)
-    solver = scratch.triple.solver.limit()
+    solver, rounds = scratch.triple.solver, 1
+    if isinstance(solver, Defined):
+        solver, rounds = solver.limit(), solver.rounds_to_limit
     cache = solver.prepare(representation, block.state, None)
     found = g
-    for _ in range(solver.rounds_to_limit):
+    for _ in range(rounds):
         found = solver.solve(representation, cache, g)
     return found
 
