@@ -41,7 +41,7 @@ def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:
         )
     for block in maker.plan.blocks:
         block.check_whole()
-    measured = maker._ever | maker._ledger.further
+    measured = maker.measured
     sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, measured).items()}
     state = {**_counters(maker), "sites": sites}
     return {**state, "holds": sorted(_held(state))}

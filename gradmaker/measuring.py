@@ -59,7 +59,7 @@ class MeasuringMaker(GradientMaker):
         self._previous: Previous | None = None
         self._ledger = Ledger()  # of the step that is under way
         self._pool = Pool()  # evidence that the micro-batches of this step make together
-        self._ever: set[str] = set()  # sites that have given evidence at all
+        self._ever: set[str] = set()  # sites that had given evidence before this step
 
     def purposes(self) -> frozenset[str]:
         return self.plan.purposes()
@@ -275,26 +275,26 @@ class MeasuringMaker(GradientMaker):
         if isinstance(curvature, Pooled):
             pending.pooled.append((curvature, list(chunks), weight))
             return
-        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
-        pending.take(chunks, blocks, weight, part, self._ledger)
+        pending.take(chunks, self._clocks.folds(curvature, self._due, self.step, weight), part, self._ledger, self._ever)
 
     def fold_pass(self, pending: Pending) -> None:
         """Make measured statistics those of the maker."""
         if pending.part is not None:
             self._part = pending.passes - 1
         pending.fold(self._ledger, self._pool)
-        self._ever |= self._ledger.further
 
     def _fold(self, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]]) -> None:
         """What is measured once a step, from its gradient, enters the statistics."""
-        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
-        ledger = self._ledger
-        with plain_arithmetic(self.model), borrowing():
+        folds, ledger = self._clocks.folds(curvature, self._due, self.step, 1.0), self._ledger
+        with plain_arithmetic(self.model), borrowing(), torch.no_grad():
             for index, chunk in enumerate(chunks):
-                with torch.no_grad():
-                    for block in blocks:
-                        block.update(chunk, block.fold(1.0), ledger.further, ledger.folded(WHOLE_STEP, index))
-        self._ever |= ledger.further
+                for block, fold in folds.items():
+                    block.update(chunk, fold, ledger.further, ledger.folded(WHOLE_STEP, index), self._ever)
+
+    @property
+    def measured(self) -> set[str]:
+        """Names of the sites that have given evidence at all."""
+        return self._ever | self._ledger.further
 
     def _step(
         self,
@@ -323,7 +323,7 @@ class MeasuringMaker(GradientMaker):
 
         One host read, and only on steps on which a statistic would take them in.
         """
-        if not (self._due or any(b.momentum or b.grafting_state for b in self.plan.blocks)):
+        if not (self._due or any(b.options.momentum or b.grafting_state for b in self.plan.blocks)):
             return False, False
         self._noted = True
         served = self.served

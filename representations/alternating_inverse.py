@@ -44,9 +44,9 @@ class AlternatingInverse(HeldSpectra):
 
     ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
     ``g g^T / (r (1 + tr))`` is added to the implied covariance, ``r`` the rank. ``damping`` is that of the covariance to
-    first order, ``L - damping L^2 / (1 + damping lambda_max(L))``, kept positive by the division. Touched roots are renewed
-    after ``basis_interval`` steps. ``start=None`` begins with ``L_k = I``, as published, which small gradients hardly move;
-    a number with the inverse of that many mean squares of the first gradient, split evenly.
+    first order, ``L - damping L^2 / (1 + damping lambda_max(L))``, kept positive by the division. ``start=None`` begins with
+    ``L_k = I``, as published, which small gradients hardly move; a number with the inverse of that many mean squares of the
+    first gradient, split evenly. A refresh renews the roots ``P_k``.
 
     ``published`` is the release to the letter: ``L - damping L^2``, whatever its sign, and ``P g`` continues ``G_w``, so that
     of a refresh it sees the root of axis ``k`` alone, and before ``plain`` gradients not even that.
@@ -56,15 +56,14 @@ class AlternatingInverse(HeldSpectra):
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     exponent: ClassVar[int] = -1
+    refreshes_in_update: ClassVar[bool] = True
 
     damping: float = 1e-8
-    basis_interval: int = 3
     start: float | None = 1.0
     published: bool = False
     plain: int = 0
 
     def __post_init__(self) -> None:
-        check_count("basis_interval", self.basis_interval, 1)
         check_interval("damping", self.damping, 0, inf, closed=True)
         if self.start is not None:
             check_interval("start", self.start, 0, inf, hint=", or None")
@@ -72,9 +71,14 @@ class AlternatingInverse(HeldSpectra):
         if self.plain and not self.published:
             raise ValueError(f"plain={self.plain!r}: expected 0 beside published=False")
 
+    @property
+    def follows_measurements(self) -> bool:
+        """As published, what is applied changes between refreshes."""
+        return self.published
+
     def init(self, frame: Frame) -> State:
-        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
-        state = {"age": age, "failures": age.clone(), "failing": age.clone()}
+        none = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state = {"failures": none, "failing": none.clone()}
         for axis, size in enumerate(frame.shape or (1,)):
             state[f"values_{axis}"] = frame.zeros(size) + 1
             state[f"inverse_{axis}"] = frame.zeros(size) + 1
@@ -89,23 +93,21 @@ class AlternatingInverse(HeldSpectra):
         assert isinstance(evidence, Gradient)
         if fold.beta == 0:
             raise ValueError(ONE_AXIS)
-        G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
+        G = self.unfold(evidence.gradient)
         shape = tuple(G.shape[1:])
-        if age == 0 and self.start is not None:
+        if fold.first and fold.begins and self.start is not None:
             self._scale(state, self.start * G.flatten(1).square().mean(1))
-        axis = scheduled_axis(age, shape)
+        axis = scheduled_axis(fold.index, shape)
         whiteners = [None if k == axis else self.power(state, k, 0.5) for k in range(len(shape))]
         L = state[f"inverse_{axis}"]
         L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta))
         self._use(state, [k for k in range(len(shape)) if k != axis])
-        if age % self.basis_interval == 0:
-            turns = range(max(0, age - self.basis_interval + 1), age + 1)
-            self._refresh(state, {scheduled_axis(t, shape) for t in turns})
+        if fold.refresh:
+            self.refresh(state)
         self._use(state, [axis])
-        if self.published and age < self.plain:
+        if self.published and fold.index < self.plain:
             state[f"{USED}values_{axis}"].fill_(1)
-        state["age"].add_(1)
-        if age + 1 == PATIENCE and self.start is None:
+        if fold.index + 1 == PATIENCE and fold.begins and self.start is None:
             low = torch.stack([state[f"values_{k}"].amin(-1) for k in self.axes(state)]).amin(0)
             warn_if_unmoved(low > 0.5, "start=1.0 begins at the scale of the first gradient")
 
@@ -135,9 +137,9 @@ class AlternatingInverse(HeldSpectra):
             L = symmetrise(L - self.damping * (L @ L) / (1 + self.damping * (0.0 if self.published else top)))
         return krad_update(L, x, "fro")
 
-    def _refresh(self, state: State, axes: set[int]) -> None:
-        failed = torch.zeros_like(state["age"], dtype=torch.bool)
-        for axis in axes:
+    def refresh(self, state: State) -> None:
+        failed = torch.zeros_like(state["failing"], dtype=torch.bool)
+        for axis in self.axes(state):
             L, held = state[f"inverse_{axis}"], state[f"values_{axis}"]
             finite = torch.isfinite(L).flatten(1).all(1)
             if L.ndim == 2:

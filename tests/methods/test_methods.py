@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker import METHODS, from_config, stacking
+from gradmaker import METHODS, from_config, gathering
 from gradmaker.config import GradientConfig
 from gradmaker.grafting import GRAFTINGS
 from gradmaker.maker import GradientMaker
@@ -212,7 +212,7 @@ def test_stacked_equals_unstacked(method: str, monkeypatch: pytest.MonkeyPatch) 
     """Refreshes are not staggered here: a staggered refresh falls on a step that depends on the grouping."""
     together, apart = (suited(method, towers, tower) for _ in range(2))
     stacked = maker_of(method, together.model, **legal_options(method, stagger=False))
-    monkeypatch.setattr(stacking, "STACK_LIMIT", 0)
+    monkeypatch.setattr(gathering, "STACK_LIMIT", 0)
     single = maker_of(method, apart.model, **legal_options(method, stagger=False))
     first = stacked.plan.blocks[0]
     if not first.full and not first.triple.representation.unstacked:  # such evidence is never stacked

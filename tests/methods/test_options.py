@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,6 @@ def test_every_option_of_every_method_has_an_effect_or_is_refused(trial: Trial) 
 def test_every_option_of_a_free_triple_has_an_effect_or_is_refused(row: tuple[str, str, str], option: str) -> None:
     config: Any = CustomGradientConfig(**{key: part for key, part in mapping(*row).items() if key != "method"})
     held = config.representation
-    if hasattr(held, "basis_interval"):
-        held = replace(held, basis_interval=1)
     parts = {"curvature": config.curvature, "representation": held, "solver": config.solver}
     for value in COMMON[option]:
         natural = option == "decay" and value == 0.0 and NEWEST_ALONE.items() <= held.inapplicable.items()
