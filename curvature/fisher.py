@@ -19,6 +19,7 @@ from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.likelihood import LIKELIHOODS, Terms
 from gradmaker.loss.weights import numbers
+from gradmaker.options.checks import check_choice, check_count
 
 __all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 
@@ -97,8 +98,8 @@ class FisherExact(_CotangentFisher):
     def __post_init__(self) -> None:
         for name in ("chunk", "memory", "max_columns"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected an integer of at least 1")
+            if value is not None:
+                check_count(name, value, 1)
 
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         columns = terms.columns(step.examples)
@@ -124,8 +125,7 @@ class FisherMC(_CotangentFisher):
         return step.whole
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
+        check_count("samples", self.samples, 1)
 
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         yield terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device))
@@ -156,8 +156,7 @@ class FisherEmp(Curvature):
     examples: Literal["sequence", "token"] = "sequence"
 
     def __post_init__(self) -> None:
-        if self.examples not in ("sequence", "token"):
-            raise ValueError(f"examples={self.examples!r}: expected 'sequence' or 'token'")
+        check_choice("examples", self.examples, ("sequence", "token"))
 
     inapplicable = NO_DRAWS
 

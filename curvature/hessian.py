@@ -24,7 +24,7 @@ from gradmaker.curvature.layer_factors import layer_factors
 from gradmaker.curvature.products import Layers, Product
 from gradmaker.curvature.roles import OfProducts
 from gradmaker.curvature.step import Step
-from gradmaker.options.checks import check_choice
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.passes.batches import Batch
 from gradmaker.passes.graph import Graph, Vectors
 from gradmaker.passes.replay import Replay
@@ -87,8 +87,8 @@ class Products(OfProducts):
     """Whether Kronecker factors of the Fisher matrix are measured along, of targets drawn by the model: one backward pass."""
 
     def __post_init__(self) -> None:
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"examples={self.examples!r}: expected an integer of at least 1, or None for the whole batch")
+        if self.examples is not None:
+            check_count("examples", self.examples, 1, hint=", or None for the whole batch")
         if self.fresh and self.examples is None:
             raise ValueError("fresh=True: say how many examples are drawn for every product, by examples=")
         if self.squares and self.factors:

@@ -16,6 +16,7 @@ from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.step import Step
 from gradmaker.linalg.real_pairs import real_shape, write_real
+from gradmaker.options.checks import check_choice, check_count, check_interval
 
 __all__ = ["GradientProbe", "HessianProbe"]
 
@@ -48,11 +49,9 @@ class HessianProbe(Pooled):
         return frozenset({"graph", "replay"})
 
     def __post_init__(self) -> None:
-        if self.distribution not in ("rademacher", "gaussian"):
-            raise ValueError(f"distribution={self.distribution!r}: expected 'rademacher' or 'gaussian'")
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
-        _check_lift(self.lift)
+        check_choice("distribution", self.distribution, ("rademacher", "gaussian"))
+        check_count("samples", self.samples, 1)
+        check_interval("lift", self.lift, 0, inf, closed=True)
         check_mode(self.mode)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
@@ -103,7 +102,7 @@ class GradientProbe(Curvature):
     lift: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_lift(self.lift)
+        check_interval("lift", self.lift, 0, inf, closed=True)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found: dict[str, Evidence] = {}
@@ -114,11 +113,6 @@ class GradientProbe(Curvature):
                 v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
                 found[site.name] = Pair(v, _lifted(step, f"lift {site.name}", g, self.lift), "noise_and_gradient")
         yield found
-
-
-def _check_lift(lift: float) -> None:
-    if not 0 <= lift < inf:
-        raise ValueError(f"lift={lift!r}: expected a non-negative number")
 
 
 def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:

@@ -17,6 +17,7 @@ from gradmaker.curvature.products import Factors
 from gradmaker.curvature.roles import Watching
 from gradmaker.curvature.step import Step
 from gradmaker.loss.likelihood import Terms
+from gradmaker.options.checks import check_count
 
 __all__ = ["FisherRecursive", "break_of_chain", "find_chain"]
 
@@ -46,8 +47,7 @@ class FisherRecursive(Watching):
     """Columns of the factor of ``Lambda`` that are formed at once: a bound on memory."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: expected an integer of at least 1")
+        check_count("chunk", self.chunk, 1)
 
     def watches(self, model: nn.Module) -> Iterable[nn.Module]:
         """All linear layers: the recursion goes through those that are frozen or ignored as well."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Layers, Product
-from gradmaker.linalg.columns import form_blocks
+from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
 from gradmaker.representations.capabilities import Multiplies
 
