@@ -10,6 +10,7 @@ from gradmaker.curvature.hessian import GaussNewton, Hessian
 from gradmaker.curvature.probe import GradientProbe, HessianProbe
 from gradmaker.curvature.products import Factors, Product
 from gradmaker.curvature.recursive import FisherRecursive
+from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
 from gradmaker.curvature.sampled_gradient import SampledGradient
 from gradmaker.curvature.secant import LayerSecant, Secant
 from gradmaker.loss.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
@@ -59,11 +60,15 @@ __all__ = [
     "Kind",
     "LayerSecant",
     "Likelihood",
+    "OfProducts",
+    "OfSecants",
     "OneHot",
     "Outer",
     "Pair",
+    "Pooled",
     "Product",
     "SampledGradient",
     "Secant",
+    "Watching",
     "kinds",
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from gradmaker.block_options import BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
@@ -98,6 +99,8 @@ class GradientConfig(metaclass=RenamedOptions):
     joint_bias: ClassVar[bool] = True
     averaging: ClassVar[str] = "corrected"
     """What running averages of statistics are: see `RootedGradientConfig`, where it is an option."""
+    slow_part: ClassVar[bool] = False
+    """Whether `preconditioner_interval` is that of a slow part of statistics; blocks without one follow every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
     """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
     inapplicable: ClassVar[dict[str, str]] = {}
@@ -148,6 +151,21 @@ class GradientConfig(metaclass=RenamedOptions):
     def grafting_rule(self) -> Grafting | None:
         """The rule of `grafting`, with `grafting_decay`."""
         return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)
+
+    def block_options(self, method: str, common: GradientConfig) -> BlockOptions:
+        """What its blocks are told.  method: its name in the plan; common: the config whose options a fallback shares"""
+        return BlockOptions(
+            method=method,
+            decay=self.decay,
+            averaging=self.averaging,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            grafting=self.grafting_rule(),
+            max_dim=common.max_dim,
+            dtype=common.statistics_dtype(),
+            precision=self.precision(),
+            slow_part=self.slow_part,
+        )
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:

@@ -60,6 +60,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self.skipped += int(not self._finite)
         for block, solved in self._ledger.solved or []:
             block.keep(solved)
+        self._ever |= self._ledger.further
         self._clocks.retry(self._due, self._ledger.further if self._finite else (), self.step + 1)
         self._due, self._finite, self._noted, self._ledger, self._part = frozenset(), True, False, Ledger(), -1
         self._pool = Pool()
@@ -116,7 +117,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 self._refresh()
                 ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]
         for block, solved in ledger.solved:
-            if self._started or (block.grafting and block.grafting.leads):
+            if self._started or ((rule := block.options.grafting) and rule.leads):
                 block.write(solved.value)
 
     @property
@@ -128,7 +129,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         done = self._ledger.prepared
         for block, due in self._clocks.refreshes(self.step):
             if block not in done:
-                done[block] = block.prepare(self._ever, due)
+                done[block] = block.prepare(self.measured, due, self._ledger.further)
         self._failures.note([block for block, refreshed in done.items() if refreshed], self.step)
         self._failures.check()
 
@@ -168,7 +169,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     # ---------------------------------------------------------------- looking inside
     def summary(self) -> Summary:
         """A table: parameters, block, curvature, representation, solver, bytes."""
-        return summarise(self.plan, self._ever, self.checks)
+        return summarise(self.plan, self.measured, self.checks)
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle on the model and batch that were last set up."""
@@ -177,7 +178,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def silent(self) -> list[str]:
         """Names of the sites that no pass has reached so far."""
-        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self._ever]
+        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self.measured]
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from gradmaker.representations.cross_dims import CrossDims
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.eigenbasis import Eigenbasis
-from gradmaker.representations.graph import GaussianGraph
+from gradmaker.representations.gaussian_graph import GaussianGraph
 from gradmaker.representations.implicit import Implicit, MatrixFree
 from gradmaker.representations.inverse_dims import InverseDims
 from gradmaker.representations.kron_pairs import KronPairs

@@ -4,7 +4,7 @@ from gradmaker.options.registry import Registry, register
 from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh, SignedDivision
 from gradmaker.solvers.apply import Apply
 from gradmaker.solvers.axis_mean import AxisMean
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import AnySolver, Solver
 from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
 from gradmaker.solvers.curveball import CurveBall
@@ -29,7 +29,7 @@ from gradmaker.solvers.rotated_division import RotatedDivision
 from gradmaker.solvers.svd_root import SvdRoot
 from gradmaker.solvers.truncated_cg import TruncatedCG
 
-SOLVERS: Registry[type[Solver]] = Registry("solver", Solver)
+SOLVERS: Registry[type[AnySolver]] = Registry("solver", Solver)
 for _part in (
     Cholesky,
     Eigh,
@@ -69,6 +69,7 @@ __all__ = [
     "AbsoluteDivision",
     "AbsoluteEigh",
     "AdaptiveDamping",
+    "AnySolver",
     "Apply",
     "AxisMean",
     "Cholesky",

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gradmaker.linalg.state import State
+from gradmaker.representations.capabilities import Multiplies
 
 __all__ = ["carry", "keep_finite"]
 
 
-def carry(representation: Any, state: State, previous: State | None, initial: State) -> State:
+def carry(representation: Multiplies, state: State, previous: State | None, initial: State) -> State:
     """The cache of an iterative solver: the product of this step, and tensors of its own that the last step has left."""
-    cache: State = representation.snapshot(state)
+    cache = representation.snapshot(state)
     for name, value in {**initial, "failures": torch.zeros(1, dtype=torch.int64, device=value_device(state))}.items():
         cache[name] = value if previous is None else previous[name]
     return cache

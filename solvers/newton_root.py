@@ -8,7 +8,7 @@ from math import ceil, log, sqrt
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import Iterate, converge
+from gradmaker.linalg.coupled_iteration import Iterate, converge
 from gradmaker.linalg.eigen import symmetrise
 from gradmaker.linalg.roots import integer_root
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot

@@ -102,7 +102,7 @@ def test_table_names_every_part() -> None:
 
 @pytest.mark.parametrize("row", LEGAL, ids="-".join)
 def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
-    late = "previous" in CURVATURES[row[0]]().asks  # says nothing of the first step
+    late = "previous" in CURVATURES[row[0]]().needs  # says nothing of the first step
     for lr in (1e-2, 1e-1, 1e-3, 1.0, 1e-4):
         case = models.mlp()
         maker = from_config(case.model, mapping(*row))
@@ -179,14 +179,14 @@ def test_sentences_are_computed_from_the_registries(monkeypatch: pytest.MonkeyPa
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton, Indefinite")
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS.values() if s.definite])
+@pytest.mark.parametrize("solver", [s for s in SOLVERS.values() if "definite" in s().asks])
 def test_indefinite_curvature_is_refused(solver: type[Solver]) -> None:
     kinds = [Dense(), Diagonal(), Window(), *(make() for make in REPRESENTATIONS.values())]
     representation = next(r for r in kinds if isinstance(r, solver.needs))
     measured = type("Indefinite", (Indefinite,), {"gives": representation.takes})
     reason = refusal_of(measured(), representation, solver())
     assert "positive semidefinite" in reason and solver.__name__ in reason
-    others = [(n, s) for n, s in SOLVERS.items() if not s.definite and isinstance(representation, s.needs)]
+    others = [(n, s) for n, s in SOLVERS.items() if "definite" not in s().asks and isinstance(representation, s.needs)]
     indifferent = [n for n, s in others if s().refuse(representation) is None]
     assert reason.endswith(", ".join(indifferent) or "none")
 

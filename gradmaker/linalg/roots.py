@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,6 @@ def held_roots(cache: State) -> list[Tensor]:
     return [cache[f"root_{k}"] for k in range(sum(name.startswith("root_") for name in cache))]
 
 
-def apply_roots(representation: Any, cache: State, g: Tensor) -> Tensor:
-    """``g x_1 X_1 x_2 X_2 ...``.  # (B, *shape)"""
-    return apply_factors(held_roots(cache), representation.unfold(g)).reshape(g.shape)
+def apply_roots(cache: State, g: Tensor) -> Tensor:
+    """``g x_1 X_1 x_2 X_2 ...`` of an unfolded gradient.  # (B, d_1, ..., d_m)"""
+    return apply_factors(held_roots(cache), g)

@@ -11,7 +11,7 @@ from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, Representation
 from gradmaker.representations.base import NEWEST_ALONE
-from gradmaker.solvers import Division, Solver
+from gradmaker.solvers import AnySolver, Division
 from gradmaker.triple import Triple
 
 __all__ = ["CustomGradientConfig", "CustomGradientMaker"]
@@ -27,7 +27,7 @@ class CustomGradientConfig(GradientConfig):
 
     curvature: Curvature = BatchGradient()
     representation: Representation = Diagonal()
-    solver: Solver = Division()
+    solver: AnySolver = Division()
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]

@@ -12,7 +12,7 @@ from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import GaussianGraph
-from gradmaker.representations.graph import Parents
+from gradmaker.representations.gaussian_graph import Parents
 from gradmaker.solvers import LocalRegression
 from gradmaker.triple import Triple
 

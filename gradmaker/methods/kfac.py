@@ -11,7 +11,7 @@ from gradmaker.methods.weight_sharing import SharingGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.representations import Kron
-from gradmaker.solvers import Cholesky, Eigh, Solver
+from gradmaker.solvers import AnySolver, Cholesky, Eigh
 from gradmaker.triple import Triple
 
 __all__ = ["KfacGradientConfig", "KfacGradientMaker"]
@@ -35,7 +35,7 @@ class KfacGradientConfig(SharingGradientConfig):
         check_choice("split", self.split, ["pi", "exact"])
 
     def layer(self, site: Site) -> Triple:
-        solver: Solver = Cholesky(damping=self.damping, split="pi")
+        solver: AnySolver = Cholesky(damping=self.damping, split="pi")
         if self.split == "exact":
             solver = Eigh(power=-1.0, damping=self.damping, split="exact")
         return Triple(self.fisher, Kron(sharing=self.sharing_of(site), wide_sides=self.wide_sides), solver)

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = ["MOVED_MODULES", "RENAMED_OPTIONS", "RenamedOptions", "current_name", "moved_module", "moved_names", "warn_of"]
 
-RENAMED_OPTIONS = {"norm": "grafting", "norm_decay": "grafting_decay", "spread": "stagger"}
+RENAMED_OPTIONS = {
+    "norm": "grafting",
+    "norm_decay": "grafting_decay",
+    "spread": "stagger",
+    "basis_interval": "preconditioner_interval",
+}
 """Today's name of an option by its earlier one. It holds for what has the one as a field and not the other."""
 
 MOVED_MODULES = {

@@ -22,7 +22,7 @@ from gradmaker.config import GradientConfig
 from gradmaker.options.deprecations import MOVED_MODULES, RENAMED_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False}
+EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False, "basis_interval": 7}
 BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}}
 
 
