@@ -772,11 +772,12 @@ def test_products_of_rows(transposed: bool, lookup: bool) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "full"])
-def test_products_of_groups(granularity: Any) -> None:
+@pytest.mark.parametrize("r", [1, 3], ids=["products", "formed"])
+def test_products_of_groups(granularity: Any, r: int) -> None:
     """The groups of a convolution are one block: rows and vectors go over all of them."""
     rows = Rows(granularity=granularity)
     shape = (2, 3, 5) if granularity == "layer" else (30,)
-    state, pieces = rows.init(frame(1, *shape)), [Outer(random(2, n, 3, 4), random(2, 2, n, 3, 3), bias=True) for n in (2, 3)]
+    state, pieces = rows.init(frame(1, *shape)), [Outer(random(2, n, r, 4), random(2, 2, n, r, 3), bias=True) for n in (2, 3)]
     rows.update(state, pieces[0], Fold(1.0, 1.0, 1.0))
     rows.update(state, pieces[1], Fold(1.0, 1.0, 0.0))
     J = torch.cat([piece.rows().flatten(1) for piece in pieces])
