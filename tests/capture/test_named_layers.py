@@ -173,6 +173,15 @@ def test_real_layers(name: str) -> None:
         compare(maker, ggn(REAL[name]()), tolerance=1e-10 if name == "Conv1D" else 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", REAL)
+def test_real_layers_are_verified(name: str) -> None:
+    """In float64, in which the norm layers do not compute."""
+    maker = measure(REAL[name](), FisherExact(), GRAINS["layer"], self_check="error")
+    result = maker.verify()
+    assert result.passed and result.complete, str(result)
+
+
 def gpt2() -> nn.Module:
     config = real("models.gpt2.configuration_gpt2", "GPT2Config")
     return real("models.gpt2.modeling_gpt2", "GPT2LMHeadModel")(  # type: ignore[no-any-return]

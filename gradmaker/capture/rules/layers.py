@@ -2,7 +2,8 @@
 
 This is the only place that knows layer types. A rule writes a layer's weight as ``G`` matrices ``(o, i)``; a bias is one more
 column. Norm layers are ``C`` groups of one output with the normalised input as their one feature. To add a layer, write a
-rule and list it in `RULES`; `tests/capture/test_layers.py` checks every rule against single-example loops.
+rule and list it in `RULES` (one of a library that is not imported: in `gradmaker.capture.rules.named`);
+`tests/capture/test_layers.py` checks every rule against single-example loops.
 """
 
 from __future__ import annotations

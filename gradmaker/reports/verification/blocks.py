@@ -64,7 +64,7 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
     how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
     accuracy = block.triple.solver.accuracy
-    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half)
+    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half, found.rounding)
 
 
 # ------------------------------------------------------------------ the solve
