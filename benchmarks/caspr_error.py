@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,6 +55,7 @@ class Method(NamedTuple):
     solver: Solver
     fold: Fold = SUM
     apart: bool = False  # every row of the matrix by itself
+    interval: int = 10  # of the refresh of what has one
 
 
 FULL = Method(Dense(granularity="layer"), Eigh(power=-0.5, damping=RIDGE, split="exact", mode="largest"))
@@ -63,7 +65,7 @@ METHODS = {
     "CASPR p=1": Method(KronSum(1), AxisMean(damping=RIDGE)),
     "Shampoo 1/2": Method(KronDims(exponent=1.0, balanced=True), ROOT),
     "KL-Shampoo": Method(CrossDims(), PositiveRoot(), AVERAGE),
-    "CASPR-adaptive": Method(OneWayDims(basis_interval=20, warmup=0), HeldRoot()),
+    "CASPR-adaptive": Method(OneWayDims(at_once=False), HeldRoot(), interval=20),
     "one-sided": Method(OneSided(), ROOT),
     "unit-wise": FULL._replace(apart=True),
     "diagonal": Method(Diagonal(), Division(power=-0.5, damping=1e-12)),
@@ -92,11 +94,14 @@ def preconditioner(method: Method, gradients: list[Tensor]) -> Tensor:
     if method.apart:
         rows = zip(*(g.split(1) for g in gradients), strict=True)
         return torch.block_diag(*(preconditioner(method._replace(apart=False), list(own)) for own in rows))
-    representation, solver, fold, _ = method
+    representation, solver, fold = method[:3]
     shape = tuple(gradients[0].shape)
     state = representation.init(Frame(1, shape, frozenset(), torch.float64, torch.device("cpu")))
-    for g in gradients:
-        representation.update(state, Gradient(g.unsqueeze(0)), fold)
+    for index, g in enumerate(gradients):
+        due, first = index % method.interval == 0, index == 0
+        representation.update(state, Gradient(g.unsqueeze(0)), replace(fold, refresh=due, first=first, index=index))
+        if due and not representation.refreshes_in_update:
+            representation.refresh(state)
     cache = solver.prepare(representation, state, None)
     units = torch.eye(gradients[0].numel(), dtype=torch.float64).reshape(-1, 1, *shape)
     X = torch.stack([solver.solve(representation, cache, e).flatten() for e in units], 1)

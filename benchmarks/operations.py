@@ -35,7 +35,6 @@ KINDS = {"idle": 7, "measured": 10, "refreshed": 9, "measured and refreshed": 12
 WANTED: dict[str, Any] = {
     "curvature_interval": MEASURE,
     "preconditioner_interval": REFRESH,
-    "basis_interval": 5,  # where a method counts measured steps by itself: SOAP's basis turns in the seventh, which is step 12
     "warmup_steps": 0,
     "stagger": False,
 }

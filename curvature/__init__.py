@@ -10,29 +10,30 @@ from gradmaker.curvature.hessian import GaussNewton, Hessian
 from gradmaker.curvature.probe import GradientProbe, HessianProbe
 from gradmaker.curvature.products import Factors, Product
 from gradmaker.curvature.recursive import FisherRecursive
+from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
 from gradmaker.curvature.sampled_gradient import SampledGradient
 from gradmaker.curvature.secant import LayerSecant, Secant
 from gradmaker.loss.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
+from gradmaker.options.registry import Registry, register
 
-CURVATURES: dict[str, type[Curvature]] = {
-    c.__name__: c
-    for c in (
-        FisherExact,
-        FisherMC,
-        FisherEmp,
-        BatchGradient,
-        SampledGradient,
-        FisherRecursive,
-        FisherForward,
-        Hessian,
-        GaussNewton,
-        HessianProbe,
-        GradientProbe,
-        Secant,
-        LayerSecant,
-        DisplacedGradient,
-    )
-}
+CURVATURES: Registry[type[Curvature]] = Registry("curvature", Curvature)
+for _part in (
+    FisherExact,
+    FisherMC,
+    FisherEmp,
+    BatchGradient,
+    SampledGradient,
+    FisherRecursive,
+    FisherForward,
+    Hessian,
+    GaussNewton,
+    HessianProbe,
+    GradientProbe,
+    Secant,
+    LayerSecant,
+    DisplacedGradient,
+):
+    register(_part)
 
 __all__ = [
     "CURVATURES",
@@ -59,11 +60,15 @@ __all__ = [
     "Kind",
     "LayerSecant",
     "Likelihood",
+    "OfProducts",
+    "OfSecants",
     "OneHot",
     "Outer",
     "Pair",
+    "Pooled",
     "Product",
     "SampledGradient",
     "Secant",
+    "Watching",
     "kinds",
 ]

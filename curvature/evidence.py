@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 
-__all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "kinds"]
+__all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
 PIECE = 1 << 24
 """Entries of rows that are formed at once where only sums over them are wanted: a bound on memory, 64 MiB in float32."""
@@ -61,6 +61,13 @@ def kinds(*given: type[Evidence] | tuple[type[Evidence], str]) -> frozenset[Kind
         if kind not in evidence.kinds:
             raise ValueError(f"{evidence.__name__} of the kind {kind!r}: legal are {', '.join(map(repr, evidence.kinds))}")
     return frozenset(found)
+
+
+def check_kinds(part: type, name: str) -> None:
+    """ValueError for a class that declares evidence in another way than by `kinds`."""
+    given = vars(part).get(name, frozenset())
+    if not isinstance(given, frozenset) or not all(isinstance(kind, Kind) for kind in given):
+        raise ValueError(f"{part.__name__}.{name}={given!r}: expected what kinds() makes, as in {name} = kinds(Gradient)")
 
 
 OuterKind: TypeAlias = Literal["rows", "inputs", "with_secants"]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import LazyEvidence
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.step import Step
 
 __all__ = ["FisherForward"]
 
@@ -51,9 +49,9 @@ class FisherForward(Curvature):
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     @property
-    def uses_main_backward(self) -> bool:
-        """Nothing is pulled back: the recorded forward pass is read when the ordinary backward pass is through."""
-        return True
+    def needs(self) -> frozenset[Need]:
+        """No vjp: the recorded forward pass is read when the ordinary backward pass is through."""
+        return frozenset({"calls", "main_backward"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         assert step.output_gradients is not None

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Kind, kinds
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.step import Step
 
 __all__ = ["BatchGradient", "DisplacedGradient"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Outer
 from gradmaker.curvature.fisher import FisherMC
 from gradmaker.curvature.products import Factors, Layers
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.step import Step
 
 __all__ = ["LONGEST", "layer_factors"]
 

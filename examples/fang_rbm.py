@@ -24,7 +24,7 @@ from gradmaker.curvature import Curvature, Evidence, Outer
 from gradmaker.curvature.evidence import WHOLE, Kind, kinds
 from gradmaker.curvature.step import Step
 from gradmaker.representations import GaussianGraph
-from gradmaker.representations.graph import Parents
+from gradmaker.representations.gaussian_graph import Parents
 from gradmaker.solvers import LocalRegression
 
 

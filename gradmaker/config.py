@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from gradmaker.block_options import BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
@@ -98,6 +99,8 @@ class GradientConfig(metaclass=RenamedOptions):
     joint_bias: ClassVar[bool] = True
     averaging: ClassVar[str] = "corrected"
     """What running averages of statistics are: see `RootedGradientConfig`, where it is an option."""
+    slow_part: ClassVar[bool] = False
+    """Whether `preconditioner_interval` is that of a slow part of statistics; blocks without one follow every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
     """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
     inapplicable: ClassVar[dict[str, str]] = {}
@@ -120,7 +123,7 @@ class GradientConfig(metaclass=RenamedOptions):
         as_schedule("preconditioner_interval", self.preconditioner_interval)
         for name, least in (("warmup_steps", 0), ("start_step", 0), ("max_dim", 1)):
             check_count(name, getattr(self, name), least)
-        check_choice("grafting", self.grafting, list(GRAFTINGS))
+        check_choice("grafting", self.grafting, ["none", *GRAFTINGS])
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
         check_choice("self_check", self.self_check, ["fallback", "error", "off"])
         check_count("batch_axis", self.batch_axis, 0)
@@ -147,8 +150,22 @@ class GradientConfig(metaclass=RenamedOptions):
 
     def grafting_rule(self) -> Grafting | None:
         """The rule of `grafting`, with `grafting_decay`."""
-        rule = GRAFTINGS[self.grafting]
-        return rule and rule.decaying(self.grafting_decay)
+        return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)
+
+    def block_options(self, method: str, common: GradientConfig) -> BlockOptions:
+        """What its blocks are told.  method: its name in the plan; common: the config whose options a fallback shares"""
+        return BlockOptions(
+            method=method,
+            decay=self.decay,
+            averaging=self.averaging,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            grafting=self.grafting_rule(),
+            max_dim=common.max_dim,
+            dtype=common.statistics_dtype(),
+            precision=self.precision(),
+            slow_part=self.slow_part,
+        )
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:

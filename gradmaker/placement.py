@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
-import torch
-
+from gradmaker.block_options import BlockOptions
 from gradmaker.capture.sites import Site
-from gradmaker.grafting import Grafting
 from gradmaker.linalg.real_pairs import real_dtype
-from gradmaker.precision import Precision
 from gradmaker.representations.base import Frame
 from gradmaker.triple import Triple
 
@@ -23,15 +20,7 @@ class Placement:
 
     site: Site
     triple: Triple
-    grafting: Grafting | None
-    momentum: float
-    max_dim: int
-    dtype: torch.dtype | None
-    nesterov: bool = False
-    decay: float | None = None
-    averaging: str = "corrected"
-    precision: Precision = Precision()
-    method: str = "method"  # in the plan: blocks of different methods have clocks of their own
+    options: BlockOptions = field(default_factory=BlockOptions)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,9 +49,9 @@ class Placement:
     def frame(self) -> Frame:
         """What its representation is allocated for."""
         like = next(iter(self.site.parameters.values()))
-        dtype = self.dtype or real_dtype(like)
-        diagonal = self.triple.representation.wide(self.shape, self.max_dim)
+        dtype = self.options.dtype or real_dtype(like)
+        diagonal = self.triple.representation.wide(self.shape, self.options.max_dim)
         own = self.site.one_hot_axis
         if own is not None and self.triple.representation.factored_axes:
             diagonal |= {own}
-        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.max_dim)
+        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.options.max_dim)

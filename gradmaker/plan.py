@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,16 +13,16 @@ from gradmaker.capture.model_checks import check_model, check_parameters, check_
 from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.curvature.base import Need
+from gradmaker.options.registry import Method
 from gradmaker.options.rules import names, paths
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
+from gradmaker.representations.base import Fold
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
-
-if TYPE_CHECKING:
-    from gradmaker.maker import GradientMaker
 
 __all__ = ["Plan", "PlanClocks", "make_plan"]
 
@@ -41,7 +41,7 @@ class Plan:
 
     def measured(self, due: Collection[str] | None = None) -> list[Block]:
         """The blocks of these methods."""
-        return [b for b in self.blocks if due is None or b.method in due]
+        return [b for b in self.blocks if due is None or b.options.method in due]
 
     def sites(
         self, curvature: Curvature, due: Collection[str] | None = None, served: Set[nn.Parameter] | None = None
@@ -64,7 +64,7 @@ class Plan:
         """What a batch of its own can be declared for."""
         found = {
             "curvature": self.asks("graph") or self.asks("replay"),
-            "search": any(b.triple.solver.searches for b in self.blocks),
+            "search": any("search" in b.triple.solver.asks for b in self.blocks),
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
 
@@ -73,9 +73,9 @@ class Plan:
         if passes := self.curvatures(of_passes=True):
             refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
-    def asks(self, what: str, due: Collection[str] | None = None) -> bool:
-        """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
-        return any(what in b.triple.curvature.asks for b in self.measured(due))
+    def asks(self, what: Need, due: Collection[str] | None = None) -> bool:
+        """Whether any curvature needs this."""
+        return any(what in b.triple.curvature.needs for b in self.measured(due))
 
 
 class PlanClocks:
@@ -89,7 +89,7 @@ class PlanClocks:
 
     def measure(self, step: int) -> frozenset[str]:
         """The methods that are to be measured; to be asked once for each step."""
-        ending = {b.method for b in self.plan.blocks if b.triple.representation.per_step}
+        ending = {b.options.method for b in self.plan.blocks if b.triple.representation.per_step}
         return frozenset(name for name, clocks in self.of.items() if clocks.measure.tick(step) | (name in ending))
 
     def retry(self, due: Collection[str], reached: Collection[str], step: int) -> None:
@@ -98,12 +98,25 @@ class PlanClocks:
             if not any(s.name in reached for b in self.plan.measured({name}) for s in b.sites):
                 self.of[name].measure.retry(step)
 
+    def folds(self, curvature: Curvature, due: Collection[str], step: int, weight: float) -> dict[Block, Fold]:
+        """How evidence of a micro-batch enters the statistics of the blocks that ask for it.  weight: its share of the loss"""
+        found = {}
+        for block in self.plan.measured(due):
+            if block.triple.curvature == curvature:
+                clocks = self.of[block.options.method]
+                clocks.refresh.tick(step)
+                found[block] = block.fold(weight, self._is_due(block, clocks, step), clocks.measure.ticks - 1)
+        return found
+
+    def _is_due(self, block: Block, clocks: Clocks, step: int) -> bool:
+        return clocks.refresh.due(step, block.share if self.plan.methods[block.options.method].stagger else 0.0)
+
     def refreshes(self, step: int) -> Iterator[tuple[Block, bool]]:
         """Every block, and whether it is to be refreshed; may be asked again for the same step."""
         for name, clocks in self.of.items():
             clocks.refresh.tick(step)
             for block in self.plan.measured({name}):
-                yield block, clocks.refresh.due(step, block.share if self.plan.methods[name].stagger else 0.0)
+                yield block, self._is_due(block, clocks, step)
 
     def dump(self) -> dict[str, dict[str, dict[str, int]]]:
         """Their periods, by method."""
@@ -116,7 +129,7 @@ class PlanClocks:
 
 
 def make_plan(
-    model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]], unseen: Set[str] = frozenset()
+    model: nn.Module, config: GradientConfig, methods: Mapping[str, type[Method]], unseen: Set[str] = frozenset()
 ) -> Plan:
     """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient.
 
@@ -149,7 +162,7 @@ def make_plan(
         placements += more
         used |= {"fallback": fallback} if more else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
-    check_watched(p.site for p in placements if p.triple.curvature.recorded)
+    check_watched(p.site for p in placements if "calls" in p.triple.curvature.needs)
     blocks = build_blocks(placements)
     kept = ignored | {p for s in rest for p in s.parameters.values()}
     own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
@@ -179,20 +192,17 @@ def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
 
 def _place(sites: list[Site], name: str, method: GradientConfig, common: GradientConfig) -> tuple[list[Placement], list[Site]]:
     """Sites with the parts that a method gives them, and those that it does not cover.  name: of the method in the plan"""
-    placements, rest = [], []
+    placements, rest, options = [], [], method.block_options(name, common)
     for site in tensor_sites(sites, method.shapes) if method.per_tensor else sites:
         triple = method.triple(site)
         if triple is None:
             rest.append(site)
             continue
-        grafting = method.grafting_rule()
-        dtype = common.statistics_dtype()
-        rest_of = (method.nesterov, method.decay, method.averaging, method.precision(), name)
-        placements.append(Placement(site, triple, grafting, method.momentum, common.max_dim, dtype, *rest_of))
+        placements.append(Placement(site, triple, options))
     return placements, rest
 
 
-def _fallback(config: GradientConfig, methods: dict[str, type[GradientMaker]]) -> GradientConfig | None:
+def _fallback(config: GradientConfig, methods: Mapping[str, type[Method]]) -> GradientConfig | None:
     if config.fallback not in methods or config.fallback == "custom":
         legal = [m for m in methods if m != "custom"]
         raise ValueError(f"fallback={config.fallback!r}: {did_you_mean(config.fallback, legal)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.ledger import WHOLE_STEP, Ledger
 from gradmaker.step.pool import Pool
 
-__all__ = ["PreconditionedGradientMaker"]
+__all__ = ["Preconditioned", "PreconditionedGradientMaker"]
+
+C = TypeVar("C", bound=GradientConfig)
 
 
 class PreconditionedGradientMaker(MeasuringMaker):
@@ -58,6 +60,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self.skipped += int(not self._finite)
         for block, solved in self._ledger.solved or []:
             block.keep(solved)
+        self._ever |= self._ledger.further
         self._clocks.retry(self._due, self._ledger.further if self._finite else (), self.step + 1)
         self._due, self._finite, self._noted, self._ledger, self._part = frozenset(), True, False, Ledger(), -1
         self._pool = Pool()
@@ -114,7 +117,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 self._refresh()
                 ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]
         for block, solved in ledger.solved:
-            if self._started or (block.grafting and block.grafting.leads):
+            if self._started or ((rule := block.options.grafting) and rule.leads):
                 block.write(solved.value)
 
     @property
@@ -126,7 +129,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         done = self._ledger.prepared
         for block, due in self._clocks.refreshes(self.step):
             if block not in done:
-                done[block] = block.prepare(self._ever, due)
+                done[block] = block.prepare(self.measured, due, self._ledger.further)
         self._failures.note([block for block, refreshed in done.items() if refreshed], self.step)
         self._failures.check()
 
@@ -166,7 +169,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     # ---------------------------------------------------------------- looking inside
     def summary(self) -> Summary:
         """A table: parameters, block, curvature, representation, solver, bytes."""
-        return summarise(self.plan, self._ever, self.checks)
+        return summarise(self.plan, self.measured, self.checks)
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle on the model and batch that were last set up."""
@@ -175,7 +178,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def silent(self) -> list[str]:
         """Names of the sites that no pass has reached so far."""
-        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self._ever]
+        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self.measured]
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
@@ -187,3 +190,25 @@ class PreconditionedGradientMaker(MeasuringMaker):
         load(self, state)
         for attachment in self._attachments:
             attachment.forget()
+
+
+class Preconditioned(PreconditionedGradientMaker, Generic[C]):
+    """A preconditioned maker of one method, whose config class a type checker sees.
+
+    class MineGradientMaker(Preconditioned[MineGradientConfig]):
+        Config = MineGradientConfig
+    """
+
+    config: C
+
+    def __init__(self, model: nn.Module, config: C | None = None) -> None:
+        super().__init__(model, config)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in vars(cls).get("__orig_bases__", ()):
+            wanted = get_args(base)[0] if issubclass(get_origin(base) or object, Preconditioned) else None
+            if isinstance(wanted, type) and wanted is not cls.Config:
+                raise TypeError(
+                    f"{cls.__name__} is a maker for {wanted.__name__}: its body has to say Config = {wanted.__name__}"
+                )

@@ -84,12 +84,13 @@ class Clock:
     def __init__(self, schedule: Schedule, warmup: int) -> None:
         self.schedule, self.warmup = schedule, warmup
         self.begun, self.next = 0, 0  # the current period is [begun, next)
+        self.ticks = 0  # how often an update was due
 
     def tick(self, step: int) -> bool:
         """Whether an update is due at ``step``; to be asked once for each step, in order."""
         if step < self.next:
             return False
-        self.begun = step
+        self.begun, self.ticks = step, self.ticks + 1
         self.next = step + (1 if step + 1 < self.warmup else self.schedule.interval(step))
         return True
 
@@ -112,9 +113,9 @@ class Clocks:
     def dump(self) -> dict[str, dict[str, int]]:
         """Their periods."""
         named = {"measure": self.measure, "refresh": self.refresh}
-        return {name: {"begun": clock.begun, "next": clock.next} for name, clock in named.items()}
+        return {name: {"begun": clock.begun, "next": clock.next, "ticks": clock.ticks} for name, clock in named.items()}
 
     def load(self, saved: Mapping[str, Mapping[str, int]]) -> None:
         """Go on from `dump`."""
         for clock, period in ((self.measure, saved["measure"]), (self.refresh, saved["refresh"])):
-            clock.begun, clock.next = int(period["begun"]), int(period["next"])
+            clock.begun, clock.next, clock.ticks = (int(period[key]) for key in ("begun", "next", "ticks"))

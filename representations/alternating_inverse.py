@@ -16,9 +16,10 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 from gradmaker.linalg.fallbacks import count_failures
-from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.options.checks import check_count, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.held_spectra import HeldSpectra
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
@@ -38,14 +39,14 @@ def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class AlternatingInverse(Representation):
+class AlternatingInverse(HeldSpectra):
     """``C^-1 ~ L_1 (x) ... (x) L_m`` jointly; at each step one ``L_k`` takes in the gradient.
 
     ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
     ``g g^T / (r (1 + tr))`` is added to the implied covariance, ``r`` the rank. ``damping`` is that of the covariance to
-    first order, ``L - damping L^2 / (1 + damping lambda_max(L))``, kept positive by the division. Touched roots are renewed
-    after ``basis_interval`` steps. ``start=None`` begins with ``L_k = I``, as published, which small gradients hardly move;
-    a number with the inverse of that many mean squares of the first gradient, split evenly.
+    first order, ``L - damping L^2 / (1 + damping lambda_max(L))``, kept positive by the division. ``start=None`` begins with
+    ``L_k = I``, as published, which small gradients hardly move; a number with the inverse of that many mean squares of the
+    first gradient, split evenly. A refresh renews the roots ``P_k``.
 
     ``published`` is the release to the letter: ``L - damping L^2``, whatever its sign, and ``P g`` continues ``G_w``, so that
     of a refresh it sees the root of axis ``k`` alone, and before ``plain`` gradients not even that.
@@ -54,16 +55,15 @@ class AlternatingInverse(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
+    exponent: ClassVar[int] = -1
+    refreshes_in_update: ClassVar[bool] = True
 
     damping: float = 1e-8
-    basis_interval: int = 3
     start: float | None = 1.0
     published: bool = False
     plain: int = 0
 
     def __post_init__(self) -> None:
-        check_count("basis_interval", self.basis_interval, 1)
         check_interval("damping", self.damping, 0, inf, closed=True)
         if self.start is not None:
             check_interval("start", self.start, 0, inf, hint=", or None")
@@ -72,12 +72,13 @@ class AlternatingInverse(Representation):
             raise ValueError(f"plain={self.plain!r}: expected 0 beside published=False")
 
     @property
-    def grain(self) -> Grain:
-        return "tensor"
+    def follows_measurements(self) -> bool:
+        """As published, what is applied changes between refreshes."""
+        return self.published
 
     def init(self, frame: Frame) -> State:
-        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
-        state = {"age": age, "failures": age.clone(), "failing": age.clone()}
+        none = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state = {"failures": none, "failing": none.clone()}
         for axis, size in enumerate(frame.shape or (1,)):
             state[f"values_{axis}"] = frame.zeros(size) + 1
             state[f"inverse_{axis}"] = frame.zeros(size) + 1
@@ -92,24 +93,22 @@ class AlternatingInverse(Representation):
         assert isinstance(evidence, Gradient)
         if fold.beta == 0:
             raise ValueError(ONE_AXIS)
-        G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
+        G = self.unfold(evidence.gradient)
         shape = tuple(G.shape[1:])
-        if age == 0 and self.start is not None:
+        if fold.first and fold.begins and self.start is not None:
             self._scale(state, self.start * G.flatten(1).square().mean(1))
-        axis = scheduled_axis(age, shape)
-        whiteners = [None if k == axis else self._root(state, k) for k in range(len(shape))]
+        axis = scheduled_axis(fold.index, shape)
+        whiteners = [None if k == axis else self.power(state, k, 0.5) for k in range(len(shape))]
         L = state[f"inverse_{axis}"]
         L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta))
         self._use(state, [k for k in range(len(shape)) if k != axis])
-        if age % self.basis_interval == 0:
-            turns = range(max(0, age - self.basis_interval + 1), age + 1)
-            self._refresh(state, {scheduled_axis(t, shape) for t in turns})
+        if fold.refresh:
+            self.refresh(state)
         self._use(state, [axis])
-        if self.published and age < self.plain:
+        if self.published and fold.index < self.plain:
             state[f"{USED}values_{axis}"].fill_(1)
-        state["age"].add_(1)
-        if age + 1 == PATIENCE and self.start is None:
-            low = torch.stack([state[f"values_{k}"].amin(-1) for k in self._axes(state)]).amin(0)
+        if fold.index + 1 == PATIENCE and fold.begins and self.start is None:
+            low = torch.stack([state[f"values_{k}"].amin(-1) for k in self.axes(state)]).amin(0)
             warn_if_unmoved(low > 0.5, "start=1.0 begins at the scale of the first gradient")
 
     def _use(self, state: State, axes: list[int]) -> None:
@@ -120,7 +119,7 @@ class AlternatingInverse(Representation):
 
     def _scale(self, state: State, variance: Tensor) -> None:
         """Begin at ``L_1 (x) ... = I / variance``; a zero gradient has none.  # (B,)"""
-        axes = self._axes(state)
+        axes = self.axes(state)
         share = torch.where(variance > 0, variance, 1.0) ** (-1 / len(axes))
         for tensor in (state[f"{name}_{axis}"] for axis in axes for name in ("values", "inverse")):
             tensor.mul_(share.view(-1, *[1] * (tensor.ndim - 1)))
@@ -138,9 +137,9 @@ class AlternatingInverse(Representation):
             L = symmetrise(L - self.damping * (L @ L) / (1 + self.damping * (0.0 if self.published else top)))
         return krad_update(L, x, "fro")
 
-    def _refresh(self, state: State, axes: set[int]) -> None:
-        failed = torch.zeros_like(state["age"], dtype=torch.bool)
-        for axis in axes:
+    def refresh(self, state: State) -> None:
+        failed = torch.zeros_like(state["failing"], dtype=torch.bool)
+        for axis in self.axes(state):
             L, held = state[f"inverse_{axis}"], state[f"values_{axis}"]
             finite = torch.isfinite(L).flatten(1).all(1)
             if L.ndim == 2:
@@ -158,35 +157,7 @@ class AlternatingInverse(Representation):
         for name, value in count_failures(failed, state).items():
             state[name].copy_(value)
 
-    def _root(self, state: State, axis: int, power: float = 0.5) -> Tensor:
-        s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
-        return s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT
-
-    def _axes(self, state: State) -> range:
-        return range(sum(name.startswith("values_") for name in state))
-
-    def to_dense(self, state: State) -> Tensor:
-        """Of the last refresh."""
-        return kronecker_product([self._root(state, axis, -1.0) for axis in self._axes(state)])
-
-    def matvec(self, state: State, v: Tensor) -> Tensor:
-        factors = [self._root(state, axis, -1.0) for axis in self._axes(state)]
-        return apply_factors(factors, self.unfold(v)).reshape(v.shape)
-
-    # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
         """Of ``L_k``, as of the last refresh, or as ``published`` says.  # (B, d), (B, d, d)"""
         used = USED if self.published else ""
-        return [(state[f"{used}values_{axis}"], state.get(f"{used}basis_{axis}")) for axis in self._axes(state)]
-
-    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
-        """Of each axis' last refresh, in units of ``L_k``; the damping is in ``L_k`` already.  # (B, m, 5)"""
-        return state["diagnosis"].clone()
-
-    def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
-        return g if g.ndim > 1 else g.unsqueeze(1)
-
-    def order(self, factors: int) -> float:
-        """One: ``C^-1`` is the product."""
-        return 1
+        return [(state[f"{used}values_{axis}"], state.get(f"{used}basis_{axis}")) for axis in self.axes(state)]

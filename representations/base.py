@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind
+from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
 from gradmaker.linalg.state import State
 
 __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "State", "average"]
@@ -65,6 +65,23 @@ class Fold:
     summed: bool = False
     of_step: float | None = None
     """``alpha`` without the weight of the micro-batch; None where that is 1."""
+    refresh: bool = False
+    """Whether the refresh of the statistic is due, and this its first evidence of the step."""
+    first: bool = False
+    """Whether these members had given no evidence before this step."""
+    index: int = 0
+    """How many measured steps came before this one."""
+
+    def of(self, again: bool, first: bool) -> Fold:
+        """The fold of some members.  again: whether they have given evidence in this step; first: see the field"""
+        if again:
+            return replace(self, beta=1.0, mass=0.0, refresh=False, first=first)
+        return replace(self, refresh=self.refresh or first, first=first)
+
+    @property
+    def begins(self) -> bool:
+        """Whether this is the first evidence of the step."""
+        return self.mass > 0
 
     @property
     def share(self) -> float:
@@ -92,7 +109,7 @@ class Representation(ABC):
     """A way of holding ``C`` for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
 
     takes: ClassVar[frozenset[Kind]]
-    """Evidence types that `update` understands."""
+    """The evidence that `update` understands, by class and kind, as `kinds` makes it."""
 
     factored_axes: ClassVar[bool] = False
     """Whether every axis of a block has a factor of its own, which may be a diagonal."""
@@ -102,12 +119,17 @@ class Representation(ABC):
     """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
     immediate: ClassVar[bool] = False
     """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
+    refreshes_in_update: ClassVar[bool] = False
+    """Whether `update` calls `refresh` itself, where `Fold.refresh` says that it is due, as a paper's order has it."""
     whole_layers: ClassVar[bool] = False
     """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
     elementwise: ClassVar[bool] = False
     """Whether a block takes no more than its own size, so that no block is too large."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
+
+    def __init_subclass__(cls) -> None:
+        check_kinds(cls, "takes")
 
     @property
     @abstractmethod
@@ -117,6 +139,11 @@ class Representation(ABC):
     @property
     def groups(self) -> bool:
         """Whether the statistic depends on which rows of a pass are one example's, beyond the sum of their products."""
+        return False
+
+    @property
+    def follows_measurements(self) -> bool:
+        """Whether a solver's cache is renewed after every measurement, not only when `refresh` is due: its spectrum is new."""
         return False
 
     @property
@@ -142,7 +169,21 @@ class Representation(ABC):
 
     @abstractmethod
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        """Fold evidence into ``state`` in place; ``state`` is the slice of the stack that the evidence speaks of."""
+        """Fold evidence into ``state`` in place; ``state`` is the part of the stack that the evidence speaks of.
+
+        One call has all members that bring operands of one shape, stacked along the axis ``G`` of the evidence.
+        """
+
+    def refresh(self, state: State) -> None:  # noqa: B027
+        """Renew, in place, what turns or truncates the statistic: bases, held roots. Called every ``preconditioner_interval``.
+
+        It comes after the evidence of the step, or in the middle of it: see `refreshes_in_update`.
+        """
+
+    @property
+    def has_refresh(self) -> bool:
+        """Whether the statistic has a part that `refresh` renews."""
+        return type(self).refresh is not Representation.refresh
 
     def adopt(self, state: State) -> State:
         """A state in the form that `update` wants, from the plain dict that a checkpoint has."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, kinds
 from gradmaker.curvature.products import Product
-from gradmaker.linalg.columns import form_blocks
+from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
@@ -70,6 +70,6 @@ class Dense(Representation):
         """The gradient as a vector.  # (B, P)"""
         return g.reshape(g.shape[0], -1)
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: the factor is ``C``."""
         return 1

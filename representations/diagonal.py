@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.curvature.products import Product
-from gradmaker.linalg.columns import form_diagonal
+from gradmaker.linalg.matrix_from_products import form_diagonal
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 

@@ -16,7 +16,6 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
 from gradmaker.linalg.mode_products import apply_factors
-from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 from gradmaker.representations.kronecker import Kron
 
@@ -31,9 +30,9 @@ class Eigenbasis(Representation):
 
     ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
     The basis of the first step is that of its own factors. It is known when the step is over: until then ``D = b a^T``, what
-    the factors alone predict, and a bias-corrected average forgets that when the second step begins. After ``basis_interval``
-    measured steps the basis is renewed, from the factors as they were before the step, so that it does not depend on how a
-    batch is cut into micro-batches. ``D`` goes along: the diagonal, in the new basis, of the matrix that is represented,
+    the factors alone predict, and a bias-corrected average forgets that when the second step begins. A refresh renews the
+    basis from the factors as they were before the step, so that it does not depend on how a batch is cut into micro-batches.
+    ``D`` goes along: the diagonal, in the new basis, of the matrix that is represented,
     ``D' = U_B^2 D (U_A^2)^T`` with the squared entries of ``U = Q'^T Q``. One-hot inputs keep the unit basis, and so do sides
     that are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
 
@@ -43,14 +42,12 @@ class Eigenbasis(Representation):
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
+    refreshes_in_update: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
-    basis_interval: int = 5
-    """Measured steps for which a basis is kept."""
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
-        check_count("basis_interval", self.basis_interval, 1)
         self._kron()
 
     def _kron(self) -> Kron:
@@ -64,6 +61,11 @@ class Eigenbasis(Representation):
     def groups(self) -> bool:
         return self.sharing == "reduce"
 
+    @property
+    def follows_measurements(self) -> bool:
+        """``D`` is new with every measurement."""
+        return True
+
     def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """As of `Kron`."""
         return self._kron().wide(shape, max_dim)
@@ -73,12 +75,12 @@ class Eigenbasis(Representation):
         for axis, side in enumerate(SIDES):
             if axis not in frame.diagonal:
                 state[f"basis_{side}"] = identity(state[side]).expand(frame.stack, -1, -1).contiguous()
-        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
-        return {**state, "moments": frame.zeros(*frame.shape), "mass": frame.zeros(), "age": age}
+        return {**state, "moments": frame.zeros(*frame.shape), "mass": frame.zeros(), "predicted": frame.zeros()}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Outer)
-        first_step = self._advance(state, fold)
+        if fold.begins and not fold.first:
+            self._begin(state, fold)
         self._kron().update(state, evidence, fold)
         alone = evidence.kind == "inputs"  # as in `Kron`
         state["moments"].mul_(fold.beta)
@@ -86,33 +88,27 @@ class Eigenbasis(Representation):
             fold.weigh_mean_(state["mass"], evidence.counted)
         else:
             fold.weigh_(state["mass"])
-        if first_step:
+        if fold.first:
             self._turn(state)
-        if first_step or alone:  # of `I (x) A` the factors say all, in whichever basis
+            state["predicted"].fill_(1)
+        if fold.first or alone:  # of `I (x) A` the factors say all, in whichever basis
             self._predict(state)
         else:
             state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
 
-    def _advance(self, state: State, fold: Fold) -> bool:
-        """Count a measured step and renew the basis when it is due; whether it has to be made of this very step's factors.
+    def _begin(self, state: State, fold: Fold) -> None:
+        """Before the evidence of a step: forget what the first one has predicted, and renew the basis if that is due."""
+        if not fold.summed:  # a sum lacks that step otherwise
+            kept = 1 - state["predicted"]
+            state["moments"].mul_(kept.view(-1, 1, 1))
+            state["mass"].mul_(kept)
+            state["predicted"].zero_()
+        if fold.refresh:
+            self.refresh(state)
 
-        ``age``: 0 before anything was measured, -1 in the first step, then the steps measured in this basis. This is the one
-        host read of a measurement.
-        """
-        age, begins = int(state["age"][0]), fold.mass > 0
-        if age == 0 or not begins:
-            state["age"].fill_(age or -1)
-            return age <= 0
-        if age < 0 and not fold.summed:  # a sum lacks that step otherwise
-            state["moments"].zero_()
-            state["mass"].zero_()
-        age = abs(age)
-        if age >= self.basis_interval:
-            overlaps = self._turn(state)
-            state["moments"].copy_(apply_factors(overlaps, state["moments"]))
-            age = 0
-        state["age"].fill_(age + 1)
-        return False
+    def refresh(self, state: State) -> None:
+        overlaps = self._turn(state)
+        state["moments"].copy_(apply_factors(overlaps, state["moments"]))
 
     def _turn(self, state: State) -> list[Tensor | None]:
         """Renew the bases.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""

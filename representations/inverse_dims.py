@@ -127,7 +127,7 @@ class InverseDims(Representation):
         return "tensor"
 
     def init(self, frame: Frame) -> State:
-        state = {"age": torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)}
+        state = {}
         for axis, size in enumerate(frame.shape or (1,)):
             state[f"inverse_{axis}"] = frame.zeros(size) if axis in frame.diagonal else frame.zeros(size, size)
         self._restart(state)
@@ -136,10 +136,8 @@ class InverseDims(Representation):
     def _restart(self, state: State) -> None:
         """The state of before any gradient."""
         start = (1 / self.ridge) ** 0.5 if self.denominator == "exact" else 1 / self.ridge
-        for name, L in state.items():
-            if name == "age":
-                L.zero_()
-            elif L.ndim == 2:
+        for L in state.values():
+            if L.ndim == 2:
                 L.fill_(1 / self.ridge)
             else:
                 L.zero_().diagonal(dim1=-2, dim2=-1).fill_(start)
@@ -152,24 +150,23 @@ class InverseDims(Representation):
         G = self.unfold(evidence.gradient)
         for axis in range(G.ndim - 1):
             L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
-            if self.relative:
-                self._rescale(L, x, state["age"])
+            if self.relative and fold.begins and (fold.first or fold.beta == 0):
+                self._rescale(L, x)
             L.copy_(self._updated(L, x, fold))
-        state["age"].add_(1)
-        if self.denominator != "exact" and int(state["age"][0]) == PATIENCE:  # a host read, of the scalar forms alone
+        if self.denominator != "exact" and fold.index + 1 == PATIENCE and fold.begins and fold.beta > 0:
             warn_if_unmoved(
                 self._unmoved(state, G * (1.0 if self.unit else fold.alpha**0.5)), "denominator='exact' follows them"
             )
 
-    def _rescale(self, L: Tensor, x: Tensor, age: Tensor) -> None:
+    def _rescale(self, L: Tensor, x: Tensor) -> None:
         """Set the start to the scale of the first gradient; a zero one has none."""
         mean = x.square().sum((-2, -1)) / x.shape[1]
-        scale = torch.where((age == 0) & (mean > 0), 1 / mean, 1.0)
+        scale = torch.where(mean > 0, 1 / mean, 1.0)
         L.mul_((scale**0.5 if L.ndim == 3 and self.denominator == "exact" else scale).view(-1, *[1] * (L.ndim - 1)))
 
     def _unmoved(self, state: State, G: Tensor) -> Tensor:
         """No axis has a condition of two, and ``tr(L S) > d``, where an inverse that holds ``S`` has less.  # (B,)"""
-        found = [torch.zeros_like(state["age"], dtype=torch.bool)]
+        found = [torch.zeros(len(G), dtype=torch.bool, device=G.device)]
         for axis, (s, _) in enumerate(self.spectra(state)):
             if s.shape[-1] > 1:
                 L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
@@ -214,7 +211,7 @@ class InverseDims(Representation):
             else:
                 found.append(singular_residual(L.mT, (s.sqrt(), Q), damped))
         ridges = [torch.full_like(e, damping) for e in found]
-        retries = torch.zeros(len(found), len(state["age"]), device=found[0].device)
+        retries = torch.zeros(len(found), len(spectra[0][0]), device=found[0].device)
         return diagnose(described(found, ridges), [s.amax(-1) for s, _ in spectra], retries)
 
     def _spectrum(self, L: Tensor) -> tuple[Tensor, Tensor | None]:

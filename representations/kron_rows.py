@@ -125,7 +125,7 @@ class KronRows(Representation):
         """The gradient as it is.  # (B, o, i)"""
         return g
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: ``C`` is the product of the factors."""
         return 1
 

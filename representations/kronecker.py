@@ -99,7 +99,7 @@ class Kron(Representation):
         """The gradient as it is.  # (B, o, i)"""
         return g
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: ``C`` is the product of the factors."""
         return 1
 

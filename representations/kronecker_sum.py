@@ -106,7 +106,7 @@ class KronSum(Representation):
 
     def summand_roots(self, state: State) -> list[Tensor]:
         """``R_k``, bias-corrected, where these are held.  # (B, d_k, d_k)"""
-        return _ROOTS.square_roots(state)
+        return _ROOTS.factor_roots(state)
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
-from gradmaker.options.checks import check_choice, check_count, check_interval
+from gradmaker.options.checks import check_choice, check_interval, check_kind
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.solvers.rooting import FactorRoot, rooting
 
@@ -26,54 +26,38 @@ HELD = ("failures", "failing", "diagnosis")
 
 
 @dataclass(frozen=True)
-class _Statistics:
-    """The statistics as they stand, as factors of a product, for the solver that roots them."""
-
-    axes: int
-
-    def factors(self, state: State) -> list[Tensor]:
-        return [state[f"factor_{axis}"] for axis in range(self.axes)]
-
-    def unfold(self, g: Tensor) -> Tensor:
-        return g
-
-    def order(self, factors: int) -> float:
-        return 1
-
-
-@dataclass(frozen=True)
 class OneWayDims(Representation):
     """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
 
     ``G_k = G x_1 X_1 ... x_(k-1) X_(k-1)`` with ``X_j = (S_j + damping lambda_max(S_j) I)^(-1/2)`` as of the last refresh,
-    after every ``basis_interval``-th measurement. Of a matrix the rows come first, as ``G G^T``, and the columns see whitened
+    which comes after the gradient of its step. Of a matrix the rows come first, as ``G G^T``, and the columns see whitened
     rows: a transposed parameter is treated otherwise. A refresh changes what has whitened the history of the axes that follow;
     ``c_k = prod_(j<k) tr(X_j F_j X_j) / d_j`` carries it over, with ``F_j`` what ``X_j`` was the root of before (``c_k`` is one
-    on steps without a refresh). ``S_1`` starts at ``start I``, the others (but for an interval of one) and all ``X`` at ``I``;
-    no bias is corrected.
+    on steps without a refresh). ``S_1`` starts at ``start I``, the others at ``later I`` and all ``X`` at ``I``; no bias is
+    corrected.
 
-    The first ``warmup`` measurements have a refresh each. Roots of a few gradients, which lack rank, blow up what they whiten,
-    and a sum never forgets that. A root that fails is refused: the block keeps all of its former ones and ``failures`` counts
-    it. ``root`` says how roots are taken.
+    Roots of a few gradients, which lack rank, blow up what they whiten, and a sum never forgets that: without ``at_once`` a
+    refresh leaves out the step of the first gradient. A root that fails is refused: the block keeps all of its former ones and
+    ``failures`` counts it. ``root`` says how roots are taken.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5 (matrices; more axes are ours).
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
+    refreshes_in_update: ClassVar[bool] = True
 
-    basis_interval: int = 20
-    warmup: int = 1
+    at_once: bool = True
     damping: float = 1e-6
     start: float = 1e-6
+    later: float = 1.0
     root: FactorRoot = "eigh"
 
     def __post_init__(self) -> None:
-        for name, least in (("basis_interval", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            check_count(name, value, least)
+        check_kind("at_once", self.at_once, bool)
         check_interval("damping", self.damping, 0, float("inf"), closed=True)
-        check_interval("start", self.start, 0, float("inf"))
+        for name in ("start", "later"):
+            check_interval(name, getattr(self, name), 0, float("inf"))
         check_choice("root", self.root, get_args(FactorRoot))
 
     @property
@@ -82,22 +66,18 @@ class OneWayDims(Representation):
 
     def init(self, frame: Frame) -> State:
         shape = frame.shape or (1,)
-        age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
-        state = {"age": age, "failures": age.clone(), "failing": age.clone()}
+        none = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
+        state = {"failures": none, "failing": none.clone()}
         state["diagnosis"] = frame.zeros(len(shape), len(COLUMNS))
         for axis, size in enumerate(shape):
             unit = frame.zeros(size) + 1  # 1 x 1 matrices are held as the diagonals that they are
             if size > 1 and axis not in frame.diagonal:
                 unit = frame.unit(size)
             state[f"root_{axis}"] = unit
-            state[f"factor_{axis}"] = unit * (self._later() if axis else self.start)
+            state[f"factor_{axis}"] = unit * (self.later if axis else self.start)
             if axis + 1 < len(shape):
                 state[f"rooted_{axis}"] = state[f"factor_{axis}"] * (1 + self.damping)
         return state
-
-    def _later(self) -> float:
-        """What the axes after the first start from. The release counts step 1 as one after a refresh if all others are."""
-        return self.start * (1 + self.damping) if self.basis_interval == 1 else 1.0
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
@@ -109,15 +89,14 @@ class OneWayDims(Representation):
             else:
                 S.baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha / before)
             G, before = apply_factors([*[None] * axis, state[f"root_{axis}"]], G), before * S.shape[-1]
-        state["age"].add_(1)
-        age = int(state["age"][0])  # the one host read of a measurement
-        if age <= self.warmup or age % self.basis_interval == 0:
-            self._refresh(state)
+        if fold.refresh and (self.at_once or not fold.first):
+            self.refresh(state)
 
-    def _refresh(self, state: State) -> None:
+    def refresh(self, state: State) -> None:
         """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
         axes = self._axes(state)
-        new = rooting(self.root, self.damping).prepare(_Statistics(len(axes)), state, self.rooted(state))
+        statistics = [state[f"factor_{axis}"] for axis in axes]
+        new = rooting(self.root, self.damping).prepare_factors(statistics, 1, self.rooted(state))
         failed = new["failures"] > state["failures"]
         change = torch.ones_like(new["diagnosis"][:, 0, 0])  # (B,)
         for axis in axes:

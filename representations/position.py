@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.capabilities import Multiplies
 
 __all__ = ["Placed", "Position"]
 
@@ -17,7 +18,7 @@ _NOW = "the weights move with every step, and so does what is measured of them"
 
 
 @runtime_checkable
-class Placed(Protocol):
+class Placed(Multiplies, Protocol):
     """It is known at which weights the gradient was taken."""
 
     def weights(self, state: State) -> Tensor:

@@ -16,12 +16,12 @@ from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
-from gradmaker.options.checks import check_choice, check_count, check_interval
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["RotatedDims"]
 
-COUNTERS = ("age", "failures", "failing")
+COUNTERS = ("failures", "failing")
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class RotatedDims(Representation):
     """``C ~ Q diag(V) Q^T``, ``Q`` the Kronecker product of the eigenbases of ``H_k`` of Shampoo, ``V = E (Q^T g)^2``.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. It is not rotated when the basis turns, but follows its columns where
-    they are sorted. A basis is kept for ``basis_interval`` measured steps, and longer while it is within ``tolerance``.
+    they are sorted. A basis is kept from one refresh to the next, and longer while it is within ``tolerance``.
 
-    Of every renewal the state tells, in ``diagnosis``, how far the old basis was from diagonal, and whether there is a new one.
+    Of every refresh the state tells, in ``diagnosis``, how far the old basis was from diagonal, and whether there is a new one.
 
-    - ``order="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
+    - ``sequence="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
     - ``"basis_first"``: the factors take it in first, and the basis may be renewed by it (EShampoo).
+
+    So a refresh comes before the gradient of its step, or in between.
 
     The first gradient is diagonal in its own basis, where a second moment would be rounding noise: ``V`` starts as the same
     number everywhere, its mean, or, with ``skip_first``, not at all, and the first step is left out.
@@ -45,24 +47,28 @@ class RotatedDims(Representation):
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
+    refreshes_in_update: ClassVar[bool] = True
 
-    basis_interval: int = 10
     tracking: Literal["power", "qr", "eigh"] = "power"
     tolerance: float = 0.0
-    order: Literal["moments_first", "basis_first"] = "moments_first"
+    sequence: Literal["moments_first", "basis_first"] = "moments_first"
     skip_first: bool = False
     vectors: bool = False
     """Whether a tensor with one axis gets a basis too; otherwise it is Adam's."""
 
     def __post_init__(self) -> None:
-        check_count("basis_interval", self.basis_interval, 1)
-        for name, legal in (("tracking", ("power", "qr", "eigh")), ("order", ("moments_first", "basis_first"))):
+        for name, legal in (("tracking", ("power", "qr", "eigh")), ("sequence", ("moments_first", "basis_first"))):
             check_choice(name, getattr(self, name), legal)
         check_interval("tolerance", self.tolerance, 0, 1, closed=True)
 
     @property
     def grain(self) -> Grain:
         return "tensor"
+
+    @property
+    def follows_measurements(self) -> bool:
+        """``V`` is new with every gradient."""
+        return True
 
     @property
     def skips_first(self) -> bool:
@@ -83,20 +89,18 @@ class RotatedDims(Representation):
     # ---------------------------------------------------------------- the statistic
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
-        G, age = self.unfold(evidence.gradient), int(state["age"][0])  # the one host read of a measurement
-        if age == 0 or self.order == "basis_first":
+        G, early = self.unfold(evidence.gradient), fold.first or self.sequence == "basis_first"
+        if early:
             self._fold_factors(state, G, fold)
-        # SOAP renews after every `basis_interval`-th step but the first; here that is before the step that follows.
-        due = age > 1 and (age - 1) % self.basis_interval == 0
-        if self.order == "basis_first":
-            due = age > 0 and (age + 1) % self.basis_interval == 0
-        if age == 0 or due:
-            self._renew(state, born=age == 0)
-        if age > 0 or not self.skip_first:
-            self._fold_moments(state, G, fold, born=age == 0)
-        if age > 0 and self.order == "moments_first":
+        if fold.first or fold.refresh:
+            self._renew(state, born=fold.first)
+        if not (fold.first and self.skip_first):
+            self._fold_moments(state, G, fold, born=fold.first)
+        if not early:
             self._fold_factors(state, G, fold)
-        state["age"].add_(1)
+
+    def refresh(self, state: State) -> None:
+        self._renew(state, born=False)
 
     def _fold_factors(self, state: State, G: Tensor, fold: Fold) -> None:
         for axis in self._axes(state):
@@ -112,7 +116,7 @@ class RotatedDims(Representation):
         fold.weigh_(state["mass"])
 
     def _renew(self, state: State, born: bool) -> None:
-        failed = torch.zeros_like(state["age"], dtype=torch.bool)
+        failed = torch.zeros_like(state["failing"], dtype=torch.bool)
         for axis in self._axes(state):
             H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
             stale = torch.isfinite(H).all(-1).all(-1)

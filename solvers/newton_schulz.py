@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import Iterate, compose, converge
+from gradmaker.linalg.coupled_iteration import Iterate, compose, converge
 from gradmaker.linalg.eigen import symmetrise
 from gradmaker.options.checks import check_choice
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot, fraction

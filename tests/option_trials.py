@@ -40,7 +40,7 @@ STEPS = 7
 ROUNDING = 1e-8
 """What a refused option may still do: a statistic at another weight is rounded otherwise, and steps enlarge that."""
 NAMED = [name for name in METHODS if name != "gradient"]  # which has no options
-EVERY: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0, "basis_interval": 1}
+EVERY: dict[str, Any] = {"curvature_interval": 1, "preconditioner_interval": 1, "warmup_steps": 0}
 THIRD = EVERY | {"curvature_interval": 3, "preconditioner_interval": 3}
 
 COMMON: dict[str, list[Any]] = {
@@ -76,7 +76,6 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "memory"): [1],
     ("", "iterations"): [2],
     ("", "dimension"): [2],
-    ("", "basis_interval"): [2],
     ("", "acceptance"): [10.0],
     ("", "tolerance"): [0.9],
     ("", "elementwise"): [("head*",)],
@@ -272,7 +271,9 @@ class Trial(NamedTuple):
 
     def base(self) -> dict[str, Any]:
         wanted = {
-            k: v for k, v in ({"basis_interval": 1, "start_step": 0} | BESIDE.get(self.option, {})).items() if k != self.option
+            k: v
+            for k, v in ({"preconditioner_interval": 1, "start_step": 0} | BESIDE.get(self.option, {})).items()
+            if k != self.option
         }
         wanted |= OWN_BESIDE.get((self.method, self.option), {})  # maybe with another start for the option itself
         config = METHODS[self.method].Config

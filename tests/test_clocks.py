@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import from_config
+from gradmaker.block_options import BlockOptions
 from gradmaker.placement import Placement
 from gradmaker.schedule import Linear, Stepped
 from gradmaker.stacking import build_blocks
@@ -145,7 +146,7 @@ def test_both_pairs_of_clocks_are_saved() -> None:
 @contextmanager
 def failing(maker: Any, method: str) -> Iterator[None]:
     """One method's curvature gives no evidence."""
-    owner = type(next(b for b in maker.plan.blocks if b.method == method).triple.curvature)
+    owner = type(next(b for b in maker.plan.blocks if b.options.method == method).triple.curvature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, "measure", lambda self, step: iter(()))
         yield
@@ -222,7 +223,8 @@ def test_blocks_of_two_methods_are_never_one() -> None:
     plan = maker.plan
     sites = [s for b in plan.blocks for s in b.sites]
     triple = plan.blocks[0].triple
-    placed = [Placement(s, triple, None, 0.0, 8192, None, method=m) for m in ("method", "fallback") for s in sites]
+    placed = [Placement(s, triple, BlockOptions(method=m)) for m in ("method", "fallback") for s in sites]
     blocks = build_blocks(placed)
-    assert [b.method for b in blocks] == ["method"] * (len(blocks) // 2) + ["fallback"] * (len(blocks) // 2)
-    assert [b.share for b in blocks if b.method == "method"] == [b.share for b in blocks if b.method == "fallback"]
+    half = len(blocks) // 2
+    assert [b.options.method for b in blocks] == ["method"] * half + ["fallback"] * half
+    assert [b.share for b in blocks[:half]] == [b.share for b in blocks[half:]]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradmaker as gm
-from gradmaker import stacking
+from gradmaker import gathering
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
 from gradmaker.schedule import Linear, Stepped
 from tests.models import Case, bare_scale, linear, mlp, unused
@@ -137,11 +137,11 @@ def test_a_state_loads_where_layers_are_stacked_otherwise(
     stop: int, name: str, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = twins()
-    monkeypatch.setattr(stacking, "STACK_LIMIT", limits[0])
+    monkeypatch.setattr(gathering, "STACK_LIMIT", limits[0])
     first = maker_of(case.model, CONFIGS[name]())
     train(first, case, 0, stop)
     other = case._replace(model=copy.deepcopy(case.model))
-    monkeypatch.setattr(stacking, "STACK_LIMIT", limits[1])
+    monkeypatch.setattr(gathering, "STACK_LIMIT", limits[1])
     second = maker_of(other.model, CONFIGS[name]())
     second.load_state_dict(first.state_dict())
     assert name == "full_ng" or len(first.plan.blocks) != len(second.plan.blocks)
@@ -159,7 +159,7 @@ def test_a_layer_that_comes_late_is_treated_as_if_it_were_alone(starts: int, mon
     """Before its first measurement it keeps its plain gradient: an empty statistic would multiply it by ``1 / damping``."""
     results = []
     for limit in (128, 0):
-        monkeypatch.setattr(stacking, "STACK_LIMIT", limit)
+        monkeypatch.setattr(gathering, "STACK_LIMIT", limit)
         case = twins(starts)
         maker = maker_of(case.model, gm.KfacGradientConfig(stagger=False, fisher=FisherExact(), **SPARSE | {"warmup_steps": 0}))
         for index in range(7):
@@ -364,7 +364,7 @@ def test_a_state_from_amid_a_step_goes_on_bitwise_or_is_refused(method: str, don
         run_parts(other, resumed, 1, PARTS[done:])
         other.precondition()
     except RuntimeError as error:
-        asked = {what for b in maker.plan.blocks for what in b.triple.curvature.asks}
+        asked = {what for b in maker.plan.blocks for what in b.triple.curvature.needs}
         assert asked & {"graph", "replay", "previous"} and "step" in str(error), error
         return
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), case.model.parameters(), strict=True))

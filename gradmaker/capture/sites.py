@@ -14,7 +14,7 @@ from gradmaker.capture.rules.layers import OPAQUE, Kind, LayerRule, attends, rul
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy, View
 from gradmaker.capture.tape import Tape
-from gradmaker.linalg.real_pairs import as_real, real_shape, write_real
+from gradmaker.linalg.real_pairs import as_real, as_stored, real_shape
 from gradmaker.options.rules import Path, Rule, names, paths
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
@@ -57,24 +57,40 @@ class Site:
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:
         """The gradient as blocks; None if no backward pass reached these parameters.  # (G, o, i) or (1, *tensor)"""
-        found = {p: p.grad if p.requires_grad else None for p in self.parameters.values()}
-        return None if all(g is None for g in found.values()) else self.lay_out(found)
+        return self.lay_out(self._gradients()) if self.has_gradient else None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a backward pass has reached any of these parameters."""
+        return any(g is not None for g in self._gradients().values())
+
+    def pieces(self) -> list[Tensor]:
+        """The gradient of each parameter in the blocks, zeros where there is none.  # (G, o, i), (G, o, 1); or (1, *tensor)"""
+        return self._lay_out_each(self._gradients())
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor | None]:
+        return {p: p.grad if p.requires_grad else None for p in self.parameters.values()}
 
     def lay_out(self, values: Mapping[nn.Parameter, Tensor | None]) -> Tensor:
         """Tensors in the shapes of the parameters, as blocks; zeros for None.  # (G, o, i) or (1, *tensor)"""
+        pieces = self._lay_out_each(values)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+    def _lay_out_each(self, values: Mapping[nn.Parameter, Tensor | None]) -> list[Tensor]:
         found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             value = values[p]
             found[name] = as_real(torch.zeros_like(p) if value is None else value)
         if self.view is not None:
-            return self.view.read(next(iter(found.values())))
-        pieces = [
-            self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in zip(found.items(), self._pieces(), strict=True)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+            return [self.view.read(next(iter(found.values())))]
+        parts = zip(found.items(), self._pieces(), strict=True)
+        return [self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in parts]
 
-    def write(self, value: Tensor) -> None:
-        """Put blocks back into the storage of ``.grad``, unless they are frozen: what is there belongs to no step."""
+    def copies(self, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is to be copied into which storage to put blocks back into ``.grad``; frozen ones belong to no step.
+
+        Where no view of the storage has the axes of the blocks, it is done at once.
+        """
         sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
@@ -82,9 +98,10 @@ class Site:
                 continue
             if self.view is not None:
                 p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
-                self.view.write(as_real(p.grad), piece)
+                yield from self.view.copies(as_real(p.grad), piece)
             else:
-                write_real(self.part(name, p.grad), piece)
+                target = self.part(name, p.grad)
+                yield target, as_stored(target, piece)
 
     def part(self, name: str, value: Tensor, lead: int = 0) -> Tensor:
         """What of a tensor in a parameter's shape lies in this block, outputs first: a view.  # (*lead, *parameter)"""

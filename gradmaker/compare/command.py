@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -70,12 +71,17 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/<data>.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's; 1 for digits.")] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", help="Module of your own that registers methods, from this folder or installed; repeatable."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no table.")] = False,
     list_methods: Annotated[bool, typer.Option("--list", help="List the methods and leave.")] = False,
 ) -> None:
     """Train methods from the same start over a learning-rate grid and several seeds, and write a report."""
     try:
         require_extra()
+        _import(modules or ())
         if list_methods:
             return _print_methods()
         if data not in PRESETS:
@@ -104,6 +110,19 @@ def compare(
         _leave(str(error), 2)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import modules of the user, from the folder of the command too."""
+    if modules and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in modules:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise InputError(f"--import {name}: no such module here or installed") from None
 
 
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:

@@ -10,106 +10,64 @@ from torch import nn
 
 from gradmaker.config import build, read_mapping
 from gradmaker.maker import GradientMaker
-from gradmaker.methods.adagrad import AdagradGradientMaker
-from gradmaker.methods.adahessian import AdahessianGradientMaker
-from gradmaker.methods.adam import AdamGradientMaker
-from gradmaker.methods.caspr import CasprGradientMaker
-from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientMaker
-from gradmaker.methods.curveball import CurveballGradientMaker
-from gradmaker.methods.custom import CustomGradientMaker
-from gradmaker.methods.ekfac import EkfacGradientMaker
-from gradmaker.methods.esgd import EsgdGradientMaker
-from gradmaker.methods.fang import FangGradientMaker
-from gradmaker.methods.full_adagrad import FullAdagradGradientMaker
-from gradmaker.methods.ggt import GgtGradientMaker
-from gradmaker.methods.hessian_free import HessianFreeGradientMaker
-from gradmaker.methods.kbfgs import KbfgsGradientMaker, KbfgsLGradientMaker
-from gradmaker.methods.kfac import KfacGradientMaker
-from gradmaker.methods.kflr import KflrGradientMaker
-from gradmaker.methods.kfra import KfraGradientMaker
-from gradmaker.methods.kl_shampoo import KlShampooGradientMaker
-from gradmaker.methods.krad import KradagradGradientMaker, KradagradStarGradientMaker
-from gradmaker.methods.ksd import KsdGradientMaker
-from gradmaker.methods.lbfgs import LbfgsGradientMaker
-from gradmaker.methods.lissa import LissaGradientMaker
-from gradmaker.methods.mfac import MfacGradientMaker
-from gradmaker.methods.muon import MuonGradientMaker
-from gradmaker.methods.natural_gradient import (
-    DiagonalNaturalGradientMaker,
-    FullNaturalGradientMaker,
-    LayerNaturalGradientMaker,
-    UnitNaturalGradientMaker,
+from gradmaker.options.registry import METHODS
+
+__all__ = ["from_config"]
+
+METHODS.expect(
+    {
+        "gradient": "gradmaker.maker",
+        "adagrad": "gradmaker.methods.adagrad",
+        "adam": "gradmaker.methods.adam",
+        "kfac": "gradmaker.methods.kfac",
+        "kflr": "gradmaker.methods.kflr",
+        "kfra": "gradmaker.methods.kfra",
+        "ekfac": "gradmaker.methods.ekfac",
+        "skfac": "gradmaker.methods.skfac",
+        "tnt": "gradmaker.methods.tnt",
+        "shampoo": "gradmaker.methods.shampoo",
+        "full_adagrad": "gradmaker.methods.full_adagrad",
+        "one_sided": "gradmaker.methods.one_sided",
+        "caspr": "gradmaker.methods.caspr",
+        "caspr_adaptive": "gradmaker.methods.caspr_adaptive",
+        "soap": "gradmaker.methods.soap",
+        "eshampoo": "gradmaker.methods.soap",
+        "kradagrad_star": "gradmaker.methods.krad",
+        "kradagrad": "gradmaker.methods.krad",
+        "kl_shampoo": "gradmaker.methods.kl_shampoo",
+        "muon": "gradmaker.methods.muon",
+        "unit_ng": "gradmaker.methods.natural_gradient",
+        "layer_ng": "gradmaker.methods.natural_gradient",
+        "full_ng": "gradmaker.methods.natural_gradient",
+        "diag_ng": "gradmaker.methods.natural_gradient",
+        "fang": "gradmaker.methods.fang",
+        "smw_ng": "gradmaker.methods.smw",
+        "smw_gn": "gradmaker.methods.smw",
+        "tonga": "gradmaker.methods.tonga",
+        "tonga_unit": "gradmaker.methods.tonga",
+        "mfac": "gradmaker.methods.mfac",
+        "ggt": "gradmaker.methods.ggt",
+        "seng": "gradmaker.methods.seng",
+        "newton": "gradmaker.methods.newton",
+        "hessian_free": "gradmaker.methods.hessian_free",
+        "ksd": "gradmaker.methods.ksd",
+        "saddle_free": "gradmaker.methods.saddle_free",
+        "lissa": "gradmaker.methods.lissa",
+        "neumann": "gradmaker.methods.neumann",
+        "neumann_practical": "gradmaker.methods.neumann",
+        "curveball": "gradmaker.methods.curveball",
+        "psgd": "gradmaker.methods.psgd",
+        "psgd_kf": "gradmaker.methods.psgd",
+        "psgd_whiten": "gradmaker.methods.psgd",
+        "adahessian": "gradmaker.methods.adahessian",
+        "esgd": "gradmaker.methods.esgd",
+        "saddle_free_diagonal": "gradmaker.methods.saddle_free_diagonal",
+        "lbfgs": "gradmaker.methods.lbfgs",
+        "kbfgs": "gradmaker.methods.kbfgs",
+        "kbfgs_l": "gradmaker.methods.kbfgs",
+        "custom": "gradmaker.methods.custom",
+    }
 )
-from gradmaker.methods.neumann import NeumannGradientMaker, NeumannPracticalGradientMaker
-from gradmaker.methods.newton import NewtonGradientMaker
-from gradmaker.methods.one_sided import OneSidedGradientMaker
-from gradmaker.methods.psgd import PsgdGradientMaker, PsgdKfGradientMaker, PsgdWhitenGradientMaker
-from gradmaker.methods.saddle_free import SaddleFreeGradientMaker
-from gradmaker.methods.saddle_free_diagonal import SaddleFreeDiagonalGradientMaker
-from gradmaker.methods.seng import SengGradientMaker
-from gradmaker.methods.shampoo import ShampooGradientMaker
-from gradmaker.methods.skfac import SkfacGradientMaker
-from gradmaker.methods.smw import SmwGaussNewtonGradientMaker, SmwNaturalGradientMaker
-from gradmaker.methods.soap import EshampooGradientMaker, SoapGradientMaker
-from gradmaker.methods.tnt import TntGradientMaker
-from gradmaker.methods.tonga import TongaGradientMaker, TongaUnitGradientMaker
-from gradmaker.options.suggestions import did_you_mean
-
-__all__ = ["METHODS", "from_config"]
-
-METHODS: dict[str, type[GradientMaker]] = {
-    "gradient": GradientMaker,
-    "adagrad": AdagradGradientMaker,
-    "adam": AdamGradientMaker,
-    "kfac": KfacGradientMaker,
-    "kflr": KflrGradientMaker,
-    "kfra": KfraGradientMaker,
-    "ekfac": EkfacGradientMaker,
-    "skfac": SkfacGradientMaker,
-    "tnt": TntGradientMaker,
-    "shampoo": ShampooGradientMaker,
-    "full_adagrad": FullAdagradGradientMaker,
-    "one_sided": OneSidedGradientMaker,
-    "caspr": CasprGradientMaker,
-    "caspr_adaptive": CasprAdaptiveGradientMaker,
-    "soap": SoapGradientMaker,
-    "eshampoo": EshampooGradientMaker,
-    "kradagrad_star": KradagradStarGradientMaker,
-    "kradagrad": KradagradGradientMaker,
-    "kl_shampoo": KlShampooGradientMaker,
-    "muon": MuonGradientMaker,
-    "unit_ng": UnitNaturalGradientMaker,
-    "layer_ng": LayerNaturalGradientMaker,
-    "full_ng": FullNaturalGradientMaker,
-    "diag_ng": DiagonalNaturalGradientMaker,
-    "fang": FangGradientMaker,
-    "smw_ng": SmwNaturalGradientMaker,
-    "smw_gn": SmwGaussNewtonGradientMaker,
-    "tonga": TongaGradientMaker,
-    "tonga_unit": TongaUnitGradientMaker,
-    "mfac": MfacGradientMaker,
-    "ggt": GgtGradientMaker,
-    "seng": SengGradientMaker,
-    "newton": NewtonGradientMaker,
-    "hessian_free": HessianFreeGradientMaker,
-    "ksd": KsdGradientMaker,
-    "saddle_free": SaddleFreeGradientMaker,
-    "lissa": LissaGradientMaker,
-    "neumann": NeumannGradientMaker,
-    "neumann_practical": NeumannPracticalGradientMaker,
-    "curveball": CurveballGradientMaker,
-    "psgd": PsgdGradientMaker,
-    "psgd_kf": PsgdKfGradientMaker,
-    "psgd_whiten": PsgdWhitenGradientMaker,
-    "adahessian": AdahessianGradientMaker,
-    "esgd": EsgdGradientMaker,
-    "saddle_free_diagonal": SaddleFreeDiagonalGradientMaker,
-    "lbfgs": LbfgsGradientMaker,
-    "kbfgs": KbfgsGradientMaker,
-    "kbfgs_l": KbfgsLGradientMaker,
-    "custom": CustomGradientMaker,
-}
-"""Method by name, as in ``{method: kfac}``."""
 
 
 def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> GradientMaker:
@@ -121,7 +79,6 @@ def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> Gra
     if "method" not in given:
         raise ValueError(f"a config needs the key 'method': expected {', '.join(METHODS)}")
     name = given.pop("method")
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method={name!r}: {did_you_mean(name, list(METHODS))}")
-    make = METHODS[name]
-    return make(model, build(make.Config, given, f"method {name!r}"))
+    make: Any = METHODS.find("method", name)
+    maker: GradientMaker = make(model, build(make.Config, given, f"method {name!r}"))
+    return maker

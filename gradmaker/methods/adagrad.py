@@ -8,7 +8,8 @@ from typing import ClassVar
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import BatchGradient
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
@@ -33,7 +34,8 @@ class AdagradGradientConfig(GradientConfig):
         return Triple(BatchGradient(), Diagonal(), Division(power=-0.5, damping=self.damping))
 
 
-class AdagradGradientMaker(PreconditionedGradientMaker):
+@register("adagrad")
+class AdagradGradientMaker(Preconditioned[AdagradGradientConfig]):
     """AdaGrad as a gradient maker; see `AdagradGradientConfig`."""
 
     Config = AdagradGradientConfig

@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL
 from gradmaker.curvature import HessianProbe
 from gradmaker.methods.hessian_probes import HessianProbeConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import ProbeDiagonal
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
@@ -48,7 +49,8 @@ class AdahessianGradientConfig(HessianProbeConfig):
         return Triple(HessianProbe(mode=self.mode), ProbeDiagonal("squares", self.spatial), self._solver())
 
 
-class AdahessianGradientMaker(PreconditionedGradientMaker):
+@register("adahessian")
+class AdahessianGradientMaker(Preconditioned[AdahessianGradientConfig]):
     """AdaHessian as a gradient maker; see `AdahessianGradientConfig`."""
 
     Config = AdahessianGradientConfig

@@ -8,7 +8,8 @@ from typing import ClassVar
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import BatchGradient
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
@@ -35,7 +36,8 @@ class AdamGradientConfig(GradientConfig):
         return Triple(BatchGradient(), Diagonal(), Division(power=-0.5, damping=self.damping))
 
 
-class AdamGradientMaker(PreconditionedGradientMaker):
+@register("adam")
+class AdamGradientMaker(Preconditioned[AdamGradientConfig]):
     """Adam as a gradient maker; see `AdamGradientConfig`."""
 
     Config = AdamGradientConfig

@@ -9,7 +9,8 @@ from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import RootedGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronDims, KronSum, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import AxisMean
@@ -56,7 +57,8 @@ class CasprGradientConfig(RootedGradientConfig):
         return Triple(BatchGradient(), held, AxisMean(damping=self.damping, root=self.root, mode=self.mode))
 
 
-class CasprGradientMaker(PreconditionedGradientMaker):
+@register("caspr")
+class CasprGradientMaker(Preconditioned[CasprGradientConfig]):
     """CASPR as a gradient maker; see `CasprGradientConfig`."""
 
     Config = CasprGradientConfig

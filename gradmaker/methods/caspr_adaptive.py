@@ -10,8 +10,10 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, OneWayDims
+from gradmaker.schedule import Schedule
 from gradmaker.solvers import Division, HeldRoot
 from gradmaker.solvers.rooting import FactorRoot
 from gradmaker.triple import Triple
@@ -25,12 +27,14 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
 
     No Kronecker sum, in spite of its name: KL-Shampoo in one direction. ``M`` is a Nesterov average of gradients, the length
     that of NAdam's step for each block; vectors, and tensors with a merged axis over ``max_dim``, take NAdam's step itself, and
-    so does everything before ``start_step``. Roots are renewed after every ``basis_interval``-th measurement, and after each of
-    the first ``warmup_steps``: none by default, since roots of the first few gradients, which lack rank, spoil ``R``. The
+    so does everything before ``start_step``. Roots are renewed every ``preconditioner_interval`` steps, one step later than in
+    the release, not at the first unless there are ``warmup_steps``: roots of few gradients, which lack rank, spoil ``R``. The
     weights of Nesterov averages sum to one here and to ``(1 - b^(t+1)) / (1 - b^t)`` in the release, ``b = momentum``.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5, external tuning.
     """
+
+    slow_part = True
 
     damping: float = 1e-6
     decay: float | None = 0.999
@@ -41,7 +45,8 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
     merge: Merge = "to_2d"
     block_size: int | None = 1024
     max_dim: int = 40000
-    basis_interval: int = 20
+    preconditioner_interval: int | Schedule = 20
+    stagger: bool = False
     start: float = 1e-6
     """What ``L`` starts from, times the identity; ``R`` starts from the identity."""
     root: FactorRoot = "eigh"
@@ -53,7 +58,9 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
         self._state()
 
     def _state(self) -> OneWayDims:
-        return OneWayDims(self.basis_interval, self.warmup_steps, self.damping, self.start, self.root)
+        always = self.preconditioner_interval == 1  # then the release counts its first step as one after a refresh
+        later = self.start * (1 + self.damping) if always else 1.0
+        return OneWayDims(always or self.warmup_steps > 0, self.damping, self.start, later, self.root)
 
     def triple(self, site: Site) -> Triple | None:
         whole = site.shape[1:] if site.view is None else site.view.merged
@@ -62,7 +69,8 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), HeldRoot())
 
 
-class CasprAdaptiveGradientMaker(PreconditionedGradientMaker):
+@register("caspr_adaptive")
+class CasprAdaptiveGradientMaker(Preconditioned[CasprAdaptiveGradientConfig]):
     """CASPR-adaptive as a gradient maker; see `CasprAdaptiveGradientConfig`."""
 
     Config = CasprAdaptiveGradientConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradmaker.methods.matrix_free import MatrixFreeConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Implicit
 from gradmaker.solvers import (
     CurveBall,
@@ -36,7 +37,8 @@ class CurveballGradientConfig(MatrixFreeConfig):
         return Triple(self.measured(), Implicit(), solver)
 
 
-class CurveballGradientMaker(PreconditionedGradientMaker):
+@register("curveball")
+class CurveballGradientMaker(Preconditioned[CurveballGradientConfig]):
     """CurveBall as a gradient maker; see `CurveballGradientConfig`."""
 
     Config = CurveballGradientConfig

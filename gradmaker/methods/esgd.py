@@ -10,7 +10,8 @@ from gradmaker.config import COVERS_ALL
 from gradmaker.curvature import HessianProbe
 from gradmaker.methods.hessian_probes import HessianProbeConfig
 from gradmaker.options.checks import check_count, check_interval
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import ProbeDiagonal
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Division
@@ -51,7 +52,8 @@ class EsgdGradientConfig(HessianProbeConfig):
         return Triple(probe, ProbeDiagonal(), Division(damping=self.damping))
 
 
-class EsgdGradientMaker(PreconditionedGradientMaker):
+@register("esgd")
+class EsgdGradientMaker(Preconditioned[EsgdGradientConfig]):
     """Equilibrated SGD as a gradient maker; see `EsgdGradientConfig`."""
 
     Config = EsgdGradientConfig

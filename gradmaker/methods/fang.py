@@ -9,9 +9,10 @@ from typing import Literal
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import GaussianGraph
-from gradmaker.representations.graph import Parents
+from gradmaker.representations.gaussian_graph import Parents
 from gradmaker.solvers import LocalRegression
 from gradmaker.triple import Triple
 
@@ -50,7 +51,8 @@ class FangGradientConfig(GradientConfig):
         return Triple(self.fisher, GaussianGraph(self.structure), LocalRegression(damping=self.damping))
 
 
-class FangGradientMaker(PreconditionedGradientMaker):
+@register("fang")
+class FangGradientMaker(Preconditioned[FangGradientConfig]):
     """FANG, and with its default structure the quasi-diagonal natural gradient; see `FangGradientConfig`."""
 
     Config = FangGradientConfig

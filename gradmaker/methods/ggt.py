@@ -8,7 +8,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Window
 from gradmaker.solvers import Gram
 from gradmaker.solvers.gram import Tail
@@ -46,7 +47,8 @@ class GgtGradientConfig(GradientConfig):
         )
 
 
-class GgtGradientMaker(PreconditionedGradientMaker):
+@register("ggt")
+class GgtGradientMaker(Preconditioned[GgtGradientConfig]):
     """GGT as a gradient maker; see `GgtGradientConfig`."""
 
     Config = GgtGradientConfig

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from gradmaker.methods.matrix_free import MatrixFreeConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Implicit
 from gradmaker.solvers import (
     LevenbergMarquardt,
@@ -71,7 +72,8 @@ class HessianFreeGradientConfig(MatrixFreeConfig):
         return Triple(self.measured(**({wanted: True} if wanted else {})), Implicit(), solver)
 
 
-class HessianFreeGradientMaker(PreconditionedGradientMaker):
+@register("hessian_free")
+class HessianFreeGradientMaker(Preconditioned[HessianFreeGradientConfig]):
     """Hessian-free optimization as a gradient maker; see `HessianFreeGradientConfig`."""
 
     Config = HessianFreeGradientConfig

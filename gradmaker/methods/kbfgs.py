@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import LayerSecant
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronPairs
 from gradmaker.solvers import Apply
 from gradmaker.triple import Triple
@@ -50,7 +51,8 @@ class KbfgsGradientConfig(GradientConfig):
         return Triple(LayerSecant(), self._representation(), Apply())
 
 
-class KbfgsGradientMaker(PreconditionedGradientMaker):
+@register("kbfgs")
+class KbfgsGradientMaker(Preconditioned[KbfgsGradientConfig]):
     """K-BFGS as a gradient maker; see `KbfgsGradientConfig`."""
 
     Config = KbfgsGradientConfig
@@ -76,7 +78,8 @@ class KbfgsLGradientConfig(KbfgsGradientConfig):
         return KronPairs(self.damping, self.pairs, self.limited, self.secant_decay, form=self.output_damping)
 
 
-class KbfgsLGradientMaker(PreconditionedGradientMaker):
+@register("kbfgs_l")
+class KbfgsLGradientMaker(Preconditioned[KbfgsLGradientConfig]):
     """K-BFGS(L) as a gradient maker; see `KbfgsLGradientConfig`."""
 
     Config = KbfgsLGradientConfig

@@ -9,8 +9,9 @@ from gradmaker.capture.sites import Site
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.methods.weight_sharing import SharingGradientConfig
 from gradmaker.options.checks import check_choice
+from gradmaker.options.registry import register
 from gradmaker.representations import Kron
-from gradmaker.solvers import Cholesky, Eigh, Solver
+from gradmaker.solvers import AnySolver, Cholesky, Eigh
 from gradmaker.triple import Triple
 
 __all__ = ["KfacGradientConfig", "KfacGradientMaker"]
@@ -34,13 +35,14 @@ class KfacGradientConfig(SharingGradientConfig):
         check_choice("split", self.split, ["pi", "exact"])
 
     def layer(self, site: Site) -> Triple:
-        solver: Solver = Cholesky(damping=self.damping, split="pi")
+        solver: AnySolver = Cholesky(damping=self.damping, split="pi")
         if self.split == "exact":
             solver = Eigh(power=-1.0, damping=self.damping, split="exact")
         return Triple(self.fisher, Kron(sharing=self.sharing_of(site), wide_sides=self.wide_sides), solver)
 
 
-class KfacGradientMaker(TrustRegionGradientMaker):
+@register("kfac")
+class KfacGradientMaker(TrustRegionGradientMaker[KfacGradientConfig]):
     """K-FAC as a gradient maker; see `KfacGradientConfig`."""
 
     Config = KfacGradientConfig

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gradmaker.curvature import Curvature, FisherExact
 from gradmaker.methods.kfac import KfacGradientConfig
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
+from gradmaker.options.registry import register
 
 __all__ = ["KflrGradientConfig", "KflrGradientMaker"]
 
@@ -26,7 +27,8 @@ class KflrGradientConfig(KfacGradientConfig):
             raise ValueError(f"fisher={self.fisher!r}: KFLR is K-FAC with FisherExact(...); use kfac for another Fisher")
 
 
-class KflrGradientMaker(TrustRegionGradientMaker):
+@register("kflr")
+class KflrGradientMaker(TrustRegionGradientMaker[KflrGradientConfig]):
     """KFLR as a gradient maker; see `KflrGradientConfig`."""
 
     Config = KflrGradientConfig

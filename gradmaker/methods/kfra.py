@@ -12,6 +12,7 @@ from gradmaker.curvature import Curvature, FisherRecursive
 from gradmaker.curvature.recursive import break_of_chain
 from gradmaker.methods.kfac_family import KroneckerGradientConfig
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
+from gradmaker.options.registry import register
 from gradmaker.representations import Kron
 from gradmaker.solvers import Cholesky
 from gradmaker.triple import Triple
@@ -41,7 +42,8 @@ class KfraGradientConfig(KroneckerGradientConfig):
         return Triple(self.fisher, Kron(wide_sides=self.wide_sides), Cholesky(damping=self.damping, split="pi"))
 
 
-class KfraGradientMaker(TrustRegionGradientMaker):
+@register("kfra")
+class KfraGradientMaker(TrustRegionGradientMaker[KfraGradientConfig]):
     """KFRA as a gradient maker; see `KfraGradientConfig`."""
 
     Config = KfraGradientConfig

@@ -8,8 +8,10 @@ from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import CrossDims
+from gradmaker.schedule import Schedule
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
 
@@ -29,7 +31,8 @@ class KlShampooGradientConfig(AxesGradientConfig):
     decay: float | None = 0.98
     momentum: float = 0.9
     merge: Merge = "to_2d"
-    basis_interval: int = 10
+    preconditioner_interval: int | Schedule = 10
+    stagger: bool = False
     start: float = 0.1
 
     def __post_init__(self) -> None:
@@ -37,13 +40,14 @@ class KlShampooGradientConfig(AxesGradientConfig):
         self._state()
 
     def _state(self) -> CrossDims:
-        return CrossDims(self.basis_interval, self.start, self.damping)
+        return CrossDims(self.start, self.damping)
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(BatchGradient(), self._state(), PositiveRoot())
 
 
-class KlShampooGradientMaker(PreconditionedGradientMaker):
+@register("kl_shampoo")
+class KlShampooGradientMaker(Preconditioned[KlShampooGradientConfig]):
     """KL-Shampoo as a gradient maker; see `KlShampooGradientConfig`."""
 
     Config = KlShampooGradientConfig

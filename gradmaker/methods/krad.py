@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig, HeldRootsGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import AlternatingInverse, InverseDims
 from gradmaker.representations.alternating_inverse import ONE_AXIS
 from gradmaker.representations.inverse_dims import Denominator
@@ -64,7 +65,8 @@ class KradagradStarGradientConfig(HeldRootsGradientConfig):
         return Triple(BatchGradient(), self._state(), PositiveRoot(damping=1e-8 if self.compat == "kradagrad" else 0.0))
 
 
-class KradagradStarGradientMaker(PreconditionedGradientMaker):
+@register("kradagrad_star")
+class KradagradStarGradientMaker(Preconditioned[KradagradStarGradientConfig]):
     """KrADagrad* as a gradient maker; see `KradagradStarGradientConfig`."""
 
     Config = KradagradStarGradientConfig
@@ -74,17 +76,18 @@ class KradagradStarGradientMaker(PreconditionedGradientMaker):
 class KradagradGradientConfig(AxesGradientConfig):
     """KrADagrad: ``P G = G x_1 L_1^(1/2) ... x_k L_k^(1/2)``, ``L_m`` jointly the inverse covariance, one updated a step.
 
-    ``basis_interval`` is that of the roots; ``start`` the variance, in mean squares of the first gradient, that the inverse
-    starts from (None: one, as published). ``compat='kradagrad'`` reproduces the authors' release: that start, a damping that
-    may overshoot, other axes' roots as they were before a refresh, and before ``start_step`` a gradient that is preconditioned
-    on them already. Of several blocks the release renews the roots of one; here all are.
+    ``preconditioner_interval`` is that of the roots; ``start`` the variance, in mean squares of the first gradient, that the
+    inverse starts from (None: one, as published). ``compat='kradagrad'`` reproduces the authors' release: that start, a
+    damping that may overshoot, other axes' roots as they were before a refresh, and before ``start_step`` a gradient that is
+    preconditioned on them already. Of several blocks the release renews the roots of one; here all are.
 
     Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416.
     """
 
     damping: float = 1e-8
     decay: float | None = None
-    basis_interval: int = 3
+    preconditioner_interval: int | Schedule = 3
+    stagger: bool = False
     start: float | None = 1.0
     compat: Literal["none", "kradagrad"] = "none"
 
@@ -102,13 +105,14 @@ class KradagradGradientConfig(AxesGradientConfig):
 
     def _state(self) -> AlternatingInverse:
         published = self.compat == "kradagrad"
-        return AlternatingInverse(self.damping, self.basis_interval, self.start, published, self.start_step if published else 0)
+        return AlternatingInverse(self.damping, self.start, published, self.start_step if published else 0)
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(BatchGradient(), self._state(), PositiveRoot())
 
 
-class KradagradGradientMaker(PreconditionedGradientMaker):
+@register("kradagrad")
+class KradagradGradientMaker(Preconditioned[KradagradGradientConfig]):
     """KrADagrad as a gradient maker; see `KradagradGradientConfig`."""
 
     Config = KradagradGradientConfig

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from gradmaker.methods.matrix_free import MatrixFreeConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Implicit
 from gradmaker.solvers import (
     Krylov,
@@ -56,7 +57,8 @@ class KsdGradientConfig(MatrixFreeConfig):
         return Triple(self.measured(**wanted), Implicit(), solver)
 
 
-class KsdGradientMaker(PreconditionedGradientMaker):
+@register("ksd")
+class KsdGradientMaker(Preconditioned[KsdGradientConfig]):
     """Krylov subspace descent as a gradient maker; see `KsdGradientConfig`."""
 
     Config = KsdGradientConfig

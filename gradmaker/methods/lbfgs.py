@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Secant
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Pairs
 from gradmaker.solvers import Apply
 from gradmaker.triple import Triple
@@ -48,7 +49,8 @@ class LbfgsGradientConfig(GradientConfig):
         return Triple(Secant(), self._representation(), Apply())
 
 
-class LbfgsGradientMaker(PreconditionedGradientMaker):
+@register("lbfgs")
+class LbfgsGradientMaker(Preconditioned[LbfgsGradientConfig]):
     """L-BFGS as a gradient maker; see `LbfgsGradientConfig`."""
 
     Config = LbfgsGradientConfig

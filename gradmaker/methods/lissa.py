@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gradmaker.methods.matrix_free import MatrixFreeConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Implicit
 from gradmaker.solvers import Neumann
 from gradmaker.triple import Triple
@@ -39,7 +40,8 @@ class LissaGradientConfig(MatrixFreeConfig):
         return Triple(self.measured(**wanted), Implicit(), solver)
 
 
-class LissaGradientMaker(PreconditionedGradientMaker):
+@register("lissa")
+class LissaGradientMaker(Preconditioned[LissaGradientConfig]):
     """LiSSA as a gradient maker; see `LissaGradientConfig`."""
 
     Config = LissaGradientConfig

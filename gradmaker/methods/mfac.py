@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Window
 from gradmaker.solvers import Gram
 from gradmaker.triple import Triple
@@ -42,7 +43,8 @@ class MfacGradientConfig(GradientConfig):
         return Triple(BatchGradient(), Window(size=self.window, scale=self.warmup), Gram(damping=self.damping))
 
 
-class MfacGradientMaker(PreconditionedGradientMaker):
+@register("mfac")
+class MfacGradientMaker(Preconditioned[MfacGradientConfig]):
     """M-FAC as a gradient maker; see `MfacGradientConfig`."""
 
     Config = MfacGradientConfig

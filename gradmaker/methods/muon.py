@@ -12,7 +12,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, ZeroHistory
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.solvers import Division, PolarFactor
@@ -66,7 +67,8 @@ class MuonGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), ZeroHistory(), self._solver(gains.get(self.scale, 1.0)))
 
 
-class MuonGradientMaker(PreconditionedGradientMaker):
+@register("muon")
+class MuonGradientMaker(Preconditioned[MuonGradientConfig]):
     """Muon as a gradient maker; see `MuonGradientConfig`."""
 
     Config = MuonGradientConfig

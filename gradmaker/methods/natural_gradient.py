@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, FisherMC
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, Diagonal
 from gradmaker.solvers import Cholesky, Division
 from gradmaker.triple import Triple
@@ -44,7 +45,8 @@ class UnitNaturalGradientConfig(GradientConfig):
         return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping))
 
 
-class UnitNaturalGradientMaker(PreconditionedGradientMaker):
+@register("unit_ng")
+class UnitNaturalGradientMaker(Preconditioned[UnitNaturalGradientConfig]):
     """Unit-wise natural gradient as a gradient maker; see `UnitNaturalGradientConfig`."""
 
     Config = UnitNaturalGradientConfig
@@ -67,7 +69,8 @@ class FullNaturalGradientConfig(GradientConfig):
         return Triple(self.fisher, Dense(granularity="full"), Cholesky(damping=self.damping))
 
 
-class FullNaturalGradientMaker(PreconditionedGradientMaker):
+@register("full_ng")
+class FullNaturalGradientMaker(Preconditioned[FullNaturalGradientConfig]):
     """Natural gradient as a gradient maker; see `FullNaturalGradientConfig`."""
 
     Config = FullNaturalGradientConfig
@@ -91,7 +94,8 @@ class LayerNaturalGradientConfig(GradientConfig):
         return Triple(self.fisher, Dense(granularity="layer"), Cholesky(damping=self.damping))
 
 
-class LayerNaturalGradientMaker(PreconditionedGradientMaker):
+@register("layer_ng")
+class LayerNaturalGradientMaker(Preconditioned[LayerNaturalGradientConfig]):
     """Layer-wise natural gradient as a gradient maker; see `LayerNaturalGradientConfig`."""
 
     Config = LayerNaturalGradientConfig
@@ -114,7 +118,8 @@ class DiagonalNaturalGradientConfig(GradientConfig):
         return Triple(self.fisher, Diagonal(granularity="layer"), Division(power=-1.0, damping=self.damping))
 
 
-class DiagonalNaturalGradientMaker(PreconditionedGradientMaker):
+@register("diag_ng")
+class DiagonalNaturalGradientMaker(Preconditioned[DiagonalNaturalGradientConfig]):
     """Diagonal natural gradient as a gradient maker; see `DiagonalNaturalGradientConfig`."""
 
     Config = DiagonalNaturalGradientConfig

@@ -13,8 +13,9 @@ from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, Hessian
 from gradmaker.curvature.gradient import DisplacedGradient
 from gradmaker.methods.matrix_free import MatrixFreeConfig
+from gradmaker.options.registry import register
 from gradmaker.passes.vectors import Layout
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Implicit
 from gradmaker.representations.position import Position
 from gradmaker.solvers import Neumann
@@ -44,7 +45,8 @@ class NeumannGradientConfig(MatrixFreeConfig):
         return Triple(self.measured(), Implicit(), solver)
 
 
-class NeumannGradientMaker(PreconditionedGradientMaker):
+@register("neumann")
+class NeumannGradientMaker(Preconditioned[NeumannGradientConfig]):
     """The Neumann optimizer as a gradient maker; see `NeumannGradientConfig`."""
 
     Config = NeumannGradientConfig
@@ -104,7 +106,8 @@ class NeumannPracticalGradientConfig(GradientConfig):
         return Triple(DisplacedGradient(), Position(), self._solver())
 
 
-class NeumannPracticalGradientMaker(PreconditionedGradientMaker):
+@register("neumann_practical")
+class NeumannPracticalGradientMaker(Preconditioned[NeumannPracticalGradientConfig]):
     """The practical Neumann optimizer as a gradient maker; see `NeumannPracticalGradientConfig`."""
 
     Config = NeumannPracticalGradientConfig

@@ -8,7 +8,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, Hessian
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, Diagonal
 from gradmaker.solvers import (
     LU,
@@ -59,7 +60,8 @@ class NewtonGradientConfig(GradientConfig):
         return Triple(self.curvature, Dense(granularity="full" if self.granularity == "full" else "layer"), solver)
 
 
-class NewtonGradientMaker(PreconditionedGradientMaker):
+@register("newton")
+class NewtonGradientMaker(Preconditioned[NewtonGradientConfig]):
     """Newton's method as a gradient maker; see `NewtonGradientConfig`."""
 
     Config = NewtonGradientConfig

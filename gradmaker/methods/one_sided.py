@@ -10,7 +10,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import RootedGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import OneSided
 from gradmaker.schedule import Schedule
 from gradmaker.solvers.rooting import FactorRoot
@@ -50,7 +51,8 @@ class OneSidedGradientConfig(RootedGradientConfig):
         return Triple(BatchGradient(), OneSided(), self.rooter())
 
 
-class OneSidedGradientMaker(PreconditionedGradientMaker):
+@register("one_sided")
+class OneSidedGradientMaker(Preconditioned[OneSidedGradientConfig]):
     """One-sided Shampoo as a gradient maker; see `OneSidedGradientConfig`."""
 
     Config = OneSidedGradientConfig

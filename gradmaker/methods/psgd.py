@@ -11,7 +11,8 @@ from gradmaker.config import COVERS_ALL, ONE_BLOCK
 from gradmaker.curvature import Curvature, GradientProbe, HessianProbe
 from gradmaker.methods.hessian_probes import HessianProbeConfig
 from gradmaker.methods.tensor_axes import AxesGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronQ, TriangularQ
 from gradmaker.representations.lie import Normaliser
 from gradmaker.solvers import Apply
@@ -63,7 +64,8 @@ class PsgdGradientConfig(HessianProbeConfig):
         return Triple(self._curvature(), self._representation(), Apply())
 
 
-class PsgdGradientMaker(PreconditionedGradientMaker):
+@register("psgd")
+class PsgdGradientMaker(Preconditioned[PsgdGradientConfig]):
     """PSGD as a gradient maker; see `PsgdGradientConfig`."""
 
     Config = PsgdGradientConfig
@@ -90,7 +92,8 @@ class PsgdKfGradientConfig(PsgdGradientConfig):
         return KronQ(self.rate, self.normaliser, "layer", self.max_skew, self.geometry)
 
 
-class PsgdKfGradientMaker(PreconditionedGradientMaker):
+@register("psgd_kf")
+class PsgdKfGradientMaker(Preconditioned[PsgdKfGradientConfig]):
     """PSGD-KF as a gradient maker; see `PsgdKfGradientConfig`."""
 
     Config = PsgdKfGradientConfig
@@ -130,7 +133,8 @@ class PsgdWhitenGradientConfig(AxesGradientConfig):
         return Triple(GradientProbe(lift=self.damping), self._representation(), Apply())
 
 
-class PsgdWhitenGradientMaker(PreconditionedGradientMaker):
+@register("psgd_whiten")
+class PsgdWhitenGradientMaker(Preconditioned[PsgdWhitenGradientConfig]):
     """PSGD-Kron for whitening as a gradient maker; see `PsgdWhitenGradientConfig`."""
 
     Config = PsgdWhitenGradientConfig

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from gradmaker.curvature import Curvature, Hessian
 from gradmaker.methods.matrix_free import MatrixFreeConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Implicit
 from gradmaker.solvers import (
     Krylov,
@@ -31,7 +32,8 @@ class SaddleFreeGradientConfig(MatrixFreeConfig):
         return Triple(self.measured(), Implicit(), Krylov(damping=self.damping, dimension=self.dimension))
 
 
-class SaddleFreeGradientMaker(PreconditionedGradientMaker):
+@register("saddle_free")
+class SaddleFreeGradientMaker(Preconditioned[SaddleFreeGradientConfig]):
     """Saddle-free Newton as a gradient maker; see `SaddleFreeGradientConfig`."""
 
     Config = SaddleFreeGradientConfig

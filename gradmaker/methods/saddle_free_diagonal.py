@@ -10,7 +10,8 @@ from gradmaker.config import COVERS_ALL, ONE_BLOCK
 from gradmaker.curvature import Hessian, HessianProbe
 from gradmaker.methods.hessian_probes import HessianProbeConfig
 from gradmaker.options.checks import check_choice, check_count, check_interval
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, Diagonal, ProbeDiagonal
 from gradmaker.solvers import AbsoluteDivision, AbsoluteEigh, Division
 from gradmaker.triple import Triple
@@ -61,7 +62,8 @@ class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
         return Triple(probe, ProbeDiagonal("signed"), Division(damping=self.damping))
 
 
-class SaddleFreeDiagonalGradientMaker(PreconditionedGradientMaker):
+@register("saddle_free_diagonal")
+class SaddleFreeDiagonalGradientMaker(Preconditioned[SaddleFreeDiagonalGradientConfig]):
     """Saddle-free Newton of the diagonal as a gradient maker; see `SaddleFreeDiagonalGradientConfig`."""
 
     Config = SaddleFreeDiagonalGradientConfig

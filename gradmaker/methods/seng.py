@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature, FisherEmp
 from gradmaker.options.checks import check_count
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Sketched
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Gram
@@ -61,7 +62,8 @@ class SengGradientConfig(GradientConfig):
         return Triple(self.fisher, held, Gram(damping=self.damping))
 
 
-class SengGradientMaker(PreconditionedGradientMaker):
+@register("seng")
+class SengGradientMaker(Preconditioned[SengGradientConfig]):
     """SENG as a gradient maker; see `SengGradientConfig`."""
 
     Config = SengGradientConfig

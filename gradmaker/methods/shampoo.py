@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import RootedGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronDims, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.triple import Triple
@@ -53,7 +54,8 @@ class ShampooGradientConfig(RootedGradientConfig):
         return Triple(BatchGradient(), factors, self.rooter())
 
 
-class ShampooGradientMaker(PreconditionedGradientMaker):
+@register("shampoo")
+class ShampooGradientMaker(Preconditioned[ShampooGradientConfig]):
     """Shampoo as a gradient maker; see `ShampooGradientConfig`."""
 
     Config = ShampooGradientConfig

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from gradmaker.capture.sites import Site
 from gradmaker.methods.kfac_family import KroneckerGradientConfig
 from gradmaker.methods.trust_region import TrustRegionGradientMaker
+from gradmaker.options.registry import register
 from gradmaker.representations import KronRows
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.solvers import FactorWoodbury
@@ -42,7 +43,8 @@ class SkfacGradientConfig(KroneckerGradientConfig):
         return Triple(self.fisher, representation, FactorWoodbury(damping=self.damping))
 
 
-class SkfacGradientMaker(TrustRegionGradientMaker):
+@register("skfac")
+class SkfacGradientMaker(TrustRegionGradientMaker[SkfacGradientConfig]):
     """SKFAC as a gradient maker; see `SkfacGradientConfig`."""
 
     Config = SkfacGradientConfig

@@ -8,7 +8,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import ONE_BLOCK, GradientConfig
 from gradmaker.curvature import Curvature, FisherEmp, FisherExact
 from gradmaker.options.checks import check_count
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Rows
 from gradmaker.solvers import Gram
 from gradmaker.triple import Triple
@@ -48,7 +49,8 @@ class SmwNaturalGradientConfig(GradientConfig):
         return Triple(self.fisher, Rows(max_rows=self.max_rows), Gram(damping=self.damping))
 
 
-class SmwNaturalGradientMaker(PreconditionedGradientMaker):
+@register("smw_ng")
+class SmwNaturalGradientMaker(Preconditioned[SmwNaturalGradientConfig]):
     """SMW-NG as a gradient maker; see `SmwNaturalGradientConfig`."""
 
     Config = SmwNaturalGradientConfig
@@ -64,7 +66,8 @@ class SmwGaussNewtonGradientConfig(SmwNaturalGradientConfig):
     fisher: Curvature = FisherExact()
 
 
-class SmwGaussNewtonGradientMaker(PreconditionedGradientMaker):
+@register("smw_gn")
+class SmwGaussNewtonGradientMaker(Preconditioned[SmwGaussNewtonGradientConfig]):
     """SMW-GN as a gradient maker; see `SmwGaussNewtonGradientConfig`."""
 
     Config = SmwGaussNewtonGradientConfig

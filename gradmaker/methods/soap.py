@@ -9,8 +9,10 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import RotatedDims
+from gradmaker.schedule import Schedule
 from gradmaker.solvers import RotatedDivision
 from gradmaker.triple import Triple
 
@@ -21,8 +23,9 @@ __all__ = ["EshampooGradientConfig", "EshampooGradientMaker", "SoapGradientConfi
 class SoapGradientConfig(AxesGradientConfig):
     """SOAP: ``P g = Q [(Q^T m) / (sqrt(v) + damping)]``, Adam in the eigenbasis ``Q`` of Shampoo's factors.
 
-    ``basis_interval`` is the interval of the slow part; the second moment ``v`` is new at every step. The reference leaves
-    the first step out (``skip_first``); here it has the moment's mean for a moment. Vectors get Adam.
+    ``preconditioner_interval`` is the interval of the slow part, ``Q``, which is renewed before the gradient of its step comes;
+    the second moment ``v`` is new at every step. The reference leaves the first step out (``skip_first``); here it has the
+    moment's mean for a moment. Vectors get Adam.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3; defaults of its code.
     """
@@ -31,7 +34,8 @@ class SoapGradientConfig(AxesGradientConfig):
     decay: float | None = 0.95
     momentum: float = 0.95
     max_dim: int = 10000
-    basis_interval: int = 10
+    preconditioner_interval: int | Schedule = 10
+    stagger: bool = False
     skip_first: bool = False
     precondition_vectors: bool = False
 
@@ -43,13 +47,14 @@ class SoapGradientConfig(AxesGradientConfig):
         self._state()
 
     def _state(self) -> RotatedDims:
-        return RotatedDims(basis_interval=self.basis_interval, skip_first=self.skip_first, vectors=self.precondition_vectors)
+        return RotatedDims(skip_first=self.skip_first, vectors=self.precondition_vectors)
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(BatchGradient(), self._state(), RotatedDivision(power=-0.5, damping=self.damping, raw=True))
 
 
-class SoapGradientMaker(PreconditionedGradientMaker):
+@register("soap")
+class SoapGradientMaker(Preconditioned[SoapGradientConfig]):
     """SOAP as a gradient maker; see `SoapGradientConfig`."""
 
     Config = SoapGradientConfig
@@ -59,7 +64,7 @@ class SoapGradientMaker(PreconditionedGradientMaker):
 class EshampooGradientConfig(AxesGradientConfig):
     """Eigenvalue-corrected Shampoo: ``P g = Q [(Q^T m) / (v^exponent + damping)]``, the basis renewed before ``v`` is.
 
-    A basis is renewed every ``basis_interval`` steps unless it is still within ``tolerance`` of diagonal.
+    A basis is renewed every ``preconditioner_interval`` steps unless it is still within ``tolerance`` of diagonal.
 
     Reference: Eschenhagen et al., 2025, arXiv:2506.03595; the order and the criterion of
     a renewal are those of Meta's Distributed Shampoo, whose epsilon is 1e-12 and whose statistics are sums by default.
@@ -68,7 +73,7 @@ class EshampooGradientConfig(AxesGradientConfig):
     damping: float = 1e-8
     decay: float | None = 0.95
     momentum: float = 0.9
-    basis_interval: int = 1
+    stagger: bool = False
     tracking: Literal["qr", "eigh"] = "qr"
     tolerance: float = 0.01
     exponent: float = 0.5
@@ -80,10 +85,9 @@ class EshampooGradientConfig(AxesGradientConfig):
 
     def _state(self) -> RotatedDims:
         return RotatedDims(
-            basis_interval=self.basis_interval,
             tracking=self.tracking,
             tolerance=self.tolerance,
-            order="basis_first",
+            sequence="basis_first",
             vectors=True,
         )
 
@@ -91,7 +95,8 @@ class EshampooGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), RotatedDivision(power=-self.exponent, damping=self.damping))
 
 
-class EshampooGradientMaker(PreconditionedGradientMaker):
+@register("eshampoo")
+class EshampooGradientMaker(Preconditioned[EshampooGradientConfig]):
     """Eigenvalue-corrected Shampoo as a gradient maker; see `EshampooGradientConfig`."""
 
     Config = EshampooGradientConfig

@@ -13,9 +13,8 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.linalg.damping import Mode
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.precision import Precision
-from gradmaker.solvers import Solver
 from gradmaker.solvers.matrix_root import MatrixRoot
-from gradmaker.solvers.rooting import Root, rooting
+from gradmaker.solvers.rooting import Root, Rooter, rooting
 
 __all__ = ["Averaging", "AxesGradientConfig", "HeldRootsGradientConfig", "RootedGradientConfig"]
 
@@ -96,7 +95,7 @@ class RootedGradientConfig(HeldRootsGradientConfig):
         summed = {"averaging": "the statistic is a sum; set decay"} if self.decay is None else {}
         return super().inapplicable_options() | summed
 
-    def rooter(self) -> Solver:
+    def rooter(self) -> Rooter:
         """What roots the factors. ValueError for a mode that the root does not have."""
         return rooting(self.root, self.damping, mode=self.mode)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature, SampledGradient
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, TensorNormal
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Cholesky
@@ -42,7 +43,8 @@ class TntGradientConfig(GradientConfig):
         return Triple(self.fisher, TensorNormal(granularity="layer"), Cholesky(damping=self.damping, split="each"))
 
 
-class TntGradientMaker(PreconditionedGradientMaker):
+@register("tnt")
+class TntGradientMaker(Preconditioned[TntGradientConfig]):
     """TNT as a gradient maker; see `TntGradientConfig`."""
 
     Config = TntGradientConfig

@@ -9,7 +9,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.options.checks import check_count
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Truncated
 from gradmaker.solvers import Gram
 from gradmaker.triple import Triple
@@ -46,7 +47,8 @@ class TongaGradientConfig(GradientConfig):
         return Triple(BatchGradient(), held, Gram(damping=self.damping, scale_preserving=self.scale_preserving))
 
 
-class TongaGradientMaker(PreconditionedGradientMaker):
+@register("tonga")
+class TongaGradientMaker(Preconditioned[TongaGradientConfig]):
     """TONGA as a gradient maker; see `TongaGradientConfig`."""
 
     Config = TongaGradientConfig
@@ -67,7 +69,8 @@ class TongaUnitGradientConfig(TongaGradientConfig):
         return self._triple("unit")
 
 
-class TongaUnitGradientMaker(PreconditionedGradientMaker):
+@register("tonga_unit")
+class TongaUnitGradientMaker(Preconditioned[TongaUnitGradientConfig]):
     """Unit-wise TONGA as a gradient maker; see `TongaUnitGradientConfig`."""
 
     Config = TongaUnitGradientConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from gradmaker.capture.sites import Site
 from gradmaker.methods.kfac_family import KroneckerGradientConfig
@@ -50,7 +50,7 @@ class SharingGradientConfig(KroneckerGradientConfig, ABC):
 
     def _pairs(self) -> tuple[tuple[Rule, Sharing], ...]:
         """Rules and choices; none where all layers have one way."""
-        return () if isinstance(self.sharing, str) else cast("tuple[tuple[Rule, Sharing], ...]", self.sharing)
+        return self.sharing if isinstance(self.sharing, tuple) else ()
 
 
 def _read(given: Any) -> Sharing | tuple[tuple[Rule, Sharing], ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
 
 from gradmaker.blocks import Block
-from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.roles import Pooled
+from gradmaker.representations.base import Fold
 from gradmaker.stacking import carry
 from gradmaker.step.ledger import Ledger
 from gradmaker.step.pool import Pool
@@ -26,7 +27,7 @@ class Pending:
     passes: int = 0  # of this step, that are in it
     part: int | None = None  # which of them is measured, where the maker does not count them itself
     blocks: dict[Block, Block] = field(default_factory=dict)  # copies with statistics of their own
-    pooled: list[tuple[Curvature, list[Mapping[str, Evidence]], float]] = field(default_factory=list)
+    pooled: list[tuple[Pooled, list[Mapping[str, Evidence]], float]] = field(default_factory=list)
     done: dict[tuple[int, int], set[str]] = field(default_factory=dict)  # by micro-batch and chunk: what is in them
 
     def block(self, block: Block) -> Block:
@@ -48,15 +49,22 @@ class Pending:
         return Pending(set(self.further), self.passes, self.part, fresh, self.pooled, self.done)
 
     def take(
-        self, chunks: Iterable[Mapping[str, Evidence]], blocks: Iterable[Block], weight: float, part: int, ledger: Ledger
+        self,
+        chunks: Iterable[Mapping[str, Evidence]],
+        folds: Mapping[Block, Fold],
+        part: int,
+        ledger: Ledger,
+        known: Set[str],
     ) -> None:
-        """Fold evidence into the copies; what the ledger has of it, from a step that begins again, is left out."""
-        own = list(blocks)
+        """Fold evidence into the copies; what the ledger has of it, from a step that begins again, is left out.
+
+        folds: how it enters the statistic of each block; known: sites that had given evidence before this step
+        """
         for index, chunk in enumerate(chunks):
             done = self.done.setdefault((part, index), set(ledger.folded(part, index)))
             with torch.no_grad():
-                for block in own:
-                    self.block(block).update(chunk, block.fold(weight), self.further, done)
+                for block, fold in folds.items():
+                    self.block(block).update(chunk, fold, self.further, done, known)
 
     def fold(self, ledger: Ledger, pool: Pool) -> None:
         """Make the copies the statistics."""

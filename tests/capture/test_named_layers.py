@@ -254,7 +254,7 @@ def test_models_of_transformers(name: str) -> None:
     maker = KfacGradientMaker(model, KfacGradientConfig(fallback="adam"))
     setup(maker, case)  # type: ignore[arg-type]
     maker.forward_and_backward()
-    own = {k for b in maker.plan.blocks if b.method == "method" for s in b.sites for k in s.parameters}
+    own = {k for b in maker.plan.blocks if b.options.method == "method" for s in b.sites for k in s.parameters}
     assert {k for k, _ in model.named_parameters() if k not in own} == {f"model.{k}" for k in left}
     result = maker.verify()
     assert result.passed and result.complete, str(result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -88,10 +88,8 @@ def test_layers_say_how_many_maps_a_parameter_holds() -> None:
 
 # --- nothing but the blocks changes ---------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class Identity(Solver):
+class Identity(Solver[Factored]):
     """``P = I``."""
-
-    needs: ClassVar[type] = Factored
 
     def prepare(self, representation: Any, state: Any, previous: Any) -> dict[str, Tensor]:
         return {"one": torch.ones_like(state["mass"])}

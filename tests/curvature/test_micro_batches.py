@@ -119,10 +119,10 @@ SEQUENCE_METHODS: dict[str, dict[str, Any]] = {
     "kfac_reduce": {"method": "kfac", "fisher": "FisherExact", "sharing": "reduce", **EXACT},
     "kfac_blocks": {"method": "kfac", "fisher": "FisherExact", "max_dim": 3, "wide_sides": "blocks", **EXACT},
     "kfac_diagonal": {"method": "kfac", "fisher": "FisherExact", "max_dim": 3, **EXACT},
-    "ekfac_exact": {"method": "ekfac", "fisher": "FisherExact", "basis_interval": 1, **EXACT},
-    "ekfac_emp": {"method": "ekfac", "fisher": "FisherEmp", "basis_interval": 2, "sharing": "reduce", **EXACT},
+    "ekfac_exact": {"method": "ekfac", "fisher": "FisherExact", "preconditioner_interval": 1, **EXACT},
+    "ekfac_emp": {"method": "ekfac", "fisher": "FisherEmp", "preconditioner_interval": 2, "sharing": "reduce", **EXACT},
     "ekfac_forward": {
-        "method": "custom", "curvature": "FisherForward", "representation": {"Eigenbasis": {"basis_interval": 2}},
+        "method": "custom", "curvature": "FisherForward", "representation": {"Eigenbasis": {"preconditioner_interval": 2}},
         "solver": {"Rotate": {"damping": 0.1}}, "decay": 0.9,
     },
     "skfac_sum": {"method": "skfac", "fisher": "FisherExact", **EXACT},

@@ -48,7 +48,7 @@ class Nadam:
 
 
 class Release:
-    """One matrix, in the order of the released code; steps count from one."""
+    """One matrix, in the order of the released code; steps count from one, but for roots, which count from zero here."""
 
     def __init__(self, shape: tuple[int, int], T: int, start: int) -> None:
         m, n = shape
@@ -61,18 +61,22 @@ class Release:
         momentum, plain = self.nadam(G)
         t, b2, m = self.nadam.t, 0.999, len(G)
         c = 1.0
-        if max(t - 1, 1) % self.T == 0:
+        if self.T == 1 or self.rooted(t - 1):
             c = max(0.0, float((self.PL @ damped(self.past) @ self.PL).trace())) / m
             self.past = self.L
         self.L = b2 * self.L + (1 - b2) * G @ G.T
         K = G.T @ self.PL
         self.R = b2 * c * self.R + (1 - b2) * K @ K.T / m
-        if t % self.T == 0:
+        if self.rooted(t):
             self.PL, self.PR = (inverse_root(S, 1e-6, -0.5) for S in (self.L, self.R))
         if t <= self.start:
             return plain
         U = self.PL @ momentum @ self.PR
         return U * plain.norm() / U.norm()
+
+    def rooted(self, t: int) -> bool:
+        """At steps 0, T, 2T, ... from zero, but not at the first, unless at all."""
+        return self.T == 1 or (t > 1 and (t - 1) % self.T == 0)
 
 
 def problem(steps: int, shape: tuple[int, int] = (5, 4)) -> list[Tensor]:
@@ -103,7 +107,7 @@ def follow(config: dict[str, Any], steps: list[Tensor], rule: Callable[[Tensor],
 @pytest.mark.parametrize("root, tolerance", [("eigh", 1e-9), ("newton", 1e-4)])
 def test_the_release_step_by_step(T: int, steps: int, start: int, root: str, tolerance: float) -> None:
     release = Release((5, 4), T, start)
-    config = {"method": "caspr_adaptive", "basis_interval": T, "start_step": start, "root": root}
+    config = {"method": "caspr_adaptive", "preconditioner_interval": T, "start_step": start, "root": root}
     errors = follow(config, problem(steps), lambda g: release(g) / release.nadam.excess)
     assert max(errors) < tolerance
     assert max(errors[:start], default=0.0) < 1e-12
@@ -113,7 +117,7 @@ def test_a_run_of_a_network() -> None:
     """Vectors take NAdam's step, convolutions are matrices; the weights move with the direction."""
     case = models.convolution(2, groups=2)
     twin = case._replace(model=copy.deepcopy(case.model))
-    maker = from_config(case.model, {"method": "caspr_adaptive", "basis_interval": 4, "start_step": 5})
+    maker = from_config(case.model, {"method": "caspr_adaptive", "preconditioner_interval": 4, "start_step": 5})
     rules: dict[str, Any] = {}
     for name, p in twin.model.named_parameters():
         rules[name] = Nadam() if p.ndim == 1 else Release((len(p), p[0].numel()), 4, 5)
@@ -160,7 +164,7 @@ def test_a_transposed_parameter_is_treated_otherwise() -> None:
 # --- what every method owes, at a refresh of its own ----------------------------------------------------------------------
 def test_resuming_at_any_step_is_bitwise() -> None:
     steps = problem(13)
-    config = {"method": "caspr_adaptive", "basis_interval": 3, "warmup_steps": 2, "start_step": 4}
+    config = {"method": "caspr_adaptive", "preconditioner_interval": 3, "warmup_steps": 2, "start_step": 4}
 
     def go(maker: Any, model: Matrices, some: list[Tensor]) -> Tensor:
         for g in some:
@@ -180,7 +184,7 @@ def test_resuming_at_any_step_is_bitwise() -> None:
 
 def test_micro_batches_are_one_batch() -> None:
     case, twin = models.mlp(), models.mlp()
-    whole, parts = (from_config(c.model, {**AT_ONCE, "basis_interval": 2}) for c in (case, twin))
+    whole, parts = (from_config(c.model, {**AT_ONCE, "preconditioner_interval": 2}) for c in (case, twin))
     half = len(case.x) // 2
     for _ in range(6):
         case.model.zero_grad()
@@ -197,7 +201,7 @@ def test_micro_batches_are_one_batch() -> None:
 def test_blocks_are_tensors_of_their_own() -> None:
     steps = problem(9, (5, 8))
     grid = [(slice(a, min(a + 3, 5)), slice(b, min(b + 3, 8))) for a in (0, 3) for b in (0, 3, 6)]
-    config = {**AT_ONCE, "basis_interval": 2}
+    config = {**AT_ONCE, "preconditioner_interval": 2}
     (whole,) = run({**config, "block_size": 3}, [[g] for g in steps])
     for where, own in zip(grid, run(config, [[g[where] for where in grid] for g in steps]), strict=True):
         assert torch.equal(whole[where], own)
@@ -208,14 +212,14 @@ def test_blocks_are_tensors_of_their_own() -> None:
 def test_zero_gradients_stay_zero(grafting: str, decay: float | None) -> None:
     """The release divides by the length of the step."""
     zeros = torch.zeros(3, 4, dtype=torch.float64)
-    config = {**AT_ONCE, "grafting": grafting, "decay": decay, "basis_interval": 2}
+    config = {**AT_ONCE, "grafting": grafting, "decay": decay, "preconditioner_interval": 2}
     assert torch.equal(run(config, [[zeros]] * 25)[0], zeros)
     found = run(config, [[zeros]] * 25 + [[g] for g in gradients(3, 4, steps=3)])[0]
     assert found.isfinite().all() and found.norm() > 0
 
 
 def test_rotations_commute_with_the_step() -> None:
-    config = {**AT_ONCE, "grafting": "none", "momentum": 0.0, "basis_interval": 2}
+    config = {**AT_ONCE, "grafting": "none", "momentum": 0.0, "preconditioner_interval": 2}
     steps = gradients(4, 5)
     U, V = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (4, 5))
     plain, turned = run(config, [[g] for g in steps])[0], run(config, [[U @ g @ V.T] for g in steps])[0]
@@ -243,16 +247,16 @@ def test_the_defaults_are_the_releases() -> None:
     assert sorted(shapes.values()) == [(2, 12), (3, 4), (6, 2), (1024, 2)]
     assert maker.config.start_step == 101 and maker.config.max_dim == 40000 and maker.config.warmup_steps == 0
     (kind,) = {b.triple.representation for b in maker.plan.blocks}
-    assert kind == OneWayDims(basis_interval=20, warmup=0, damping=1e-6, start=1e-6)
+    assert kind == OneWayDims(at_once=False, damping=1e-6, start=1e-6, later=1.0)
+    assert maker.config.preconditioner_interval == 20 and not maker.config.stagger
 
 
 def test_a_stale_preconditioner_stays_as_it_was() -> None:
-    """What is applied between two refreshes of the cache does not follow the roots that the statistics are measured with."""
+    """What is applied between two refreshes does not follow the statistics."""
     config = {
         **AT_ONCE,
         "grafting": "none",
         "momentum": 0.0,
-        "basis_interval": 1,
         "preconditioner_interval": 4,
         "stagger": False,
     }
@@ -269,7 +273,14 @@ def test_a_stale_preconditioner_stays_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"basis_interval": 0}, {"basis_interval": 1.5}, {"start": 0.0}, {"start": -1.0}, {"root": "svd"}, {"damping": -1.0}],
+    [
+        {"preconditioner_interval": 0},
+        {"preconditioner_interval": 1.5},
+        {"start": 0.0},
+        {"start": -1.0},
+        {"root": "svd"},
+        {"damping": -1.0},
+    ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -470,11 +470,11 @@ def test_forward_only_by_rows_is_that_of_the_newest_factors(name: str, reduction
 
 
 @pytest.mark.parametrize("name", FORWARD)
-@pytest.mark.parametrize("basis_interval", [1, 9])
+@pytest.mark.parametrize("preconditioner_interval", [1, 9])
 @pytest.mark.parametrize("decay", [0.8, None])
 def test_forward_only_in_an_eigenbasis_is_the_diagonal_there(name: str, basis_interval: int, decay: float | None) -> None:
     """``D = diag(Q^T (I (x) A) Q)`` with the average ``A``, also in the basis of an earlier one."""
-    options = {"basis_interval": basis_interval, "decay": decay}
+    options = {"preconditioner_interval": basis_interval, "decay": decay}
     _, maker = run_of("ekfac", FORWARD[name], **options)
     _, exact = run_of("kfac", FORWARD[name], split="exact", decay=decay)
     for block, other in zip(maker.plan.blocks, exact.plan.blocks, strict=True):

@@ -19,6 +19,7 @@ from tests import models, oracles
 from tests.kronecker_reference import Reference, on_axis, unfolded
 from tests.methods.test_kronecker_dims import SCHEDULE, convolution, gradients, run
 from tests.methods.test_trajectories import compare
+from tests.refreshing import follow
 
 CPU = torch.device("cpu")
 
@@ -182,7 +183,7 @@ def test_kradagrad_star(row: str) -> None:
 def test_kradagrad(make: Any, T: int, start: float | None, eps: float, decay: float | None) -> None:
     case = make()
     maker = from_config(
-        case.model, {"method": "kradagrad", "basis_interval": T, "start": start, "damping": eps, "decay": decay}
+        case.model, {"method": "kradagrad", "preconditioner_interval": T, "start": start, "damping": eps, "decay": decay}
     )
     compare(case, maker, Reference(lambda: Alternating(eps, T, start, decay)), 0.05, 1e-6)
 
@@ -191,7 +192,7 @@ def test_kradagrad(make: Any, T: int, start: float | None, eps: float, decay: fl
 @pytest.mark.parametrize("make", [models.mlp, convolution])
 def test_kradagrad_as_released(make: Any, T: int, eps: float, decay: float | None, start: int) -> None:
     case = make()
-    options = {"basis_interval": T, "damping": eps, "decay": decay, "start_step": start, "compat": "kradagrad"}
+    options = {"preconditioner_interval": T, "damping": eps, "decay": decay, "start_step": start, "compat": "kradagrad"}
     maker = from_config(case.model, {"method": "kradagrad", **options})
     compare(case, maker, Reference(lambda: Release(eps, T, decay, start)), 0.05, 1e-6)
 
@@ -200,7 +201,7 @@ def test_kradagrad_as_released(make: Any, T: int, eps: float, decay: float | Non
 @pytest.mark.parametrize("make, merge", [(models.mlp, "to_2d"), (convolution, "to_2d"), (convolution, "none")])
 def test_kl_shampoo(make: Any, merge: str, T: int) -> None:
     case = make()
-    maker = from_config(case.model, {"method": "kl_shampoo", "basis_interval": T, "merge": merge})
+    maker = from_config(case.model, {"method": "kl_shampoo", "preconditioner_interval": T, "merge": merge})
     compare(case, maker, Reference(lambda: Kl(0.98, T), merge=merge, momentum=0.9), 0.02, 1e-7)
 
 
@@ -315,20 +316,18 @@ def test_every_touched_root_of_every_block_is_renewed() -> None:
 # --- KL -------------------------------------------------------------------------------------------------------------------
 def test_kl_factors_recover_a_kronecker_covariance() -> None:
     L, R = start(3, 1), start(4, 2)
-    representation = CrossDims(basis_interval=1)
+    representation = CrossDims()
     state = representation.init(Frame(1, (3, 4), frozenset(), torch.float64, CPU))
-    for g in gradients(3, 4, steps=3000):
-        sample = power(L, 0.5) @ g @ power(R, 0.5)
-        representation.update(state, Gradient(sample.unsqueeze(0)), Fold(0.998, 0.002, 0.002))
+    samples = (power(L, 0.5) @ g @ power(R, 0.5) for g in gradients(3, 4, steps=3000))
+    follow(representation, state, (Gradient(x.unsqueeze(0)) for x in samples), Fold(0.998, 0.002, 0.002))
     found, true = representation.to_dense(state)[0], oracles.kron(L, R)
     cosine = float((found * true).sum() / found.norm() / true.norm())
     assert cosine > 0.99 and 0.9 < float(found.norm() / true.norm()) < 1.1
 
 
 def test_a_unit_side_gives_the_one_sided_statistic() -> None:
-    representation = CrossDims(basis_interval=100, start=1.0)
+    representation = CrossDims(start=1.0)
     state = representation.init(Frame(1, (3, 4), frozenset(), torch.float64, CPU))
     g = gradients(3, 4, steps=1)[0]
-    state["age"].fill_(1)
     representation.update(state, Gradient(g.unsqueeze(0)), Fold(0.9, 0.1, 0.1))
     torch.testing.assert_close(state["factor_0"][0], 0.9 * eye(3) + 0.1 * g @ g.T / 4, rtol=1e-12, atol=0)

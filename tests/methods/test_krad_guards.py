@@ -15,6 +15,7 @@ from gradmaker.curvature import Gradient
 from gradmaker.representations import InverseDims
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.inverse_dims import array_spectrum
+from tests.refreshing import take
 
 
 # --- the warning ----------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_a_new_direction_is_no_idle_inverse() -> None:
     for t in range(100):
         gradient = torch.zeros(1, 3, 3, dtype=torch.float64)
         gradient[0, t // 99, t // 99] = 1
-        representation.update(state, Gradient(gradient), Fold(1.0, 1.0, 1.0, summed=True))
+        take(representation, state, Gradient(gradient), Fold(1.0, 1.0, 1.0, summed=True), t)
 
 
 # --- a decomposition that fails -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from gradmaker.representations.alternating_inverse import scheduled_axis
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.inverse_dims import krad_update
 from tests import oracles
+from tests.refreshing import take
 
 SUM = Fold(1.0, 1.0, 1.0, summed=True)
 
@@ -67,7 +68,7 @@ def traces(decay: float | None, shape: tuple[int, ...], steps: int = 40) -> list
     fold = SUM if decay is None else Fold(decay, 1 - decay, 1 - decay)
     found = []
     for k in range(steps):
-        held.update(state, Gradient(randn(1, *shape, seed=k) / 3), fold)
+        take(held, state, Gradient(randn(1, *shape, seed=k) / 3), fold, k, k % 3 == 0)
         product = torch.ones(())
         for axis in range(len(shape)):
             product = product * state[f"inverse_{axis}"][0].trace()
@@ -102,6 +103,6 @@ def test_the_table_of_turns(shape: tuple[int, ...]) -> None:
     state = held.init(Frame(1, shape, frozenset(), torch.float64, torch.device("cpu")))
     for t, turn in enumerate(TURNS[shape]):
         before = {axis: state[f"inverse_{axis}"].clone() for axis in range(len(shape))}
-        held.update(state, Gradient(randn(1, *shape, seed=t)), SUM)
+        take(held, state, Gradient(randn(1, *shape, seed=t)), SUM, t)
         if t:  # at the first one all axes take on the scale of the gradient
             assert [axis for axis in before if not torch.equal(before[axis], state[f"inverse_{axis}"])] == [turn]

@@ -17,6 +17,7 @@ from gradmaker.solvers.polar_factor import MUON, polar_express, polar_factor
 from tests import oracles
 from tests.kronecker_reference import moments, unfolded
 from tests.methods.test_kronecker_dims import gradients, run
+from tests.refreshing import take
 
 CPU = torch.device("cpu")
 AT_ONCE: dict[str, Any] = {"grafting": "none", "preconditioner_interval": 1, "warmup_steps": 0}
@@ -63,12 +64,12 @@ def test_left_of_a_gradient_is_right_of_its_transpose() -> None:
 # --- 4.10: a vector -------------------------------------------------------------------------------------------------------
 def test_alternating_with_one_axis_is_the_star_by_the_frobenius_norm() -> None:
     """From the identity and with each root at once: ``L <- L - L S L / (1 + |S L|_F)``, then ``L^(1/2) g``."""
-    one = AlternatingInverse(damping=0.0, basis_interval=1, start=None)
+    one = AlternatingInverse(damping=0.0, start=None)
     other = InverseDims(denominator="fro", ridge=1.0, relative=False, unit=True)
     states = one.init(frame(5)), other.init(frame(5))
-    for g in gradients(5, steps=12):
+    for index, g in enumerate(gradients(5, steps=12)):
         for representation, state in zip((one, other), states, strict=True):
-            representation.update(state, Gradient(g.unsqueeze(0)), Fold(1.0, 1.0, 1.0, summed=True))
+            take(representation, state, Gradient(g.unsqueeze(0)), Fold(1.0, 1.0, 1.0, summed=True), index)
         found = [PositiveRoot().prepare(r, s, None)["root_0"] for r, s in zip((one, other), states, strict=True)]
         assert oracles.relative_error(*found) < 1e-10
 
@@ -116,13 +117,13 @@ class Unfolded:
 def swept(samples: list[Tensor], sweeps: int) -> tuple[Tensor, Tensor]:
     """The factors after so many passes over all samples, renewed at the end of each: half of the old, half of the new mean."""
     N = len(samples)
-    representation = CrossDims(basis_interval=N, start=1.0)
+    representation = CrossDims(start=1.0)
     state = representation.init(frame(*samples[0].shape))
-    state["age"].fill_(1)  # a refresh when N samples have been taken in
     for _ in range(sweeps):
         for j, g in enumerate(samples):
             fold = Fold(0.5 if j == 0 else 1.0, 0.5 / N, 0.5 if j == 0 else 0.0)
             representation.update(state, Gradient(g.unsqueeze(0)), fold)
+        representation.refresh(state)
     return state["factor_0"][0], state["factor_1"][0]
 
 
@@ -140,7 +141,7 @@ def test_the_fixed_point_of_kl_factors_is_stationary() -> None:
 
 def test_only_the_product_of_kl_factors_has_a_scale() -> None:
     """``S_1 c``, ``S_2 / c``: the next refresh makes them equal again, and the direction is the same."""
-    representation, found = CrossDims(basis_interval=1), []
+    representation, found = CrossDims(), []
     for c in (1.0, 37.0):
         state = representation.init(frame(3, 4))
         steps = gradients(3, 4, steps=6)
@@ -150,7 +151,7 @@ def test_only_the_product_of_kl_factors_has_a_scale() -> None:
                     state[name].mul_(share)
                 for axis, share in ((0, c), (1, 1 / c)):
                     state[f"values_{axis}"].mul_(share)
-            representation.update(state, Gradient(g.unsqueeze(0)), Fold(0.9, 0.1, 0.1))
+            take(representation, state, Gradient(g.unsqueeze(0)), Fold(0.9, 0.1, 0.1), t)
         solver = PositiveRoot()
         found.append(solver.solve(representation, solver.prepare(representation, state, None), steps[-1].unsqueeze(0)))
         means = [state[f"factor_{axis}"][0].diagonal().mean() for axis in (0, 1)]

@@ -798,7 +798,7 @@ def test_joint_rows_lie_side_by_side() -> None:
     ],
 )
 def test_illegal_options_are_refused(make: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match="legal"):
+    with pytest.raises(ValueError, match="expected"):
         make()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,6 @@ def test_every_option_of_every_method_has_an_effect_or_is_refused(trial: Trial) 
 def test_every_option_of_a_free_triple_has_an_effect_or_is_refused(row: tuple[str, str, str], option: str) -> None:
     config: Any = CustomGradientConfig(**{key: part for key, part in mapping(*row).items() if key != "method"})
     held = config.representation
-    if hasattr(held, "basis_interval"):
-        held = replace(held, basis_interval=1)
     parts = {"curvature": config.curvature, "representation": held, "solver": config.solver}
     for value in COMMON[option]:
         natural = option == "decay" and value == 0.0 and NEWEST_ALONE.items() <= held.inapplicable.items()
@@ -154,8 +152,8 @@ def test_representations_say_what_they_ignore(name: str) -> None:
 def test_curvatures_say_what_they_ignore(name: str) -> None:
     curvature = CURVATURES[name]()
     assert set(curvature.inapplicable) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
-    said = CHECKS - {"self_check"} if curvature.of_outputs else CHECKS  # of which it decides about losses
-    assert set(curvature.inapplicable) & CHECKS == (set() if curvature.recorded else said)
+    said = CHECKS - {"self_check"} if "outputs" in curvature.needs else CHECKS  # of which it decides about losses
+    assert set(curvature.inapplicable) & CHECKS == (set() if "calls" in curvature.needs else said)
 
 
 def test_options_of_a_free_triple_are_those_of_its_parts() -> None:

@@ -14,8 +14,7 @@ from gradmaker import METHODS, PsgdWhitenGradientConfig, PsgdWhitenGradientMaker
 from gradmaker.curvature import GradientProbe
 from gradmaker.curvature.evidence import Pair
 from gradmaker.grafting import Amplitude
-from gradmaker.representations import KronQ
-from gradmaker.representations import geometries as module
+from gradmaker.representations import KronQ, geometries as module
 from gradmaker.representations.geometries import GEOMETRIES
 from gradmaker.solvers import Apply
 from tests import models, oracles

@@ -20,10 +20,11 @@ from tests.kronecker_reference import Reference, on_axis, unfolded
 from tests.methods.test_kronecker_dims import gradients, run
 from tests.methods.test_trajectories import compare
 from tests.models import Case
+from tests.refreshing import follow
 
 
 class Soap:
-    """The reference's step, tensor by tensor: project, average, step, statistics, QR every T steps."""
+    """The reference's step, tensor by tensor: project, average, step, statistics, QR for every T-th step."""
 
     def __init__(self, T: int, b: float, eps: float, skip: bool, b1: float = 0.0, vectors: bool = False) -> None:
         self.T, self.b, self.eps, self.skip, self.b1, self.vectors, self.t = T, b, eps, skip, b1, vectors, 0
@@ -57,8 +58,8 @@ class Soap:
         U = self.turn(U, back=True)
         if step > 0 and turned:
             self.H = [self.b * H + (1 - self.b) * unfolded(g, k) @ unfolded(g, k).T for k, H in enumerate(self.H)]
-            if step % self.T == 0:
-                self.refresh()
+        if turned and (step + 1) % self.T == 0:  # for the step that follows
+            self.refresh()
         return U
 
     def refresh(self) -> None:
@@ -81,7 +82,7 @@ class Eshampoo:
         self.t += 1
         old = self.H or [0.0] * g.ndim
         self.H = [self.b * H + (1 - self.b) * unfolded(g, k) @ unfolded(g, k).T for k, H in enumerate(old)]
-        if step == 0 or (step + 1) % self.T == 0:
+        if step % self.T == 0:
             self.Q = [torch.linalg.eigh(H)[1].flip(1) for H in self.H]
         turned, back = g, m
         for axis, Q in enumerate(self.Q):
@@ -112,19 +113,19 @@ def filters() -> Case:
 
 
 SOAP_ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "every_step": (square, lambda: Soap(1, 0.95, 1e-8, False), {"basis_interval": 1, "momentum": 0.0}),
-    "interval": (square, lambda: Soap(3, 0.9, 1e-3, False), {"basis_interval": 3, "decay": 0.9, "damping": 1e-3}),
+    "every_step": (square, lambda: Soap(1, 0.95, 1e-8, False), {"preconditioner_interval": 1, "momentum": 0.0}),
+    "interval": (square, lambda: Soap(3, 0.9, 1e-3, False), {"preconditioner_interval": 3, "decay": 0.9, "damping": 1e-3}),
     "momentum": (square, lambda: Soap(10, 0.95, 1e-8, False), {}),
-    "order_4": (filters, lambda: Soap(3, 0.9, 1e-4, False), {"basis_interval": 3, "decay": 0.9, "damping": 1e-4}),
+    "order_4": (filters, lambda: Soap(3, 0.9, 1e-4, False), {"preconditioner_interval": 3, "decay": 0.9, "damping": 1e-4}),
     "merged_blocks": (
         filters,
         lambda: Soap(3, 0.9, 1e-4, False),
-        {"basis_interval": 3, "decay": 0.9, "damping": 1e-4, "merge": "to_2d", "block_size": 4},
+        {"preconditioner_interval": 3, "decay": 0.9, "damping": 1e-4, "merge": "to_2d", "block_size": 4},
     ),
     "skip_first": (
         square,
         lambda: Soap(3, 0.95, 1e-8, True, 0.9),
-        {"basis_interval": 3, "skip_first": True, "momentum": 0.9},
+        {"preconditioner_interval": 3, "skip_first": True, "momentum": 0.9},
     ),
 }
 
@@ -140,7 +141,7 @@ def test_soap(row: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "T, e, options", [(1, 0.5, {}), (3, 0.5, {"basis_interval": 3}), (1, 0.3, {"exponent": 0.3, "damping": 1e-3})]
+    "T, e, options", [(1, 0.5, {}), (3, 0.5, {"preconditioner_interval": 3}), (1, 0.3, {"exponent": 0.3, "damping": 1e-3})]
 )
 def test_eshampoo(T: int, e: float, options: dict[str, Any]) -> None:
     case = square(bias=False)
@@ -162,7 +163,9 @@ def test_identity_basis_is_adam() -> None:
 
 def test_a_fixed_basis_is_adam_on_the_rotated_problem() -> None:
     steps = gradients(3, 4, steps=8)
-    found = run({"method": "soap", "basis_interval": 1000, "skip_first": True, "momentum": 0.0}, [[g] for g in steps])[0]
+    found = run({"method": "soap", "preconditioner_interval": 1000, "skip_first": True, "momentum": 0.0}, [[g] for g in steps])[
+        0
+    ]
     Q, P = torch.linalg.eigh(steps[0] @ steps[0].T)[1], torch.linalg.eigh(steps[0].T @ steps[0])[1]
     rotated = [Q.T @ g @ P for g in steps[1:]]
     weights = [0.05 * 0.95**age for age in reversed(range(7))]
@@ -172,12 +175,11 @@ def test_a_fixed_basis_is_adam_on_the_rotated_problem() -> None:
     )
 
 
-def filled(steps: int = 6, **options: Any) -> tuple[RotatedDims, dict[str, Tensor]]:
+def filled(steps: int = 6, interval: int = 10, **options: Any) -> tuple[RotatedDims, dict[str, Tensor]]:
     representation = RotatedDims(**options)
     state = representation.init(Frame(1, (3, 4), frozenset(), torch.float64, torch.device("cpu")))
-    for g in gradients(3, 4, steps=steps):
-        representation.update(state, Gradient(g.unsqueeze(0)), Fold(0.9, 0.1, 0.1))
-    return representation, state
+    evidence = [Gradient(g.unsqueeze(0)) for g in gradients(3, 4, steps=steps)]
+    return representation, follow(representation, state, evidence, Fold(0.9, 0.1, 0.1), interval)
 
 
 def direction(representation: RotatedDims, state: dict[str, Tensor]) -> Tensor:
@@ -206,7 +208,7 @@ def test_moments_are_the_nearest_diagonal_in_the_basis() -> None:
 
 def test_rank_one_moments_are_balanced_shampoo() -> None:
     """tr(L)^1/2 L^-1/2 G R^-1/2 is division by sqrt(a b^T / tr) in the eigenbasis."""
-    representation, state = filled(steps=30, tracking="eigh", order="basis_first", basis_interval=1)
+    representation, state = filled(steps=30, tracking="eigh", sequence="basis_first", interval=1)
     L, R = state["factor_0"][0], state["factor_1"][0]
     a, Q = torch.linalg.eigh(L)
     b, P = torch.linalg.eigh(R)

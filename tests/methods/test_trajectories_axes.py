@@ -75,7 +75,7 @@ class Whole:
 
 
 class OneWay:
-    """CASPR-adaptive's step of the released code, roots every ``basis_interval`` steps; steps count from one."""
+    """CASPR-adaptive's step of the released code; roots at steps 0, T, 2T, ..., but not at the first."""
 
     def __init__(self, config: Any) -> None:
         self.config, self.t = config, 0
@@ -89,7 +89,8 @@ class OneWay:
             self.L, self.past, self.R, self.P, self.Q = c.start * one, c.start * one, other, one, other
         self.t += 1
         change = 1.0
-        if max(self.t - 1, 1) % c.basis_interval == 0:
+        T = c.preconditioner_interval
+        if self.t > 2 and (self.t - 2) % T == 0:
             ridge = c.damping * torch.linalg.eigvalsh(self.past)[-1]
             change = float((self.P @ (self.past + ridge * one) @ self.P).trace()) / rows
             self.past = self.L
@@ -97,7 +98,7 @@ class OneWay:
         self.L = (c.decay or 1.0) * self.L + new * g @ g.T
         K = g.T @ self.P
         self.R = (c.decay or 1.0) * change * self.R + new * K @ K.T / rows
-        if self.t % c.basis_interval == 0:
+        if self.t > 1 and (self.t - 1) % T == 0:
             self.P, self.Q = (inverse_root(S, c.damping, -0.5) for S in (self.L, self.R))
         return self.P @ m @ self.Q
 
@@ -174,19 +175,22 @@ METHODS_ON_AXES: dict[str, tuple[Callable[[Any], Rule], dict[str, Any]]] = {
     "caspr_axes": (PowerMean, ROOTED | {"momentum": 0.0, "nesterov": False, "p": None}),
     "full_adagrad": (Whole, {"damping": 1e-4}),
     "full_adagrad_window": (Whole, {"damping": 1e-4, "window": 6}),
-    "caspr_adaptive": (OneWay, {"basis_interval": 3, "start_step": 0, "grafting": "none", "start": 1e-2, "damping": 1e-4}),
+    "caspr_adaptive": (
+        OneWay,
+        {"preconditioner_interval": 3, "start_step": 0, "grafting": "none", "start": 1e-2, "damping": 1e-4},
+    ),
     "kradagrad_star": (lambda c: Star("exact", c.damping, c.decay), OFTEN | {"damping": 1e-3, "grafting": "none"}),
     "kradagrad_star_tr": (
         lambda c: Star("tr", c.damping, c.decay),
         OFTEN | {"damping": 1e-3, "denominator": "tr", "grafting": "none"},
     ),
-    "kradagrad": (lambda c: Alternating(c.damping, c.basis_interval, c.start, c.decay), {}),
-    "soap": (lambda c: Soap(3, c.decay, c.damping, False), {"basis_interval": 3, "damping": 1e-4, "momentum": 0.0}),
+    "kradagrad": (lambda c: Alternating(c.damping, c.preconditioner_interval, c.start, c.decay), {}),
+    "soap": (lambda c: Soap(3, c.decay, c.damping, False), {"preconditioner_interval": 3, "damping": 1e-4, "momentum": 0.0}),
     "eshampoo": (
         lambda c: Eshampoo(1, c.decay, c.damping, 0.5),
-        {"basis_interval": 1, "tracking": "eigh", "tolerance": 0.0, "damping": 1e-3, "momentum": 0.0},
+        {"preconditioner_interval": 1, "tracking": "eigh", "tolerance": 0.0, "damping": 1e-3, "momentum": 0.0},
     ),
-    "kl_shampoo": (lambda c: Kl(c.decay, c.basis_interval), {"basis_interval": 4, "momentum": 0.0}),
+    "kl_shampoo": (lambda c: Kl(c.decay, c.preconditioner_interval), {"preconditioner_interval": 4, "momentum": 0.0}),
     "muon": (Polar, {"momentum": 0.9, "nesterov": False}),
 }
 """What makes a reference from a config, and where the options start that a row switches."""

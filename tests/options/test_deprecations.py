@@ -1,12 +1,16 @@
-"""Options under their earlier names: read with one warning that names the new one, refused beside it."""
+"""Options and modules under their earlier names: read with one warning that names the new one, refused beside it."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import pickle
+import re
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from torch import nn
 
 import gradmaker as gm
 from gradmaker.config import GradientConfig
-from gradmaker.options.deprecations import RENAMED_OPTIONS
+from gradmaker.options.deprecations import MOVED_MODULES, RENAMED_OPTIONS
 
-EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False}
+ROOT = Path(__file__).resolve().parents[2]
+EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False, "basis_interval": 7}
 BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}}
 
 
@@ -103,3 +108,65 @@ def test_a_config_that_declares_an_earlier_name_is_refused() -> None:
 def test_abstract_configs_stay_abstract() -> None:
     with warnings.catch_warnings(), pytest.raises(TypeError, match="abstract"):
         GradientConfig()  # type: ignore[abstract]
+
+
+# --- modules --------------------------------------------------------------------------------------------------------------
+NAMES = {
+    "gradmaker.layers": "LinearRule",
+    "gradmaker.sites": "Site",
+    "gradmaker.spectrum": "hvp",
+    "gradmaker.step": "Step",
+    "gradmaker.verification": "Verification",
+}
+FORMS = ["import {old} as found", "from {old} import {name}", "from gradmaker import {last} as found"]
+
+
+def test_every_earlier_path_is_tried_here() -> None:
+    assert NAMES.keys() == MOVED_MODULES.keys()
+
+
+def in_use(old: str) -> bool:
+    """Whether there is a package of this name still, with other contents."""
+    return (ROOT / old.replace(".", "/")).is_dir()
+
+
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """Earlier paths as in a new process."""
+
+    def forget() -> None:
+        for old, name in NAMES.items():
+            if in_use(old):
+                vars(import_module(old)).pop(name, None)
+            else:
+                sys.modules.pop(old, None)
+                vars(gm).pop(old.rpartition(".")[2], None)
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("old", MOVED_MODULES)
+def test_modules_by_earlier_paths(old: str, form: str) -> None:
+    new, name = MOVED_MODULES[old], NAMES[old]
+    text, expected = form.format(old=old, name=name, last=old.rpartition(".")[2]), import_module(new)
+    if "as found" in text and in_use(old):
+        text += f"; {name} = found.{name}"
+    found: dict[str, Any] = {"__name__": "user"}
+    with pytest.warns(DeprecationWarning, match=re.escape(new)) as seen:
+        exec(compile(text, __file__, "exec"), found)
+    assert [(w.filename, w.lineno) for w in seen] == [(__file__, 1)]
+    if name in found:
+        assert found[name] is getattr(expected, name)
+    else:
+        assert found["found"] is expected and sys.modules[old] is expected and expected.__name__ == new
+    exec(text, found)  # without a warning
+
+
+def test_a_name_that_was_never_there() -> None:
+    for code in ("import gradmaker.nowhere", "from gradmaker.step import Nothing", "from gradmaker import nowhere"):
+        with pytest.raises(ImportError, match=r"nowhere|Nothing"):
+            exec(code)

@@ -15,6 +15,7 @@ from gradmaker.representations import AlternatingInverse, CrossDims, InverseDims
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import PositiveRoot
 from tests.methods.test_kronecker_dims import Matrices, gradients
+from tests.refreshing import follow, take
 
 CPU = torch.device("cpu")
 SUM, AVERAGE = Fold(1.0, 1.0, 1.0, summed=True), Fold(0.8, 0.2, 0.2)
@@ -23,9 +24,7 @@ SUM, AVERAGE = Fold(1.0, 1.0, 1.0, summed=True), Fold(0.8, 0.2, 0.2)
 def held_after(representation: Any, steps: int, fold: Fold, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The state after some gradients, 5 x 4."""
     state = representation.init(Frame(2, (5, 4), frozenset(), dtype, CPU))
-    for g in gradients(2, 5, 4, steps=steps, seed=1):
-        representation.update(state, Gradient(g.to(dtype)), fold)
-    return state  # type: ignore[no-any-return]
+    return follow(representation, state, (Gradient(g.to(dtype)) for g in gradients(2, 5, 4, steps=steps, seed=1)), fold)
 
 
 def column(table: Tensor, name: str) -> Tensor:
@@ -69,7 +68,7 @@ def test_a_wrong_decomposition_shows(denominator: Any, monkeypatch: pytest.Monke
     assert column(table, "residual").min() > 0.1
 
 
-@pytest.mark.parametrize("held", [AlternatingInverse(basis_interval=1), CrossDims(basis_interval=1)], ids=["krad", "kl"])
+@pytest.mark.parametrize("held", [AlternatingInverse(), CrossDims()], ids=["krad", "kl"])
 def test_held_roots_tell_of_their_last_renewal(held: Any) -> None:
     state = held_after(held, 7, AVERAGE)
     table = PositiveRoot().prepare(held, state, None)["diagnosis"]
@@ -83,7 +82,7 @@ def test_held_roots_tell_of_their_last_renewal(held: Any) -> None:
 
 def test_the_residual_of_a_root_is_that_of_its_decomposition() -> None:
     """In float32, by the definition, in float64 from what is held."""
-    held = AlternatingInverse(basis_interval=1, start=1.0)
+    held = AlternatingInverse(start=1.0)
     state = held_after(held, 30, SUM, torch.float32)
     cache = PositiveRoot().prepare(held, state, None)
     for axis in range(2):
@@ -96,10 +95,10 @@ def test_the_residual_of_a_root_is_that_of_its_decomposition() -> None:
 @pytest.mark.parametrize("tracking", ["power", "qr", "eigh"])
 @pytest.mark.parametrize("tolerance", [0.0, 0.9])
 def test_a_tracked_basis_tells_how_stale_it_was(tracking: Any, tolerance: float) -> None:
-    held = RotatedDims(basis_interval=1, tracking=tracking, tolerance=tolerance, order="basis_first")
+    held = RotatedDims(tracking=tracking, tolerance=tolerance, sequence="basis_first")
     state = held_after(held, 4, AVERAGE)
     before = [Q.clone() for Q in held.bases(state) if Q is not None]
-    held.update(state, Gradient(gradients(2, 5, 4, steps=1, seed=8)[0]), AVERAGE)
+    take(held, state, Gradient(gradients(2, 5, 4, steps=1, seed=8)[0]), AVERAGE, 4)
     for axis, Q in enumerate(before):
         B = Q.mT @ state[f"factor_{axis}"] @ Q
         off = B - torch.diag_embed(B.diagonal(dim1=-2, dim2=-1))
@@ -122,10 +121,10 @@ def test_the_summary_shows_them() -> None:
 
 # --- the fallbacks -----------------------------------------------------------------------------------------------------------
 HELD: dict[str, Any] = {
-    "soap": RotatedDims(basis_interval=1),
-    "eshampoo": RotatedDims(basis_interval=1, tracking="eigh", order="basis_first"),
-    "kl": CrossDims(basis_interval=1),
-    "krad": AlternatingInverse(basis_interval=1),
+    "soap": RotatedDims(),
+    "eshampoo": RotatedDims(tracking="eigh", sequence="basis_first"),
+    "kl": CrossDims(),
+    "krad": AlternatingInverse(),
     "star": InverseDims(denominator="tr", ridge=1e-2),
 }
 

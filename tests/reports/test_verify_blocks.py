@@ -263,7 +263,7 @@ def test_factors_of_each_others_side_are_a_worse_approximation(monkeypatch: pyte
 
 def test_what_cannot_be_computed_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "DENSE_LIMIT", 0)
-    monkeypatch.setattr(Cholesky, "axes", lambda self, representation, state: None)
+    monkeypatch.setattr(blocks, "Defined", Verification)  # which no solver is
     found = verified(square(), method="kfac")
     assert found.passed and not found.complete
     assert [c.verdict for c in found.checks] == ["unchecked"] * 3 and not any(c.solve for c in found.checks)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer
-from gradmaker.curvature import evidence as curvature_evidence
+from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer, evidence as curvature_evidence
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Eigenbasis, Kron, eigenbasis
 from gradmaker.representations.eigenbasis import rotated_squares
@@ -262,7 +261,7 @@ def test_whole_run(decay: float | None, interval: int, sharing: str, name: str) 
     """With enough examples for factors of full rank: of a null space there is no one basis."""
     case = MODELS[name]()
     case = case._replace(x=torch.randn(20, *case.x.shape[1:]).double(), t=torch.arange(20) % 3)
-    maker = ekfac(case, decay=decay, basis_interval=interval, sharing=sharing, damping=0.05)
+    maker = ekfac(case, decay=decay, preconditioner_interval=interval, sharing=sharing, damping=0.05)
     judge = Ekfac(decay, interval, sharing)
     for k in range(8):
         now = case._replace(x=case.x.roll(k % 3, -1) * (1 + 0.1 * k), t=case.t.roll(k))
@@ -282,7 +281,10 @@ def test_whole_run(decay: float | None, interval: int, sharing: str, name: str) 
 def test_micro_batches_and_chunks_do_not_matter(interval: int) -> None:
     """Neither in the first step, whose basis comes from its own factors, nor later."""
     whole, parts = models.mlp(), models.mlp()
-    one, other = ekfac(whole, basis_interval=interval), ekfac(parts, basis_interval=interval, fisher=FisherExact(chunk=1))
+    one, other = (
+        ekfac(whole, preconditioner_interval=interval),
+        ekfac(parts, preconditioner_interval=interval, fisher=FisherExact(chunk=1)),
+    )
     for k in range(4):
         found = step(one, whole._replace(t=whole.t.roll(k)))
         parts.model.zero_grad(set_to_none=True)
@@ -297,10 +299,10 @@ def test_micro_batches_and_chunks_do_not_matter(interval: int) -> None:
 def test_resume_is_bitwise_at_any_step() -> None:
     for at in range(1, 7):
         case = models.mlp()
-        maker = ekfac(case, basis_interval=2, preconditioner_interval=3)
+        maker = ekfac(case, curvature_interval=2, preconditioner_interval=3)
         for k in range(at):
             step(maker, case._replace(t=case.t.roll(k)))
-        second = ekfac(case, basis_interval=2, preconditioner_interval=3)
+        second = ekfac(case, curvature_interval=2, preconditioner_interval=3)
         second.load_state_dict(copy.deepcopy(maker.state_dict()))
         for k in range(at, at + 5):
             now = case._replace(t=case.t.roll(k))
@@ -359,7 +361,7 @@ def test_rotate_is_the_dense_power(power: float) -> None:
 
 def test_a_factor_that_is_not_finite_keeps_the_basis() -> None:
     case = models.mlp()
-    maker = ekfac(case, basis_interval=1)
+    maker = ekfac(case, preconditioner_interval=1)
     good = [step(maker, case) for _ in range(2)][-1]
     block = maker.plan.blocks[0]
     before = block.state["basis_right"].clone()
@@ -369,10 +371,14 @@ def test_a_factor_that_is_not_finite_keeps_the_basis() -> None:
     assert good.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{"basis_interval": 0}, {"sharing": "both"}, {"basis_interval": 1.5}])
-def test_illegal_options(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"sharing": "both"}, {"wide_sides": "none"}])
+def test_illegal_parts(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Eigenbasis(**options)
+
+
+@pytest.mark.parametrize("options", [{"preconditioner_interval": 0}, {"sharing": "both"}, {"preconditioner_interval": 1.5}])
+def test_illegal_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         METHODS["ekfac"].Config(**options)
 

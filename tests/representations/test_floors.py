@@ -10,6 +10,7 @@ from gradmaker.curvature import Gradient
 from gradmaker.representations import CrossDims
 from gradmaker.representations.base import Fold, Frame
 from tests import oracles
+from tests.refreshing import take
 
 CPU = torch.device("cpu")
 
@@ -27,11 +28,11 @@ def raised(S: Tensor, floor: float) -> Tensor:
 @pytest.mark.parametrize("floor", [1e-8, 0.05, 2.0])
 def test_the_factors_of_kl_shampoo_have_a_floor(floor: float, diagonal: tuple[int, ...]) -> None:
     """One gradient of rank one beside a small start: what is held is ``max(S, floor)``, on balanced factors."""
-    representation = CrossDims(basis_interval=1, start=1e-3, floor=floor)
+    representation = CrossDims(start=1e-3, floor=floor)
     state = representation.init(frame(3, 4, diagonal=diagonal))
     u, v = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.3, 1.0, -1.0, 2.0]).double()
     G = torch.outer(u, v)
-    representation.update(state, Gradient(G.unsqueeze(0)), Fold(0.9, 0.1, 0.1))
+    take(representation, state, Gradient(G.unsqueeze(0)), Fold(0.9, 0.1, 0.1), 0)
     factors = []
     for axis, x in enumerate((G, G.T)):
         S = 0.9 * 1e-3 * torch.eye(len(x)).double() + 0.1 * x @ x.T / (
@@ -47,11 +48,11 @@ def test_the_factors_of_kl_shampoo_have_a_floor(floor: float, diagonal: tuple[in
 
 def test_a_floor_that_is_reached_bounds_the_inverse() -> None:
     """Later gradients are whitened by the raised factors."""
-    representation, other = (CrossDims(basis_interval=1, start=1e-6, floor=floor) for floor in (0.5, 1e-8))
+    representation, other = (CrossDims(start=1e-6, floor=floor) for floor in (0.5, 1e-8))
     states = [each.init(frame(2, 3)) for each in (representation, other)]
     for k in range(3):
         G = torch.outer(torch.tensor([1.0, k]), torch.tensor([1.0, 0.0, 2.0 * k])).double().unsqueeze(0)
         for each, state in zip((representation, other), states, strict=True):
-            each.update(state, Gradient(G), Fold(0.5, 0.5, 0.5))
+            take(each, state, Gradient(G), Fold(0.5, 0.5, 0.5), k)
     bounded, free = (max(float(1 / state[f"values_{k}"].min()) for k in range(2)) for state in states)
     assert bounded <= 2.0 + 1e-12 and free > 2.0

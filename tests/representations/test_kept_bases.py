@@ -12,6 +12,7 @@ from torch import Tensor
 from gradmaker.curvature import Gradient
 from gradmaker.representations import RotatedDims
 from gradmaker.representations.base import Fold, Frame, State
+from tests.refreshing import take
 
 FOLD = Fold(0.5, 0.5, 0.5)
 SHAPE = (3, 4)
@@ -21,8 +22,8 @@ def states(representation: RotatedDims, gradients: list[Tensor]) -> list[State]:
     """After each gradient (B, *SHAPE)."""
     frame = Frame(len(gradients[0]), SHAPE, frozenset(), torch.float64, torch.device("cpu"))
     state, found = representation.init(frame), []
-    for g in gradients:
-        representation.update(state, Gradient(g), FOLD)
+    for index, g in enumerate(gradients):
+        take(representation, state, Gradient(g), FOLD, index)
         found.append({k: v.clone() for k, v in state.items()})
     return found
 
@@ -42,18 +43,18 @@ def error(state: State, H: Tensor, axis: int, member: int) -> float:
     return float((B - torch.diag(B.diagonal())).norm() / B.norm())
 
 
-@pytest.mark.parametrize("order", ["moments_first", "basis_first"])
+@pytest.mark.parametrize("sequence", ["moments_first", "basis_first"])
 @pytest.mark.parametrize("tracking", ["power", "qr", "eigh"])
-def test_a_basis_within_tolerance_is_kept(tracking: Any, order: Any) -> None:
+def test_a_basis_within_tolerance_is_kept(tracking: Any, sequence: Any) -> None:
     """Bit for bit where it is, while others of its stack turn; without a tolerance every one is renewed."""
     tolerance = 0.1
     gradients = still_and_turning(6)
-    kept = states(RotatedDims(basis_interval=1, tracking=tracking, tolerance=tolerance, order=order), gradients)
-    free = states(RotatedDims(basis_interval=1, tracking=tracking, order=order), gradients)
+    kept = states(RotatedDims(tracking=tracking, tolerance=tolerance, sequence=sequence), gradients)
+    free = states(RotatedDims(tracking=tracking, sequence=sequence), gradients)
     turned = []
     for before, after in pairwise(kept[1:]):
         for axis in range(2):
-            H = (after if order == "basis_first" else before)[f"factor_{axis}"]  # what the renewal has seen
+            H = (after if sequence == "basis_first" else before)[f"factor_{axis}"]  # what the renewal has seen
             for member in range(2):
                 within = error(before, H, axis, member) <= tolerance
                 same = torch.equal(before[f"basis_{axis}"][member], after[f"basis_{axis}"][member])
@@ -68,7 +69,7 @@ def test_a_basis_within_tolerance_is_kept(tracking: Any, order: Any) -> None:
 def test_moments_follow_the_columns_of_a_renewed_basis_alone(tolerance: float) -> None:
     """A member whose basis is kept has the moments that it would have by itself."""
     gradients = still_and_turning(6)
-    options: Any = {"basis_interval": 1, "tracking": "power", "tolerance": tolerance}
+    options: Any = {"tracking": "power", "tolerance": tolerance}
     together = states(RotatedDims(**options), gradients)[-1]
     for member in range(2):
         alone = states(RotatedDims(**options), [g[member : member + 1] for g in gradients])[-1]

@@ -248,7 +248,7 @@ def test_kfac_by_hand(split: str) -> None:
 def test_ekfac_by_hand(sharing: str) -> None:
     """Moments in the bases of the blocks: the second step measures them, example by example."""
     case = wide()
-    maker = maker_of(case, "ekfac", fisher=FisherExact(), decay=0.0, basis_interval=10, sharing=sharing)
+    maker = maker_of(case, "ekfac", fisher=FisherExact(), decay=0.0, preconditioner_interval=10, sharing=sharing)
     for _ in range(2):
         step(maker, case)
     gradients = oracles.fisher_from_columns(case.model, case.x, oracles.exact_columns("categorical", case.t), len(case.x))

@@ -28,8 +28,10 @@ FLOORS = (
     Floor(
         (
             "blocks",
+            "block_options",
             "config",
             "failures",
+            "gathering",
             "grafting",
             "own_parameters",
             "placement",

@@ -138,10 +138,10 @@ class ImageLayerScaleRule(LayerScaleRule):
     channel_first = True
 
 
-NAMED_RULES: tuple[LayerRule, ...] = (
-    Conv1DRule(),
-    NamedNormRule(),
-    NamedImageNormRule(),
-    LayerScaleRule(),
-    ImageLayerScaleRule(),
+NAMED_RULES: tuple[type[LayerRule], ...] = (
+    Conv1DRule,
+    NamedNormRule,
+    NamedImageNormRule,
+    LayerScaleRule,
+    ImageLayerScaleRule,
 )

@@ -15,12 +15,21 @@ from torch import Tensor
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair, kinds
+from gradmaker.curvature.evidence import (
+    Evidence,
+    Gradient,
+    Joint,
+    Outer,
+    Pair,
+    kinds,
+)
 from gradmaker.curvature.products import Product
+from gradmaker.gathering import Piece
 from gradmaker.reports.verification.passes import Measured, relative
 from gradmaker.reports.verification.result import Check
 from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
 from gradmaker.representations.base import Representation, State
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["check_block"]
 
@@ -60,10 +69,11 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
             solve = approximation = None
     elif block.triple.curvature.layerwise and site.name not in found.errors:
         unchecked["gradients"] = "the loss is a function of nothing that could be seen"
-    dtype = block.precision.coarsest(block.frame.dtype)
+    dtype = block.options.precision.coarsest(block.frame.dtype)
     how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
-    accuracy = block.triple.solver.accuracy
+    solver = block.triple.solver
+    accuracy = solver.accuracy if isinstance(solver, Defined) else 0.0
     return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half, found.rounding)
 
 
@@ -72,7 +82,8 @@ def _solve_error(scratch: Scratch) -> float | None:
     """``P g`` as it is solved, against its definition."""
     block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
     g = scratch.draw(block.frame.stack, *block.frame.shape)
-    if not solver.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
+    defined = solver if isinstance(solver, Defined) else None
+    if defined and not defined.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
         representation.update(block.state, Gradient(g), ONCE)
     found = _solved(scratch, g)
     members = _members(scratch)
@@ -82,16 +93,15 @@ def _solve_error(scratch: Scratch) -> float | None:
         scratch.how.add("dense")
         P = solver.operator(representation, state)
         return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
-    exact, rounding = found, 0.0
-    if solver.implicit and scratch.block.frame.dtype != torch.float64:
-        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
-        rounding = relative(found, exact)
-    sides = solver.equation(representation, state, g, exact)
-    if sides is None:
+    if defined is None:
         scratch.unchecked["solve"] = f"{type(solver).__name__} has no equation for blocks of {scratch.size} parameters"
         return None
+    exact, rounding = found, 0.0
+    if defined.implicit and scratch.block.frame.dtype != torch.float64:
+        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
+        rounding = relative(found, exact)
     scratch.how.add("probes")
-    return max(rounding, relative(*sides))
+    return max(rounding, relative(*defined.equation(representation, state, g, exact)))
 
 
 def _solved(scratch: Scratch, g: Tensor) -> Tensor:
@@ -100,10 +110,12 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     if not representation.per_step:
         block.prepare({s.name for s in block.sites if s.name in scratch.evidence})
         return block.applied(block.cache, g)
-    solver = scratch.triple.solver.limit()
+    solver, rounds = scratch.triple.solver, 1
+    if isinstance(solver, Defined):
+        solver, rounds = solver.limit(), solver.rounds_to_limit
     cache = solver.prepare(representation, block.state, None)
     found = g
-    for _ in range(solver.rounds_to_limit):
+    for _ in range(rounds):
         found = solver.solve(representation, cache, g)
     return found
 
@@ -143,8 +155,8 @@ def _approximation(scratch: Scratch) -> float | None:
         representation.per_step or kinds((Pair, "output_secant")) <= scratch.triple.curvature.gives
     ):  # it is the measurement itself; no matrix
         return None
-    pieces = list(block._evidence(scratch.evidence))
-    if all(not isinstance(e, (Pair, Product)) for _, e, _ in pieces) and _small(scratch, pieces):
+    pieces = list(block.layout.evidence(scratch.evidence))
+    if all(not isinstance(e, (Pair, Product)) for e in [piece.evidence for piece in pieces]) and _small(scratch, pieces):
         scratch.how.add("dense")
         return _dense_error(scratch, pieces)
     if type(representation).matvec is Representation.matvec and scratch.size > DENSE_LIMIT:
@@ -155,19 +167,20 @@ def _approximation(scratch: Scratch) -> float | None:
     return _probe_error(scratch, pieces)
 
 
-def _small(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> bool:
+def _small(scratch: Scratch, pieces: list[Piece]) -> bool:
     """Whether the rows and the matrices can be formed."""
-    counts = [e.count if isinstance(e, Outer) else e.parts[0].count if isinstance(e, Joint) else 1 for _, e, _ in pieces]
+    evidence = [piece.evidence for piece in pieces]
+    counts = [e.count if isinstance(e, Outer) else e.parts[0].count if isinstance(e, Joint) else 1 for e in evidence]
     stack = scratch.block.frame.stack
     return scratch.size <= DENSE_LIMIT and stack * scratch.size * max(*counts, scratch.size) <= ENTRIES
 
 
-def _dense_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
+def _dense_error(scratch: Scratch, pieces: list[Piece]) -> float:
     representation = scratch.triple.representation
     C = representation.to_dense(_doubled(representation, scratch.block.state, None))
     differences, sizes = [], []
-    for slot, evidence, _ in pieces:
-        J = evidence.rows().double()
+    for piece in pieces:
+        J, (slot,) = piece.evidence.rows().double(), piece.slots
         J = J.reshape(J.shape[0], slot.stop - slot.start, -1)
         dense = torch.einsum("nbp,nbq->bpq", J, J)
         differences.append((C[slot] - dense).flatten())
@@ -176,20 +189,18 @@ def _dense_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]
     return relative(size + torch.cat(differences), size)
 
 
-def _probe_error(scratch: Scratch, pieces: list[tuple[slice, Evidence, list[str]]]) -> float:
+def _probe_error(scratch: Scratch, pieces: list[Piece]) -> float:
     found, expected = [], []
-    for slot, evidence, names in pieces:
-        for member, held, measured in _products(scratch, slot, evidence, names):
+    for piece in pieces:
+        for member, held, measured in _products(scratch, piece):
             found.append(held[member].flatten())
             expected.append(measured[member].flatten())
     return relative(torch.cat(found), torch.cat(expected))
 
 
-def _products(
-    scratch: Scratch, slot: slice, evidence: Evidence, names: list[str]
-) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
+def _products(scratch: Scratch, piece: Piece) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
     """For a few vectors: the member that they belong to, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
-    block, representation = scratch.block, scratch.triple.representation
+    block, representation, evidence, (slot,) = scratch.block, scratch.triple.representation, piece.evidence, piece.slots
     whole = block.full or representation.unstacked
     rows = None if whole else torch.arange(slot.start, slot.stop, device=block.frame.device)
     state = _doubled(representation, block.state, rows)
@@ -199,7 +210,7 @@ def _products(
         yield slice(None), representation.matvec(state, v), cv
         return
     own = _as_double(evidence)
-    sites = [s for s in block.sites if s.name in names] if not block.full else block.sites
+    sites = [s for s in block.sites if s.name in piece.names] if not block.full else block.sites
     members = _spread(list(range(count)), PROBES)
     for member in (members * PROBES)[:PROBES]:
         v = torch.zeros(count, *block.frame.shape, dtype=torch.float64, device=block.frame.device)

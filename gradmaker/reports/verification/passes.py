@@ -82,7 +82,7 @@ class _Pass:
 
     def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, bare: Head, loss: Tensor) -> None:
         self.maker, self.tape, self.head, self.bare, self.loss = maker, tape, head, bare, loss
-        recorded = [c for c in maker.plan.curvatures(of_passes=True) if c.recorded]
+        recorded = [c for c in maker.plan.curvatures(of_passes=True) if "calls" in c.needs]
         self.sites = [s for c in recorded for s in maker.plan.sites(c) if not s.frozen]
         self.found = Measured()
         self._pair: tuple[Pair, Tensor] | None = None
@@ -173,7 +173,9 @@ class _Pass:
         return all(_scales(first[m][j][0][0], second[m][j][0][0], c, call.dtype) for m, j, call in calls)
 
     def _check_loss(self) -> None:
-        curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.uses_main_backward]
+        curvatures = [
+            c for c in self.maker.plan.curvatures(of_passes=True) if "calls" in c.needs and "main_backward" not in c.needs
+        ]
         mode, declared = self.maker.config.self_check, self.head.declared
         if not self.head.terms:
             declared = mode != "fallback" or self.maker.config.likelihood is not None

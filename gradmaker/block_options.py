@@ -1,0 +1,30 @@
+"""What a method says of its blocks, beside their parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gradmaker.grafting import Grafting
+from gradmaker.precision import Precision
+
+__all__ = ["BlockOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """The options of a config that a block reads, see `GradientConfig`. Blocks of equal options may share a stack."""
+
+    method: str = "method"
+    """In the plan: blocks of different methods have clocks of their own."""
+    decay: float | None = None
+    averaging: str = "corrected"
+    momentum: float = 0.0
+    nesterov: bool = False
+    grafting: Grafting | None = None
+    max_dim: int = 8192
+    dtype: torch.dtype | None = None
+    precision: Precision = Precision()
+    slow_part: bool = False
+    """Whether the refresh clock is that of a slow part of statistics, and blocks without one follow every measurement."""
