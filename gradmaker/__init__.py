@@ -16,7 +16,7 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
     __path__ = [str(_root / "gradmaker"), str(_root)]
 del _root
 
-__version__ = "0.1.0"
+from gradmaker.version import __version__ as __version__  # noqa: E402 (the path is set first)
 
 if TYPE_CHECKING:  # what a checker and an editor see; at run time makers and configs are found through `METHODS`
     from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare

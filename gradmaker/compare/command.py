@@ -127,7 +127,7 @@ def _import(modules: Sequence[str]) -> None:
 
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
     """What was named on the command line and in the file; else the default rows."""
-    from gradmaker import METHODS
+    from gradmaker.options.registry import METHODS
 
     chosen: list[Method] = [*(names or ()), *([config] if config else ())]
     return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
@@ -146,7 +146,7 @@ def _prepare(device: str, threads: int | None) -> None:
 
 def _print_methods() -> None:
     """One line each: the name, and the first sentence of the maker."""
-    from gradmaker import METHODS
+    from gradmaker.options.registry import METHODS
 
     width = max(map(len, METHODS))
     for name, maker in METHODS.items():

@@ -104,7 +104,7 @@ class Row:
         """The gradient maker on this model, or None."""
         if self.maker is None:
             return None
-        from gradmaker import from_config
+        from gradmaker.methods import from_config
 
         return from_config(model, dict(self.maker))
 
@@ -191,7 +191,7 @@ def _labelled(method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _named(name: str) -> dict[str, Any]:
     """A maker by its name; else an optimizer of torch.optim by its."""
-    from gradmaker import METHODS
+    from gradmaker.options.registry import METHODS
 
     if name in METHODS:
         return {"method": name}

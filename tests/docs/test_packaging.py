@@ -197,7 +197,7 @@ loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(name for name in sys.modules if name.startswith(("gradmaker.compare", "gradmaker.cli"))))
 print(sorted(loaded & set(EXTRAS)))
 """.replace("EXTRAS", str(EXTRAS))
-    assert python(code, tmp_path) == "['gradmaker']\n[]\n[]"
+    assert python(code, tmp_path) == "['gradmaker', 'gradmaker.version']\n[]\n[]"
 
 
 def static_face() -> dict[str, str]:
