@@ -2,7 +2,8 @@
 
 This is the only place that knows layer types. A rule writes a layer's weight as ``G`` matrices ``(o, i)``; a bias is one more
 column. Norm layers are ``C`` groups of one output with the normalised input as their one feature. To add a layer, write a
-rule and `register` it; `tests/capture/test_layers.py` checks every rule against single-example loops.
+rule and `register` it (one of a library that is not imported: in `gradmaker.capture.rules.named`);
+`tests/capture/test_layers.py` checks every rule against single-example loops.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.rules.attention import ProjectionRule
 from gradmaker.capture.rules.calls import Call, Kind, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
+from gradmaker.capture.rules.named import NAMED_RULES
 from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
 from gradmaker.options.registry import Registry, register
 
@@ -63,7 +65,7 @@ class EmbeddingRule(LayerRule):
 
 
 RULES: Registry[LayerRule] = Registry("layer rule", LayerRule, instances=True)
-for _rule in (
+_OWN: tuple[type[LayerRule], ...] = (
     LinearRule,
     ConvRule,
     ConvTransposeRule,
@@ -73,17 +75,15 @@ for _rule in (
     GroupNormRule,
     LayerNormRule,
     RMSNormRule,
-):
+    *NAMED_RULES,
+)
+for _rule in _OWN:
     register(_rule)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of a module, the latest that fits; None for a subclass with a ``forward`` of its own, which is another layer."""
-    for rule in reversed([*RULES.values()]):
-        for kind in rule.types:
-            if isinstance(module, kind) and type(module).forward is kind.forward and rule.accepts(module):
-                return rule
-    return None
+    return next((rule for rule in reversed([*RULES.values()]) if rule.knows(module) and rule.accepts(module)), None)
 
 
 def attends(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:

@@ -74,7 +74,7 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
     solver = block.triple.solver
     accuracy = solver.accuracy if isinstance(solver, Defined) else 0.0
-    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half)
+    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half, found.rounding)
 
 
 # ------------------------------------------------------------------ the solve

@@ -49,6 +49,7 @@ class Measured:
     evidence: dict[str, Outer] = field(default_factory=dict)  # by site, for one random cotangent an example
     errors: dict[str, float] = field(default_factory=dict)  # of its rows
     half: bool = False  # whether a layer ran in half precision
+    rounding: float = 0.0  # the largest unit roundoff that a layer's rule names, whatever the dtype of the model
     silent: set[str] = field(default_factory=set)  # sites that were not called
     gradients: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)  # of the loss
     rows: list[dict[nn.Parameter, Tensor | None]] = field(default_factory=list)  # at random cotangents
@@ -90,6 +91,8 @@ class _Pass:
     def measure(self) -> Measured:
         dtypes = {call.dtype for calls in self.tape.calls.values() for call in calls} | {z.dtype for z in self.head.outputs}
         self.found.half = bool(dtypes & HALVES)
+        rules = [s.rule for b in self.maker.plan.blocks for s in b.sites if s.rule is not None]
+        self.found.rounding = max((rule.rounding for rule in rules), default=0.0)
         self._check()
         if self.head.outputs:
             self._capture()
