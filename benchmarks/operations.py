@@ -37,7 +37,6 @@ WANTED: dict[str, Any] = {
     "preconditioner_interval": REFRESH,
     "warmup_steps": 0,
     "stagger": False,
-    "spread": False,
 }
 """Options, as far as a method has them."""
 READS = frozenset(
