@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import compose
+from gradmaker.linalg.coupled_iteration import compose
 from gradmaker.linalg.eigen import decompose
 from gradmaker.linalg.roots import residual
 from gradmaker.representations.root_dims import RootKronDims

@@ -1,37 +1,39 @@
 """Curvature matrices: what is measured."""
 
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Contrast, Evidence, Gradient, Inputs, Joint, OneHot, Outer, Pair, Product
-from gradmaker.curvature.factors import Factors
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
 from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
 from gradmaker.curvature.fisher_forward import FisherForward
 from gradmaker.curvature.gradient import BatchGradient, DisplacedGradient
 from gradmaker.curvature.hessian import GaussNewton, Hessian
 from gradmaker.curvature.probe import GradientProbe, HessianProbe
+from gradmaker.curvature.products import Factors, Product
 from gradmaker.curvature.recursive import FisherRecursive
+from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
 from gradmaker.curvature.sampled_gradient import SampledGradient
 from gradmaker.curvature.secant import LayerSecant, Secant
 from gradmaker.loss.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood
+from gradmaker.options.registry import Registry, register
 
-CURVATURES: dict[str, type[Curvature]] = {
-    c.__name__: c
-    for c in (
-        FisherExact,
-        FisherMC,
-        FisherEmp,
-        BatchGradient,
-        SampledGradient,
-        FisherRecursive,
-        FisherForward,
-        Hessian,
-        GaussNewton,
-        HessianProbe,
-        GradientProbe,
-        Secant,
-        LayerSecant,
-        DisplacedGradient,
-    )
-}
+CURVATURES: Registry[type[Curvature]] = Registry("curvature", Curvature)
+for _part in (
+    FisherExact,
+    FisherMC,
+    FisherEmp,
+    BatchGradient,
+    SampledGradient,
+    FisherRecursive,
+    FisherForward,
+    Hessian,
+    GaussNewton,
+    HessianProbe,
+    GradientProbe,
+    Secant,
+    LayerSecant,
+    DisplacedGradient,
+):
+    register(_part)
 
 __all__ = [
     "CURVATURES",
@@ -39,7 +41,6 @@ __all__ = [
     "BatchGradient",
     "Bernoulli",
     "Categorical",
-    "Contrast",
     "Curvature",
     "DisplacedGradient",
     "Evidence",
@@ -55,14 +56,19 @@ __all__ = [
     "GradientProbe",
     "Hessian",
     "HessianProbe",
-    "Inputs",
     "Joint",
+    "Kind",
     "LayerSecant",
     "Likelihood",
+    "OfProducts",
+    "OfSecants",
     "OneHot",
     "Outer",
     "Pair",
+    "Pooled",
     "Product",
     "SampledGradient",
     "Secant",
+    "Watching",
+    "kinds",
 ]

@@ -6,22 +6,20 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.capture.arrangement import Arrangement
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.tape import Tape
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckWarning
 from gradmaker.loss.weights import numbers
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
-    from gradmaker.passes.batches import Batch
+from gradmaker.passes.batches import Batch
 
 __all__ = ["examples_alone"]
 

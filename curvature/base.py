@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, TypeAlias
 
-from torch import nn
+from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
+from gradmaker.curvature.step import Step
 
-from gradmaker.curvature.evidence import Evidence
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
-
-__all__ = ["NO_CALLS", "NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature"]
+__all__ = ["NO_CALLS", "NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature", "Need"]
 
 NO_CALLS = dict.fromkeys(
     ("self_check", "batch_axis"), "calls of layers and the examples in them are not looked at; Fisher matrices are made of them"
@@ -23,6 +18,16 @@ NO_DRAWS = {"seed": "nothing is drawn at random here; sampled targets and probes
 NO_OUTPUTS = {"likelihood": "this curvature needs none; FisherMC and FisherExact are those of a likelihood"}
 NO_REDUCTION = {"loss_reduction": "only FisherEmp reads it; a likelihood has its own, as in Categorical(reduction='sum')"}
 
+Need: TypeAlias = Literal["calls", "main_backward", "examples", "outputs", "graph", "replay", "previous"]
+"""What a curvature is measured on:
+
+- ``calls``: the inputs and output gradients of its sites' layers;
+- ``main_backward``: these alone, and output gradients of no other backward pass than the ordinary one;
+- ``examples``: which rows of a pass are one example's;
+- ``outputs``: what the loss is a function of;
+- ``graph``: that of the loss; ``replay``: the pass, to be made again; ``previous``: the last measured batch and step.
+"""
+
 
 class Curvature(ABC):
     """A source of evidence about one curvature matrix ``C`` of the loss that the user minimises.
@@ -30,74 +35,27 @@ class Curvature(ABC):
     Subclasses are frozen dataclasses: equal curvatures of one maker are measured once.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]]
-    """Evidence types that `measure` yields."""
+    gives: ClassVar[frozenset[Kind]]
+    """The evidence that `measure` yields, by class and kind, as `kinds` makes it."""
     definite: ClassVar[bool] = True
     """Whether ``C`` is positive semidefinite by construction."""
     layerwise: ClassVar[bool] = True
     """Whether the evidence is that of layers: it speaks of their inputs and output gradients."""
-
-    of_outputs: ClassVar[bool] = False
-    """Whether products have to know what the loss is a function of."""
-
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this curvature, with the reason and a way out: configs refuse them."""
 
-    @property
-    def asks(self) -> frozenset[str]:
-        """What is kept for it: ``graph`` (of the loss), ``replay`` (of the pass), ``previous`` (the last batch and step)."""
-        return frozenset()
+    def __init_subclass__(cls) -> None:
+        check_kinds(cls, "gives")
 
     @property
-    def recorded(self) -> bool:
-        """Whether layer inputs and output gradients are captured."""
-        return self.layerwise
-
-    @property
-    def steady(self) -> bool:
-        """Whether it is one and the same matrix throughout a solve."""
-        return True
-
-    @property
-    def auxiliary(self) -> tuple[str, ...]:
-        """What is measured beside the curvature, for solvers that use it."""
-        return ()
-
-    @property
-    def uses_main_backward(self) -> bool:
-        """Whether the output gradients of the ordinary backward pass are all that is needed."""
-        return False
-
-    @property
-    def groups(self) -> bool:
-        """Whether the matrix depends on which rows of a pass are one example's."""
-        return False
-
-    @property
-    def pooled(self) -> bool:
-        """Whether the pairs of a step's micro-batches add up to one, of its loss: accumulated at its end, by `complete`."""
-        return False
+    def needs(self) -> frozenset[Need]:
+        """What is recorded, kept or found out of a pass for it; of layers their calls."""
+        return frozenset({"calls"}) if self.layerwise else frozenset()
 
     @property
     def of_passes(self) -> bool:
         """Whether it is measured for every pass (micro-batch), not once a step from the gradient."""
-        return self.layerwise or bool(self.asks)
-
-    def watches(self, model: nn.Module) -> Iterable[nn.Module]:
-        """Modules whose calls it needs besides those of its sites."""
-        return ()
-
-    def secants(self, step: Step) -> dict[str, Evidence]:
-        """What ``step.previous`` has to say, by site, now that the weights have moved: for those that ask for ``previous``."""
-        return {}
-
-    def secant_shape(self, site: Site) -> tuple[int, ...]:
-        """Of both tensors of a pair of `secants`."""
-        return site.shape
-
-    def complete(self, step: Step, chunks: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
-        """What the statistics accumulate at the end of a step, from what its micro-batches make together: if it is `pooled`."""
-        yield from chunks
+        return bool(self.needs)
 
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:

@@ -1,4 +1,6 @@
-"""What crosses from a curvature to a representation: a small closed set of evidence types.
+"""What crosses from a curvature to a representation: a small closed set of classes of evidence, of one or several kinds each.
+
+The set is `Outer`, `Joint`, `Gradient`, `Pair`, and of `gradmaker.curvature.products` `Product` and `Factors`.
 
 Axes, here and everywhere in gradmaker: ``B`` stack of equal blocks, ``G`` groups (channels of a norm layer, groups of a
 convolution), ``k`` cotangents per example, ``n`` examples, ``r`` weight-sharing positions, ``i`` / ``o`` in / out features,
@@ -11,36 +13,16 @@ is made, so that the curvature is always ``C = sum_N vec(J_N) vec(J_N)^T`` with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from opt_einsum import contract
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 
-if TYPE_CHECKING:
-    from gradmaker.curvature.factors import Layers
-
-__all__ = [
-    "WHOLE",
-    "Contrast",
-    "Evidence",
-    "Gradient",
-    "Inputs",
-    "Joint",
-    "Located",
-    "OneHot",
-    "Opening",
-    "Outer",
-    "OutputPair",
-    "Pair",
-    "PairedInputs",
-    "Product",
-    "SecantPair",
-]
+__all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
 PIECE = 1 << 24
 """Entries of rows that are formed at once where only sums over them are wanted: a bound on memory, 64 MiB in float32."""
@@ -52,9 +34,51 @@ WHOLE = ""
 class Evidence(ABC):
     """One measurement of a block's curvature: ``C = sum_N vec(J_N) vec(J_N)^T``."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("plain",)
+    """What evidence of this class may be, the plain kind first."""
+    kind: str = "plain"
+
     @abstractmethod
     def rows(self) -> Tensor:
         """The rows ``J``, formed.  # (N, G, *shape)"""
+
+
+class Kind(NamedTuple):
+    """What legality compares: a class of evidence, and its kind."""
+
+    evidence: type[Evidence]
+    kind: str
+
+    def __str__(self) -> str:
+        plain = self.kind == self.evidence.kinds[0]
+        return self.evidence.__name__ if plain else f"{self.evidence.__name__} ({self.kind.replace('_', ' ')})"
+
+
+def kinds(*given: type[Evidence] | tuple[type[Evidence], str]) -> frozenset[Kind]:
+    """Classes of evidence, of their plain kind where none is named. ValueError for a kind that a class does not have."""
+    found = [Kind(*one) if isinstance(one, tuple) else Kind(one, one.kinds[0]) for one in given]
+    for evidence, kind in found:
+        if kind not in evidence.kinds:
+            raise ValueError(f"{evidence.__name__} of the kind {kind!r}: legal are {', '.join(map(repr, evidence.kinds))}")
+    return frozenset(found)
+
+
+def check_kinds(part: type, name: str) -> None:
+    """ValueError for a class that declares evidence in another way than by `kinds`."""
+    given = vars(part).get(name, frozenset())
+    if not isinstance(given, frozenset) or not all(isinstance(kind, Kind) for kind in given):
+        raise ValueError(f"{part.__name__}.{name}={given!r}: expected what kinds() makes, as in {name} = kinds(Gradient)")
+
+
+OuterKind: TypeAlias = Literal["rows", "inputs", "with_secants"]
+"""``inputs``: ``C = I (x) mean_nr a a^T``, and ``gradients``, of no cotangent, tells the number of outputs alone.
+``with_secants``: of a layer whose `Pair` of the kind ``output_secant`` comes along (K-BFGS)."""
+GradientKind: TypeAlias = Literal["row", "initial_scaling", "located"]
+"""``initial_scaling``: comes along with secants, for the initial scaling of L-BFGS and to see that the direction descends.
+``located``: comes with the weights that it was taken at."""
+PairKind: TypeAlias = Literal["probe", "secant", "output_secant", "noise_and_gradient"]
+"""``secant``: the last step and the change of the gradient over it, on one batch; ``output_secant``: that of a layer's mean
+output, (G, o). ``noise_and_gradient``: independent of each other, only their covariances are compared (PSGD whitening)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,9 @@ class Outer(Evidence):
     transposed: bool = False  # the block is laid out as (i, o), as an embedding's weight is
     weights: Tensor | None = None  # (n, r): 1 counts, 0 is masked out of the mean over inputs; None counts all
     fresh: bool = True  # False: these inputs were counted before in this step (a further chunk of cotangents)
+    kind: OuterKind = "rows"
+
+    kinds: ClassVar[tuple[str, ...]] = get_args(OuterKind)
 
     @property
     def count(self) -> int:
@@ -97,6 +124,10 @@ class Outer(Evidence):
         axis = 2 if self.gradients.shape[2] == len(factors) else 0
         shape = [-1 if a == axis else 1 for a in range(self.gradients.ndim)]
         return replace(self, gradients=self.gradients * factors.to(self.gradients).view(shape))
+
+    def inputs_alone(self) -> Outer:
+        """The same without its output gradients."""
+        return replace(self, gradients=self.gradients[:0], fresh=True, kind="inputs")
 
     def reduced(self) -> Outer:
         """One position per example: the mean input and the summed gradient (K-FAC-reduce, arXiv:2311.00636)."""
@@ -151,7 +182,14 @@ class Outer(Evidence):
         return w if self.inputs.padding is None else w * (index != self.inputs.padding)
 
     def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha sum_knr g g^T``.  # (G, o, o), or its diagonal (G, o)"""
+        """``out <- beta out + alpha sum_knr g g^T``.  # (G, o, o), or its diagonal (G, o)
+
+        Of inputs alone it is ``alpha c I`` with the number ``c`` of `counted` positions: the mean over them is the identity.
+        """
+        if self.kind == "inputs":
+            out.mul_(beta)
+            (out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_(alpha * self.counted)
+            return
         k, G, n, r, o = self.gradients.shape
         g = self.gradients.transpose(0, 1).reshape(G, k * n * r, o)
         if out.ndim == 2:
@@ -162,6 +200,8 @@ class Outer(Evidence):
     # ---------------------------------------------------------------- products of J
     def rows(self) -> Tensor:
         inputs = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs
+        if self.kind == "inputs":
+            return self._input_rows(inputs)
         J = torch.einsum("kgnro,gnri->kngoi", self.gradients, inputs)
         if self.bias:
             J = torch.cat([J, self.gradients.sum(3).transpose(1, 2).unsqueeze(-1)], -1)
@@ -206,57 +246,8 @@ class Outer(Evidence):
         out.index_add_(0, index.reshape(-1), contribution.flatten(0, 1))
         return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
 
-    def gram(self) -> Tensor:
-        """``J J^T`` without ``J``: ``sum_rs (a_r . a_s)(g_r . g_s)``.  # (N, N)"""
-        k, G, n, r, o = self.gradients.shape
-        g = self.gradients.transpose(1, 2).reshape(k * n, G, r, o)
-        if isinstance(self.inputs, OneHot):
-            index = self.inputs.index
-            a = (index[:, :, None, None] == index[None, None]).to(g.dtype).unsqueeze(0)  # (1, n, r, n, r)
-        else:
-            a = torch.einsum("gnri,gmsi->gnrms", self.inputs, self.inputs)
-        if self.bias:
-            a = a + 1
-        gg = torch.einsum("ngro,mgso->gnrms", g, g).reshape(G, k, n, r, k, n, r)
-        gram: Tensor = contract("gknrlms,gnrms->knlm", gg, a)
-        return gram.reshape(k * n, k * n)
-
-    def project(self, v: Tensor) -> Tensor:
-        """``<J_N, v>`` for each row.  v: (G, *shape) -> (N,)"""
-        v = v.mT if self.transposed else v
-        if isinstance(self.inputs, OneHot):
-            moved = v[0].mT[self.inputs.index].unsqueeze(0)  # (1, n, r, o)
-        else:
-            i = self.inputs.shape[-1]
-            moved = torch.einsum("gnri,goi->gnro", self.inputs, v[..., :i])
-            if self.bias:
-                moved = moved + v[:, None, None, :, i]
-        return torch.einsum("kgnro,gnro->kn", self.gradients, moved).reshape(-1)
-
-    def combine(self, z: Tensor) -> Tensor:
-        """``sum_N z_N J_N``.  z: (N,) -> (G, *shape)"""
-        k, G, n, r, o = self.gradients.shape
-        weighted = torch.einsum("kgnro,kn->gnro", self.gradients, z.reshape(k, n))
-        if isinstance(self.inputs, OneHot):
-            out = z.new_zeros(self.inputs.size, o).index_add_(0, self.inputs.index.reshape(-1), weighted.reshape(-1, o))
-            return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
-        out = torch.einsum("gnro,gnri->goi", weighted, self.inputs)
-        if self.bias:
-            out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
-        return out.mT if self.transposed else out
-
-
-@dataclass(frozen=True)
-class Inputs(Outer):
-    """Layer inputs alone, ``C = I (x) mean_nr a a^T``; ``gradients`` holds no cotangent and tells the number of outputs."""
-
-    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha c I`` with the number ``c`` of `counted` positions: the mean over them is the identity."""
-        out.mul_(beta)
-        (out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_(alpha * self.counted)
-
-    def rows(self) -> Tensor:
-        a = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs
+    def _input_rows(self, a: Tensor) -> Tensor:
+        """Those of ``I (x) mean_nr a a^T``.  # (o n r, G, *shape)"""
         a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.bias and a.shape[-1] else a
         a = a if a.shape[-1] else a.new_ones(*a.shape[:-1], 1)
         w = a.new_ones(a.shape[1:3]) if self.weights is None else self.weights
@@ -264,6 +255,49 @@ class Inputs(Outer):
         eye = torch.eye(self.gradients.shape[-1], dtype=a.dtype, device=a.device)
         J = torch.einsum("op,gnri->pnrgoi", eye, a).flatten(0, 2)
         return J.mT if self.transposed else J
+
+    def gram(self, other: Outer) -> Tensor:
+        """``J J'^T`` of each group without ``J``: ``sum_rs (a_r . a'_s)(g_r . g'_s)``.  # (G, N, N')"""
+        mine, its = (x.gradients.transpose(0, 1) for x in (self, other))
+        (G, k, n, r, _), (_, h, m, s, _) = mine.shape, its.shape
+        products = (mine.flatten(1, 3) @ its.flatten(1, 3).mT).view(G, k, n, r, h, m, s)
+        products.mul_(self._input_products(other).view(G, 1, n, r, 1, m, s))
+        return products.sum((3, 6)).view(G, k * n, h * m)
+
+    def _input_products(self, other: Outer) -> Tensor:
+        """``a . a'``, with the bias.  # (G, nr, ms)"""
+        if isinstance(self.inputs, OneHot) and isinstance(other.inputs, OneHot):
+            same = self.inputs.index.reshape(-1, 1) == other.inputs.index.reshape(1, -1)
+            return same.to(self.gradients.dtype).unsqueeze(0)
+        assert isinstance(self.inputs, Tensor) and isinstance(other.inputs, Tensor)
+        products = self.inputs.flatten(1, 2) @ other.inputs.flatten(1, 2).mT
+        return products.add_(1) if self.bias else products
+
+    def project(self, v: Tensor) -> Tensor:
+        """``<J_N, v>`` in each group.  v: (G, *shape) -> (G, N)"""
+        v = v.mT if self.transposed else v
+        if isinstance(self.inputs, OneHot):
+            moved = v[0].mT[self.inputs.index.long()].unsqueeze(0)  # (1, n, r, o)
+        else:
+            i = self.inputs.shape[-1]
+            moved = (self.inputs.flatten(1, 2) @ v[..., :i].mT).unflatten(1, self.inputs.shape[1:3])
+            if self.bias:
+                moved = moved + v[:, None, None, :, i]
+        products: Tensor = torch.einsum("gknro,gnro->gkn", self.gradients.transpose(0, 1), moved).flatten(1)
+        return products
+
+    def combine(self, z: Tensor) -> Tensor:
+        """``sum_N z_N J_N``.  z: (G, N), or (1, N) for all groups -> (G, *shape)"""
+        k, G, n, _, o = self.gradients.shape
+        weighted = torch.einsum("gknro,gkn->gnro", self.gradients.transpose(0, 1), z.expand(G, -1).reshape(G, k, n))
+        if isinstance(self.inputs, OneHot):
+            out = weighted.new_zeros(1, self.inputs.size, o)
+            out.index_add_(1, self.inputs.index.long().flatten(), weighted.flatten(1, 2))
+            return out if self.transposed else out.mT
+        out = weighted.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
+        if self.bias:
+            out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
+        return out.mT if self.transposed else out
 
 
 @dataclass(frozen=True)
@@ -275,10 +309,6 @@ class Joint(Evidence):
     def rows(self) -> Tensor:
         return torch.cat([part.rows().flatten(1) for part in self.parts], 1).unsqueeze(1)  # (N, 1, P)
 
-    def gram(self) -> Tensor:
-        """``J J^T``: the Gram matrices of the parts add.  # (N, N)"""
-        return torch.stack([part.gram() for part in self.parts]).sum(0)
-
 
 @dataclass(frozen=True)
 class Pair(Evidence):
@@ -286,43 +316,12 @@ class Pair(Evidence):
 
     v: Tensor  # (G, *shape)
     cv: Tensor  # (G, *shape)
+    kind: PairKind = "probe"
+
+    kinds: ClassVar[tuple[str, ...]] = get_args(PairKind)
 
     def rows(self) -> Tensor:
         raise TypeError("a pair is one column of the curvature, it has no rows")
-
-
-@dataclass(frozen=True)
-class SecantPair(Pair):
-    """The last step and the change of the gradient over it, on one batch."""
-
-
-@dataclass(frozen=True)
-class Contrast(Pair):
-    """Noise ``v`` and a gradient ``cv`` that has nothing to do with it: only their covariances are compared."""
-
-
-@dataclass(frozen=True)
-class PairedInputs(Outer):
-    """A layer's inputs, with the output gradients that came along: one half of what K-BFGS is told."""
-
-
-@dataclass(frozen=True)
-class OutputPair(Pair):
-    """A secant of a layer's mean output, (G, o): the other half."""
-
-
-@dataclass(frozen=True)
-class Product(Evidence):
-    """The curvature as a function, for the whole block: valid while the step's graph is."""
-
-    matvec: Callable[[Tensor], Tensor]  # of k vectors, each flat or in the block's shape: (k, ...) -> (k, ...)
-    loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
-    loss_and_gradient_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # there: (1, P) -> (), (1, P)
-    squares: Tensor | None = None  # the diagonal of the empirical Fisher matrix  # (1, P)
-    layers: Layers | None = None  # a Kronecker approximation of the Fisher matrix
-
-    def rows(self) -> Tensor:
-        raise TypeError("a product has no rows")
 
 
 @dataclass(frozen=True)
@@ -330,18 +329,10 @@ class Gradient(Evidence):
     """The mini-batch gradient of a block: ``C = vec(G) vec(G)^T``."""
 
     gradient: Tensor  # (G, *shape)
+    weights: Tensor | None = None  # like the gradient, where it is `located`
+    kind: GradientKind = "row"
+
+    kinds: ClassVar[tuple[str, ...]] = get_args(GradientKind)
 
     def rows(self) -> Tensor:
         return self.gradient.unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class Opening(Gradient):
-    """A gradient that comes along with pairs: how long a first step should be, and whether what they give is sound."""
-
-
-@dataclass(frozen=True)
-class Located(Gradient):
-    """A gradient, and the weights that it was taken at."""
-
-    weights: Tensor  # like the gradient

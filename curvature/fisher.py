@@ -5,22 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradmaker.capture.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 from gradmaker.curvature.alone import examples_alone
-from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.likelihood import LIKELIHOODS, Terms
 from gradmaker.loss.weights import numbers
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.options.checks import check_choice, check_count
 
 __all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 
@@ -51,7 +50,7 @@ class LazyEvidence(Mapping[str, Evidence]):
 class _CotangentFisher(Curvature):
     """A Fisher whose cotangents at the loss are pulled back in extra passes."""
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Outer)
     inapplicable = NO_REDUCTION
 
     def splits(self, step: Step) -> bool:
@@ -99,8 +98,8 @@ class FisherExact(_CotangentFisher):
     def __post_init__(self) -> None:
         for name in ("chunk", "memory", "max_columns"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected an integer of at least 1")
+            if value is not None:
+                check_count(name, value, 1)
 
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         columns = terms.columns(step.examples)
@@ -126,8 +125,7 @@ class FisherMC(_CotangentFisher):
         return step.whole
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
+        check_count("samples", self.samples, 1)
 
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
         yield terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device))
@@ -154,30 +152,25 @@ class FisherEmp(Curvature):
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Outer)
     examples: Literal["sequence", "token"] = "sequence"
 
     def __post_init__(self) -> None:
-        if self.examples not in ("sequence", "token"):
-            raise ValueError(f"examples={self.examples!r}: expected 'sequence' or 'token'")
+        check_choice("examples", self.examples, ("sequence", "token"))
 
     inapplicable = NO_DRAWS
 
     @property
-    def uses_main_backward(self) -> bool:
+    def needs(self) -> frozenset[Need]:
         """Gradients of whole sequences come with the ordinary backward pass."""
-        return self.examples == "sequence"
-
-    @property
-    def groups(self) -> bool:
-        return self.uses_main_backward
+        return frozenset({"calls", "main_backward", "examples"} if self.examples == "sequence" else {"calls"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        if self.uses_main_backward and _mixed(step):
-            yield from self._mixed_examples(step)
-            return
-        if not self.uses_main_backward:
+        if self.examples == "token":
             yield from self._tokens(step)
+            return
+        if _mixed(step):
+            yield from self._mixed_examples(step)
             return
         assert step.output_gradients is not None
         sources: list[Source] = []

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Inputs, Outer
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.fisher import LazyEvidence
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.step import Step
 
 __all__ = ["FisherForward"]
 
@@ -28,10 +26,10 @@ class _Forward(LazyEvidence):
             like = next(iter(site.parameters.values()))
             dtype = self.step.statistics_dtype(site)
             empty = torch.zeros(1, self.step.examples, 1, 0, dtype=dtype, device=like.device)
-            return Inputs(empty, empty.new_zeros(0, 1, self.step.examples, 1, like.numel()), bias=True)
+            return Outer(empty, empty.new_zeros(0, 1, self.step.examples, 1, like.numel()), bias=True, kind="inputs")
         outer = super().__getitem__(name)
         assert isinstance(outer, Outer)
-        return Inputs(outer.inputs, outer.gradients[:0], outer.bias, outer.transposed, outer.weights)
+        return outer.inputs_alone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +45,13 @@ class FisherForward(Curvature):
     Reference: Benzing, ICML 2022, arXiv:2201.12250, section 4 (FOOF); Frantar et al., ICLR 2023, arXiv:2210.17323 (GPTQ).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Inputs,)
+    gives: ClassVar[frozenset[Kind]] = kinds((Outer, "inputs"))
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     @property
-    def uses_main_backward(self) -> bool:
-        """Nothing is pulled back: the recorded forward pass is read when the ordinary backward pass is through."""
-        return True
+    def needs(self) -> frozenset[Need]:
+        """No vjp: the recorded forward pass is read when the ordinary backward pass is through."""
+        return frozenset({"calls", "main_backward"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         assert step.output_gradients is not None

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Located
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.step import Step
 
 __all__ = ["BatchGradient", "DisplacedGradient"]
 
@@ -25,7 +23,7 @@ class BatchGradient(Curvature):
     Reference: Duchi, Hazan & Singer, JMLR 2011, section 1.1.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Gradient)
     layerwise: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
@@ -43,21 +41,21 @@ class DisplacedGradient(Curvature):
     Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, section 2.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Located,)
+    gives: ClassVar[frozenset[Kind]] = kinds((Gradient, "located"))
     layerwise: ClassVar[bool] = False
     definite: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
-        found: dict[str, Located] = {}
+        found: dict[str, Gradient] = {}
         pieces: list[tuple[Tensor, Tensor]] = []
         for site in step.sites:
             dtype, g = step.statistics_dtype(site), site.read()
             held: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
             w = site.lay_out(held).to(dtype)
-            located = Located(torch.zeros_like(w) if g is None else g.to(dtype), w)
+            located = Gradient(torch.zeros_like(w) if g is None else g.to(dtype), w, "located")
             pieces.append((located.gradient.reshape(1, -1), w.reshape(1, -1)))
             if g is not None:
                 found[site.name] = located
         g, w = (torch.cat(part, 1) for part in zip(*pieces, strict=True))
-        yield {**found, WHOLE: Located(g, w)} if found else {}
+        yield {**found, WHOLE: Gradient(g, w, "located")} if found else {}

@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import WHOLE, Evidence, Outer, Product
-from gradmaker.curvature.factors import Layers
-from gradmaker.curvature.fisher import FisherEmp
+from gradmaker.capture.sites import Site
+from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
+from gradmaker.curvature.evidence import WHOLE, Evidence, Kind, Outer, kinds
+from gradmaker.curvature.fisher import FisherEmp, FisherMC
 from gradmaker.curvature.layer_factors import layer_factors
+from gradmaker.curvature.products import Layers, Product
+from gradmaker.curvature.roles import OfProducts
+from gradmaker.curvature.step import Step
+from gradmaker.options.checks import check_choice, check_count
+from gradmaker.passes.batches import Batch
+from gradmaker.passes.graph import Graph, Vectors
+from gradmaker.passes.replay import Replay
 from gradmaker.passes.vectors import Layout
 from gradmaker.reentrant import refuse_scripted
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
-    from gradmaker.passes.batches import Batch
-    from gradmaker.passes.graph import Graph, Vectors
-    from gradmaker.passes.replay import Replay
 
 __all__ = [
     "GaussNewton",
@@ -71,10 +71,10 @@ ADVICE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Products(Curvature):
+class Products(OfProducts):
     """Evidence ``v -> C v``: of all sites as one vector, and of every site alone."""
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Product,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Product)
     layerwise: ClassVar[bool] = False
 
     examples: int | None = None
@@ -87,8 +87,8 @@ class Products(Curvature):
     """Whether Kronecker factors of the Fisher matrix are measured along, of targets drawn by the model: one backward pass."""
 
     def __post_init__(self) -> None:
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"examples={self.examples!r}: expected an integer of at least 1, or None for the whole batch")
+        if self.examples is not None:
+            check_count("examples", self.examples, 1, hint=", or None for the whole batch")
         if self.fresh and self.examples is None:
             raise ValueError("fresh=True: say how many examples are drawn for every product, by examples=")
         if self.squares and self.factors:
@@ -101,7 +101,7 @@ class Products(Curvature):
         known: dict[str, str] = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
         if cut:  # along that axis
             known.pop("batch_axis", None)
-        if self.of_outputs:  # it decides about losses that are not recognised
+        if "outputs" in self.needs:  # it decides about losses that are not recognised
             known.pop("self_check", None)
         return known if cut or self.factors else known | NO_DRAWS
 
@@ -114,21 +114,12 @@ class Products(Curvature):
         return not self.fresh
 
     @property
-    def asks(self) -> frozenset[str]:
-        return frozenset({"graph", "replay"} if self.examples is None else {"replay"})
-
-    @property
-    def recorded(self) -> bool:
-        return self.squares or self.factors
-
-    @property
-    def uses_main_backward(self) -> bool:
-        """The gradients of examples come with the ordinary backward pass."""
-        return self.squares
-
-    @property
-    def groups(self) -> bool:
-        return self.squares
+    def needs(self) -> frozenset[Need]:
+        """For squares the gradients of examples, which come with the ordinary backward pass."""
+        found: frozenset[Need] = frozenset({"graph", "replay"} if self.examples is None else {"replay"})
+        if self.squares:
+            return found | FisherEmp().needs
+        return found | FisherMC().needs if self.factors else found
 
     @property
     def at_once(self) -> bool:
@@ -229,7 +220,9 @@ class GaussNewton(Products):
     Reference: Schraudolph, Neural Computation 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
 
-    of_outputs: ClassVar[bool] = True
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | {"outputs"}
 
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
         graph.check_outputs()
@@ -304,8 +297,7 @@ def second_derivatives(product: str) -> Iterator[None]:
 
 def check_mode(mode: str) -> None:
     """Refuse what is none."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode={mode!r}: legal are {', '.join(map(repr, get_args(Mode)))}")
+    check_choice("mode", mode, get_args(Mode))
 
 
 def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:

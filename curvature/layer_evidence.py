@@ -39,7 +39,7 @@ def outer(site: Site, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch
 
 
 def _formed(site: Site, tape: Tape, found: VJPs, dtype: torch.dtype, fresh: bool) -> Outer:
-    """Rows that are formed already: of a call that is repeated, or of the parameter itsite."""
+    """Rows that are formed already: of a call that is repeated, or of the parameter itself."""
     if site.direct(tape):
         ((_, p),) = site.parameters.items()
         rows = found.direct[p].reshape(len(found.direct[p]), 1, -1)  # (k n, 1, P)

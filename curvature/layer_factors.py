@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import OneHot, Outer
-from gradmaker.curvature.factors import Factors, Layers
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Outer
 from gradmaker.curvature.fisher import FisherMC
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.curvature.products import Factors, Layers
+from gradmaker.curvature.step import Step
 
 __all__ = ["LONGEST", "layer_factors"]
 

@@ -5,37 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature, Need
+from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
+from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.step import Step
 from gradmaker.linalg.real_pairs import real_shape, write_real
-
-if TYPE_CHECKING:
-    from gradmaker.curvature.step import Step
+from gradmaker.options.checks import check_choice, check_count, check_interval
 
 __all__ = ["GradientProbe", "HessianProbe"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HessianProbe(Curvature):
+class HessianProbe(Pooled):
     """Pairs ``(v, H v)`` with random ``v``: one product with the Hessian of the loss for all parameters at once.
 
     What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
     ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
     the dtype. All micro-batches of a step are probed with one ``v``, and what they give adds up to the ``H v`` of the step's
-    loss. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero throughout, which bounds a fitted inverse
-    by ``1 / lift``. ``mode`` as of `Hessian`.
+    loss, as ``H^2`` is no sum over its parts. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero
+    throughout, which bounds a fitted inverse by ``1 / lift``. ``mode`` as of `Hessian`.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Pair)
     layerwise: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
@@ -45,20 +45,13 @@ class HessianProbe(Curvature):
     mode: Mode = "reverse"
 
     @property
-    def asks(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"graph", "replay"})
 
-    @property
-    def pooled(self) -> bool:
-        """``H`` is that of the step's loss: of a sum every part would show but a part."""
-        return True
-
     def __post_init__(self) -> None:
-        if self.distribution not in ("rademacher", "gaussian"):
-            raise ValueError(f"distribution={self.distribution!r}: expected 'rademacher' or 'gaussian'")
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
-        _check_lift(self.lift)
+        check_choice("distribution", self.distribution, ("rademacher", "gaussian"))
+        check_count("samples", self.samples, 1)
+        check_interval("lift", self.lift, 0, inf, closed=True)
         check_mode(self.mode)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
@@ -76,13 +69,10 @@ class HessianProbe(Curvature):
                 found[site.name] = Pair(site.lay_out(dict(v)).to(dtype), site.lay_out(dict(image)).to(dtype))
             yield found
 
-    def complete(self, step: Step, chunks: Sequence[Mapping[str, Evidence]]) -> Iterator[Mapping[str, Evidence]]:
+    def complete(self, step: Step, chunks: Sequence[Mapping[str, Pair]]) -> Iterator[Mapping[str, Evidence]]:
         for sample, chunk in enumerate(chunks):
-            found: dict[str, Evidence] = {}
-            for name, pair in chunk.items():
-                assert isinstance(pair, Pair)
-                found[name] = Pair(pair.v, _lifted(step, f"lift {sample} {name}", pair.cv, self.lift))
-            yield found
+            names = {name: f"lift {sample} {name}" for name in chunk}
+            yield {k: replace(pair, cv=_lifted(step, names[k], pair.cv, self.lift)) for k, pair in chunk.items()}
 
     def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
         """``v`` for one parameter."""
@@ -105,14 +95,14 @@ class GradientProbe(Curvature):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Pooladzandi, Li, 2024, arXiv:2402.04553, section 3 (whitening).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Contrast,)
+    gives: ClassVar[frozenset[Kind]] = kinds((Pair, "noise_and_gradient"))
     layerwise: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
     lift: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_lift(self.lift)
+        check_interval("lift", self.lift, 0, inf, closed=True)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found: dict[str, Evidence] = {}
@@ -121,13 +111,8 @@ class GradientProbe(Curvature):
             if g is not None:
                 g = g.to(step.statistics_dtype(site))
                 v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
-                found[site.name] = Contrast(v, _lifted(step, f"lift {site.name}", g, self.lift))
+                found[site.name] = Pair(v, _lifted(step, f"lift {site.name}", g, self.lift), "noise_and_gradient")
         yield found
-
-
-def _check_lift(lift: float) -> None:
-    if not 0 <= lift < inf:
-        raise ValueError(f"lift={lift!r}: expected a non-negative number")
 
 
 def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence
-from gradmaker.curvature.factors import Factors
+from gradmaker.capture.rules.calls import Call
+from gradmaker.capture.sites import Site
+from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION
+from gradmaker.curvature.evidence import Evidence, Kind, kinds
+from gradmaker.curvature.products import Factors
+from gradmaker.curvature.roles import Watching
+from gradmaker.curvature.step import Step
 from gradmaker.loss.likelihood import Terms
-
-if TYPE_CHECKING:
-    from gradmaker.capture.rules.layers import Call
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
+from gradmaker.options.checks import check_count
 
 __all__ = ["FisherRecursive", "break_of_chain", "find_chain"]
 
@@ -30,7 +30,7 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherRecursive(Curvature):
+class FisherRecursive(Watching):
     """The exact Fisher as ``B_l (x) A_l`` with ``B`` averaged over the batch layer by layer, without a backward pass.
 
     ``B_L = sum_m Lambda_m``, ``B_l = (W^T B_(l+1) W) * mean_n phi'_n phi'_n^T`` with the weight ``W`` of the next layer, and
@@ -40,15 +40,14 @@ class FisherRecursive(Curvature):
     Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3 (KFRA).
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Factors,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Factors)
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     chunk: int = 64
     """Columns of the factor of ``Lambda`` that are formed at once: a bound on memory."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}: expected an integer of at least 1")
+        check_count("chunk", self.chunk, 1)
 
     def watches(self, model: nn.Module) -> Iterable[nn.Module]:
         """All linear layers: the recursion goes through those that are frozen or ignored as well."""

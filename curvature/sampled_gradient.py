@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.step import Step
 from gradmaker.loss.likelihood import LIKELIHOODS
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Step
+from gradmaker.options.checks import check_count
 
 __all__ = ["SampledGradient"]
 
@@ -30,14 +29,13 @@ class SampledGradient(Curvature):
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925, algorithm 2, which leaves out the factor ``M``.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Gradient)
     inapplicable = NO_REDUCTION
 
     samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: expected an integer of at least 1")
+        check_count("samples", self.samples, 1)
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         if not step.terms:

@@ -7,55 +7,40 @@ it has nothing to complete: that one pair is left out after loading.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.capture.vjps import VJPs
-from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Opening, OutputPair, PairedInputs, SecantPair
+from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, PairKind, kinds
 from gradmaker.curvature.layer_evidence import outer
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
-    from gradmaker.curvature.step import Pass, Step
+from gradmaker.curvature.roles import OfSecants
+from gradmaker.curvature.step import LayerSums, Pass, Step
 
 __all__ = ["LayerSecant", "Secant"]
 
 
-class Sums(NamedTuple):
-    """Of a layer in a pass."""
-
-    outputs: Tensor  # (G, o) over the positions that count, less a bias that is not trained
-    gradients: Tensor  # (G, o) over examples, of the mean over positions
-    counted: int | Tensor  # positions
-    weights: Tensor | None = None  # as in `Outer`, of the first time
+NO_OPTIONS = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
 
-class _Lazy(Curvature):
-    """Evidence about the step before."""
+def _completed(step: Step) -> dict[str, Evidence]:
+    """The secants of the step before, now that they are known."""
+    pairs = step.previous.pairs if step.previous is not None else None
+    return {} if pairs is None else {s.name: pairs[s.name] for s in step.sites if s.name in pairs}
 
-    inapplicable = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
-    @property
-    def asks(self) -> frozenset[str]:
-        return frozenset({"previous"})
-
-    @abstractmethod
-    def secants(self, step: Step) -> dict[str, Evidence]:
-        """Of ``step.previous``, by site, with the weights as they are now."""
-
-    def _completed(self, step: Step) -> dict[str, Evidence]:
-        pairs = step.previous.pairs if step.previous is not None else None
-        return {} if pairs is None else {s.name: pairs[s.name] for s in step.sites if s.name in pairs}
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: PairKind) -> Pair:
+    zeros = torch.zeros(shape, dtype=dtype, device=device)
+    return Pair(zeros, zeros.clone(), kind)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Secant(_Lazy):
+class Secant(OfSecants):
     """``s = theta_(t+1) - theta_t`` and ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``, both on batch ``t``.
 
     One more forward and backward pass a step. Gradients are passed on as well: they say how long a first step should be, and
@@ -64,18 +49,26 @@ class Secant(_Lazy):
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
 
-    inapplicable = _Lazy.inapplicable | NO_CALLS
-    gives: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
+    inapplicable = NO_OPTIONS | NO_CALLS
+    gives: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
     layerwise: ClassVar[bool] = False
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"previous"})
+
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        yield self._completed(step)
+        yield _completed(step)
         earlier, found = step.earlier(), dict[str, Evidence]()
         for site in step.sites:
             gradients = {p: _sum(p.grad, earlier.get(p)) for p in site.parameters.values()}
             if any(g is not None for g in gradients.values()):
-                found[site.name] = Opening(site.lay_out(gradients).to(step.statistics_dtype(site)))
+                g = site.lay_out(gradients).to(step.statistics_dtype(site))
+                found[site.name] = Gradient(g, kind="initial_scaling")
         yield found
+
+    def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
+        return _zeros(site.shape, dtype, device, "secant")
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         previous = step.previous
@@ -89,7 +82,7 @@ class Secant(_Lazy):
             if any(p in previous.gradients for p in site.parameters.values()):
                 weights: Mapping[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
                 s = _difference(step, site, weights, previous.weights)
-                found[site.name] = SecantPair(s, _difference(step, site, now, previous.gradients))
+                found[site.name] = Pair(s, _difference(step, site, now, previous.gradients), "secant")
         return found
 
 
@@ -106,7 +99,7 @@ def _difference(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSecant(_Lazy):
+class LayerSecant(OfSecants):
     """For each layer the inputs of this batch, and the secant of its mean output ``s`` and mean output gradient ``g``.
 
     ``s = mean_nr W a_nr`` over the positions that count, and ``g = (1/R) sum_nr dL/ds_nr`` for ``R`` sharing positions: for a
@@ -116,12 +109,14 @@ class LayerSecant(_Lazy):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 3.
     """
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
+    gives: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
+
+    inapplicable = NO_OPTIONS
 
     @property
-    def uses_main_backward(self) -> bool:
+    def needs(self) -> frozenset[Need]:
         """The output gradients before the step are those of the ordinary backward pass."""
-        return True
+        return frozenset({"calls", "main_backward", "previous"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         assert step.output_gradients is not None
@@ -130,24 +125,24 @@ class LayerSecant(_Lazy):
         vjps = VJPs(step.output_gradients)
         for site in step.active():
             pairs = outer(site, step.tape, vjps, mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
-            found[site.name] = paired = PairedInputs(**vars(pairs))
+            found[site.name] = paired = replace(pairs, kind="with_secants")
             step.notes[site.name] = _sums(site, paired)
         yield found
-        yield self._completed(step)
+        yield _completed(step)
 
-    def secant_shape(self, site: Site) -> tuple[int, ...]:
-        return site.shape[:2]  # (G, o)
+    def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
+        return _zeros(site.shape[:2], dtype, device, "output_secant")  # (G, o)
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         assert step.previous is not None
-        before: dict[str, Sums] = {}
-        after: dict[str, Sums] = {}
+        before: dict[str, LayerSums] = {}
+        after: dict[str, LayerSums] = {}
         for each in step.previous.passes:
             _gather(before, each.notes, each.weight)
             _gather(after, self._again(step, each), each.weight)
         return {k: _change(before[k], now) for k, now in after.items()}
 
-    def _again(self, step: Step, made: Pass) -> dict[str, Sums]:
+    def _again(self, step: Step, made: Pass) -> dict[str, LayerSums]:
         """What a pass would note now."""
         sites = [s for s in step.sites if s.name in made.notes]
         tape = step.tape.again(m for s in sites for m in s.modules)
@@ -156,32 +151,32 @@ class LayerSecant(_Lazy):
             _, loss = made.replay.run()
             tape.end_forward([loss])
             vjps = VJPs(tape.vjp([loss], [torch.ones_like(loss).unsqueeze(0)]))
-        found: dict[str, Sums] = {}
+        found: dict[str, LayerSums] = {}
         for site in sites:
             if site.fired(tape):
                 pairs = outer(site, tape, vjps, None, step.statistics_dtype(site)).regrouped(tape.batch)
                 counted = replace(pairs, weights=made.notes[site.name].weights)
-                found[site.name] = _sums(site, PairedInputs(**vars(counted)))
+                found[site.name] = _sums(site, counted)
         return found
 
 
-def _change(before: Sums, now: Sums) -> OutputPair:
+def _change(before: LayerSums, now: LayerSums) -> Pair:
     """From the positions and the loss of a step to the same, later."""
     total = torch.as_tensor(now.counted, dtype=now.outputs.dtype, device=now.outputs.device).clamp(min=1)
-    return OutputPair((now.outputs - before.outputs) / total, now.gradients - before.gradients)
+    return Pair((now.outputs - before.outputs) / total, now.gradients - before.gradients, "output_secant")
 
 
-def _gather(total: dict[str, Sums], found: Mapping[str, Sums], weight: float) -> None:
+def _gather(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:
     """Add what a pass has found of its loss, which has this weight in that of the step."""
     for name, (s, g, n, _) in found.items():
-        s0, g0, n0, _ = total.get(name, Sums(torch.zeros_like(s), torch.zeros_like(g), 0))
-        total[name] = Sums(s0 + s, g0 + weight * g, n0 + n)
+        s0, g0, n0, _ = total.get(name, LayerSums(torch.zeros_like(s), torch.zeros_like(g), 0))
+        total[name] = LayerSums(s0 + s, g0 + weight * g, n0 + n)
 
 
 @torch.no_grad()
-def _sums(site: Site, paired: PairedInputs) -> Sums:
+def _sums(site: Site, paired: Outer) -> LayerSums:
     """Outputs and output gradients of a pass."""
     a = paired.total()
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
     s = (site.lay_out(weights).to(a.dtype) @ a.unsqueeze(-1)).squeeze(-1)
-    return Sums(s, paired.gradients.sum((0, 2, 3)) / paired.gradients.shape[3], paired.counted, paired.weights)
+    return LayerSums(s, paired.gradients.sum((0, 2, 3)) / paired.gradients.shape[3], paired.counted, paired.weights)

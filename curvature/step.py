@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,16 @@ from gradmaker.passes.batches import Batch, Batches
 from gradmaker.passes.graph import Graph
 from gradmaker.passes.replay import Replay
 
-__all__ = ["NOTHING", "Extra", "Pass", "Previous", "Step", "scaled"]
+__all__ = ["NOTHING", "Extra", "LayerSums", "Pass", "Previous", "Step", "scaled"]
+
+
+class LayerSums(NamedTuple):
+    """Of a layer in a pass, noted for its secant over the step."""
+
+    outputs: Tensor  # (G, o) over the positions that count, less a bias that is not trained
+    gradients: Tensor  # (G, o) over examples, of the mean over positions
+    counted: int | Tensor  # positions
+    weights: Tensor | None = None  # as in `Outer`, of the first time
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Pass:
 
     replay: Replay
     weight: float  # of its loss in that of the step
-    notes: dict[str, Any]  # what curvatures wrote down for the next step, by site
+    notes: dict[str, LayerSums]  # by site, for the secants of layers
 
 
 @dataclass
@@ -51,7 +60,7 @@ class Extra:
     graph: Graph | None = None
     batches: Batches | None = None
     previous: Previous | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, LayerSums] = field(default_factory=dict)
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
 
 
@@ -77,7 +86,7 @@ class Step:
     graph: Graph | None = None  # of the loss, for curvatures that ask for it
     batches: Batches | None = None  # of this pass, to be evaluated again
     previous: Previous | None = None  # the last step that was measured
-    notes: dict[str, Any] = field(default_factory=dict)  # to be found in `previous` by the next one
+    notes: dict[str, LayerSums] = field(default_factory=dict)  # to be found in `previous` by the next one
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
 
     def loss_gradients(self) -> list[Tensor]:

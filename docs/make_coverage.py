@@ -24,8 +24,8 @@ its layer are what the [self-checks](self_checks.md) find in every kind of pass:
 diagonal methods are as exact, by passes for single examples or by derivatives of the parameter itself.
 
 Units are rows of the weight as torch stores it: outputs of a linear map or a convolution, tokens of an embedding, input
-channels of a transposed convolution. Attention has four linear maps, for queries, keys, values and the output, each a block
-with its bias.
+channels of a transposed convolution. `Conv1D` of GPT-2 is `Linear` with its weight transposed, in every respect: its units are
+outputs. Attention has four linear maps, for queries, keys, values and the output, each a block with its bias.
 """
 ZOO = """
 ## A zoo of models

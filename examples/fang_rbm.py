@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from gradmaker import CustomGradientConfig, CustomGradientMaker, GradientMaker
 from gradmaker.curvature import Curvature, Evidence, Outer
-from gradmaker.curvature.evidence import WHOLE
+from gradmaker.curvature.evidence import WHOLE, Kind, kinds
 from gradmaker.curvature.step import Step
 from gradmaker.representations import GaussianGraph
-from gradmaker.representations.graph import Parents
+from gradmaker.representations.gaussian_graph import Parents
 from gradmaker.solvers import LocalRegression
 
 
@@ -60,7 +60,7 @@ class RBM(nn.Module):
 class ModelFisher(Curvature):
     """The Fisher matrix of an `RBM`: covariances of its statistics under samples of its own, less their means."""
 
-    gives: ClassVar[tuple[type[Evidence], ...]] = (Outer,)
+    gives: ClassVar[frozenset[Kind]] = kinds(Outer)
     layerwise: ClassVar[bool] = False
 
     samples: int = 2000

@@ -169,7 +169,7 @@ def conditions(maker: Any) -> list[float | None]:
     block = maker.plan.blocks[0]
     representation, state = block.triple.representation, {k: v.double() for k, v in block.state.items()}
     if hasattr(representation, "square_roots"):
-        spectra = [torch.linalg.svdvals(R).square() for R in representation.square_roots(state)]
+        spectra = [torch.linalg.svdvals(R).square() for R in representation.factor_roots(state)]
     elif hasattr(representation, "factors"):
         spectra = [torch.linalg.eigvalsh(H) for H in representation.factors(state)]
     else:

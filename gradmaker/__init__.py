@@ -16,282 +16,192 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
     __path__ = [str(_root / "gradmaker"), str(_root)]
 del _root
 
-if TYPE_CHECKING:
-    from gradmaker.compare import Comparison, Data, compare
-    from gradmaker.config import GradientConfig
-    from gradmaker.cost_report import cost_report
-    from gradmaker.damping_sweep import damping_sweep
-    from gradmaker.errors import SelfCheckError, SelfCheckWarning
-    from gradmaker.maker import GradientMaker, PlainGradientConfig
-    from gradmaker.methods import METHODS, from_config
-    from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientConfig, CasprAdaptiveGradientMaker
-    from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker
-    from gradmaker.methods.eigen_kronecker import (
-        EshampooGradientConfig,
-        EshampooGradientMaker,
-        SoapGradientConfig,
-        SoapGradientMaker,
+if TYPE_CHECKING:  # what a checker and an editor see; at run time makers and configs are found through `METHODS`
+    from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare
+    from gradmaker.config import GradientConfig as GradientConfig
+    from gradmaker.cost_report import cost_report as cost_report
+    from gradmaker.damping_sweep import damping_sweep as damping_sweep
+    from gradmaker.errors import SelfCheckError as SelfCheckError, SelfCheckWarning as SelfCheckWarning
+    from gradmaker.maker import GradientMaker as GradientMaker, PlainGradientConfig as PlainGradientConfig
+    from gradmaker.methods import from_config as from_config
+    from gradmaker.methods.adagrad import (
+        AdagradGradientConfig as AdagradGradientConfig,
+        AdagradGradientMaker as AdagradGradientMaker,
     )
-    from gradmaker.methods.elementwise import (
-        AdagradGradientConfig,
-        AdagradGradientMaker,
-        AdamGradientConfig,
-        AdamGradientMaker,
+    from gradmaker.methods.adahessian import (
+        AdahessianGradientConfig as AdahessianGradientConfig,
+        AdahessianGradientMaker as AdahessianGradientMaker,
     )
-    from gradmaker.methods.fisher_kronecker import (
-        EkfacGradientConfig,
-        EkfacGradientMaker,
-        KflrGradientConfig,
-        KflrGradientMaker,
-        KfraGradientConfig,
-        KfraGradientMaker,
-        SkfacGradientConfig,
-        SkfacGradientMaker,
-        TntGradientConfig,
-        TntGradientMaker,
+    from gradmaker.methods.adam import AdamGradientConfig as AdamGradientConfig, AdamGradientMaker as AdamGradientMaker
+    from gradmaker.methods.caspr import CasprGradientConfig as CasprGradientConfig, CasprGradientMaker as CasprGradientMaker
+    from gradmaker.methods.caspr_adaptive import (
+        CasprAdaptiveGradientConfig as CasprAdaptiveGradientConfig,
+        CasprAdaptiveGradientMaker as CasprAdaptiveGradientMaker,
     )
-    from gradmaker.methods.full_adagrad import FullAdagradGradientConfig, FullAdagradGradientMaker
-    from gradmaker.methods.inverse_kronecker import (
-        KlShampooGradientConfig,
-        KlShampooGradientMaker,
-        KradagradGradientConfig,
-        KradagradGradientMaker,
-        KradagradStarGradientConfig,
-        KradagradStarGradientMaker,
+    from gradmaker.methods.curveball import (
+        CurveballGradientConfig as CurveballGradientConfig,
+        CurveballGradientMaker as CurveballGradientMaker,
     )
-    from gradmaker.methods.kronecker import (
-        KfacGradientConfig,
-        KfacGradientMaker,
-        ShampooGradientConfig,
-        ShampooGradientMaker,
+    from gradmaker.methods.custom import (
+        CustomGradientConfig as CustomGradientConfig,
+        CustomGradientMaker as CustomGradientMaker,
     )
-    from gradmaker.methods.low_rank import (
-        GgtGradientConfig,
-        GgtGradientMaker,
-        MfacGradientConfig,
-        MfacGradientMaker,
-        SengGradientConfig,
-        SengGradientMaker,
-        SmwGaussNewtonGradientConfig,
-        SmwGaussNewtonGradientMaker,
-        SmwNaturalGradientConfig,
-        SmwNaturalGradientMaker,
-        TongaGradientConfig,
-        TongaGradientMaker,
-        TongaUnitGradientConfig,
-        TongaUnitGradientMaker,
+    from gradmaker.methods.ekfac import EkfacGradientConfig as EkfacGradientConfig, EkfacGradientMaker as EkfacGradientMaker
+    from gradmaker.methods.esgd import EsgdGradientConfig as EsgdGradientConfig, EsgdGradientMaker as EsgdGradientMaker
+    from gradmaker.methods.fang import FangGradientConfig as FangGradientConfig, FangGradientMaker as FangGradientMaker
+    from gradmaker.methods.full_adagrad import (
+        FullAdagradGradientConfig as FullAdagradGradientConfig,
+        FullAdagradGradientMaker as FullAdagradGradientMaker,
     )
-    from gradmaker.methods.matrix_free import (
-        CurveballGradientConfig,
-        CurveballGradientMaker,
-        HessianFreeGradientConfig,
-        HessianFreeGradientMaker,
-        KsdGradientConfig,
-        KsdGradientMaker,
-        NewtonGradientConfig,
-        NewtonGradientMaker,
-        SaddleFreeGradientConfig,
-        SaddleFreeGradientMaker,
+    from gradmaker.methods.ggt import GgtGradientConfig as GgtGradientConfig, GgtGradientMaker as GgtGradientMaker
+    from gradmaker.methods.hessian_free import (
+        HessianFreeGradientConfig as HessianFreeGradientConfig,
+        HessianFreeGradientMaker as HessianFreeGradientMaker,
     )
-    from gradmaker.methods.natural import (
-        DiagonalNaturalGradientConfig,
-        DiagonalNaturalGradientMaker,
-        FullNaturalGradientConfig,
-        FullNaturalGradientMaker,
-        LayerNaturalGradientConfig,
-        LayerNaturalGradientMaker,
-        UnitNaturalGradientConfig,
-        UnitNaturalGradientMaker,
+    from gradmaker.methods.kbfgs import (
+        KbfgsGradientConfig as KbfgsGradientConfig,
+        KbfgsGradientMaker as KbfgsGradientMaker,
+        KbfgsLGradientConfig as KbfgsLGradientConfig,
+        KbfgsLGradientMaker as KbfgsLGradientMaker,
     )
-    from gradmaker.methods.probes import (
-        AdahessianGradientConfig,
-        AdahessianGradientMaker,
-        EsgdGradientConfig,
-        EsgdGradientMaker,
-        PsgdGradientConfig,
-        PsgdGradientMaker,
-        PsgdKfGradientConfig,
-        PsgdKfGradientMaker,
-        PsgdWhitenGradientConfig,
-        PsgdWhitenGradientMaker,
-        SaddleFreeDiagonalGradientConfig,
-        SaddleFreeDiagonalGradientMaker,
+    from gradmaker.methods.kfac import KfacGradientConfig as KfacGradientConfig, KfacGradientMaker as KfacGradientMaker
+    from gradmaker.methods.kflr import KflrGradientConfig as KflrGradientConfig, KflrGradientMaker as KflrGradientMaker
+    from gradmaker.methods.kfra import KfraGradientConfig as KfraGradientConfig, KfraGradientMaker as KfraGradientMaker
+    from gradmaker.methods.kl_shampoo import (
+        KlShampooGradientConfig as KlShampooGradientConfig,
+        KlShampooGradientMaker as KlShampooGradientMaker,
     )
-    from gradmaker.methods.secants import (
-        KbfgsGradientConfig,
-        KbfgsGradientMaker,
-        KbfgsLGradientConfig,
-        KbfgsLGradientMaker,
-        LbfgsGradientConfig,
-        LbfgsGradientMaker,
+    from gradmaker.methods.krad import (
+        KradagradGradientConfig as KradagradGradientConfig,
+        KradagradGradientMaker as KradagradGradientMaker,
+        KradagradStarGradientConfig as KradagradStarGradientConfig,
+        KradagradStarGradientMaker as KradagradStarGradientMaker,
     )
-    from gradmaker.methods.series import (
-        LissaGradientConfig,
-        LissaGradientMaker,
-        NeumannGradientConfig,
-        NeumannGradientMaker,
-        NeumannPracticalGradientConfig,
-        NeumannPracticalGradientMaker,
+    from gradmaker.methods.ksd import KsdGradientConfig as KsdGradientConfig, KsdGradientMaker as KsdGradientMaker
+    from gradmaker.methods.lbfgs import LbfgsGradientConfig as LbfgsGradientConfig, LbfgsGradientMaker as LbfgsGradientMaker
+    from gradmaker.methods.lissa import LissaGradientConfig as LissaGradientConfig, LissaGradientMaker as LissaGradientMaker
+    from gradmaker.methods.mfac import MfacGradientConfig as MfacGradientConfig, MfacGradientMaker as MfacGradientMaker
+    from gradmaker.methods.muon import MuonGradientConfig as MuonGradientConfig, MuonGradientMaker as MuonGradientMaker
+    from gradmaker.methods.natural_gradient import (
+        DiagonalNaturalGradientConfig as DiagonalNaturalGradientConfig,
+        DiagonalNaturalGradientMaker as DiagonalNaturalGradientMaker,
+        FullNaturalGradientConfig as FullNaturalGradientConfig,
+        FullNaturalGradientMaker as FullNaturalGradientMaker,
+        LayerNaturalGradientConfig as LayerNaturalGradientConfig,
+        LayerNaturalGradientMaker as LayerNaturalGradientMaker,
+        UnitNaturalGradientConfig as UnitNaturalGradientConfig,
+        UnitNaturalGradientMaker as UnitNaturalGradientMaker,
     )
-    from gradmaker.methods.sparse_inverse import FangGradientConfig, FangGradientMaker
-    from gradmaker.methods.spectral import MuonGradientConfig, MuonGradientMaker
-    from gradmaker.methods.tensor_kronecker import (
-        CasprGradientConfig,
-        CasprGradientMaker,
-        OneSidedGradientConfig,
-        OneSidedGradientMaker,
+    from gradmaker.methods.neumann import (
+        NeumannGradientConfig as NeumannGradientConfig,
+        NeumannGradientMaker as NeumannGradientMaker,
+        NeumannPracticalGradientConfig as NeumannPracticalGradientConfig,
+        NeumannPracticalGradientMaker as NeumannPracticalGradientMaker,
     )
-    from gradmaker.preconditioner import PreconditionedGradientMaker
-    from gradmaker.triple import Triple, TripleError, legality
+    from gradmaker.methods.newton import (
+        NewtonGradientConfig as NewtonGradientConfig,
+        NewtonGradientMaker as NewtonGradientMaker,
+    )
+    from gradmaker.methods.one_sided import (
+        OneSidedGradientConfig as OneSidedGradientConfig,
+        OneSidedGradientMaker as OneSidedGradientMaker,
+    )
+    from gradmaker.methods.psgd import (
+        PsgdGradientConfig as PsgdGradientConfig,
+        PsgdGradientMaker as PsgdGradientMaker,
+        PsgdKfGradientConfig as PsgdKfGradientConfig,
+        PsgdKfGradientMaker as PsgdKfGradientMaker,
+        PsgdWhitenGradientConfig as PsgdWhitenGradientConfig,
+        PsgdWhitenGradientMaker as PsgdWhitenGradientMaker,
+    )
+    from gradmaker.methods.saddle_free import (
+        SaddleFreeGradientConfig as SaddleFreeGradientConfig,
+        SaddleFreeGradientMaker as SaddleFreeGradientMaker,
+    )
+    from gradmaker.methods.saddle_free_diagonal import (
+        SaddleFreeDiagonalGradientConfig as SaddleFreeDiagonalGradientConfig,
+        SaddleFreeDiagonalGradientMaker as SaddleFreeDiagonalGradientMaker,
+    )
+    from gradmaker.methods.seng import SengGradientConfig as SengGradientConfig, SengGradientMaker as SengGradientMaker
+    from gradmaker.methods.shampoo import (
+        ShampooGradientConfig as ShampooGradientConfig,
+        ShampooGradientMaker as ShampooGradientMaker,
+    )
+    from gradmaker.methods.skfac import SkfacGradientConfig as SkfacGradientConfig, SkfacGradientMaker as SkfacGradientMaker
+    from gradmaker.methods.smw import (
+        SmwGaussNewtonGradientConfig as SmwGaussNewtonGradientConfig,
+        SmwGaussNewtonGradientMaker as SmwGaussNewtonGradientMaker,
+        SmwNaturalGradientConfig as SmwNaturalGradientConfig,
+        SmwNaturalGradientMaker as SmwNaturalGradientMaker,
+    )
+    from gradmaker.methods.soap import (
+        EshampooGradientConfig as EshampooGradientConfig,
+        EshampooGradientMaker as EshampooGradientMaker,
+        SoapGradientConfig as SoapGradientConfig,
+        SoapGradientMaker as SoapGradientMaker,
+    )
+    from gradmaker.methods.tnt import TntGradientConfig as TntGradientConfig, TntGradientMaker as TntGradientMaker
+    from gradmaker.methods.tonga import (
+        TongaGradientConfig as TongaGradientConfig,
+        TongaGradientMaker as TongaGradientMaker,
+        TongaUnitGradientConfig as TongaUnitGradientConfig,
+        TongaUnitGradientMaker as TongaUnitGradientMaker,
+    )
+    from gradmaker.options.registry import Registry as Registry, register as register
+    from gradmaker.preconditioner import (
+        Preconditioned as Preconditioned,
+        PreconditionedGradientMaker as PreconditionedGradientMaker,
+    )
+    from gradmaker.triple import Triple as Triple, TripleError as TripleError, legality as legality
+    from gradmaker.version import __version__ as __version__
 
-__all__ = [
-    "METHODS",
-    "AdagradGradientConfig",
-    "AdagradGradientMaker",
-    "AdahessianGradientConfig",
-    "AdahessianGradientMaker",
-    "AdamGradientConfig",
-    "AdamGradientMaker",
-    "CasprAdaptiveGradientConfig",
-    "CasprAdaptiveGradientMaker",
-    "CasprGradientConfig",
-    "CasprGradientMaker",
-    "Comparison",
-    "CurveballGradientConfig",
-    "CurveballGradientMaker",
-    "CustomGradientConfig",
-    "CustomGradientMaker",
-    "Data",
-    "DiagonalNaturalGradientConfig",
-    "DiagonalNaturalGradientMaker",
-    "EkfacGradientConfig",
-    "EkfacGradientMaker",
-    "EsgdGradientConfig",
-    "EsgdGradientMaker",
-    "EshampooGradientConfig",
-    "EshampooGradientMaker",
-    "FangGradientConfig",
-    "FangGradientMaker",
-    "FullAdagradGradientConfig",
-    "FullAdagradGradientMaker",
-    "FullNaturalGradientConfig",
-    "FullNaturalGradientMaker",
-    "GgtGradientConfig",
-    "GgtGradientMaker",
-    "GradientConfig",
-    "GradientMaker",
-    "HessianFreeGradientConfig",
-    "HessianFreeGradientMaker",
-    "KbfgsGradientConfig",
-    "KbfgsGradientMaker",
-    "KbfgsLGradientConfig",
-    "KbfgsLGradientMaker",
-    "KfacGradientConfig",
-    "KfacGradientMaker",
-    "KflrGradientConfig",
-    "KflrGradientMaker",
-    "KfraGradientConfig",
-    "KfraGradientMaker",
-    "KlShampooGradientConfig",
-    "KlShampooGradientMaker",
-    "KradagradGradientConfig",
-    "KradagradGradientMaker",
-    "KradagradStarGradientConfig",
-    "KradagradStarGradientMaker",
-    "KsdGradientConfig",
-    "KsdGradientMaker",
-    "LayerNaturalGradientConfig",
-    "LayerNaturalGradientMaker",
-    "LbfgsGradientConfig",
-    "LbfgsGradientMaker",
-    "LissaGradientConfig",
-    "LissaGradientMaker",
-    "MfacGradientConfig",
-    "MfacGradientMaker",
-    "MuonGradientConfig",
-    "MuonGradientMaker",
-    "NeumannGradientConfig",
-    "NeumannGradientMaker",
-    "NeumannPracticalGradientConfig",
-    "NeumannPracticalGradientMaker",
-    "NewtonGradientConfig",
-    "NewtonGradientMaker",
-    "OneSidedGradientConfig",
-    "OneSidedGradientMaker",
-    "PlainGradientConfig",
-    "PreconditionedGradientMaker",
-    "PsgdGradientConfig",
-    "PsgdGradientMaker",
-    "PsgdKfGradientConfig",
-    "PsgdKfGradientMaker",
-    "PsgdWhitenGradientConfig",
-    "PsgdWhitenGradientMaker",
-    "SaddleFreeDiagonalGradientConfig",
-    "SaddleFreeDiagonalGradientMaker",
-    "SaddleFreeGradientConfig",
-    "SaddleFreeGradientMaker",
-    "SelfCheckError",
-    "SelfCheckWarning",
-    "SengGradientConfig",
-    "SengGradientMaker",
-    "ShampooGradientConfig",
-    "ShampooGradientMaker",
-    "SkfacGradientConfig",
-    "SkfacGradientMaker",
-    "SmwGaussNewtonGradientConfig",
-    "SmwGaussNewtonGradientMaker",
-    "SmwNaturalGradientConfig",
-    "SmwNaturalGradientMaker",
-    "SoapGradientConfig",
-    "SoapGradientMaker",
-    "TntGradientConfig",
-    "TntGradientMaker",
-    "TongaGradientConfig",
-    "TongaGradientMaker",
-    "TongaUnitGradientConfig",
-    "TongaUnitGradientMaker",
-    "Triple",
-    "TripleError",
-    "UnitNaturalGradientConfig",
-    "UnitNaturalGradientMaker",
-    "compare",
-    "cost_report",
-    "damping_sweep",
-    "from_config",
-    "legality",
-]
-__version__ = "0.1.0"
+    METHODS: Registry[type[GradientMaker]]
 
 _MODULES = {
+    "__version__": "version",
     "Comparison": "compare",
     "Data": "compare",
     "GradientConfig": "config",
     "GradientMaker": "maker",
-    "METHODS": "methods",
+    "METHODS": "options.registry",
     "PlainGradientConfig": "maker",
+    "Preconditioned": "preconditioner",
     "PreconditionedGradientMaker": "preconditioner",
+    "Registry": "options.registry",
+    "SelfCheckError": "errors",
+    "SelfCheckWarning": "errors",
     "Triple": "triple",
     "TripleError": "triple",
     "compare": "compare",
     "cost_report": "cost_report",
     "damping_sweep": "damping_sweep",
-    "SelfCheckError": "errors",
-    "SelfCheckWarning": "errors",
     "from_config": "methods",
     "legality": "triple",
+    "register": "options.registry",
 }
-"""Public name to the module that it stands in; makers and configs of methods are found through `METHODS`."""
+"""The module of each public name that is no method's."""
+
+
+def _of_methods() -> dict[str, object]:
+    """The makers of the library's methods and their configs, by name."""
+    from gradmaker.options.registry import METHODS
+
+    makers = [maker for maker in METHODS.values() if maker.__module__.startswith(f"{__name__}.")]
+    return {made.__name__: made for maker in makers for made in (maker, maker.Config)}
+
+
+def _public() -> list[str]:
+    return sorted({*_MODULES, *_of_methods()})
 
 
 def _find(name: str) -> object:
     """A public name, or a submodule, imported. AttributeError if there is none."""
     if name in _MODULES:
         return getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
-    if name in __all__:
-        from gradmaker.methods import METHODS
-
-        makers = METHODS.values()
-        return {made.__name__: made for maker in makers for made in (maker, maker.Config)}[name]
+    if name == "__all__":
+        return _public()
+    if name.endswith(("GradientMaker", "GradientConfig")) and name in (found := _of_methods()):
+        return found[name]
     missing = f"module {__name__!r} has no attribute {name!r}"
     if name.startswith("_"):
         raise AttributeError(missing)
@@ -311,14 +221,30 @@ if not TYPE_CHECKING:  # where any name would do
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_public()})
 
 
 class _Package(_ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         """Leaves out submodules that bear the name of a public function, which the import system would put in its place."""
-        if not (name in __all__ and isinstance(value, _ModuleType)):
+        if not (name in _MODULES and isinstance(value, _ModuleType)):
             super().__setattr__(name, value)
 
 
 _sys.modules[__name__].__class__ = _Package
+
+
+class _Moved:
+    """Finds modules under their earlier names; asked where nothing else finds one."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        """The spec of a module that has moved; None for any other."""
+        if name.partition(".")[0] != __name__:
+            return None
+        from gradmaker.options.deprecations import moved_module
+
+        return moved_module(name)
+
+
+_sys.meta_path.append(_Moved)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.blocks import Block
+from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step.ledger import Ledger
@@ -66,7 +67,7 @@ def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
         },
         "gradients": _dump_gradients(maker),
         **({"secants": dump_secants(maker)} if maker.plan.asks("previous") else {}),
-        **({"pool": maker._pool.dump()} if any(b.triple.curvature.pooled for b in maker.plan.blocks) else {}),
+        **({"pool": maker._pool.dump()} if any(isinstance(b.triple.curvature, Pooled) for b in maker.plan.blocks) else {}),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,16 +17,25 @@ from gradmaker.block_options import BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
-from gradmaker.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.grafting import GRAFTINGS, Grafting
+from gradmaker.options.checks import check_choice, check_count, check_interval, check_kind
+from gradmaker.options.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.options.rules import Rule, check_rule
+from gradmaker.options.suggestions import did_you_mean
+from gradmaker.options.yaml_text import parse_yaml
 from gradmaker.precision import Precision
 from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
-from gradmaker.triple import Triple, did_you_mean
+from gradmaker.triple import Triple
 
-__all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
+__all__ = [
+    "COVERS_ALL",
+    "ONE_BLOCK",
+    "GradientConfig",
+    "build",
+    "read_mapping",
+]
 
 COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
 ONE_BLOCK = {"stagger": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
@@ -104,24 +112,23 @@ class GradientConfig(metaclass=RenamedOptions):
         for name in (f.name for f in fields(self) if f.name in PARTS):
             object.__setattr__(self, name, _part(name, getattr(self, name)))
         if self.damping is not None or type(self).damping is not None:
-            check_interval("damping", self.damping, 0.0, math.inf)
+            check_interval("damping", self.damping, 0, math.inf, closed=True)
         if self.decay is not None:
-            check_interval("decay", self.decay, 0.0, 1.0, hint=", or None to sum")
-        check_interval("momentum", self.momentum, 0.0, 1.0)
-        check_interval("grafting_decay", self.grafting_decay, 0.0, 1.0)
+            check_interval("decay", self.decay, 0, 1, closed=True, hint=", or None to sum")
+        check_interval("momentum", self.momentum, 0, 1, closed=True)
+        check_interval("grafting_decay", self.grafting_decay, 0, 1, closed=True)
         if self.failures_allowed is not None:
             check_count("failures_allowed", self.failures_allowed, 0)
         as_schedule("curvature_interval", self.curvature_interval)
         as_schedule("preconditioner_interval", self.preconditioner_interval)
         for name, least in (("warmup_steps", 0), ("start_step", 0), ("max_dim", 1)):
             check_count(name, getattr(self, name), least)
-        check_choice("grafting", self.grafting, list(GRAFTINGS))
+        check_choice("grafting", self.grafting, ["none", *GRAFTINGS])
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
         check_choice("self_check", self.self_check, ["fallback", "error", "off"])
         check_count("batch_axis", self.batch_axis, 0)
         for name, kind in (("stagger", bool), ("nesterov", bool), ("seed", int)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {kind.__name__}")
+            check_kind(name, getattr(self, name), kind)
         self.statistics_dtype()
         object.__setattr__(self, "ignore", _rules(self.ignore))
         self._refuse_inapplicable()
@@ -143,8 +150,7 @@ class GradientConfig(metaclass=RenamedOptions):
 
     def grafting_rule(self) -> Grafting | None:
         """The rule of `grafting`, with `grafting_decay`."""
-        rule = GRAFTINGS[self.grafting]
-        return rule and rule.decaying(self.grafting_decay)
+        return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)
 
     def block_options(self, method: str, common: GradientConfig) -> BlockOptions:
         """What its blocks are told.  method: its name in the plan; common: the config whose options a fallback shares"""
@@ -209,10 +215,6 @@ class GradientConfig(metaclass=RenamedOptions):
         """Of refreshes and of what is applied, where they are not those of the statistic."""
         return Precision()
 
-    def as_mapping(self) -> dict[str, Any]:
-        """The fields by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
 
 def _rules(ignore: Any) -> tuple[Any, ...]:
     """The rules of ``ignore`` as a tuple. ValueError for what is none."""
@@ -223,31 +225,13 @@ def _rules(ignore: Any) -> tuple[Any, ...]:
     return tuple(ignore)
 
 
-def check_interval(name: str, value: object, low: float, high: float, hint: str = "") -> None:
-    """ValueError unless ``low <= value < high``."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < high:
-        raise ValueError(f"{name}={value!r}: expected {low:g} <= {name} < {high:g}{hint}")
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """ValueError unless an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
-
-
 def as_dtype(name: str, value: str | torch.dtype | None, legal: Mapping[str, torch.dtype]) -> torch.dtype | None:
     """A dtype from its name or from itself. ValueError for one that is not in the mapping."""
     if value is None or value in legal.values():
         return value  # type: ignore[return-value]
     if value not in legal:
-        raise ValueError(f"{name}={value!r}: {did_you_mean(value, list(legal))}, or None")
+        raise ValueError(f"{name}={value!r}: {did_you_mean(value, legal, ', or None')}")
     return legal[value]  # type: ignore[index]
-
-
-def check_choice(name: str, value: object, legal: list[str]) -> None:
-    """ValueError unless one of ``legal``."""
-    if value not in legal:
-        raise ValueError(f"{name}={value!r}: {did_you_mean(value, legal)}")
 
 
 # ------------------------------------------------------------------ mappings and YAML
@@ -288,7 +272,7 @@ def _part(key: str, value: Any) -> Any:
         raise ValueError(f"{key}={value!r}: expected one name with its options, as in {key}: {{{example}: {{...}}}}")
     ((name, options),) = given.items()
     if name not in registry:
-        raise ValueError(f"{key}: {name!r} is unknown: {did_you_mean(name, list(registry))}")
+        raise ValueError(f"{key}: {name!r} is unknown: {did_you_mean(name, registry)}")
     return build(registry[name], options or {}, name)
 
 
@@ -296,23 +280,10 @@ def read_mapping(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """A mapping from itself or from a YAML file."""
     if isinstance(source, Mapping):
         return dict(source)
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError("reading a YAML file needs PyYAML: pip install 'gradmaker[compare]'") from None
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a YAML file, or a mapping like {{'method': 'kfac'}}")
-    loaded = _numbers(yaml.safe_load(path.read_text()))
+    loaded = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a mapping with the key 'method', got {type(loaded).__name__}")
     return loaded
-
-
-def _numbers(value: Any) -> Any:
-    """``1e-3`` as a number: YAML 1.1, which PyYAML reads, wants ``1.0e-3`` and takes the rest for text."""
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value

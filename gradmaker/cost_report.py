@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import Gradient
+from gradmaker.curvature.evidence import Gradient, kinds
 from gradmaker.representations.base import Fold
 from gradmaker.schedule import as_schedule
 
@@ -181,7 +181,7 @@ def _step(maker: PreconditionedGradientMaker, site: Site, passes: dict[str, floa
 def _statistic(block: Block, site: Site, g: Tensor, step: float, share: float) -> float:
     """FLOPs of one measurement of a site, which is this share of a stack."""
     representation = block.triple.representation
-    if Gradient in representation.takes and Gradient in block.triple.curvature.gives:
+    if kinds(Gradient) <= representation.takes & block.triple.curvature.gives:
         state = {k: v.clone() for k, v in block.state.items()}
         return share * _count(lambda: representation.update(state, Gradient(g), Fold(0.9, 0.1, 0.1)))
     weights = prod(site.shape) - (prod(site.shape[:-1]) if site.bias else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.state import State
 from gradmaker.representations.dense import Dense
-from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, Solver
+from gradmaker.solvers import DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz
+from gradmaker.solvers.base import InverseSolver
 
 __all__ = ["Sweep", "SweepRow", "damping_sweep"]
 
@@ -59,7 +59,7 @@ class Sweep:
 
 
 def damping_sweep(
-    H: Tensor, p: int = 4, dampings: Sequence[float] = DAMPINGS, solvers: Mapping[str, Solver] | None = None
+    H: Tensor, p: int = 4, dampings: Sequence[float] = DAMPINGS, solvers: Mapping[str, InverseSolver[Dense]] | None = None
 ) -> Sweep:
     """Root a statistic, ``H^(-1/p)``, by several solvers with relative dampings; reads the host.
 
@@ -76,13 +76,12 @@ def damping_sweep(
     rows = []
     for damping in dampings:
         for name, solver in chosen.items():
-            damped: Any = replace(solver, damping=damping)  # type: ignore[type-var]
-            rows.append(_row(name, damped, H, s.clamp(min=0), Q, p, damping))
+            rows.append(_row(name, replace(solver, damping=damping), H, s.clamp(min=0), Q, p, damping))
     return Sweep(rows)
 
 
-def _solvers(p: int) -> dict[str, Solver]:
-    every: dict[str, Any] = {
+def _solvers(p: int) -> dict[str, InverseSolver[Dense]]:
+    every: dict[str, InverseSolver[Dense]] = {
         "Eigh": Eigh(power=-1 / p, split="each", mode="largest"),
         "NewtonRoot": NewtonRoot(power=-1 / p),
         "HigherOrder": HigherOrder(power=-1 / p),
@@ -92,7 +91,7 @@ def _solvers(p: int) -> dict[str, Solver]:
     return {name: solver for name, solver in every.items() if solver.refuse(Dense()) is None}
 
 
-def _row(name: str, solver: Solver, H: Tensor, s: Tensor, Q: Tensor, p: int, damping: float) -> SweepRow:
+def _row(name: str, solver: InverseSolver[Dense], H: Tensor, s: Tensor, Q: Tensor, p: int, damping: float) -> SweepRow:
     state: State = {"matrix": H.unsqueeze(0), "mass": H.new_ones(1)}
     cache = solver.prepare(Dense(), state, None)
     found = dict(zip(COLUMNS, cache["diagnosis"][0, 0].tolist(), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
-from gradmaker.curvature.factors import Factors
+from gradmaker.curvature.products import Factors
 from gradmaker.representations.base import Fold, Frame
 
 __all__ = ["STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
@@ -96,7 +96,7 @@ def _operands(evidence: Evidence) -> dict[str, int]:
     if isinstance(evidence, Pair):
         return {"v": 0, "cv": 0}
     if isinstance(evidence, Gradient):
-        return {f.name: 0 for f in fields(evidence)}
+        return {f.name: 0 for f in fields(evidence) if isinstance(getattr(evidence, f.name), Tensor)}
     return {}
 
 
@@ -165,14 +165,14 @@ class Members:
     def _joined(self, chunk: Mapping[str, Evidence]) -> Evidence:
         """All layers as one piece of evidence; a layer that took no part contributes zeros."""
         known = [chunk.get(s.name) for s in self.sites]
-        if any(isinstance(e, Gradient) for e in known):
-            return Gradient(self._flat([e.gradient if isinstance(e, Gradient) else None for e in known]))
-        if any(isinstance(e, Pair) for e in known):
+        like = next(e for e in known if e is not None)
+        if isinstance(like, Gradient):
+            return replace(like, gradient=self._flat([e.gradient if isinstance(e, Gradient) else None for e in known]))
+        if isinstance(like, Pair):
             pairs = [e if isinstance(e, Pair) else None for e in known]
             v, cv = ([None if e is None else getattr(e, part) for e in pairs] for part in ("v", "cv"))
-            kind = next(type(e) for e in pairs if e is not None)
-            return kind(self._flat(v), self._flat(cv))
-        like = next(e for e in known if isinstance(e, Outer))
+            return replace(like, v=self._flat(v), cv=self._flat(cv))
+        assert isinstance(like, Outer)
         k, _, n = like.gradients.shape[:3]
         return Joint(
             tuple(e if isinstance(e, Outer) else self._silent(s, k, n) for s, e in zip(self.sites, known, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Gradient
+from gradmaker.options.registry import Registry, register
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.representations.diagonal import Diagonal
 
@@ -126,13 +127,11 @@ def _unit(g: Tensor) -> Tensor:
     return g / torch.where(length > 0, length, 1.0).reshape(-1, *[1] * (g.ndim - 1))
 
 
-GRAFTINGS: dict[str, Grafting | None] = {
-    "none": None,
-    "keep": Keep(),
-    "adagrad": Graft(None, 1e-10),
-    "adam": Graft(0.999, 1e-8),
-    "rmsprop": Graft(0.999, 1e-8, corrected=False),
-    "rmsprop_normalised": Graft(0.999, 1e-8, corrected=False, normalised=True),
-    "sqrtn": Sign(),
-    "amplitude": Amplitude(2.0, 10.0),
-}
+GRAFTINGS: Registry[Grafting] = Registry("grafting rule", Grafting, named=True, instances=True)
+register("keep", Keep())
+register("adagrad", Graft(None, 1e-10))
+register("adam", Graft(0.999, 1e-8))
+register("rmsprop", Graft(0.999, 1e-8, corrected=False))
+register("rmsprop_normalised", Graft(0.999, 1e-8, corrected=False, normalised=True))
+register("sqrtn", Sign())
+register("amplitude", Amplitude(2.0, 10.0))

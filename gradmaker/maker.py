@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradmaker.options.registry import register
 from gradmaker.passes.batches import Declared
 from gradmaker.passes.deferred import Deferred, depends_on, describe, resolve
 from gradmaker.scale.ranks import ranks
@@ -23,6 +24,7 @@ class PlainGradientConfig:
     """The plain gradient has no options."""
 
 
+@register("gradient")
 class GradientMaker:
     """The plain gradient, by the same protocol as every preconditioned one.
 

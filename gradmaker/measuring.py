@@ -13,14 +13,14 @@ from gradmaker.capture.borrowing import borrowing
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.config import GradientConfig
-from gradmaker.curvature import Curvature
-from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature import Curvature, Evidence, Pooled, Watching
 from gradmaker.curvature.step import NOTHING, Extra, Previous, Step, scaled
 from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
 from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Terms
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.maker import GradientMaker
+from gradmaker.options.registry import METHODS
 from gradmaker.passes.batches import Batch, Batches, terms_of
 from gradmaker.passes.deferred import resolve
 from gradmaker.passes.graph import Graph
@@ -45,9 +45,6 @@ class MeasuringMaker(GradientMaker):
 
     def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
         super().__init__(model, config)
-        from gradmaker.methods import METHODS  # the registry names this class' subclasses
-
-        self._methods = METHODS
         self.plan = make_plan(model, self.config, METHODS)
         self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
         self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
@@ -83,9 +80,9 @@ class MeasuringMaker(GradientMaker):
     def new_tape(self, everything: bool = False) -> Tape:
         """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
         due = None if everything else self._due
-        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if c.recorded]
+        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if "calls" in c.needs]
         own = (m for c in recorded for s in self.plan.sites(c, due, self.served) for m in s.modules)
-        modules = dict.fromkeys((*own, *(m for c in recorded for m in c.watches(self.model))))
+        modules = dict.fromkeys((*own, *(m for c in recorded if isinstance(c, Watching) for m in c.watches(self.model))))
         tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
         tape.assume(self._declared[""].counted(self.config.batch_axis) if self._declared else None)
         return tape
@@ -135,7 +132,7 @@ class MeasuringMaker(GradientMaker):
         return Batch(self.model, self._declared[""], self.config) if batches is None else batches.own
 
     def _repeats(self) -> bool:
-        return any(self.plan.asks(what, self._due) for what in ("replay", "previous")) or len(self._declared) > 1
+        return self.plan.asks("replay", self._due) or self.plan.asks("previous", self._due) or len(self._declared) > 1
 
     def _backward(
         self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None, kept: bool
@@ -150,7 +147,7 @@ class MeasuringMaker(GradientMaker):
                 made.append(make())
                 made[0].write_gradients(weight)
                 return
-            retained = kept or any(not c.uses_main_backward for c in self._curvatures())
+            retained = kept or any("main_backward" not in c.needs for c in self._curvatures())
             (loss * weight if weight != 1.0 else loss).backward(retain_graph=retained)
 
         output_gradients = tape.collect(differentiate)
@@ -164,7 +161,7 @@ class MeasuringMaker(GradientMaker):
     # ---------------------------------------------------------------- self-checks
     def recorded_sites(self) -> list[Site]:
         """The sites that are measured by their calls."""
-        recorded = [c for c in self._curvatures() if c.recorded]
+        recorded = [c for c in self._curvatures() if "calls" in c.needs]
         return [s for c in recorded for s in self.plan.sites(c, self._due, self.served) if not s.frozen]
 
     def is_to_be_checked(self, tape: Tape, head: Head) -> bool:
@@ -174,12 +171,13 @@ class MeasuringMaker(GradientMaker):
 
     def _guesses(self, graph: Graph) -> bool:
         """Whether products need outputs that nobody has named."""
-        asked = any(c.of_outputs for c in self._curvatures()) and self.config.self_check == "fallback"
+        asked = any("outputs" in c.needs for c in self._curvatures()) and self.config.self_check == "fallback"
         return asked and not graph.outputs and self.config.likelihood is None
 
     def _explains(self, tape: Tape, head: Head, checked: bool) -> bool:
         """Whether it is to be seen to that the terms of a pass are all of a loss, of which nothing is declared."""
-        if self.config.self_check != "fallback" or not any(c.recorded and not c.uses_main_backward for c in self._curvatures()):
+        own = any(c.needs & {"calls", "main_backward"} == {"calls"} for c in self._curvatures())
+        if self.config.self_check != "fallback" or not own:
             return False
         if not head.terms:
             return self.config.likelihood is None and (tape.batch > 0 or not tape.sized)
@@ -195,15 +193,14 @@ class MeasuringMaker(GradientMaker):
 
         output_gradients: of the whole loss, where they are known. weight: of it in ``.grad``; 0: others are in there
         """
-        curvatures = [c for c in self._curvatures() if c.recorded]
-        owned = any(not c.uses_main_backward for c in curvatures) and not head.declared
+        curvatures = [c for c in self._curvatures() if "calls" in c.needs]
+        owned = any("main_backward" not in c.needs for c in curvatures) and not head.declared
         explained = owned and self.config.self_check == "error"  # else `explain` has seen to it
         own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
         costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
-        # Shares of examples in the whole loss.
-        shares = any(c.uses_main_backward and "loss_reduction" not in c.inapplicable for c in curvatures)
+        shares = any("main_backward" in c.needs and "loss_reduction" not in c.inapplicable for c in curvatures)  # of examples
         output_gradients = output_gradients if explained or shares else None
-        triples = [b.triple for b in self.plan.measured(self._due) if b.triple.curvature.recorded]
+        triples = [b.triple for b in self.plan.measured(self._due) if "calls" in b.triple.curvature.needs]
         inputs = Inputs.of(self.model, self._call, tape, triples, self.config.batch_axis)
         with plain_arithmetic(self.model), borrowing():
             written = own if owned or head.whole else None
@@ -213,7 +210,7 @@ class MeasuringMaker(GradientMaker):
 
     def plan_again(self, unseen: frozenset[str]) -> None:
         """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
-        plan = make_plan(self.model, self.config, self._methods, unseen)
+        plan = make_plan(self.model, self.config, METHODS, unseen)
         carry(self.plan.blocks, plan.blocks)
         self.adopt(plan, unseen)
 
@@ -258,14 +255,13 @@ class MeasuringMaker(GradientMaker):
             output_gradients = scaled(output_gradients, 1 / (weight * scale))
         for curvature in self._curvatures():
             held = curvature not in self.plan.per_step  # a statistic accumulates no loss without terms
-            if curvature.uses_main_backward == (output_gradients is not None) and not (empty and held):
+            if ("main_backward" in curvature.needs) == (output_gradients is not None) and not (empty and held):
                 step = self._step(curvature, tape, terms, masked, self._due)
                 if not step.sites:
                     continue
-                step.output_gradients, step.head = output_gradients, head
+                step.output_gradients, step.head, step.notes, step.own = output_gradients, head, extra.notes, extra.own
                 step.part = self._part if pending.part is None else pending.part
                 step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
-                step.notes, step.own = extra.notes, extra.own
                 if curvature.layerwise:
                     step.check_calls()
                 self._ledger.note(step.part, weight, step.examples)
@@ -276,7 +272,7 @@ class MeasuringMaker(GradientMaker):
     def _hold(
         self, pending: Pending, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, part: int
     ) -> None:
-        if curvature.pooled:
+        if isinstance(curvature, Pooled):
             pending.pooled.append((curvature, list(chunks), weight))
             return
         pending.take(chunks, self._clocks.folds(curvature, self._due, self.step, weight), part, self._ledger, self._ever)

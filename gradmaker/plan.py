@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,17 +13,16 @@ from gradmaker.capture.model_checks import check_model, check_parameters, check_
 from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
+from gradmaker.curvature.base import Need
+from gradmaker.options.registry import Method
 from gradmaker.options.rules import names, paths
+from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
-from gradmaker.triple import did_you_mean
-
-if TYPE_CHECKING:
-    from gradmaker.maker import GradientMaker
 
 __all__ = ["Plan", "PlanClocks", "make_plan"]
 
@@ -65,7 +64,7 @@ class Plan:
         """What a batch of its own can be declared for."""
         found = {
             "curvature": self.asks("graph") or self.asks("replay"),
-            "search": any(b.triple.solver.searches for b in self.blocks),
+            "search": any("search" in b.triple.solver.asks for b in self.blocks),
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
 
@@ -74,9 +73,9 @@ class Plan:
         if passes := self.curvatures(of_passes=True):
             refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
-    def asks(self, what: str, due: Collection[str] | None = None) -> bool:
-        """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
-        return any(what in b.triple.curvature.asks for b in self.measured(due))
+    def asks(self, what: Need, due: Collection[str] | None = None) -> bool:
+        """Whether any curvature needs this."""
+        return any(what in b.triple.curvature.needs for b in self.measured(due))
 
 
 class PlanClocks:
@@ -130,7 +129,7 @@ class PlanClocks:
 
 
 def make_plan(
-    model: nn.Module, config: GradientConfig, methods: dict[str, type[GradientMaker]], unseen: Set[str] = frozenset()
+    model: nn.Module, config: GradientConfig, methods: Mapping[str, type[Method]], unseen: Set[str] = frozenset()
 ) -> Plan:
     """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient.
 
@@ -163,7 +162,7 @@ def make_plan(
         placements += more
         used |= {"fallback": fallback} if more else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
-    check_watched(p.site for p in placements if p.triple.curvature.recorded)
+    check_watched(p.site for p in placements if "calls" in p.triple.curvature.needs)
     blocks = build_blocks(placements)
     kept = ignored | {p for s in rest for p in s.parameters.values()}
     own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
@@ -203,7 +202,7 @@ def _place(sites: list[Site], name: str, method: GradientConfig, common: Gradien
     return placements, rest
 
 
-def _fallback(config: GradientConfig, methods: dict[str, type[GradientMaker]]) -> GradientConfig | None:
+def _fallback(config: GradientConfig, methods: Mapping[str, type[Method]]) -> GradientConfig | None:
     if config.fallback not in methods or config.fallback == "custom":
         legal = [m for m in methods if m != "custom"]
         raise ValueError(f"fallback={config.fallback!r}: {did_you_mean(config.fallback, legal)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.ledger import WHOLE_STEP, Ledger
 from gradmaker.step.pool import Pool
 
-__all__ = ["PreconditionedGradientMaker"]
+__all__ = ["Preconditioned", "PreconditionedGradientMaker"]
+
+C = TypeVar("C", bound=GradientConfig)
 
 
 class PreconditionedGradientMaker(MeasuringMaker):
@@ -135,7 +137,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         raw = block.read()
         return None if raw is None or not block.cache else (block, block.solve(raw, self._started))
 
-    # ---------------------------------------------------------------- riding another loop
+    # ---------------------------------------------------------------- attached to a loop
     def attach(
         self,
         optimizer: Optimizer,
@@ -188,3 +190,25 @@ class PreconditionedGradientMaker(MeasuringMaker):
         load(self, state)
         for attachment in self._attachments:
             attachment.forget()
+
+
+class Preconditioned(PreconditionedGradientMaker, Generic[C]):
+    """A preconditioned maker of one method, whose config class a type checker sees.
+
+    class MineGradientMaker(Preconditioned[MineGradientConfig]):
+        Config = MineGradientConfig
+    """
+
+    config: C
+
+    def __init__(self, model: nn.Module, config: C | None = None) -> None:
+        super().__init__(model, config)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in vars(cls).get("__orig_bases__", ()):
+            wanted = get_args(base)[0] if issubclass(get_origin(base) or object, Preconditioned) else None
+            if isinstance(wanted, type) and wanted is not cls.Config:
+                raise TypeError(
+                    f"{cls.__name__} is a maker for {wanted.__name__}: its body has to say Config = {wanted.__name__}"
+                )

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gradmaker.options.checks import check_count
+
 __all__ = ["SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
 
 
@@ -37,7 +39,7 @@ class Linear(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("first", "last", "total"):
-            _positive(name, getattr(self, name))
+            check_count(name, getattr(self, name), 1)
 
     def interval(self, step: int) -> int:
         share = min(step, self.total) / self.total
@@ -56,7 +58,7 @@ class Stepped(Schedule):
         for at, interval in self.milestones.items():
             if not isinstance(at, int) or isinstance(at, bool) or at < 0:
                 raise ValueError(f"milestones={self.milestones!r}: {at!r} is not a step, an integer of at least 0")
-            _positive(f"milestones[{at}]", interval)
+            check_count(f"milestones[{at}]", interval, 1)
 
     def __hash__(self) -> int:  # a dict has none
         return hash(tuple(sorted(self.milestones.items())))
@@ -68,16 +70,11 @@ class Stepped(Schedule):
 SCHEDULES: dict[str, type[Schedule]] = {"Linear": Linear, "Stepped": Stepped}
 
 
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
-
-
 def as_schedule(name: str, value: int | Schedule) -> Schedule:
     """A schedule from a number or from itself."""
     if isinstance(value, Schedule):
         return value
-    _positive(name, value)
+    check_count(name, value, 1)
     return Every(value)
 
 

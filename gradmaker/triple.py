@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, get_args, get_type_hints
+from typing import TypeVar, cast, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.roles import OfProducts
 from gradmaker.representations import REPRESENTATIONS
 from gradmaker.representations.base import Representation
 from gradmaker.solvers import SOLVERS
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import AnySolver, Solver
 
-__all__ = ["Triple", "TripleError", "did_you_mean", "legality"]
+__all__ = ["Triple", "TripleError", "legality"]
+
+Part = TypeVar("Part")
 
 
 class TripleError(ValueError):
     """Parts that do not fit together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Triple:
     """Curvature x representation x solver, checked when it is made."""
 
     curvature: Curvature
     representation: Representation
-    solver: Solver
+    solver: Solver[Representation]
 
-    def __post_init__(self) -> None:
-        reason = refusal(self.curvature, self.representation, self.solver)
-        if reason:
+    def __init__(self, curvature: Curvature, representation: Representation, solver: AnySolver) -> None:
+        reason, paired = refusal(curvature, representation, solver), _paired(representation, solver)
+        if reason or paired is None:
             raise TripleError(reason)
+        for name, part in (("curvature", curvature), ("representation", representation), ("solver", paired)):
+            object.__setattr__(self, name, part)
 
     def __str__(self) -> str:
         return f"{self.curvature} x {self.representation} x {self.solver}"
 
 
-def refusal(curvature: Curvature, representation: Representation, solver: Solver) -> str | None:
+def _paired(representation: Representation, solver: AnySolver) -> Solver[Representation] | None:
+    """A solver that serves this representation, which has the capability that it needs; None if that has not."""
+    return cast("Solver[Representation]", solver) if isinstance(representation, solver.needs) else None
+
+
+def refusal(curvature: Curvature, representation: Representation, solver: AnySolver) -> str | None:
     """Why three parts do not fit, with what would; None if they do."""
     c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
     if not _feeds(curvature, representation):
-        gives, takes = (", ".join(t.__name__ for t in ts) for ts in (curvature.gives, representation.takes))
+        gives, takes = (", ".join(sorted(map(str, kinds))) for kinds in (curvature.gives, representation.takes))
         fits = _names(CURVATURES, lambda part: _feeds(part, representation) and _places(part, representation))
         return f"{r} is built from {takes}, but {c} gives {gives}. Curvatures that fit {r}: {fits}"
     if not _places(curvature, representation):
@@ -59,23 +68,25 @@ def refusal(curvature: Curvature, representation: Representation, solver: Solver
     return f"{reason}. Solvers that fit {c} in {r}: {fits}"
 
 
-def _unsolvable(curvature: Curvature, representation: Representation, solver: Solver) -> str | None:
+def _unsolvable(curvature: Curvature, representation: Representation, solver: AnySolver) -> str | None:
     """Why a solver cannot serve; None if it can."""
     c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
-    if not isinstance(representation, solver.needs):
+    paired = _paired(representation, solver)
+    if paired is None:
         return f"{s} needs a representation with the capability {solver.needs.__name__}, and {r} is not one"
-    if solver.definite and not curvature.definite:
+    if "definite" in solver.asks and not curvature.definite:
         return f"{s} needs a positive semidefinite matrix, and {c} need not be one"
-    if solver.steady and not curvature.steady:
+    if "steady" in solver.asks and isinstance(curvature, OfProducts) and not curvature.steady:
         return f"{s} needs one and the same matrix throughout a solve, and {c}(fresh=True) draws another for every product"
-    unread = [name for name in curvature.auxiliary if name not in solver.reads]
+    auxiliary = curvature.auxiliary if isinstance(curvature, OfProducts) else ()
+    unread = [name for name in auxiliary if name not in solver.asks]
     if unread:
         return f"{c}({unread[0]}=True) measures {unread[0]} that {s} does not read"
-    return solver.refuse(representation)
+    return paired.refuse(representation)
 
 
 def _feeds(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
-    return set(curvature.gives) <= set(representation.takes)
+    return curvature.gives <= representation.takes
 
 
 def _places(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
@@ -83,7 +94,7 @@ def _places(curvature: Curvature | type[Curvature], representation: Representati
     return not (curvature.layerwise and representation.grain == "tensor")
 
 
-def _names(registry: dict[str, Any], fits: Any) -> str:
+def _names(registry: Mapping[str, Part], fits: Callable[[Part], bool]) -> str:
     return ", ".join(name for name, part in registry.items() if fits(part)) or "none"
 
 
@@ -102,10 +113,3 @@ def _granularities() -> Iterator[tuple[str, Representation]]:
             yield name, make()
         for grain in grains:
             yield f"{name}({grain})", make(granularity=grain)  # type: ignore[call-arg]
-
-
-def did_you_mean(given: object, legal: list[str]) -> str:
-    """The close match, if any, and all that is legal."""
-    close = get_close_matches(str(given), legal, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Legal: {', '.join(legal)}"

@@ -1,5 +1,6 @@
 """Representations: how a curvature matrix is held."""
 
+from gradmaker.options.registry import Registry, register
 from gradmaker.representations.alternating_inverse import AlternatingInverse
 from gradmaker.representations.base import Fold, Frame, Representation, State
 from gradmaker.representations.capabilities import (
@@ -15,7 +16,7 @@ from gradmaker.representations.cross_dims import CrossDims
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.eigenbasis import Eigenbasis
-from gradmaker.representations.graph import GaussianGraph
+from gradmaker.representations.gaussian_graph import GaussianGraph
 from gradmaker.representations.implicit import Implicit, MatrixFree
 from gradmaker.representations.inverse_dims import InverseDims
 from gradmaker.representations.kron_pairs import KronPairs
@@ -35,39 +36,38 @@ from gradmaker.representations.rows import Rows
 from gradmaker.representations.sketched import Sketched
 from gradmaker.representations.tensor_normal import TensorNormal
 
-REPRESENTATIONS: dict[str, type[Representation]] = {
-    r.__name__: r
-    for r in (
-        Dense,
-        Kron,
-        KronRows,
-        Eigenbasis,
-        KronDims,
-        TensorNormal,
-        Diagonal,
-        OneSided,
-        KronSum,
-        Rows,
-        Sketched,
-        Window,
-        Truncated,
-        RotatedDims,
-        InverseDims,
-        ZeroHistory,
-        CrossDims,
-        AlternatingInverse,
-        Implicit,
-        Position,
-        GaussianGraph,
-        ProbeDiagonal,
-        TriangularQ,
-        KronQ,
-        Pairs,
-        KronPairs,
-        RootKronDims,
-        OneWayDims,
-    )
-}
+REPRESENTATIONS: Registry[type[Representation]] = Registry("representation", Representation)
+for _part in (
+    Dense,
+    Kron,
+    KronRows,
+    Eigenbasis,
+    KronDims,
+    TensorNormal,
+    Diagonal,
+    OneSided,
+    KronSum,
+    Rows,
+    Sketched,
+    Window,
+    Truncated,
+    RotatedDims,
+    InverseDims,
+    ZeroHistory,
+    CrossDims,
+    AlternatingInverse,
+    Implicit,
+    Position,
+    GaussianGraph,
+    ProbeDiagonal,
+    TriangularQ,
+    KronQ,
+    Pairs,
+    KronPairs,
+    RootKronDims,
+    OneWayDims,
+):
+    register(_part)
 
 __all__ = [
     "REPRESENTATIONS",

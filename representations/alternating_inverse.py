@@ -6,19 +6,21 @@ Letters: ``L_k`` the factor of axis ``k``, ``P_k = L_k^(1/2)`` as of its last re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
+from math import inf, isqrt
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 from gradmaker.linalg.fallbacks import count_failures
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.linalg.mode_products import apply_factors, mode_matrix
+from gradmaker.options.checks import check_count, check_interval
+from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.held_spectra import HeldSpectra
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
 
@@ -37,7 +39,7 @@ def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class AlternatingInverse(Representation):
+class AlternatingInverse(HeldSpectra):
     """``C^-1 ~ L_1 (x) ... (x) L_m`` jointly; at each step one ``L_k`` takes in the gradient.
 
     ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
@@ -52,8 +54,8 @@ class AlternatingInverse(Representation):
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
-    factored_axes: ClassVar[bool] = True
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
+    exponent: ClassVar[int] = -1
     refreshes_in_update: ClassVar[bool] = True
 
     damping: float = 1e-8
@@ -62,16 +64,12 @@ class AlternatingInverse(Representation):
     plain: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping = {self.damping!r}: legal are non-negative numbers")
-        if self.start is not None and not self.start > 0:
-            raise ValueError(f"start = {self.start!r}: legal are positive numbers, or None")
-        if not isinstance(self.plain, int) or self.plain < 0 or (self.plain and not self.published):
-            raise ValueError(f"plain = {self.plain!r}: legal are integers of at least 0, beside published=True")
-
-    @property
-    def grain(self) -> Grain:
-        return "tensor"
+        check_interval("damping", self.damping, 0, inf, closed=True)
+        if self.start is not None:
+            check_interval("start", self.start, 0, inf, hint=", or None")
+        check_count("plain", self.plain, 0)
+        if self.plain and not self.published:
+            raise ValueError(f"plain={self.plain!r}: expected 0 beside published=False")
 
     @property
     def follows_measurements(self) -> bool:
@@ -100,7 +98,7 @@ class AlternatingInverse(Representation):
         if fold.first and fold.begins and self.start is not None:
             self._scale(state, self.start * G.flatten(1).square().mean(1))
         axis = scheduled_axis(fold.index, shape)
-        whiteners = [None if k == axis else self._root(state, k) for k in range(len(shape))]
+        whiteners = [None if k == axis else self.power(state, k, 0.5) for k in range(len(shape))]
         L = state[f"inverse_{axis}"]
         L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta))
         self._use(state, [k for k in range(len(shape)) if k != axis])
@@ -110,7 +108,7 @@ class AlternatingInverse(Representation):
         if self.published and fold.index < self.plain:
             state[f"{USED}values_{axis}"].fill_(1)
         if fold.index + 1 == PATIENCE and fold.begins and self.start is None:
-            low = torch.stack([state[f"values_{k}"].amin(-1) for k in self._axes(state)]).amin(0)
+            low = torch.stack([state[f"values_{k}"].amin(-1) for k in self.axes(state)]).amin(0)
             warn_if_unmoved(low > 0.5, "start=1.0 begins at the scale of the first gradient")
 
     def _use(self, state: State, axes: list[int]) -> None:
@@ -121,7 +119,7 @@ class AlternatingInverse(Representation):
 
     def _scale(self, state: State, variance: Tensor) -> None:
         """Begin at ``L_1 (x) ... = I / variance``; a zero gradient has none.  # (B,)"""
-        axes = self._axes(state)
+        axes = self.axes(state)
         share = torch.where(variance > 0, variance, 1.0) ** (-1 / len(axes))
         for tensor in (state[f"{name}_{axis}"] for axis in axes for name in ("values", "inverse")):
             tensor.mul_(share.view(-1, *[1] * (tensor.ndim - 1)))
@@ -141,7 +139,7 @@ class AlternatingInverse(Representation):
 
     def refresh(self, state: State) -> None:
         failed = torch.zeros_like(state["failing"], dtype=torch.bool)
-        for axis in self._axes(state):
+        for axis in self.axes(state):
             L, held = state[f"inverse_{axis}"], state[f"values_{axis}"]
             finite = torch.isfinite(L).flatten(1).all(1)
             if L.ndim == 2:
@@ -159,35 +157,7 @@ class AlternatingInverse(Representation):
         for name, value in count_failures(failed, state).items():
             state[name].copy_(value)
 
-    def _root(self, state: State, axis: int, power: float = 0.5) -> Tensor:
-        s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
-        return s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT
-
-    def _axes(self, state: State) -> range:
-        return range(sum(name.startswith("values_") for name in state))
-
-    def to_dense(self, state: State) -> Tensor:
-        """Of the last refresh."""
-        return expand([self._root(state, axis, -1.0) for axis in self._axes(state)])
-
-    def matvec(self, state: State, v: Tensor) -> Tensor:
-        factors = [self._root(state, axis, -1.0) for axis in self._axes(state)]
-        return apply_factors(factors, self.unfold(v)).reshape(v.shape)
-
-    # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
         """Of ``L_k``, as of the last refresh, or as ``published`` says.  # (B, d), (B, d, d)"""
         used = USED if self.published else ""
-        return [(state[f"{used}values_{axis}"], state.get(f"{used}basis_{axis}")) for axis in self._axes(state)]
-
-    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
-        """Of each axis' last refresh, in units of ``L_k``; the damping is in ``L_k`` already.  # (B, m, 5)"""
-        return state["diagnosis"].clone()
-
-    def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
-        return g if g.ndim > 1 else g.unsqueeze(1)
-
-    def order(self, factors: int) -> float:
-        """One: ``C^-1`` is the product."""
-        return 1
+        return [(state[f"{used}values_{axis}"], state.get(f"{used}basis_{axis}")) for axis in self.axes(state)]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
 from gradmaker.linalg.state import State
 
 __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "State", "average"]
@@ -112,8 +112,8 @@ def average(total: Tensor, mass: Tensor) -> Tensor:
 class Representation(ABC):
     """A way of holding ``C`` for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
 
-    takes: ClassVar[tuple[type[Evidence], ...]]
-    """Evidence types that `update` understands."""
+    takes: ClassVar[frozenset[Kind]]
+    """The evidence that `update` understands, by class and kind, as `kinds` makes it."""
 
     factored_axes: ClassVar[bool] = False
     """Whether every axis of a block has a factor of its own, which may be a diagonal."""
@@ -131,6 +131,9 @@ class Representation(ABC):
     """Whether a block takes no more than its own size, so that no block is too large."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
+
+    def __init_subclass__(cls) -> None:
+        check_kinds(cls, "takes")
 
     @property
     @abstractmethod

@@ -22,18 +22,41 @@ __all__ = [
     "Rotated",
     "RowFactored",
     "Summed",
+    "Unfolds",
 ]
 
 
 @runtime_checkable
 class Multiplies(Protocol):
-    """``C v`` can be formed. Every representation has it."""
+    """``C v`` can be formed. Every representation has it, and every other capability has this one."""
 
-    def matvec(self, state: State, v: Tensor) -> Tensor: ...
+    @property
+    def unstacked(self) -> bool:
+        """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        """``C v``.  # (B, *shape)"""
+
+    def to_dense(self, state: State) -> Tensor:
+        """``C``, formed: for definitions, and for solvers of small blocks.  # (B, P, P)"""
+
+    def widen(self, state: State, P: Tensor) -> Tensor:
+        """An operator on the axes that have factors as one on the whole block.  # (B, d, d) -> (B, P, P)"""
+
+    def snapshot(self, state: State) -> State:
+        """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
 
 
 @runtime_checkable
-class Elementwise(Protocol):
+class Unfolds(Multiplies, Protocol):
+    """The gradient of a block has axes of its own, by which matrices are held."""
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """A block's gradient with one axis for each matrix.  # (B, *shape) -> (B, d_1, ..., d_m)"""
+
+
+@runtime_checkable
+class Elementwise(Multiplies, Protocol):
     """``C`` is diagonal."""
 
     def diagonal(self, state: State) -> Tensor:
@@ -41,21 +64,18 @@ class Elementwise(Protocol):
 
 
 @runtime_checkable
-class Factored(Protocol):
+class Factored(Unfolds, Protocol):
     """``C = (F_1 (x) F_2 (x) ... (x) F_m)^(1 / order)`` with small PSD factors; one factor is a dense matrix."""
 
     def factors(self, state: State) -> list[Tensor]:
         """Bias-corrected factors, in any form of `gradmaker.linalg.factors`.  # each (B, d, d), (B, d) or (B, d, b)"""
-
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
 
     def order(self, factors: int) -> float:
         """The root in the formula above: 1 for a Kronecker product, ``m`` for Shampoo's."""
 
 
 @runtime_checkable
-class Rotated(Protocol):
+class Rotated(Unfolds, Protocol):
     """``C = Q diag(s) Q^T`` with an orthogonal ``Q = Q_1 (x) Q_2 (x) ... (x) Q_m``."""
 
     def bases(self, state: State) -> list[Tensor | None]:
@@ -64,12 +84,9 @@ class Rotated(Protocol):
     def spectrum(self, state: State) -> Tensor:
         """``s``, bias-corrected.  # (B, d_1, ..., d_m)"""
 
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per basis.  # (B, d_1, ..., d_m)"""
-
 
 @runtime_checkable
-class RowFactored(Protocol):
+class RowFactored(Unfolds, Protocol):
     """`Factored` of order one, where a factor ``F = X^T X`` may be known by fewer rows ``X`` than it has columns."""
 
     def rows(self, state: State) -> list[Tensor | None]:
@@ -78,37 +95,25 @@ class RowFactored(Protocol):
     def factor(self, state: State, axis: int) -> Tensor:
         """``F``, formed.  # (B, d, d), or (B, d) when diagonal"""
 
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
-
 
 @runtime_checkable
-class RootFactored(Protocol):
+class RootFactored(Factored, Protocol):
     """`Factored` where the factors ``F_k = R_k^T R_k`` are held by their square roots ``R_k``."""
 
-    def square_roots(self, state: State) -> list[Tensor]:
+    def factor_roots(self, state: State) -> list[Tensor]:
         """``R_k``, bias-corrected.  # each (B, d, d), or (B, d) when diagonal"""
-
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
-
-    def order(self, factors: int) -> float:
-        """The root as of `Factored`."""
 
 
 @runtime_checkable
-class Rooted(Protocol):
+class Rooted(Unfolds, Protocol):
     """``C^(-1/2) = X_1 (x) ... (x) X_m`` is held: the representation measures through it."""
 
     def rooted(self, state: State) -> State:
         """``root_k`` and how they came about, as in the cache of a solver that roots.  # root_k: (B, d, d) or (B, d)"""
 
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per root.  # (B, d_1, ..., d_m)"""
-
 
 @runtime_checkable
-class LowRank(Protocol):
+class LowRank(Multiplies, Protocol):
     """``C = J^T J`` with few rows ``J`` (N, P), which are held behind three products; every scale is folded into ``J``."""
 
     def gram(self, state: State) -> Tensor:
@@ -122,21 +127,25 @@ class LowRank(Protocol):
 
 
 @runtime_checkable
-class Summed(Protocol):
+class Summed(Unfolds, Protocol):
     """``C^(-1/2) = ((1/m) sum_k F_k^(-1/(2 p)))^p`` with small PSD factors ``F_k``, each acting on its own axis."""
 
     def summands(self, state: State) -> list[Tensor]:
         """Bias-corrected factors in one scale.  # each (B, d, d), or (B, d) when diagonal"""
 
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+    @property
+    def square_roots(self) -> bool:
+        """Whether factors ``F_k = R_k^T R_k`` are held by their square roots ``R_k``."""
+
+    def summand_roots(self, state: State) -> list[Tensor]:
+        """``R_k``, bias-corrected, where these are held.  # each (B, d, d), or (B, d) when diagonal"""
 
     def passes(self, factors: int) -> int:
         """``p``."""
 
 
 @runtime_checkable
-class Graphical(Protocol):
+class Graphical(Multiplies, Protocol):
     """``C`` is known on the families of an acyclic graph: an entry of a block and its parents, ``q`` at most."""
 
     def families(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,18 +162,15 @@ class Graphical(Protocol):
 
 
 @runtime_checkable
-class Momentary(Protocol):
+class Momentary(Unfolds, Protocol):
     """``C = (G G^T) (x) I`` of the newest gradient alone, the one that is preconditioned."""
 
     def newest(self, state: State) -> Tensor:
         """``G G^T``.  # (B, d, d)"""
 
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient as a matrix.  # (B, d, n)"""
-
 
 @runtime_checkable
-class Inverse(Protocol):
+class Inverse(Unfolds, Protocol):
     """The state is ``C^-1 = (L_1 (x) ... (x) L_m)^(1 / order)`` already, a PSD matrix for each axis."""
 
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
@@ -173,16 +179,17 @@ class Inverse(Protocol):
     def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
         """How well `spectra` fit what is held, as rows of `gradmaker.linalg.diagnosis.COLUMNS`.  # (B, m, 5)"""
 
-    def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
-
     def order(self, factors: int) -> float:
         """The root in the formula above."""
 
 
 @runtime_checkable
-class Preconditions(Protocol):
+class Preconditions(Multiplies, Protocol):
     """The state holds ``P``, an approximate inverse of ``C``, and can apply it: it was fitted or updated directly."""
+
+    @property
+    def immediate(self) -> bool:
+        """Whether nothing is refreshed: the solver's cache is the state at every step, not a copy."""
 
     def apply(self, state: State, g: Tensor) -> Tensor:
         """``P g``.  # (B, *shape)"""

@@ -6,23 +6,26 @@ Letters: ``S_k`` the factor of axis ``k``, ``d_k`` its length, ``D`` the number 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again
 from gradmaker.linalg.fallbacks import count_failures, is_empty
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
+from gradmaker.linalg.mode_products import apply_factors, mode_matrix
+from gradmaker.options.checks import check_interval
+from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.held_spectra import HeldSpectra
 
 __all__ = ["CrossDims"]
 
 
 @dataclass(frozen=True)
-class CrossDims(Representation):
+class CrossDims(HeldSpectra):
     """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``, others whitened in ``G_w``.
 
     The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Whitening uses the factors of the last refresh,
@@ -32,20 +35,15 @@ class CrossDims(Representation):
     Reference: Lin et al. 2025, arXiv:2509.03378, KL-Shampoo.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
-    factored_axes: ClassVar[bool] = True
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
+    exponent: ClassVar[int] = 1
 
     start: float = 0.1
     floor: float = 1e-8
 
     def __post_init__(self) -> None:
         for name in ("start", "floor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are positive numbers")
-
-    @property
-    def grain(self) -> Grain:
-        return "tensor"
+            check_interval(name, getattr(self, name), 0, inf)
 
     def init(self, frame: Frame) -> State:
         none = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
@@ -62,7 +60,7 @@ class CrossDims(Representation):
         assert isinstance(evidence, Gradient)
         G = self.unfold(evidence.gradient)
         axes = range(G.ndim - 1)
-        whiteners = [self._power(state, axis, -0.5) for axis in axes]
+        whiteners = [self.power(state, axis, -0.5) for axis in axes]
         for axis in axes:
             others = [None if k == axis else W for k, W in enumerate(whiteners)]
             x = mode_matrix(apply_factors(others, G), axis)
@@ -73,7 +71,7 @@ class CrossDims(Representation):
                 S.baddbmm_(x, x.mT, beta=fold.beta, alpha=alpha)
 
     def refresh(self, state: State) -> None:
-        axes = range(self._count(state))
+        axes = self.axes(state)
         factors = [state[f"factor_{axis}"] for axis in axes]
         means = torch.stack([(S if S.ndim == 2 else S.diagonal(dim1=-2, dim2=-1)).mean(-1) for S in factors])
         usable = (torch.isfinite(means) & (means > 0)).all(0)
@@ -93,38 +91,6 @@ class CrossDims(Representation):
             renew_row(state["diagnosis"], axis, failed, error, s.amax(-1), self.floor, retries=retries)
         for name, value in count_failures(failed, state, is_empty(factors)).items():
             state[name].copy_(value)
-
-    def _power(self, state: State, axis: int, power: float) -> Tensor:
-        s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
-        return s**power if Q is None else (Q * s.unsqueeze(-2) ** power) @ Q.mT
-
-    def to_dense(self, state: State) -> Tensor:
-        """Of the last refresh, with the floor."""
-        return expand([self._power(state, axis, 1.0) for axis in range(self._count(state))])
-
-    def matvec(self, state: State, v: Tensor) -> Tensor:
-        factors = [self._power(state, axis, 1.0) for axis in range(self._count(state))]
-        return apply_factors(factors, self.unfold(v)).reshape(v.shape)
-
-    def _count(self, state: State) -> int:
-        return sum(name.startswith("values_") for name in state)
-
-    # ---------------------------------------------------------------- Inverse
-    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
-        """Of ``S_k^-1``, as of the last refresh.  # (B, d), (B, d, d)"""
-        return [(1 / state[f"values_{axis}"], state.get(f"basis_{axis}")) for axis in range(self._count(state))]
-
-    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
-        """Of the last refresh, in units of ``S_k``; the damping is the floor.  # (B, m, 5)"""
-        return state["diagnosis"].clone()
-
-    def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
-        return g if g.ndim > 1 else g.unsqueeze(1)
-
-    def order(self, factors: int) -> float:
-        """One: ``C`` is the product."""
-        return 1
 
 
 def _like(x: Tensor, S: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Product
-from gradmaker.linalg.columns import form_blocks
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, kinds
+from gradmaker.curvature.products import Product
+from gradmaker.linalg.matrix_from_products import form_blocks
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["Dense"]
@@ -25,14 +27,13 @@ class Dense(Representation):
     Reference: Amari, Neural Computation 1998, 10(2); for units Ollivier, Information and Inference 2015, arXiv:1303.0818.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint, Gradient, Product)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint, Gradient, Product)
     whole_layers: ClassVar[bool] = True
 
     granularity: Literal["full", "layer", "unit"] = "layer"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("full", "layer", "unit"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer', 'unit'")
+        check_choice("granularity", self.granularity, ("full", "layer", "unit"))
 
     @property
     def grain(self) -> Grain:
@@ -69,6 +70,6 @@ class Dense(Representation):
         """The gradient as a vector.  # (B, P)"""
         return g.reshape(g.shape[0], -1)
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: the factor is ``C``."""
         return 1

@@ -8,8 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Product
-from gradmaker.linalg.columns import form_diagonal
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.curvature.products import Product
+from gradmaker.linalg.matrix_from_products import form_diagonal
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["Diagonal"]
@@ -25,15 +27,14 @@ class Diagonal(Representation):
     Reference: Duchi, Hazan, Singer, JMLR 2011, section 1.1; Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Gradient, Product)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Gradient, Product)
     elementwise: ClassVar[bool] = True
     inapplicable = NO_LIMIT
 
     granularity: Literal["tensor", "layer"] = "tensor"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("tensor", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'tensor', 'layer'")
+        check_choice("granularity", self.granularity, ("tensor", "layer"))
 
     @property
     def grain(self) -> Grain:

@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import PIECE, Evidence, Inputs, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import Kron, apply_factors
+from gradmaker.representations.kronecker import Kron
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -38,7 +40,7 @@ class Eigenbasis(Representation):
     starts again from ``b a^T`` with every basis, so that short intervals leave little but `Kron`.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
     refreshes_in_update: ClassVar[bool] = True
 
@@ -80,7 +82,7 @@ class Eigenbasis(Representation):
         if fold.begins and not fold.first:
             self._begin(state, fold)
         self._kron().update(state, evidence, fold)
-        alone = isinstance(evidence, Inputs)  # as in `Kron`
+        alone = evidence.kind == "inputs"  # as in `Kron`
         state["moments"].mul_(fold.beta)
         if alone:
             fold.weigh_mean_(state["mass"], evidence.counted)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.representations.kronecker import apply_factors
+from gradmaker.linalg.mode_products import apply_factors
 
 __all__ = ["GEOMETRIES", "STARTS", "Geometry", "divide", "rotate", "spectral_bound"]
 

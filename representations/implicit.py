@@ -10,10 +10,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Product
-from gradmaker.curvature.factors import Layers
-from gradmaker.linalg.columns import form_blocks
+from gradmaker.curvature.evidence import Evidence, Kind, kinds
+from gradmaker.curvature.products import Layers, Product
+from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.capabilities import Multiplies
 
 __all__ = ["Held", "Implicit", "MatrixFree"]
 
@@ -31,14 +32,11 @@ class Held(dict[str, Tensor]):
 
 
 @runtime_checkable
-class MatrixFree(Protocol):
+class MatrixFree(Multiplies, Protocol):
     """``C v``, losses at displaced parameters and what may help with them, of one block for the whole model."""
 
     def origin(self, state: State) -> Tensor:
         """The zero vector.  # (1, P)"""
-
-    def matvec(self, state: State, v: Tensor) -> Tensor:
-        """``C v``.  # (1, P)"""
 
     def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
         """``L(theta + displacement)``; None where it cannot be evaluated.  # (1, P) -> ()"""
@@ -61,7 +59,7 @@ class Implicit(Representation):
     between measurements have no meaning. Nothing is saved but the number of parameters.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Product,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Product)
     unstacked: ClassVar[bool] = True
     per_step: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True

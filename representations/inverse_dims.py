@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
 
@@ -108,7 +110,7 @@ class InverseDims(Representation):
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     denominator: Denominator = "exact"
@@ -117,10 +119,8 @@ class InverseDims(Representation):
     unit: bool = False
 
     def __post_init__(self) -> None:
-        if self.denominator not in get_args(Denominator):
-            raise ValueError(f"denominator = {self.denominator!r}: legal are {', '.join(map(repr, get_args(Denominator)))}")
-        if not self.ridge > 0:
-            raise ValueError(f"ridge = {self.ridge!r}: legal are positive numbers")
+        check_choice("denominator", self.denominator, get_args(Denominator))
+        check_interval("ridge", self.ridge, 0, inf)
 
     @property
     def grain(self) -> Grain:
@@ -185,7 +185,7 @@ class InverseDims(Representation):
         return krad_update(L / beta, x, self.denominator)
 
     def to_dense(self, state: State) -> Tensor:
-        return expand(self._covariances(state))
+        return kronecker_product(self._covariances(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)

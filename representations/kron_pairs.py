@@ -12,11 +12,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer, OutputPair, Pair, PairedInputs
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, Pair, kinds
 from gradmaker.linalg.eigen import add_ridge, symmetrise
+from gradmaker.linalg.inner_products import member_dots
+from gradmaker.linalg.mode_products import kronecker_product
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import expand
-from gradmaker.representations.memory import dot, multiply, push, unfilled
+from gradmaker.representations.memory import multiply, push, unfilled
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 
@@ -35,7 +38,7 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
 
     Reference: Nocedal, Wright 2006, eq. 6.17.  # (B, d, d), (B, d), (B, d), (B,)
     """
-    r = torch.where(accepted, 1 / dot(s, y).squeeze(1), 0.0)[:, None, None]
+    r = torch.where(accepted, 1 / member_dots(s, y).squeeze(1), 0.0)[:, None, None]
     s, y = (torch.where(accepted.unsqueeze(1), x, 0.0).unsqueeze(-1) for x in (s, y))
     Hy = H @ y
     u = (r * r * (y.mT @ Hy) + r) / 2 * s - r * Hy
@@ -51,10 +54,10 @@ def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 4.2.  # s, y, Hy: (B, d); floor: (B,)
     """
-    sy, yHy = dot(s, y), dot(y, Hy)
+    sy, yHy = member_dots(s, y), member_dots(y, Hy)
     share = torch.where(sy < least * yHy, (1 - least) * yHy / (yHy - sy), 1.0)
     s = share * s + (1 - share) * Hy
-    sy, ss, low = dot(s, y), dot(s, s), floor.unsqueeze(1)
+    sy, ss, low = member_dots(s, y), member_dots(s, s), floor.unsqueeze(1)
     if form == "shift":
         return s, y + low * s
     goal = low.clamp(min=1)
@@ -78,7 +81,7 @@ class KronPairs(Representation):
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, algorithm 1; the authors' code (averages, limits).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (PairedInputs, OutputPair)
+    takes: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
 
     damping: float = 0.3
     pairs: int | None = None
@@ -88,17 +91,13 @@ class KronPairs(Representation):
     form: Literal["powell", "shift"] = "powell"
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < inf:
-            raise ValueError(f"damping = {self.damping!r}: legal are positive numbers")
-        if self.pairs is not None and self.pairs < 1:
-            raise ValueError(f"pairs = {self.pairs!r}: legal are integers of at least 1, or None for whole matrices")
-        if self.limited not in ("outputs", "both"):
-            raise ValueError(f"limited = {self.limited!r}: legal are 'outputs', 'both'")
+        check_interval("damping", self.damping, 0, inf)
+        if self.pairs is not None:
+            check_count("pairs", self.pairs, 1, hint=", or None for whole matrices")
+        check_choice("limited", self.limited, ("outputs", "both"))
         for name in ("memory_decay", "least"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are numbers in [0, 1)")
-        if self.form not in ("powell", "shift"):
-            raise ValueError(f"form = {self.form!r}: legal are 'powell', 'shift'")
+            check_interval(name, getattr(self, name), 0, 1, closed=True)
+        check_choice("form", self.form, ("powell", "shift"))
 
     @property
     def grain(self) -> Grain:
@@ -184,8 +183,8 @@ class KronPairs(Representation):
 
     def _push(self, state: State, side: str, s: Tensor, y: Tensor, due: Tensor) -> None:
         """A BFGS update of the members that are due, where the curvature along ``s`` is finite and far enough from zero."""
-        sy = dot(s, y)
-        limit = SMALLEST * dot(s, s) * torch.linalg.vector_norm(y, dim=-1, keepdim=True) if side == "left" else 0 * sy
+        sy = member_dots(s, y)
+        limit = SMALLEST * member_dots(s, s) * torch.linalg.vector_norm(y, dim=-1, keepdim=True) if side == "left" else 0 * sy
         accepted = ((sy > limit) & torch.isfinite(1 / sy)).squeeze(1)
         accepted = accepted & due
         state["refused"].add_(due & ~accepted)
@@ -216,7 +215,7 @@ class KronPairs(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         state = self.snapshot(state)
-        return expand([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
+        return kronecker_product([torch.linalg.inv(self._formed(state, side)) for side in ("left", "right")])
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         state = self.snapshot(state)

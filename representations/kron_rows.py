@@ -8,9 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Inputs, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import apply_factors
 
 __all__ = ["KronRows"]
 
@@ -28,7 +30,7 @@ class KronRows(Representation):
     There the positions are drawn; a representation draws no random numbers.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
     unstacked: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
@@ -38,10 +40,8 @@ class KronRows(Representation):
     """Positions of an example that ``subsample`` keeps."""
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("sum", "subsample", "none"):
-            raise ValueError(f"reduction = {self.reduction!r}: legal are 'sum', 'subsample', 'none'")
-        if not isinstance(self.positions, int) or self.positions < 1:
-            raise ValueError(f"positions = {self.positions!r}: legal are integers of at least 1")
+        check_choice("reduction", self.reduction, ("sum", "subsample", "none"))
+        check_count("positions", self.positions, 1)
 
     @property
     def grain(self) -> Grain:
@@ -71,7 +71,7 @@ class KronRows(Representation):
             _clear(state)
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        if isinstance(evidence, Inputs):
+        if evidence.kind == "inputs":
             _add_identity(state, outer, fold.share * evidence.counted)
         else:
             g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
@@ -95,8 +95,7 @@ class KronRows(Representation):
         return evidence if self.positions >= evidence.inputs.shape[2] else _thinned(evidence, evidence.inputs, self.positions)
 
     def to_dense(self, state: State) -> Tensor:
-        left, right = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
-        return torch.einsum("bij,bkl->bikjl", left, right).reshape(len(left), left.shape[-1] * right.shape[-1], -1)
+        return kronecker_product(self.factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self.factors(state), v)
@@ -126,7 +125,7 @@ class KronRows(Representation):
         """The gradient as it is.  # (B, o, i)"""
         return g
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: ``C`` is the product of the factors."""
         return 1
 

@@ -6,55 +6,22 @@ row-major everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Inputs, OneHot, Outer
-from gradmaker.curvature.factors import Factors
-from gradmaker.linalg.factors import blocks, dense, is_tiled, tile_width
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.curvature.products import Factors
+from gradmaker.linalg.factors import blocks, tile_width
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
 
-__all__ = ["Kron", "KronDims", "apply_factors", "expand", "mode_matrix"]
-
-
-def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
-    """Mode products ``g x_1 F_1 x_2 F_2 ...``, the same as ``(F_1 (x) F_2 (x) ...) vec(g)``; None leaves its axis alone.
-
-    factors: (B, d_m, d_m), (B, d_m) or tiled; g: (B, d_1, ..., d_m) -> the same shape
-    """
-    for axis, F in enumerate(factors, start=1):
-        if F is not None:
-            g = _apply_factor(F, g, axis)
-    return g
-
-
-def mode_matrix(g: Tensor, axis: int) -> Tensor:
-    """``mat_k(g)``: the axis as rows, all others as columns.  # (B, d_1, ..., d_m) -> (B, d_k, D / d_k)"""
-    return g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
-
-
-def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
-    B, shape = g.shape[0], g.shape
-    if is_tiled(F):
-        return torch.cat([_apply_factor(block, g[(slice(None),) * axis + (rows,)], axis) for rows, block in blocks(F)], axis)
-    if F.ndim == 2:
-        return g * F.view(B, *[1] * (axis - 1), -1, *[1] * (g.ndim - axis - 1))
-    if axis == g.ndim - 1:  # a product from the right, where the batched form would be a stack of matrix-vector products
-        return (g.reshape(B, -1, shape[axis]) @ F.mT).reshape(shape)
-    return (F.unsqueeze(1) @ g.reshape(B, prod(shape[1:axis]), shape[axis], -1)).reshape(shape)
-
-
-def expand(factors: Sequence[Tensor]) -> Tensor:
-    """``F_1 (x) F_2 (x) ...``, formed.  # (B, P, P)"""
-    out, *rest = [dense(F) for F in factors]
-    for F in rest:
-        out = torch.einsum("bij,bkl->bikjl", out, F).reshape(F.shape[0], out.shape[1] * F.shape[1], -1)
-    return out
+__all__ = ["Kron", "KronDims"]
 
 
 def _allocate(frame: Frame, axis: int, size: int, longest: int | None = None) -> Tensor:
@@ -72,17 +39,15 @@ class Kron(Representation):
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Factors, Inputs)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Factors, (Outer, "inputs"))
     factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
     def __post_init__(self) -> None:
-        if self.sharing not in ("expand", "reduce"):
-            raise ValueError(f"sharing = {self.sharing!r}: legal are 'expand', 'reduce'")
-        if self.wide_sides not in ("diagonal", "blocks"):
-            raise ValueError(f"wide_sides = {self.wide_sides!r}: legal are 'diagonal', 'blocks'")
+        check_choice("sharing", self.sharing, ("expand", "reduce"))
+        check_choice("wide_sides", self.wide_sides, ("diagonal", "blocks"))
 
     @property
     def grain(self) -> Grain:
@@ -107,7 +72,7 @@ class Kron(Representation):
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        alone = isinstance(evidence, Inputs)  # the identity is a mean as well: it does not add up
+        alone = evidence.kind == "inputs"  # the identity is a mean as well: it does not add up
         for rows, block in blocks(state[outer]):
             _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.share if alone else fold.alpha)
         if alone:
@@ -120,7 +85,7 @@ class Kron(Representation):
             fold.weigh_mean_(state[f"{inner}_mass"], evidence.counted)
 
     def to_dense(self, state: State) -> Tensor:
-        return expand(self.factors(state))
+        return kronecker_product(self.factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self.factors(state), v)
@@ -134,7 +99,7 @@ class Kron(Representation):
         """The gradient as it is.  # (B, o, i)"""
         return g
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: ``C`` is the product of the factors."""
         return 1
 
@@ -171,7 +136,7 @@ class KronDims(Representation):
     arXiv:2406.17748 (exponent 1).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     exponent: float | None = None
@@ -180,8 +145,8 @@ class KronDims(Representation):
     """Whether ``C`` is divided by ``tr(H)^(m exponent - 1)``: then it has the scale of a covariance whatever the exponent."""
 
     def __post_init__(self) -> None:
-        if self.exponent is not None and not self.exponent > 0:
-            raise ValueError(f"exponent = {self.exponent!r}: legal are positive numbers, or None")
+        if self.exponent is not None:
+            check_interval("exponent", self.exponent, 0, inf, hint=", or None")
 
     @property
     def grain(self) -> Grain:
@@ -205,7 +170,7 @@ class KronDims(Representation):
         fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:
-        return expand(self._roots(state))
+        return kronecker_product(self._roots(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._roots(state), self.unfold(v)).reshape(v.shape)

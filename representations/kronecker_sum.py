@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import KronDims, apply_factors
+from gradmaker.representations.kronecker import KronDims
 from gradmaker.representations.root_dims import RootKronDims
 
 __all__ = ["KronSum", "axis_mean", "dense_mean"]
@@ -48,15 +50,15 @@ class KronSum(Representation):
     approximation for deep learning", section 3.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     p: int | None = 2
     square_roots: bool = False
 
     def __post_init__(self) -> None:
-        if self.p is not None and (not isinstance(self.p, int) or self.p < 1):
-            raise ValueError(f"p = {self.p!r}: legal are integers of at least 1, or None for the number of axes")
+        if self.p is not None:
+            check_count("p", self.p, 1, hint=", or None for the number of axes")
 
     @property
     def grain(self) -> Grain:
@@ -104,7 +106,7 @@ class KronSum(Representation):
 
     def summand_roots(self, state: State) -> list[Tensor]:
         """``R_k``, bias-corrected, where these are held.  # (B, d_k, d_k)"""
-        return _ROOTS.square_roots(state)
+        return _ROOTS.factor_roots(state)
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

@@ -10,15 +10,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Contrast, Evidence, Pair
+from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
 
@@ -41,24 +43,22 @@ class _Fitted(Representation):
     A pair that is not finite, or whose ``h`` is zero throughout, says nothing: the members that it is for keep what they have.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Pair, Contrast)
+    takes: ClassVar[frozenset[Kind]] = kinds(Pair, (Pair, "noise_and_gradient"))
     inapplicable: ClassVar[dict[str, str]] = {"decay": "what is fitted takes a step a pair and averages none; set rate"}
 
     rate: float = 0.1
     normaliser: Normaliser = "slow"
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate = {self.rate!r}: legal are numbers in (0, 1), where Q keeps a positive diagonal")
-        if self.normaliser not in get_args(Normaliser):
-            raise ValueError(f"normaliser = {self.normaliser!r}: legal are 'slow', 'max'")
+        check_interval("rate", self.rate, 0, 1, hint=", where Q keeps a positive diagonal")
+        check_choice("normaliser", self.normaliser, get_args(Normaliser))
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Pair)
         old = {name: x.clone() for name, x in state.items()}
         v, h = (self.unfold(x) for x in (evidence.v, evidence.cv))
         self._start(state, v, h)
-        self.fit(state, v, h, independent=isinstance(evidence, Contrast))
+        self.fit(state, v, h, independent=evidence.kind == "noise_and_gradient")
         ok = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state.values()]).all(0)
         ok &= h.flatten(1).any(1)
         for name, x in state.items():
@@ -109,8 +109,8 @@ class _Fitted(Representation):
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
         if self.direct:
-            return expand(inverses)
-        return expand([R.square() if R.ndim == 2 else R @ R.mT for R in inverses])
+            return kronecker_product(inverses)
+        return kronecker_product([R.square() if R.ndim == 2 else R @ R.mT for R in inverses])
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ class TriangularQ(_Fitted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
+        check_choice("granularity", self.granularity, ("full", "layer"))
 
     @property
     def grain(self) -> Grain:
@@ -185,16 +184,14 @@ class KronQ(_Fitted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity not in ("layer", "tensor"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'layer', 'tensor'")
-        if self.max_skew is not None and not self.max_skew >= 0:
-            raise ValueError(f"max_skew = {self.max_skew!r}: legal are non-negative numbers, or None for no such limit")
-        if self.geometry not in GEOMETRIES:
-            raise ValueError(f"geometry = {self.geometry!r}: legal are {', '.join(map(repr, GEOMETRIES))}")
+        check_choice("granularity", self.granularity, ("layer", "tensor"))
+        if self.max_skew is not None:
+            check_interval("max_skew", self.max_skew, 0, inf, closed=True, hint=", or None for no such limit")
+        check_choice("geometry", self.geometry, GEOMETRIES)
         if self.normaliser == "max" and not self._geometry.triangular:
             raise ValueError(
-                f"normaliser = 'max' with geometry = {self.geometry!r}: the largest entry bounds the diagonal alone, which is "
-                "enough for a triangular factor; legal are 'slow', or geometry = 'EQ'"
+                f"normaliser='max' with geometry={self.geometry!r}: expected normaliser='slow', or geometry='EQ': the largest "
+                "entry bounds the diagonal alone, which is enough for a triangular factor"
             )
 
     @property

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State
 from gradmaker.representations.capabilities import LowRank
 
@@ -68,7 +69,7 @@ class Spanned(Representation):
 class _Stream(Spanned):
     """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; the Gram matrix gains a row a step."""
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     whole_layers: ClassVar[bool] = True
 
     def init(self, frame: Frame) -> State:
@@ -154,12 +155,9 @@ class Window(_Stream):
     scale: Literal["size", "mean", "sum"] = "size"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size = {self.size!r}: legal are integers of at least 1")
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
-        if self.scale not in ("size", "mean", "sum"):
-            raise ValueError(f"scale = {self.scale!r}: legal are 'size', 'mean', 'sum'")
+        check_count("size", self.size, 1)
+        check_choice("granularity", self.granularity, ("full", "layer"))
+        check_choice("scale", self.scale, ("size", "mean", "sum"))
 
     @property
     def grain(self) -> Grain:
@@ -195,10 +193,8 @@ class Truncated(_Stream):
 
     def __post_init__(self) -> None:
         for name in ("rank", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are integers of at least 1")
-        if self.granularity not in ("full", "layer", "unit"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer', 'unit'")
+            check_count(name, getattr(self, name), 1)
+        check_choice("granularity", self.granularity, ("full", "layer", "unit"))
 
     @property
     def grain(self) -> Grain:

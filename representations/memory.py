@@ -14,15 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Opening, Pair, SecantPair
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Pair, kinds
+from gradmaker.linalg.inner_products import member_dots
+from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation, State
 
-__all__ = ["Pairs", "dot", "multiply", "ordered", "push", "unfilled"]
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products.  # (B, P), (B, P) -> (B, 1)"""
-    return (x * y).sum(-1, keepdim=True)
+__all__ = ["Pairs", "multiply", "ordered", "push", "unfilled"]
 
 
 def unfilled(frame: Frame, memory: int, size: int) -> State:
@@ -110,7 +107,7 @@ class Pairs(Representation):
     Reference: Liu, Nocedal, Math. Programming 1989; Powell 1978; Nocedal, Wright 2006, procedure 18.2.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (SecantPair, Opening)
+    takes: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
     whole_layers: ClassVar[bool] = True
     immediate: ClassVar[bool] = True
     inapplicable = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH
@@ -122,15 +119,11 @@ class Pairs(Representation):
     granularity: Literal["full", "layer"] = "full"
 
     def __post_init__(self) -> None:
-        if self.memory < 0:
-            raise ValueError(f"memory = {self.memory!r}: legal are non-negative integers")
-        if self.indefinite not in ("skip", "damp"):
-            raise ValueError(f"indefinite = {self.indefinite!r}: legal are 'skip', 'damp'")
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
+        check_count("memory", self.memory, 0)
+        check_choice("indefinite", self.indefinite, ("skip", "damp"))
+        check_choice("granularity", self.granularity, ("full", "layer"))
         for name in ("acceptance", "damping"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are non-negative numbers")
+            check_interval(name, getattr(self, name), 0, inf, closed=True)
 
     @property
     def grain(self) -> Grain:
@@ -157,8 +150,8 @@ class Pairs(Representation):
         y = y + self.damping * s if self.damping else y
         if self.indefinite == "damp":
             y = damped_change(s, y, state["gamma"].unsqueeze(1))
-        sy, yy = dot(s, y).squeeze(1), dot(y, y).squeeze(1)
-        accepted = (sy > self.acceptance * dot(s, s).squeeze(1)) & torch.isfinite(sy / yy) & torch.isfinite(1 / sy)
+        sy, yy = member_dots(s, y).squeeze(1), member_dots(y, y).squeeze(1)
+        accepted = (sy > self.acceptance * member_dots(s, s).squeeze(1)) & torch.isfinite(sy / yy) & torch.isfinite(1 / sy)
         if self.memory:
             push(state, s, y, accepted)
         state["gamma"].copy_(torch.where(accepted, sy / yy, state["gamma"]))
@@ -169,7 +162,7 @@ class Pairs(Representation):
         """Keep ``P g`` for the solve that follows, and see that it descends.  # (B, P)"""
         direction = multiply(state, state["gamma"], g.unsqueeze(-1)).squeeze(-1)
         size = torch.linalg.vector_norm(g, 1, dim=1)
-        turned = ~(dot(g, direction) > 0).squeeze(1) & torch.isfinite(size) & (size > 0) & (state["taken"] > 0)
+        turned = ~(member_dots(g, direction) > 0).squeeze(1) & torch.isfinite(size) & (size > 0) & (state["taken"] > 0)
         if _any(turned):
             self._reset(state, turned)
         first = (1 / size).clamp(max=1.0)
@@ -213,17 +206,17 @@ class Pairs(Representation):
         def multiply(x: Tensor) -> Tensor:
             image = x / gamma
             for Bs, sBs, y, sy, taken in known:
-                image = torch.where(taken, image - Bs * (dot(Bs, x) / sBs) + y * (dot(y, x) / sy), image)
+                image = torch.where(taken, image - Bs * (member_dots(Bs, x) / sBs) + y * (member_dots(y, x) / sy), image)
             return image
 
         for s, y in zip(*(X.unbind(1) for X in ordered(state)), strict=True):
-            Bs, sy = multiply(s), dot(s, y)
-            known.append((Bs, dot(s, Bs), y, sy, sy > 0))
+            Bs, sy = multiply(s), member_dots(s, y)
+            known.append((Bs, member_dots(s, Bs), y, sy, sy > 0))
         return multiply(v.flatten(1)).reshape(v.shape)
 
 
 def damped_change(s: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
     """Powell's ``y``: at least a fifth of the curvature of ``I / gamma`` along ``s``.  # (B, P), (B, P), (B, 1) -> (B, P)"""
-    sBs, sy = dot(s, s) / gamma, dot(s, y)
+    sBs, sy = member_dots(s, s) / gamma, member_dots(s, y)
     tau = torch.where(sy < 0.2 * sBs, 0.8 * sBs / (sBs - sy), 1.0)
     return tau * y + (1 - tau) * s / gamma

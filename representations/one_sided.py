@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["OneSided", "ZeroHistory"]
@@ -24,7 +25,7 @@ class OneSided(Representation):
     Reference: Xie et al., 2025, arXiv:2502.10273 (one-sided Shampoo); An et al., 2025, arXiv:2503.20762 (ASGO).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
 
     @property
@@ -53,8 +54,7 @@ class OneSided(Representation):
     def widen(self, state: State, P: Tensor) -> Tensor:
         """``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
         n = self.columns(state)
-        eye = torch.eye(n, dtype=P.dtype, device=P.device)
-        return torch.einsum("bij,kl->bikjl", P, eye).reshape(len(P), n * P.shape[1], -1)
+        return kronecker_product([P, torch.eye(n, dtype=P.dtype, device=P.device).expand(len(P), n, n)])
 
     def columns(self, state: State) -> int:
         """``n``."""

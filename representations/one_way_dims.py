@@ -11,11 +11,11 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
-from gradmaker.linalg.damping import check_choice, check_interval
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.options.checks import check_choice, check_interval, check_kind
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import apply_factors, expand, mode_matrix
 from gradmaker.solvers.rooting import FactorRoot, rooting
 
 __all__ = ["OneWayDims"]
@@ -23,22 +23,6 @@ __all__ = ["OneWayDims"]
 RIDGE = COLUMNS.index("damping")
 HELD = ("failures", "failing", "diagnosis")
 """How the last refresh went, beside the roots."""
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """The statistics as they stand, as factors of a product, for the solver that roots them."""
-
-    axes: int
-
-    def factors(self, state: State) -> list[Tensor]:
-        return [state[f"factor_{axis}"] for axis in range(self.axes)]
-
-    def unfold(self, g: Tensor) -> Tensor:
-        return g
-
-    def order(self, factors: int) -> float:
-        return 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class OneWayDims(Representation):
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5 (matrices; more axes are ours).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
     refreshes_in_update: ClassVar[bool] = True
 
@@ -70,8 +54,7 @@ class OneWayDims(Representation):
     root: FactorRoot = "eigh"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.at_once, bool):
-            raise ValueError(f"at_once = {self.at_once!r}: legal are True, False")
+        check_kind("at_once", self.at_once, bool)
         check_interval("damping", self.damping, 0, float("inf"), closed=True)
         for name in ("start", "later"):
             check_interval(name, getattr(self, name), 0, float("inf"))
@@ -112,7 +95,8 @@ class OneWayDims(Representation):
     def refresh(self, state: State) -> None:
         """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
         axes = self._axes(state)
-        new = rooting(self.root, self.damping).prepare(_Statistics(len(axes)), state, self.rooted(state))
+        statistics = [state[f"factor_{axis}"] for axis in axes]
+        new = rooting(self.root, self.damping).prepare_factors(statistics, 1, self.rooted(state))
         failed = new["failures"] > state["failures"]
         change = torch.ones_like(new["diagnosis"][:, 0, 0])  # (B,)
         for axis in axes:
@@ -130,7 +114,7 @@ class OneWayDims(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         """Of the last refresh, with the ridge; the identity before the first."""
-        return expand(self._covariances(state))
+        return kronecker_product(self._covariances(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self._covariances(state), self.unfold(v)).reshape(v.shape)

@@ -8,8 +8,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Located
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.capabilities import Multiplies
 
 __all__ = ["Placed", "Position"]
 
@@ -17,7 +18,7 @@ _NOW = "the weights move with every step, and so does what is measured of them"
 
 
 @runtime_checkable
-class Placed(Protocol):
+class Placed(Multiplies, Protocol):
     """It is known at which weights the gradient was taken."""
 
     def weights(self, state: State) -> Tensor:
@@ -28,7 +29,7 @@ class Placed(Protocol):
 class Position(Representation):
     """The weights of the newest gradient, as one vector. Of ``C`` nothing is held: taken alone, it stands for ``C = I``."""
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Located,)
+    takes: ClassVar[frozenset[Kind]] = kinds((Gradient, "located"))
     per_step: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     inapplicable = (
@@ -43,7 +44,7 @@ class Position(Representation):
         return {"weights": frame.zeros(*frame.shape)}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        if not isinstance(evidence, Located):
+        if not isinstance(evidence, Gradient) or evidence.weights is None:
             raise TypeError("a position is that of a gradient, and verify() has none to offer")
         state["weights"].copy_(evidence.weights)
 

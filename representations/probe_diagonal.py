@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
 
 __all__ = ["ProbeDiagonal"]
@@ -26,7 +27,7 @@ class ProbeDiagonal(Representation):
     arXiv:2006.00719, eq. 10 (kernels); Bekas, Kokiopoulou, Saad 2007 (signed).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Pair,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Pair)
     elementwise: ClassVar[bool] = True
     inapplicable = NO_LIMIT
 
@@ -34,8 +35,7 @@ class ProbeDiagonal(Representation):
     spatial: bool = False
 
     def __post_init__(self) -> None:
-        if self.statistic not in ("squares", "signed"):
-            raise ValueError(f"statistic = {self.statistic!r}: legal are 'squares', 'signed'")
+        check_choice("statistic", self.statistic, ("squares", "signed"))
 
     @property
     def grain(self) -> Grain:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.mode_products import mode_matrix
 from gradmaker.representations.base import Fold, State
-from gradmaker.representations.kronecker import KronDims, mode_matrix
+from gradmaker.representations.kronecker import KronDims
 
 __all__ = ["RootKronDims"]
 
@@ -38,7 +39,7 @@ class RootKronDims(KronDims):
         fold.weigh_(state["mass"])
 
     # ---------------------------------------------------------------- RootFactored, and so Factored
-    def square_roots(self, state: State) -> list[Tensor]:
+    def factor_roots(self, state: State) -> list[Tensor]:
         """``R_k``, bias-corrected.  # (B, d_k, d_k), or (B, d_k) when diagonal"""
         mass = torch.where(state["mass"] > 0, state["mass"], 1.0).sqrt()
         axes = sum(name.startswith("factor_") for name in state)
@@ -54,4 +55,4 @@ class RootKronDims(KronDims):
 
     def factors(self, state: State) -> list[Tensor]:
         """``R_k^T R_k``.  # (B, d_k, d_k), or (B, d_k) when diagonal"""
-        return [R.square() if R.ndim == 2 else R.mT @ R for R in self.square_roots(state)]
+        return [R.square() if R.ndim == 2 else R.mT @ R for R in self.factor_roots(state)]

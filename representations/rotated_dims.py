@@ -11,12 +11,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.fallbacks import count_failures
+from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
-from gradmaker.representations.kronecker import apply_factors, mode_matrix
 
 __all__ = ["RotatedDims"]
 
@@ -32,7 +33,7 @@ class RotatedDims(Representation):
 
     Of every refresh the state tells, in ``diagnosis``, how far the old basis was from diagonal, and whether there is a new one.
 
-    - ``order="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
+    - ``sequence="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
     - ``"basis_first"``: the factors take it in first, and the basis may be renewed by it (EShampoo).
 
     So a refresh comes before the gradient of its step, or in between.
@@ -44,23 +45,21 @@ class RotatedDims(Representation):
     (eigenvalue-corrected Shampoo, ``tolerance``).
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient,)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     factored_axes: ClassVar[bool] = True
     refreshes_in_update: ClassVar[bool] = True
 
     tracking: Literal["power", "qr", "eigh"] = "power"
     tolerance: float = 0.0
-    order: Literal["moments_first", "basis_first"] = "moments_first"
+    sequence: Literal["moments_first", "basis_first"] = "moments_first"
     skip_first: bool = False
     vectors: bool = False
     """Whether a tensor with one axis gets a basis too; otherwise it is Adam's."""
 
     def __post_init__(self) -> None:
-        for name, legal in (("tracking", ("power", "qr", "eigh")), ("order", ("moments_first", "basis_first"))):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: legal are {', '.join(map(repr, legal))}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance = {self.tolerance!r}: legal are numbers in [0, 1)")
+        for name, legal in (("tracking", ("power", "qr", "eigh")), ("sequence", ("moments_first", "basis_first"))):
+            check_choice(name, getattr(self, name), legal)
+        check_interval("tolerance", self.tolerance, 0, 1, closed=True)
 
     @property
     def grain(self) -> Grain:
@@ -90,7 +89,7 @@ class RotatedDims(Representation):
     # ---------------------------------------------------------------- the statistic
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
-        G, early = self.unfold(evidence.gradient), fold.first or self.order == "basis_first"
+        G, early = self.unfold(evidence.gradient), fold.first or self.sequence == "basis_first"
         if early:
             self._fold_factors(state, G, fold)
         if fold.first:

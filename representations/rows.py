@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Joint, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
 from gradmaker.representations.low_rank import Spanned
 
@@ -26,95 +29,50 @@ __all__ = ["Part", "Rows", "chunks"]
 
 @dataclass(frozen=True)
 class Part:
-    """A layer's share of some rows: ``J_kn = sum_r g_knr [a_nr 1]^T``, or its transpose, for ``G`` groups."""
+    """A layer's share of some rows, in each of ``B`` blocks: ``H`` groups of its evidence side by side."""
 
-    gradients: Tensor  # (G, k, n, r, o)
-    inputs: Tensor  # (G, n, r, i), or indices (1, n, r)
-    layout: torch.Size  # (B, H, rows, columns, bias, transposed, 0)
-
-    @property
-    def count(self) -> int:
-        """Number of rows ``N``."""
-        return self.gradients.shape[1] * self.gradients.shape[2]
+    outer: Outer  # of G = B H groups
+    stack: int  # B
 
     @property
-    def bias(self) -> bool:
-        """Whether a one is appended to every input."""
-        return bool(self.layout[4])
-
-    @property
-    def transposed(self) -> bool:
-        """Whether a block is laid out as (i, o)."""
-        return bool(self.layout[5])
-
-    @property
-    def lookup(self) -> bool:
-        """Whether the inputs are one-hot."""
-        return self.inputs.ndim == 3
+    def shape(self) -> tuple[int, ...]:
+        """Of the layer's share of a vector.  # (B, H, rows, columns)"""
+        G, o = self.outer.gradients.shape[1], self.outer.gradients.shape[-1]
+        a = self.outer.inputs
+        i = (a.size if isinstance(a, OneHot) else a.shape[-1]) + self.outer.bias
+        return (self.stack, G // self.stack, *((i, o) if self.outer.transposed else (o, i)))
 
     @property
     def size(self) -> int:
         """Entries of a row, in one member of the stack."""
-        return self.layout[1] * self.layout[2] * self.layout[3]
+        return prod(self.shape[1:])
 
     def gram(self, other: Part) -> Tensor:
         """``J J'^T`` of two chunks of one layer, by whichever of two ways takes less memory.  # (B, N, N')"""
-        flat = self.gradients.flatten(1, 3), other.gradients.flatten(1, 3)
-        formed = self.layout[2] * self.layout[3] * (self.count + other.count)
-        if self.layout != other.layout or flat[0].shape[1] * flat[1].shape[1] > formed:  # a silent layer is laid out flat
+        N, M = self.outer.count, other.outer.count
+        products = N * self.outer.gradients.shape[3] * M * other.outer.gradients.shape[3]
+        if not self._like(other) or products > prod(self.shape[2:]) * (N + M):  # a silent layer is laid out flat
             J = self.rows()
             return J @ (J if other is self else other.rows()).mT
-        (G, k, n, r, _), (_, h, m, s, _) = self.gradients.shape, other.gradients.shape
-        products = (flat[0] @ flat[1].mT).view(G, k, n, r, h, m, s)
-        products.mul_(self._input_products(other).view(G, 1, n, r, 1, m, s))
-        return products.sum((3, 6)).view(*self.layout[:2], k * n, h * m).sum(1)
+        return self.outer.gram(other.outer).view(*self.shape[:2], N, M).sum(1)
 
-    def _input_products(self, other: Part) -> Tensor:
-        """``a . a'``, with the bias.  # (G, nr, ms)"""
-        if self.lookup:
-            same = self.inputs.flatten(1).unsqueeze(2) == other.inputs.flatten(1).unsqueeze(1)
-            return same.to(self.gradients.dtype)
-        products = self.inputs.flatten(1, 2) @ other.inputs.flatten(1, 2).mT
-        return products.add_(1) if self.bias else products
+    def _like(self, other: Part) -> bool:
+        """Whether both are laid out in the same way."""
+        mine, its = self.outer, other.outer
+        return (self.shape, mine.bias, mine.transposed) == (other.shape, its.bias, its.transposed)
 
     def rows(self) -> Tensor:
         """``J``, formed.  # (B, N, P)"""
-        a = self.inputs
-        if self.lookup:
-            a = torch.nn.functional.one_hot(a.long(), self.layout[2 if self.transposed else 3]).to(self.gradients.dtype)
-        if self.bias:
-            a = torch.cat([a, torch.ones_like(self.gradients[:, 0, :, :, :1])], -1)
-        J = torch.einsum("gknro,gnri->gknoi", self.gradients, a)
-        J = (J.mT if self.transposed else J).flatten(1, 2).flatten(2)  # (G, N, o i)
-        out: Tensor = J.unflatten(0, self.layout[:2]).transpose(1, 2).flatten(2)
-        return out
+        return self.outer.rows().reshape(self.outer.count, *self.shape[:2], -1).transpose(0, 1).flatten(2)
 
     def project(self, v: Tensor) -> Tensor:
         """``J v``.  # (B, H, rows, columns) -> (B, N)"""
-        v = v.flatten(0, 1).mT if self.transposed else v.flatten(0, 1)
-        i = v.shape[-1] - self.bias
-        if self.lookup:
-            moved = v[0].mT[self.inputs.long()]  # (1, n, r, o)
-        else:
-            moved = (self.inputs.flatten(1, 2) @ v[..., :i].mT).unflatten(1, self.inputs.shape[1:3])
-        if self.bias:
-            moved = moved + v[:, None, None, :, i]
-        products: Tensor = torch.einsum("gknro,gnro->gkn", self.gradients, moved).flatten(1)
-        return products.view(*self.layout[:2], -1).sum(1)
+        return self.outer.project(v.flatten(0, 1)).view(*self.shape[:2], -1).sum(1)
 
     def combine(self, z: Tensor) -> Tensor:
         """``J^T z``.  # (B, N) -> (B, H, rows, columns)"""
-        G, k, n, r, o = self.gradients.shape
-        z = z.unsqueeze(1).expand(-1, self.layout[1], -1).reshape(G, k, n)
-        weighted = torch.einsum("gknro,gkn->gnro", self.gradients, z)
-        if self.lookup:
-            out = weighted.new_zeros(1, self.layout[2 if self.transposed else 3], o)
-            out.index_add_(1, self.inputs.long().flatten(), weighted.flatten(1, 2))
-            return (out if self.transposed else out.mT).reshape(self.layout[:4])
-        out = weighted.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
-        if self.bias:
-            out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
-        return (out.mT if self.transposed else out).reshape(self.layout[:4])
+        z = z.unsqueeze(1).expand(-1, self.shape[1], -1).flatten(0, 1)
+        return self.outer.combine(z).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -127,7 +85,7 @@ class Rows(Spanned):
     Reference: Ren & Goldfarb 2019, arXiv:1906.02353, section 3.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Outer, Joint)
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint)
     whole_layers: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
 
@@ -136,10 +94,8 @@ class Rows(Spanned):
     """More rows than this are refused: a system of that size is solved, in double precision."""
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("full", "layer"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'full', 'layer'")
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows = {self.max_rows!r}: legal are integers of at least 1")
+        check_choice("granularity", self.granularity, ("full", "layer"))
+        check_count("max_rows", self.max_rows, 1)
 
     @property
     def grain(self) -> Grain:
@@ -174,7 +130,7 @@ class Rows(Spanned):
         return any(isinstance(part, Outer) and not part.fresh for part in parts)
 
     def _check_count(self, state: State) -> None:
-        count = sum(parts[0].count for parts in chunks(state))
+        count = sum(parts[0].outer.count for parts in chunks(state))
         if count > self.max_rows:
             raise ValueError(
                 f"{type(self).__name__} would hold {count} rows (examples x cotangents), over max_rows={self.max_rows}: "
@@ -208,23 +164,23 @@ class Rows(Spanned):
     def project(self, state: State, v: Tensor) -> Tensor:
         out = []
         for parts, whole in zip(self.sketched(state), chunks(state), strict=True):
-            pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].gradients.dtype)))
+            pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].outer.gradients.dtype)))
             out.append(torch.stack([x.project(u) for x, u in zip(parts, pieces, strict=True)]).sum(0))
         return torch.cat(out, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
         held = chunks(state)
-        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].gradients.dtype)
-        pieces = z.split([parts[0].count for parts in held], 1)
+        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].outer.gradients.dtype)
+        pieces = z.split([parts[0].outer.count for parts in held], 1)
         sums = [torch.cat([x.combine(y).flatten(1) for x in parts], 1) for parts, y in zip(held, pieces, strict=True)]
         out = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
-        groups = held[0][0].layout[1]
-        return out if self.granularity == "full" else out.unflatten(1, held[0][0].layout[1 if groups > 1 else 2 : 4])
+        shape = held[0][0].shape
+        return out if self.granularity == "full" else out.unflatten(1, shape[1 if shape[1] > 1 else 2 :])
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
         """A block's vector, layer by layer.  # (B, *shape) -> each (B, H, rows, columns)"""
         pieces = v.flatten(1).split([part.size for part in parts], 1)
-        return [u.reshape(part.layout[:4]) for part, u in zip(parts, pieces, strict=True)]
+        return [u.reshape(part.shape) for part, u in zip(parts, pieces, strict=True)]
 
     # ---------------------------------------------------------------- what a sketch changes
     def sketched(self, state: State) -> list[list[Part]]:
@@ -246,7 +202,13 @@ def chunks(state: State) -> list[list[Part]]:
     while f"{len(found)}.0.layout" in state:
         p, parts = len(found), list[Part]()
         while (name := f"{p}.{len(parts)}.") + "layout" in state:
-            g, a = (state[name + key].flatten(0, 1) for key in ("gradients", "inputs"))
-            parts.append(Part(g, a, state[name + "layout"].shape))
+            parts.append(_part(*(state[name + key] for key in ("gradients", "inputs", "layout"))))
         found.append(parts)
     return found
+
+
+def _part(gradients: Tensor, inputs: Tensor, layout: Tensor) -> Part:
+    """A layer's share as it is held.  # (B, H, k, n, r, o), (B, H, n, r, i) or (B, 1, n, r)"""
+    B, _, rows, columns, bias, transposed, _ = layout.shape
+    a = OneHot(inputs[0, 0], rows if transposed else columns) if inputs.ndim == 4 else inputs.flatten(0, 1)
+    return Part(Outer(a, gradients.flatten(0, 1).transpose(0, 1), bool(bias), bool(transposed)), B)

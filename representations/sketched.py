@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, State
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.representations.rows import Part, Rows, chunks
@@ -47,8 +50,8 @@ class Sketched(Rows):
         super().__post_init__()
         for name, least in (("positions", 1), ("coordinates", 1), ("above", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} = {value!r}: legal are integers of at least {least}")
+            if value is not None:
+                check_count(name, value, least)
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         kept = {key: value for key, value in state.items() if key.startswith("sample.")}
@@ -63,8 +66,10 @@ class Sketched(Rows):
         count = last["sample.count"].shape[1] + 1 if last else 0
         drawn = {"sample.count": mass.new_empty(len(mass), count, 0)}
         for j, part in enumerate(chunks(state)[0]):
-            if part.layout[2] * part.layout[3] > self.above:
-                for side, d in (("outputs", part.gradients.shape[-1]), ("inputs", 0 if part.lookup else part.inputs.shape[-1])):
+            if prod(part.shape[2:]) > self.above:
+                a = part.outer.inputs
+                inputs = 0 if isinstance(a, OneHot) else a.shape[-1]
+                for side, d in (("outputs", part.outer.gradients.shape[-1]), ("inputs", inputs)):
                     if d > (self.coordinates or d):
                         key = f"{self.seed}/{side}/{j}/{count}".encode()
                         chosen = self._choose(d, key, mass.device)
@@ -103,21 +108,13 @@ class Sketched(Rows):
         )
 
     def _sample(self, state: State, j: int, part: Part) -> Part:
-        g, a = part.gradients, part.inputs
-        rows, columns = part.layout[2:4]
+        g, a = part.outer.gradients, part.outer.inputs
         if (outputs := state.get(f"sample.{j}.outputs")) is not None:
             g = g[..., outputs[0].long()] * self._scale(g.shape[-1]) ** 0.5
         if (inputs := state.get(f"sample.{j}.inputs")) is not None:
+            assert isinstance(a, Tensor)
             a = a[..., inputs[0].long()] * self._scale(a.shape[-1]) ** 0.5
-        i = columns if part.lookup else a.shape[-1] + part.bias
-        shape = (
-            (rows, g.shape[-1])
-            if part.transposed and part.lookup
-            else (i, g.shape[-1])
-            if part.transposed
-            else (g.shape[-1], i)
-        )
-        return Part(g, a, torch.Size((*part.layout[:2], *shape, *part.layout[4:])))
+        return replace(part, outer=replace(part.outer, inputs=a, gradients=g))
 
     def _scale(self, d: int) -> float:
         assert self.coordinates is not None
@@ -130,13 +127,15 @@ class Sketched(Rows):
 
     def _pick(self, state: State, j: int, part: Part, v: Tensor) -> Tensor:
         """The sampled entries; their scale is split between rows and vector."""
-        v = v.mT if part.transposed else v
+        own = part.outer
+        v = v.mT if own.transposed else v
         if (outputs := state.get(f"sample.{j}.outputs")) is not None:
-            v = v[..., outputs[0].long(), :] * self._scale(part.gradients.shape[-1]) ** 0.5
+            v = v[..., outputs[0].long(), :] * self._scale(own.gradients.shape[-1]) ** 0.5
         if (inputs := state.get(f"sample.{j}.inputs")) is not None:
-            d = part.inputs.shape[-1]
+            assert isinstance(own.inputs, Tensor)
+            d = own.inputs.shape[-1]
             v = torch.cat([v[..., inputs[0].long()] * self._scale(d) ** 0.5, v[..., d:]], -1)
-        return v.mT if part.transposed else v
+        return v.mT if own.transposed else v
 
     def to_dense(self, state: State) -> Tensor:
         """``J^T J S``.  # (B, P, P)"""

@@ -9,9 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.linalg.contraction import contract
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.representations.kronecker import KronDims, apply_factors
+from gradmaker.representations.kronecker import KronDims
 
 __all__ = ["TensorNormal"]
 
@@ -27,14 +31,13 @@ class TensorNormal(Representation):
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925.
     """
 
-    takes: ClassVar[tuple[type[Evidence], ...]] = (Gradient, Outer)
+    takes: ClassVar[frozenset[Kind]] = kinds(Gradient, Outer)
     factored_axes: ClassVar[bool] = True
 
     granularity: Literal["layer", "tensor"] = "layer"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("layer", "tensor"):
-            raise ValueError(f"granularity = {self.granularity!r}: legal are 'layer', 'tensor'")
+        check_choice("granularity", self.granularity, ("layer", "tensor"))
 
     @property
     def grain(self) -> Grain:
@@ -55,10 +58,7 @@ class TensorNormal(Representation):
         fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:
-        out, *rest = (torch.diag_embed(F) if F.ndim == 2 else F for F in self.factors(state))
-        for F in rest:
-            out = torch.einsum("bij,bkl->bikjl", out, F).reshape(len(F), out.shape[-1] * F.shape[-1], -1)
-        return out
+        return kronecker_product(self.factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         return apply_factors(self.factors(state), self.unfold(v)).reshape(v.shape)
@@ -77,9 +77,34 @@ class TensorNormal(Representation):
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return KronDims().unfold(g)
 
-    def order(self, factors: int) -> int:
+    def order(self, factors: int) -> float:
         """One: ``C`` is the product of the factors."""
         return 1
+
+
+def _output_moment(evidence: Outer, diagonal: bool) -> Tensor:
+    """``sum_N J_N J_N^T = sum_kn sum_rs (a_r . a_s) g_r g_s^T``, over pairs of positions or by rows ``J``.
+
+    # (G, o, o) or (G, o)
+    """
+    g, pair = evidence.gradients, "kgnro->go" if diagonal else "kgnrp->gop"
+    if isinstance(evidence.inputs, OneHot) or evidence.inputs.shape[2] == 1:
+        weighed = torch.einsum("gnrs,kgnso->kgnro", _input_gram(evidence), g)
+        return torch.einsum(f"kgnro,{pair}", weighed, g)
+    a = _with_bias(evidence)
+    return contract(f"gnri,gnsi,kgnso,{pair}", a, a, g, g)
+
+
+def _input_moment(evidence: Outer, diagonal: bool) -> Tensor:
+    """``sum_N J_N^T J_N = sum_n sum_rs (sum_k g_r . g_s) a_r a_s^T``, the bias last.  # (G, i, i) or (G, i)"""
+    if diagonal:
+        return evidence.squares().sum(-1 if evidence.transposed else -2)
+    a, g = _with_bias(evidence), evidence.gradients
+    if a.shape[2] == 1:
+        weights = g.square().sum((0, 3, 4)).unsqueeze(-1)  # (G, n, 1)
+        rows = a.squeeze(2)
+        return (weights * rows).mT @ rows
+    return contract("gnri,gnsj,kgnro,kgnso->gij", a, a, g, g)
 
 
 def _input_gram(evidence: Outer) -> Tensor:
@@ -95,20 +120,8 @@ def _input_gram(evidence: Outer) -> Tensor:
     return gram + 1 if evidence.bias else gram
 
 
-def _output_moment(evidence: Outer, diagonal: bool) -> Tensor:
-    """``sum_N J_N J_N^T = sum_kn sum_rs (a_r . a_s) g_r g_s^T``.  # (G, o, o) or (G, o)"""
-    g = evidence.gradients
-    weighed = torch.einsum("gnrs,kgnso->kgnro", _input_gram(evidence), g)
-    return torch.einsum("kgnro,kgnro->go" if diagonal else "kgnro,kgnrp->gop", *(weighed, g))
-
-
-def _input_moment(evidence: Outer, diagonal: bool) -> Tensor:
-    """``sum_N J_N^T J_N = sum_n sum_rs (sum_k g_r . g_s) a_r a_s^T``, the bias last.  # (G, i, i) or (G, i)"""
-    if diagonal:
-        return evidence.squares().sum(-1 if evidence.transposed else -2)
+def _with_bias(evidence: Outer) -> Tensor:
+    """Inputs, with the one of the bias.  # (G, n, r, i)"""
     assert isinstance(evidence.inputs, Tensor)
-    a, g = evidence.inputs, evidence.gradients
-    a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a
-    gram = torch.einsum("kgnro,kgnso->gnrs", g, g)
-    weighed = (gram @ a).flatten(1, 2)
-    return a.flatten(1, 2).mT @ weighed
+    a = evidence.inputs
+    return torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a

@@ -1,9 +1,10 @@
 """Solvers: how a preconditioned gradient is obtained."""
 
+from gradmaker.options.registry import Registry, register
 from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh, SignedDivision
 from gradmaker.solvers.apply import Apply
 from gradmaker.solvers.axis_mean import AxisMean
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import AnySolver, Solver
 from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
 from gradmaker.solvers.curveball import CurveBall
@@ -28,39 +29,38 @@ from gradmaker.solvers.rotated_division import RotatedDivision
 from gradmaker.solvers.svd_root import SvdRoot
 from gradmaker.solvers.truncated_cg import TruncatedCG
 
-SOLVERS: dict[str, type[Solver]] = {
-    s.__name__: s
-    for s in (
-        Cholesky,
-        Eigh,
-        NewtonRoot,
-        FactorWoodbury,
-        Rotate,
-        Gram,
-        CG,
-        Division,
-        AxisMean,
-        RotatedDivision,
-        PositiveRoot,
-        PolarFactor,
-        AbsoluteEigh,
-        LU,
-        AbsoluteDivision,
-        SignedDivision,
-        TruncatedCG,
-        Krylov,
-        Neumann,
-        DisplacedNeumann,
-        CurveBall,
-        Apply,
-        LocalRegression,
-        HigherOrder,
-        NewtonSchulz,
-        DenmanBeavers,
-        SvdRoot,
-        HeldRoot,
-    )
-}
+SOLVERS: Registry[type[AnySolver]] = Registry("solver", Solver)
+for _part in (
+    Cholesky,
+    Eigh,
+    NewtonRoot,
+    FactorWoodbury,
+    Rotate,
+    Gram,
+    CG,
+    Division,
+    AxisMean,
+    RotatedDivision,
+    PositiveRoot,
+    PolarFactor,
+    AbsoluteEigh,
+    LU,
+    AbsoluteDivision,
+    SignedDivision,
+    TruncatedCG,
+    Krylov,
+    Neumann,
+    DisplacedNeumann,
+    CurveBall,
+    Apply,
+    LocalRegression,
+    HigherOrder,
+    NewtonSchulz,
+    DenmanBeavers,
+    SvdRoot,
+    HeldRoot,
+):
+    register(_part)
 
 __all__ = [
     "CG",
@@ -69,6 +69,7 @@ __all__ = [
     "AbsoluteDivision",
     "AbsoluteEigh",
     "AdaptiveDamping",
+    "AnySolver",
     "Apply",
     "AxisMean",
     "Cholesky",

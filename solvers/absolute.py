@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,17 +14,19 @@ from gradmaker.linalg.fallbacks import keep_previous
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Elementwise, Factored
 from gradmaker.representations.dense import Dense
-from gradmaker.solvers.base import InverseSolver
+from gradmaker.solvers.base import Ask, InverseSolver
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["LU", "AbsoluteDivision", "AbsoluteEigh", "SignedDivision"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DenseSolver(InverseSolver):
-    needs: ClassVar[type] = Factored
-    definite: ClassVar[bool] = False
+class _DenseSolver(InverseSolver[Factored], Defined[Factored]):
+    @property
+    def asks(self) -> frozenset[Ask]:
+        return frozenset[Ask](("steady",))
 
-    def refuse(self, representation: Any) -> str | None:
+    def refuse(self, representation: Factored) -> str | None:
         if isinstance(representation, Dense):
             return None
         return f"{type(self).__name__} needs the matrix itself, and {type(representation).__name__} holds factors of it"
@@ -42,7 +44,7 @@ class AbsoluteEigh(_DenseSolver):
 
     entries: bool = False
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Factored, state: State, previous: State | None) -> State:
         C = symmetrise(representation.to_dense(state))
         finite = torch.isfinite(C).flatten(1).all(1)
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
@@ -55,18 +57,18 @@ class AbsoluteEigh(_DenseSolver):
             new, default = {"scale": 1 / (_entries(s, Q) + self.damping)}, {"scale": default["scale"]}
         return keep_previous(new, ~(ok & finite), previous, default)
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Factored, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix is held as it is, so that `operator` is no larger."""
         return x, (self.operator(representation, state) @ g.reshape(len(g), -1, 1)).reshape(g.shape)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Factored, state: State) -> Tensor:
         s, Q = torch.linalg.eigh(representation.to_dense(state))
         if self.entries:
             return torch.diag_embed(1 / (((Q * s.abs().unsqueeze(-2)) @ Q.mT).diagonal(dim1=-2, dim2=-1) + self.damping))
         P: Tensor = (Q / (s.abs() + self.damping).unsqueeze(-2)) @ Q.mT
         return P
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
         if self.entries:
             return g * cache["scale"].reshape(g.shape)
         Q = cache["basis"]
@@ -93,7 +95,7 @@ class LU(_DenseSolver):
 
     damping: float = 1.0
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Factored, state: State, previous: State | None) -> State:
         C = representation.to_dense(state)
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
         finite = torch.isfinite(C).flatten(1).all(1)
@@ -102,42 +104,43 @@ class LU(_DenseSolver):
         new, default = {"factors": factors, "pivots": pivots}, {"factors": self.damping * eye, "pivots": order}
         return keep_previous(new, ~finite | (info != 0), previous, default)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Factored, state: State) -> Tensor:
         C = representation.to_dense(state)
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Factored, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return representation.matvec(state, x) + self.damping * x, g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
         x: Tensor = torch.linalg.lu_solve(cache["factors"], cache["pivots"], g.reshape(len(g), -1, 1))
         return x.reshape(g.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DiagonalSolver(InverseSolver):
-    needs: ClassVar[type] = Elementwise
-    definite: ClassVar[bool] = False
+class _DiagonalSolver(InverseSolver[Elementwise], Defined[Elementwise]):
+    @property
+    def asks(self) -> frozenset[Ask]:
+        return frozenset[Ask](("steady",))
 
     @abstractmethod
     def _denominator(self, d: Tensor) -> Tensor:
         """What a gradient is divided by.  # any form"""
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Elementwise, state: State, previous: State | None) -> State:
         new = self._denominator(representation.diagonal(state))
         flat = new.reshape(len(new), -1)
         failed = ~torch.isfinite(flat.sum(1)) | (flat == 0).any(1)
         return keep_previous({"denominator": new}, failed, previous, {"denominator": new.new_tensor(self.damping)})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Elementwise, state: State) -> Tensor:
         d = representation.diagonal(state)
         return torch.diag_embed(1 / self._denominator(d.reshape(d.shape[0], -1)))
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Elementwise, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return x * self._denominator(representation.diagonal(state)), g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Elementwise, cache: State, g: Tensor) -> Tensor:
         return g / cache["denominator"]
 
 

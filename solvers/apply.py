@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Preconditions
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["Apply"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apply(Solver):
+class Apply(Defined[Preconditions]):
     """``P g`` with the ``P`` that was fitted or updated directly.
 
     The cache is a copy of the state, or the state itself where that is applied at once. It is never lost: a representation of
@@ -25,23 +25,21 @@ class Apply(Solver):
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Liu, Nocedal, Math. Programming 1989.
     """
 
-    needs: ClassVar[type] = Preconditions
     implicit: ClassVar[bool] = True
-    definite: ClassVar[bool] = True
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Preconditions, state: State, previous: State | None) -> State:
         if representation.immediate:
             return dict(state)
         return {name: x.clone() for name, x in representation.snapshot(state).items()}
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Preconditions, state: State) -> Tensor:
         P: Tensor = torch.linalg.inv(representation.to_dense(state))
         return P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Preconditions, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``C x = g``."""
         return representation.matvec(state, x), g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Preconditions, cache: State, g: Tensor) -> Tensor:
         P: Tensor = representation.apply(cache, g)
         return P

@@ -4,49 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import Mode, check_choice, check_interval
+from gradmaker.linalg.damping import Mode
 from gradmaker.linalg.definition import along_axes, axis_power
 from gradmaker.linalg.factors import dense
 from gradmaker.linalg.roots import held_roots
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import Summed
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
-from gradmaker.solvers.base import Solver
-from gradmaker.solvers.rooting import Root, rooting
+from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.rooting import Root, Rooter, rooting
 
 __all__ = ["AxisMean"]
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """The factors of a sum as those of a product of which each is raised to ``1/p``."""
-
-    sum: Any
-
-    def factors(self, state: State) -> list[Tensor]:
-        found: list[Tensor] = self.sum.summands(state)
-        return found
-
-    def square_roots(self, state: State) -> list[Tensor]:
-        found: list[Tensor] = self.sum.summand_roots(state)
-        return found
-
-    def unfold(self, g: Tensor) -> Tensor:
-        shaped: Tensor = self.sum.unfold(g)
-        return shaped
-
-    def order(self, factors: int) -> float:
-        p: int = self.sum.passes(factors)
-        return p
-
-
 @dataclass(frozen=True, kw_only=True)
-class AxisMean(Solver):
+class AxisMean(Defined[Summed]):
     """``P G``: ``p`` times ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
 
     ``root`` says how factors are rooted, ``svd`` those that are held by their square roots; ``mode`` damps in other units, see
@@ -55,9 +33,6 @@ class AxisMean(Solver):
 
     Reference: Duvvuri et al., ICLR 2024, algorithm 1 (``p = 2``); the factors 1/2, which its code leaves to grafting, are kept.
     """
-
-    needs: ClassVar[type] = Summed
-    definite: ClassVar[bool] = True
 
     damping: float = 1e-6
     root: Root = "eigh"
@@ -76,39 +51,40 @@ class AxisMean(Solver):
     def accuracy(self) -> float:
         return self._rooter().accuracy
 
-    def _rooter(self) -> Solver:
+    def _rooter(self) -> Rooter:
         return rooting(self.root, self.damping, mode=self.mode)
 
-    def refuse(self, representation: Any) -> str | None:
+    def refuse(self, representation: Summed) -> str | None:
         if self.root == "svd" and not representation.square_roots:
             return "AxisMean with root='svd' takes factors that are held by their square roots: give KronSum square_roots=True"
-        return self._rooter().refuse(_Factors(representation))
+        return self._rooter().refuse_order(representation.passes(1))
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        return self._rooter().prepare(_Factors(representation), state, previous)
+    def prepare(self, representation: Summed, state: State, previous: State | None) -> State:
+        held = representation.summand_roots(state) if self.root == "svd" else representation.summands(state)
+        return self._rooter().prepare_factors(held, representation.passes(len(held)), previous)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Summed, state: State) -> Tensor:
         roots, p = self._roots(representation, state)
         out: Tensor = torch.linalg.matrix_power(dense_mean([dense(X) for X in roots]), p)
         return out
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Summed, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         roots, p = self._roots(representation, state)
-        out: Tensor = representation.unfold(g)
+        out = representation.unfold(g)
         for _ in range(p):
             terms = [along_axes([*[None] * k, X], out) for k, X in enumerate(roots)]
             out = torch.stack(terms).mean(0)
         return x, out.reshape(g.shape)
 
-    def _roots(self, representation: Any, state: State) -> tuple[list[Tensor], int]:
+    def _roots(self, representation: Summed, state: State) -> tuple[list[Tensor], int]:
         """``X_k`` from the definition, and ``p``."""
         factors = representation.summands(state)
-        p: int = representation.passes(len(factors))
+        p = representation.passes(len(factors))
         return [axis_power(F, self.damping, -1 / (2 * p), self.mode) for F in factors], p
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Summed, cache: State, g: Tensor) -> Tensor:
         roots = held_roots(cache)
-        out: Tensor = representation.unfold(g)
+        out = representation.unfold(g)
         for _ in range(representation.passes(len(roots))):
             out = axis_mean(roots, out)
         return out.reshape(g.shape)

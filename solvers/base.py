@@ -3,111 +3,110 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, Literal, NoReturn, TypeAlias, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval, damp
-from gradmaker.linalg.definition import along_axes
+from gradmaker.linalg.damping import damp
 from gradmaker.linalg.factors import dense
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
+from gradmaker.representations.capabilities import Multiplies
 
-__all__ = ["InverseSolver", "PowerSolver", "Solver", "kronecker_of", "spectral_power"]
+__all__ = ["AnySolver", "Ask", "InverseSolver", "Needed", "PowerSolver", "Solver", "spectral_power"]
 
 
-class Solver(ABC):
+Ask: TypeAlias = Literal["definite", "steady", "squares", "factors", "search"]
+"""``C`` is positive semidefinite; it is one and the same matrix throughout `Solver.solve`; auxiliary statistics, by their names
+in `Curvature.auxiliary`; the loss and its gradient at displaced weights, for which a batch can be declared."""
+
+Needed = TypeVar("Needed", bound=Multiplies, contravariant=True)
+"""The capability that a solver needs. A solver of less serves a representation of more."""
+
+
+class Solver(ABC, Generic[Needed]):
     """Turns a statistic into a preconditioned gradient: `prepare` now and then, `solve` at every step.
 
-    Subclasses are frozen dataclasses. Neither method writes to ``state``. Every tensor of a cache leads with the stack axis.
+    Subclasses are frozen dataclasses of ``Solver[Capability]``. No method writes to ``state``. Every tensor of a cache leads
+    with the stack axis. What a check may use besides `operator` is in `gradmaker.solvers.definition`.
     """
 
     needs: ClassVar[type]
-    """The capability protocol that a representation must have."""
-    definite: ClassVar[bool] = True
-    """Whether ``C`` has to be positive semidefinite."""
+    """The capability, a runtime-checkable protocol: the argument in ``Solver[Capability]``."""
 
-    steady: ClassVar[bool] = True
-    """Whether ``C`` has to be one and the same matrix throughout `solve`."""
-    linear: ClassVar[bool] = True
-    """Whether `solve` is linear: ``P`` does not depend on the gradient that it is applied to."""
-    implicit: ClassVar[bool] = False
-    """Whether `equation` multiplies ``x``, so that it holds up to the rounding of ``x`` times a condition number."""
-    rounds_to_limit: ClassVar[int] = 1
-    """Solves of one gradient after which a `limit` is reached."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this solver, with the reason and a way out: `custom` refuses them."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Read `needs` off the bases. TypeError where they say none, two, or one that cannot be checked."""
+        super().__init_subclass__(**options)
+        arguments = {each for base in cls.__dict__.get("__orig_bases__", ()) if _solves(base) for each in get_args(base)}
+        given = [each for each in arguments if not isinstance(each, TypeVar)]
+        if len(given) > 1 or (not arguments and not hasattr(cls, "needs")):
+            said = ", ".join(sorted(each.__name__ for each in given)) or "none"
+            raise TypeError(
+                f"{cls.__name__}: its bases name {said} as the capability that it needs; name one, as in "
+                f"class {cls.__name__}(Solver[Multiplies])"
+            )
+        if given:
+            cls.needs = _checkable(cls.__name__, given[0])
+
+    @property
+    def asks(self) -> frozenset[Ask]:
+        """What it takes for granted of ``C``, and what it makes use of beside ``C``."""
+        return frozenset[Ask](("definite", "steady"))
 
     @property
     def exponent(self) -> float:
         """The power of ``C`` that `solve` applies: -1, -1/2, ..."""
         return -1.0
 
-    @property
-    def accuracy(self) -> float:
-        """Relative error of ``P g`` at which its own stopping rule may end; 0 without one."""
-        return 0.0
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """What it makes use of beside ``C``: names as in `Curvature.auxiliary`."""
-        return frozenset()
-
-    @property
-    def searches(self) -> bool:
-        """Whether it evaluates the loss and its gradient at displaced weights, for which a batch can be declared."""
-        return False
-
-    def refuse(self, representation: Any) -> str | None:
+    def refuse(self, representation: Needed) -> str | None:
         """Why this very solver cannot serve a representation that has the capability; None if it can."""
         return None
 
     @abstractmethod
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Needed, state: State, previous: State | None) -> State:
         """Factorise, root or invert. ``previous`` is the last cache: what a failed block falls back to."""
 
     @abstractmethod
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Needed, cache: State, g: Tensor) -> Tensor:
         """``P g``.  # (B, *shape)"""
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    @abstractmethod
+    def operator(self, representation: Needed, state: State) -> Tensor:
         """``P`` itself, formed from the definition with dense matrices: what `prepare` and `solve` are checked against.
-
-        That of `axes`, unless it is overridden.
 
         state: in float64  # (B, P, P)
         """
-        axes = self.axes(representation, state)
-        if axes is None:
-            raise NotImplementedError(f"{type(self).__name__} defines neither operator nor axes")
-        P: Tensor = representation.widen(state, kronecker_of([dense(X) for X in axes]))
-        return P
 
-    def axes(self, representation: Any, state: State) -> list[Tensor] | None:
-        """The factors of ``P`` on the axes of an unfolded gradient, from the definition; None where it has none.
 
-        state: in float64  # each (B, d, d), (B, d) or tiled
-        """
-        return None
+AnySolver: TypeAlias = Solver[NoReturn]
+"""A solver, whatever it needs: what it can be given is known once a `Triple` has checked it."""
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Two sides that are equal where ``x = P g``, for blocks that are too large for `operator`; None: there are none.
 
-        state, g, x: in float64  # -> any shape, twice
-        """
-        axes = self.axes(representation, state)
-        return None if axes is None else (x, along_axes(axes, representation.unfold(g)).reshape(g.shape))
+def _solves(base: object) -> bool:
+    """Whether a base, as it is written, is a solver of a named capability."""
+    origin = get_origin(base)
+    return isinstance(origin, type) and issubclass(origin, Solver)
 
-    def limit(self) -> Solver:
-        """Itself, with options under which a few steps from nothing reach what `operator` and `equation` say."""
-        return self
+
+def _checkable(name: str, capability: type) -> type:
+    """The capability. TypeError unless `isinstance` can tell who has it."""
+    try:
+        isinstance(None, capability)
+    except TypeError:
+        raise TypeError(
+            f"{name} needs {capability}, which isinstance cannot check: decorate it with @runtime_checkable"
+        ) from None
+    return capability
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseSolver(Solver):
+class InverseSolver(Solver[Needed]):
     """Options of the solvers of ``(C + damping I)^-1``."""
 
     undamped: ClassVar[bool] = False
@@ -120,7 +119,7 @@ class InverseSolver(Solver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerSolver(InverseSolver):
+class PowerSolver(InverseSolver[Needed]):
     """Options of the solvers of any negative power of ``C``."""
 
     undamped: ClassVar[bool] = True
@@ -142,12 +141,3 @@ def spectral_power(C: Tensor, damping: float | Tensor, exponent: float, mode: st
     powered: Tensor = damp(s.clamp(min=0), damping, mode) ** exponent
     result: Tensor = (Q * powered.unsqueeze(-2)) @ Q.mT
     return result
-
-
-def kronecker_of(matrices: Sequence[Tensor]) -> Tensor:
-    """``X_1 (x) X_2 (x) ...``, formed.  # each (B, d, d) -> (B, P, P)"""
-    out, *rest = matrices
-    for X in rest:
-        size = out.shape[-1] * X.shape[-1]
-        out = torch.einsum("bij,bkl->bikjl", out, X).reshape(-1, size, size)
-    return out

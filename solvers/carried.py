@@ -1,20 +1,19 @@
-"""What iterative solvers share: a cache that goes on from step to step, and inner products in double precision."""
+"""What iterative solvers share: caches that go on from step to step, and results that are finite."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradmaker.linalg.state import State
+from gradmaker.representations.capabilities import Multiplies
 
-__all__ = ["carry", "dot", "keep_finite"]
+__all__ = ["carry", "keep_finite"]
 
 
-def carry(representation: Any, state: State, previous: State | None, initial: State) -> State:
+def carry(representation: Multiplies, state: State, previous: State | None, initial: State) -> State:
     """The cache of an iterative solver: the product of this step, and tensors of its own that the last step has left."""
-    cache: State = representation.snapshot(state)
+    cache = representation.snapshot(state)
     for name, value in {**initial, "failures": torch.zeros(1, dtype=torch.int64, device=value_device(state))}.items():
         cache[name] = value if previous is None else previous[name]
     return cache
@@ -23,11 +22,6 @@ def carry(representation: Any, state: State, previous: State | None, initial: St
 def value_device(state: State) -> torch.device:
     """Where a state lies."""
     return next(iter(state.values())).device
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """``<a, b>`` in double precision: squares of small gradients would underflow.  # ()"""
-    return torch.dot(a.double().reshape(-1), b.double().reshape(-1))
 
 
 def keep_finite(cache: State, value: Tensor, fallback: Tensor) -> Tensor:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_choice, equal_ridges, pi_ridges
+from gradmaker.linalg.damping import equal_ridges, pi_ridges
 from gradmaker.linalg.definition import axis_power, balanced_ridges
 from gradmaker.linalg.diagnosis import diagnose, estimate_largest
 from gradmaker.linalg.eigen import add_ridge, symmetrise
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
 from gradmaker.linalg.roots import InverseRoot, apply_roots, integer_root, keep_roots, residual
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import InverseSolver
+from gradmaker.solvers.definition import DefinedByAxes
 
 __all__ = ["Cholesky", "CholeskyInverse"]
 
@@ -42,7 +44,7 @@ class _Described(CholeskyInverse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cholesky(InverseSolver):
+class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored]):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
     ``split`` says how ``damping`` becomes the ridges ``r``: see `gradmaker.linalg.damping`. A block that fails before it ever
@@ -51,8 +53,6 @@ class Cholesky(InverseSolver):
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, sections 4.2 and 6.3.
     """
 
-    needs: ClassVar[type] = Factored
-    definite: ClassVar[bool] = True
     undamped: ClassVar[bool] = True
 
     split: Literal["pi", "each"] = "pi"
@@ -61,12 +61,12 @@ class Cholesky(InverseSolver):
         super().__post_init__()
         check_choice("split", self.split, ("pi", "each"))
 
-    def refuse(self, representation: Any) -> str | None:
+    def refuse(self, representation: Factored) -> str | None:
         if representation.order(2) == 1:
             return None
         return f"Cholesky inverts, and {type(representation).__name__} needs a root of every factor: use NewtonRoot or Eigh"
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Factored, state: State, previous: State | None) -> State:
         factors = scalars(representation.factors(state))
         p = integer_root(self.exponent, representation.order(len(factors)))
         if p != 1:
@@ -83,12 +83,12 @@ class Cholesky(InverseSolver):
             return pi_ridges(factors, self.damping ** (1 / len(factors)))
         return equal_ridges(factors, self.damping)
 
-    def axes(self, representation: Any, state: State) -> list[Tensor]:
+    def axes(self, representation: Factored, state: State) -> list[Tensor]:
         factors = representation.factors(state)
         if self.split == "each":
             return [axis_power(F, self.damping, -1.0) for F in factors]
         ridges = balanced_ridges(factors, self.damping ** (1 / len(factors)))
         return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, ridges, strict=True)]
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        return apply_roots(representation, cache, g)
+    def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(cache, representation.unfold(g)).reshape(g.shape)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
 from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.capabilities import Multiplies
 from gradmaker.solvers.base import InverseSolver, spectral_power
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["CG"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(InverseSolver):
+class CG(InverseSolver[Multiplies], Defined[Multiplies]):
     """``(C + damping I) x = g`` by conjugate gradients from ``x = 0``, each member of the stack stopped by itself.
 
     Stops at ``|r| <= tolerance |g|``, or where the curvature along the search direction is not positive. The cache is a copy of
@@ -28,9 +30,7 @@ class CG(InverseSolver):
     Reference: Hestenes, Stiefel 1952; Martens, ICML 2010, section 4 (Hessian-free optimization).
     """
 
-    needs: ClassVar[type] = Multiplies
     implicit: ClassVar[bool] = True
-    definite: ClassVar[bool] = True
 
     iterations: int = 100
     tolerance: float = 1e-10
@@ -40,7 +40,7 @@ class CG(InverseSolver):
         check_interval("iterations", self.iterations, 1, inf, closed=True)
         check_interval("tolerance", self.tolerance, 0, 1)
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Multiplies, state: State, previous: State | None) -> State:
         finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
         cache: State = representation.snapshot(state)
         nothing = {name: x.new_zeros(()) for name, x in cache.items()}
@@ -49,34 +49,29 @@ class CG(InverseSolver):
         cache.update(keep_previous(dict(cache), ~finite, before, nothing))
         return cache
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Multiplies, state: State) -> Tensor:
         return spectral_power(representation.to_dense(state), self.damping, -1.0)
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Multiplies, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return representation.matvec(state, x) + self.damping * x, g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Multiplies, cache: State, g: Tensor) -> Tensor:
         size = g.abs().amax(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g.abs()
         size = torch.where(size > 0, size, 1.0)  # squares of small gradients would underflow
         x, r, p = torch.zeros_like(g), g / size, g / size
-        rr = _dot(r, r)
+        rr = member_dots(r, r)
         goal = rr * self.tolerance**2
         active = rr > goal
         for _ in range(self.iterations):
             if g.device.type == "cpu" and not bool(active.any()):  # elsewhere the test would wait for the device
                 break
             Cp = representation.matvec(cache, p) + self.damping * p
-            curvature = _dot(p, Cp)
+            curvature = member_dots(p, Cp)
             active = active & (curvature > 0)
             step = torch.where(active, rr / curvature, 0.0)
             x, r = x + step * p, r - step * Cp
-            rr_new = _dot(r, r)
+            rr_new = member_dots(r, r)
             active = active & (rr_new > goal)
             p = r + torch.where(active, rr_new / rr, 0.0) * p
             rr = rr_new
         return x * size
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of the members, ready to broadcast.  # (B, *shape) -> (B, 1, ...)"""
-    return (a * b).reshape(a.shape[0], -1).sum(1).view(-1, *[1] * (a.ndim - 1))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.inner_products import double_dot
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.implicit import MatrixFree
-from gradmaker.solvers.base import Solver
-from gradmaker.solvers.carried import carry, dot
+from gradmaker.solvers.carried import carry
+from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
 
 __all__ = ["CurveBall"]
@@ -22,7 +23,7 @@ _RATE = 0.999**5
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveBall(Solver):
+class CurveBall(Defined[MatrixFree]):
     """``P g = -z``, ``z <- rho z - beta (A z + g)``, ``A = C + lambda I``: a step to ``-A^-1 g`` from where the last ended.
 
     ``rho`` and ``beta`` None are those that minimise ``z^T A z / 2 + g^T z`` over the plane of ``z`` and ``A z + g``. Every
@@ -32,8 +33,6 @@ class CurveBall(Solver):
     authors' code.
     """
 
-    needs: ClassVar[type] = MatrixFree
-    definite: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     rounds_to_limit: ClassVar[int] = 40
 
@@ -52,24 +51,24 @@ class CurveBall(Solver):
             check_interval("rho", self.rho, 0, 1 + 1e-12, closed=True)
             check_interval("beta", self.beta, 0, inf)
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: MatrixFree, state: State, previous: State | None) -> State:
         zero = representation.origin(state)
         count = torch.zeros(1, dtype=torch.int64, device=zero.device)
         return carry(representation, state, previous, {"z": zero, "damping": zero[:, 0] + self.damping, "count": count})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: MatrixFree, state: State) -> Tensor:
         """The fixed point, at the initial damping."""
         C = representation.to_dense(state)
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: MatrixFree, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return representation.matvec(state, x) + self.damping * x, g
 
     def limit(self) -> CurveBall:
         return replace(self, rho=None, beta=None, adapt=None)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         z, damping = cache["z"], cache["damping"]
         Az = representation.matvec(cache, z) + damping * z
         delta = Az + g
@@ -87,12 +86,12 @@ class CurveBall(Solver):
             cache["damping"] = self._adapted(self.adapt, representation, cache, g)
         return -cache["z"]
 
-    def _adapted(self, rule: LevenbergMarquardt, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def _adapted(self, rule: LevenbergMarquardt, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         z = cache["z"]
         now, then = (representation.loss_at(cache, d) for d in (torch.zeros_like(z), z))
         if now is None or then is None:
             return cache["damping"]
-        predicted = dot(z, representation.matvec(cache, z) + cache["damping"] * z) / 2 + dot(z, g)
+        predicted = double_dot(z, representation.matvec(cache, z) + cache["damping"] * z) / 2 + double_dot(z, g)
         return rule.adapt(cache["damping"], (then - now).double(), predicted)
 
 
@@ -102,9 +101,9 @@ def _best(g: Tensor, z: Tensor, delta: Tensor, Az: Tensor, A_delta: Tensor) -> t
     Directions of length one, or the smaller would be rounded away.
     """
     a, b = (torch.where(v.any(), v.norm(), 1.0) for v in (delta, z))
-    cross = dot(z / b, A_delta / a)
-    M = torch.stack([dot(delta / a, A_delta / a), cross, cross, dot(z / b, Az / b)]).reshape(2, 2)
-    right = torch.stack([dot(g, delta / a), dot(g, z / b)])
+    cross = double_dot(z / b, A_delta / a)
+    M = torch.stack([double_dot(delta / a, A_delta / a), cross, cross, double_dot(z / b, Az / b)]).reshape(2, 2)
+    right = torch.stack([double_dot(g, delta / a), double_dot(g, z / b)])
     if not torch.isfinite(M).all():
         return torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)
     first, second = torch.linalg.pinv(M, rtol=1e-12, hermitian=True) @ right

@@ -8,7 +8,7 @@ from math import ceil, log2, sqrt
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import Iterate, compose, converge
+from gradmaker.linalg.coupled_iteration import Iterate, compose, converge
 from gradmaker.linalg.eigen import symmetrise
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot
 from gradmaker.solvers.newton_schulz import binary_root

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.position import Placed
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import Ask
 from gradmaker.solvers.carried import carry
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["DisplacedNeumann"]
 
@@ -22,7 +23,7 @@ NEAR = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class DisplacedNeumann(Solver):
+class DisplacedNeumann(Defined[Placed]):
     """``P g = d - mu m / rate`` with ``m <- mu m - rate d``: a step of the learning rate ``rate`` moves by ``mu m - rate d``.
 
     ``grad f(w + rate m) = g + rate H m`` to first order, so that gradients at weights that ``m`` has displaced add up to the
@@ -39,8 +40,6 @@ class DisplacedNeumann(Solver):
     the periods begin, is not said there.
     """
 
-    needs: ClassVar[type] = Placed
-    definite: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
     rate: float = 0.1
@@ -61,22 +60,26 @@ class DisplacedNeumann(Solver):
         check_interval("period", self.period, 1, inf, closed=True)
         check_interval("plain", self.plain, 0, inf, closed=True)
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    @property
+    def asks(self) -> frozenset[Ask]:
+        return frozenset[Ask](("steady",))
+
+    def prepare(self, representation: Placed, state: State, previous: State | None) -> State:
         w = representation.weights(state)
         count = torch.zeros(1, dtype=torch.int64, device=w.device)
         initial = {"m": torch.zeros_like(w), "average": w.clone(), "mu": w.new_zeros(1), "count": count}
         return carry(representation, state, previous, {**initial, "reset": count.clone(), "period": count + self.period})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Placed, state: State) -> Tensor:
         """Of the first step, which is a reset: ``(1 + mu_1) I``."""
         P: Tensor = (1.0 if self.plain else 1 + min(self.peak, 0.5)) * representation.to_dense(state)
         return P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Placed, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of the first step."""
         return x, (1.0 if self.plain else 1 + min(self.peak, 0.5)) * g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Placed, cache: State, g: Tensor) -> Tensor:
         w, t = representation.weights(cache), cache["count"] + 1 - self.plain
         begun, reset = t >= 1, t - 1 == cache["reset"]
         cache["average"] = torch.where(t > 1, w + self.average * (cache["average"] - w), w)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from gradmaker.linalg.fallbacks import keep_previous
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Elementwise
 from gradmaker.solvers.base import PowerSolver
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["Division"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division(PowerSolver):
+class Division(PowerSolver[Elementwise], Defined[Elementwise]):
     """``P g = g / (d^|power| + damping)``: the damping is added after the root, as Adam and AdaGrad do.
 
     A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
@@ -25,26 +26,24 @@ class Division(PowerSolver):
     Reference: Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1; Duchi, Hazan, Singer, JMLR 2011, figure 1.
     """
 
-    needs: ClassVar[type] = Elementwise
-    definite: ClassVar[bool] = True
     undamped: ClassVar[bool] = False
 
     damping: float = 1e-8
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Elementwise, state: State, previous: State | None) -> State:
         d = representation.diagonal(state)
         root = d.clamp(min=0)
         denominator = (root.sqrt_() if self.power == -0.5 else root.pow_(abs(self.power))).add_(self.damping)
         failed = ~torch.isfinite(denominator.reshape(d.shape[0], -1).sum(1))  # one pass; a mask of the elements takes three
         return keep_previous({"denominator": denominator}, failed, previous, {"denominator": d.new_tensor(self.damping)})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Elementwise, state: State) -> Tensor:
         d = representation.diagonal(state)
         d = d.reshape(d.shape[0], -1)
         return torch.diag_embed(1 / (d ** abs(self.power) + self.damping))
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Elementwise, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return x * (representation.diagonal(state) ** abs(self.power) + self.damping), g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Elementwise, cache: State, g: Tensor) -> Tensor:
         return g / cache["denominator"]

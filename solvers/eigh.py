@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, check_choice, damp, pi_ridges, ridge_unit
+from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, damp, pi_ridges, ridge_unit
 from gradmaker.linalg.definition import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.linalg.eigen import decompose, is_definite
-from gradmaker.linalg.factors import conjugate, identity, transpose
+from gradmaker.linalg.factors import conjugate, dense, identity, transpose
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import Factored
-from gradmaker.representations.kronecker import apply_factors
-from gradmaker.solvers.base import PowerSolver, spectral_power
+from gradmaker.solvers.base import spectral_power
+from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.factor_solver import FactorSolver
 
 __all__ = ["Decomposition", "Eigh"]
 
@@ -41,7 +44,7 @@ class Decomposition(Factorisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigh(PowerSolver):
+class Eigh(FactorSolver[Factored], Defined[Factored]):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
     - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step; here
@@ -55,9 +58,6 @@ class Eigh(PowerSolver):
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3; Gupta, Koren, Singer 2018, arXiv:1802.09568.
     """
 
-    needs: ClassVar[type] = Factored
-    definite: ClassVar[bool] = True
-
     split: Split = "exact"
     mode: Mode = "absolute"
     placement: Placement = "before"
@@ -68,9 +68,12 @@ class Eigh(PowerSolver):
         check_choice("mode", self.mode, RIDGES if self.split == "pi" else get_args(Mode))
         check_choice("placement", self.placement, get_args(Placement) if self.split == "exact" else ("before",))
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        factors = scalars(representation.factors(state))
-        order = representation.order(len(factors))
+    def prepare(self, representation: Factored, state: State, previous: State | None) -> State:
+        factors = representation.factors(state)
+        return self.prepare_factors(factors, representation.order(len(factors)), previous)
+
+    def prepare_factors(self, held: Sequence[Tensor], order: float, previous: State | None) -> State:
+        factors = scalars(held)
         results, failed, retries = factorise(Decomposition(), factors, [F.new_zeros(F.shape[:1]) for F in factors])
         power = -1.0 if self.placement == "after" else self.power
         gain = self.damping**power if self.mode == "absolute" and self.damping else 1.0
@@ -118,17 +121,16 @@ class Eigh(PowerSolver):
         default["diagnosis"] = unknown(new["diagnosis"])
         return keep_previous(new, _add_infinite(failed, [new["scale"]]), previous, default, is_empty(factors))
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Factored, state: State) -> Tensor:
         if self.split == "exact":
             C, power = representation.to_dense(state), self.power
             if self.placement == "after":
                 C, power = spectral_power(C, 0.0, -power), -1.0
             return spectral_power(C, self.damping, power, self.mode)
-        return super().operator(representation, state)
+        return representation.widen(state, kronecker_product([dense(X) for X in self._axes(representation, state)]))
 
-    def axes(self, representation: Any, state: State) -> list[Tensor] | None:
-        if self.split == "exact":
-            return None
+    def _axes(self, representation: Factored, state: State) -> list[Tensor]:
+        """The factors of ``P``, where it is a product."""
         factors = representation.factors(state)
         order = representation.order(len(factors))
         if self.split == "each":
@@ -136,9 +138,9 @@ class Eigh(PowerSolver):
         ridges = self._damped(factors, [axis_spectrum(F)[0] for F in factors], order)[1]
         return [axis_power(F, r.unsqueeze(-1), self.power / order) for F, r in zip(factors, ridges, strict=True)]
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def equation(self, representation: Factored, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.split != "exact":
-            return super().equation(representation, state, g, x)
+            return x, along_axes(self._axes(representation, state), representation.unfold(g)).reshape(g.shape)
         factors = representation.factors(state)
         spectra, bases = zip(*map(axis_spectrum, factors), strict=True)
         C, power = outer(spectra) ** (1 / representation.order(len(factors))), self.power
@@ -149,9 +151,9 @@ class Eigh(PowerSolver):
         scaled = rotated * scale.reshape(*scale.shape, *[1] * (rotated.ndim - scale.ndim))
         return x, along_axes(bases, scaled).reshape(g.shape)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
         if self.split != "exact":
-            return apply_roots(representation, cache, g)
+            return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
         bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for a diagonal axis
         rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
         scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,17 +11,18 @@ from torch import Tensor
 from gradmaker.linalg.damping import average_trace
 from gradmaker.linalg.definition import axis_power, balanced_ridges
 from gradmaker.linalg.fallbacks import keep_previous, scalars, try_all
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import RowFactored
-from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
+from gradmaker.solvers.definition import DefinedByAxes
 
 __all__ = ["FactorWoodbury"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorWoodbury(InverseSolver):
+class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored]):
     """``P = (B + r_B I)^-1 (x) (A + r_A I)^-1`` with ``(X^T X + r I)^-1 = (I - X^T (r I + X X^T)^-1 X) / r``.
 
     The matrix that is inverted has the rows' number, not the columns'; a factor that is given whole is inverted by `Cholesky`'s
@@ -33,10 +33,7 @@ class FactorWoodbury(InverseSolver):
     Reference: Tang et al., CVPR 2021 (SKFAC); ridges: Martens, Grosse, ICML 2015, arXiv:1503.05671, section 6.3.
     """
 
-    needs: ClassVar[type] = RowFactored
-    definite: ClassVar[bool] = True
-
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: RowFactored, state: State, previous: State | None) -> State:
         new: State = {}
         default: State = {}
         failures = []
@@ -58,7 +55,7 @@ class FactorWoodbury(InverseSolver):
             return unit if x.ndim == 2 else torch.diag(unit)
         return x.new_tensor(1 / gain if name == "ridge" else 0.0)
 
-    def _ridges(self, representation: Any, state: State) -> list[Tensor]:
+    def _ridges(self, representation: RowFactored, state: State) -> list[Tensor]:
         """As `pi_ridges` of the factors, which need not be formed.  # each (B,)"""
         traces = []
         for k, X in enumerate(representation.rows(state)):
@@ -67,12 +64,12 @@ class FactorWoodbury(InverseSolver):
         usable = (torch.isfinite(t) & (t > 0)).all(0)
         return list(torch.where(usable, t / t.log().mean(0).exp(), 1.0) * self.damping**0.5)
 
-    def axes(self, representation: Any, state: State) -> list[Tensor]:
+    def axes(self, representation: RowFactored, state: State) -> list[Tensor]:
         factors = [representation.factor(state, k) for k in range(2)]
         ridges = balanced_ridges(factors, self.damping**0.5)
         return [axis_power(F, r.unsqueeze(-1), -1.0) for F, r in zip(factors, ridges, strict=True)]
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: RowFactored, cache: State, g: Tensor) -> Tensor:
         rows, columns = (_apply(cache, k) for k in range(2))
         return columns(rows(representation.unfold(g)).mT).mT.reshape(g.shape)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import Placement, check_choice, check_interval
+from gradmaker.linalg.damping import Placement
 from gradmaker.linalg.fallbacks import count_failures, try_all
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
-from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import CholeskyInverse
+from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.eigh import Decomposition
 
 __all__ = ["Gram", "Tail"]
@@ -33,7 +34,7 @@ first: two products more with them, and two with their transpose."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gram(Solver):
+class Gram(Defined[LowRank]):
     """``P g = t g + J^T M J g`` with a small symmetric ``M`` from ``K = J J^T = V S V^T``, by the products of `LowRank` alone.
 
     With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is what is left of ``g`` outside of the rows.
@@ -54,9 +55,6 @@ class Gram(Solver):
     Reference: Ren & Goldfarb 2019, arXiv:1906.02353, section 3; Agarwal et al., ICML 2019, arXiv:1806.02958, section 2.
     """
 
-    needs: ClassVar[type] = LowRank
-    definite: ClassVar[bool] = True
-
     power: float = -1.0
     damping: float = 1e-3
     tail: Tail = "eps"
@@ -66,19 +64,17 @@ class Gram(Solver):
 
     def __post_init__(self) -> None:
         if self.power not in (-1.0, -0.5):
-            raise ValueError(f"power = {self.power!r}: legal are -1, -0.5")
+            raise ValueError(f"power={self.power!r}: expected -1, -0.5")
         check_choice("tail", self.tail, get_args(Tail))
         check_interval("damping", self.damping, 0, inf, closed=self.tail != "eps" and not self.scale_preserving)
         if self.tail == "sigma_min" and self.power != -0.5:
-            raise ValueError("tail = 'sigma_min': legal with power = -0.5")
+            raise ValueError("tail='sigma_min': expected power=-0.5")
         check_choice("placement", self.placement, get_args(Placement))
         check_choice("mode", self.mode, ("absolute", "largest"))
         if self.placement == "before" and not (self.power == -0.5 and self.tail == "eps"):
-            raise ValueError(
-                "placement = 'before': legal with power = -0.5 and tail = 'eps', where there is a root that is damped"
-            )
+            raise ValueError("placement='before': expected power=-0.5 and tail='eps', where there is a root that is damped")
         if self.mode == "largest" and (self.tail != "eps" or self.scale_preserving):
-            raise ValueError("mode = 'largest': legal with tail = 'eps', and without scale_preserving")
+            raise ValueError("mode='largest': expected tail='eps', without scale_preserving")
 
     @property
     def exponent(self) -> float:
@@ -89,12 +85,12 @@ class Gram(Solver):
         """Whether no spectrum is needed."""
         return self.power == -1 and self.tail == "eps" and self.mode == "absolute"
 
-    def refuse(self, representation: Any) -> str | None:
+    def refuse(self, representation: LowRank) -> str | None:
         if not _samples(representation) or self._direct:
             return None
         return "Gram cannot root what is sampled by coordinates: use power=-1 with tail='eps' and mode='absolute'"
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: LowRank, state: State, previous: State | None) -> State:
         K = representation.gram(state).double()
         new, failed = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
@@ -113,7 +109,7 @@ class Gram(Solver):
             return 1.0
         return self.damping**-0.5 if self.placement == "before" else 1 / self.damping
 
-    def _roundoff(self, representation: Any, state: State) -> float | None:
+    def _roundoff(self, representation: LowRank, state: State) -> float | None:
         """Of products with the rows; None where they are not to fit a gradient.
 
         By some coordinates of the rows a gradient may be fitted with rows that are far larger than it elsewhere.
@@ -159,7 +155,7 @@ class Gram(Solver):
             return values, sigma.new_zeros(sigma.shape[:1])
         return values, 1 / torch.where(kept, sigma, inf).amin(-1)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: LowRank, state: State) -> Tensor:
         unit = self.damping if self.scale_preserving else 1.0
         if self._direct:
             C = representation.to_dense(state)
@@ -174,7 +170,7 @@ class Gram(Solver):
         P: Tensor = (Vh.mT * entries.unsqueeze(-2)) @ Vh + tail[:, None, None] * eye
         return unit * P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: LowRank, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         unit = self.damping if self.scale_preserving else 1.0
         s, V = torch.linalg.eigh(representation.gram(state))
         sigma = s.clamp(min=0).sqrt()
@@ -184,7 +180,7 @@ class Gram(Solver):
         z = V @ (inner * (V.mT @ representation.project(state, g).unsqueeze(-1)))
         return x, unit * (representation.combine(state, z.squeeze(-1)) + tail.view(-1, *[1] * (g.ndim - 1)) * g)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: LowRank, cache: State, g: Tensor) -> Tensor:
         def through(middle: str, z: Tensor) -> Tensor:
             weights = (cache[middle] @ z).squeeze(-1)
             spanned: Tensor = representation.combine(cache, weights.to(g.dtype)).to(g.dtype)
@@ -209,7 +205,7 @@ class Gram(Solver):
         return torch.addcmul(spanned, cache["gain"].to(g.dtype).view(-1, *[1] * (g.ndim - 1)), rest)
 
 
-def _samples(representation: Any) -> bool:
+def _samples(representation: LowRank) -> bool:
     """Whether products with rows are those of some coordinates."""
     return getattr(representation, "coordinates", None) is not None
 

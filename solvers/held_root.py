@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,13 +11,14 @@ from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.roots import apply_roots, held_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rooted
-from gradmaker.solvers.base import Solver, spectral_power
+from gradmaker.solvers.base import spectral_power
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["HeldRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldRoot(Solver):
+class HeldRoot(Defined[Rooted]):
     """``C^(-1/2) g = g x_1 X_1 x_2 X_2 ...`` with the ``X_k`` that the representation holds.
 
     The cache is a copy of them. Damping, refreshes and failures are the representation's.
@@ -25,25 +26,23 @@ class HeldRoot(Solver):
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5.
     """
 
-    needs: ClassVar[type] = Rooted
     implicit: ClassVar[bool] = True
-    definite: ClassVar[bool] = True
 
     @property
     def exponent(self) -> float:
         return -0.5
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Rooted, state: State, previous: State | None) -> State:
         return {name: x.clone() for name, x in representation.rooted(state).items()}
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Rooted, state: State) -> Tensor:
         C: Tensor = representation.to_dense(state)
         return spectral_power((C + C.mT) / 2, 0.0, self.exponent)
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Rooted, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``P C x = g``."""
         roots = held_roots(representation.rooted(state))
         return along_axes(roots, representation.unfold(representation.matvec(state, x))).reshape(g.shape), g
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        return apply_roots(representation, cache, g)
+    def solve(self, representation: Rooted, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(cache, representation.unfold(g)).reshape(g.shape)

@@ -9,9 +9,9 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import Iterate, converge
-from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.coupled_iteration import Iterate, converge
 from gradmaker.linalg.eigen import symmetrise
+from gradmaker.options.checks import check_interval
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot, fraction
 
 __all__ = ["HigherOrder", "coupled_series"]

@@ -5,23 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_choice, check_interval
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.implicit import MatrixFree
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.base import Ask
 from gradmaker.solvers.carried import carry, keep_finite
-from gradmaker.solvers.quasi_newton import minimise
+from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.quasi_newton import minimise_bfgs
 
 __all__ = ["Krylov"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Krylov(Solver):
+class Krylov(Defined[MatrixFree]):
     """``P g = -V^T a`` with orthonormal rows ``V`` (K, P) and ``a`` the least of a model, or of the loss, in their span.
 
     ``v_1`` is ``D^-1 g``, ``v_(k+1)`` is ``D^-1 C v_k`` made orthogonal to all before it, twice, and the last is the previous
@@ -40,8 +41,6 @@ class Krylov(Solver):
     section 6.
     """
 
-    needs: ClassVar[type] = MatrixFree
-    definite: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
     damping: float = 1e-3
@@ -59,22 +58,19 @@ class Krylov(Solver):
         check_choice("search", self.search, ["model", "bfgs"])
 
     @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"squares"} if self.precondition else ())
+    def asks(self) -> frozenset[Ask]:
+        taken: dict[Ask, bool] = {"steady": True, "squares": self.precondition, "search": self.search == "bfgs"}
+        return frozenset(ask for ask, wanted in taken.items() if wanted)
 
-    @property
-    def searches(self) -> bool:
-        return self.search == "bfgs"
-
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: MatrixFree, state: State, previous: State | None) -> State:
         return carry(representation, state, previous, {"solution": representation.origin(state)})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: MatrixFree, state: State) -> Tensor:
         """The limit of many dimensions."""
         C = representation.to_dense(state)
         return torch.stack([self._inverse(member) for member in C])
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: MatrixFree, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return representation.matvec(state, x) + self.damping * x, g
 
     def limit(self) -> Krylov:
@@ -82,7 +78,7 @@ class Krylov(Solver):
         floor, dimension = 0.0 if self.damping else self.floor, max(self.dimension, 20)
         return replace(self, search="model", precondition=False, remember=False, floor=floor, dimension=dimension)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         D = self._diagonal(representation, cache, g)
         V, CV = self._basis(representation, cache, g / D, D)
         x = torch.zeros_like(g)
@@ -90,13 +86,13 @@ class Krylov(Solver):
             H = self._inverse((V @ CV.mT).double())
             a = -(H @ (V @ g[0]).double())
             if self.search == "bfgs" and torch.isfinite(H).all():
-                a = minimise(partial(self._objective, representation, cache, V), H, 2 * len(V))
+                a = minimise_bfgs(partial(self._objective, representation, cache, V), H, 2 * len(V))
             x = -(a.to(g.dtype) @ V).unsqueeze(0)
         x = keep_finite(cache, x, g / (self.damping or 1.0))
         cache["solution"] = x
         return x
 
-    def _objective(self, representation: Any, cache: State, V: Tensor, a: Tensor) -> tuple[float, Tensor]:
+    def _objective(self, representation: MatrixFree, cache: State, V: Tensor, a: Tensor) -> tuple[float, Tensor]:
         """``L(theta + V^T a) + lambda |a|^2 / 2`` and its gradient.  # (K,) -> , (K,)"""
         found = representation.loss_and_gradient_at(cache, (a.to(V.dtype) @ V).unsqueeze(0))
         if found is None:
@@ -113,13 +109,13 @@ class Krylov(Solver):
         P: Tensor = (Q / (s.clamp(min=self.floor * float(s.max())) + self.damping)) @ Q.mT
         return P
 
-    def _diagonal(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def _diagonal(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         if not self.precondition:
             return torch.ones_like(g)
         squares = representation.squares(cache)
         return _floored(g.square() if squares is None else squares.to(g.dtype))
 
-    def _basis(self, representation: Any, cache: State, start: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    def _basis(self, representation: MatrixFree, cache: State, start: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
         """``V`` and ``C V``.  # (K, P), (K, P)"""
         V, CV = start.new_zeros(0, start.shape[1]), start.new_zeros(0, start.shape[1])
         remembers = self.remember and self.dimension > 1 and bool(cache["solution"].any())

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.factors import Factors, Layers
+from gradmaker.curvature.products import Factors, Layers
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.representations.kronecker import Kron
 from gradmaker.solvers.cholesky import Cholesky

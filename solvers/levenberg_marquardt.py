@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
+from gradmaker.options.checks import check_count, check_interval, check_kind
 
 __all__ = ["AdaptiveDamping", "LevenbergMarquardt"]
 
@@ -70,11 +70,9 @@ class AdaptiveDamping:
     penalised: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.interval, int) or isinstance(self.interval, bool) or self.interval < 1:
-            raise ValueError(f"interval = {self.interval!r}: legal are integers of at least 1")
+        check_count("interval", self.interval, 1)
         check_interval("omega", self.omega, 0, 1)
-        if not isinstance(self.penalised, bool):
-            raise ValueError(f"penalised = {self.penalised!r}: legal are True, False")
+        check_kind("penalised", self.penalised, bool)
         self.rule()
 
     def rule(self) -> LevenbergMarquardt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Graphical
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.cholesky import CholeskyInverse
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["LocalRegression"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalRegression(InverseSolver):
+class LocalRegression(InverseSolver[Graphical], Defined[Graphical]):
     """``P = (I - S)^T diag(1 / d) (I - S)`` with ``S`` and ``d`` the regressions of ``C + damping I`` on the parents.
 
     Two sparse products a step; an inverse of ``q x q`` for each entry with ``q`` parents a refresh, a division for one parent.
@@ -27,11 +28,9 @@ class LocalRegression(InverseSolver):
     Reference: Grosse & Salakhutdinov, ICML 2015, section 4.2.
     """
 
-    needs: ClassVar[type] = Graphical
-    definite: ClassVar[bool] = True
     undamped: ClassVar[bool] = True
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Graphical, state: State, previous: State | None) -> State:
         inner, cross, own = representation.families(state)
         coefficients, failed = self._coefficients(inner, cross)
         # A Schur complement of C + damping I is at least the damping: less is rounding.
@@ -49,13 +48,13 @@ class LocalRegression(InverseSolver):
         ((inverse,),), failed = try_all(CholeskyInverse(1), [stack], [stack.new_full((B * P,), self.damping)])
         return (inverse.reshape(inner.shape) @ cross.unsqueeze(-1)).squeeze(-1), failed.reshape(B, P).any(1)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Graphical, state: State) -> Tensor:
         S, d = representation.regressions(state, self.damping)
         root = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) - S
         P: Tensor = root.mT @ (root / d.unsqueeze(-1))
         return P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Graphical, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         inner, cross, own = representation.families(state)
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
         S = (torch.linalg.pinv(inner + self.damping * eye, hermitian=True) @ cross.unsqueeze(-1)).squeeze(-1)
@@ -63,7 +62,7 @@ class LocalRegression(InverseSolver):
         z = (g - representation.predict(S, g)) / d.reshape(g.shape)
         return x, z - representation.spread(S, z)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Graphical, cache: State, g: Tensor) -> Tensor:
         S = cache["coefficients"]
         z = (g - representation.predict(S, g)) / cache["residual"].reshape(g.shape)
         out: Tensor = z - representation.spread(S, z)

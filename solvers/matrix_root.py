@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import RIDGES, average_trace, check_choice, check_interval, ridge_unit
+from gradmaker.linalg.damping import RIDGES, average_trace, ridge_unit
 from gradmaker.linalg.definition import axis_power
 from gradmaker.linalg.diagnosis import diagnose
 from gradmaker.linalg.eigen import add_ridge, largest_eigenvalue
@@ -19,8 +20,10 @@ from gradmaker.linalg.factors import map_blocks, widest
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
 from gradmaker.linalg.roots import InverseRoot, apply_roots, keep_roots, residual
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import Factored
-from gradmaker.solvers.base import PowerSolver
+from gradmaker.solvers.definition import DefinedByAxes
+from gradmaker.solvers.factor_solver import FactorSolver
 
 __all__ = ["IteratedRoot", "MatrixRoot", "fraction"]
 
@@ -33,7 +36,7 @@ def fraction(power: float, order: float) -> Fraction:
     p = Fraction(order / abs(power)).limit_denominator(LARGEST)
     if not 0 < p.numerator <= LARGEST or abs(p - order / abs(power)) > 1e-9:
         raise ValueError(
-            f"power = {power!r} needs the inverse root p = {order / abs(power):g} of a factor: legal are a/b with whole "
+            f"power={power!r} needs the inverse root p = {order / abs(power):g} of a factor: expected a/b with whole "
             f"a, b <= {LARGEST}; use Eigh"
         )
     return p
@@ -59,16 +62,13 @@ class IteratedRoot(InverseRoot):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixRoot(PowerSolver):
+class MatrixRoot(FactorSolver[Factored], DefinedByAxes[Factored]):
     """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = order / |power|``.
 
     ``mode`` puts the average eigenvalue or 1 in the place of ``lambda_max``, see `gradmaker.linalg.damping`. Factors are
     divided by their average trace first and roots scaled back, so that no scale under- or overflows. A block that fails before
     it ever succeeded keeps its gradient; with absolute damping it gets ``damping^power g``, what a zero curvature would give.
     """
-
-    needs: ClassVar[type] = Factored
-    definite: ClassVar[bool] = True
 
     power: float = -0.5
     damping: float = 1e-6
@@ -98,16 +98,23 @@ class MatrixRoot(PowerSolver):
     def method(self, p: int, d: int) -> IteratedRoot:
         """The iteration for the root ``p`` of d x d matrices."""
 
-    def refuse(self, representation: Any) -> str | None:
+    def refuse(self, representation: Factored) -> str | None:
+        return self.refuse_order(representation.order(1))
+
+    def refuse_order(self, order: float) -> str | None:
         try:
-            self.root_and_power(representation.order(1))
+            self.root_and_power(order)
         except ValueError as error:
             return f"{type(self).__name__} with {error}"
         return None
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        factors = scalars(representation.factors(state))
-        a, b = self.root_and_power(representation.order(len(factors)))
+    def prepare(self, representation: Factored, state: State, previous: State | None) -> State:
+        factors = representation.factors(state)
+        return self.prepare_factors(factors, representation.order(len(factors)), previous)
+
+    def prepare_factors(self, held: Sequence[Tensor], order: float, previous: State | None) -> State:
+        factors = scalars(held)
+        a, b = self.root_and_power(order)
         traces = [average_trace(F) for F in factors]
         scales = [torch.where(t > 0, t, 1.0) for t in traces]
         normal = [F / s.view(-1, *[1] * (F.ndim - 1)) for F, s in zip(factors, scales, strict=True)]
@@ -123,13 +130,13 @@ class MatrixRoot(PowerSolver):
         gain = self.damping**self.power if self.mode == "absolute" and self.damping else 1.0
         return keep_roots(roots, failed, previous, gain, diagnosis, is_empty(factors))
 
-    def axes(self, representation: Any, state: State) -> list[Tensor]:
+    def axes(self, representation: Factored, state: State) -> list[Tensor]:
         factors = representation.factors(state)
         exponent = self.power / representation.order(len(factors))
         return [axis_power(F, self.damping, exponent, self.mode) for F in factors]
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        return apply_roots(representation, cache, g)
+    def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
 
 
 def _raise(X: Tensor, b: int) -> Tensor:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.implicit import MatrixFree
-from gradmaker.solvers.base import InverseSolver
+from gradmaker.solvers.base import Ask, InverseSolver
 from gradmaker.solvers.carried import carry, keep_finite
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["Neumann"]
 
@@ -22,7 +23,7 @@ MARGIN = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neumann(InverseSolver):
+class Neumann(InverseSolver[MatrixFree], Defined[MatrixFree]):
     """``P g = eta sum_(j=0..terms) (I - eta C_lambda)^j g``, ``C_lambda = C + lambda I``, ``eta = 1 / scale``.
 
     By ``u_0 = g, u_j = g + u_(j-1) - eta C_lambda u_(j-1)``. The limit ``C_lambda^-1 g`` exists for ``0 < eta C_lambda < 2``;
@@ -36,11 +37,8 @@ class Neumann(InverseSolver):
     arXiv:1712.03298 (Neumann optimizer).
     """
 
-    needs: ClassVar[type] = MatrixFree
-    definite: ClassVar[bool] = False
     undamped: ClassVar[bool] = True
     linear: ClassVar[bool] = False
-    steady: ClassVar[bool] = False
 
     terms: int = 50
     repeats: int = 1
@@ -56,10 +54,14 @@ class Neumann(InverseSolver):
         if self.scale is not None:
             check_interval("scale", self.scale, 0, inf)
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    @property
+    def asks(self) -> frozenset[Ask]:
+        return frozenset()
+
+    def prepare(self, representation: MatrixFree, state: State, previous: State | None) -> State:
         return carry(representation, state, previous, {})
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: MatrixFree, state: State) -> Tensor:
         """The series, with a power iteration that has converged."""
         C = representation.to_dense(state)
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
@@ -69,7 +71,7 @@ class Neumann(InverseSolver):
             P = eye + P - eta * (C + self.damping * eye) @ P
         return eta * P
 
-    def _scale(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def _scale(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         """The largest absolute eigenvalue of ``C_lambda`` that the Krylov space of ``g`` meets, with a margin.  # ()"""
         v, size = g, g.norm()
         largest = torch.zeros_like(size)
@@ -80,7 +82,7 @@ class Neumann(InverseSolver):
         found = MARGIN * largest + self.damping
         return torch.where(found > 0, found, 1.0)
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: MatrixFree, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``C_lambda x = g - (I - eta C_lambda)^(terms + 1) g``."""
         scale = self.scale or self._scale(representation, state, g)
         rest = g
@@ -88,14 +90,14 @@ class Neumann(InverseSolver):
             rest = rest - (representation.matvec(state, rest) + self.damping * rest) / scale
         return representation.matvec(state, x) + self.damping * x, g - rest
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         eta = 1 / (self.scale or self._scale(representation, cache, g))
         total = torch.zeros_like(g)
         for _ in range(self.repeats):
             total = total + self._series(representation, cache, g, eta)
         return keep_finite(cache, total * (eta / self.repeats), eta * g)
 
-    def _series(self, representation: Any, cache: State, g: Tensor, eta: Tensor | float) -> Tensor:
+    def _series(self, representation: MatrixFree, cache: State, g: Tensor, eta: Tensor | float) -> Tensor:
         u, size = g, g.norm()
         for j in range(1, self.terms + 1):
             following = g + u - eta * (representation.matvec(cache, u) + self.damping * u)

@@ -8,27 +8,22 @@ from math import ceil, log, sqrt
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import Iterate, converge
+from gradmaker.linalg.coupled_iteration import Iterate, converge
 from gradmaker.linalg.eigen import symmetrise
 from gradmaker.linalg.roots import integer_root
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot
 
-__all__ = ["NewtonRoot", "coupled_newton", "iterate_newton"]
-
-
-def coupled_newton(A: Tensor, p: int, iterations: int, tolerance: float) -> Tensor:
-    """``A^(-1/p)``: ``T = ((p + 1) I - M) / p``, ``X <- X T``, ``M <- T^p M`` from ``M = z A``, ``X = z^(1/p) I``.
-
-    ``X^p A = M -> I``; see `converge` for when it stops.
-
-    Reference: Guo, Higham, SIAM J. Matrix Anal. 2006, 28(3), eq. 3.6; Anil et al. 2020, arXiv:2002.09018, algorithm 2 and
-    appendix D (``z``, stopping).  # (B, d, d)
-    """
-    return iterate_newton(A, p, iterations, tolerance)[0]
+__all__ = ["NewtonRoot", "iterate_newton"]
 
 
 def iterate_newton(A: Tensor, p: int, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """`coupled_newton`, and the steps.  # (B, d, d), (B,)"""
+    """``A^(-1/p)`` and the steps taken: ``T = ((p + 1) I - M) / p``, ``X <- X T``, ``M <- T^p M``.
+
+    It starts from ``M = z A`` and ``X = z^(1/p) I``; ``X^p A = M -> I``; see `converge` for when it stops.
+
+    Reference: Guo, Higham, SIAM J. Matrix Anal. 2006, 28(3), eq. 3.6; Anil et al. 2020, arXiv:2002.09018, algorithm 2 and
+    appendix D (``z``, stopping).  # (B, d, d), (B,)
+    """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     z = (1 + p) / (2 * torch.linalg.matrix_norm(A))[:, None, None]
 

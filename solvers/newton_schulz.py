@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.coupled import Iterate, compose, converge
-from gradmaker.linalg.damping import check_choice
+from gradmaker.linalg.coupled_iteration import Iterate, compose, converge
 from gradmaker.linalg.eigen import symmetrise
+from gradmaker.options.checks import check_choice
 from gradmaker.solvers.matrix_root import IteratedRoot, MatrixRoot, fraction
 from gradmaker.solvers.polar_factor import Quintic, polar_express
 
@@ -94,7 +94,7 @@ def binary_root(power: float, order: float) -> tuple[int, int]:
     a, b = (p.numerator, p.denominator) if p.numerator > 1 else (2, 2 * p.denominator)
     if a & (a - 1):
         raise ValueError(
-            f"power = {power!r} needs the inverse root p = {order / abs(power):g} of a factor: legal are 2, 4, 8, ... over a "
+            f"power={power!r} needs the inverse root p = {order / abs(power):g} of a factor: expected 2, 4, 8, ... over a "
             "whole number; use HigherOrder or Eigh"
         )
     return a, b

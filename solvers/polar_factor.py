@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import inf, isfinite, sqrt
-from typing import Any, ClassVar, Literal
+from math import inf, sqrt
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_choice, check_interval
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import NO_LIMIT, State
 from gradmaker.representations.capabilities import Momentary
-from gradmaker.solvers.base import Solver
+from gradmaker.solvers.definition import DefinedByAxes
 
 __all__ = ["PolarFactor", "Quintic", "polar_express", "polar_factor"]
 
@@ -79,7 +79,7 @@ def polar_factor(G: Tensor, quintics: tuple[Quintic, ...]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolarFactor(Solver):
+class PolarFactor(DefinedByAxes[Momentary]):
     """``P G = gain (G G^T)^(-1/2) G = gain U V^T`` of the very gradient that it is applied to.
 
     - ``method="quintic"``: Muon's polynomial; ``"polar_express"``: minimax ones for singular values down to ``lowest`` of the
@@ -90,8 +90,6 @@ class PolarFactor(Solver):
     Reference: Jordan et al. 2024, Muon; Amsel et al. 2025, arXiv:2505.16932; Carlson et al., AISTATS 2015 (spectral descent).
     """
 
-    needs: ClassVar[type] = Momentary
-    definite: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     inapplicable: ClassVar[dict[str, str]] = NO_LIMIT | dict.fromkeys(
         ("curvature_interval", "preconditioner_interval", "warmup_steps", "stagger"),
@@ -109,8 +107,7 @@ class PolarFactor(Solver):
         check_choice("method", self.method, ("quintic", "polar_express", "svd"))
         check_interval("steps", self.steps, 1, 100, closed=True)
         check_interval("lowest", self.lowest, 0, 1)
-        if not (self.gain > 0 and isfinite(self.gain)):
-            raise ValueError(f"gain = {self.gain!r}: legal are positive numbers")
+        check_interval("gain", self.gain, 0, inf)
 
     @property
     def exponent(self) -> float:
@@ -119,12 +116,12 @@ class PolarFactor(Solver):
     def _quintics(self) -> tuple[Quintic, ...]:
         return (MUON,) * self.steps if self.method == "quintic" else polar_express(self.lowest, self.steps)
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Momentary, state: State, previous: State | None) -> State:
         held = next(iter(state.values()))
         failures = torch.zeros(len(held), dtype=torch.int64, device=held.device)
         return {"failures": failures if previous is None else previous["failures"].clone()}
 
-    def axes(self, representation: Any, state: State) -> list[Tensor]:
+    def axes(self, representation: Momentary, state: State) -> list[Tensor]:
         s, U = torch.linalg.eigh(representation.newest(state))
         norm = s.clamp(min=0).sum(-1, keepdim=True).sqrt()
         sigma = s.clamp(min=0).sqrt() / norm
@@ -138,7 +135,7 @@ class PolarFactor(Solver):
             ratio = ratio * (sigma * norm * (x if self.method != "svd" else 1.0)).sum(-1, keepdim=True)
         return [(U * ratio.unsqueeze(-2)) @ U.mT]
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Momentary, cache: State, g: Tensor) -> Tensor:
         G = representation.unfold(g)
         if self.method == "svd":
             U, s, Vh = torch.linalg.svd(G, full_matrices=False)

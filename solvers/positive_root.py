@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +12,13 @@ from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
+from gradmaker.solvers.definition import DefinedByAxes
 
 __all__ = ["PositiveRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositiveRoot(PowerSolver):
+class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse]):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
     A block that fails before it ever succeeded keeps its gradient.
@@ -26,26 +26,23 @@ class PositiveRoot(PowerSolver):
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416, algorithm 2.
     """
 
-    needs: ClassVar[type] = Inverse
-    definite: ClassVar[bool] = True
-
     power: float = -0.5
     damping: float = 0.0
 
-    def _roots(self, representation: Any, spectra: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def _roots(self, representation: Inverse, spectra: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         power = abs(self.power) / representation.order(len(spectra))
         powered = [((s + self.damping) ** power, Q) for s, Q in spectra]
         return [s if Q is None else (Q * s.unsqueeze(-2)) @ Q.mT for s, Q in powered]
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Inverse, state: State, previous: State | None) -> State:
         spectra = representation.spectra(state)
         roots = self._roots(representation, spectra)
         held = [x for x in (*state.values(), *roots) if x.is_floating_point()]
         finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in held]).all(0)
         return keep_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
 
-    def axes(self, representation: Any, state: State) -> list[Tensor]:
+    def axes(self, representation: Inverse, state: State) -> list[Tensor]:
         return self._roots(representation, representation.spectra(state))
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        return apply_roots(representation, cache, g)
+    def solve(self, representation: Inverse, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(cache, representation.unfold(g)).reshape(g.shape)

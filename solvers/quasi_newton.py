@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["minimise"]
+__all__ = ["minimise_bfgs"]
 
 Objective: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 """A point to the value there and its gradient.  # (K,) -> , (K,)"""
@@ -24,7 +24,7 @@ NOISE = 1e-14
 """Of a value, relative."""
 
 
-def minimise(objective: Objective, H: Tensor, iterations: int) -> Tensor:
+def minimise_bfgs(objective: Objective, H: Tensor, iterations: int) -> Tensor:
     """A point of lower value, by BFGS from zero with the inverse Hessian ``H`` to begin with.
 
     ``d = -H g``, a step along it that fulfils Wolfe's conditions, ``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``. It ends

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
-from gradmaker.linalg.damping import Mode, check_choice
-from gradmaker.solvers.base import Solver
+from gradmaker.linalg.damping import Mode
+from gradmaker.options.checks import check_choice
 from gradmaker.solvers.denman_beavers import DenmanBeavers
 from gradmaker.solvers.eigh import Eigh
 from gradmaker.solvers.higher_order import HigherOrder
+from gradmaker.solvers.matrix_root import MatrixRoot
 from gradmaker.solvers.newton_root import NewtonRoot
 from gradmaker.solvers.newton_schulz import NewtonSchulz
 from gradmaker.solvers.svd_root import SvdRoot
 
-__all__ = ["FactorRoot", "Root", "rooting"]
+__all__ = ["FactorRoot", "Root", "Rooter", "rooting"]
 
 FactorRoot: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers"]
 """How factors are rooted that are held as they are."""
 Root: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers", "svd"]
 """How factors are rooted. ``svd`` needs statistics that are held by their square roots."""
 
-ROOTS: dict[str, type[Solver]] = {
+Rooter: TypeAlias = Eigh | MatrixRoot | SvdRoot
+
+ROOTS: dict[str, Callable[..., Rooter]] = {
     "newton": NewtonRoot,
     "higher_order": HigherOrder,
     "newton_schulz": NewtonSchulz,
@@ -29,7 +33,7 @@ ROOTS: dict[str, type[Solver]] = {
 }
 
 
-def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "largest") -> Solver:
+def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "largest") -> Rooter:
     """The solver for ``(F_k + damping lambda_max(F_k) I)^power`` of every factor, or as another mode says.
 
     ValueError for a root that does not exist, or a mode that needs eigenvalues, of which an iteration has none.
@@ -37,4 +41,4 @@ def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "large
     check_choice("root", root, get_args(Root))
     if root == "eigh":
         return Eigh(power=power, damping=damping, split="each", mode=mode)
-    return ROOTS[root](power=power, damping=damping, mode=mode)  # type: ignore[call-arg]
+    return ROOTS[root](power=power, damping=damping, mode=mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,20 +12,18 @@ from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.factors import identity, transpose
 from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
-from gradmaker.representations.kronecker import apply_factors
 from gradmaker.solvers.base import PowerSolver, spectral_power
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["Rotate", "RotatingSolver"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotatingSolver(PowerSolver):
+class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
     """``P g = Q [scale * (Q^T g)]`` with the basis that the representation holds, copied: a stale ``P`` stays whole."""
-
-    needs: ClassVar[type] = Rotated
-    definite: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -34,14 +31,14 @@ class RotatingSolver(PowerSolver):
         """The scale of a block that fails before it ever succeeded."""
 
     @abstractmethod
-    def scale(self, representation: Any, state: State) -> Tensor:
+    def scale(self, representation: Rotated, state: State) -> Tensor:
         """A factor for each direction of the basis.  # (B, *shape)"""
 
     @abstractmethod
-    def divisor(self, representation: Any, state: State) -> Tensor:
+    def divisor(self, representation: Rotated, state: State) -> Tensor:
         """What a direction is divided by, spelt out once more to check `scale` against.  # (B, *shape)"""
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: Rotated, state: State, previous: State | None) -> State:
         bases = {f"basis_{k}": Q for k, Q in enumerate(representation.bases(state)) if Q is not None}
         new = {"scale": self.scale(representation, state), **bases}
         failed = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in new.values()]).all(0)
@@ -51,13 +48,13 @@ class RotatingSolver(PowerSolver):
             new["diagnosis"], default["diagnosis"] = state["diagnosis"], unknown(state["diagnosis"])
         return keep_previous(new, failed, previous, default)
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: Rotated, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x = Q ((Q^T g) / divisor)``."""
         bases = representation.bases(state)
         rotated = along_axes([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
         return x, along_axes(bases, rotated / self.divisor(representation, state)).reshape(g.shape)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: Rotated, cache: State, g: Tensor) -> Tensor:
         bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for an axis in the unit basis
         rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
         return apply_factors(bases, rotated * cache["scale"]).reshape(g.shape)
@@ -77,13 +74,13 @@ class Rotate(RotatingSolver):
     def gain(self) -> float:
         return self.damping**self.power if self.damping else 1.0
 
-    def scale(self, representation: Any, state: State) -> Tensor:
+    def scale(self, representation: Rotated, state: State) -> Tensor:
         s: Tensor = representation.spectrum(state)
         return (s.clamp(min=0) + self.damping) ** self.power
 
-    def divisor(self, representation: Any, state: State) -> Tensor:
+    def divisor(self, representation: Rotated, state: State) -> Tensor:
         s: Tensor = representation.spectrum(state)
         return torch.pow(s.clamp(min=0) + self.damping, abs(self.power))
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Rotated, state: State) -> Tensor:
         return spectral_power(representation.to_dense(state), self.damping, self.power)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
+from gradmaker.representations.capabilities import Rotated
 from gradmaker.solvers.rotate import RotatingSolver
 
 __all__ = ["RotatedDivision"]
@@ -34,24 +36,20 @@ class RotatedDivision(RotatingSolver):
     def gain(self) -> float:
         return 1 / self.damping
 
-    def scale(self, representation: Any, state: State) -> Tensor:
+    def scale(self, representation: Rotated, state: State) -> Tensor:
         s = representation.spectrum(state)
         mass = state["mass"].view(-1, *[1] * (s.ndim - 1))
         share = torch.where(mass > 0, mass, 1.0) ** abs(self.power) if self.raw else 1.0
         return torch.where(mass > 0, 1 / (s.clamp(min=0) ** abs(self.power) + self.damping / share), 0.0)
 
-    def divisor(self, representation: Any, state: State) -> Tensor:
+    def divisor(self, representation: Rotated, state: State) -> Tensor:
         s, mass = representation.spectrum(state), state["mass"]
         share = torch.where(mass > 0, mass, 1.0) ** abs(self.power) if self.raw else torch.ones_like(mass)
         damped = torch.pow(s.clamp(min=0), abs(self.power)) + (self.damping / share).view(-1, *[1] * (s.ndim - 1))
         return torch.where((mass > 0).view(-1, *[1] * (s.ndim - 1)), damped, torch.inf)
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: Rotated, state: State) -> Tensor:
         scale = 1 / self.divisor(representation, state)
-        Q: Tensor | None = None
-        for k, basis in enumerate(representation.bases(state)):
-            d = scale.shape[k + 1]
-            own = torch.eye(d, dtype=scale.dtype, device=scale.device).expand(len(scale), d, d) if basis is None else basis
-            Q = own if Q is None else torch.einsum("bij,bkl->bikjl", Q, own).reshape(len(own), Q.shape[1] * d, -1)
-        assert Q is not None
+        bases = zip(representation.bases(state), scale.shape[1:], strict=True)
+        Q = kronecker_product([scale.new_ones(len(scale), d) if basis is None else basis for basis, d in bases])
         return (Q * scale.flatten(1).unsqueeze(-2)) @ Q.mT

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import Mode, check_choice, damp, ridge_unit
+from gradmaker.linalg.damping import Mode, damp, ridge_unit
 from gradmaker.linalg.definition import axis_power
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import RootFactored
-from gradmaker.solvers.base import PowerSolver
+from gradmaker.solvers.definition import DefinedByAxes
+from gradmaker.solvers.factor_solver import FactorSolver
 
 __all__ = ["SvdRoot"]
 
@@ -59,7 +61,7 @@ def _decompose(R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SvdRoot(PowerSolver):
+class SvdRoot(FactorSolver[RootFactored], DefinedByAxes[RootFactored]):
     """``C^power`` from ``V (S^2 + damping s_max^2)^(power/order) V^T`` of every ``R_k = U S V^T``, where ``F_k = R_k^T R_k``.
 
     Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are good down to ``u^2 lambda_max``; the damping
@@ -70,9 +72,6 @@ class SvdRoot(PowerSolver):
     Reference: Golub & Van Loan, Matrix Computations, section 8.6; Anil et al. 2020, arXiv:2002.09018 (the ridge).
     """
 
-    needs: ClassVar[type] = RootFactored
-    definite: ClassVar[bool] = True
-
     power: float = -0.5
     damping: float = 1e-6
     mode: Mode = "largest"
@@ -81,8 +80,12 @@ class SvdRoot(PowerSolver):
         super().__post_init__()
         check_choice("mode", self.mode, get_args(Mode))
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
-        held = [R.reshape(-1, 1) if R.shape[1:] == (1, 1) else R for R in representation.square_roots(state)]
+    def prepare(self, representation: RootFactored, state: State, previous: State | None) -> State:
+        roots = representation.factor_roots(state)
+        return self.prepare_factors(roots, representation.order(len(roots)), previous)
+
+    def prepare_factors(self, held: Sequence[Tensor], order: float, previous: State | None) -> State:
+        held = [R.reshape(-1, 1) if R.shape[1:] == (1, 1) else R for R in held]
         norms = [R.flatten(1).abs().amax(1) for R in held]
         scales = [torch.where(n > 0, n, 1.0) for n in norms]
         normal = [R / s.view(-1, *[1] * (R.ndim - 1)) for R, s in zip(held, scales, strict=True)]
@@ -93,7 +96,7 @@ class SvdRoot(PowerSolver):
         dampings = [self.damping / (s if absolute else torch.ones_like(s)) for s in squares]  # (B,)
         damped = [damp(s, e.unsqueeze(-1), self.mode) for s, e in zip(spectra, dampings, strict=True)]
         ridges = [e * ridge_unit(self.mode, s.amax(-1), s.mean(-1)) for s, e in zip(spectra, dampings, strict=True)]
-        exponent = self.power / representation.order(len(held))
+        exponent = self.power / order
         roots = [_root(*each, exponent) for each in zip(results, damped, scales, strict=True)]
         for X in roots:  # no damping on a singular matrix
             failed = failed | ~torch.isfinite(X).flatten(1).all(1)
@@ -102,13 +105,13 @@ class SvdRoot(PowerSolver):
         gain = self.damping**self.power if absolute and self.damping else 1.0
         return keep_roots(roots, failed, previous, gain, diagnosis, is_empty(held))
 
-    def axes(self, representation: Any, state: State) -> list[Tensor]:
-        factors: Sequence[Tensor] = representation.factors(state)
+    def axes(self, representation: RootFactored, state: State) -> list[Tensor]:
+        factors = representation.factors(state)
         exponent = self.power / representation.order(len(factors))
         return [axis_power(F, self.damping, exponent, self.mode) for F in factors]
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
-        return apply_roots(representation, cache, g)
+    def solve(self, representation: RootFactored, cache: State, g: Tensor) -> Tensor:
+        return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
 
 
 def _root(parts: Parts, damped: Tensor, scale: Tensor, exponent: float) -> Tensor:

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import check_interval
+from gradmaker.linalg.inner_products import double_dot
 from gradmaker.linalg.state import State
+from gradmaker.options.checks import check_interval
 from gradmaker.representations.implicit import MatrixFree
-from gradmaker.solvers.base import Solver
-from gradmaker.solvers.carried import carry, dot
+from gradmaker.solvers.base import Ask
+from gradmaker.solvers.carried import carry
+from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.layer_inverse import LayerInverse
 from gradmaker.solvers.levenberg_marquardt import LevenbergMarquardt
 
@@ -28,7 +30,7 @@ SHRINK, SUFFICIENT, TRIES = 0.8, 1e-2, 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncatedCG(Solver):
+class TruncatedCG(Defined[MatrixFree]):
     """``P g = x`` with ``(C + lambda I) x = g`` solved as far as it pays, from ``x_0 = warm x_previous``.
 
     - ``phi(x) = x^T (C + lambda) x / 2 - x^T g``; stops at ``i > k = max(10, i / 10)`` when ``phi_i < 0`` and
@@ -51,8 +53,6 @@ class TruncatedCG(Solver):
     optimization", sections 20.5 and 20.8; Armijo, Pacific J. Math. 1966.
     """
 
-    needs: ClassVar[type] = MatrixFree
-    definite: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
     damping: float = 1.0
@@ -74,30 +74,30 @@ class TruncatedCG(Solver):
         check_interval("factor_damping", self.factor_damping, 0, inf)
 
     @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"squares", "factors"} if self.preconditioner else {"factors"})
+    def asks(self) -> frozenset[Ask]:
+        return frozenset[Ask](("steady", "factors", "squares") if self.preconditioner else ("steady", "factors"))
 
-    def prepare(self, representation: Any, state: State, previous: State | None) -> State:
+    def prepare(self, representation: MatrixFree, state: State, previous: State | None) -> State:
         zero = representation.origin(state)
         none = torch.zeros(1, dtype=torch.int64, device=zero.device)
         return carry(
             representation, state, previous, {"solution": zero, "damping": zero[:, 0] + self.damping, "rejected": none}
         )
 
-    def operator(self, representation: Any, state: State) -> Tensor:
+    def operator(self, representation: MatrixFree, state: State) -> Tensor:
         """The limit of many iterations, at the initial damping."""
         C = representation.to_dense(state)
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
 
-    def equation(self, representation: Any, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, representation: MatrixFree, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return representation.matvec(state, x) + self.damping * x, g
 
     def limit(self) -> TruncatedCG:
         exact = replace(self, tolerance=0.0, warm=0.0, preconditioner=0.0, iterations=max(self.iterations, 50))
         return replace(exact, backtrack=False, adapt=None, line_search=False)
 
-    def solve(self, representation: Any, cache: State, g: Tensor) -> Tensor:
+    def solve(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
         damping, losses = cache["damping"], _Losses(representation, cache)
 
         def multiply(v: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class TruncatedCG(Solver):
             cache["damping"] = self._adapted(self.adapt, damping, losses, chosen)
         return _shortened(losses, cache, g, chosen.x) if self.line_search else chosen.x
 
-    def _preconditioner(self, representation: Any, cache: State, g: Tensor) -> Callable[[Tensor], Tensor]:
+    def _preconditioner(self, representation: MatrixFree, cache: State, g: Tensor) -> Callable[[Tensor], Tensor]:
         """``r -> M^-1 r``."""
         if batches := representation.layers(cache):
             return LayerInverse(batches, max(float(cache["damping"]), self.factor_damping))
@@ -141,14 +141,14 @@ class TruncatedCG(Solver):
                 break
         if now is None:  # not even the first direction has positive curvature
             x = invert(g)
-            now = _Iterate(x, float(dot(x, multiply(x)) / 2 - dot(x, g)))
+            now = _Iterate(x, float(double_dot(x, multiply(x)) / 2 - double_dot(x, g)))
         return kept if kept and kept[-1] is now else [*kept, now]
 
     def _adapted(self, rule: LevenbergMarquardt, damping: Tensor, losses: _Losses, chosen: _Iterate) -> Tensor:
         now, then = losses.now, losses.at(chosen.x)
         if now is None or then is None:
             return damping
-        predicted = chosen.phi - damping.double() * dot(chosen.x, chosen.x) / 2
+        predicted = chosen.phi - damping.double() * double_dot(chosen.x, chosen.x) / 2
         return rule.adapt(damping, (then - now).double(), predicted)
 
 
@@ -162,7 +162,7 @@ class _Iterate(NamedTuple):
 class _Losses:
     """Losses of the batch at displaced weights, each evaluated once."""
 
-    def __init__(self, representation: Any, cache: State) -> None:
+    def __init__(self, representation: MatrixFree, cache: State) -> None:
         self._evaluate: Callable[[Tensor], Tensor | None] = partial(representation.loss_at, cache)
         self._origin = torch.zeros_like(cache["solution"])
         self._known: list[tuple[Tensor, Tensor | None]] = []
@@ -185,7 +185,7 @@ def _improving(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -
     """A start, its residual and its ``phi``: the given one where ``phi`` is negative, else zero."""
     if bool(start.any()):
         r = g - multiply(start)
-        if (phi := float(-dot(start, g + r) / 2)) < 0:
+        if (phi := float(-double_dot(start, g + r) / 2)) < 0:
             return start, r, phi
     return torch.zeros_like(g), g, 0.0
 
@@ -200,11 +200,11 @@ def _conjugate(
     """Preconditioned conjugate gradients: iterates with their ``phi``, until the curvature or the residual is used up."""
     x, r, phi = start
     p = z = invert(r)
-    rz = dot(r, z)
-    least = torch.finfo(g.dtype).eps ** 2 * dot(g, invert(g))
+    rz = double_dot(r, z)
+    least = torch.finfo(g.dtype).eps ** 2 * double_dot(g, invert(g))
     for _ in range(iterations):
         Ap = multiply(p)
-        curvature = dot(p, Ap)
+        curvature = double_dot(p, Ap)
         if not torch.isfinite(curvature):
             yield _Iterate(torch.full_like(x, torch.nan), torch.nan)
             return
@@ -217,7 +217,7 @@ def _conjugate(
         phi -= float(step * rz) / 2
         yield _Iterate(x, phi)
         z = invert(r)
-        before, rz = rz, dot(r, z)
+        before, rz = rz, double_dot(r, z)
         p = z + (rz / before * p).to(x.dtype)
 
 
@@ -244,7 +244,7 @@ def _shortened(losses: _Losses, cache: State, g: Tensor, x: Tensor) -> Tensor:
     now = losses.now
     if now is None:
         return x
-    slope, eta = dot(g, x), 1.0
+    slope, eta = double_dot(g, x), 1.0
     for _ in range(TRIES):
         scaled = x if eta == 1.0 else eta * x
         then = losses.at(scaled)

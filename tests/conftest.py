@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gradmaker.options.registry import temporary_registrations
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)  # pytest-xdist already uses the cores
 
@@ -25,3 +27,10 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def registrations() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    with temporary_registrations():
+        yield

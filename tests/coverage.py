@@ -19,6 +19,7 @@ from tests import models, oracles
 from tests.capture.test_layers import MORE, Packed, Pooled, two
 from tests.measure import EXACT, blocks, ggn, measure, setup
 from tests.models import CLASSES, ZOO, Case, build, build_tokens
+from tests.named import NAMED, Conv1D, as_linear
 
 Blocks = dict[str, Tensor]  # by site: (B, P, P)
 
@@ -250,6 +251,7 @@ ROWS: dict[str, Row] = {
         if kind + suffix in models.NORM_CASES
     },
     "InstanceNorm": Row(MORE["instance_norm"]),
+    **{label: Row(make) for label, make in NAMED.items()},
     **{label: Row(make) for label, make in ATTENTION.items()},
     "MultiheadAttention, add_bias_kv": Row(partial(attention, add_bias_kv=True)),
     "TransformerEncoderLayer": Row(MORE["transformer"], "0"),
@@ -389,9 +391,11 @@ def factored(row: Row, site: str) -> Tensor:
 
 
 def twin_by_hand(row: Row) -> Case:
-    """The same case with attention written in Linear layers, where it has one."""
+    """The same case with attention and `Conv1D` written in Linear layers, where it has them."""
     case = evaluated(row.make()) if row.make is spectral else row.make()
     for path, module in list(case.model.named_modules()):
+        if isinstance(module, Conv1D):
+            case.model.layer = as_linear(module)
         if isinstance(module, nn.MultiheadAttention):
             parent, _, child = path.rpartition(".")
             setattr(case.model.get_submodule(parent), child, Hand(module))

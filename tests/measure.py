@@ -46,7 +46,9 @@ def site_order(model: nn.Module, site: Site) -> Tensor:
     """Where a site's numbers, in the order of its blocks, lie in the vector of all trainable parameters."""
     slices = oracles.parameter_slices(model)
     whole = {k: torch.arange(slices[k].start, slices[k].stop).view_as(p) for k, p in site.parameters.items()}
-    found = torch.cat([index[site.rows.get(k, ...)].reshape(-1) for k, index in whole.items()])
+    parts = {k: index[site.rows.get(k, ...)] for k, index in whole.items()}
+    turned = site.rule is not None and site.rule.inputs_first
+    found = torch.cat([(part.mT if turned and part.ndim == 2 else part).reshape(-1) for part in parts.values()])
     G, *rest = site.shape
     return found if len(site.parameters) == 1 else found[oracles.joint_order(G * rest[0], rest[1] - 1)]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from gradmaker import METHODS
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import FisherExact
-from gradmaker.methods import METHODS
 from tests.models import Case
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmaker import METHODS
 from gradmaker.curvature.recursive import _derivative_moment
-from gradmaker.methods import METHODS
 from gradmaker.representations.base import Frame
 from tests.live import Live
 

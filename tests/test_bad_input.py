@@ -301,7 +301,7 @@ def test_what_is_not_finite_is_counted_and_enters_no_statistic(method: str, name
     """``.grad`` is autograd's own, so that a `GradScaler` or a check of the user's sees what happened."""
     case = mlp()
     config = CONFIGS[method]()
-    maker = maker_of(case.model, type(config)(**config.as_mapping() | {"curvature_interval": 1}))
+    maker = maker_of(case.model, type(config)(**vars(config) | {"curvature_interval": 1}))
     for count in (1, 2):
         case.model.zero_grad()
         spoiled = SPOILED[name](case)

@@ -31,7 +31,7 @@ def histories(steps: int) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("grafting", [name for name in GRAFTINGS if name != "amplitude"])
+@pytest.mark.parametrize("grafting", [name for name in ("none", *GRAFTINGS) if name != "amplitude"])
 def test_lengths_with_averages(grafting: str, average: str) -> None:
     """The length is that of the average as the method sees it; second moments are those of the gradients themselves."""
     options = {"grafting": grafting, **AVERAGES[average]}

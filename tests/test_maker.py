@@ -540,7 +540,7 @@ def test_steps_off_the_schedule_have_the_scale_of_those_on_it(name: str) -> None
     """With an overwhelming ridge P is ``1 / damping`` on every step, measured or not, refreshed or not."""
     case = mlp()
     config = TRIPLES[name](1e12)
-    values = {k: v for k, v in config.as_mapping().items()} | {
+    values = {k: v for k, v in vars(config).items()} | {
         "curvature_interval": 3, "preconditioner_interval": 2, "warmup_steps": 0
     }  # fmt: skip
     maker = maker_of(case.model, type(config)(**values))

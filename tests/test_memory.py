@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gradmaker.methods import METHODS, from_config
+from gradmaker import METHODS, from_config
 from tests import models
 from tests.models import Case
 from tests.registry import suited

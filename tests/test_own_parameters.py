@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.utils import parametrizations, prune
 
-from gradmaker.methods import METHODS
+from gradmaker import METHODS
 
 ALL = [m for m in METHODS if m not in ("custom", "gradient")]
 LOOPS = ["declared", "attached", "own passes"]

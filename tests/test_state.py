@@ -364,7 +364,7 @@ def test_a_state_from_amid_a_step_goes_on_bitwise_or_is_refused(method: str, don
         run_parts(other, resumed, 1, PARTS[done:])
         other.precondition()
     except RuntimeError as error:
-        asked = {what for b in maker.plan.blocks for what in b.triple.curvature.asks}
+        asked = {what for b in maker.plan.blocks for what in b.triple.curvature.needs}
         assert asked & {"graph", "replay", "previous"} and "step" in str(error), error
         return
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), case.model.parameters(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker import METHODS, from_config
+from gradmaker import METHODS, from_config, register
 from gradmaker.curvature import CURVATURES, BatchGradient, Curvature, FisherEmp, FisherExact
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import REPRESENTATIONS, Dense, Diagonal, Kron, KronDims, Representation, Window
@@ -102,7 +102,7 @@ def test_table_names_every_part() -> None:
 
 @pytest.mark.parametrize("row", LEGAL, ids="-".join)
 def test_legal_triple_trains(row: tuple[str, str, str]) -> None:
-    late = "previous" in CURVATURES[row[0]]().asks  # says nothing of the first step
+    late = "previous" in CURVATURES[row[0]]().needs  # says nothing of the first step
     for lr in (1e-2, 1e-1, 1e-3, 1.0, 1e-4):
         case = models.mlp()
         maker = from_config(case.model, mapping(*row))
@@ -164,39 +164,29 @@ def refusal_of(*parts: Any) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def in_order() -> Iterator[None]:
-    """Both registries as they were, in their order: what monkeypatch puts back, it puts last."""
-    before = [(registry, dict(registry)) for registry in (SOLVERS, CURVATURES)]
-    yield
-    for registry, parts in before:
-        registry.clear()
-        registry.update(parts)  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("in_order")
+@pytest.mark.usefixtures("registrations")
 def test_sentences_are_computed_from_the_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_solver, wrong_curvature = (BatchGradient(), Diagonal(), Cholesky()), (BatchGradient(), Kron(), Cholesky())
     assert refusal_of(*wrong_solver).endswith(": CG, Division, AbsoluteDivision, SignedDivision")
     assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherMC, FisherEmp, FisherRecursive, FisherForward")
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton")
-    monkeypatch.setitem(SOLVERS, "Another", Another)
-    monkeypatch.delitem(SOLVERS, "CG")
-    monkeypatch.delitem(CURVATURES, "FisherMC")
-    monkeypatch.setitem(CURVATURES, "Indefinite", Indefinite)
+    monkeypatch.delitem(SOLVERS.entries, "CG")
+    monkeypatch.delitem(CURVATURES.entries, "FisherMC")
+    register(Another)
+    register(Indefinite)
     assert refusal_of(*wrong_solver).endswith(": Division, AbsoluteDivision, SignedDivision, Another")
     assert refusal_of(*wrong_curvature).endswith(": FisherExact, FisherEmp, FisherRecursive, FisherForward")
     assert refusal_of(FisherEmp(), Diagonal(), Division()).endswith(": BatchGradient, Hessian, GaussNewton, Indefinite")
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS.values() if s.definite])
+@pytest.mark.parametrize("solver", [s for s in SOLVERS.values() if "definite" in s().asks])
 def test_indefinite_curvature_is_refused(solver: type[Solver]) -> None:
     kinds = [Dense(), Diagonal(), Window(), *(make() for make in REPRESENTATIONS.values())]
     representation = next(r for r in kinds if isinstance(r, solver.needs))
     measured = type("Indefinite", (Indefinite,), {"gives": representation.takes})
     reason = refusal_of(measured(), representation, solver())
     assert "positive semidefinite" in reason and solver.__name__ in reason
-    others = [(n, s) for n, s in SOLVERS.items() if not s.definite and isinstance(representation, s.needs)]
+    others = [(n, s) for n, s in SOLVERS.items() if "definite" not in s().asks and isinstance(representation, s.needs)]
     indifferent = [n for n, s in others if s().refuse(representation) is None]
     assert reason.endswith(", ".join(indifferent) or "none")
 

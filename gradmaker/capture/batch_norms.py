@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["FrozenNorms", "mixes"]
+__all__ = ["FrozenNorms", "batch_moments", "mixes"]
 
 
 def mixes(module: nn.Module) -> bool:
     """Whether a module normalises by the mean and variance of its batch."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance that a batch norm takes of its input, at least in float32.  # (n, c, ...) -> (c,), (c,)"""
+    rows = x.detach().movedim(1, -1).flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+    return rows.mean(0), rows.var(0, correction=0)
 
 
 class FrozenNorms:
@@ -55,8 +61,7 @@ class FrozenNorms:
             if not self._held or not inputs or inputs[0] is None:
                 return None
             if not scale:
-                wide = x.movedim(1, -1).flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
-                rate = (wide.var(0, correction=0) + eps).rsqrt()
+                rate = (batch_moments(x)[1] + eps).rsqrt()
                 rate = rate if weight is None else rate * weight.detach()
                 scale.append(rate.view(-1, *[1] * (x.ndim - 2)))
             return (outputs[0] * scale[0].to(outputs[0].dtype), *inputs[1:])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,6 @@ from gradmaker.capture.shapes import ShapePolicy, View
 from gradmaker.capture.tape import Tape
 from gradmaker.linalg.real_pairs import as_real, as_stored, real_shape
 from gradmaker.options.rules import Path, Rule, names, paths
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
 
@@ -88,7 +84,7 @@ class Site:
         if self.view is not None:
             return [self.view.read(next(iter(found.values())))]
         parts = zip(found.items(), self._pieces(), strict=True)
-        return [g[self._rows(k)].reshape(self.shape[0], *piece) for (k, g), piece in parts]
+        return [self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in parts]
 
     def copies(self, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What is to be copied into which storage to put blocks back into ``.grad``; frozen ones belong to no step.
@@ -104,12 +100,13 @@ class Site:
                 p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
                 yield from self.view.copies(as_real(p.grad), piece)
             else:
-                target = p.grad[self._rows(name)]
+                target = self.part(name, p.grad)
                 yield target, as_stored(target, piece)
 
-    def _rows(self, name: str) -> Any:
-        """Which rows of a parameter lie in this block."""
-        return self.rows.get(name, ...)
+    def part(self, name: str, value: Tensor, lead: int = 0) -> Tensor:
+        """What of a tensor in a parameter's shape lies in this block, outputs first: a view.  # (*lead, *parameter)"""
+        own = value[(*[slice(None)] * lead, self.rows.get(name, ...))]
+        return own.mT if self.rule is not None and self.rule.inputs_first and own.ndim == lead + 2 else own
 
     def _pieces(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters inside one block."""
@@ -151,14 +148,14 @@ def layer_sites(
         rule = rule_for(module)
         if rule is None or _inside_opaque(model, name):
             continue
-        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in ("weight", "bias")}
+        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in (rule.weight_name, "bias")}
         own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored and p not in unseen and not p.is_complex()}
         if not own or any(p in claimed for p in own.values()):
             continue
         modules = _sharers(own, owners, rule)
         if modules is None:
             continue
-        weight, bias = ({k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == end} for end in ("weight", "bias"))
+        weight, bias = ({k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == end} for end in (rule.weight_name, "bias"))
         sites += _sites_of(Site(name, rule.kind, {}, (), modules, rule, module_names=(name,)), weight, bias, joint_bias)
         claimed.update({p: k for k, p in own.items()})
     rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
@@ -243,7 +240,7 @@ def _sites_of(base: Site, weight: dict[str, nn.Parameter], bias: dict[str, nn.Pa
         yield replace(base, name=name or "(model)", parameters=weight | bias, shape=(G, o, i + 1), bias=True)
         return
     if weight:
-        yield replace(base, name=_join_name(name, "weight"), parameters=weight, shape=(G, o, i))
+        yield replace(base, name=_join_name(name, rule.weight_name), parameters=weight, shape=(G, o, i))
     if bias:
         own = rule.bias_rule or rule
         G, o, _ = own.shape(module)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
-
-if TYPE_CHECKING:
-    from gradmaker.capture.sites import Site
 
 __all__ = ["Source", "VJPs", "bytes_of_vjp", "vjps_of"]
 

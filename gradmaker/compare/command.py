@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,9 +13,11 @@ import typer
 
 from gradmaker.compare.comparison import compare as run_comparison
 from gradmaker.compare.data import NAMES, load
-from gradmaker.compare.errors import InputError, require_extra, suggest
+from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.models import MODELS, factory
 from gradmaker.compare.rows import Method
+from gradmaker.options.registry import METHODS
+from gradmaker.options.suggestions import did_you_mean
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
@@ -69,16 +72,21 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/<data>.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's; 1 for digits.")] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", help="Module of your own that registers methods, from this folder or installed; repeatable."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no table.")] = False,
     list_methods: Annotated[bool, typer.Option("--list", help="List the methods and leave.")] = False,
 ) -> None:
     """Train methods from the same start over a learning-rate grid and several seeds, and write a report."""
     try:
         require_extra()
+        _import(modules or ())
         if list_methods:
             return _print_methods()
         if data not in PRESETS:
-            raise InputError(f"unknown data {data!r}: {suggest(data, PRESETS)}")
+            raise InputError(f"unknown data {data!r}: {did_you_mean(data, PRESETS)}")
         preset = PRESETS[data]
         _prepare(device, preset.threads if threads is None else threads)
         loaded = load(data, data_dir)
@@ -105,10 +113,21 @@ def compare(
         raise typer.Exit(130) from None
 
 
+def _import(modules: Sequence[str]) -> None:
+    """Import modules of the user, from the folder of the command too."""
+    if modules and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in modules:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise InputError(f"--import {name}: no such module here or installed") from None
+
+
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
     """What was named on the command line and in the file; else the default rows."""
-    from gradmaker import METHODS
-
     chosen: list[Method] = [*(names or ()), *([config] if config else ())]
     return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
 
@@ -126,8 +145,6 @@ def _prepare(device: str, threads: int | None) -> None:
 
 def _print_methods() -> None:
     """One line each: the name, and the first sentence of the maker."""
-    from gradmaker import METHODS
-
     width = max(map(len, METHODS))
     for name, maker in METHODS.items():
         typer.echo(f"{name:<{width}}  {(maker.__doc__ or '').strip().splitlines()[0] if maker.__doc__ else ''}")

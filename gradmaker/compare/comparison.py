@@ -11,11 +11,13 @@ from torch import nn
 
 from gradmaker.compare import cost
 from gradmaker.compare.data import Data, Split, split
-from gradmaker.compare.errors import InputError, require_extra, suggest
+from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.result import Comparison, RowResult, select
 from gradmaker.compare.rows import Method, Row, parse_rows
 from gradmaker.compare.store import Store
 from gradmaker.compare.trial import SCHEDULES, Loss, Record, Setting, Trial, digest, initial_model, run_trial, steps_per_epoch
+from gradmaker.options.suggestions import did_you_mean
+from gradmaker.version import __version__
 
 if TYPE_CHECKING:
     from gradmaker.compare.progress import Board
@@ -193,14 +195,12 @@ def _check_numbers(epochs: int, batch_size: int, momentum: float | None, schedul
     if momentum is not None and not 0 <= momentum < 1:
         raise InputError(f"momentum must be in [0, 1), got {momentum}")
     if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}: {suggest(schedule, SCHEDULES)}")
+        raise InputError(f"unknown schedule {schedule!r}: {did_you_mean(schedule, SCHEDULES)}")
 
 
 def _setting(
     start: nn.Module, data: Data, loss: Loss, epochs: int, batch_size: int, schedule: str, validation: float, device: str
 ) -> Setting:
-    import gradmaker
-
     return Setting(
         epochs=epochs,
         batch_size=batch_size,
@@ -210,7 +210,7 @@ def _setting(
         loss=str(getattr(loss, "__qualname__", loss)),
         data=f"{data.name} {data.fingerprint()}",
         model=digest([str(start), {name: float(p.detach().double().sum()) for name, p in start.named_parameters()}]),
-        version=str(getattr(gradmaker, "__version__", "unknown")),
+        version=__version__,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmaker.compare.errors import InputError, require_extra, suggest
+from gradmaker.compare.errors import InputError, require_extra
+from gradmaker.options.suggestions import did_you_mean
 
 SPLIT_SEED = 0  # the splits are part of the data: every run and every method sees the same ones
 IMAGES = {"mnist": ("ylecun/mnist", "image"), "cifar10": ("uoft-cs/cifar10", "img")}  # hub name, image column
@@ -83,7 +84,7 @@ def load(name: str, folder: str | Path | None = None) -> Data:
             environment variable GRADMAKER_DATA, else the Hugging Face hub. Not used by digits.
     """
     if name not in NAMES:
-        raise InputError(f"unknown data {name!r}: {suggest(name, NAMES)}")
+        raise InputError(f"unknown data {name!r}: {did_you_mean(name, NAMES)}")
     data = digits() if name == "digits" else _images(name, folder or os.environ.get("GRADMAKER_DATA"))
     return _standardised(data)
 

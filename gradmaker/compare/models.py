@@ -7,7 +7,8 @@ from itertools import pairwise
 from torch import nn
 
 from gradmaker.compare.data import Data
-from gradmaker.compare.errors import InputError, suggest
+from gradmaker.compare.errors import InputError
+from gradmaker.options.suggestions import did_you_mean
 
 
 def mlp(data: Data, hidden: Sequence[int]) -> nn.Module:
@@ -35,7 +36,7 @@ MODELS: dict[str, Callable[[Data, Sequence[int]], nn.Module]] = {"mlp": mlp, "co
 def factory(name: str, data: Data, hidden: Sequence[int]) -> Callable[[], nn.Module]:
     """A zero-argument factory of the named model, sized for the data."""
     if name not in MODELS:
-        raise InputError(f"unknown model {name!r}: {suggest(name, MODELS)}")
+        raise InputError(f"unknown model {name!r}: {did_you_mean(name, MODELS)}")
     if any(size < 1 for size in hidden):
         raise InputError(f"hidden sizes must be positive, got {list(hidden)}")
     return partial(MODELS[name], data, tuple(hidden))

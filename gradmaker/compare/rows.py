@@ -1,7 +1,6 @@
 """One row of the comparison: a gradient maker (or none), the torch optimizer on top, its learning rates."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -11,8 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gradmaker.compare.errors import InputError, suggest
-from gradmaker.deprecations import current_name
+from gradmaker.compare.errors import InputError
+from gradmaker.methods import from_config
+from gradmaker.options.deprecations import current_name
+from gradmaker.options.registry import METHODS
+from gradmaker.options.suggestions import did_you_mean
+from gradmaker.options.yaml_text import parse_yaml
 
 Method = str | Path | Mapping[str, Any]
 ROW_KEYS = ("label", "learning_rates", "optimizer")
@@ -103,8 +106,6 @@ class Row:
         """The gradient maker on this model, or None."""
         if self.maker is None:
             return None
-        from gradmaker import from_config
-
         return from_config(model, dict(self.maker))
 
     def build_optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -190,13 +191,11 @@ def _labelled(method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _named(name: str) -> dict[str, Any]:
     """A maker by its name; else an optimizer of torch.optim by its."""
-    from gradmaker import METHODS
-
     if name in METHODS:
         return {"method": name}
     if name.lower() in optimizers():
         return {"label": name.lower(), "optimizer": optimizers()[name.lower()].__name__}
-    raise InputError(f"unknown method {name!r}: {suggest(name, {*METHODS, *optimizers()})}")
+    raise InputError(f"unknown method {name!r}: {did_you_mean(name, sorted({*METHODS, *optimizers()}))}")
 
 
 def _labels(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -237,7 +236,7 @@ def _row(entry: dict[str, Any], label: str, rates: Sequence[float] | None, momen
 
 def _known_optimizer(label: str, name: str) -> str:
     if name.lower() not in optimizers():
-        raise InputError(f"{label}: torch.optim has no {name!r}: {suggest(name, optimizers())}")
+        raise InputError(f"{label}: torch.optim has no {name!r}: {did_you_mean(name, optimizers())}")
     return optimizers()[name.lower()].__name__
 
 
@@ -249,15 +248,11 @@ def _numbers(label: str, values: Any) -> tuple[float, ...]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Parsed YAML, where 1e-3 is a number: PyYAML follows YAML 1.1, which asks for a point before the exponent."""
+    """Parsed YAML."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """SafeLoader whose resolvers are its own."""
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -14,7 +14,6 @@ The last two need the eigenvalues themselves. Nothing here is ever added to a st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Literal, TypeAlias
 
 import torch
@@ -27,8 +26,6 @@ __all__ = [
     "Placement",
     "Split",
     "average_trace",
-    "check_choice",
-    "check_interval",
     "damp",
     "equal_ridges",
     "pi_ridges",
@@ -45,18 +42,6 @@ Placement: TypeAlias = Literal["before", "after"]
 
 Split: TypeAlias = Literal["exact", "pi", "each"]
 """``exact``: ``F_1 (x) F_2 + lambda I``; ``pi``: a ridge on every factor by `pi_ridges`; ``each``: lambda on every factor."""
-
-
-def check_interval(field: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
-    """Refuse a number outside ``(low, high)``, or ``[low, high)`` when ``closed``."""
-    if not isfinite(value) or not (low <= value if closed else low < value) or not value < high:
-        raise ValueError(f"{field} = {value!r}: legal are numbers in {'[' if closed else '('}{low:g}, {high:g})")
-
-
-def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a word that is not in the list."""
-    if value not in choices:
-        raise ValueError(f"{field} = {value!r}: legal are {', '.join(map(repr, choices))}")
 
 
 def ridge_unit(mode: str, largest: Tensor, average: Tensor) -> Tensor:

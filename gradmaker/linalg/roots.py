@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,24 +13,18 @@ from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, is_definite
 from gradmaker.linalg.factors import identity
 from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
-from gradmaker.representations.kronecker import apply_factors
 
-__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual", "verify"]
+__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual"]
 
 
 def integer_root(power: float, order: float) -> int:
     """``p`` such that a factor's ``-1/p`` gives ``C^power``: ``p = order / |power|``."""
     p = order / abs(power)
     if round(p) < 1 or abs(p - round(p)) > 1e-9:
-        raise ValueError(f"power = {power!r} needs the inverse root p = {p:g} of a factor: legal are whole p; use Eigh")
+        raise ValueError(f"power={power!r} needs the inverse root p = {p:g} of a factor: expected a whole p; use Eigh")
     return round(p)
-
-
-def verify(A: Tensor, X: Tensor, p: int) -> Tensor:
-    """Whether a root's `residual` is within its tolerance.  # (B, d, d), (B, d, d) -> (B,)"""
-    found, tolerance = residual(A, X, p)
-    return found <= tolerance
 
 
 def residual(A: Tensor, X: Tensor, p: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +104,6 @@ def held_roots(cache: State) -> list[Tensor]:
     return [cache[f"root_{k}"] for k in range(sum(name.startswith("root_") for name in cache))]
 
 
-def apply_roots(representation: Any, cache: State, g: Tensor) -> Tensor:
-    """``g x_1 X_1 x_2 X_2 ...``.  # (B, *shape)"""
-    return apply_factors(held_roots(cache), representation.unfold(g)).reshape(g.shape)
+def apply_roots(cache: State, g: Tensor) -> Tensor:
+    """``g x_1 X_1 x_2 X_2 ...`` of an unfolded gradient.  # (B, d_1, ..., d_m)"""
+    return apply_factors(held_roots(cache), g)

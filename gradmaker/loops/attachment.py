@@ -302,7 +302,7 @@ def refuse_again(attachments: Sequence[Attachment]) -> None:
 
 
 def refuse_attached(attachments: Sequence[Attachment]) -> None:
-    """RuntimeError for declared calls of a maker that rides on a loop."""
+    """RuntimeError for declared calls of a maker that is attached to a loop."""
     if attachments:
         raise RuntimeError(
             "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "

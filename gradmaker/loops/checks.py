@@ -91,7 +91,7 @@ def check(maker: PreconditionedGradientMaker, optimizer: Optimizer, likelihood: 
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("attach: LBFGS models the curvature from plain gradients itself: use SGD, with or without momentum")
     passes = maker.plan.curvatures(of_passes=True)
-    repeating = [type(c).__name__ for c in passes if c.asks]
+    repeating = [type(c).__name__ for c in passes if c.needs & {"graph", "replay", "previous"}]
     if repeating:
         raise ValueError(
             f"attach: {', '.join(repeating)} has to differentiate or repeat the loss, which is out of sight here: declare it "

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradmaker.loss.recorder import LossCall, LossRecorder, Weighting
 from gradmaker.loss.terms import BernoulliTerms, CategoricalTerms, GaussianTerms, Terms, effective_number, rows_of
 from gradmaker.loss.weights import together
+from gradmaker.options.checks import check_choice
 
 __all__ = [
     "LIKELIHOODS",
@@ -46,9 +47,7 @@ class Likelihood(ABC):
     reduction: str = "mean"  # over the valid terms
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            name = type(self).__name__
-            raise ValueError(f"{name}(reduction={self.reduction!r}) is not legal: choose 'mean' or 'sum', as the loss does")
+        check_choice(f"{type(self).__name__}.reduction", self.reduction, ("mean", "sum"), hint=", as the loss does")
 
     def terms(self, z: Tensor, factor: float | Tensor = 1.0, valid: Tensor | None = None) -> Terms:
         """The terms of ``factor * reduction_m l_m(z_m)``.  factor: a number, () or one for each term; valid: None for all"""

@@ -10,112 +10,64 @@ from torch import nn
 
 from gradmaker.config import build, read_mapping
 from gradmaker.maker import GradientMaker
-from gradmaker.methods.caspr_adaptive import CasprAdaptiveGradientMaker
-from gradmaker.methods.custom import CustomGradientMaker
-from gradmaker.methods.eigen_kronecker import EshampooGradientMaker, SoapGradientMaker
-from gradmaker.methods.elementwise import AdagradGradientMaker, AdamGradientMaker
-from gradmaker.methods.fisher_kronecker import (
-    EkfacGradientMaker,
-    KflrGradientMaker,
-    KfraGradientMaker,
-    SkfacGradientMaker,
-    TntGradientMaker,
-)
-from gradmaker.methods.full_adagrad import FullAdagradGradientMaker
-from gradmaker.methods.inverse_kronecker import KlShampooGradientMaker, KradagradGradientMaker, KradagradStarGradientMaker
-from gradmaker.methods.kronecker import KfacGradientMaker, ShampooGradientMaker
-from gradmaker.methods.low_rank import (
-    GgtGradientMaker,
-    MfacGradientMaker,
-    SengGradientMaker,
-    SmwGaussNewtonGradientMaker,
-    SmwNaturalGradientMaker,
-    TongaGradientMaker,
-    TongaUnitGradientMaker,
-)
-from gradmaker.methods.matrix_free import (
-    CurveballGradientMaker,
-    HessianFreeGradientMaker,
-    KsdGradientMaker,
-    NewtonGradientMaker,
-    SaddleFreeGradientMaker,
-)
-from gradmaker.methods.natural import (
-    DiagonalNaturalGradientMaker,
-    FullNaturalGradientMaker,
-    LayerNaturalGradientMaker,
-    UnitNaturalGradientMaker,
-)
-from gradmaker.methods.probes import (
-    AdahessianGradientMaker,
-    EsgdGradientMaker,
-    PsgdGradientMaker,
-    PsgdKfGradientMaker,
-    PsgdWhitenGradientMaker,
-    SaddleFreeDiagonalGradientMaker,
-)
-from gradmaker.methods.secants import KbfgsGradientMaker, KbfgsLGradientMaker, LbfgsGradientMaker
-from gradmaker.methods.series import LissaGradientMaker, NeumannGradientMaker, NeumannPracticalGradientMaker
-from gradmaker.methods.sparse_inverse import FangGradientMaker
-from gradmaker.methods.spectral import MuonGradientMaker
-from gradmaker.methods.tensor_kronecker import CasprGradientMaker, OneSidedGradientMaker
-from gradmaker.triple import did_you_mean
+from gradmaker.options.registry import METHODS
 
-__all__ = ["METHODS", "from_config"]
+__all__ = ["from_config"]
 
-METHODS: dict[str, type[GradientMaker]] = {
-    "gradient": GradientMaker,
-    "adagrad": AdagradGradientMaker,
-    "adam": AdamGradientMaker,
-    "kfac": KfacGradientMaker,
-    "kflr": KflrGradientMaker,
-    "kfra": KfraGradientMaker,
-    "ekfac": EkfacGradientMaker,
-    "skfac": SkfacGradientMaker,
-    "tnt": TntGradientMaker,
-    "shampoo": ShampooGradientMaker,
-    "full_adagrad": FullAdagradGradientMaker,
-    "one_sided": OneSidedGradientMaker,
-    "caspr": CasprGradientMaker,
-    "caspr_adaptive": CasprAdaptiveGradientMaker,
-    "soap": SoapGradientMaker,
-    "eshampoo": EshampooGradientMaker,
-    "kradagrad_star": KradagradStarGradientMaker,
-    "kradagrad": KradagradGradientMaker,
-    "kl_shampoo": KlShampooGradientMaker,
-    "muon": MuonGradientMaker,
-    "unit_ng": UnitNaturalGradientMaker,
-    "layer_ng": LayerNaturalGradientMaker,
-    "full_ng": FullNaturalGradientMaker,
-    "diag_ng": DiagonalNaturalGradientMaker,
-    "fang": FangGradientMaker,
-    "smw_ng": SmwNaturalGradientMaker,
-    "smw_gn": SmwGaussNewtonGradientMaker,
-    "tonga": TongaGradientMaker,
-    "tonga_unit": TongaUnitGradientMaker,
-    "mfac": MfacGradientMaker,
-    "ggt": GgtGradientMaker,
-    "seng": SengGradientMaker,
-    "newton": NewtonGradientMaker,
-    "hessian_free": HessianFreeGradientMaker,
-    "ksd": KsdGradientMaker,
-    "saddle_free": SaddleFreeGradientMaker,
-    "lissa": LissaGradientMaker,
-    "neumann": NeumannGradientMaker,
-    "neumann_practical": NeumannPracticalGradientMaker,
-    "curveball": CurveballGradientMaker,
-    "psgd": PsgdGradientMaker,
-    "psgd_kf": PsgdKfGradientMaker,
-    "psgd_whiten": PsgdWhitenGradientMaker,
-    "adahessian": AdahessianGradientMaker,
-    "esgd": EsgdGradientMaker,
-    "saddle_free_diagonal": SaddleFreeDiagonalGradientMaker,
-    "lbfgs": LbfgsGradientMaker,
-    "kbfgs": KbfgsGradientMaker,
-    "kbfgs_l": KbfgsLGradientMaker,
-    "custom": CustomGradientMaker,
-}
-"""Method by name, as in ``{method: kfac}``."""
+METHODS.expect(
+    {
+        "gradient": "gradmaker.maker",
+        "adagrad": "gradmaker.methods.adagrad",
+        "adam": "gradmaker.methods.adam",
+        "kfac": "gradmaker.methods.kfac",
+        "kflr": "gradmaker.methods.kflr",
+        "kfra": "gradmaker.methods.kfra",
+        "ekfac": "gradmaker.methods.ekfac",
+        "skfac": "gradmaker.methods.skfac",
+        "tnt": "gradmaker.methods.tnt",
+        "shampoo": "gradmaker.methods.shampoo",
+        "full_adagrad": "gradmaker.methods.full_adagrad",
+        "one_sided": "gradmaker.methods.one_sided",
+        "caspr": "gradmaker.methods.caspr",
+        "caspr_adaptive": "gradmaker.methods.caspr_adaptive",
+        "soap": "gradmaker.methods.soap",
+        "eshampoo": "gradmaker.methods.soap",
+        "kradagrad_star": "gradmaker.methods.krad",
+        "kradagrad": "gradmaker.methods.krad",
+        "kl_shampoo": "gradmaker.methods.kl_shampoo",
+        "muon": "gradmaker.methods.muon",
+        "unit_ng": "gradmaker.methods.natural_gradient",
+        "layer_ng": "gradmaker.methods.natural_gradient",
+        "full_ng": "gradmaker.methods.natural_gradient",
+        "diag_ng": "gradmaker.methods.natural_gradient",
+        "fang": "gradmaker.methods.fang",
+        "smw_ng": "gradmaker.methods.smw",
+        "smw_gn": "gradmaker.methods.smw",
+        "tonga": "gradmaker.methods.tonga",
+        "tonga_unit": "gradmaker.methods.tonga",
+        "mfac": "gradmaker.methods.mfac",
+        "ggt": "gradmaker.methods.ggt",
+        "seng": "gradmaker.methods.seng",
+        "newton": "gradmaker.methods.newton",
+        "hessian_free": "gradmaker.methods.hessian_free",
+        "ksd": "gradmaker.methods.ksd",
+        "saddle_free": "gradmaker.methods.saddle_free",
+        "lissa": "gradmaker.methods.lissa",
+        "neumann": "gradmaker.methods.neumann",
+        "neumann_practical": "gradmaker.methods.neumann",
+        "curveball": "gradmaker.methods.curveball",
+        "psgd": "gradmaker.methods.psgd",
+        "psgd_kf": "gradmaker.methods.psgd",
+        "psgd_whiten": "gradmaker.methods.psgd",
+        "adahessian": "gradmaker.methods.adahessian",
+        "esgd": "gradmaker.methods.esgd",
+        "saddle_free_diagonal": "gradmaker.methods.saddle_free_diagonal",
+        "lbfgs": "gradmaker.methods.lbfgs",
+        "kbfgs": "gradmaker.methods.kbfgs",
+        "kbfgs_l": "gradmaker.methods.kbfgs",
+        "custom": "gradmaker.methods.custom",
+    }
+)
 
 
 def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> GradientMaker:
@@ -125,9 +77,8 @@ def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> Gra
     """
     given = read_mapping(config)
     if "method" not in given:
-        raise ValueError(f"a config needs the key 'method'. Legal: {', '.join(METHODS)}")
+        raise ValueError(f"a config needs the key 'method': expected {', '.join(METHODS)}")
     name = given.pop("method")
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method={name!r}: {did_you_mean(name, list(METHODS))}")
-    make = METHODS[name]
-    return make(model, build(make.Config, given, f"method {name!r}"))
+    make: Any = METHODS.find("method", name)
+    maker: GradientMaker = make(model, build(make.Config, given, f"method {name!r}"))
+    return maker

@@ -7,10 +7,11 @@ from typing import get_args
 
 from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.methods.tensor_axes import AxesGradientConfig
+from gradmaker.options.checks import check_choice
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, OneWayDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Division, HeldRoot
@@ -68,7 +69,8 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
         return Triple(BatchGradient(), self._state(), HeldRoot())
 
 
-class CasprAdaptiveGradientMaker(PreconditionedGradientMaker):
+@register("caspr_adaptive")
+class CasprAdaptiveGradientMaker(Preconditioned[CasprAdaptiveGradientConfig]):
     """CASPR-adaptive as a gradient maker; see `CasprAdaptiveGradientConfig`."""
 
     Config = CasprAdaptiveGradientConfig

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from gradmaker.capture.sites import Site
 from gradmaker.config import COVERS_ALL, ONE_BLOCK, GradientConfig
 from gradmaker.curvature import BatchGradient, Curvature
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, Representation
 from gradmaker.representations.base import NEWEST_ALONE
-from gradmaker.solvers import Division, Solver
+from gradmaker.solvers import AnySolver, Division
 from gradmaker.triple import Triple
 
 __all__ = ["CustomGradientConfig", "CustomGradientMaker"]
@@ -26,7 +27,7 @@ class CustomGradientConfig(GradientConfig):
 
     curvature: Curvature = BatchGradient()
     representation: Representation = Diagonal()
-    solver: Solver = Division()
+    solver: AnySolver = Division()
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]
@@ -52,7 +53,8 @@ class CustomGradientConfig(GradientConfig):
         return Triple(self.curvature, self.representation, self.solver)
 
 
-class CustomGradientMaker(PreconditionedGradientMaker):
+@register("custom")
+class CustomGradientMaker(Preconditioned[CustomGradientConfig]):
     """A free triple as a gradient maker; see `CustomGradientConfig`."""
 
     Config = CustomGradientConfig

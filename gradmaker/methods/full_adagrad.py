@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.config import check_choice, check_count
 from gradmaker.curvature import BatchGradient
-from gradmaker.methods.axes import AxesGradientConfig
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.methods.tensor_axes import AxesGradientConfig
+from gradmaker.options.checks import check_choice, check_count
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Dense, Window
 from gradmaker.solvers import Eigh, Gram
 from gradmaker.triple import Triple
@@ -63,7 +64,8 @@ class FullAdagradGradientConfig(AxesGradientConfig):
         return self._triple()
 
 
-class FullAdagradGradientMaker(PreconditionedGradientMaker):
+@register("full_adagrad")
+class FullAdagradGradientMaker(Preconditioned[FullAdagradGradientConfig]):
     """Full-matrix AdaGrad as a gradient maker; see `FullAdagradGradientConfig`."""
 
     Config = FullAdagradGradientConfig

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.blocks import Block
-from gradmaker.config import GradientConfig, check_choice, check_interval
+from gradmaker.config import GradientConfig
+from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.passes.batches import Batch
-from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.preconditioner import Preconditioned, PreconditionedGradientMaker
 from gradmaker.solvers import AdaptiveDamping
 from gradmaker.trust_region.damping_state import DampingState
 from gradmaker.trust_region.quadratic import QuadraticModel
 from gradmaker.trust_region.rescaling import Rescaling
 
 __all__ = ["TrustRegionGradientConfig", "TrustRegionGradientMaker", "clip_factor"]
+
+T = TypeVar("T", bound="TrustRegionGradientConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class TrustRegionGradientConfig(GradientConfig):
         for name in ("clip", "clip_learning_rate"):
             value = getattr(self, name)
             if value is not None:
-                check_interval(name, value, math.ulp(0.0), math.inf, hint=", or None")
+                check_interval(name, value, 0, math.inf, hint=", or None")
         if (self.clip is None) != (self.clip_learning_rate is None):
             raise ValueError(
                 f"clip={self.clip!r}, clip_learning_rate={self.clip_learning_rate!r}: the clip bounds the length of a step, "
@@ -62,15 +65,13 @@ class TrustRegionGradientConfig(GradientConfig):
             raise ValueError(f"damping={self.damping!r}: adaptive_damping multiplies it, so that it has to be positive")
 
 
-class TrustRegionGradientMaker(PreconditionedGradientMaker):
+class TrustRegionGradientMaker(Preconditioned[T]):
     """A gradient maker with a trust region; see `TrustRegionGradientConfig`."""
-
-    config: TrustRegionGradientConfig
 
     clip_learning_rate: float | None = None
     """Replaces that of the config."""
 
-    def __init__(self, model: nn.Module, config: TrustRegionGradientConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, config: T | None = None) -> None:
         super().__init__(model, config)
         rule = self.config.adaptive_damping
         self._damping = None if rule is None else DampingState(rule, float(self.config.damping or 0.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,23 @@ from gradmaker.passes.graph import Graph
 from gradmaker.passes.replay import Replay
 from gradmaker.trees import tensors
 
-if TYPE_CHECKING:
-    from gradmaker.config import GradientConfig
+__all__ = ["Batch", "Batches", "Declared", "Reading", "terms_of"]
 
-__all__ = ["Batch", "Batches", "Declared", "terms_of"]
+
+class Reading(Protocol):
+    """How a batch is read: the options of a config that say so."""
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of the examples, in the first tensor of the call."""
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """What the outputs parametrise, where the loss does not show it."""
+
+    @property
+    def loss_reduction(self) -> str:
+        """Of a loss that was not recognised: ``mean`` or ``sum``."""
 
 
 @dataclass
@@ -79,17 +92,17 @@ def mass_of(terms: list[Terms]) -> Tensor | None:
 class Batch:
     """A declared batch, with the random numbers of the moment when this was made."""
 
-    def __init__(self, model: nn.Module, declared: Declared, config: GradientConfig, whole: Batch | None = None) -> None:
+    def __init__(self, model: nn.Module, declared: Declared, reading: Reading, whole: Batch | None = None) -> None:
         """whole: what this was cut from"""
-        self.model, self.declared, self.config, self.whole = model, declared, config, whole
-        self.replay = Replay(model, _evaluation(model, declared), declared.counted(config.batch_axis))
+        self.model, self.declared, self.reading, self.whole = model, declared, reading, whole
+        self.replay = Replay(model, _evaluation(model, declared), declared.counted(reading.batch_axis))
         self.mass: Tensor | None = None  # of its loss terms, once they are known
         self.known = False  # whether they are
 
     @property
     def examples(self) -> int:
         """How many go into the call; 0 where no tensor does."""
-        return self.declared.counted(self.config.batch_axis) or 0
+        return self.declared.counted(self.reading.batch_axis) or 0
 
     def note(self, terms: list[Terms]) -> None:
         """Remember what the loss terms weigh."""
@@ -115,7 +128,7 @@ class Batch:
     def _run(self) -> tuple[Tensor | None, Tensor, list[Terms]]:
         with LossRecorder() as recorder:
             logits, loss = self.replay.run()
-        terms = terms_of(recorder, loss, logits, self.config.likelihood)
+        terms = terms_of(recorder, loss, logits, self.reading.likelihood)
         self.note(terms)
         return logits, loss, terms
 
@@ -130,11 +143,11 @@ class Batch:
         if size >= n:
             return self
         rows = torch.randperm(n, generator=generator)[:size]
-        return Batch(self.model, self.declared.cut(rows, self.config.batch_axis, n), self.config, self)
+        return Batch(self.model, self.declared.cut(rows, self.reading.batch_axis, n), self.reading, self)
 
     def part(self, rows: Tensor, n: int) -> Batch:
         """Some of the ``n`` examples. ValueError where the declared call is not cut with them."""
-        return Batch(self.model, self.declared.part(rows, self.config.batch_axis, n), self.config, self)
+        return Batch(self.model, self.declared.part(rows, self.reading.batch_axis, n), self.reading, self)
 
     @torch.enable_grad()
     def evaluate(self) -> tuple[Tensor, list[Terms]]:
@@ -154,7 +167,7 @@ class Batch:
         ratio: Tensor | float = 1.0
         if self.mass is not None and self.whole.mass is not None:
             ratio = self.whole.mass / self.mass
-        elif self.config.loss_reduction == "sum":
+        elif self.reading.loss_reduction == "sum":
             ratio = self.whole.examples / self.examples
         return ratio * self.whole.scale()
 
@@ -192,7 +205,7 @@ class Batches:
         return self.curvature is self.own
 
     @classmethod
-    def of(cls, model: nn.Module, declared: dict[str, Declared], config: GradientConfig) -> Batches:
+    def of(cls, model: nn.Module, declared: dict[str, Declared], reading: Reading) -> Batches:
         """declared: by purpose; that of the pass is ``""``"""
-        made = {purpose: Batch(model, each, config) for purpose, each in declared.items()}
+        made = {purpose: Batch(model, each, reading) for purpose, each in declared.items()}
         return cls(made[""], made.get("curvature", made[""]), made.get("search", made[""]))

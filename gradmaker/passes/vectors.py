@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def _spread_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> 
             for row, block in zip(out[p], piece, strict=True):
                 site.view.write(as_real(row), block.to(p.dtype.to_real()))
         else:
-            write_real(out[p][_rows(site, name)], piece)
+            write_real(site.part(name, out[p], lead=1), piece)
 
 
 def _gather_site(site: Site, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -61,11 +60,7 @@ def _gather_site(site: Site, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
         return torch.stack([site.view.read(as_real(row)).reshape(-1) for row in values[p]])
     k = len(next(iter(values.values())))
     pieces = [
-        as_real(values[p][_rows(site, name)]).reshape(k, site.shape[0], *piece)
+        as_real(site.part(name, values[p], lead=1)).reshape(k, site.shape[0], *piece)
         for (name, p), piece in zip(site.parameters.items(), site._pieces(), strict=True)
     ]
     return torch.cat(pieces, -1).reshape(k, -1)
-
-
-def _rows(site: Site, name: str) -> Any:
-    return slice(None), site._rows(name)

@@ -23,6 +23,7 @@ from gradmaker.linalg.real_pairs import as_real, real_dtype, real_shape, write_r
 from gradmaker.loss.likelihood import Terms, read_terms
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.loss.weights import numbers
+from gradmaker.options.checks import check_choice
 from gradmaker.passes.graph import Graph
 from gradmaker.passes.replay import Replay
 
@@ -94,7 +95,7 @@ def eigenpairs(
     curvature = _Curvature(model, loss)
     if not 1 <= count <= curvature.size:
         raise ValueError(f"count={count!r}: expected 1 to {curvature.size}, the number of trainable parameters")
-    _check("method", method, ("lanczos", "power"))
+    check_choice("method", method, ("lanczos", "power"))
     matvec, start = curvature.matvec(matrix, mode), curvature.draw(seed, "gaussian")
     if method == "power":
         return _power(matvec, start, count, iterations)
@@ -214,7 +215,7 @@ class _Curvature:
 
     def matvec(self, matrix: Matrix, mode: Mode) -> Matvec:
         """The product with a matrix by its name."""
-        _check("matrix", matrix, get_args(Matrix))
+        check_choice("matrix", matrix, get_args(Matrix))
         if mode != "reverse" and matrix != "hessian":
             raise ValueError(f"mode={mode!r} would have no effect: it is of products with the Hessian, and matrix={matrix!r}")
         products: dict[Matrix, Matvec] = {
@@ -236,7 +237,7 @@ class _Curvature:
     @torch.enable_grad()
     def fisher(self, v: Tensor, kind: Kind = "exact", samples: int = 1, seed: int = 0) -> Tensor:
         """``F v``: ``Lambda_m (J v)_m`` of every loss term ``m`` pulled back, with ``sum_k c_mk c_mk^T`` for ``Lambda_m``."""
-        _check("kind", kind, get_args(Kind))
+        check_choice("kind", kind, get_args(Kind))
         if not self.terms:
             raise ValueError(
                 "a Fisher product needs a recognised loss: F.cross_entropy, F.nll_loss, F.mse_loss or "
@@ -292,11 +293,6 @@ def _weigh(terms: Terms, u: Tensor, c: Tensor) -> Tensor:
     """``sum_k c_k <c_k, u>`` for every loss term.  # like z"""
     inner = c * u if terms.axis is None else (c * u).sum(terms.axis + 1, keepdim=True)
     return (c * inner).sum(0)
-
-
-def _check(name: str, value: object, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"{name}={value!r}: legal are {', '.join(map(repr, legal))}")
 
 
 # ------------------------------------------------------------------ linear algebra

@@ -81,7 +81,7 @@ def summarise(plan: Plan, reached: set[str], checks: SelfChecks) -> Summary:
 def _way(block: Block, site: Site, checks: SelfChecks) -> str:
     """How a site is measured, where that is not through its layer for all examples at once."""
     own = checks.arrangement
-    if not block.triple.curvature.recorded:
+    if "calls" not in block.triple.curvature.needs:
         return ""
     if own.direct.intersection(site.parameters):
         return " (measured directly)"
@@ -93,7 +93,7 @@ def _unchecked(plan: Plan, reached: set[str], checks: SelfChecks) -> dict[str, s
     """What the self-checks could not prove."""
     found, own = {}, checks.arrangement
     for block in plan.blocks:
-        for site in block.sites if block.triple.curvature.recorded else ():
+        for site in block.sites if "calls" in block.triple.curvature.needs else ():
             if site.name not in reached or own.direct.intersection(site.parameters):
                 continue
             if checks.mode == "off":

@@ -49,7 +49,7 @@ class Inputs:
     def of(cls, model: nn.Module, call: Deferred | None, tape: Tape, triples: Sequence[Triple], axis: int) -> Inputs | None:
         """None where nothing that is measured by the calls groups rows, or the call is out of sight."""
         strict = any(t.representation.groups for t in triples)
-        if not strict and not any(t.curvature.groups for t in triples):
+        if not strict and not any("examples" in t.curvature.needs for t in triples):
             return None
         if call is None and tape.called is not None:
             call = Deferred(model, *tape.called, type(model).__name__)

@@ -65,7 +65,7 @@ def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[
             raise
         return float("inf"), 1.0
     size = max(float(expected.norm()), scale)
-    eps = torch.finfo(dtype).eps
+    eps = max(torch.finfo(dtype).eps, site.rule.rounding if site.rule else 0.0)
     half = any(_half(c) for m in site.modules for c in tape.calls[m])
     factor, floor = (FACTOR, 0.0) if site.rule is not None else REPEATED  # whose rounding is another
     tolerance = HALF if half else max(factor * eps * max(rows, 1) ** 0.5, floor)
@@ -87,7 +87,7 @@ def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtyp
         return by_kernel
     evidence = outer(site, tape, VJPs(gradients), None, dtype)
     rows = evidence.gradients.shape[2] * evidence.gradients.shape[3]
-    return evidence.combine(evidence.gradients.new_ones(evidence.count)), _size(evidence), rows
+    return evidence.combine(evidence.gradients.new_ones(1, evidence.count)), _size(evidence), rows
 
 
 def _size(evidence: Outer) -> float:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from gradmaker.blocks import Block
-from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.roles import Pooled
 from gradmaker.representations.base import Fold
 from gradmaker.stacking import carry
 from gradmaker.step.ledger import Ledger
@@ -27,7 +27,7 @@ class Pending:
     passes: int = 0  # of this step, that are in it
     part: int | None = None  # which of them is measured, where the maker does not count them itself
     blocks: dict[Block, Block] = field(default_factory=dict)  # copies with statistics of their own
-    pooled: list[tuple[Curvature, list[Mapping[str, Evidence]], float]] = field(default_factory=list)
+    pooled: list[tuple[Pooled, list[Mapping[str, Evidence]], float]] = field(default_factory=list)
     done: dict[tuple[int, int], set[str]] = field(default_factory=dict)  # by micro-batch and chunk: what is in them
 
     def block(self, block: Block) -> Block:

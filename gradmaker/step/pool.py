@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gradmaker.curvature.base import Curvature
 from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.curvature.roles import Pooled
 
 if TYPE_CHECKING:
     from gradmaker.plan import Plan
@@ -17,12 +18,12 @@ __all__ = ["Pool"]
 
 
 class Pool:
-    """``(v, sum_j weight_j H_j v)`` of the step that is under way, for curvatures that are `Curvature.pooled`.
+    """``(v, sum_j weight_j H_j v)`` of the step that is under way, for curvatures that are `Pooled`.
 
     No tensor is written to once it is held, so that a copy is one of references.
     """
 
-    def __init__(self, held: Mapping[Curvature, list[dict[str, Pair]]] | None = None) -> None:
+    def __init__(self, held: Mapping[Pooled, list[dict[str, Pair]]] | None = None) -> None:
         self.held = dict(held or {})
         """By curvature, chunk and site."""
 
@@ -30,7 +31,7 @@ class Pool:
         """The same pairs, of which one may be extended."""
         return Pool(self.held)
 
-    def add(self, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> None:
+    def add(self, curvature: Pooled, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> None:
         """One more micro-batch, after all of it has been measured.  weight: of its loss in that of the step"""
         fresh = [{name: _pair(e) for name, e in chunk.items()} for chunk in chunks]
         before = self.held.get(curvature, [{} for _ in fresh])
@@ -49,11 +50,14 @@ class Pool:
     @classmethod
     def load(cls, plan: Plan, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Pool:
         """Go on from `dump`."""
-        held: dict[Curvature, list[dict[str, Pair]]] = {}
+        held: dict[Pooled, list[dict[str, Pair]]] = {}
         for block in plan.blocks:
+            curvature = block.triple.curvature
+            if not isinstance(curvature, Pooled):
+                continue
             for site in block.sites:
                 pairs = saved.get(site.name, {})
-                chunks = held.setdefault(block.triple.curvature, []) if pairs else []
+                chunks = held.setdefault(curvature, []) if pairs else []
                 for index, pair in pairs.items():
                     chunks += [{} for _ in range(int(index) + 1 - len(chunks))]
                     chunk = chunks[int(index)]
@@ -69,6 +73,6 @@ def _pair(evidence: Evidence) -> Pair:
 
 def _sum(old: dict[str, Pair], new: dict[str, Pair], weight: float) -> dict[str, Pair]:
     """Images add, of vectors that are the same; a site that one of the micro-batches did not reach has none there."""
-    scaled = {name: Pair(pair.v, pair.cv * weight) for name, pair in new.items()}
-    both = {name: Pair(pair.v, old[name].cv + pair.cv) for name, pair in scaled.items() if name in old}
+    scaled = {name: replace(pair, cv=pair.cv * weight) for name, pair in new.items()}
+    both = {name: replace(pair, cv=old[name].cv + pair.cv) for name, pair in scaled.items() if name in old}
     return {**old, **scaled, **both}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.evidence import Evidence, Pair
-from gradmaker.curvature.step import Pass, Previous
+from gradmaker.curvature.roles import OfSecants
+from gradmaker.curvature.step import LayerSums, Pass, Previous
 from gradmaker.passes.replay import Replay
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["bookmark", "complete", "dump_secants", "load_secants"]
 
 
-def bookmark(maker: MeasuringMaker, replay: Replay, weight: float, notes: dict[str, Any]) -> Previous:
+def bookmark(maker: MeasuringMaker, replay: Replay, weight: float, notes: dict[str, LayerSums]) -> Previous:
     """The step that is under way, with the pass that has just been measured.  weight: its share in the loss"""
     parameters = [p for p in maker.model.parameters() if p.requires_grad]
     made = Pass(replay, weight, notes)
@@ -57,7 +59,7 @@ def complete(maker: MeasuringMaker) -> None:
 def _secants(maker: MeasuringMaker, previous: Previous) -> dict[str, Evidence]:
     found: dict[str, Evidence] = {}
     for curvature in maker.plan.curvatures(of_passes=True):
-        if "previous" in curvature.asks:
+        if isinstance(curvature, OfSecants):
             step = maker._step(curvature)
             step.previous = previous
             with torch.enable_grad():
@@ -77,19 +79,19 @@ def dump_secants(maker: MeasuringMaker) -> dict[str, Any]:
         pairs = previous.older | (_secants(maker, previous) if complete else {})
     saved = {}
     for site, like in _places(maker).items():
-        pair = (pairs or {}).get(site)
-        v, cv = (pair.v.clone(), pair.cv.clone()) if isinstance(pair, Pair) else (like, like.clone())
-        saved[site] = {"v": v, "cv": cv}
+        pair = (pairs or {}).get(site, like)
+        assert isinstance(pair, Pair)
+        saved[site] = {"v": pair.v.clone(), "cv": pair.cv.clone()}
     index = -1 if previous is None or pairs is None else previous.index
     return {"index": index, "known": sorted(pairs or {}), "pairs": saved}
 
 
-def _places(maker: MeasuringMaker) -> dict[str, Tensor]:
-    """Zeros in the shape of a pair's tensors, by site."""
-    blocks = [b for b in maker.plan.blocks if "previous" in b.triple.curvature.asks]
+def _places(maker: MeasuringMaker) -> dict[str, Pair]:
+    """Pairs of zeros, by site."""
     return {
-        s.name: torch.zeros(b.triple.curvature.secant_shape(s), dtype=b.frame.dtype, device=b.frame.device)
-        for b in blocks
+        s.name: curvature.empty_secant(s, b.frame.dtype, b.frame.device)
+        for b in maker.plan.blocks
+        if isinstance(curvature := b.triple.curvature, OfSecants)
         for s in b.sites
     }
 
@@ -105,6 +107,6 @@ def load_secants(maker: MeasuringMaker, saved: dict[str, Any]) -> None:
         return
     places, pairs = _places(maker), dict[str, Evidence]()
     for name in saved["known"]:
-        v, cv = (saved["pairs"][name][part].to(places[name], copy=True) for part in ("v", "cv"))
-        pairs[name] = Pair(v, cv)
+        v, cv = (saved["pairs"][name][part].to(places[name].v, copy=True) for part in ("v", "cv"))
+        pairs[name] = replace(places[name], v=v, cv=cv)
     maker._previous = Previous([], {}, {}, int(saved["index"]), pairs)

@@ -68,7 +68,7 @@ class QuadraticModel:
                 duals = {p: forward.make_dual(w.detach().requires_grad_(), direction[p]) for p, w in self.weights.items()}
                 logits, loss = batch.replay.run(duals)
                 refuse_reentrant(loss)
-                terms = terms_of(recorder, loss, logits, batch.config.likelihood)
+                terms = terms_of(recorder, loss, logits, batch.reading.likelihood)
                 value, derivative = forward.unpack_dual(loss)
                 images = [forward.unpack_dual(t.z).tangent for t in terms]
         except RuntimeError as error:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from gradmaker import METHODS
 from gradmaker.capture.exchange import call_with, copies, exchanged
-from gradmaker.methods import METHODS
 from gradmaker.passes.replay import Replay
 from gradmaker.reports.spectrum import hvp
 

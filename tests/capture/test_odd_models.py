@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmaker import METHODS
 from gradmaker.curvature import FisherEmp, FisherExact
-from gradmaker.methods import METHODS
 from gradmaker.reports.spectrum import hvp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -320,7 +320,7 @@ def test_an_empty_batch_adds_nothing(method: str, name: str) -> None:
     model = plain_mlp()
     maker = make(method, model)
     curvatures = [b.triple.curvature for b in maker.plan.blocks]
-    still = not maker.plan.per_step and all(c.of_passes and "previous" not in c.asks for c in curvatures)
+    still = not maker.plan.per_step and all(c.of_passes and "previous" not in c.needs for c in curvatures)
     for n in (0, 6, 0, 6):
         before = str(maker.state_dict()["sites"])
         statistics = str({k: v["state"] for k, v in maker.state_dict()["sites"].items()})

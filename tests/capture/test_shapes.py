@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from gradmaker import METHODS, PreconditionedGradientMaker, Triple, from_config
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.curvature import BatchGradient, probe
-from gradmaker.methods.axes import AxesGradientConfig
+from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.rules import paths
 from gradmaker.representations import KronDims
 from gradmaker.representations.capabilities import Factored
@@ -88,10 +88,8 @@ def test_layers_say_how_many_maps_a_parameter_holds() -> None:
 
 # --- nothing but the blocks changes ---------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class Identity(Solver):
+class Identity(Solver[Factored]):
     """``P = I``."""
-
-    needs: ClassVar[type] = Factored
 
     def prepare(self, representation: Any, state: Any, previous: Any) -> dict[str, Tensor]:
         return {"one": torch.ones_like(state["mass"])}
@@ -324,7 +322,7 @@ def test_rules_are_those_of_ignore() -> None:
     shapes = {s.name: s.shape for b in maker.plan.blocks for s in b.sites}
     assert (shapes["qkv.weight"], shapes["qkv.bias"]) == ((3, 4, 4), (2, 6))
     config = maker.config
-    assert hash(config) and METHODS["shampoo"].Config(**config.as_mapping()) == config
+    assert hash(config) and METHODS["shampoo"].Config(**vars(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner, Result
 
 from gradmaker import METHODS
-from gradmaker.compare import command
-from gradmaker.compare import cost as cost_module
+from gradmaker.compare import command, cost as cost_module
 
 SHORT = ["--epochs", "1", "--seeds", "1", "--threads", "1", "--hidden", "16", "--lr", "0.1"]
 
@@ -52,6 +51,29 @@ def test_config_file_and_conv(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["report"]["rows"]
     assert [row["method"] for row in rows] == ["sgd", "heavy"] and rows[1]["config"]["optimizer"]["momentum"] == 0.5
+
+
+@pytest.mark.usefixtures("registrations")
+def test_methods_of_a_module_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+    (tmp_path / "my_methods.py").write_text(
+        "from gradmaker import AdamGradientMaker, register\n"
+        "@register('mine')\n"
+        "class MineGradientMaker(AdamGradientMaker):\n"
+        "    'Adam under another name.'\n"
+    )
+    refused = invoke("mine", *SHORT)
+    assert refused.exit_code == 2 and "unknown method 'mine'" in refused.output
+    missing = invoke("mine", "--import", "no_methods", *SHORT)
+    assert missing.exit_code == 2 and "--import no_methods: no such module here or installed" in missing.output
+    result = invoke("mine", "sgd", "--import", "my_methods", *SHORT, "--quiet", "--out", "out")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["report"]["rows"]
+    assert [row["method"] for row in rows] == ["mine", "sgd"] and rows[0]["config"]["maker"]["method"] == "mine"
+    assert invoke("--list").output.splitlines()[-1].split(maxsplit=1) == ["mine", "Adam under another name."]
+    del sys.modules["my_methods"]
 
 
 def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,16 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from gradmaker.compare import Comparison, Data, InputError, compare
-from gradmaker.compare import comparison as comparison_module
-from gradmaker.compare import cost as cost_module
-from gradmaker.compare import report as report_module
-from gradmaker.compare import trial as trial_module
+from gradmaker.compare import (
+    Comparison,
+    Data,
+    InputError,
+    compare,
+    comparison as comparison_module,
+    cost as cost_module,
+    report as report_module,
+    trial as trial_module,
+)
 from gradmaker.compare.data import IMAGES, load, split
 from gradmaker.compare.report import shown_command
 from gradmaker.compare.result import select

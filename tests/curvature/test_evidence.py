@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature import evidence as module
-from gradmaker.curvature.evidence import Gradient, Joint, OneHot, Outer
+from gradmaker.curvature.evidence import Gradient, Joint, Outer
 
 EXACT = 1e-12
 pytestmark = pytest.mark.usefixtures("double")
@@ -90,9 +91,20 @@ def test_products(name: str) -> None:
     assert evidence.count == len(J)
     close(evidence.rows(), J)
     close(evidence.squares(), J.square().sum(0))
-    close(evidence.project(v), (J * v).flatten(1).sum(1))
-    close(evidence.combine(z), torch.einsum("n,n...->...", z, J))
-    close(evidence.gram(), J.flatten(1) @ J.flatten(1).mT)
+    close(evidence.project(v), (J * v).flatten(2).sum(2).mT)
+    close(evidence.combine(z[None]), torch.einsum("n,n...->...", z, J))
+    each = torch.randn(J.shape[1], len(J))
+    close(evidence.combine(each), torch.einsum("gn,ngoi->goi", each, J))
+    close(evidence.gram(evidence), torch.einsum("ngoi,mgoi->gnm", J, J))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gram_of_two(name: str) -> None:
+    """Of other examples, which are more."""
+    s = SHAPES[name]
+    more = replace(s, n=s.n + 2)
+    (one, a), (two, b) = draw(s), draw(more)
+    close(one.gram(two), torch.einsum("ngoi,mgoi->gnm", formed(s, one, a), formed(more, two, b)))
 
 
 @pytest.mark.parametrize("name", [name for name, s in SHAPES.items() if not s.one_hot])
@@ -154,12 +166,12 @@ def test_gram_has_the_spectrum_of_the_curvature() -> None:
     s = SHAPES["usual"]
     evidence, a = draw(s)
     J = formed(s, evidence, a).flatten(1)
-    large, small = torch.linalg.eigvalsh(J.mT @ J), torch.linalg.eigvalsh(evidence.gram())
+    large, small = torch.linalg.eigvalsh(J.mT @ J), torch.linalg.eigvalsh(evidence.gram(evidence).sum(0))
     torch.testing.assert_close(small, large[-len(small) :], rtol=1e-9, atol=1e-9)
     assert large[: -len(small)].abs().max() < 1e-9
 
 
-def test_joint_rows_and_gram() -> None:
+def test_joint_rows() -> None:
     names = ("usual", "no_bias", "transposed")
     parts = [draw(SHAPES[name]) for name in names]
     J = torch.cat(
@@ -168,7 +180,6 @@ def test_joint_rows_and_gram() -> None:
     )
     joint = Joint(tuple(evidence for evidence, _ in parts))
     close(joint.rows()[:, 0], J)
-    close(joint.gram(), J @ J.mT)
 
 
 def test_gradient_is_one_row() -> None:
@@ -183,4 +194,4 @@ def test_one_hot_products_stay_small() -> None:
     out = torch.zeros(1, V)
     evidence.add_input_moment_(out, 0.0, 1.0)
     close(out.sum(), torch.tensor(6.0))
-    assert evidence.gram().shape == (2, 2)
+    assert evidence.gram(evidence).shape == (1, 2, 2)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature.evidence import OutputPair, Pair, PairedInputs
+from gradmaker.curvature.evidence import Outer, Pair
 from gradmaker.representations import KronPairs
 from gradmaker.representations.base import Fold
 from gradmaker.representations.kron_pairs import bfgs_update_, double_damping
@@ -203,10 +203,11 @@ def test_a_floor_that_is_out_of_reach_is_taken_itself(floor: float) -> None:
     assert -1e-9 < float(kept.min()) and float(kept.max()) < 1 + 1e-9
 
 
-def inputs_of(a: Tensor, outputs: int) -> PairedInputs:
+def inputs_of(a: Tensor, outputs: int) -> Outer:
     """(n, i) -> one position an example, a one appended."""
     n = len(a)
-    return PairedInputs(a[None, :, None], torch.zeros(1, 1, n, 1, outputs, dtype=a.dtype), bias=True)
+    g = torch.zeros(1, 1, n, 1, outputs, dtype=a.dtype)
+    return Outer(a[None, :, None], g, bias=True, kind="with_secants")
 
 
 def test_hessian_action_goes_to_the_inverse() -> None:
@@ -236,9 +237,9 @@ def test_both_sides_stay_positive(pairs: int | None, limited: Any) -> None:
     for k in range(1000):
         s, y = randn(2, 2, 3, seed=k) * 10.0 ** (k % 5 - 2)
         y = y if k % 97 else torch.full_like(y, torch.nan)
-        held.update(state, OutputPair(s, y), FOLD)
+        held.update(state, Pair(s, y, "output_secant"), FOLD)
         a = randn(2, 6, 1, 3, seed=-k) * 10.0 ** (k % 3 - 1)
-        held.update(state, PairedInputs(a, torch.zeros(1, 2, 6, 1, 3).double(), bias=True), FOLD)
+        held.update(state, Outer(a, torch.zeros(1, 2, 6, 1, 3).double(), bias=True, kind="with_secants"), FOLD)
     for side in ("left", "right"):
         H = held._formed(state, side)
         assert torch.linalg.eigvalsh(H)[:, 0].min() > 0 and torch.equal(H, H.mT)
@@ -254,7 +255,7 @@ def test_secant_equation_without_damping() -> None:
         state = held.init(frame(3, 2))
         for k in range(4):
             s = randn(1, 3, seed=k)
-            held.update(state, OutputPair(s, s @ positive(3)), FOLD)
+            held.update(state, Pair(s, s @ positive(3), "output_secant"), FOLD)
         assert (
             oracles.relative_error(held._inverse(state, "left", state["change"].unsqueeze(-1)).squeeze(-1), state["step"])
             < 1e-12

@@ -82,6 +82,10 @@ def test_core_needs_torch_and_opt_einsum_only() -> None:
     assert config()["options"]["install_requires"].split() == ["torch>=2.6", "opt_einsum"]
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    assert config()["metadata"]["version"] == gradmaker.__version__
+
+
 def test_dependencies_are_pinned() -> None:
     """Every package that an extra names has a line in constraints.txt."""
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
@@ -205,8 +209,12 @@ def static_face() -> dict[str, str]:
     tree = ast.parse((ROOT / "gradmaker" / "__init__.py").read_text(encoding="utf-8"))
     seen = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imports = [node for node in seen.body if isinstance(node, ast.ImportFrom)]
-    assert len(imports) == len(seen.body)
-    return {alias.name: str(node.module) for node in imports for alias in node.names}
+    declared = [ast.unparse(node) for node in seen.body if node not in imports]
+    assert declared == ["METHODS: Registry[type[GradientMaker]]"]
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)  # which exports it
+    return {alias.name: str(node.module) for node in imports for alias in node.names} | {
+        "METHODS": "gradmaker.options.registry"
+    }
 
 
 def test_static_face_is_what_is_found() -> None:

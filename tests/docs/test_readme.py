@@ -51,6 +51,7 @@ def one_command(*words: str) -> str:
     return found[0]
 
 
+@pytest.mark.usefixtures("registrations")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace a page, so that examples chain; the traceback shows the line of the page."""

@@ -236,5 +236,5 @@ def test_square_roots_are_held_where_they_are_asked_for() -> None:
 def test_wrong_p(wrong: Any) -> None:
     if wrong is True:
         pytest.skip("True is one")
-    with pytest.raises(ValueError, match="p ="):
+    with pytest.raises(ValueError, match="p="):
         from_config(models.mlp().model, {"method": "caspr", "p": wrong})

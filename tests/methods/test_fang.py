@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, Triple, TripleError
 from gradmaker.capture.tape import Tape
-from gradmaker.curvature import FisherEmp, FisherExact, FisherForward, Inputs, OneHot, Outer
+from gradmaker.curvature import FisherEmp, FisherExact, FisherForward, OneHot, Outer
 from gradmaker.representations import Dense, Eigenbasis, GaussianGraph, Kron, KronRows
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.solvers import CG, Cholesky, Eigh, FactorWoodbury, LocalRegression, Rotate
@@ -239,7 +239,7 @@ def test_parents_as_a_function_as_a_tuple_and_in_a_mapping() -> None:
 @pytest.mark.parametrize(
     "structure, sentence",
     [
-        ("star", "legal are 'bias', 'full', parents"),
+        ("star", "expected bias, full, parents"),
         ((*[()] * 11, (11,)), "entry 11 is an ancestor of itself"),
         ((*[()] * 10, (11,), (10,)), "entry 10 is an ancestor of itself"),
         ((*[()] * 11, (12,)), "the parents of entry 11"),
@@ -253,7 +253,7 @@ def test_wrong_parents_are_refused(structure: Any, sentence: str) -> None:
 
 
 def test_blocks_that_are_too_large_are_refused() -> None:
-    with pytest.raises(ValueError, match="legal with whole=False"):
+    with pytest.raises(ValueError, match="expected whole=False"):
         GaussianGraph("bias", whole=True)
     with pytest.raises(ValueError, match="name fewer parents"):
         GaussianGraph("full").init(Frame(1, (1000, 1), frozenset(), torch.float32, torch.device("cpu")))
@@ -418,7 +418,7 @@ def test_rows_of_inputs_are_the_kronecker_product(transposed: bool, masked: bool
     if transposed:
         a, size = OneHot(torch.randint(5, (4, 3)), 5), 5
     weights = torch.tensor([[1.0, 1, 0]] * 3 + [[0, 0, 0]], dtype=torch.float64) if masked else None
-    evidence = Inputs(a, torch.empty(0, 1, 4, 3, 2, dtype=torch.float64), not transposed, transposed, weights)
+    evidence = Outer(a, torch.empty(0, 1, 4, 3, 2, dtype=torch.float64), not transposed, transposed, weights, kind="inputs")
     shape = (size, 2) if transposed else (2, size)
     kron, state = Kron(), Kron().init(Frame(1, shape, frozenset({0} if transposed else ()), torch.float64, torch.device("cpu")))
     kron.update(state, evidence, ONCE)
@@ -501,9 +501,9 @@ def test_forward_only_is_for_kronecker_factors_alone() -> None:
         Triple(FisherForward(), Kron(), solver)
     Triple(FisherForward(), KronRows(), FactorWoodbury())
     Triple(FisherForward(), Eigenbasis(), Rotate())
-    with pytest.raises(TripleError, match=r"TensorNormal is built from .* but FisherForward gives Inputs"):
+    with pytest.raises(TripleError, match=r"TensorNormal is built from .* but FisherForward gives Outer \(inputs\)"):
         METHODS["tnt"](models.mlp().model, METHODS["tnt"].Config(fisher=FisherForward()))
-    with pytest.raises(TripleError, match=r"Dense is built from .* but FisherForward gives Inputs"):
+    with pytest.raises(TripleError, match=r"Dense is built from .* but FisherForward gives Outer \(inputs\)"):
         Triple(FisherForward(), Dense(), Cholesky())
     bare = METHODS["custom"](models.bare_scale().model, custom(FisherForward(), Kron(), Eigh(damping=0.5)))
     case = models.bare_scale()._replace(model=bare.model)

@@ -261,13 +261,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (FullAdagradGradientConfig, {"mode": "trace"}, "mode"),
     (FullAdagradGradientConfig, {"window": 3, "max_dim": 10}, "max_dim=10 would have no effect"),
     (FullAdagradGradientConfig, {"window": 3, "damping": 0.0}, "damping"),
-    (Gram, {"placement": "before"}, "placement = 'before': legal with power = -0.5"),
-    (Gram, {"placement": "before", "power": -0.5, "tail": "none"}, "placement = 'before'"),
-    (Gram, {"mode": "largest", "tail": "none"}, "mode = 'largest': legal with tail"),
-    (Gram, {"mode": "largest", "scale_preserving": True}, "mode = 'largest'"),
-    (Gram, {"mode": "trace"}, "mode = 'trace'"),
-    (Eigh, {"placement": "after", "split": "each"}, "placement = 'after'"),
-    (Eigh, {"placement": "between"}, "placement = 'between'"),
+    (Gram, {"placement": "before"}, "placement='before': expected power=-0.5"),
+    (Gram, {"placement": "before", "power": -0.5, "tail": "none"}, "placement='before'"),
+    (Gram, {"mode": "largest", "tail": "none"}, "mode='largest': expected tail"),
+    (Gram, {"mode": "largest", "scale_preserving": True}, "mode='largest'"),
+    (Gram, {"mode": "trace"}, "mode='trace'"),
+    (Eigh, {"placement": "after", "split": "each"}, "placement='after'"),
+    (Eigh, {"placement": "between"}, "placement='between'"),
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmaker import from_config
 from gradmaker.solvers import Krylov, krylov
-from gradmaker.solvers.quasi_newton import minimise
+from gradmaker.solvers.quasi_newton import minimise_bfgs
 from tests import models, oracles
 from tests.methods.test_hessian_free import mean_of_squares
 from tests.models import Case
@@ -40,14 +40,14 @@ def counted(f: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], tuple[flo
 def test_quadratic_with_the_true_inverse_takes_one_step() -> None:
     C, g = matrix()
     slope, seen = counted(lambda x: x @ C @ x / 2 + g @ x)
-    found = minimise(slope, torch.linalg.inv(C), 2 * P)
+    found = minimise_bfgs(slope, torch.linalg.inv(C), 2 * P)
     assert oracles.relative_error(found, -torch.linalg.solve(C, g)) < 1e-9 and len(seen) <= 4
 
 
 def test_quadratic_from_the_identity() -> None:
     C, g = matrix()
     slope, _ = counted(lambda x: x @ C @ x / 2 + g @ x)
-    assert oracles.relative_error(minimise(slope, eye, 4 * P), -torch.linalg.solve(C, g)) < 1e-6
+    assert oracles.relative_error(minimise_bfgs(slope, eye, 4 * P), -torch.linalg.solve(C, g)) < 1e-6
 
 
 def rosenbrock(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def rosenbrock(x: Tensor) -> Tensor:
 
 def test_rosenbrocks_valley() -> None:
     slope, _ = counted(rosenbrock)
-    assert oracles.relative_error(minimise(slope, torch.eye(2, dtype=torch.float64), 60), torch.ones(2).double()) < 1e-8
+    assert oracles.relative_error(minimise_bfgs(slope, torch.eye(2, dtype=torch.float64), 60), torch.ones(2).double()) < 1e-8
 
 
 def test_first_steps_are_the_textbooks() -> None:
@@ -64,7 +64,7 @@ def test_first_steps_are_the_textbooks() -> None:
     C, g = matrix()
     C = 0.9 * C / torch.linalg.eigvalsh(C)[-1] + 0.6 * eye
     slope, seen = counted(lambda x: x @ C @ x / 2 + g @ x)
-    found = minimise(slope, eye, 2)
+    found = minimise_bfgs(slope, eye, 2)
     assert len(seen) == 3
     s, y = -g, -(C @ g)
     r = 1 / (s @ y)
@@ -77,7 +77,7 @@ def test_wolfes_conditions_hold_at_every_iterate(iterations: int) -> None:
     """Value and slope at the end of the last step, with the point before it found by one iteration less."""
     slope, _ = counted(rosenbrock)
     H = torch.eye(3, dtype=torch.float64)
-    ends = [minimise(slope, H, k) for k in range(iterations + 1)]
+    ends = [minimise_bfgs(slope, H, k) for k in range(iterations + 1)]
     assert not ends[0].any()
     for before, after in pairwise(ends):
         (f, g), (value, new) = slope(before), slope(after)
@@ -93,10 +93,10 @@ def test_walls_and_kinks_do_not_raise_the_value() -> None:
         lambda x: 5.0 + 0 * x.sum(),
     ):
         slope, seen = counted(f)
-        found = minimise(slope, torch.eye(3, dtype=torch.float64), 20)
+        found = minimise_bfgs(slope, torch.eye(3, dtype=torch.float64), 20)
         assert f(found) <= f(torch.zeros(3).double()) and len(seen) < 20 * 25
     slope, _ = counted(lambda x: x.sum() * torch.nan)
-    assert not minimise(slope, torch.eye(3, dtype=torch.float64), 20).any()
+    assert not minimise_bfgs(slope, torch.eye(3, dtype=torch.float64), 20).any()
 
 
 # --- as a solver ------------------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def test_search_is_no_longer_than_twice_the_dimension(monkeypatch: pytest.Monkey
 
     def watched(slope: Any, H: Tensor, iterations: int) -> Tensor:
         asked.append((len(H), iterations))
-        return minimise(slope, H, iterations)
+        return minimise_bfgs(slope, H, iterations)
 
-    monkeypatch.setattr(krylov, "minimise", watched)
+    monkeypatch.setattr(krylov, "minimise_bfgs", watched)
     Searched(C, lambda d: quartic(C, g, d)).solve(Krylov(dimension=3, search="bfgs"), g, 2)
     assert asked == [(3, 6), (3, 6)]
 

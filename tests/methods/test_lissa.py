@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradmaker import from_config
 from gradmaker.curvature import GaussNewton
-from gradmaker.curvature.evidence import Product
+from gradmaker.curvature.products import Product
 from gradmaker.representations import Implicit
 from gradmaker.representations.base import Fold, Frame, State
 from gradmaker.solvers import CG, CurveBall, Krylov, Neumann, TruncatedCG

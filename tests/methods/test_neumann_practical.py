@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import from_config
-from gradmaker.methods.series import NeumannPracticalGradientConfig, NeumannPracticalGradientMaker
+from gradmaker.methods.neumann import NeumannPracticalGradientConfig, NeumannPracticalGradientMaker
 from tests import models, oracles
 from tests.methods.test_methods import reloaded
 from tests.models import Case

@@ -100,7 +100,7 @@ def test_what_no_trial_shows_has_a_reason_and_a_test() -> None:
     """Short tables of options that a method has and accepts, each naming a file of tests that knows the option."""
     for (method, name), reason in {**ELSEWHERE, **OTHER_PARTS}.items():
         config: Any = METHODS[method].Config()
-        assert name in config.as_mapping() and name not in config.inapplicable_options(), f"{method}.{name}: stale"
+        assert name in vars(config) and name not in config.inapplicable_options(), f"{method}.{name}: stale"
         assert name in (ROOT / reason.rpartition(": ")[2]).read_text(encoding="utf-8"), reason
     assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "root", *CHECKS}
 
@@ -152,8 +152,8 @@ def test_representations_say_what_they_ignore(name: str) -> None:
 def test_curvatures_say_what_they_ignore(name: str) -> None:
     curvature = CURVATURES[name]()
     assert set(curvature.inapplicable) <= {"seed", "likelihood", "loss_reduction", *CHECKS}
-    said = CHECKS - {"self_check"} if curvature.of_outputs else CHECKS  # of which it decides about losses
-    assert set(curvature.inapplicable) & CHECKS == (set() if curvature.recorded else said)
+    said = CHECKS - {"self_check"} if "outputs" in curvature.needs else CHECKS  # of which it decides about losses
+    assert set(curvature.inapplicable) & CHECKS == (set() if "calls" in curvature.needs else said)
 
 
 def test_options_of_a_free_triple_are_those_of_its_parts() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker import METHODS
-from gradmaker.curvature.evidence import Contrast, Pair
+from gradmaker.curvature.evidence import Pair
 from gradmaker.representations import KronQ, TriangularQ, lie
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.lie import relative_gradient
@@ -169,7 +169,7 @@ def test_whitens() -> None:
     root, state = oracles.matrix_power(C, 0.5), TriangularQ().init(frame(4))
     for k, rate in enumerate((0.1, 0.03, 0.01, 0.003)):
         for v, z in randn(1500, 2, 4, seed=k):
-            TriangularQ(rate).update(state, Contrast(v[None], (root @ z)[None]), FOLD)
+            TriangularQ(rate).update(state, Pair(v[None], (root @ z)[None], "noise_and_gradient"), FOLD)
     assert oracles.relative_error(inverse_of(TriangularQ(), state), oracles.matrix_power(C, -0.5)) < 0.12
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, PsgdWhitenGradientConfig, PsgdWhitenGradientMaker, from_config
 from gradmaker.curvature import GradientProbe
-from gradmaker.curvature.evidence import Contrast
+from gradmaker.curvature.evidence import Pair
 from gradmaker.grafting import Amplitude
-from gradmaker.representations import KronQ
-from gradmaker.representations import geometries as module
+from gradmaker.representations import KronQ, geometries as module
 from gradmaker.representations.geometries import GEOMETRIES
 from gradmaker.solvers import Apply
 from tests import models, oracles
@@ -149,7 +148,7 @@ def test_a_thousand_steps_in_single_precision(geometry: str) -> None:
     for v, z in randn(1000, 2, 4, 3, seed=5):
         g = roots[0] @ z @ roots[1]
         h = torch.stack([g.float(), g.bfloat16().float()])
-        held.update(state, Contrast(v.float().expand(2, -1, -1), h), FOLD)
+        held.update(state, Pair(v.float().expand(2, -1, -1), h, "noise_and_gradient"), FOLD)
         skewed = max(skewed, *(float((Q - Q.mT).abs().max() / Q.abs().max()) for Q in held.held(state)))
     P = torch.linalg.inv(held.to_dense({name: x.double() for name, x in state.items()}))
     exact = oracles.matrix_power(kron(*C), -0.5)
@@ -173,7 +172,7 @@ def test_rotations_keep_the_factor_symmetric(monkeypatch: pytest.MonkeyPatch) ->
         state = held.init(frame(4, 3))
         scale = torch.logspace(0, -2, 4, dtype=torch.float64).unsqueeze(1)
         for v, z in randn(400, 2, 1, 4, 3, seed=5):
-            held.update(state, Contrast(v, scale * z), FOLD)
+            held.update(state, Pair(v, scale * z, "noise_and_gradient"), FOLD)
         found.append(max(float((Q - Q.mT).abs().max() / Q.abs().max()) for Q in held.held(state)))
     assert found[0] < 0.2 * found[1]
 

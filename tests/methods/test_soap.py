@@ -208,7 +208,7 @@ def test_moments_are_the_nearest_diagonal_in_the_basis() -> None:
 
 def test_rank_one_moments_are_balanced_shampoo() -> None:
     """tr(L)^1/2 L^-1/2 G R^-1/2 is division by sqrt(a b^T / tr) in the eigenbasis."""
-    representation, state = filled(steps=30, tracking="eigh", order="basis_first", interval=1)
+    representation, state = filled(steps=30, tracking="eigh", sequence="basis_first", interval=1)
     L, R = state["factor_0"][0], state["factor_1"][0]
     a, Q = torch.linalg.eigh(L)
     b, P = torch.linalg.eigh(R)

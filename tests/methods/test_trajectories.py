@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS
 from gradmaker.curvature import FisherEmp, FisherExact
-from gradmaker.methods.elementwise import AdagradGradientConfig, AdamGradientConfig
-from gradmaker.methods.kronecker import KfacGradientConfig, ShampooGradientConfig
+from gradmaker.methods.adagrad import AdagradGradientConfig
+from gradmaker.methods.adam import AdamGradientConfig
+from gradmaker.methods.kfac import KfacGradientConfig
+from gradmaker.methods.shampoo import ShampooGradientConfig
 from tests import models, oracles
 from tests.models import CLASSES, Case
 

@@ -95,7 +95,7 @@ def test_the_residual_of_a_root_is_that_of_its_decomposition() -> None:
 @pytest.mark.parametrize("tracking", ["power", "qr", "eigh"])
 @pytest.mark.parametrize("tolerance", [0.0, 0.9])
 def test_a_tracked_basis_tells_how_stale_it_was(tracking: Any, tolerance: float) -> None:
-    held = RotatedDims(tracking=tracking, tolerance=tolerance, order="basis_first")
+    held = RotatedDims(tracking=tracking, tolerance=tolerance, sequence="basis_first")
     state = held_after(held, 4, AVERAGE)
     before = [Q.clone() for Q in held.bases(state) if Q is not None]
     take(held, state, Gradient(gradients(2, 5, 4, steps=1, seed=8)[0]), AVERAGE, 4)
@@ -122,7 +122,7 @@ def test_the_summary_shows_them() -> None:
 # --- the fallbacks -----------------------------------------------------------------------------------------------------------
 HELD: dict[str, Any] = {
     "soap": RotatedDims(),
-    "eshampoo": RotatedDims(tracking="eigh", order="basis_first"),
+    "eshampoo": RotatedDims(tracking="eigh", sequence="basis_first"),
     "kl": CrossDims(),
     "krad": AlternatingInverse(),
     "star": InverseDims(denominator="tr", ridge=1e-2),

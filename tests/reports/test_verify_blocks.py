@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature.evidence import OneHot, Outer, SecantPair
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Outer, Pair
 from gradmaker.reports.verification import Verification, blocks
 from gradmaker.reports.verification.passes import _row
 from gradmaker.reports.verification.scratch import ONCE
@@ -150,7 +151,7 @@ def test_products_with_secant_pairs_are_those_of_the_matrix(memory: int) -> None
     state = pairs.init(Frame(1, (7,), frozenset(), torch.float64, torch.device("cpu")))
     for sign in (1.0, 1.0, -1.0, 1.0, 1.0):
         v = torch.randn(1, 7, dtype=torch.float64)
-        pairs.update(state, SecantPair(v, sign * v * (0.5 + torch.rand(1, 7, dtype=torch.float64))), ONCE)
+        pairs.update(state, Pair(v, sign * v * (0.5 + torch.rand(1, 7, dtype=torch.float64)), "secant"), ONCE)
         x = torch.randn(1, 7, dtype=torch.float64)
         expected = (pairs.to_dense(state) @ x.unsqueeze(-1)).squeeze(-1)
         assert oracles.relative_error(pairs.matvec(state, x), expected) < 1e-12
@@ -262,7 +263,7 @@ def test_factors_of_each_others_side_are_a_worse_approximation(monkeypatch: pyte
 
 def test_what_cannot_be_computed_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "DENSE_LIMIT", 0)
-    monkeypatch.setattr(Cholesky, "axes", lambda self, representation, state: None)
+    monkeypatch.setattr(blocks, "Defined", Verification)  # which no solver is
     found = verified(square(), method="kfac")
     assert found.passed and not found.complete
     assert [c.verdict for c in found.checks] == ["unchecked"] * 3 and not any(c.solve for c in found.checks)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import OutputPair, PairedInputs, SecantPair
+from gradmaker.curvature.evidence import Outer, Pair
 from gradmaker.representations import KronPairs, Pairs
 from gradmaker.representations.base import Fold, Frame, State
 
@@ -20,7 +20,7 @@ def held(representation: Pairs, *pairs: tuple[Tensor, Tensor]) -> State:
     first = pairs[0][0]
     state = representation.init(Frame(len(first), first.shape[1:], frozenset(), torch.float64, torch.device("cpu")))
     for s, y in pairs:
-        representation.update(state, SecantPair(s, y), ONCE)
+        representation.update(state, Pair(s, y, "secant"), ONCE)
     return state
 
 
@@ -71,14 +71,14 @@ def test_positions_share_the_damping_of_k_bfgs(positions: int, form: Any) -> Non
     damping, representation = 0.3, KronPairs(damping=0.3, form=form)
     state = representation.init(Frame(1, (2, 3), frozenset(), torch.float64, torch.device("cpu")))
     a, g = torch.randn(1, 5, positions, 3, dtype=torch.float64), torch.zeros(1, 1, 5, positions, 2, dtype=torch.float64)
-    representation.update(state, PairedInputs(a, g), Fold(0.9, 0.1, 0.1))
+    representation.update(state, Outer(a, g, kind="with_secants"), Fold(0.9, 0.1, 0.1))
     A = torch.einsum("gnri,gnrj->ij", a, a) / 5
     eye = torch.eye(3).double()
     s = torch.linalg.inv(A + (damping * positions) ** 0.5 * eye) @ a.mean((0, 1, 2))
     held = torch.linalg.inv(representation.snapshot(state)["right"][0])
     assert torch.allclose(held @ s, (A + (damping * positions) ** 0.5 * eye) @ s, rtol=1e-9)
     flat = torch.tensor([[1.0, 0.0]]).double()
-    representation.update(state, OutputPair(flat, 0.05 * flat), Fold(0.9, 0.1, 0.1))
+    representation.update(state, Pair(flat, 0.05 * flat, "output_secant"), Fold(0.9, 0.1, 0.1))
     floor = (damping / positions) ** 0.5
     found = float(torch.linalg.inv(state["left"][0])[0, 0])
     assert found == pytest.approx(max(floor, 0.05) if form == "powell" else 0.05 + floor)

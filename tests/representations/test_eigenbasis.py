@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer
-from gradmaker.curvature import evidence as curvature_evidence
+from gradmaker.curvature import Curvature, FisherEmp, FisherExact, OneHot, Outer, evidence as curvature_evidence
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Eigenbasis, Kron, eigenbasis
 from gradmaker.representations.eigenbasis import rotated_squares
@@ -374,13 +373,13 @@ def test_a_factor_that_is_not_finite_keeps_the_basis() -> None:
 
 @pytest.mark.parametrize("options", [{"sharing": "both"}, {"wide_sides": "none"}])
 def test_illegal_parts(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="legal are"):
+    with pytest.raises(ValueError, match="expected"):
         Eigenbasis(**options)
 
 
 @pytest.mark.parametrize("options", [{"preconditioner_interval": 0}, {"sharing": "both"}, {"preconditioner_interval": 1.5}])
 def test_illegal_options(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"legal are|Legal: |expected"):
+    with pytest.raises(ValueError, match="expected"):
         METHODS["ekfac"].Config(**options)
 
 

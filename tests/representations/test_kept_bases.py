@@ -43,18 +43,18 @@ def error(state: State, H: Tensor, axis: int, member: int) -> float:
     return float((B - torch.diag(B.diagonal())).norm() / B.norm())
 
 
-@pytest.mark.parametrize("order", ["moments_first", "basis_first"])
+@pytest.mark.parametrize("sequence", ["moments_first", "basis_first"])
 @pytest.mark.parametrize("tracking", ["power", "qr", "eigh"])
-def test_a_basis_within_tolerance_is_kept(tracking: Any, order: Any) -> None:
+def test_a_basis_within_tolerance_is_kept(tracking: Any, sequence: Any) -> None:
     """Bit for bit where it is, while others of its stack turn; without a tolerance every one is renewed."""
     tolerance = 0.1
     gradients = still_and_turning(6)
-    kept = states(RotatedDims(tracking=tracking, tolerance=tolerance, order=order), gradients)
-    free = states(RotatedDims(tracking=tracking, order=order), gradients)
+    kept = states(RotatedDims(tracking=tracking, tolerance=tolerance, sequence=sequence), gradients)
+    free = states(RotatedDims(tracking=tracking, sequence=sequence), gradients)
     turned = []
     for before, after in pairwise(kept[1:]):
         for axis in range(2):
-            H = (after if order == "basis_first" else before)[f"factor_{axis}"]  # what the renewal has seen
+            H = (after if sequence == "basis_first" else before)[f"factor_{axis}"]  # what the renewal has seen
             for member in range(2):
                 within = error(before, H, axis, member) <= tolerance
                 same = torch.equal(before[f"basis_{axis}"][member], after[f"basis_{axis}"][member])

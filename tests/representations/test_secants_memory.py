@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
-from gradmaker.curvature.evidence import Opening, Pair, SecantPair
+from gradmaker.curvature.evidence import Gradient, Pair
 from gradmaker.representations import Pairs
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.memory import multiply, ordered, push, unfilled
@@ -162,7 +162,7 @@ def test_first_step_has_the_length_of_torch() -> None:
     held = Pairs(3)
     state = held.init(frame(3))
     for g, gamma in (([2.0, -3.0, 5.0], 0.1), ([0.1, 0.0, 0.1], 1.0), ([0.0, 0.0, 0.0], 1.0)):
-        held.update(state, Opening(torch.tensor([g]).double()), FOLD)
+        held.update(state, Gradient(torch.tensor([g]).double(), kind="initial_scaling"), FOLD)
         assert float(state["gamma"]) == pytest.approx(gamma)
 
 
@@ -194,13 +194,13 @@ def test_a_solve_of_the_same_gradient_is_the_one_that_was_kept() -> None:
     for k in range(4):
         s, g = randn(1, 5, seed=k), randn(1, 5, seed=k + 9)
         for one in (state, twin):
-            held.update(one, SecantPair(s, s @ A), FOLD)
-        held.update(state, Opening(g), FOLD)
+            held.update(one, Pair(s, s @ A, "secant"), FOLD)
+        held.update(state, Gradient(g, kind="initial_scaling"), FOLD)
         for v in (g, g + 1):
             expected = multiply(twin, twin["gamma"], v.unsqueeze(-1)).squeeze(-1)
             assert oracles.relative_error(held.apply(state, v), expected) < 1e-14
         assert torch.equal(held.apply(state, g), state["direction"])
-    held.update(state, SecantPair(s.flip(1), s.flip(1) @ A), FOLD)
+    held.update(state, Pair(s.flip(1), s.flip(1) @ A, "secant"), FOLD)
     assert oracles.relative_error(held.apply(state, g), state["direction"]) > 1e-3
 
 
@@ -260,15 +260,15 @@ def test_a_memory_that_turns_the_gradient_around_is_emptied() -> None:
     state = held.init(frame(4, stack=2))
     for k in range(5):
         s = randn(2, 4, seed=k)
-        held.update(state, SecantPair(s, s @ A), FOLD)
+        held.update(state, Pair(s, s @ A, "secant"), FOLD)
     state["gamma"][1] = -100.0  # as rounding may leave it
     other = {k: v[0].clone() for k, v in state.items() if k not in SOLVED}
     g = randn(2, 4, seed=9)
     assert float(g[1] @ held.apply(state, g)[1]) < 0
-    held.update(state, Opening(g), FOLD)
+    held.update(state, Gradient(g, kind="initial_scaling"), FOLD)
     assert all(torch.equal(state[k][0], v) for k, v in other.items())
     fresh = held.init(frame(4))
-    held.update(fresh, Opening(g[1:]), FOLD)
+    held.update(fresh, Gradient(g[1:], kind="initial_scaling"), FOLD)
     for key, value in fresh.items():
         assert torch.equal(value[0], state[key][1]) or key in ("refused", "resets"), key
     assert state["resets"].tolist() == [0, 1]
@@ -280,9 +280,9 @@ def test_gradients_without_a_direction_empty_nothing(bad: float) -> None:
     held = Pairs(3)
     state = held.init(frame(4))
     s = randn(1, 4)
-    held.update(state, SecantPair(s, 2 * s), FOLD)
+    held.update(state, Pair(s, 2 * s, "secant"), FOLD)
     before = {k: v.clone() for k, v in state.items() if k not in SOLVED}
-    held.update(state, Opening(torch.full((1, 4), bad).double()), FOLD)
+    held.update(state, Gradient(torch.full((1, 4), bad).double(), kind="initial_scaling"), FOLD)
     assert all(torch.equal(state[k], v) for k, v in before.items())
 
 

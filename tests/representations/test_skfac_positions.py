@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmaker.curvature import Evidence, FisherExact, Inputs, Outer
+from gradmaker.curvature import FisherExact, Outer
 from gradmaker.representations import KronRows
 from gradmaker.representations.base import Fold, Frame
 from tests import models, oracles
@@ -90,13 +91,13 @@ def test_subsampled_evidence(n: int, R: int, positions: int, masked: bool) -> No
     assert oracles.relative_error(left[0], B) < 1e-12
 
 
-@pytest.mark.parametrize("kind", [Outer, Inputs])
-def test_rows_of_a_sequence_that_is_left_out(kind: type[Evidence]) -> None:
+@pytest.mark.parametrize("kind", ["rows", "inputs"])
+def test_rows_of_a_sequence_that_is_left_out(kind: Any) -> None:
     """Nothing of it counts, whatever its inputs are."""
     weights = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]).double()
     one: Any = outer(2, 3, weights)
-    one = kind(**vars(one))
-    other = kind(**{**vars(one), "inputs": torch.where(weights[None, :, :, None] > 0, one.inputs, 100.0)})
+    one = replace(one, kind=kind)
+    other = replace(one, inputs=torch.where(weights[None, :, :, None] > 0, one.inputs, 100.0))
     for reduction in ("sum", "subsample", "none"):
         found = []
         for evidence in (one, other):

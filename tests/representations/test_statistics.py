@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Gradient, Joint, OneHot, Outer
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature.evidence import Gradient, Joint, Outer
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.representations.base import Fold, Frame, Representation, State
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
-from gradmaker.representations.kronecker import Kron, KronDims, apply_factors
+from gradmaker.representations.kronecker import Kron, KronDims
 
 G, k, n, r, i, o = 2, 3, 5, 3, 4, 3
 ONCE = Fold(beta=0.0, alpha=1.0, mass=1.0)
@@ -321,9 +323,9 @@ def test_update_works_on_a_slice_of_the_stack():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Dense(granularity="row"), "granularity = 'row'"),
-        (lambda: Diagonal(granularity="full"), "granularity = 'full'"),
-        (lambda: Kron(sharing="sum"), "sharing = 'sum'"),
+        (lambda: Dense(granularity="row"), "granularity='row'"),
+        (lambda: Diagonal(granularity="full"), "granularity='full'"),
+        (lambda: Kron(sharing="sum"), "sharing='sum'"),
     ],
 )
 def test_unknown_words_are_refused(make, message):

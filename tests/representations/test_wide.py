@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import METHODS, cost_report
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature import FisherExact
-from gradmaker.curvature.evidence import Inputs, OneHot, Outer
-from gradmaker.curvature.factors import Factors
+from gradmaker.curvature.evidence import Outer
+from gradmaker.curvature.products import Factors
 from gradmaker.linalg.factors import (
     average_trace,
     blocks,
@@ -83,7 +84,7 @@ EVIDENCE: dict[str, tuple[Callable[[], Any], tuple[int, int], int]] = {  # with 
     "bias_only": (lambda: Outer(torch.randn(G, n, r, 0), torch.randn(k, G, n, r, o), True), (o, 1), G),
     "one_hot": (lambda: Outer(OneHot(torch.randint(9, (n, r)), 9), torch.randn(k, 1, n, r, o), transposed=True), (9, o), 1),
     "known": (factors_known, (o, i), G),
-    "inputs": (lambda: Inputs(torch.randn(G, n, r, i), torch.randn(0, G, n, r, o), True), (o, i + 1), G),
+    "inputs": (lambda: Outer(torch.randn(G, n, r, i), torch.randn(0, G, n, r, o), True, kind="inputs"), (o, i + 1), G),
 }
 
 
@@ -310,9 +311,9 @@ def test_nothing_as_large_as_the_square_of_a_side() -> None:
 
 @pytest.mark.parametrize("method", ["kfac", "kflr", "kfra", "ekfac"])
 def test_illegal_options(method: str) -> None:
-    with pytest.raises(ValueError, match=r"wide_sides='block': did you mean 'blocks'. Legal: diagonal, blocks"):
+    with pytest.raises(ValueError, match=r"wide_sides='block': expected diagonal, blocks; did you mean 'blocks'"):
         METHODS[method].Config(wide_sides="block")
-    with pytest.raises(ValueError, match="wide_sides = 'block': legal are"):
+    with pytest.raises(ValueError, match="wide_sides='block': expected diagonal, blocks"):
         Kron(wide_sides="block")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wide_sides='blocks' would have no effect"):
         METHODS["skfac"].Config(wide_sides="blocks")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradmaker import from_config
 from gradmaker.curvature import FisherMC, GaussNewton
-from gradmaker.curvature.factors import Factors, Layers
+from gradmaker.curvature.products import Factors, Layers
 from gradmaker.representations import Kron
 from gradmaker.solvers.layer_inverse import LayerInverse
 from tests import models, oracles

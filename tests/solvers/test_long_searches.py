@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Product
+from gradmaker.curvature.products import Product
 from gradmaker.representations.base import Fold
 from gradmaker.solvers import CurveBall, Krylov, LevenbergMarquardt, Neumann, TruncatedCG
 from tests import oracles

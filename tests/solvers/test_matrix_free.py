@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
 from gradmaker.curvature import Curvature, FisherExact, GaussNewton
-from gradmaker.curvature.evidence import Product
+from gradmaker.curvature.products import Product
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Dense, Diagonal, Implicit, Representation
 from gradmaker.representations.base import Fold, Frame, State

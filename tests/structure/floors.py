@@ -21,31 +21,35 @@ INIT = "__init__"
 """The room of ``gradmaker/__init__.py`` itself."""
 
 FLOORS = (
-    Floor(("options", "linalg", "loss", "capture", "passes"), in_order=True),
+    Floor(("version", "errors", "trees", "reentrant", "options", "linalg", "loss", "capture", "passes"), in_order=True),
     Floor(("curvature",)),
     Floor(("representations",)),
     Floor(("solvers",)),
     Floor(
         (
-            "config",
-            "triple",
-            "plan",
             "blocks",
             "block_options",
-            "gathering",
-            "schedule",
-            "grafting",
-            "precision",
+            "config",
             "failures",
-            "step_state",
-            "trust_region",
+            "gathering",
+            "grafting",
+            "own_parameters",
+            "placement",
+            "plan",
+            "precision",
             "scale",
+            "schedule",
+            "stacking",
+            "state_format",
+            "step",
+            "triple",
+            "trust_region",
         )
     ),
-    Floor(("loops", "reports", "self_checks", "checkpoint")),
-    Floor(("maker", "preconditioned")),
+    Floor(("checkpoint", "loops", "reports", "self_checks")),
+    Floor(("maker", "measuring", "preconditioner")),
     Floor(("methods",)),
-    Floor(("front_door", "cost_report", "damping_sweep")),
+    Floor(("cost_report", "damping_sweep")),
     Floor((INIT, "__main__", "cli", "compare")),
 )
 

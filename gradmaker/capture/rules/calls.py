@@ -134,8 +134,15 @@ class LayerRule(ABC):
 
     types: ClassVar[tuple[type[nn.Module], ...]]
     kind: ClassVar[Kind] = "matrix"
-    transposed: ClassVar[bool] = False  # the weight is stored as (i, o)
+    weight_name: ClassVar[str] = "weight"
+    transposed: ClassVar[bool] = False  # the weight is stored as (i, o), and so is the block
+    inputs_first: ClassVar[bool] = False  # the weight is stored as (i, o), and the block is (o, i) all the same
+    rounding: ClassVar[float] = 0.0  # unit roundoff of what a layer computes in, whatever the dtype of its parameters
     bias_rule: ClassVar[LayerRule | None] = None  # of a bias that is no further input: it forms a block of its own
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether a module is of these types: a subclass with a ``forward`` of its own is not what it inherits from."""
+        return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in self.types)
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether this very module behaves as its type says."""

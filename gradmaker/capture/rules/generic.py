@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vjp, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from gradmaker.capture.batch_norms import batch_moments, mixes
 from gradmaker.capture.exchange import call_with, copies, exchanged
 from gradmaker.capture.rules.calls import Call, check_lookup, example_axis
 from gradmaker.capture.tape import OutputGradients, Tape
@@ -58,8 +58,8 @@ def _held_spectra(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _held_statistics(module: nn.Module, call: Call) -> Iterator[None]:
-    """Batch norms in training mode normalise by the mean and variance of the whole batch, as constants."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    """Batch norms that mix examples normalise by the mean and variance of the whole batch, as constants."""
+    norms = [m for m in module.modules() if mixes(m)]
     if not norms:
         yield
         return
@@ -67,8 +67,8 @@ def _held_statistics(module: nn.Module, call: Call) -> Iterator[None]:
     turn: dict[nn.Module, int] = {}  # which of its calls a norm is in
 
     def look(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = args[0].detach().movedim(1, -1).flatten(0, -2)
-        seen[norm].append((rows.mean(0), rows.var(0, correction=0)))
+        mean, variance = batch_moments(args[0])
+        seen[norm].append((mean.to(args[0].dtype), variance.to(args[0].dtype)))
 
     def normalise(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         turn[norm] = turn.get(norm, -1) + 1
@@ -84,7 +84,7 @@ def _held_statistics(module: nn.Module, call: Call) -> Iterator[None]:
         stack.callback(module.register_forward_pre_hook(lambda *_: turn.clear()).remove)
         for norm in norms:
             stack.callback(norm.register_forward_hook(normalise).remove)
-            stack.callback(norm.train)
+            stack.callback(norm.train, norm.training)
             norm.eval()  # else it would refuse a single value a channel
         yield
 

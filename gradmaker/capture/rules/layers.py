@@ -2,7 +2,8 @@
 
 This is the only place that knows layer types. A rule writes a layer's weight as ``G`` matrices ``(o, i)``; a bias is one more
 column. Norm layers are ``C`` groups of one output with the normalised input as their one feature. To add a layer, write a
-rule and list it in `RULES`; `tests/capture/test_layers.py` checks every rule against single-example loops.
+rule and `register` it (one of a library that is not imported: in `gradmaker.capture.rules.named`);
+`tests/capture/test_layers.py` checks every rule against single-example loops.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.rules.attention import ProjectionRule
 from gradmaker.capture.rules.calls import Call, Kind, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
+from gradmaker.capture.rules.named import NAMED_RULES
 from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
+from gradmaker.options.registry import Registry, register
 
 __all__ = ["OPAQUE", "RULES", "Call", "Kind", "LayerRule", "Layout", "attends", "check_lookup", "rule_for", "to_examples"]
 
@@ -61,26 +64,26 @@ class EmbeddingRule(LayerRule):
         return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
 
 
-RULES: tuple[LayerRule, ...] = (
-    LinearRule(),
-    ConvRule(),
-    ConvTransposeRule(),
-    ProjectionRule(),
-    EmbeddingRule(),
-    BatchNormRule(),
-    GroupNormRule(),
-    LayerNormRule(),
-    RMSNormRule(),
+RULES: Registry[LayerRule] = Registry("layer rule", LayerRule, instances=True)
+_OWN: tuple[type[LayerRule], ...] = (
+    LinearRule,
+    ConvRule,
+    ConvTransposeRule,
+    ProjectionRule,
+    EmbeddingRule,
+    BatchNormRule,
+    GroupNormRule,
+    LayerNormRule,
+    RMSNormRule,
+    *NAMED_RULES,
 )
+for _rule in _OWN:
+    register(_rule)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a module, or None: a subclass with a ``forward`` of its own is not the layer that it inherits from."""
-    for rule in RULES:
-        for kind in rule.types:
-            if isinstance(module, kind) and type(module).forward is kind.forward and rule.accepts(module):
-                return rule
-    return None
+    """The rule of a module, the latest that fits; None for a subclass with a ``forward`` of its own, which is another layer."""
+    return next((rule for rule in reversed([*RULES.values()]) if rule.knows(module) and rule.accepts(module)), None)
 
 
 def attends(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:

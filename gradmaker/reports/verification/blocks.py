@@ -18,18 +18,18 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import (
     Evidence,
     Gradient,
-    Inputs,
     Joint,
     Outer,
-    OutputPair,
     Pair,
-    Product,
+    kinds,
 )
+from gradmaker.curvature.products import Product
 from gradmaker.gathering import Piece
 from gradmaker.reports.verification.passes import Measured, relative
 from gradmaker.reports.verification.result import Check
 from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
 from gradmaker.representations.base import Representation, State
+from gradmaker.solvers.definition import Defined
 
 __all__ = ["check_block"]
 
@@ -72,8 +72,9 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
     dtype = block.options.precision.coarsest(block.frame.dtype)
     how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
-    accuracy = block.triple.solver.accuracy
-    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half)
+    solver = block.triple.solver
+    accuracy = solver.accuracy if isinstance(solver, Defined) else 0.0
+    return Check(site.name, dtype, error, solve, approximation, how, unchecked, failure, accuracy, found.half, found.rounding)
 
 
 # ------------------------------------------------------------------ the solve
@@ -81,7 +82,8 @@ def _solve_error(scratch: Scratch) -> float | None:
     """``P g`` as it is solved, against its definition."""
     block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
     g = scratch.draw(block.frame.stack, *block.frame.shape)
-    if not solver.linear and Gradient in representation.takes:  # P is that of the very gradient
+    defined = solver if isinstance(solver, Defined) else None
+    if defined and not defined.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
         representation.update(block.state, Gradient(g), ONCE)
     found = _solved(scratch, g)
     members = _members(scratch)
@@ -91,16 +93,15 @@ def _solve_error(scratch: Scratch) -> float | None:
         scratch.how.add("dense")
         P = solver.operator(representation, state)
         return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
-    exact, rounding = found, 0.0
-    if solver.implicit and scratch.block.frame.dtype != torch.float64:
-        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
-        rounding = relative(found, exact)
-    sides = solver.equation(representation, state, g, exact)
-    if sides is None:
+    if defined is None:
         scratch.unchecked["solve"] = f"{type(solver).__name__} has no equation for blocks of {scratch.size} parameters"
         return None
+    exact, rounding = found, 0.0
+    if defined.implicit and scratch.block.frame.dtype != torch.float64:
+        exact = solver.solve(representation, solver.prepare(representation, state, None), g)
+        rounding = relative(found, exact)
     scratch.how.add("probes")
-    return max(rounding, relative(*sides))
+    return max(rounding, relative(*defined.equation(representation, state, g, exact)))
 
 
 def _solved(scratch: Scratch, g: Tensor) -> Tensor:
@@ -109,10 +110,12 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     if not representation.per_step:
         block.prepare({s.name for s in block.sites if s.name in scratch.evidence})
         return block.applied(block.cache, g)
-    solver = scratch.triple.solver.limit()
+    solver, rounds = scratch.triple.solver, 1
+    if isinstance(solver, Defined):
+        solver, rounds = solver.limit(), solver.rounds_to_limit
     cache = solver.prepare(representation, block.state, None)
     found = g
-    for _ in range(solver.rounds_to_limit):
+    for _ in range(rounds):
         found = solver.solve(representation, cache, g)
     return found
 
@@ -148,7 +151,9 @@ def _doubled(representation: Representation, state: State, members: Tensor | Non
 def _approximation(scratch: Scratch) -> float | None:
     """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
     block, representation = scratch.block, scratch.triple.representation
-    if representation.per_step or OutputPair in scratch.triple.curvature.gives:  # it is the measurement itself; no matrix
+    if (
+        representation.per_step or kinds((Pair, "output_secant")) <= scratch.triple.curvature.gives
+    ):  # it is the measurement itself; no matrix
         return None
     pieces = list(block.layout.evidence(scratch.evidence))
     if all(not isinstance(e, (Pair, Product)) for e in [piece.evidence for piece in pieces]) and _small(scratch, pieces):
@@ -224,14 +229,15 @@ def _as_double(evidence: Evidence) -> Evidence:
 
 def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
     """``C v`` by the evidence's own products.  # (b, *shape)"""
-    if isinstance(evidence, Inputs):
+    if isinstance(evidence, Outer) and evidence.kind == "inputs":
         return _input_product(evidence, v)
     if isinstance(evidence, Outer):
-        return evidence.combine(evidence.project(v.reshape(sites[0].shape))).reshape(v.shape)
+        z = evidence.project(v.reshape(sites[0].shape)).sum(0, keepdim=True)
+        return evidence.combine(z).reshape(v.shape)
     if isinstance(evidence, Joint):
         parts = v.split([prod(s.shape) for s in sites], -1)
         pairs = [(e, x.reshape(s.shape)) for e, x, s in zip(evidence.parts, parts, sites, strict=True)]
-        z = torch.stack([e.project(x) for e, x in pairs]).sum(0)
+        z = torch.stack([e.project(x).sum(0, keepdim=True) for e, x in pairs]).sum(0)
         return torch.cat([e.combine(z).flatten() for e, _ in pairs]).reshape(v.shape)
     if isinstance(evidence, Product):
         return evidence.matvec(v)
@@ -240,7 +246,7 @@ def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
     return g * (g * v).sum()
 
 
-def _input_product(evidence: Inputs, v: Tensor) -> Tensor:
+def _input_product(evidence: Outer, v: Tensor) -> Tensor:
     """``v A``, ``A`` the mean of ``a a^T``.  # (G, o, i)"""
     a = evidence.inputs if isinstance(evidence.inputs, Tensor) else evidence.inputs.dense(v.dtype)
     a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.capture.vjps import Source, vjps_of
-from gradmaker.curvature.evidence import OneHot, Outer
+from gradmaker.curvature.evidence import Outer
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from gradmaker.linalg.real_pairs import real_dtype
@@ -48,6 +49,7 @@ class Measured:
     evidence: dict[str, Outer] = field(default_factory=dict)  # by site, for one random cotangent an example
     errors: dict[str, float] = field(default_factory=dict)  # of its rows
     half: bool = False  # whether a layer ran in half precision
+    rounding: float = 0.0  # the largest unit roundoff that a layer's rule names, whatever the dtype of the model
     silent: set[str] = field(default_factory=set)  # sites that were not called
     gradients: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)  # of the loss
     rows: list[dict[nn.Parameter, Tensor | None]] = field(default_factory=list)  # at random cotangents
@@ -80,7 +82,7 @@ class _Pass:
 
     def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, bare: Head, loss: Tensor) -> None:
         self.maker, self.tape, self.head, self.bare, self.loss = maker, tape, head, bare, loss
-        recorded = [c for c in maker.plan.curvatures(of_passes=True) if c.recorded]
+        recorded = [c for c in maker.plan.curvatures(of_passes=True) if "calls" in c.needs]
         self.sites = [s for c in recorded for s in maker.plan.sites(c) if not s.frozen]
         self.found = Measured()
         self._pair: tuple[Pair, Tensor] | None = None
@@ -89,6 +91,8 @@ class _Pass:
     def measure(self) -> Measured:
         dtypes = {call.dtype for calls in self.tape.calls.values() for call in calls} | {z.dtype for z in self.head.outputs}
         self.found.half = bool(dtypes & HALVES)
+        rules = [s.rule for b in self.maker.plan.blocks for s in b.sites if s.rule is not None]
+        self.found.rounding = max((rule.rounding for rule in rules), default=0.0)
         self._check()
         if self.head.outputs:
             self._capture()
@@ -169,7 +173,9 @@ class _Pass:
         return all(_scales(first[m][j][0][0], second[m][j][0][0], c, call.dtype) for m, j, call in calls)
 
     def _check_loss(self) -> None:
-        curvatures = [c for c in self.maker.plan.curvatures(of_passes=True) if c.recorded and not c.uses_main_backward]
+        curvatures = [
+            c for c in self.maker.plan.curvatures(of_passes=True) if "calls" in c.needs and "main_backward" not in c.needs
+        ]
         mode, declared = self.maker.config.self_check, self.head.declared
         if not self.head.terms:
             declared = mode != "fallback" or self.maker.config.likelihood is not None

@@ -10,18 +10,8 @@ from torch import Tensor, nn
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import (
-    WHOLE,
-    Evidence,
-    Gradient,
-    Inputs,
-    Located,
-    Outer,
-    OutputPair,
-    Pair,
-    PairedInputs,
-    Product,
-)
+from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Outer, Pair, PairKind, kinds
+from gradmaker.curvature.products import Product
 from gradmaker.reports.verification.passes import Measured
 from gradmaker.representations.base import Fold
 
@@ -29,6 +19,10 @@ __all__ = ["ONCE", "Scratch", "fill"]
 
 ONCE = Fold(1.0, 1.0, 1.0)
 """How the evidence enters an empty statistic. A decay of zero is refused by some."""
+
+
+PAIRS: tuple[PairKind, ...] = ("probe", "secant", "noise_and_gradient")
+"""Kinds of pairs of whole blocks."""
 
 
 @dataclass
@@ -54,28 +48,28 @@ class Scratch:
 
 def fill(scratch: Scratch) -> None:
     """Fold evidence into the statistic."""
-    block, kinds = scratch.block, scratch.triple.curvature.gives
+    block, gives = scratch.block, scratch.triple.curvature.gives
     evidence = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
     if block.triple.representation.per_step and evidence:
         evidence = {WHOLE: _whole(scratch)}
     scratch.evidence = evidence
     if evidence:
         block.update(evidence, ONCE, set())
-    if OutputPair in kinds and evidence:  # a secant of outputs comes after the inputs
+    if kinds((Pair, "output_secant")) <= gives and evidence:  # a secant of outputs comes after the inputs
         v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in evidence}
-        block.update({k: OutputPair(x, 2 * x) for k, x in v.items()}, ONCE, set())
+        block.update({k: Pair(x, 2 * x, "output_secant") for k, x in v.items()}, ONCE, set())
 
 
 def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
     """Of a site; None if the pass does not reach it."""
     gives, takes = scratch.triple.curvature.gives, scratch.triple.representation.takes
-    kind = next((k for k in gives if issubclass(k, Pair) and k is not OutputPair), None)
+    kind = next((k for k in PAIRS if kinds((Pair, k)) <= gives), None)
     if kind is not None:
         v = scratch.draw(*site.shape)
-        return kind(v, v * (0.5 + scratch.draw(*site.shape).sigmoid()))
-    if any(issubclass(k, Gradient) for k in gives) or (Product in gives and Gradient in takes):
+        return Pair(v, v * (0.5 + scratch.draw(*site.shape).sigmoid()), kind)
+    if any(k.evidence is Gradient for k in gives) or (kinds(Product) <= gives and kinds(Gradient) <= takes):
         return Gradient(_gradient(scratch, site))
-    if Product in gives:
+    if kinds(Product) <= gives:
         return Product(_Rows(_rows(scratch, [site])))
     outer = scratch.found.evidence.get(site.name)
     return None if outer is None else _of_kind(scratch, outer)
@@ -84,14 +78,14 @@ def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
 def _of_kind(scratch: Scratch, outer: Outer) -> Evidence:
     """As the curvature gives it, with a mean diagonal of one: what the damping adds is neither lost in rounding nor all."""
     gives = scratch.triple.curvature.gives
-    if Inputs in gives:
-        return Inputs(outer.inputs, outer.gradients[:0], outer.bias, outer.transposed, outer.weights)
+    if kinds((Outer, "inputs")) <= gives:
+        return outer.inputs_alone()
     G, o = outer.gradients.shape[1], outer.gradients.shape[-1]
     i = (outer.inputs.shape[-1] if isinstance(outer.inputs, Tensor) else outer.inputs.size) + outer.bias
     shape = (G, i, o) if outer.transposed else (G, o, i)
-    mean = outer.project(scratch.draw(*shape, dtype=outer.gradients.dtype)).square().sum() / prod(shape)
+    mean = outer.project(scratch.draw(*shape, dtype=outer.gradients.dtype)).sum(0).square().sum() / prod(shape)
     scaled = replace(outer, gradients=outer.gradients / torch.where(mean > 0, mean, 1.0).sqrt())
-    return PairedInputs(**vars(scaled)) if PairedInputs in gives else scaled
+    return replace(scaled, kind="with_secants") if kinds((Outer, "with_secants")) <= gives else scaled
 
 
 def _gradient(scratch: Scratch, site: Site) -> Tensor:
@@ -122,11 +116,11 @@ class _Rows:
 def _whole(scratch: Scratch) -> Evidence:
     """Of all sites as one vector, for what lasts one step only."""
     block = scratch.block
-    if Product in block.triple.representation.takes:
+    if kinds(Product) <= block.triple.representation.takes:
         return Product(_Rows(_rows(scratch, block.sites)))
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for s in block.sites for p in s.parameters.values()}
     g, w = (
         torch.cat([part(s).reshape(-1).to(block.frame.dtype) for s in block.sites]).unsqueeze(0)
         for part in (lambda s: _gradient(scratch, s), lambda s: s.lay_out(weights))
     )
-    return Located(g, w)
+    return Gradient(g, w, "located")

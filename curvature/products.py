@@ -1,0 +1,67 @@
+"""The curvature as a function of vectors, or as a Kronecker product that is known already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmaker.curvature.evidence import Evidence
+
+__all__ = ["Factors", "Layers", "Product"]
+
+
+@dataclass(frozen=True)
+class Factors(Evidence):
+    """A Kronecker product that is known already: ``C = B (x) A``; of either factor the diagonal may be all there is."""
+
+    A: Tensor  # (G, i, i) or (G, i), of the inputs, the bias last
+    B: Tensor  # (G, o, o) or (G, o), of the output gradients, carrying every scale
+    transposed: bool = False  # as in `Outer`
+    fresh: bool = True  # as in `Outer`
+    counted: int | Tensor = 1  # positions that ``A`` is the mean over  # or ()
+
+    def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha c A`` with the number ``c`` of `counted` positions, or its diagonal."""
+        out.mul_(beta).add_(_fitting(self.A, out.ndim) * self.counted, alpha=alpha)
+
+    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+        """``out <- beta out + alpha B``, or its diagonal."""
+        out.mul_(beta).add_(_fitting(self.B, out.ndim), alpha=alpha)
+
+    def rows(self) -> Tensor:
+        spectra = (torch.linalg.eigh(_fitting(F, 3)) for F in (self.A, self.B))
+        a, b = (Q * s.clamp(min=0).sqrt().unsqueeze(-2) for s, Q in spectra)
+        J = torch.einsum("gok,gil->klgoi", b, a).flatten(0, 1)
+        return J.mT if self.transposed else J
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Kronecker factors of layers, one after another in a vector of all parameters; None of those that took no part."""
+
+    sizes: tuple[int, ...]  # numbers of parameters
+    factors: tuple[Factors | None, ...]
+
+
+@dataclass(frozen=True)
+class Product(Evidence):
+    """The curvature as a function, for the whole block: valid while the step's graph is."""
+
+    matvec: Callable[[Tensor], Tensor]  # of k vectors, each flat or in the block's shape: (k, ...) -> (k, ...)
+    loss_at: Callable[[Tensor], Tensor] | None = None  # the loss at a displacement of the block's parameters
+    loss_and_gradient_at: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # there: (1, P) -> (), (1, P)
+    squares: Tensor | None = None  # the diagonal of the empirical Fisher matrix  # (1, P)
+    layers: Layers | None = None  # a Kronecker approximation of the Fisher matrix
+
+    def rows(self) -> Tensor:
+        raise TypeError("a product has no rows")
+
+
+def _fitting(F: Tensor, ndim: int) -> Tensor:
+    """A factor as a matrix (``ndim`` 3) or as its diagonal (2).  # (G, d, d) or (G, d)"""
+    if F.ndim == ndim:
+        return F
+    return F.diag_embed() if ndim == 3 else F.diagonal(dim1=-2, dim2=-1)

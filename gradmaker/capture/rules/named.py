@@ -1,0 +1,147 @@
+"""Layers of libraries that are not imported here: known by the name of the class that defines their ``forward``.
+
+A qualified name stands for one class. A part of a name, as ``RMSNorm``, stands for a family; a module belongs to it if runs on
+random numbers prove its output affine in its weight and bias, channel by channel.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradmaker.capture.exchange import exchanged
+from gradmaker.capture.rules.calls import Call, LayerRule, Layout, to_examples
+from gradmaker.capture.rules.normalisations import NormRule
+
+__all__ = ["NAMED_RULES", "Conv1DRule", "ImageLayerScaleRule", "LayerScaleRule", "NamedImageNormRule", "NamedNormRule"]
+
+SINGLE = torch.finfo(torch.float32).eps
+
+
+def _definer(module: nn.Module) -> type:
+    """The class whose ``forward`` a module has; `nn.Module` where the module has one of its own."""
+    if "forward" in vars(module):
+        return nn.Module
+    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
+class Conv1DRule(LayerRule):
+    """The linear layer of GPT-2 in Hugging Face's transformers, whose weight is that of `nn.Linear` transposed."""
+
+    types = ()
+    inputs_first = True
+    names: ClassVar[tuple[str, ...]] = ("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
+
+    def knows(self, module: nn.Module) -> bool:
+        own = _definer(module)
+        return f"{own.__module__}.{own.__qualname__}" in self.names
+
+    def shape(self, module: Any) -> tuple[int, int, int]:
+        i, o = module.weight.shape
+        return 1, o, i
+
+    def inputs(self, module: Any, call: Call, layout: Layout) -> Tensor:
+        return to_examples(call.input, layout, axes=1).unsqueeze(0)
+
+    def gradients(self, module: Any, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
+
+
+class NamedNormRule(NormRule):
+    """Norm layers of any library: ``x_hat = y(weight=1, bias=0) - y(weight=0, bias=0)`` of the layer's own ``forward``.
+
+    Its arithmetic is the layer's, roundings to float32 inside included, and it is the same for ``weight x_hat`` (Llama, T5) as
+    for ``(1 + weight) x_hat`` (Gemma). A layer without this form has no rule.
+    """
+
+    types = ()
+    channel_first = False
+    names: ClassVar[tuple[str, ...]] = ("LayerNorm", "RMSNorm", "RmsNorm", "GroupNorm", "SimpleNorm")
+    rounding = SINGLE
+
+    def knows(self, module: nn.Module) -> bool:
+        return any(name in _definer(module).__name__ for name in self.names)
+
+    def accepts(self, module: nn.Module) -> bool:
+        own = dict(module.named_parameters())
+        if not {self.weight_name} <= set(own) <= {self.weight_name, "bias"} or any(
+            p.ndim != 1 or p.is_complex() for p in own.values()
+        ):
+            return False
+        try:
+            return self._proven(module)
+        except Exception:  # of the module's own code: its forward takes something else
+            return False
+
+    def _proven(self, module: Any) -> bool:
+        """Whether random parameters give ``y(0, 0) + weight x_hat + bias`` on a random input, which stays as it is."""
+        p, random = module.get_parameter(self.weight_name), torch.Generator().manual_seed(0)
+        C = len(p)
+        a, b = (2, 3) if C > 3 else (4, 5)  # no other axis is as long as that of the channels
+        shape = (a, C, a, b) if self.channel_first else (a, b, C)
+        x, weight, bias = (torch.randn(s, generator=random).to(p) for s in (shape, (C,), (C,)))
+        given = x.clone()
+        zero, one, found = (self._output(module, (given,), {}, *w) for w in ((0.0, 0.0), (1.0, 0.0), (weight, bias)))
+        if found.shape != x.shape or not torch.equal(given, x):  # an input that is overwritten is not there to be seen again
+            return False
+        lined = (C, 1, 1) if self.channel_first else (C,)
+        expected = zero + weight.reshape(lined) * (one - zero)
+        if getattr(module, "bias", None) is not None:
+            expected = expected + bias.reshape(lined)
+        eps = max(SINGLE, torch.finfo(p.dtype).eps)
+        return 0 < float(expected.abs().max()) and float((found - expected).abs().max()) <= 16 * eps * float(
+            expected.abs().max()
+        )
+
+    def normalise(self, module: Any, call: Call) -> Tensor:
+        device = call.input.device.type
+        cast: AbstractContextManager[Any] = nullcontext()
+        if call.autocast is not None:
+            cast = torch.autocast(device, call.autocast, cache_enabled=False)
+        with cast:
+            zero, one = (self._output(module, call.args, call.kwargs, w, 0.0) for w in (0.0, 1.0))
+        return one - zero
+
+    @torch.no_grad()
+    def _output(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | float, bias: Tensor | float
+    ) -> Tensor:
+        """What a module returns with other parameters; no hook sees it."""
+        pairs = (module.get_parameter(self.weight_name), weight), (getattr(module, "bias", None), bias)
+        with exchanged(module, {p: torch.zeros_like(p) + value for p, value in pairs if p is not None}):
+            out: Tensor = module.forward(*args, **kwargs)
+        return out
+
+
+class NamedImageNormRule(NamedNormRule):
+    """The same with the channels on the second axis."""
+
+    channel_first = True
+
+
+class LayerScaleRule(NamedNormRule):
+    """``gamma x`` of timm's vision transformers, as a norm layer's scale."""
+
+    names = ("LayerScale",)
+    weight_name = "gamma"
+
+    def channels(self, module: Any) -> int:
+        return len(module.gamma)
+
+
+class ImageLayerScaleRule(LayerScaleRule):
+    """The same with the channels on the second axis."""
+
+    channel_first = True
+
+
+NAMED_RULES: tuple[type[LayerRule], ...] = (
+    Conv1DRule,
+    NamedNormRule,
+    NamedImageNormRule,
+    LayerScaleRule,
+    ImageLayerScaleRule,
+)

@@ -1,0 +1,28 @@
+"""Sums of products of three and more tensors, in the order that takes the fewest operations for their sizes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from opt_einsum import contract_expression
+from torch import Tensor
+
+__all__ = ["contract"]
+
+
+def contract(equation: str, *operands: Tensor) -> Tensor:
+    """`torch.einsum`, whose order of products is searched once for each equation and shapes.
+
+    It costs about 60 us a call more than `torch.einsum` (CPU), so that it is for what may be done in several orders: products
+    of two tensors, and mode products with square factors, have one cost in any order.
+
+    Reference: Smith, Gray, JOSS 2018 (opt_einsum).
+    """
+    found: Tensor = _expression(equation, *(tuple(x.shape) for x in operands))(*operands, backend="torch")
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _expression(equation: str, *shapes: tuple[int, ...]) -> Any:
+    return contract_expression(equation, *shapes, optimize="optimal")

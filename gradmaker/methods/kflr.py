@@ -1,0 +1,34 @@
+"""KFLR: K-FAC with the exact Fisher matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradmaker.curvature import Curvature, FisherExact
+from gradmaker.methods.kfac import KfacGradientConfig
+from gradmaker.methods.trust_region import TrustRegionGradientMaker
+from gradmaker.options.registry import register
+
+__all__ = ["KflrGradientConfig", "KflrGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KflrGradientConfig(KfacGradientConfig):
+    """KFLR: K-FAC with the exact Fisher, ``B = (1/M) sum_mk g_mk g_mk^T`` over the columns of a factor of ``Lambda_m``.
+
+    Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662; the running average and the schedule are those of K-FAC.
+    """
+
+    fisher: Curvature = FisherExact()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.fisher, FisherExact):
+            raise ValueError(f"fisher={self.fisher!r}: KFLR is K-FAC with FisherExact(...); use kfac for another Fisher")
+
+
+@register("kflr")
+class KflrGradientMaker(TrustRegionGradientMaker[KflrGradientConfig]):
+    """KFLR as a gradient maker; see `KflrGradientConfig`."""
+
+    Config = KflrGradientConfig

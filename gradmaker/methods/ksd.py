@@ -1,0 +1,64 @@
+"""Krylov subspace descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from gradmaker.methods.matrix_free import MatrixFreeConfig
+from gradmaker.options.checks import check_choice
+from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
+from gradmaker.representations import Implicit
+from gradmaker.solvers import (
+    Krylov,
+)
+from gradmaker.triple import Triple
+
+__all__ = ["KsdGradientConfig", "KsdGradientMaker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KsdGradientConfig(MatrixFreeConfig):
+    """Krylov subspace descent: the least loss in the span of ``g, G g, ..., G^(K-1) g`` and the last step; see `Krylov`.
+
+    The space is made with the diagonal ``D`` of squared gradients, ``D^-1 g, D^-1 G D^-1 g, ...``, and searched by BFGS, on the
+    batch of the step or on one of its own (``setup_search_call``): for a step of the learning rate 1.
+
+    Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259, sections 3-4.
+    """
+
+    only_with: ClassVar[dict[str, dict[str, Any]]] = {"squares": {"precondition": bool}}
+
+    damping: float = 1e-2
+    """Added to the loss as ``damping |step|^2 / 2``; the paper has none."""
+    dimension: int = 20
+    search: Literal["bfgs", "model"] = "bfgs"
+    """bfgs: of the loss, at most 2 K iterations; model: of the quadratic model, without further evaluations of the loss."""
+    precondition: bool = True
+    squares: Literal["examples", "batch"] = "examples"
+    """What ``D`` is made of: squared gradients of examples, or the square of the batch's, which costs nothing."""
+    floor: float = 1e-4
+    """Eigenvalues in the space are at least this part of the largest."""
+
+    def __post_init__(self) -> None:
+        check_choice("squares", self.squares, ["examples", "batch"])
+        super().__post_init__()
+
+    def _triple(self) -> Triple:
+        solver = Krylov(
+            damping=self.damping,
+            dimension=self.dimension,
+            precondition=self.precondition,
+            floor=self.floor,
+            search=self.search,
+        )
+        wanted = {"squares": True} if self.precondition and self.squares == "examples" else {}
+        return Triple(self.measured(**wanted), Implicit(), solver)
+
+
+@register("ksd")
+class KsdGradientMaker(Preconditioned[KsdGradientConfig]):
+    """Krylov subspace descent as a gradient maker; see `KsdGradientConfig`."""
+
+    Config = KsdGradientConfig

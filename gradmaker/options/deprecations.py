@@ -1,0 +1,120 @@
+"""Options and modules under their earlier names, which are read for one version more."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from abc import ABCMeta
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["MOVED_MODULES", "RENAMED_OPTIONS", "RenamedOptions", "current_name", "moved_module", "moved_names", "warn_of"]
+
+RENAMED_OPTIONS = {
+    "norm": "grafting",
+    "norm_decay": "grafting_decay",
+    "spread": "stagger",
+    "basis_interval": "preconditioner_interval",
+}
+"""Today's name of an option by its earlier one. It holds for what has the one as a field and not the other."""
+
+MOVED_MODULES = {
+    "gradmaker.layers": "gradmaker.capture.rules.layers",
+    "gradmaker.sites": "gradmaker.capture.sites",
+    "gradmaker.spectrum": "gradmaker.reports.spectrum",
+    "gradmaker.step": "gradmaker.curvature.step",
+    "gradmaker.verification": "gradmaker.reports.verification",
+}
+"""Today's module by its earlier path, of those that the pages of the version before named."""
+
+LIBRARY = ("gradmaker", "dataclasses", "importlib")
+"""Packages whose frames stand between the user of an earlier name and the warning."""
+
+
+class RenamedOptions(ABCMeta):
+    """Metaclass of configs: they are made with earlier names too, with a DeprecationWarning for each."""
+
+    if not TYPE_CHECKING:  # a checker sees the dataclass's own signature
+
+        def __call__(cls, *args: Any, **given: Any) -> Any:
+            return super().__call__(*args, **_renamed(cls, given))
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            own = inspect.signature(cls.__init__)
+            return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+def current_name(made: Any, name: str) -> str:
+    """The name that an option of a dataclass has today: the given one where it is no earlier name."""
+    names = {f.name for f in fields(made)} if is_dataclass(made) else set()
+    new = RENAMED_OPTIONS.get(name, name)
+    return new if new in names and name not in names else name
+
+
+def warn_of(old: str, new: str) -> None:
+    """A DeprecationWarning for the caller of the library that used an earlier name of an option."""
+    _warn(f"the option {old!r} is {new!r} now; the earlier name goes with the next version")
+
+
+def _warn(message: str) -> None:
+    """A DeprecationWarning that points to the line of a user."""
+    depth, frame = 1, inspect.currentframe()
+    while frame is not None and (name := frame.f_globals.get("__name__", "")).split(".")[0] in LIBRARY:
+        depth += not name.startswith("importlib._bootstrap")  # frames that `warnings.warn` itself leaves out
+        frame = frame.f_back
+    warnings.warn(message, DeprecationWarning, stacklevel=depth)
+
+
+def _renamed(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by their names of today. ValueError for one that is given by both."""
+    values = dict(given)
+    for old in given:
+        if (new := current_name(made, old)) == old:
+            continue
+        # `dataclasses.replace` adds every field that is not changed; what is changed is what was given by its earlier name.
+        whole = all(f.name in given for f in fields(made) if f.init)
+        if new in given and not whole:
+            raise ValueError(
+                f"{old}={given[old]!r} and {new}={given[new]!r}: {old!r} is the earlier name of {new!r}; give {new} alone"
+            )
+        warn_of(old, new)
+        values[new] = values.pop(old)
+    return values
+
+
+# ------------------------------------------------------------------ modules
+class _Alias:
+    """Loader that puts a module in the place of its earlier name: one module, two names."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = MOVED_MODULES[module.__name__]
+        _warn(f"the module {module.__name__} is {new} now; the earlier name goes with the next version")
+        sys.modules[module.__name__] = import_module(new)
+
+
+def moved_module(name: str) -> ModuleSpec | None:
+    """The spec of a module that is asked for by its earlier name; None for any other."""
+    return ModuleSpec(name, _Alias()) if name in MOVED_MODULES else None  # type: ignore[arg-type]
+
+
+def moved_names(old: str) -> Callable[[str], Any]:
+    """``__getattr__`` of a module that bears the earlier name of another one: what that has is found here too."""
+
+    def find(name: str) -> Any:
+        new = MOVED_MODULES[old]
+        if name.startswith("_") or not hasattr(found := import_module(new), name):
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        _warn(f"{old}.{name} is {new}.{name} now; the earlier name goes with the next version")
+        value = vars(sys.modules[old])[name] = getattr(found, name)  # a ``from`` import asks twice, and gets one warning
+        return value
+
+    return find

@@ -1,0 +1,63 @@
+"""Kronecker products whose factors are applied as of their last refresh, by eigenvalues and bases that the state holds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.representations.base import Grain, Representation, State
+
+__all__ = ["HeldSpectra"]
+
+
+class HeldSpectra(Representation):
+    """``C = F_1^e (x) F_2^e (x) ...`` with ``F_k = Q_k diag(s_k) Q_k^T`` as of the last refresh.
+
+    The state has ``values_k``, ``basis_k``, unless the factor is a diagonal, and the ``diagnosis`` of the refresh.
+    """
+
+    factored_axes: ClassVar[bool] = True
+    exponent: ClassVar[int]
+    """``e``: 1 for factors of ``C``, -1 for those of its inverse."""
+
+    @property
+    def grain(self) -> Grain:
+        return "tensor"
+
+    def axes(self, state: State) -> range:
+        """Numbers of the axes."""
+        return range(sum(name.startswith("values_") for name in state))
+
+    def power(self, state: State, axis: int, exponent: float) -> Tensor:
+        """``F_k^exponent``.  # (B, d, d) or (B, d)"""
+        s, Q = state[f"values_{axis}"], state.get(f"basis_{axis}")
+        return s**exponent if Q is None else (Q * s.unsqueeze(-2) ** exponent) @ Q.mT
+
+    def to_dense(self, state: State) -> Tensor:
+        """Of the last refresh."""
+        return kronecker_product(self._factors(state))
+
+    def matvec(self, state: State, v: Tensor) -> Tensor:
+        return apply_factors(self._factors(state), self.unfold(v)).reshape(v.shape)
+
+    def _factors(self, state: State) -> list[Tensor]:
+        return [self.power(state, axis, self.exponent) for axis in self.axes(state)]
+
+    # ---------------------------------------------------------------- Inverse
+    def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
+        """Of the factors of ``C^-1``, as of the last refresh.  # (B, d), (B, d, d)"""
+        return [(state[f"values_{k}"] ** -self.exponent, state.get(f"basis_{k}")) for k in self.axes(state)]
+
+    def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
+        """Of each axis' last refresh, in units of what is held; the damping is in there already.  # (B, m, 5)"""
+        return state["diagnosis"].clone()
+
+    def unfold(self, g: Tensor) -> Tensor:
+        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        return g if g.ndim > 1 else g.unsqueeze(1)
+
+    def order(self, factors: int) -> float:
+        """One: ``C`` is the product."""
+        return 1
