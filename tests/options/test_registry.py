@@ -182,7 +182,7 @@ def test_a_grafting_rule_is_an_option() -> None:
     net = model()
     maker: Any = from_config(net, {"method": "shampoo", "grafting": "mine"})
     step(maker, net)
-    assert {type(b.grafting) for b in maker.plan.blocks} == {MineKeep}
+    assert {type(b.options.grafting) for b in maker.plan.blocks} == {MineKeep}
     with pytest.raises(ValueError, match=r"grafting='mime': expected none, keep, .*, mine; did you mean 'mine'\?"):
         from_config(net, {"method": "shampoo", "grafting": "mime"})
 
