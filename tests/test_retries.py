@@ -133,7 +133,8 @@ PLACES: dict[str, Callable[[Any, Case], Any]] = {
     "after a solve": _method_of(Block, "solve", 1, after=True),
     "in a solve": _part("solver", "solve", 1),
     "second write": _method_of(Block, "write", 2),
-    "in a write": _method_of(Site, "write", 2),
+    "in a write": _method_of(Site, "copies", 2),
+    "after a copy": _method_of(torch, "_foreach_copy_", 1, after=True),
     "after a write": _method_of(Block, "write", 1, after=True),
 }
 
