@@ -19,7 +19,7 @@ class ExactSmallGradientConfig(GradientConfig):
     """
 
     damping: float = 1e-3
-    largest: int = 256
+    largest: int = 64
     fisher: Curvature = FisherMC()
 
     def __post_init__(self) -> None:
