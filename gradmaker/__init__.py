@@ -16,8 +16,6 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
     __path__ = [str(_root / "gradmaker"), str(_root)]
 del _root
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:  # what a checker and an editor see; at run time makers and configs are found through `METHODS`
     from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare
     from gradmaker.config import GradientConfig as GradientConfig
@@ -155,10 +153,12 @@ if TYPE_CHECKING:  # what a checker and an editor see; at run time makers and co
         PreconditionedGradientMaker as PreconditionedGradientMaker,
     )
     from gradmaker.triple import Triple as Triple, TripleError as TripleError, legality as legality
+    from gradmaker.version import __version__ as __version__
 
     METHODS: Registry[type[GradientMaker]]
 
 _MODULES = {
+    "__version__": "version",
     "Comparison": "compare",
     "Data": "compare",
     "GradientConfig": "config",

@@ -199,11 +199,14 @@ class Members:
             found = [site.read() for site in self.sites]
             return self._flat([None if g is None else g.to(self.frame.dtype) for g in found])
         rows = [[self._as_blocks(piece) for piece in site.pieces()] for site in self.sites]
-        if len({tuple(piece.shape[1:] for piece in row) for row in rows}) == 1:  # all weights, then all biases
-            whole = _cat([_cat(column, 0) for column in zip(*rows, strict=True)], -1)
-        else:
-            whole = _cat([_cat(row, -1) for row in rows], 0)
-        return whole.to(self.frame.dtype)
+        if len(rows) == 1:
+            return _cat(rows[0], -1).to(self.frame.dtype)
+        if all(len(row) == 1 for row in rows):
+            return _cat([piece for (piece,) in rows], 0).to(self.frame.dtype)
+        out = self.frame.empty(*self.frame.shape)
+        targets = [out[t].split([x.shape[-1] for x in row], -1) for t, row in zip(self.slots, rows, strict=True)]
+        torch._foreach_copy_([x for row in targets for x in row], [x for row in rows for x in row])
+        return out
 
     def _as_blocks(self, piece: Tensor) -> Tensor:
         """Of some columns of a site, each block's own.  # (B, ..., columns)"""

@@ -39,6 +39,10 @@ class Frame:
         """A statistic at zero.  # (B, *shape)"""
         return torch.zeros(self.stack, *shape, dtype=self.dtype, device=self.device)
 
+    def empty(self, *shape: int) -> Tensor:
+        """Numbers to be written over.  # (B, *shape)"""
+        return torch.empty(self.stack, *shape, dtype=self.dtype, device=self.device)
+
     def unit(self, side: int, value: float = 1.0) -> Tensor:
         """``value I``, with no matrix besides the one that is returned.  # (B, side, side)"""
         out = self.zeros(side, side)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
+from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.options.checks import check_choice, check_interval, check_kind
 from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
-from gradmaker.solvers.rooting import FactorRoot, rooting
 
 __all__ = ["OneWayDims"]
 
@@ -96,7 +96,7 @@ class OneWayDims(Representation):
         """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
         axes = self._axes(state)
         statistics = [state[f"factor_{axis}"] for axis in axes]
-        new = rooting(self.root, self.damping).prepare_factors(statistics, 1, self.rooted(state))
+        new = ROOTINGS[self.root](self.damping).prepare_factors(statistics, 1, self.rooted(state))
         failed = new["failures"] > state["failures"]
         change = torch.ones_like(new["diagnosis"][:, 0, 0])  # (B,)
         for axis in axes:

@@ -92,8 +92,10 @@ class RotatedDims(Representation):
         G, early = self.unfold(evidence.gradient), fold.first or self.sequence == "basis_first"
         if early:
             self._fold_factors(state, G, fold)
-        if fold.first or fold.refresh:
-            self._renew(state, born=fold.first)
+        if fold.first:
+            self._renew(state, born=True)
+        elif fold.refresh:
+            self.refresh(state)
         if not (fold.first and self.skip_first):
             self._fold_moments(state, G, fold, born=fold.first)
         if not early:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 from gradmaker.linalg.damping import Mode
+from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
 from gradmaker.options.checks import check_choice
 from gradmaker.solvers.denman_beavers import DenmanBeavers
 from gradmaker.solvers.eigh import Eigh
@@ -15,10 +17,8 @@ from gradmaker.solvers.newton_root import NewtonRoot
 from gradmaker.solvers.newton_schulz import NewtonSchulz
 from gradmaker.solvers.svd_root import SvdRoot
 
-__all__ = ["FactorRoot", "Root", "Rooter", "rooting"]
+__all__ = ["Root", "Rooter", "rooting"]
 
-FactorRoot: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers"]
-"""How factors are rooted that are held as they are."""
 Root: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers", "svd"]
 """How factors are rooted. ``svd`` needs statistics that are held by their square roots."""
 
@@ -42,3 +42,6 @@ def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "large
     if root == "eigh":
         return Eigh(power=power, damping=damping, split="each", mode=mode)
     return ROOTS[root](power=power, damping=damping, mode=mode)
+
+
+ROOTINGS.update({root: partial(rooting, root) for root in get_args(FactorRoot)})

@@ -100,6 +100,22 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class LayerScale(nn.Module):
+    """Of timm's vision transformers; in place where it is asked for."""
+
+    def __init__(self, d: int, inplace: bool = False) -> None:
+        super().__init__()
+        self.gamma, self.inplace = nn.Parameter(torch.ones(d)), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class LayerScale2d(LayerScale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.view(1, -1, 1, 1)
+
+
 class OwnNorm(LayerNorm):
     """A subclass with a forward of its own, and no name that would say something."""
 
@@ -159,6 +175,8 @@ NAMED: dict[str, Callable[[], Case]] = {
     "LayerNorm of timm": partial(layered, lambda: LayerNorm(4)),
     "LayerNorm2d of timm": partial(layered, lambda: LayerNorm2d(4), images=True, second=True),
     "LayerNorm2d of timm, bias=False": partial(layered, lambda: LayerNorm2d(4, bias=False), images=True, second=True),
+    "LayerScale of timm": partial(layered, lambda: LayerScale(4)),
+    "LayerScale2d of timm": partial(layered, lambda: LayerScale2d(4), images=True, second=True),
 }
 """Layers that have a rule."""
 OTHERS: dict[str, Callable[[], Case]] = {

@@ -148,14 +148,14 @@ def layer_sites(
         rule = rule_for(module)
         if rule is None or _inside_opaque(model, name):
             continue
-        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in ("weight", "bias")}
+        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in (rule.weight_name, "bias")}
         own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored and p not in unseen and not p.is_complex()}
         if not own or any(p in claimed for p in own.values()):
             continue
         modules = _sharers(own, owners, rule)
         if modules is None:
             continue
-        weight, bias = ({k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == end} for end in ("weight", "bias"))
+        weight, bias = ({k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == end} for end in (rule.weight_name, "bias"))
         sites += _sites_of(Site(name, rule.kind, {}, (), modules, rule, module_names=(name,)), weight, bias, joint_bias)
         claimed.update({p: k for k, p in own.items()})
     rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
@@ -240,7 +240,7 @@ def _sites_of(base: Site, weight: dict[str, nn.Parameter], bias: dict[str, nn.Pa
         yield replace(base, name=name or "(model)", parameters=weight | bias, shape=(G, o, i + 1), bias=True)
         return
     if weight:
-        yield replace(base, name=_join_name(name, "weight"), parameters=weight, shape=(G, o, i))
+        yield replace(base, name=_join_name(name, rule.weight_name), parameters=weight, shape=(G, o, i))
     if bias:
         own = rule.bias_rule or rule
         G, o, _ = own.shape(module)

@@ -16,6 +16,7 @@ from gradmaker.compare.data import NAMES, load
 from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.models import MODELS, factory
 from gradmaker.compare.rows import Method
+from gradmaker.options.registry import METHODS
 from gradmaker.options.suggestions import did_you_mean
 
 app = typer.Typer(
@@ -127,8 +128,6 @@ def _import(modules: Sequence[str]) -> None:
 
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
     """What was named on the command line and in the file; else the default rows."""
-    from gradmaker import METHODS
-
     chosen: list[Method] = [*(names or ()), *([config] if config else ())]
     return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
 
@@ -146,8 +145,6 @@ def _prepare(device: str, threads: int | None) -> None:
 
 def _print_methods() -> None:
     """One line each: the name, and the first sentence of the maker."""
-    from gradmaker import METHODS
-
     width = max(map(len, METHODS))
     for name, maker in METHODS.items():
         typer.echo(f"{name:<{width}}  {(maker.__doc__ or '').strip().splitlines()[0] if maker.__doc__ else ''}")

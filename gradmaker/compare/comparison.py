@@ -17,6 +17,7 @@ from gradmaker.compare.rows import Method, Row, parse_rows
 from gradmaker.compare.store import Store
 from gradmaker.compare.trial import SCHEDULES, Loss, Record, Setting, Trial, digest, initial_model, run_trial, steps_per_epoch
 from gradmaker.options.suggestions import did_you_mean
+from gradmaker.version import __version__
 
 if TYPE_CHECKING:
     from gradmaker.compare.progress import Board
@@ -200,8 +201,6 @@ def _check_numbers(epochs: int, batch_size: int, momentum: float | None, schedul
 def _setting(
     start: nn.Module, data: Data, loss: Loss, epochs: int, batch_size: int, schedule: str, validation: float, device: str
 ) -> Setting:
-    import gradmaker
-
     return Setting(
         epochs=epochs,
         batch_size=batch_size,
@@ -211,7 +210,7 @@ def _setting(
         loss=str(getattr(loss, "__qualname__", loss)),
         data=f"{data.name} {data.fingerprint()}",
         model=digest([str(start), {name: float(p.detach().double().sum()) for name, p in start.named_parameters()}]),
-        version=str(getattr(gradmaker, "__version__", "unknown")),
+        version=__version__,
     )
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from gradmaker.compare.errors import InputError
+from gradmaker.methods import from_config
 from gradmaker.options.deprecations import current_name
+from gradmaker.options.registry import METHODS
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.options.yaml_text import parse_yaml
 
@@ -104,8 +106,6 @@ class Row:
         """The gradient maker on this model, or None."""
         if self.maker is None:
             return None
-        from gradmaker import from_config
-
         return from_config(model, dict(self.maker))
 
     def build_optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -191,8 +191,6 @@ def _labelled(method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _named(name: str) -> dict[str, Any]:
     """A maker by its name; else an optimizer of torch.optim by its."""
-    from gradmaker import METHODS
-
     if name in METHODS:
         return {"method": name}
     if name.lower() in optimizers():

@@ -5,6 +5,8 @@ Torch's gradient of a real loss, ``dL/dRe + i dL/dIm``, is the gradient of the p
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,12 @@ def real_shape(value: Tensor) -> tuple[int, ...]:
 
 def real_dtype(value: Tensor) -> torch.dtype:
     """In which curvature is held: that of the pairs, at least float32."""
-    return torch.promote_types(value.dtype.to_real(), torch.float32)
+    return _at_least_single(value.dtype)
+
+
+@cache
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype.to_real(), torch.float32)
 
 
 def as_stored(target: Tensor, value: Tensor) -> Tensor:

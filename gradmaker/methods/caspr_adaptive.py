@@ -8,6 +8,7 @@ from typing import get_args
 from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
+from gradmaker.linalg.factor_roots import FactorRoot
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
@@ -15,7 +16,6 @@ from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, OneWayDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Division, HeldRoot
-from gradmaker.solvers.rooting import FactorRoot
 from gradmaker.triple import Triple
 
 __all__ = ["CasprAdaptiveGradientConfig", "CasprAdaptiveGradientMaker"]

@@ -8,13 +8,13 @@ from typing import Literal, get_args
 from gradmaker.capture.shapes import Merge, ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
+from gradmaker.linalg.factor_roots import FactorRoot
 from gradmaker.methods.tensor_axes import RootedGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import OneSided
 from gradmaker.schedule import Schedule
-from gradmaker.solvers.rooting import FactorRoot
 from gradmaker.triple import Triple
 
 __all__ = ["OneSidedGradientConfig", "OneSidedGradientMaker"]

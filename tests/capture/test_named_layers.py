@@ -19,7 +19,7 @@ from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Representation
 from tests.measure import compare, ggn, measure, setup
 from tests.models import Case
-from tests.named import NAMED, OTHERS, Conv1D, LayerNorm2d, LlamaRMSNorm, as_linear, layered
+from tests.named import NAMED, OTHERS, Conv1D, LayerNorm2d, LayerScale, LlamaRMSNorm, as_linear, layered
 
 GRAINS: dict[str, Representation] = {
     "full": Dense(granularity="full"),
@@ -111,6 +111,15 @@ def test_a_forward_of_the_instance_has_no_rule() -> None:
         assert rule_for(layer) is not None
         layer.forward = partial(type(layer).forward, layer)  # type: ignore[method-assign]
         assert rule_for(layer) is None
+
+
+@pytest.mark.filterwarnings("ignore::gradmaker.errors.SelfCheckWarning")
+def test_a_layer_that_overwrites_its_input_has_no_rule() -> None:
+    def make() -> Case:
+        return layered(lambda: LayerScale(4, inplace=True))
+
+    assert rule_for(make().model.get_submodule("layer")) is None
+    compare(measure(make(), FisherExact(), GRAINS["layer"]), ggn(make()))
 
 
 def test_another_conv1d_has_no_rule() -> None:

@@ -122,7 +122,7 @@ SEQUENCE_METHODS: dict[str, dict[str, Any]] = {
     "ekfac_exact": {"method": "ekfac", "fisher": "FisherExact", "preconditioner_interval": 1, **EXACT},
     "ekfac_emp": {"method": "ekfac", "fisher": "FisherEmp", "preconditioner_interval": 2, "sharing": "reduce", **EXACT},
     "ekfac_forward": {
-        "method": "custom", "curvature": "FisherForward", "representation": {"Eigenbasis": {"preconditioner_interval": 2}},
+        "method": "custom", "curvature": "FisherForward", "representation": "Eigenbasis", "preconditioner_interval": 2,
         "solver": {"Rotate": {"damping": 0.1}}, "decay": 0.9,
     },
     "skfac_sum": {"method": "skfac", "fisher": "FisherExact", **EXACT},

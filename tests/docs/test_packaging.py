@@ -82,6 +82,10 @@ def test_core_needs_torch_and_opt_einsum_only() -> None:
     assert config()["options"]["install_requires"].split() == ["torch>=2.6", "opt_einsum"]
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    assert config()["metadata"]["version"] == gradmaker.__version__
+
+
 def test_dependencies_are_pinned() -> None:
     """Every package that an extra names has a line in constraints.txt."""
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}

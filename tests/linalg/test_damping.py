@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import RIDGES, Mode, damp
+from gradmaker.linalg.factor_roots import FactorRoot
 from gradmaker.representations import Dense, KronSum, RootKronDims
 from gradmaker.solvers import AxisMean, DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, SvdRoot
-from gradmaker.solvers.rooting import FactorRoot, Root, rooting
+from gradmaker.solvers.rooting import Root, rooting
 
 pytestmark = pytest.mark.usefixtures("double")
 MODES = get_args(Mode)

@@ -771,6 +771,23 @@ def test_products_of_rows(transposed: bool, lookup: bool) -> None:
     assert oracles.relative_error(rows.to_dense(state)[0], J.mT @ J) < 1e-12
 
 
+@pytest.mark.parametrize("granularity", ["layer", "full"])
+@pytest.mark.parametrize("r", [1, 3], ids=["products", "formed"])
+def test_products_of_groups(granularity: Any, r: int) -> None:
+    """The groups of a convolution are one block: rows and vectors go over all of them."""
+    rows = Rows(granularity=granularity)
+    shape = (2, 3, 5) if granularity == "layer" else (30,)
+    state, pieces = rows.init(frame(1, *shape)), [Outer(random(2, n, r, 4), random(2, 2, n, r, 3), bias=True) for n in (2, 3)]
+    rows.update(state, pieces[0], Fold(1.0, 1.0, 1.0))
+    rows.update(state, pieces[1], Fold(1.0, 1.0, 0.0))
+    J = torch.cat([piece.rows().flatten(1) for piece in pieces])
+    v, z = random(1, *shape), random(1, 10)
+    assert oracles.relative_error(rows.gram(state)[0], J @ J.mT) < 1e-12
+    assert oracles.relative_error(rows.project(state, v)[0], J @ v.reshape(-1)) < 1e-12
+    found = rows.combine(state, z)
+    assert found.shape == v.shape and oracles.relative_error(found.reshape(-1), J.mT @ z[0]) < 1e-12
+
+
 def test_joint_rows_lie_side_by_side() -> None:
     parts = (
         Outer(random(2, 3, 2, 2), random(1, 2, 3, 2, 2), True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import isabstract
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import pytest
 import torch
@@ -14,9 +14,21 @@ from torch import Tensor, nn
 from gradmaker import CustomGradientConfig, CustomGradientMaker
 from gradmaker.curvature import BatchGradient, FisherExact, Hessian
 from gradmaker.linalg.state import State
-from gradmaker.representations import Dense, Diagonal, Kron
+from gradmaker.representations import Dense, Diagonal, Implicit, Kron
 from gradmaker.representations.capabilities import Elementwise, Factored, Multiplies
-from gradmaker.solvers import SOLVERS, Cholesky, Solver
+from gradmaker.solvers import (
+    LU,
+    SOLVERS,
+    AbsoluteDivision,
+    AbsoluteEigh,
+    Cholesky,
+    DisplacedNeumann,
+    Krylov,
+    Neumann,
+    SignedDivision,
+    Solver,
+    TruncatedCG,
+)
 from gradmaker.solvers.base import Needed, PowerSolver
 from gradmaker.solvers.definition import Defined
 from gradmaker.triple import Triple, TripleError
@@ -90,6 +102,40 @@ def test_what_a_solver_needs_is_one_capability_that_can_be_checked() -> None:
         pass
 
     assert not hasattr(Open, "needs")
+
+
+ASKS: dict[Solver[Any], set[str]] = {
+    AbsoluteEigh(): {"steady"},
+    LU(): {"steady"},
+    AbsoluteDivision(): {"steady"},
+    SignedDivision(): {"steady"},
+    DisplacedNeumann(): {"steady"},
+    Neumann(): set(),
+    Krylov(): {"steady"},
+    Krylov(precondition=True, search="bfgs"): {"steady", "squares", "search"},
+    TruncatedCG(): {"steady", "squares", "factors"},
+    TruncatedCG(preconditioner=0.0): {"steady", "factors"},
+}
+
+
+def test_what_solvers_ask_of_a_curvature() -> None:
+    assert {solver: set(solver.asks) for solver in ASKS} == ASKS
+    others = set(SOLVERS.values()) - set(map(type, ASKS))
+    assert all(make().asks == {"definite", "steady"} for make in others)
+
+
+def test_examples_that_are_drawn_for_every_product_want_a_series() -> None:
+    drawn = Hessian(examples=2, fresh=True)
+    assert Triple(drawn, Implicit(), Neumann()).solver.asks == set()
+    with pytest.raises(TripleError, match=r"Krylov needs one and the same matrix .*Hessian\(fresh=True\)"):
+        Triple(drawn, Implicit(), Krylov())
+
+
+@pytest.mark.parametrize("search", ["model", "bfgs"])
+def test_a_batch_is_declared_for_a_search_alone(search: Literal["model", "bfgs"]) -> None:
+    config = CustomGradientConfig(curvature=Hessian(), representation=Implicit(), solver=Krylov(search=search))
+    maker = CustomGradientMaker(nn.Linear(3, 2), config)
+    assert ("search" in maker.plan.purposes()) == (search == "bfgs")
 
 
 # --- oracles --------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ INIT = "__init__"
 """The room of ``gradmaker/__init__.py`` itself."""
 
 FLOORS = (
-    Floor(("errors", "trees", "reentrant", "options", "linalg", "loss", "capture", "passes"), in_order=True),
+    Floor(("version", "errors", "trees", "reentrant", "options", "linalg", "loss", "capture", "passes"), in_order=True),
     Floor(("curvature",)),
     Floor(("representations",)),
     Floor(("solvers",)),

@@ -180,7 +180,6 @@ def test_no_import_runs_up() -> None:
     assert not found, "\n".join(found)
 
 
-@MOVING
 def test_no_imports_run_in_a_circle() -> None:
     found = circles(read(), FLOORS)
     assert not found, "\n".join(found)

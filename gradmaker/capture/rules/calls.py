@@ -134,6 +134,7 @@ class LayerRule(ABC):
 
     types: ClassVar[tuple[type[nn.Module], ...]]
     kind: ClassVar[Kind] = "matrix"
+    weight_name: ClassVar[str] = "weight"
     transposed: ClassVar[bool] = False  # the weight is stored as (i, o), and so is the block
     inputs_first: ClassVar[bool] = False  # the weight is stored as (i, o), and the block is (o, i) all the same
     rounding: ClassVar[float] = 0.0  # unit roundoff of what a layer computes in, whatever the dtype of its parameters

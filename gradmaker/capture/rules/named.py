@@ -16,7 +16,7 @@ from gradmaker.capture.exchange import exchanged
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, to_examples
 from gradmaker.capture.rules.normalisations import NormRule
 
-__all__ = ["NAMED_RULES", "Conv1DRule", "NamedImageNormRule", "NamedNormRule"]
+__all__ = ["NAMED_RULES", "Conv1DRule", "ImageLayerScaleRule", "LayerScaleRule", "NamedImageNormRule", "NamedNormRule"]
 
 SINGLE = torch.finfo(torch.float32).eps
 
@@ -67,7 +67,9 @@ class NamedNormRule(NormRule):
 
     def accepts(self, module: nn.Module) -> bool:
         own = dict(module.named_parameters())
-        if not {"weight"} <= set(own) <= {"weight", "bias"} or any(p.ndim != 1 or p.is_complex() for p in own.values()):
+        if not {self.weight_name} <= set(own) <= {self.weight_name, "bias"} or any(
+            p.ndim != 1 or p.is_complex() for p in own.values()
+        ):
             return False
         try:
             return self._proven(module)
@@ -75,19 +77,24 @@ class NamedNormRule(NormRule):
             return False
 
     def _proven(self, module: Any) -> bool:
-        """Whether random parameters give ``y(0, 0) + weight x_hat + bias`` on a random input, channel by channel."""
-        p, random = module.weight, torch.Generator().manual_seed(0)
+        """Whether random parameters give ``y(0, 0) + weight x_hat + bias`` on a random input, which stays as it is."""
+        p, random = module.get_parameter(self.weight_name), torch.Generator().manual_seed(0)
         C = len(p)
         a, b = (2, 3) if C > 3 else (4, 5)  # no other axis is as long as that of the channels
         shape = (a, C, a, b) if self.channel_first else (a, b, C)
         x, weight, bias = (torch.randn(s, generator=random).to(p) for s in (shape, (C,), (C,)))
-        zero, one, found = (_output(module, (x,), {}, *w) for w in ((0.0, 0.0), (1.0, 0.0), (weight, bias)))
+        given = x.clone()
+        zero, one, found = (self._output(module, (given,), {}, *w) for w in ((0.0, 0.0), (1.0, 0.0), (weight, bias)))
+        if found.shape != x.shape or not torch.equal(given, x):  # an input that is overwritten is not there to be seen again
+            return False
         lined = (C, 1, 1) if self.channel_first else (C,)
         expected = zero + weight.reshape(lined) * (one - zero)
         if getattr(module, "bias", None) is not None:
             expected = expected + bias.reshape(lined)
         eps = max(SINGLE, torch.finfo(p.dtype).eps)
-        return found.shape == x.shape and float((found - expected).abs().max()) <= 16 * eps * float(expected.abs().max())
+        return 0 < float(expected.abs().max()) and float((found - expected).abs().max()) <= 16 * eps * float(
+            expected.abs().max()
+        )
 
     def normalise(self, module: Any, call: Call) -> Tensor:
         device = call.input.device.type
@@ -95,8 +102,18 @@ class NamedNormRule(NormRule):
         if call.autocast is not None:
             cast = torch.autocast(device, call.autocast, cache_enabled=False)
         with cast:
-            zero, one = (_output(module, call.args, call.kwargs, w, 0.0) for w in (0.0, 1.0))
+            zero, one = (self._output(module, call.args, call.kwargs, w, 0.0) for w in (0.0, 1.0))
         return one - zero
+
+    @torch.no_grad()
+    def _output(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | float, bias: Tensor | float
+    ) -> Tensor:
+        """What a module returns with other parameters; no hook sees it."""
+        pairs = (module.get_parameter(self.weight_name), weight), (getattr(module, "bias", None), bias)
+        with exchanged(module, {p: torch.zeros_like(p) + value for p, value in pairs if p is not None}):
+            out: Tensor = module.forward(*args, **kwargs)
+        return out
 
 
 class NamedImageNormRule(NamedNormRule):
@@ -105,13 +122,26 @@ class NamedImageNormRule(NamedNormRule):
     channel_first = True
 
 
-@torch.no_grad()
-def _output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | float, bias: Tensor | float) -> Tensor:
-    """What a module returns with other parameters; no hook sees it."""
-    pairs = (module.weight, weight), (getattr(module, "bias", None), bias)
-    with exchanged(module, {p: torch.zeros_like(p) + value for p, value in pairs if p is not None}):
-        out: Tensor = module.forward(*args, **kwargs)
-    return out
+class LayerScaleRule(NamedNormRule):
+    """``gamma x`` of timm's vision transformers, as a norm layer's scale."""
+
+    names = ("LayerScale",)
+    weight_name = "gamma"
+
+    def channels(self, module: Any) -> int:
+        return len(module.gamma)
 
 
-NAMED_RULES: tuple[type[LayerRule], ...] = (Conv1DRule, NamedNormRule, NamedImageNormRule)
+class ImageLayerScaleRule(LayerScaleRule):
+    """The same with the channels on the second axis."""
+
+    channel_first = True
+
+
+NAMED_RULES: tuple[type[LayerRule], ...] = (
+    Conv1DRule,
+    NamedNormRule,
+    NamedImageNormRule,
+    LayerScaleRule,
+    ImageLayerScaleRule,
+)
