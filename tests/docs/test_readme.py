@@ -52,6 +52,7 @@ def one_command(*words: str) -> str:
 
 
 @pytest.mark.usefixtures("registrations")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for F.bilinear
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace a page, so that examples chain; the traceback shows the line of the page."""
