@@ -1,4 +1,9 @@
-"""Curvature matrices: what is measured."""
+"""Curvature matrices: what is measured.
+
+One part, one file: a `Curvature` reads a recorded pass, makes further ones where it needs them, and yields evidence for each
+site. Here too: the closed set of evidence (`evidence`, `products`), what a curvature may know of a step (`step`), and what
+several curvatures share. All scaling of the loss is folded in here; nothing is averaged over steps.
+"""
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.base import Curvature

@@ -195,8 +195,11 @@ class Block:
         representation = self.triple.representation
         if not names or not representation.has_refresh:
             return self.state
-        state = representation.duplicate(self.state)
-        slots = [slice(None)] if self.full else [t for s, t in zip(self.sites, self.slots, strict=True) if s.name in names]
+        members = zip(self.sites, self.slots, strict=True)
+        slots = [t for s, t in members if s.name in names and not s.frozen]  # what is frozen rests
+        if not slots:
+            return self.state
+        state, slots = representation.duplicate(self.state), [slice(None)] if self.full else slots
         part = picked(state, slots)
         representation.refresh(part)
         placed(state, slots, part)

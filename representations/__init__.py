@@ -1,4 +1,9 @@
-"""Representations: how a curvature matrix is held."""
+"""Representations: how a curvature matrix is held.
+
+One part, one file: a `Representation` folds evidence into the statistic of a stack of equal blocks, in place, and forms the
+dense matrix that it stands for, its oracle. `base` has what every representation has, `capabilities` the protocols that solvers
+ask for. No representation counts steps by itself: intervals are those of a method.
+"""
 
 from gradmaker.options.registry import Registry, register
 from gradmaker.representations.alternating_inverse import AlternatingInverse

@@ -1,4 +1,9 @@
-"""Solvers: how a preconditioned gradient is obtained."""
+"""Solvers: how a preconditioned gradient is obtained.
+
+One part, one file: a `Solver` names the capability that it needs, prepares a cache from a statistic now and then, applies it to
+gradients at every step, and forms ``P`` from the definition, its oracle. What several solvers share stands in files of its own;
+matrix functions that know no representation are in `gradmaker.linalg`.
+"""
 
 from gradmaker.options.registry import Registry, register
 from gradmaker.solvers.absolute import LU, AbsoluteDivision, AbsoluteEigh, SignedDivision

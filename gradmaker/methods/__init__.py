@@ -1,4 +1,9 @@
-"""Methods: recipes that choose a triple for each site."""
+"""Methods: recipes that choose a triple for each site.
+
+A file for each paper or family, named as the field names it, with a config (options, their defaults and sources, and `triple`)
+and a maker that registers its name. What several methods share stands in a file beside them; a part that `custom` can name is
+in its own axis' folder. The table below says which module registers which name.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""What is read from a user: checks of values, close matches, name rules, numbers in YAML, registries of parts."""
+"""What is read from a user.
+
+Checks of values, close matches for wrong names, rules that name layers, numbers in YAML, earlier names, and the registries that
+`register` fills. Nothing here knows what an option means.
+"""
