@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.step.held import Held
 
-__all__ = ["WHOLE", "Block", "Solved"]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The preconditioned gradient of a block, and what its cache and its averages are once that has been written."""
-
-    value: Tensor
-    cache: State
-    average: State
-    grafting_state: State
+__all__ = ["WHOLE", "Block"]
 
 
 class Block:
-    """A stack of equal blocks: statistic, cache and gradient average lead with the stack axis ``B``."""
+    """A stack of equal blocks.
+
+    What it holds changes at the end of a step alone: until then a step works on copies, `writable`, and verbs return what
+    the block would hold.
+    """
 
     def __init__(self, placements: list[Placement]) -> None:
         first = placements[0]
@@ -41,16 +36,39 @@ class Block:
         self.slots = _slots(placements, self.full)
         whole = "full" if self.method == "method" else f"full, {self.method}"
         self.name = whole if self.full else self.sites[0].name
-        self.state: State = self.triple.representation.init(self.frame)
-        self.cache: State = {}
-        self.ready: set[str] = set()  # sites for which the cache holds more than an empty statistic
-        self.fresh: set[str] = set()  # sites whose first step this is and is left out
-        self.grafting_state: State = self.grafting.init(self.frame) if self.grafting else {}
-        self.average: State = {}
-        if self.momentum:
-            self.average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()}
+        self.held = self.empty()
         self.share = 0.0  # where in a period its refresh falls
-        self.torn = ""  # the exception that has left its statistic half changed
+
+    def empty(self) -> Held:
+        """What it holds before any evidence."""
+        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if self.momentum else {}
+        grafting_state = self.grafting.init(self.frame) if self.grafting else {}
+        return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
+
+    @property
+    def state(self) -> State:
+        """The statistic."""
+        return self.held.state
+
+    @property
+    def cache(self) -> State:
+        """What the last refresh has made of the statistic; empty before the first."""
+        return self.held.cache
+
+    @property
+    def average(self) -> State:
+        """The running average of gradients, with its mass; empty without momentum."""
+        return self.held.average
+
+    @property
+    def grafting_state(self) -> State:
+        """What the grafting rule remembers."""
+        return self.held.grafting_state
+
+    @property
+    def ready(self) -> frozenset[str]:
+        """Sites for which the cache holds more than an empty statistic."""
+        return self.held.ready
 
     @property
     def cost(self) -> float:
@@ -85,41 +103,25 @@ class Block:
             return Fold(self.decay, of_step * weight, 1.0, summed=True, of_step=of_step)
         return Fold(self.decay, (1 - self.decay) * weight, 1 - self.decay, of_step=1 - self.decay)
 
-    def update(self, chunk: Mapping[str, Evidence], fold: Fold, further: set[str], done: set[str] | None = None) -> None:
-        """Fold in one chunk of a step's evidence.
+    def writable(self, held: Held) -> Held:
+        """The same, with a copy of the statistic that `update` may write to."""
+        representation = self.triple.representation
+        return replace(held, state=representation.adopt(representation.duplicate(held.state)))
 
-        further: names whose first evidence of this step has been folded in before; extended here.
-        done: what of this chunk has been folded in before, when the step began for the first time; extended here.
+    def update(self, held: Held, chunk: Mapping[str, Evidence], fold: Fold, reached: set[str]) -> None:
+        """Fold one chunk of a step's evidence into a statistic, in place.
+
+        held: `writable`
+        reached: names whose first evidence of this step has been folded in before; extended here.
         """
-        self.check_whole()
-        done = set() if done is None else done
-        self.state = self.triple.representation.adopt(self.state)
         for slot, evidence, names in self._evidence(chunk):
-            key = self.name if self.full else names[0]
-            if key not in done:
-                again = names[0] in further
-                self._update(slot, evidence, replace(fold, beta=1.0, mass=0.0) if again else fold)
-                further.update(names)
-                done.add(key)
+            again = names[0] in reached
+            self._update(held.state, slot, evidence, replace(fold, beta=1.0, mass=0.0) if again else fold)
+            reached.update(names)
 
-    def _update(self, slot: slice, evidence: Evidence, fold: Fold) -> None:
+    def _update(self, state: State, slot: slice, evidence: Evidence, fold: Fold) -> None:
         whole = self.full or self.triple.representation.unstacked
-        state = self.state if whole else {k: v[slot] for k, v in self.state.items()}
-        before = _versions(self.state)
-        try:
-            self.triple.representation.update(state, evidence, fold)
-        except BaseException as error:
-            if _versions(self.state) != before:
-                self.torn = type(error).__name__
-            raise
-
-    def check_whole(self) -> None:
-        """RuntimeError if an exception has left the statistic half changed."""
-        if self.torn:
-            raise RuntimeError(
-                f"{self.name}: its statistic was left half changed by an exception ({self.torn}) in its update, so that the "
-                "step cannot be repeated: load a state that was saved before, or make the maker anew"
-            )
+        self.triple.representation.update(state if whole else {k: v[slot] for k, v in state.items()}, evidence, fold)
 
     def _evidence(self, chunk: Mapping[str, Evidence]) -> Iterator[tuple[slice, Evidence, list[str]]]:
         names = [s.name for s in self.sites if s.name in chunk]
@@ -174,14 +176,14 @@ class Block:
         shaped = [p.reshape(-1, *self.frame.shape) for p in pieces]
         return shaped[0] if len(shaped) == 1 else torch.cat(shaped)
 
-    def write(self, value: Tensor) -> None:
-        """Put preconditioned gradients back into ``.grad``, in place."""
+    def assign(self, held: Held, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
+        """What ``.grad`` will be, by parameter, of a preconditioned gradient; nothing is written to ``.grad``."""
         for site, slot in zip(self.sites, self.slots, strict=True):
-            if self.full or site.name in self.ready:
+            if self.full or site.name in held.ready:
                 piece = value[0, slot] if self.full else value[slot]
-                site.write(piece.reshape(site.shape))
+                site.assign(piece.reshape(site.shape), into)
 
-    def averaged(self, g: Tensor) -> tuple[Tensor, State]:
+    def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
         """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum.
 
         With ``nesterov`` this gradient enters it twice: ``(momentum m + (1 - momentum) g) / (1 - momentum^(t + 1))``.
@@ -189,32 +191,35 @@ class Block:
         """
         if not self.momentum:
             return g, {}
-        average = self.average["average"].lerp(g, 1 - self.momentum)
-        total = self.average["mass"] * self.momentum + (1 - self.momentum)
-        moved, mass = {"average": average, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
+        moved = average["average"].lerp(g, 1 - self.momentum)
+        total = average["mass"] * self.momentum + (1 - self.momentum)
+        held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
         if self.nesterov:
-            return average.lerp(g, 1 - self.momentum) / (self.momentum * mass + 1 - self.momentum), moved
-        return average / mass, moved
+            return moved.lerp(g, 1 - self.momentum) / (self.momentum * mass + 1 - self.momentum), held
+        return moved / mass, held
 
-    def prepare(self, measured: set[str], due: bool = True) -> bool:
+    def prepare(self, held: Held, measured: Set[str], due: bool = True) -> tuple[Held, bool]:
         """Refresh the cache from the statistic; where that is not due, only for sites that were never in it.
 
-        Returns whether anything was refreshed.
+        Returns what is held then, and whether anything was refreshed.
 
         measured: names of the sites that have given evidence at all.
         """
-        known = measured & {s.name for s in self.sites}
+        known = frozenset(measured & {s.name for s in self.sites})
         due = due or self.triple.representation.per_step or self.triple.representation.immediate
-        refreshed = bool(known) if due else bool(known - self.ready)
+        refreshed = bool(known) if due else bool(known - held.ready)
+        cache = held.cache
         if self.full and refreshed:
-            self.cache = self.refreshed(self.state, self.cache or None)
-        elif not self.full:  # all is computed before anything is changed: an exception leaves the cache as it was
-            groups = ((known & self.ready if due else set[str](), True), (known - self.ready, False))
-            for slots, new in [self._prepared(names, again) for names, again in groups]:
-                self._place(slots, new)
-        self.fresh = known - self.ready if self.triple.representation.skips_first else set()
-        self.ready = known
-        return refreshed
+            cache = self.refreshed(held.state, held.cache or None)
+        elif not self.full:
+            again, first = known & held.ready if due else frozenset[str](), known - held.ready
+            parts = [self._prepared(held, names, before) for names, before in ((again, held.cache), (first, None))]
+            for slots, new in parts:
+                cache = self._placed(cache, slots, new)
+        fresh = known - held.ready if self.triple.representation.skips_first else frozenset[str]()
+        if cache is held.cache and (known, fresh) == (held.ready, held.fresh):
+            return held, refreshed
+        return replace(held, cache=cache, ready=known, fresh=fresh), refreshed
 
     def refreshed(self, state: State, previous: State | None) -> State:
         """What a refresh makes of statistics of some members."""
@@ -237,60 +242,52 @@ class Block:
         """``P g``.  # (B, *shape)"""
         return self.precision.solve(self.triple, cache, g)
 
-    def _prepared(self, names: set[str], again: bool) -> tuple[list[slice], State]:
-        """A refreshed cache of some members, and where these are.  again: whether they have been prepared before"""
+    def _prepared(self, held: Held, names: Set[str], before: State | None) -> tuple[list[slice], State]:
+        """A refreshed cache of some members, and where these are.  before: the cache that they are in, if they are"""
         slots = [slot for site, slot in zip(self.sites, self.slots, strict=True) if site.name in names]
         if not slots:
             return [], {}
         whole = len(slots) == len(self.slots)
-        state, before = (s if whole else _picked(s, slots) for s in (self.state, self.cache if again else {}))
-        return slots, self.refreshed(state, before if again else None)
+        state, previous = (s if whole or s is None else _picked(s, slots) for s in (held.state, before))
+        assert state is not None
+        return slots, self.refreshed(state, previous)
 
-    def _place(self, slots: list[slice], new: State) -> None:
-        """Put refreshed members into the cache."""
-        if len(slots) == len(self.slots):
-            self.cache = new
-            return
-        if not self.cache:
-            self.cache = {k: v.new_zeros(self.frame.stack, *v.shape[1:]) for k, v in new.items()}
+    def _placed(self, cache: State, slots: list[slice], new: State) -> State:
+        """The cache with refreshed members in it; the former one is not written to."""
+        if not slots or len(slots) == len(self.slots):
+            return new if slots else cache
+        made = {k: cache[k].clone() if cache else v.new_zeros(self.frame.stack, *v.shape[1:]) for k, v in new.items()}
         for key, value in new.items():
             pieces = value.split([slot.stop - slot.start for slot in slots])
             for slot, piece in zip(slots, pieces, strict=True):
-                self.cache[key][slot] = piece
+                made[key][slot] = piece
+        return made
 
-    def solve(self, raw: Tensor, started: bool = True) -> Solved:
-        """The preconditioned gradient, averaged and rescaled as configured. Nothing is changed before `keep`.
+    def solve(self, held: Held, raw: Tensor, started: bool = True) -> tuple[Tensor, Held]:
+        """The preconditioned gradient, averaged and rescaled as configured, and what is held then.
 
         raw: this step's gradient; started: False for what `grafting` takes the length from, instead
         """
-        (g, average), cache = self.averaged(raw), self.triple.representation.snapshot(self.cache)
-        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in self.grafting_state.items()}
+        (g, average), cache = self.averaged(held.average, raw), self.triple.representation.snapshot(held.cache)
+        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
         if rule := self.grafting:
             value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
-        for slot in self._without_gradient():
-            for new, old in ((average, self.average), (grafting_state, self.grafting_state)):
+        for slot in self._without_gradient(held):
+            for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():
                     moved[slot] = old[key][slot]
-        return Solved(value, cache, average, grafting_state)
+        return value, replace(held, cache=cache, average=average, grafting_state=grafting_state)
 
-    def keep(self, solved: Solved) -> None:
-        """Go on from what a solve has left."""
-        self.cache, self.average, self.grafting_state = solved.cache, solved.average, solved.grafting_state
-
-    def _without_gradient(self) -> list[slice]:
+    def _without_gradient(self, held: Held) -> list[slice]:
         """Members of the stack that have no gradient or no statistic: their averages stand still, as if they were alone."""
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if self._lacks_gradient(site)]
-
-    def _lacks_gradient(self, site: Site) -> bool:
-        return site.name not in self.ready or site.name in self.fresh or site.read() is None
+        return [slot for site, slot in members if _lacks_gradient(held, site)]
 
 
-def _versions(state: State) -> list[tuple[str, int, int]]:
-    """What shows whether any tensor was replaced or written to."""
-    return [(key, id(value), value._version) for key, value in state.items()]
+def _lacks_gradient(held: Held, site: Site) -> bool:
+    return site.name not in held.ready or site.name in held.fresh or site.read() is None
 
 
 def _as_one(evidence: Evidence) -> Evidence:

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
@@ -25,6 +26,9 @@ from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
 from gradmaker.triple import Triple, did_you_mean
+
+if TYPE_CHECKING:
+    from gradmaker.trust_region.policy import TrustRegion
 
 __all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
 
@@ -190,6 +194,10 @@ class GradientConfig(metaclass=RenamedOptions):
     def precision(self) -> Precision:
         """Of refreshes and of what is applied, where they are not those of the statistic."""
         return Precision()
+
+    def trust_region(self, model: nn.Module) -> TrustRegion | None:
+        """What bounds the steps of a maker of this model, for methods that have options of it."""
+        return None
 
     def as_mapping(self) -> dict[str, Any]:
         """The fields by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,13 @@ from gradmaker.options.rules import names, paths
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
 from gradmaker.scale.ranks import refuse_ranks
-from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
 from gradmaker.triple import did_you_mean
 
 if TYPE_CHECKING:
     from gradmaker.maker import GradientMaker
 
-__all__ = ["Plan", "PlanClocks", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -76,43 +75,6 @@ class Plan:
     def asks(self, what: str, due: Collection[str] | None = None) -> bool:
         """Whether any curvature asks for ``graph``, ``replay`` or ``previous``."""
         return any(what in b.triple.curvature.asks for b in self.measured(due))
-
-
-class PlanClocks:
-    """A pair of clocks for each method of a plan: the intervals of one say nothing to the other."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.of = {
-            name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps) for name, c in plan.methods.items()
-        }
-
-    def measure(self, step: int) -> frozenset[str]:
-        """The methods that are to be measured; to be asked once for each step."""
-        ending = {b.method for b in self.plan.blocks if b.triple.representation.per_step}
-        return frozenset(name for name, clocks in self.of.items() if clocks.measure.tick(step) | (name in ending))
-
-    def retry(self, due: Collection[str], reached: Collection[str], step: int) -> None:
-        """What came to nothing is to be measured at ``step``.  reached: sites that gave evidence"""
-        for name in due:
-            if not any(s.name in reached for b in self.plan.measured({name}) for s in b.sites):
-                self.of[name].measure.retry(step)
-
-    def refreshes(self, step: int) -> Iterator[tuple[Block, bool]]:
-        """Every block, and whether it is to be refreshed; may be asked again for the same step."""
-        for name, clocks in self.of.items():
-            clocks.refresh.tick(step)
-            for block in self.plan.measured({name}):
-                yield block, clocks.refresh.due(step, block.share if self.plan.methods[name].stagger else 0.0)
-
-    def dump(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Their periods, by method."""
-        return {name: clocks.dump() for name, clocks in self.of.items()}
-
-    def load(self, saved: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
-        """Go on from `dump`."""
-        for name, clocks in self.of.items():
-            clocks.load(saved[name])
 
 
 def make_plan(

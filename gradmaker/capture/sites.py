@@ -15,7 +15,7 @@ from gradmaker.capture.rules.layers import OPAQUE, Kind, LayerRule, attends, rul
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy, View
 from gradmaker.capture.tape import Tape
-from gradmaker.linalg.real_pairs import as_real, real_shape, write_real
+from gradmaker.linalg.real_pairs import as_real, real_as, real_shape, write_real
 from gradmaker.options.rules import Path, Rule, names, paths
 
 if TYPE_CHECKING:
@@ -77,18 +77,25 @@ class Site:
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
-    def write(self, value: Tensor) -> None:
-        """Put blocks back into the storage of ``.grad``, unless they are frozen: what is there belongs to no step."""
+    def assign(self, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
+        """What ``.grad`` will be, by parameter, with these blocks in it; unless they are frozen: theirs belongs to no step.
+
+        into: for all sites; a parameter that is only in part in a site keeps what is there of others, or of its gradient
+        """
         sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
             if p.grad is None or not p.requires_grad:
                 continue
+            if self.view is None and name not in self.rows:
+                into[p] = real_as(p.grad, piece)
+                continue
+            if p not in into:
+                into[p] = p.grad.resolve_conj().clone()
             if self.view is not None:
-                p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
-                self.view.write(as_real(p.grad), piece)
+                self.view.write(as_real(into[p]), piece)
             else:
-                write_real(p.grad[self._rows(name)], piece)
+                write_real(into[p][self._rows(name)], piece)
 
     def _rows(self, name: str) -> Any:
         """Which rows of a parameter lie in this block."""

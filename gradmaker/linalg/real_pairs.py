@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_real", "real_dtype", "real_shape", "write_real"]
+__all__ = ["as_real", "real_as", "real_dtype", "real_shape", "write_real"]
 
 
 def as_real(value: Tensor) -> Tensor:
@@ -26,8 +26,13 @@ def real_dtype(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype.to_real(), torch.float32)
 
 
-def write_real(target: Tensor, value: Tensor) -> None:
-    """Put numbers, or pairs of numbers, into a tensor's own storage.  value: the pairs in any shape of as many elements"""
+def real_as(target: Tensor, value: Tensor) -> Tensor:
+    """Numbers, or pairs of numbers, as a tensor of the shape and dtype of another.  value: in any shape of as many elements"""
     if target.is_complex():
         value = torch.view_as_complex(value.reshape(*target.shape, 2).to(target.dtype.to_real()).contiguous())
-    target.copy_(value.reshape(target.shape))
+    return value.reshape(target.shape).to(target.dtype)
+
+
+def write_real(target: Tensor, value: Tensor) -> None:
+    """Put numbers, or pairs of numbers, into a tensor's own storage.  value: the pairs in any shape of as many elements"""
+    target.copy_(real_as(target, value))

@@ -14,7 +14,6 @@ from gradmaker.curvature.recursive import break_of_chain
 from gradmaker.methods.kronecker import KfacGradientConfig
 from gradmaker.methods.kronecker_family import KroneckerGradientConfig
 from gradmaker.methods.sharing import Sharing, SharingGradientConfig
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Dense, Eigenbasis, Kron, KronRows, TensorNormal
 from gradmaker.representations.base import NO_LIMIT
@@ -51,7 +50,7 @@ class KflrGradientConfig(KfacGradientConfig):
             raise ValueError(f"fisher={self.fisher!r}: KFLR is K-FAC with FisherExact(...); use kfac for another Fisher")
 
 
-class KflrGradientMaker(TrustRegionGradientMaker):
+class KflrGradientMaker(PreconditionedGradientMaker):
     """KFLR as a gradient maker; see `KflrGradientConfig`."""
 
     Config = KflrGradientConfig
@@ -79,7 +78,7 @@ class KfraGradientConfig(KroneckerGradientConfig):
         return Triple(self.fisher, Kron(wide_sides=self.wide_sides), Cholesky(damping=self.damping, split="pi"))
 
 
-class KfraGradientMaker(TrustRegionGradientMaker):
+class KfraGradientMaker(PreconditionedGradientMaker):
     """KFRA as a gradient maker; see `KfraGradientConfig`."""
 
     Config = KfraGradientConfig
@@ -112,7 +111,7 @@ class EkfacGradientConfig(SharingGradientConfig):
         return Triple(self.fisher, self._basis(self.sharing_of(site)), Rotate(power=-1.0, damping=self.damping))
 
 
-class EkfacGradientMaker(TrustRegionGradientMaker):
+class EkfacGradientMaker(PreconditionedGradientMaker):
     """EKFAC as a gradient maker; see `EkfacGradientConfig`."""
 
     Config = EkfacGradientConfig
@@ -144,7 +143,7 @@ class SkfacGradientConfig(KroneckerGradientConfig):
         return Triple(self.fisher, representation, FactorWoodbury(damping=self.damping))
 
 
-class SkfacGradientMaker(TrustRegionGradientMaker):
+class SkfacGradientMaker(PreconditionedGradientMaker):
     """SKFAC as a gradient maker; see `SkfacGradientConfig`."""
 
     Config = SkfacGradientConfig

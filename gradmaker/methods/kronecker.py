@@ -10,7 +10,6 @@ from gradmaker.config import check_choice
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.axes import RootedGradientConfig
 from gradmaker.methods.sharing import SharingGradientConfig
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.representations import Kron, KronDims, RootKronDims
 from gradmaker.schedule import Schedule
@@ -49,7 +48,7 @@ class KfacGradientConfig(SharingGradientConfig):
         return Triple(self.fisher, Kron(sharing=self.sharing_of(site), wide_sides=self.wide_sides), solver)
 
 
-class KfacGradientMaker(TrustRegionGradientMaker):
+class KfacGradientMaker(PreconditionedGradientMaker):
     """K-FAC as a gradient maker; see `KfacGradientConfig`."""
 
     Config = KfacGradientConfig

@@ -35,7 +35,7 @@ FLOORS = (
             "grafting",
             "precision",
             "failures",
-            "step_state",
+            "step",
             "trust_region",
             "scale",
         )

@@ -60,10 +60,10 @@ def fill(scratch: Scratch) -> None:
         evidence = {WHOLE: _whole(scratch)}
     scratch.evidence = evidence
     if evidence:
-        block.update(evidence, ONCE, set())
+        block.update(block.held, evidence, ONCE, set())
     if OutputPair in kinds and evidence:  # a secant of outputs comes after the inputs
         v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in evidence}
-        block.update({k: OutputPair(x, 2 * x) for k, x in v.items()}, ONCE, set())
+        block.update(block.held, {k: OutputPair(x, 2 * x) for k, x in v.items()}, ONCE, set())
 
 
 def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
