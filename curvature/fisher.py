@@ -17,7 +17,8 @@ from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError
-from gradmaker.loss.likelihood import LIKELIHOODS, Terms
+from gradmaker.loss.likelihood import LIKELIHOODS
+from gradmaker.loss.terms import Terms
 from gradmaker.loss.weights import numbers
 from gradmaker.options.checks import check_choice, check_count
 

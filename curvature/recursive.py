@@ -16,7 +16,7 @@ from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.curvature.roles import Watching
 from gradmaker.curvature.step import Step
-from gradmaker.loss.likelihood import Terms
+from gradmaker.loss.terms import Terms
 from gradmaker.options.checks import check_count
 
 __all__ = ["FisherRecursive", "break_of_chain", "find_chain"]

@@ -15,7 +15,7 @@ from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.loss.head import Head
-from gradmaker.loss.likelihood import Terms
+from gradmaker.loss.terms import Terms
 from gradmaker.passes.batches import Batch, Batches
 from gradmaker.passes.graph import Graph
 from gradmaker.passes.replay import Replay

@@ -9,13 +9,14 @@ from math import prod
 from torch import Tensor, nn
 
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import WHOLE, Evidence
+from gradmaker.curvature.evidence import Evidence
 from gradmaker.gathering import Members, Piece, picked, placed
+from gradmaker.linalg.state import State
 from gradmaker.placement import Placement
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.step.held import Held
 
-__all__ = ["WHOLE", "Block"]
+__all__ = ["Block"]
 
 
 class Block:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Gradient
+from gradmaker.linalg.state import State
 from gradmaker.options.registry import Registry, register
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.diagonal import Diagonal
 
 __all__ = ["GRAFTINGS", "Amplitude", "Graft", "Grafting", "Keep", "Sign"]

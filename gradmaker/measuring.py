@@ -18,8 +18,8 @@ from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
 from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
 from gradmaker.loss.head import Head
-from gradmaker.loss.likelihood import Terms
 from gradmaker.loss.recorder import LossRecorder
+from gradmaker.loss.terms import Terms
 from gradmaker.passes.batches import Batch, Batches, terms_of
 from gradmaker.passes.deferred import resolve
 from gradmaker.passes.graph import Graph

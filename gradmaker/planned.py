@@ -16,7 +16,7 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import OfSecants, Watching
 from gradmaker.curvature.step import NOTHING, Extra, Previous, Step
 from gradmaker.loss.head import Head
-from gradmaker.loss.likelihood import Terms
+from gradmaker.loss.terms import Terms
 from gradmaker.maker import GradientMaker
 from gradmaker.options.registry import METHODS
 from gradmaker.plan import Plan, make_plan

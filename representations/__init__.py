@@ -5,9 +5,10 @@ dense matrix that it stands for, its oracle. `base` has what every representatio
 ask for. No representation counts steps by itself: intervals are those of a method.
 """
 
+from gradmaker.linalg.state import State
 from gradmaker.options.registry import Registry, register
 from gradmaker.representations.alternating_inverse import AlternatingInverse
-from gradmaker.representations.base import Fold, Frame, Representation, State
+from gradmaker.representations.base import Fold, Frame, Representation
 from gradmaker.representations.capabilities import (
     Elementwise,
     Factored,

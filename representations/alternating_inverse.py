@@ -17,8 +17,9 @@ from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.linalg.mode_products import apply_factors, mode_matrix
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count, check_interval
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.held_spectra import HeldSpectra
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
 from gradmaker.linalg.state import State
 
-__all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "State", "average"]
+__all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "average"]
 
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
 _AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"

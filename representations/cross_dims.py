@@ -17,8 +17,9 @@ from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again
 from gradmaker.linalg.fallbacks import count_failures, is_empty
 from gradmaker.linalg.mode_products import apply_factors, mode_matrix
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.held_spectra import HeldSpectra
 
 __all__ = ["CrossDims"]

@@ -11,8 +11,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, kinds
 from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_blocks
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
 
 __all__ = ["Dense"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_diagonal
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, average
 
 __all__ = ["Diagonal"]
 

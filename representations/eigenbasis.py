@@ -16,7 +16,8 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
 from gradmaker.linalg.mode_products import apply_factors
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
 from gradmaker.representations.kronecker import Kron
 
 __all__ = ["Eigenbasis", "rotated_squares"]

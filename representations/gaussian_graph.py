@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, average
 from gradmaker.representations.dense import Dense
 
 __all__ = ["GaussianGraph", "Parents"]

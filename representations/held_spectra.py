@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
-from gradmaker.representations.base import Grain, Representation, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Grain, Representation
 
 __all__ = ["HeldSpectra"]
 

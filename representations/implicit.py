@@ -13,7 +13,8 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Layers, Product
 from gradmaker.linalg.matrix_from_products import form_blocks
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation
 from gradmaker.representations.capabilities import Multiplies
 
 __all__ = ["Held", "Implicit", "MatrixFree"]

@@ -17,8 +17,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import Fold, Frame, Grain, Representation
 
 __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
 

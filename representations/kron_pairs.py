@@ -17,8 +17,9 @@ from gradmaker.curvature.evidence import Evidence, Kind, Outer, Pair, kinds
 from gradmaker.linalg.eigen import add_ridge, symmetrise
 from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.mode_products import kronecker_product
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
 from gradmaker.representations.memory import multiply, push, unfilled
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]

@@ -11,8 +11,9 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, average
 
 __all__ = ["KronRows"]
 

@@ -18,8 +18,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
 
 __all__ = ["Kron", "KronDims"]
 

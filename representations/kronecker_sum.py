@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.kronecker import KronDims
 from gradmaker.representations.root_dims import RootKronDims
 

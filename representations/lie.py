@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation
 from gradmaker.representations.capabilities import LowRank
 
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Pair, kinds
 from gradmaker.linalg.inner_products import member_dots
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count, check_interval
-from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation
 
 __all__ = ["Pairs", "multiply", "ordered", "push", "unfilled"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.mode_products import kronecker_product
-from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, State, average
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, average
 
 __all__ = ["OneSided", "ZeroHistory"]
 

@@ -15,8 +15,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval, check_kind
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import Fold, Frame, Grain, Representation
 
 __all__ = ["OneWayDims"]
 

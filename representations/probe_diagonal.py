@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, average
 
 __all__ = ["ProbeDiagonal"]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
 from gradmaker.linalg.mode_products import mode_matrix
-from gradmaker.representations.base import Fold, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Fold
 from gradmaker.representations.kronecker import KronDims
 
 __all__ = ["RootKronDims"]

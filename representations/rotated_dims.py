@@ -16,8 +16,9 @@ from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
 
 __all__ = ["RotatedDims"]
 

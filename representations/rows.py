@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.low_rank import Spanned
 
 __all__ = ["Part", "Rows", "chunks"]

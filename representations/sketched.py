@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
-from gradmaker.representations.base import Fold, State
+from gradmaker.representations.base import Fold
 from gradmaker.representations.low_rank import form_rows
 from gradmaker.representations.rows import Part, Rows, chunks
 

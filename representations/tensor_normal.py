@@ -13,8 +13,9 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.linalg.contraction import contract
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.kronecker import KronDims
 
 __all__ = ["TensorNormal"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.damping import average_trace
 from gradmaker.linalg.definition import axis_power, balanced_ridges
+from gradmaker.linalg.factors import average_trace
 from gradmaker.linalg.fallbacks import keep_previous, scalars, try_all
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State

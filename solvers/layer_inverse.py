@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.products import Factors, Layers
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.kronecker import Kron
 from gradmaker.solvers.cholesky import Cholesky
 

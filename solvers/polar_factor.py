@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import NO_LIMIT, State
+from gradmaker.representations.base import NO_LIMIT
 from gradmaker.representations.capabilities import Momentary
 from gradmaker.solvers.definition import DefinedByAxes
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.representations.base import Fold, Representation, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Fold, Representation
 
 __all__ = ["follow", "take"]
 

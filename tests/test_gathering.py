@@ -17,8 +17,9 @@ from gradmaker import METHODS, from_config
 from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer, Pair
 from gradmaker.gathering import STACK_LIMIT, Piece, picked, placed, stacked
+from gradmaker.linalg.state import State
 from gradmaker.representations import Diagonal, Eigenbasis, Kron, KronDims, RotatedDims
-from gradmaker.representations.base import Fold, Frame, Representation, State
+from gradmaker.representations.base import Fold, Frame, Representation
 
 STEP = Fold(0.9, 0.1, 0.1)
 MANY, SIDE, BATCH = 48, 64, 8

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from gradmaker import register
-from gradmaker.capture.rules.layers import Call, LayerRule, Layout, to_examples
+from gradmaker.capture.rules.calls import Call, LayerRule, Layout, to_examples
 
 
 @register

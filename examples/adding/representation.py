@@ -6,7 +6,8 @@ from torch import Tensor
 
 from gradmaker import register
 from gradmaker.curvature import Evidence, Gradient, kinds
-from gradmaker.representations.base import Fold, Frame, Representation, State, average
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Fold, Frame, Representation, average
 
 
 @register

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.capture.rules.attention import projections
-from gradmaker.capture.rules.layers import OPAQUE, Kind, LayerRule, attends, rule_for
+from gradmaker.capture.rules.calls import Kind, LayerRule
+from gradmaker.capture.rules.layers import OPAQUE, attends, rule_for
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy, View
 from gradmaker.capture.tape import Tape
@@ -83,7 +84,7 @@ class Site:
             found[name] = as_real(torch.zeros_like(p) if value is None else value)
         if self.view is not None:
             return [self.view.read(next(iter(found.values())))]
-        parts = zip(found.items(), self._pieces(), strict=True)
+        parts = zip(found.items(), self.piece_shapes(), strict=True)
         return [self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in parts]
 
     def assign(self, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
@@ -91,7 +92,7 @@ class Site:
 
         into: for all sites; a parameter that is only in part in a site keeps what is there of others, or of its gradient
         """
-        sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
+        sizes = [piece[-1] for piece in self.piece_shapes()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
             if p.grad is None or not p.requires_grad:
@@ -114,7 +115,7 @@ class Site:
         """A matrix with its outputs first, from one that its layer holds with its inputs first, and back."""
         return value.mT if self.rule is not None and self.rule.inputs_first and value.ndim == lead + 2 else value
 
-    def _pieces(self) -> list[tuple[int, ...]]:
+    def piece_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters inside one block."""
         if len(self.parameters) == 1:
             return [self.shape[1:]]

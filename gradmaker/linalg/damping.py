@@ -21,16 +21,7 @@ from torch import Tensor
 
 from gradmaker.linalg.factors import average_trace
 
-__all__ = [
-    "Mode",
-    "Placement",
-    "Split",
-    "average_trace",
-    "damp",
-    "equal_ridges",
-    "pi_ridges",
-    "ridge_unit",
-]
+__all__ = ["Mode", "Placement", "Split", "damp", "equal_ridges", "pi_ridges", "ridge_unit"]
 
 Mode: TypeAlias = Literal["absolute", "largest", "trace", "clamp", "pseudo"]
 """What ``damping`` is measured in, and what it does: see above."""

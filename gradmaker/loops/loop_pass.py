@@ -14,8 +14,9 @@ from gradmaker.capture.borrowing import borrowing, foreign
 from gradmaker.capture.tape import Tape
 from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
 from gradmaker.loops.marks import Marks
-from gradmaker.loss.likelihood import LIKELIHOODS, Terms
+from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.loss.recorder import LossCall, LossRecorder
+from gradmaker.loss.terms import Terms
 from gradmaker.step.draft import Draft
 from gradmaker.trees import tensors
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.errors import SelfCheckError
-from gradmaker.loss.likelihood import LossRecorder, Terms, loss_gradients_of
+from gradmaker.loss.likelihood import loss_gradients_of
+from gradmaker.loss.recorder import LossRecorder
+from gradmaker.loss.terms import Terms
 from gradmaker.trees import tensors
 
 __all__ = ["Head"]

@@ -84,8 +84,24 @@ def _renamed(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{old}={given[old]!r} and {new}={given[new]!r}: {old!r} is the earlier name of {new!r}; give {new} alone"
             )
         warn_of(old, new)
-        values[new] = values.pop(old)
+        value = values.pop(old)
+        values[new] = CONVERTED[old](made, value, given) if old in CONVERTED else value
     return values
+
+
+def _in_steps(made: Any, value: Any, given: Mapping[str, Any]) -> Any:
+    """``basis_interval`` counted measurements. ValueError where these have no one interval."""
+    between = given.get("curvature_interval", getattr(made, "curvature_interval", 1))
+    if not isinstance(between, int):
+        raise ValueError(
+            f"basis_interval={value!r}: it counted measurements, whose interval {between!r} changes here: give "
+            "preconditioner_interval, which counts steps, alone"
+        )
+    return value * between if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+CONVERTED: dict[str, Callable[[Any, Any, Mapping[str, Any]], Any]] = {"basis_interval": _in_steps}
+"""What the value of an earlier option is today, where it is another."""
 
 
 # ------------------------------------------------------------------ modules

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradmaker.loss.likelihood import Likelihood, Terms, read_terms
+from gradmaker.loss.likelihood import Likelihood, read_terms
 from gradmaker.loss.recorder import LossRecorder
-from gradmaker.passes.deferred import Deferred, exchange, resolve
+from gradmaker.loss.terms import Terms
+from gradmaker.passes.deferred import Deferred, arguments, exchange, resolve
 from gradmaker.passes.graph import Graph
 from gradmaker.passes.replay import Replay
 from gradmaker.trees import tensors
@@ -45,7 +46,7 @@ class Declared:
 
     def counted(self, axis: int) -> int | None:
         """Size of an axis of the first tensor that goes into the call; None without one that has it."""
-        first = next((v for v in tensors(self.call._args, self.call._kwargs) if v.ndim > 0), None)
+        first = next((v for v in tensors(*arguments(self.call)) if v.ndim > 0), None)
         return None if first is None or first.ndim <= axis else first.shape[axis]
 
     def tensors(self) -> list[Tensor]:
@@ -72,7 +73,7 @@ class Declared:
     def part(self, rows: Tensor, axis: int, n: int) -> Declared:
         """As `cut`. ValueError where that does not leave as many examples in the call."""
         made = self.cut(rows, axis, n)
-        first = next((v for v in tensors(made.call._args, made.call._kwargs) if v.ndim > 0), None)
+        first = next((v for v in tensors(*arguments(made.call)) if v.ndim > 0), None)
         if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
             raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples")
         return made

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from typing import Any, NoReturn
 
-__all__ = ["Deferred", "exchange", "resolve"]
+__all__ = ["Deferred", "arguments", "exchange", "resolve"]
 
 _SLOTS = ("_function", "_args", "_kwargs", "_text")
 
@@ -112,6 +112,11 @@ def short(value: Any) -> str:
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The argument list of a recorded call, shortened."""
     return ", ".join([short(a) for a in args] + [f"{k}={short(v)}" for k, v in kwargs.items()])
+
+
+def arguments(value: Deferred) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a deferred call is made with."""
+    return value._args, value._kwargs
 
 
 def resolve(value: Any, known: dict[int, Any]) -> Any:

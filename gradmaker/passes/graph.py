@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradmaker.loss.likelihood import Terms
+from gradmaker.loss.terms import Terms
 from gradmaker.reentrant import nodes, refuse_reentrant
 
 __all__ = ["Graph", "Vectors"]

@@ -43,7 +43,7 @@ class Layout:
 
 def _spread_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> None:
     """value: (k, G, o, i) or (k, parts, *tensor)"""
-    sizes = [piece[-1] for piece in site._pieces()] if len(site.parameters) > 1 else None
+    sizes = [piece[-1] for piece in site.piece_shapes()] if len(site.parameters) > 1 else None
     pieces = value.split(sizes, -1) if sizes else (value,)
     for (name, p), piece in zip(site.parameters.items(), pieces, strict=True):
         if site.view is not None:
@@ -61,6 +61,6 @@ def _gather_site(site: Site, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
     k = len(next(iter(values.values())))
     pieces = [
         as_real(site.part(name, values[p], lead=1)).reshape(k, site.shape[0], *piece)
-        for (name, p), piece in zip(site.parameters.items(), site._pieces(), strict=True)
+        for (name, p), piece in zip(site.parameters.items(), site.piece_shapes(), strict=True)
     ]
     return torch.cat(pieces, -1).reshape(k, -1)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from gradmaker.capture.model_checks import check_parameters
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_gauss_newton, multiply_hessian, second_derivatives
 from gradmaker.linalg.real_pairs import as_real, real_dtype, real_shape, write_real
-from gradmaker.loss.likelihood import Terms, read_terms
+from gradmaker.loss.likelihood import read_terms
 from gradmaker.loss.recorder import LossRecorder
+from gradmaker.loss.terms import Terms
 from gradmaker.loss.weights import numbers
 from gradmaker.options.checks import check_choice
 from gradmaker.passes.graph import Graph

@@ -12,7 +12,7 @@ from gradmaker.config import GradientConfig
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.step import Previous
 from gradmaker.loss.head import Head
-from gradmaker.loss.likelihood import Terms
+from gradmaker.loss.terms import Terms
 from gradmaker.plan import Plan
 from gradmaker.step.draft import Draft
 from gradmaker.step.state import StepState

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.autograd_terms import WIDEST, AutogradTerms, Output, autograd_terms
-from gradmaker.loss.likelihood import LossRecorder, read_terms
+from gradmaker.loss.likelihood import read_terms
+from gradmaker.loss.recorder import LossRecorder
 from gradmaker.loss.terms import CategoricalTerms, GaussianTerms, Terms
 
 pytestmark = pytest.mark.usefixtures("double")

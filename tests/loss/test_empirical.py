@@ -195,7 +195,8 @@ def _order(model: nn.Module, site: Any) -> Tensor:
 def test_its_expectation_under_the_model_is_the_fisher_matrix(name: str) -> None:
     """Of means over elements too: the scale of the empirical matrix is that of the exact one. By enumeration of the model."""
     z = torch.randn(N, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    from gradmaker.loss.likelihood import LossRecorder, read_terms
+    from gradmaker.loss.likelihood import read_terms
+    from gradmaker.loss.recorder import LossRecorder
 
     def terms(y: Tensor) -> tuple[Any, Tensor]:
         with LossRecorder() as recorder:

@@ -15,12 +15,12 @@ from gradmaker.loss.likelihood import (
     Bernoulli,
     Categorical,
     Gaussian,
-    LossRecorder,
-    Terms,
     find_likelihood,
     read_terms,
     terms_from_gradient,
 )
+from gradmaker.loss.recorder import LossRecorder
+from gradmaker.loss.terms import Terms
 
 pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:size_average and reduce")]
 

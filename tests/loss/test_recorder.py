@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmaker.loss.likelihood import LossRecorder, read_terms
+from gradmaker.loss.likelihood import read_terms
+from gradmaker.loss.recorder import LossRecorder
 from tests import oracles
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from gradmaker import from_config
 from gradmaker.curvature import Gradient
+from gradmaker.linalg.state import State
 from gradmaker.representations import OneWayDims
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import HeldRoot
 from tests import oracles
 from tests.kronecker_reference import inverse_root, on_axis, unfolded

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from gradmaker import METHODS, Triple, TripleError
 from gradmaker.capture.tape import Tape
 from gradmaker.curvature import FisherEmp, FisherExact, FisherForward, OneHot, Outer
+from gradmaker.linalg.state import State
 from gradmaker.representations import Dense, Eigenbasis, GaussianGraph, Kron, KronRows
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import CG, Cholesky, Eigh, FactorWoodbury, LocalRegression, Rotate
 from tests import models, oracles
 from tests.models import Case

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from gradmaker import from_config
 from gradmaker.curvature import GaussNewton
 from gradmaker.curvature.products import Product
+from gradmaker.linalg.state import State
 from gradmaker.representations import Implicit
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import CG, CurveBall, Krylov, Neumann, TruncatedCG
 from gradmaker.triple import Triple, TripleError
 from tests import models, oracles

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
+from gradmaker.linalg.state import State
 from gradmaker.representations import Dense, Diagonal
-from gradmaker.representations.base import Frame, State
+from gradmaker.representations.base import Frame
 from gradmaker.solvers import CG
 from tests import models, oracles
 from tests.methods.test_methods import PRECONDITIONED, passes

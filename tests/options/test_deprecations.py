@@ -20,6 +20,7 @@ from torch import nn
 import gradmaker as gm
 from gradmaker.config import GradientConfig
 from gradmaker.options.deprecations import MOVED_MODULES, RENAMED_OPTIONS
+from gradmaker.schedule import Stepped
 
 ROOT = Path(__file__).resolve().parents[2]
 EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False, "basis_interval": 7}
@@ -170,3 +171,17 @@ def test_a_name_that_was_never_there() -> None:
     for code in ("import gradmaker.nowhere", "from gradmaker.step import Nothing", "from gradmaker import nowhere"):
         with pytest.raises(ImportError, match=r"nowhere|Nothing"):
             exec(code)
+
+
+def test_an_interval_of_measurements_becomes_one_of_steps() -> None:
+    """``basis_interval`` counted measurements: of ekfac, which measures every tenth step, 5 were 50 steps."""
+    ekfac, soap = gm.EkfacGradientConfig, gm.SoapGradientConfig
+    with pytest.warns(DeprecationWarning, match="basis_interval"):
+        assert ekfac(basis_interval=5).preconditioner_interval == 50  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="basis_interval"):
+        assert ekfac(basis_interval=5, curvature_interval=3).preconditioner_interval == 15  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="basis_interval"):
+        assert soap(basis_interval=7).preconditioner_interval == 7  # type: ignore[call-arg]
+    changing = Stepped(milestones={0: 1, 10: 5})
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="counted measurements"):
+        ekfac(basis_interval=5, curvature_interval=changing)  # type: ignore[call-arg]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Outer, Pair
+from gradmaker.linalg.state import State
 from gradmaker.representations import KronPairs, Pairs
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 
 ONCE = Fold(1.0, 1.0, 1.0, summed=True)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature import Gradient
+from gradmaker.linalg.state import State
 from gradmaker.representations import RotatedDims
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from tests.refreshing import take
 
 FOLD = Fold(0.5, 0.5, 0.5)

@@ -11,7 +11,8 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Gradient, Joint, Outer
 from gradmaker.linalg.mode_products import apply_factors
-from gradmaker.representations.base import Fold, Frame, Representation, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Fold, Frame, Representation
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.kronecker import Kron, KronDims

@@ -26,8 +26,9 @@ from gradmaker.linalg.factors import (
     tile_width,
     transpose,
 )
+from gradmaker.linalg.state import State
 from gradmaker.representations import Kron
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import CG, Cholesky, DenmanBeavers, Eigh, HigherOrder, NewtonRoot, NewtonSchulz, Solver
 from tests import models, oracles
 from tests.live import Live

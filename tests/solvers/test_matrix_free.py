@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from gradmaker import METHODS, from_config
 from gradmaker.curvature import Curvature, FisherExact, GaussNewton
 from gradmaker.curvature.products import Product
+from gradmaker.linalg.state import State
 from gradmaker.methods.custom import CustomGradientConfig
 from gradmaker.representations import Dense, Diagonal, Implicit, Representation
-from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import (
     CG,
     LU,

@@ -18,8 +18,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Gradient
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps
+from gradmaker.linalg.state import State
 from gradmaker.representations import KronDims, RootKronDims
-from gradmaker.representations.base import Fold, Frame, Representation, State
+from gradmaker.representations.base import Fold, Frame, Representation
 from gradmaker.representations.dense import Dense
 from gradmaker.solvers import (
     Cholesky,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import pi_ridges
-from gradmaker.representations.base import Representation, State
+from gradmaker.linalg.state import State
+from gradmaker.representations.base import Representation
 from gradmaker.representations.capabilities import Elementwise, Factored, Multiplies
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal

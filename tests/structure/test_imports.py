@@ -166,15 +166,11 @@ def test_its_sources_are_found() -> None:
     assert len(edges(sources)) > len(sources)
 
 
-MOVING = pytest.mark.skip(reason="rooms are being moved")
-
-
 def test_every_file_stands_on_a_floor() -> None:
     found = unplaced(read(), FLOORS)
     assert not found, "\n".join(found)
 
 
-@MOVING
 def test_no_import_runs_up() -> None:
     found = up_runs(read(), FLOORS)
     assert not found, "\n".join(found)

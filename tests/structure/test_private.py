@@ -98,15 +98,10 @@ def test_uses_through_self_are_told_apart() -> None:
 
 
 # --- the library ----------------------------------------------------------------------------------------------------------
-MOVING = pytest.mark.skip(reason="rooms are being moved")
-
-
-@MOVING
 def test_every_allowed_name_is_used() -> None:
     assert unused(read()) == []
 
 
-@MOVING
 def test_no_private_name_of_another_file_is_used() -> None:
     found = uses(read())
     assert not found, "\n".join(map(str, found))

@@ -56,7 +56,6 @@ def test_no_file_imports_a_star() -> None:
     assert stars(read()) == []
 
 
-@pytest.mark.skip(reason="rooms are being moved")
 def test_names_are_public_where_they_are_defined() -> None:
     found = [f"{s.path}: {', '.join(names)}" for s in read().values() if not s.package and (names := re_exports(s))]
     assert not found, "\n".join(found)

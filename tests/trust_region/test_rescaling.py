@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS
-from gradmaker.loss.likelihood import LossRecorder, read_terms
+from gradmaker.loss.likelihood import read_terms
+from gradmaker.loss.recorder import LossRecorder
 from gradmaker.trust_region.rescaling import minimise
 from tests import models, oracles
 from tests.models import Case

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.rules.attention import ProjectionRule
-from gradmaker.capture.rules.calls import Call, Kind, LayerRule, Layout, check_lookup, to_examples
+from gradmaker.capture.rules.calls import Call, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
 from gradmaker.capture.rules.named import NAMED_RULES
 from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
 from gradmaker.options.registry import Registry, register
 
-__all__ = ["OPAQUE", "RULES", "Call", "Kind", "LayerRule", "Layout", "attends", "check_lookup", "rule_for", "to_examples"]
+__all__ = ["OPAQUE", "RULES", "attends", "rule_for"]
 
 OPAQUE = (nn.MultiheadAttention,)
 """Modules that use their children's parameters without calling the children: hooks on the children would never fire."""

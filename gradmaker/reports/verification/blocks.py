@@ -25,10 +25,11 @@ from gradmaker.curvature.evidence import (
 )
 from gradmaker.curvature.products import Product
 from gradmaker.gathering import Piece
+from gradmaker.linalg.state import State
 from gradmaker.reports.verification.passes import Measured, relative
 from gradmaker.reports.verification.result import Check
 from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
-from gradmaker.representations.base import Representation, State
+from gradmaker.representations.base import Representation
 from gradmaker.solvers.definition import Defined
 
 __all__ = ["check_block"]
