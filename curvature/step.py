@@ -67,9 +67,9 @@ class Extra:
 NOTHING = Extra()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """One forward and backward pass, recorded."""
+    """One forward and backward pass, recorded; or what is known at the end of a step, without a tape."""
 
     index: int
     seed: int

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from gradmaker import from_config
 from gradmaker.compare.cost import machine
 from gradmaker.compare.data import load
-from gradmaker.methods.trust_region import clip_factor
+from gradmaker.trust_region.policy import clip_factor
 
 WIDTHS = {"full": (1000, 500, 250, 30), "quarter": (250, 125, 62, 30)}
 SPARSE = 15  # incoming weights of a unit that are not zero at first

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import WHOLE, Evidence
 from gradmaker.gathering import Members, Piece, picked, placed
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.step.held import Held
 
-__all__ = ["WHOLE", "Block", "Solved"]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The preconditioned gradient of a block, and what its cache and its averages are once that has been written."""
-
-    value: Tensor
-    cache: State
-    average: State
-    grafting_state: State
+__all__ = ["WHOLE", "Block"]
 
 
 class Block:
-    """A stack of equal blocks: statistic, cache and gradient average lead with the stack axis ``B``."""
+    """A stack of equal blocks.
+
+    What it holds changes at the end of a step alone: until then a step works on copies, `writable`, and verbs return what
+    the block would hold.
+    """
 
     def __init__(self, placements: list[Placement]) -> None:
         first = placements[0]
@@ -40,16 +35,40 @@ class Block:
         self.layout = Members(self.sites, self.slots, self.frame, self.full, first.joins_groups)
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
-        self.state: State = self.triple.representation.init(self.frame)
-        self.cache: State = {}
-        self.ready: set[str] = set()  # sites for which the cache holds more than an empty statistic
-        self.fresh: set[str] = set()  # sites whose first step this is and is left out
-        self.grafting_state: State = self.options.grafting.init(self.frame) if self.options.grafting else {}
-        self.average: State = {}
-        if self.options.momentum:
-            self.average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()}
+        self.held = self.empty()
         self.share = 0.0  # where in a period its refresh falls
-        self.torn = ""  # the exception that has left its statistic half changed
+
+    def empty(self) -> Held:
+        """What it holds before any evidence."""
+        momentum, grafting = self.options.momentum, self.options.grafting
+        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if momentum else {}
+        grafting_state = grafting.init(self.frame) if grafting else {}
+        return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
+
+    @property
+    def state(self) -> State:
+        """The statistic."""
+        return self.held.state
+
+    @property
+    def cache(self) -> State:
+        """What the last refresh has made of the statistic; empty before the first."""
+        return self.held.cache
+
+    @property
+    def average(self) -> State:
+        """The running average of gradients, with its mass; empty without momentum."""
+        return self.held.average
+
+    @property
+    def grafting_state(self) -> State:
+        """What the grafting rule remembers."""
+        return self.held.grafting_state
+
+    @property
+    def ready(self) -> frozenset[str]:
+        """Sites for which the cache holds more than an empty statistic."""
+        return self.held.ready
 
     @property
     def cost(self) -> float:
@@ -88,65 +107,48 @@ class Block:
             return Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step, **turn)  # type: ignore[arg-type]
         return Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay, **turn)  # type: ignore[arg-type]
 
-    def update(
-        self,
-        chunk: Mapping[str, Evidence],
-        fold: Fold,
-        further: set[str],
-        done: set[str] | None = None,
-        known: Set[str] = frozenset(),
-    ) -> None:
-        """Fold in one chunk of a step's evidence.
+    def writable(self, held: Held) -> Held:
+        """The same, with a copy of the statistic that `update` may write to."""
+        representation = self.triple.representation
+        return replace(held, state=representation.adopt(representation.duplicate(held.state)))
 
-        further: names whose first evidence of this step has been folded in before; extended here.
-        done: what of this chunk has been folded in before, when the step began for the first time; extended here.
+    def update(
+        self, held: Held, chunk: Mapping[str, Evidence], fold: Fold, reached: set[str], known: Set[str] = frozenset()
+    ) -> None:
+        """Fold one chunk of a step's evidence into a statistic, in place.
+
+        held: `writable`
+        reached: names whose first evidence of this step has been folded in before; extended here.
         known: names that had given evidence before this step.
         """
-        self.check_whole()
-        done = set() if done is None else done
-        if self.full and self.name in done:
-            return
-        self.state = self.triple.representation.adopt(self.state)
 
         def of(piece: Piece) -> Fold:
-            return fold.of(again=piece.names[0] in further, first=known.isdisjoint(piece.names))
+            return fold.of(again=piece.names[0] in reached, first=known.isdisjoint(piece.names))
 
-        for piece, own in self.layout.stacks(chunk, done, of):
-            self._update(piece, own)
-            further.update(piece.names)
-            done.update([self.name] if self.full else piece.names)
+        for piece, own in self.layout.stacks(chunk, of):
+            self._update(held.state, piece, own)
+            reached.update(piece.names)
 
-    def _update(self, piece: Piece, fold: Fold) -> None:
+    def _update(self, held: State, piece: Piece, fold: Fold) -> None:
         whole = self.full or self.triple.representation.unstacked
-        state = self.state if whole else picked(self.state, piece.slots)
-        before = _versions(self.state)
-        try:
-            self.triple.representation.update(state, piece.evidence, fold)
-            if not whole:
-                placed(self.state, piece.slots, state)
-        except BaseException as error:
-            if _versions(self.state) != before:
-                self.torn = type(error).__name__
-            raise
-
-    def check_whole(self) -> None:
-        """RuntimeError if an exception has left the statistic half changed."""
-        if self.torn:
-            raise RuntimeError(
-                f"{self.name}: its statistic was left half changed by an exception ({self.torn}) in its update, so that the "
-                "step cannot be repeated: load a state that was saved before, or make the maker anew"
-            )
+        state = held if whole else picked(held, piece.slots)
+        self.triple.representation.update(state, piece.evidence, fold)
+        if not whole:
+            placed(held, piece.slots, state)
 
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:
         """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)"""
         return self.layout.read()
 
-    def write(self, value: Tensor) -> None:
-        """Put preconditioned gradients back into ``.grad``, in place."""
-        self.layout.write(value, self.ready)
+    def assign(self, held: Held, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
+        """What ``.grad`` will be, by parameter, of a preconditioned gradient; nothing is written to ``.grad``."""
+        for site, slot in zip(self.sites, self.slots, strict=True):
+            if self.full or site.name in held.ready:
+                piece = value[0, slot] if self.full else value[slot]
+                site.assign(piece.reshape(site.shape), into)
 
-    def averaged(self, g: Tensor) -> tuple[Tensor, State]:
+    def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
         """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum.
 
         With ``nesterov`` this gradient enters it twice: ``(momentum m + (1 - momentum) g) / (1 - momentum^(t + 1))``.
@@ -155,34 +157,41 @@ class Block:
         momentum = self.options.momentum
         if not momentum:
             return g, {}
-        average = self.average["average"].lerp(g, 1 - momentum)
-        total = self.average["mass"] * momentum + (1 - momentum)
-        moved, mass = {"average": average, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
+        moved = average["average"].lerp(g, 1 - momentum)
+        total = average["mass"] * momentum + (1 - momentum)
+        held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
         if self.options.nesterov:
-            return average.lerp(g, 1 - momentum) / (momentum * mass + 1 - momentum), moved
-        return average / mass, moved
+            return moved.lerp(g, 1 - momentum) / (momentum * mass + 1 - momentum), held
+        return moved / mass, held
 
-    def prepare(self, measured: Set[str], due: bool = True, evidence: Set[str] = frozenset()) -> bool:
+    def prepare(
+        self, held: Held, measured: Set[str], due: bool = True, evidence: Set[str] = frozenset(), own: bool = False
+    ) -> tuple[Held, bool]:
         """Refresh the statistic, and from it the cache; where that is not due, only for sites that were never in it.
 
-        Returns whether anything of the cache was renewed.
+        Returns what is held then, and whether anything of the cache was renewed.
 
         measured: names of the sites that have given evidence at all; evidence: in this step.
+        own: whether the statistic may be written to.
         """
-        known = {s.name for s in self.sites if s.name in measured}
-        representation, new = self.triple.representation, known - self.ready
-        state = self._renewed((known if due else new).difference(evidence if representation.refreshes_in_update else ()))
+        known = frozenset(s.name for s in self.sites if s.name in measured)
+        representation, new = self.triple.representation, known - held.ready
+        turning = (known if due else new).difference(evidence if representation.refreshes_in_update else ())
+        state, cache = self._renewed(held.state, turning, own), held.cache
         if due or representation.per_step or representation.immediate:
-            old = known & self.ready
+            old = known & held.ready
         else:
-            old = (known & self.ready).intersection(evidence) if self.follows_measurements else set()
+            old = (known & held.ready).intersection(evidence) if self.follows_measurements else frozenset()
         if self.full and (old or new):
-            self.cache = self.refreshed(state, self.cache or None)
-        elif not self.full:  # all is computed before anything is changed: an exception leaves the cache as it was
-            for slots, cache in [self._prepared(state, names, again) for names, again in ((old, True), (new, False))]:
-                self._place(slots, cache)
-        self.state, self.fresh, self.ready = state, new if representation.skips_first else set(), known
-        return bool(old or new)
+            cache = self.refreshed(state, held.cache or None)
+        elif not self.full:
+            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache), (new, None))]
+            for slots, made in parts:
+                cache = self._placed(cache, slots, made)
+        fresh = new if representation.skips_first else frozenset[str]()
+        if state is held.state and cache is held.cache and (known, fresh) == (held.ready, held.fresh):
+            return held, bool(old or new)
+        return replace(held, state=state, cache=cache, ready=known, fresh=fresh), bool(old or new)
 
     @property
     def follows_measurements(self) -> bool:
@@ -190,13 +199,16 @@ class Block:
         representation = self.triple.representation
         return representation.follows_measurements or (self.options.slow_part and not representation.has_refresh)
 
-    def _renewed(self, names: set[str]) -> State:
-        """The statistic after a refresh of these members; out of place, so that an exception leaves it as it was."""
+    def _renewed(self, held: State, names: Set[str], own: bool) -> State:
+        """The statistic after a refresh of these members.  own: whether it may be written to"""
         representation = self.triple.representation
         if not names or not representation.has_refresh:
-            return self.state
-        state = representation.duplicate(self.state)
-        slots = [slice(None)] if self.full else [t for s, t in zip(self.sites, self.slots, strict=True) if s.name in names]
+            return held
+        members = zip(self.sites, self.slots, strict=True)
+        slots = [t for s, t in members if s.name in names and not s.frozen]  # what is frozen rests
+        if not slots:
+            return held
+        state, slots = held if own else representation.duplicate(held), [slice(None)] if self.full else slots
         part = picked(state, slots)
         representation.refresh(part)
         placed(state, slots, part)
@@ -223,60 +235,52 @@ class Block:
         """``P g``.  # (B, *shape)"""
         return self.options.precision.solve(self.triple, cache, g)
 
-    def _prepared(self, state: State, names: set[str], again: bool) -> tuple[list[slice], State]:
-        """A refreshed cache of some members, and where these are.  again: whether they have been prepared before"""
+    def _prepared(self, state: State, names: Set[str], before: State | None) -> tuple[list[slice], State]:
+        """A refreshed cache of some members, and where these are.  before: the cache that they are in, if they are"""
         slots = [slot for site, slot in zip(self.sites, self.slots, strict=True) if site.name in names]
         if not slots:
             return [], {}
         whole = len(slots) == len(self.slots)
-        state, before = (s if whole else picked(s, slots) for s in (state, self.cache if again else {}))
-        return slots, self.refreshed(state, before if again else None)
+        if whole:
+            return slots, self.refreshed(state, before)
+        return slots, self.refreshed(picked(state, slots), None if before is None else picked(before, slots))
 
-    def _place(self, slots: list[slice], new: State) -> None:
-        """Put refreshed members into the cache."""
-        if len(slots) == len(self.slots):
-            self.cache = new
-            return
-        if not self.cache:
-            self.cache = {k: v.new_zeros(self.frame.stack, *v.shape[1:]) for k, v in new.items()}
+    def _placed(self, cache: State, slots: list[slice], new: State) -> State:
+        """The cache with refreshed members in it; the former one is not written to."""
+        if not slots or len(slots) == len(self.slots):
+            return new if slots else cache
+        made = {k: cache[k].clone() if cache else v.new_zeros(self.frame.stack, *v.shape[1:]) for k, v in new.items()}
         for key, value in new.items():
             pieces = value.split([slot.stop - slot.start for slot in slots])
             for slot, piece in zip(slots, pieces, strict=True):
-                self.cache[key][slot] = piece
+                made[key][slot] = piece
+        return made
 
-    def solve(self, raw: Tensor, started: bool = True) -> Solved:
-        """The preconditioned gradient, averaged and rescaled as configured. Nothing is changed before `keep`.
+    def solve(self, held: Held, raw: Tensor, started: bool = True) -> tuple[Tensor, Held]:
+        """The preconditioned gradient, averaged and rescaled as configured, and what is held then.
 
         raw: this step's gradient; started: False for what `grafting` takes the length from, instead
         """
-        (g, average), cache = self.averaged(raw), self.triple.representation.snapshot(self.cache)
-        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in self.grafting_state.items()}
+        (g, average), cache = self.averaged(held.average, raw), self.triple.representation.snapshot(held.cache)
+        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
         if rule := self.options.grafting:
             value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
-        for slot in self._without_gradient():
-            for new, old in ((average, self.average), (grafting_state, self.grafting_state)):
+        for slot in self._without_gradient(held):
+            for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():
                     moved[slot] = old[key][slot]
-        return Solved(value, cache, average, grafting_state)
+        return value, replace(held, cache=cache, average=average, grafting_state=grafting_state)
 
-    def keep(self, solved: Solved) -> None:
-        """Go on from what a solve has left."""
-        self.cache, self.average, self.grafting_state = solved.cache, solved.average, solved.grafting_state
-
-    def _without_gradient(self) -> list[slice]:
+    def _without_gradient(self, held: Held) -> list[slice]:
         """Members of the stack that have no gradient or no statistic: their averages stand still, as if they were alone."""
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if self._lacks_gradient(site)]
-
-    def _lacks_gradient(self, site: Site) -> bool:
-        return site.name not in self.ready or site.name in self.fresh or not site.has_gradient
+        return [slot for site, slot in members if _lacks_gradient(held, site)]
 
 
-def _versions(state: State) -> list[tuple[str, int, int]]:
-    """What shows whether any tensor was replaced or written to."""
-    return [(key, id(value), value._version) for key, value in state.items()]
+def _lacks_gradient(held: Held, site: Site) -> bool:
+    return site.name not in held.ready or site.name in held.fresh or not site.has_gradient
 
 
 def _joined_frame(placements: list[Placement], full: bool) -> Frame:

@@ -6,7 +6,9 @@ lists the tensors that were saved, so that one which was not filled is noticed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Set
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,68 +17,63 @@ from gradmaker.blocks import Block
 from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
 from gradmaker.state_format import FORMAT, check_format
-from gradmaker.step.ledger import Ledger
-from gradmaker.step.pool import Pool
-from gradmaker.step.previous import dump_secants, load_secants
-
-if TYPE_CHECKING:
-    from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.step import pool
+from gradmaker.step.clocks import PlanClocks
+from gradmaker.step.draft import Work
+from gradmaker.step.held import Held
+from gradmaker.step.protocol import SavedMaker
+from gradmaker.step.secants import dump_secants, load_secants
+from gradmaker.step.state import Facts, Phase
+from gradmaker.trust_region.region import Region
 
 __all__ = ["dump", "load"]
 
 _PARTS = ("state", "cache", "average", "grafting_state")
 
 
-def dump(maker: PreconditionedGradientMaker) -> dict[str, Any]:
+def dump(maker: SavedMaker) -> dict[str, Any]:
     """Copies of all tensors, and counters."""
-    if maker._ledger.solved is not None:
-        raise RuntimeError(
-            "state_dict: precondition() has ended in an exception while it wrote into .grad: call it again, or begin the step "
-            "again, before a state is saved"
-        )
-    if maker._part >= 0 and not maker._open and maker._ledger.measured(maker._part):
-        raise RuntimeError(
-            "state_dict: a pass of a loop that is not the maker's has been measured, and its gradient is in .grad, which is "
-            "not saved: save between steps, after optimizer.step()"
-        )
-    for block in maker.plan.blocks:
-        block.check_whole()
-    measured = maker.measured
-    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, measured).items()}
-    state = {**_counters(maker), "sites": sites}
+    now = maker.step_state.saved()
+    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, now.ever).items()}
+    trust = maker.trust_region
+    state = {**_counters(maker, now), "sites": sites}
+    if trust is not None and now.region is not None:
+        state |= trust.dump(now.region, now.index)
     return {**state, "holds": sorted(_held(state))}
 
 
-def _counters(maker: PreconditionedGradientMaker) -> dict[str, Any]:
+def _counters(maker: SavedMaker, now: Facts) -> dict[str, Any]:
+    blocks = maker.plan.blocks
+    asked = maker.plan.asks("previous")
     return {
         "format": FORMAT,
-        "step": maker.step,
-        "skipped": maker.skipped,
-        "clocks": maker._clocks.dump(),
-        "measured": sorted(maker._ever),
-        "unseen": sorted(maker._unseen),
+        "step": now.index,
+        "skipped": now.skipped,
+        "clocks": now.clocks.dump(),
+        "measured": sorted(now.ever),
+        "unseen": sorted(maker.unseen),
         "pass": {
-            "asked": maker._asked,
-            "due": sorted(maker._due),
-            "finite": maker._finite,
-            "noted": maker._noted,
-            "part": maker._part,
-            "open": maker._open,
-            "ended": maker._ended,
-            **maker._ledger.dump(),
+            "phase": now.phase.name,
+            "asked": now.due is not None,
+            "due": sorted(now.due or ()),
+            "finite": now.finite,
+            "checked": now.checked,
+            "shares": [list(share) for share in now.shares],
+            "reached": sorted(now.work.reached),
+            "statistics": {name: s for b, held in now.work.held.items() for name, s in _dump_statistic(b, held).items()},
+            "before": dump_secants(now.begun, blocks, maker.secants) if asked and now.begun is not None else {},
         },
-        "gradients": _dump_gradients(maker),
-        **({"secants": dump_secants(maker)} if maker.plan.asks("previous") else {}),
-        **({"pool": maker._pool.dump()} if any(isinstance(b.triple.curvature, Pooled) for b in maker.plan.blocks) else {}),
+        "gradients": _dump_gradients(maker, now),
+        **({"secants": dump_secants(now, blocks, maker.secants)} if asked else {}),
+        **({"pool": pool.dump(now.work.pooled)} if any(isinstance(b.triple.curvature, Pooled) for b in blocks) else {}),
     }
 
 
-def _dump_gradients(maker: PreconditionedGradientMaker) -> dict[str, State]:
+def _dump_gradients(maker: SavedMaker, now: Facts) -> dict[str, State]:
     """Of a step that is under way: what its micro-batches have brought, and what was there before them; by parameter."""
-    if not maker._open:
-        return {"step": {}, "before": {}}
     names = {p: name for name, p in maker.model.named_parameters()}
-    pairs = {"step": [(p, p.grad) for p, _ in maker._kept], "before": maker._kept}
+    before = now.gradients or ()
+    pairs = {"step": [(p, p.grad) for p, _ in before], "before": before}
     return {key: {names[p]: g.clone() for p, g in found if g is not None} for key, found in pairs.items()}
 
 
@@ -89,7 +86,7 @@ def _held(state: Any, path: str = "") -> list[str]:
     return [entry for key, value in state.items() for entry in _held(value, f"{path}/{key}" if path else key)]
 
 
-def _dump_block(block: Block, measured: set[str]) -> dict[str, Any]:
+def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
     cache = block.cache or block.empty_cache()
     if block.full:
         whole = _dump_slot(block, slice(None), cache, bool(block.ready))
@@ -109,70 +106,103 @@ def _dump_slot(block: Block, slot: slice, cache: State, ready: bool) -> dict[str
     return {"parts": _kind(block), "ready": ready, **parts, "cache": own}
 
 
+def _dump_statistic(block: Block, held: Held) -> dict[str, State]:
+    """Of a step that is under way, by site."""
+    places = zip(_names(block), [slice(None)] if block.full else block.slots, strict=True)
+    return {name: {k: v[slot].clone() for k, v in held.state.items()} for name, slot in places}
+
+
 def _kind(block: Block) -> str:
     triple = block.triple
     return " x ".join(type(part).__name__ for part in (triple.curvature, triple.representation, triple.solver))
 
 
-def load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
+def load(maker: SavedMaker, saved: dict[str, Any]) -> None:
     """Check everything, then copy everything."""
     check_format(saved, "a preconditioned maker")
     unseen = frozenset(saved.get("unseen", ()))
-    if unseen == maker._unseen or not unseen <= {name for name, _ in maker.model.named_parameters()}:
+    if unseen == maker.unseen or not unseen <= {name for name, _ in maker.model.named_parameters()}:
         _load(maker, saved)
         return
-    before = maker.plan, maker._unseen
+    plan, before, now = maker.plan, maker.unseen, maker.step_state.now
     maker.plan_again(unseen)
     try:
         _load(maker, saved)
     except BaseException:
-        maker.adopt(*before)
+        maker.adopt(plan, before)
+        maker.step_state.undo(now)
         raise
 
 
-def _load(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
+def _load(maker: SavedMaker, saved: dict[str, Any]) -> None:
     if not isinstance(saved.get("sites"), dict):
         raise ValueError("load_state_dict: expected what state_dict() of a preconditioned maker returned")
-    sites, own = saved["sites"], _counters(maker)
-    _check_names("", saved, {**own, "sites": sites, "holds": []})
+    trust, sites, blocks = maker.trust_region, saved["sites"], maker.plan.blocks
+    region = None if trust is None else trust.load(saved)
+    own = _counters(maker, maker.step_state.saved())
+    trusted = trust.dump(trust.start(), 0) if trust is not None else {}
+    _check_names("", saved, {**own, **trusted, "sites": sites, "holds": []})
     for key in ("pass", "clocks", "gradients"):
         _check_names(f"{key}: ", saved[key], own[key])
     for name, periods in own["clocks"].items():
         for key, period in periods.items():
             _check_names(f"clocks: {name}: {key}: ", saved["clocks"][name].get(key, {}), period)
-    _check_names("sites ", sites, {name: None for block in maker.plan.blocks for name in _names(block)})
-    loaded = [(block, _gather(block, sites)) for block in maker.plan.blocks]
+    _check_names("sites ", sites, {name: None for block in blocks for name in _names(block)})
+    loaded = [(block, _gather(block, sites)) for block in blocks]
+    work = _gather_work(blocks, dict(loaded), saved)
     gradients = _gather_gradients(maker, saved)
     _check_held(saved)
-    for block, parts in loaded:
-        for part, tensors in parts.items():
-            setattr(block, part, tensors)
-        held = sites[block.name]["ready"] if block.full else [s.name for s in block.sites if sites[s.name]["ready"]]
-        block.ready = set(held)
-        block.torn = ""
-    _load_counters(maker, saved)
-    maker._kept = [(p, before) for p, _, before in gradients]
+    facts = _facts(maker, saved, work, region)
+    if saved["pass"]["phase"] != Phase.BETWEEN.name:
+        facts = replace(facts, gradients=tuple((p, before) for p, _, before in gradients))
+    for block, held in loaded:
+        block.held = held
+    maker.step_state.load(facts)
     for p, g, _ in gradients:
         p.grad = g
 
 
-def _load_counters(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> None:
-    maker.step, maker.skipped = int(saved["step"]), int(saved["skipped"])
-    maker._ever = set(saved["measured"])
-    if "secants" in saved:
-        load_secants(maker, saved["secants"])
-    maker._pool = Pool.load(maker.plan, saved.get("pool", {}))
-    found = saved["pass"]
-    for key in ("asked", "finite", "noted", "part", "open", "ended"):
-        setattr(maker, f"_{key}", found[key])
-    maker._due, maker._left = frozenset(found["due"]), []
-    maker._ledger = Ledger.load(found, maker.plan.blocks)
-    maker._clocks.load(saved["clocks"])
+def _facts(maker: SavedMaker, saved: dict[str, Any], work: Work, region: Region | None) -> Facts:
+    found, blocks = saved["pass"], maker.plan.blocks
+    clocks = PlanClocks(maker.plan.methods)
+    clocks.load(saved["clocks"])
+    between = Facts(
+        index=int(saved["step"]),
+        clocks=clocks,
+        skipped=int(saved["skipped"]),
+        ever=frozenset(saved["measured"]),
+        previous=load_secants(saved["secants"], blocks) if "secants" in saved else None,
+        region=region,
+        due=frozenset(found["due"]) if found["asked"] else None,
+        finite=bool(found["finite"]),
+        checked=bool(found["checked"]),
+    )
+    if found["phase"] == Phase.BETWEEN.name:
+        return between
+    previous = load_secants(found["before"], blocks) if found["before"] else between.previous
+    begun = replace(between, previous=previous, finite=True, checked=False)
+    shares = tuple((float(weight), int(examples)) for weight, examples in found["shares"])
+    return replace(between, phase=Phase[found["phase"]], shares=shares, work=work, begun=begun)
 
 
-def _gather_gradients(maker: PreconditionedGradientMaker, saved: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+def _gather_work(blocks: list[Block], loaded: dict[Block, Held], saved: dict[str, Any]) -> Work:
+    """What the micro-batches of a step that is under way have brought."""
+    statistics, held = saved["pass"]["statistics"], dict[Block, Held]()
+    known = {name for block in blocks for name in _names(block)}
+    if unknown := sorted(set(statistics) - known):
+        raise ValueError(f"load_state_dict: pass: statistics: unknown {unknown}: model, method or version differ")
+    for block in blocks:
+        members = [statistics[name] for name in _names(block) if name in statistics]
+        if members:
+            if len(members) != len(_names(block)):
+                _check_names("pass: statistics: ", statistics, dict.fromkeys((*statistics, *_names(block))))
+            held[block] = replace(loaded[block], state=_gather_part(block, "state", members))
+    return Work(held, frozenset(saved["pass"]["reached"]), pool.load(saved.get("pool", {}), blocks))
+
+
+def _gather_gradients(maker: SavedMaker, saved: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
     """Parameters, with their gradients of a step that is under way and from before it; none of a state between steps."""
-    if not saved["pass"]["open"]:
+    if saved["pass"]["phase"] == Phase.BETWEEN.name:
         return []
     own = {name: p for name, p in maker.model.named_parameters() if p.requires_grad}
     for key, found in saved["gradients"].items():
@@ -215,16 +245,18 @@ def _names(block: Block) -> list[str]:
     return [block.name] if block.full else [site.name for site in block.sites]
 
 
-def _gather(block: Block, sites: dict[str, Any]) -> dict[str, State]:
+def _gather(block: Block, sites: dict[str, Any]) -> Held:
     for name in _names(block):
         _check_names(f"{name}: ", sites[name], dict.fromkeys(("parts", "ready", *_PARTS)))
         if sites[name]["parts"] != _kind(block):
             raise ValueError(f"load_state_dict: {name} was saved as {sites[name]['parts']}, and is {_kind(block)} here")
-    found = {
-        part: _gather_part(block, part, [sites[name][part] for name in _names(block)]) for part in _PARTS if part != "cache"
-    }
     members = [sites[name] for name in _names(block)]
-    return {**found, "cache": _gather_cache(block, [m["cache"] for m in members], any(m["ready"] for m in members))}
+    state, average, grafting_state = (
+        _gather_part(block, part, [m[part] for m in members]) for part in _PARTS if part != "cache"
+    )
+    cache = _gather_cache(block, [m["cache"] for m in members], any(m["ready"] for m in members))
+    ready = sites[block.name]["ready"] if block.full else [s.name for s in block.sites if sites[s.name]["ready"]]
+    return Held(state, cache, average, grafting_state, frozenset(ready))
 
 
 def _gather_cache(block: Block, members: list[State], ready: bool) -> State:

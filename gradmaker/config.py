@@ -12,6 +12,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from gradmaker.block_options import BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
@@ -29,13 +30,10 @@ from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
 from gradmaker.triple import Triple
 
-__all__ = [
-    "COVERS_ALL",
-    "ONE_BLOCK",
-    "GradientConfig",
-    "build",
-    "read_mapping",
-]
+if TYPE_CHECKING:
+    from gradmaker.trust_region.policy import TrustRegion
+
+__all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
 
 COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
 ONE_BLOCK = {"stagger": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
@@ -214,6 +212,10 @@ class GradientConfig(metaclass=RenamedOptions):
     def precision(self) -> Precision:
         """Of refreshes and of what is applied, where they are not those of the statistic."""
         return Precision()
+
+    def trust_region(self, model: nn.Module) -> TrustRegion | None:
+        """What bounds the steps of a maker of this model, for methods that have options of it."""
+        return None
 
 
 def _rules(ignore: Any) -> tuple[Any, ...]:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gradmaker.blocks import Block
 from gradmaker.linalg.state import State
+from gradmaker.step.held import Held
 
-__all__ = ["Failures"]
+__all__ = ["Failures", "Report"]
 
 
 @dataclass(frozen=True)
-class _Report:
+class Report:
     """Counters on their way to the host."""
 
     blocks: list[Block]
@@ -36,21 +37,24 @@ class Failures:
 
     def __init__(self, allowed: int | None) -> None:
         self.allowed = allowed
-        self._reports: list[_Report] = []
 
-    def note(self, blocks: Sequence[Block], step: int) -> None:
+    def count(self, refreshed: Sequence[tuple[Block, Held]], step: int) -> tuple[Report, ...]:
         """Start the copy of the counters of blocks that have been refreshed."""
-        counted = [(b, c) for b in blocks for c in (b.state, b.cache) if "failing" in c] if self.allowed is not None else []
-        for device in dict.fromkeys(b.frame.device for b, _ in counted):
-            own = [(b, c) for b, c in counted if b.frame.device == device]
-            self._reports.append(_report(own, device, step))
+        if self.allowed is None:
+            return ()
+        counted = [(b, c) for b, held in refreshed for c in (held.state, held.cache) if "failing" in c]
+        devices = dict.fromkeys(b.frame.device for b, _ in counted)
+        return tuple(_report([(b, c) for b, c in counted if b.frame.device == device], device, step) for device in devices)
 
-    def check(self) -> None:
-        """RuntimeError for a block that is past the limit, if that is known by now."""
-        while self._reports and ((event := self._reports[0].arrived) is None or event.query()):
-            self._judge(self._reports.pop(0))
+    def check(self, reports: tuple[Report, ...]) -> tuple[Report, ...]:
+        """Those that are still on their way. RuntimeError for a block that is past the limit, if that is known by now."""
+        for number, report in enumerate(reports):
+            if report.arrived is not None and not report.arrived.query():
+                return reports[number:]
+            self._judge(report)
+        return ()
 
-    def _judge(self, report: _Report) -> None:
+    def _judge(self, report: Report) -> None:
         in_a_row, in_all = report.counters.tolist()  # on the host already
         if self.allowed is None or max(in_a_row, default=0) <= self.allowed:
             return
@@ -66,15 +70,15 @@ class Failures:
         )
 
 
-def _report(counted: Sequence[tuple[Block, State]], device: torch.device, step: int) -> _Report:
+def _report(counted: Sequence[tuple[Block, State]], device: torch.device, step: int) -> Report:
     counters = torch.cat([torch.stack([c["failing"], c["failures"]]) for _, c in counted], 1)
     blocks, sizes = [b for b, _ in counted], [len(c["failing"]) for _, c in counted]
     if device.type in ("cpu", "meta"):
-        return _Report(blocks, sizes, counters, None, step)
+        return Report(blocks, sizes, counters, None, step)
     here = counters.to("cpu", non_blocking=True)
     event = torch.Event(device)
     event.record()
-    return _Report(blocks, sizes, here, event, step)
+    return Report(blocks, sizes, here, event, step)
 
 
 def _names(block: Block, size: int) -> list[str]:

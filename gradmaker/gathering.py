@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from math import prod
@@ -129,8 +129,8 @@ class Members:
     joins_groups: bool  # the groups of a layer are one block
 
     # ---------------------------------------------------------------- evidence
-    def evidence(self, chunk: Mapping[str, Evidence], done: Set[str] = frozenset()) -> Iterator[Piece]:
-        """The evidence of a chunk, site by site or of all as one.  done: sites that are left out"""
+    def evidence(self, chunk: Mapping[str, Evidence]) -> Iterator[Piece]:
+        """The evidence of a chunk, site by site or of all as one."""
         names = tuple(s.name for s in self.sites if s.name in chunk)
         if self.full:
             if WHOLE in chunk:
@@ -139,14 +139,12 @@ class Members:
                 yield Piece(names, (slice(0, 1),), self._joined(chunk))
             return
         for site, slot in zip(self.sites, self.slots, strict=True):
-            if site.name in chunk and site.name not in done:
+            if site.name in chunk:
                 yield Piece((site.name,), (slot,), self._of_block(chunk[site.name]))
 
-    def stacks(
-        self, chunk: Mapping[str, Evidence], done: Set[str], fold: Callable[[Piece], Fold]
-    ) -> Iterator[tuple[Piece, Fold]]:
+    def stacks(self, chunk: Mapping[str, Evidence], fold: Callable[[Piece], Fold]) -> Iterator[tuple[Piece, Fold]]:
         """`evidence` in as few pieces as possible, with how each enters the statistic."""
-        pieces = self.evidence(chunk, done)
+        pieces = self.evidence(chunk)
         if self.full or self.joins_groups:  # rows of the groups of a layer have no axis left for members
             yield from ((piece, fold(piece)) for piece in pieces)
         else:
@@ -212,18 +210,6 @@ class Members:
         """Of some columns of a site, each block's own.  # (B, ..., columns)"""
         shape = self.frame.shape
         return piece.reshape(-1, *shape[:-1], piece.shape[-1]) if shape else piece.reshape(-1)
-
-    def write(self, value: Tensor, names: Set[str]) -> None:
-        """Put preconditioned gradients back into ``.grad``, in place.  names: sites that have one; of a full block all"""
-        targets, sources = list[Tensor](), list[Tensor]()
-        for site, slot in zip(self.sites, self.slots, strict=True):
-            if self.full or site.name in names:
-                piece = value[0, slot] if self.full else value[slot]
-                for target, source in site.copies(piece.reshape(site.shape)):
-                    targets.append(target)
-                    sources.append(source)
-        if targets:
-            torch._foreach_copy_(targets, sources)
 
 
 def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:

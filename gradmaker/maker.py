@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradmaker.blocks import Block
 from gradmaker.options.registry import register
 from gradmaker.passes.batches import Declared
 from gradmaker.passes.deferred import Deferred, depends_on, describe, resolve
 from gradmaker.scale.ranks import ranks
 from gradmaker.state_format import FORMAT, check_format
+from gradmaker.step.state import End, Facts, Phase, StepState
 
 __all__ = ["GradientMaker", "PlainGradientConfig"]
 
@@ -49,12 +51,13 @@ class GradientMaker:
         if reason := self.refuse(model):
             raise ValueError(reason)
         self.model, self.config = model, config
-        self.step = 0
+        self.step_state = StepState()
         self._declared: dict[str, Declared] = {}  # by purpose; that of the pass itself is ""
-        self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # gradients from before the step that is under way
-        self._open = False
-        self._ended = False  # whether `precondition` was called for the step under way: after an exception it may be again
-        self._left: list[tuple[nn.Parameter, Tensor | None, int]] = []  # gradients, and their versions, that it then left
+
+    @property
+    def step(self) -> int:
+        """The index of the step: how many have ended."""
+        return self.step_state.now.index
 
     @classmethod
     def refuse(cls, model: nn.Module) -> str | None:
@@ -136,15 +139,35 @@ class GradientMaker:
     def _logits(self) -> Deferred | None:
         return self._declared[""].logits if self._declared else None
 
+    @property
+    def declared(self) -> bool:
+        """Whether a forward pass and its loss are."""
+        return self._call is not None and self._loss is not None
+
+    def evaluate(self) -> tuple[Any, Tensor, Tensor | None]:
+        """The declared calls: the model's result, the loss, and the logits if they are declared."""
+        known: dict[int, Any] = {}
+        output, loss = self._forward(known)
+        return output, loss, None if self._logits is None else resolve(self._logits, known)
+
     # ---------------------------------------------------------------- passes
     def forward_and_backward(self, weight: float = 1.0) -> tuple[Any, Tensor]:
         """Run both passes; ``.grad`` gains the (preconditioned) gradient. Returns the model's result and the loss.
 
         weight: share of this batch where `accumulate` took in others before: the step's loss is ``sum_j weight_j L_j``.
         """
-        with self._restoring():
+        self._begin_again()
+        undo, fresh = self._mark(), self.step_state.now.gradients is None
+        before = [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
+        try:
             result = self._accumulate(weight, in_place=False)
             self.precondition()
+        except BaseException:
+            kept = self.step_state.now.gradients or () if fresh else before
+            for p, g in kept:
+                p.grad = g
+            undo()
+            raise
         return result
 
     def accumulate(self, weight: float = 1.0) -> tuple[Any, Tensor]:
@@ -166,8 +189,9 @@ class GradientMaker:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         several = ranks() > 1  # a reducer may hold .grad as views of its buffers, and write into them
         before = [(p, p.grad.clone() if several and p.grad is not None else p.grad) for p in parameters]
-        joined = several and self._open  # what was not reduced yet, as under no_sync(), is so together with what comes
-        undo = self._bookmark()
+        # What was not reduced yet, as under no_sync(), is so together with what comes.
+        joined = several and self.step_state.now.gradients is not None
+        undo = self._mark()
         try:
             for p in parameters if not joined else ():
                 p.grad = None
@@ -185,81 +209,64 @@ class GradientMaker:
 
     def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]], in_place: bool) -> None:
         """Keep what was in ``.grad`` before the step apart; add up what the micro-batches of the step bring."""
-        if not self._open:
-            self._open, self._kept = True, before
+        if self.step_state.now.gradients is None:
+            self.step_state.keep_apart(tuple(before))
             return
-        for p, g in before:
-            _add_into(p, g if in_place or g is None else g.clone())
+        _add_into((p, g if in_place or g is None else g.clone()) for p, g in before)
 
     def precondition(self) -> None:
-        """End the step: ``.grad <- P .grad`` for what this step has brought, and add it to what was there before.
+        """End the step: ``.grad <- P .grad`` for what this step has brought, and add it to what was there before it.
 
-        After an exception it may be called again; a further pass begins the step again instead.
+        An exception leaves everything as it was: it may be called again, or the step begins again with a first pass.
         """
         self._check_parameters()
-        self._ended = True
+        before = self.step_state.now
+        self.step_state.end()
         try:
-            self._precondition()
+            end = self._end()
+            self.step_state.finish(end, self._blocks(), partial(_write, end.gradients, before.gradients or ()))
         except BaseException:
-            self._left = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p, _ in self._kept]
+            self.step_state.fail(before)
             raise
-        for p, g in self._kept:
-            _add_into(p, g)
-        self._open, self._ended, self._kept, self._left = False, False, [], []
-        self.step += 1
 
     def _begin_again(self) -> None:
         """After an exception in `precondition`: put back ``.grad`` as it was before the step, unless it was changed since."""
-        if not self._ended:
-            return
-        self._abandon()
-        if all(p.grad is g and (g is None or g._version == version) for p, g, version in self._left):
-            for p, before in self._kept:
+        if self.step_state.now.phase is Phase.FAILED:
+            for p, before in self.step_state.begin_again():
                 p.grad = before
-        self._open, self._ended, self._kept, self._left = False, False, [], []
 
-    @contextmanager
-    def _restoring(self) -> Iterator[None]:
-        """On an exception put back all as it was before."""
-        self._begin_again()
-        fresh, undo = not self._open, self._bookmark()
-        before = [] if fresh else [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
-        try:
-            yield
-        except BaseException:
-            for p, g in self._kept if fresh else before:
-                p.grad = g
-            if fresh:
-                self._open, self._kept = False, []
-                self._abandon()
-            self._ended, self._left = False, []
-            undo()
-            raise
-
-    # ---------------------------------------------------------------- for subclasses
-    def _check_parameters(self) -> None:
-        """Refuse a step on a model that is not what the maker was made for."""
-
-    def _bookmark(self) -> Callable[[], None]:
-        """What takes the maker's counters, and torch's global generators, back to where they are now: for a pass that fails."""
+    def _mark(self) -> Callable[[], None]:
+        """What takes the step, and torch's global generators, back to where they are now: for a call that fails."""
+        now = self.step_state.now
         indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
         devices = {i: torch.cuda.get_rng_state(i) for i in indices}
         host = torch.get_rng_state()
 
         def undo() -> None:
+            self._undo(now)
             torch.set_rng_state(host)
             for index, state in devices.items():
                 torch.cuda.set_rng_state(state, index)
 
         return undo
 
-    def _abandon(self) -> None:
-        """Let go of what the passes of this step have brought, but for what cannot be taken back."""
+    # ---------------------------------------------------------------- for subclasses
+    def _check_parameters(self) -> None:
+        """Refuse a step on a model that is not what the maker was made for."""
+
+    def _undo(self, before: Facts) -> None:
+        """Take the step back to an earlier moment."""
+        self.step_state.undo(before)
+
+    def _blocks(self) -> list[Block]:
+        """What holds statistics."""
+        return []
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         known: dict[int, Any] = {}
         output, loss = self._forward(known)
         (loss * weight if weight != 1.0 else loss).backward()
+        self.step_state.accumulate(weight, 0)
         return output, loss
 
     def _forward(self, known: dict[int, Any]) -> tuple[Any, Tensor]:
@@ -271,13 +278,14 @@ class GradientMaker:
             raise ValueError(f"the loss {self._loss!r} must be a tensor with one element, got {got}")
         return output, loss
 
-    def _precondition(self) -> None:
-        """Replace the step's gradient by the preconditioned one; the plain maker leaves it."""
+    def _end(self) -> End:
+        """What is to be written and kept at the end of the step; the plain maker leaves its gradient."""
+        return End()
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on: tensors, numbers and names only."""
-        if self._open:
+        if self.step_state.now.gradients is not None:
             raise RuntimeError("state_dict: micro-batches of this step are in .grad, which is not saved: save between steps")
         return {"format": FORMAT, "step": self.step}
 
@@ -286,8 +294,7 @@ class GradientMaker:
         check_format(state, "a plain GradientMaker")
         if set(state) != {"format", "step"}:
             raise ValueError("load_state_dict: expected what state_dict() of a plain GradientMaker returned")
-        self.step = int(state["step"])
-        self._open, self._ended, self._kept, self._left = False, False, [], []
+        self.step_state.load(Facts(index=int(state["step"])))
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer."""
@@ -300,10 +307,21 @@ def _deferred(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kw
     return Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
 
 
-def _add_into(parameter: nn.Parameter, earlier: Tensor | None) -> None:
+@torch.no_grad()
+def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+    """Put gradients into the storage of ``.grad``, and add what was there before the step."""
+    pairs = [(p.grad, g) for p, g in gradients.items() if p.grad is not None]
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
+    _add_into(before)
+
+
+@torch.no_grad()
+def _add_into(before: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
     """``.grad <- earlier + .grad``, in the storage of ``earlier``."""
-    if earlier is not None:
-        if parameter.grad is not None:
-            with torch.no_grad():
-                earlier.add_(parameter.grad)
-        parameter.grad = earlier
+    found = [(p, earlier, p.grad) for p, earlier in before if earlier is not None]
+    pairs = [(earlier, g) for _, earlier, g in found if g is not None]
+    if pairs:
+        torch._foreach_add_([earlier for earlier, _ in pairs], [g for _, g in pairs])
+    for p, earlier, _ in found:
+        p.grad = earlier

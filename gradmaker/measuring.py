@@ -4,93 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
-from gradmaker.config import GradientConfig
-from gradmaker.curvature import Curvature, Evidence, Pooled, Watching
-from gradmaker.curvature.step import NOTHING, Extra, Previous, Step, scaled
+from gradmaker.curvature import Curvature
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
 from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
 from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Terms
 from gradmaker.loss.recorder import LossRecorder
-from gradmaker.maker import GradientMaker
-from gradmaker.options.registry import METHODS
 from gradmaker.passes.batches import Batch, Batches, terms_of
 from gradmaker.passes.deferred import resolve
 from gradmaker.passes.graph import Graph
-from gradmaker.plan import Plan, PlanClocks, make_plan
+from gradmaker.planned import PlannedMaker
 from gradmaker.scale.ranks import ranks
-from gradmaker.self_checks import Inputs, SelfChecks
-from gradmaker.self_checks.whole import Whole
-from gradmaker.stacking import carry
-from gradmaker.step.ledger import WHOLE_STEP, Ledger
-from gradmaker.step.pending import Pending
-from gradmaker.step.pool import Pool
-from gradmaker.step.previous import bookmark, complete
+from gradmaker.self_checks import Inputs
+from gradmaker.step.draft import Draft
+from gradmaker.step.secants import remembered
 
 __all__ = ["MeasuringMaker"]
 
 
-class MeasuringMaker(GradientMaker):
+class MeasuringMaker(PlannedMaker):
     """A maker that measures curvatures on its passes."""
 
-    Config: ClassVar[type[GradientConfig]]
-    config: GradientConfig
-
-    def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
-        super().__init__(model, config)
-        self.plan = make_plan(model, self.config, METHODS)
-        self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
-        self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
-        self.whole = Whole(self.checks, self.config.loss_reduction)
-        self.served: frozenset[nn.Parameter] | None = None  # those that the attached optimizer holds; None: all
-        self._clocks = PlanClocks(self.plan)
-        self._asked = -1  # the step for which the clocks have been asked
-        self._due: frozenset[str] = frozenset()  # methods of the plan that measure their curvature in this step
-        self._finite = True
-        self._noted = False  # whether anything of this step was checked for being finite
-        self._part = -1  # the micro-batch of this step that is under way
-        self._previous: Previous | None = None
-        self._ledger = Ledger()  # of the step that is under way
-        self._pool = Pool()  # evidence that the micro-batches of this step make together
-        self._ever: set[str] = set()  # sites that had given evidence before this step
-
-    def purposes(self) -> frozenset[str]:
-        return self.plan.purposes()
-
     # ---------------------------------------------------------------- passes
-    def begin_pass(self, counted: bool = True) -> bool:
-        """Whether the coming pass is to be recorded.  counted: whether it is known to be part of the step"""
-        self._begin_again()
-        if self._asked != self.step:
-            self._due, self._asked = self._clocks.measure(self.step), self.step
-        self._part += counted
-        return any(self.plan.sites(c, self._due, self.served) for c in self._curvatures())
-
-    def _curvatures(self) -> list[Curvature]:
-        """Those that are measured on the passes of this step."""
-        return self.plan.curvatures(of_passes=True, due=self._due)
-
-    def new_tape(self, everything: bool = False) -> Tape:
-        """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
-        due = None if everything else self._due
-        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if "calls" in c.needs]
-        own = (m for c in recorded for s in self.plan.sites(c, due, self.served) for m in s.modules)
-        modules = dict.fromkeys((*own, *(m for c in recorded if isinstance(c, Watching) for m in c.watches(self.model))))
-        tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
-        tape.assume(self._declared[""].counted(self.config.batch_axis) if self._declared else None)
-        return tape
-
     def _run(self, weight: float) -> tuple[Any, Tensor]:
         self.plan.refuse_ranks()
         self.plan.own.check()
-        complete(self)
+        self._complete()
         if not self.begin_pass():
             output, loss = super()._run(weight)
             self._note_finite([loss], [])
@@ -121,11 +70,15 @@ class MeasuringMaker(GradientMaker):
             if checked and self._all_finite(loss):
                 self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
             terms = head.terms or terms  # in the order of rows that was found
-            extra = Extra(graph, batches, self._previous, own=partial(self._own_batch, batches))
-            pending = self.measure_pass(tape, terms, weight, [loss], head=head, extra=extra)
-            self.fold_pass(self.measure_pass(tape, terms, weight, [], output_gradients, head, extra, pending=pending))
-        if batches is not None and self.plan.asks("previous", self._due) and self._finite:
-            self._previous = bookmark(self, batches.own.replay, weight, extra.notes)
+            extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
+            draft = self.step_state.draft()
+            self.measure_pass(draft, tape, terms, weight, [loss], head=head, extra=extra)
+            self.measure_pass(draft, tape, terms, weight, [], output_gradients, head, extra)
+            self.step_state.accumulate(weight, tape.batch, draft)
+        if batches is not None and self.plan.asks("previous", self._due) and self.step_state.now.finite:
+            made = Pass(batches.own.replay, weight, extra.notes)
+            measured = self.plan.measured(self._due)
+            self.step_state.remember(remembered(self.step_state.now, self.model, made, measured))
         return output, loss
 
     def _own_batch(self, batches: Batches | None) -> Batch:
@@ -208,28 +161,10 @@ class MeasuringMaker(GradientMaker):
         if unseen - self._unseen:
             self.plan_again(self._unseen | unseen)
 
-    def plan_again(self, unseen: frozenset[str]) -> None:
-        """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
-        plan = make_plan(self.model, self.config, METHODS, unseen)
-        carry(self.plan.blocks, plan.blocks)
-        self.adopt(plan, unseen)
-
-    def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
-        """Go on with another plan."""
-        self.plan, self._unseen = plan, unseen
-        self._clocks.plan = plan
-        self.checks.arrangement.direct |= unseen
-        self._planned()
-
-    def _planned(self) -> None:
-        """For subclasses: the blocks are new ones."""
-
-    def _whole(self, curvature: Curvature) -> bool:
-        return any(b.full for b in self.plan.blocks if b.triple.curvature == curvature)
-
     # ---------------------------------------------------------------- evidence
     def measure_pass(
         self,
+        draft: Draft,
         tape: Tape,
         terms: list[Terms],
         weight: float,
@@ -238,84 +173,43 @@ class MeasuringMaker(GradientMaker):
         head: Head | None = None,
         extra: Extra = NOTHING,
         scale: float = 1.0,
-        pending: Pending | None = None,
-    ) -> Pending:
-        """Measure the curvatures of a recorded pass; `fold_pass` makes what is found the statistics.
+    ) -> None:
+        """Measure the curvatures of a recorded pass into a draft, if all is finite.
 
         output_gradients: of the backward pass, for those that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
-        pending: what was measured of this step before, to be added to
         """
-        pending = Pending(set(self._ledger.further)) if pending is None else pending
         masked, empty = self._note_finite(check, terms)
         empty |= tape.sized and not tape.batch
-        if not self._finite:
-            return pending
+        if not self.step_state.now.finite:
+            return
         if output_gradients is not None:
             output_gradients = scaled(output_gradients, 1 / (weight * scale))
         for curvature in self._curvatures():
             held = curvature not in self.plan.per_step  # a statistic accumulates no loss without terms
             if ("main_backward" in curvature.needs) == (output_gradients is not None) and not (empty and held):
-                step = self._step(curvature, tape, terms, masked, self._due)
+                step = self._step(curvature, draft.part, self._due, tape, terms, masked, output_gradients, head, extra)
                 if not step.sites:
                     continue
-                step.output_gradients, step.head, step.notes, step.own = output_gradients, head, extra.notes, extra.own
-                step.part = self._part if pending.part is None else pending.part
-                step.graph, step.batches, step.previous = extra.graph, extra.batches, extra.previous
                 if curvature.layerwise:
                     step.check_calls()
-                self._ledger.note(step.part, weight, step.examples)
                 with plain_arithmetic(self.model), borrowing():
-                    self._hold(pending, curvature, curvature.measure(step), weight, step.part)
-        return pending
+                    self._take(draft, curvature, curvature.measure(step), weight)
 
-    def _hold(
-        self, pending: Pending, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, part: int
+    def _take(
+        self, draft: Draft, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, pooled: bool = True
     ) -> None:
-        if isinstance(curvature, Pooled):
-            pending.pooled.append((curvature, list(chunks), weight))
+        """pooled: whether what is `Pooled` waits for the end of the step"""
+        if isinstance(curvature, Pooled) and pooled:
+            draft.pool(curvature, chunks, weight)
             return
-        pending.take(chunks, self._clocks.folds(curvature, self._due, self.step, weight), part, self._ledger, self._ever)
-
-    def fold_pass(self, pending: Pending) -> None:
-        """Make measured statistics those of the maker."""
-        if pending.part is not None:
-            self._part = pending.passes - 1
-        pending.fold(self._ledger, self._pool)
-
-    def _fold(self, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]]) -> None:
-        """What is measured once a step, from its gradient, enters the statistics."""
-        folds, ledger = self._clocks.folds(curvature, self._due, self.step, 1.0), self._ledger
-        with plain_arithmetic(self.model), borrowing(), torch.no_grad():
-            for index, chunk in enumerate(chunks):
-                for block, fold in folds.items():
-                    block.update(chunk, fold, ledger.further, ledger.folded(WHOLE_STEP, index), self._ever)
-
-    @property
-    def measured(self) -> set[str]:
-        """Names of the sites that have given evidence at all."""
-        return self._ever | self._ledger.further
-
-    def _step(
-        self,
-        curvature: Curvature,
-        tape: Tape | None = None,
-        terms: Iterable[Terms] = (),
-        masked: bool = False,
-        due: frozenset[str] | None = None,
-    ) -> Step:
-        """What a curvature may know; without a tape when the passes are over.  due: methods whose sites it speaks of"""
-        c = self.config
-        sites = [s for s in self.plan.sites(curvature, due, self.served) if not s.frozen]
-        step = Step(self.step, c.seed, sites, c.statistics_dtype(), tape or Tape(self.model, ()), list(terms))
-        step.reduction, step.masked, step.part = c.loss_reduction, masked, self._part
-        step.whole = self._whole(curvature)
-        return step
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
+        draft.fold(chunks, self.step_state.folds(blocks, weight), self.step_state.now.ever)
 
     # ---------------------------------------------------------------- what is finite
     def _all_finite(self, loss: Tensor) -> bool:
         self._note_finite([loss], [])
-        return self._finite
+        return self.step_state.now.finite
 
     @torch.no_grad()
     def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> tuple[bool, bool]:
@@ -325,7 +219,6 @@ class MeasuringMaker(GradientMaker):
         """
         if not (self._due or any(b.options.momentum or b.grafting_state for b in self.plan.blocks)):
             return False, False
-        self._noted = True
         served = self.served
         own = (p for p in self.model.parameters() if served is None or p in served)
         tensors = check + [p.grad for p in own if p.grad is not None]
@@ -333,14 +226,5 @@ class MeasuringMaker(GradientMaker):
         kept = [t.valid() for t in terms]
         flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
         values = torch.stack(flags).tolist()
-        self._finite = self._finite and values[0]
+        self.step_state.note(bool(values[0]))
         return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
-
-    def gradients_are_finite(self) -> bool:
-        """Whether those of the step are, at its end."""
-        self._note_finite([], [])
-        return self._finite
-
-    def forget_pass(self) -> None:
-        """A new pass is judged by itself: whether an earlier one was finite shows in ``.grad`` at the end of the step."""
-        self._finite, self._noted = True, False

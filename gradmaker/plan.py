@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,10 @@ from gradmaker.options.rules import names, paths
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
-from gradmaker.representations.base import Fold
 from gradmaker.scale.ranks import refuse_ranks
-from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
 
-__all__ = ["Plan", "PlanClocks", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -76,56 +74,6 @@ class Plan:
     def asks(self, what: Need, due: Collection[str] | None = None) -> bool:
         """Whether any curvature needs this."""
         return any(what in b.triple.curvature.needs for b in self.measured(due))
-
-
-class PlanClocks:
-    """A pair of clocks for each method of a plan: the intervals of one say nothing to the other."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.of = {
-            name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps) for name, c in plan.methods.items()
-        }
-
-    def measure(self, step: int) -> frozenset[str]:
-        """The methods that are to be measured; to be asked once for each step."""
-        ending = {b.options.method for b in self.plan.blocks if b.triple.representation.per_step}
-        return frozenset(name for name, clocks in self.of.items() if clocks.measure.tick(step) | (name in ending))
-
-    def retry(self, due: Collection[str], reached: Collection[str], step: int) -> None:
-        """What came to nothing is to be measured at ``step``.  reached: sites that gave evidence"""
-        for name in due:
-            if not any(s.name in reached for b in self.plan.measured({name}) for s in b.sites):
-                self.of[name].measure.retry(step)
-
-    def folds(self, curvature: Curvature, due: Collection[str], step: int, weight: float) -> dict[Block, Fold]:
-        """How evidence of a micro-batch enters the statistics of the blocks that ask for it.  weight: its share of the loss"""
-        found = {}
-        for block in self.plan.measured(due):
-            if block.triple.curvature == curvature:
-                clocks = self.of[block.options.method]
-                clocks.refresh.tick(step)
-                found[block] = block.fold(weight, self._is_due(block, clocks, step), clocks.measure.ticks - 1)
-        return found
-
-    def _is_due(self, block: Block, clocks: Clocks, step: int) -> bool:
-        return clocks.refresh.due(step, block.share if self.plan.methods[block.options.method].stagger else 0.0)
-
-    def refreshes(self, step: int) -> Iterator[tuple[Block, bool]]:
-        """Every block, and whether it is to be refreshed; may be asked again for the same step."""
-        for name, clocks in self.of.items():
-            clocks.refresh.tick(step)
-            for block in self.plan.measured({name}):
-                yield block, self._is_due(block, clocks, step)
-
-    def dump(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Their periods, by method."""
-        return {name: clocks.dump() for name, clocks in self.of.items()}
-
-    def load(self, saved: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
-        """Go on from `dump`."""
-        for name, clocks in self.of.items():
-            clocks.load(saved[name])
 
 
 def make_plan(

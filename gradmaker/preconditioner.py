@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmaker.blocks import Block, Solved
+from gradmaker.blocks import Block
+from gradmaker.capture.borrowing import borrowing
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Likelihood
-from gradmaker.failures import Failures
+from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
 from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
+from gradmaker.passes.batches import Batch
 from gradmaker.reports.summary import Summary, summarise
 from gradmaker.reports.verification import Verification, verify
-from gradmaker.step.ledger import WHOLE_STEP, Ledger
-from gradmaker.step.pool import Pool
+from gradmaker.step.clocks import PlanClocks
+from gradmaker.step.draft import Draft
+from gradmaker.step.held import Held
+from gradmaker.step.state import End
+from gradmaker.trust_region.policy import TrustRegion
+from gradmaker.trust_region.quadratic import QuadraticModel
+from gradmaker.trust_region.region import Region
 
 __all__ = ["Preconditioned", "PreconditionedGradientMaker"]
 
@@ -33,49 +39,31 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
         super().__init__(model, config)
-        self.skipped = 0
-        """Steps whose loss or gradients were not finite: no statistic took them in, ``.grad`` was left as it was."""
         self._attachments: list[Attachment] = []
         self._failures = Failures(self.config.failures_allowed)
 
-    # ---------------------------------------------------------------- the step
-    def _run(self, weight: float) -> Any:
-        refuse_attached(self._attachments)
-        return super()._run(weight)
+    @property
+    def skipped(self) -> int:
+        """Steps whose loss or gradients were not finite: no statistic took them in, ``.grad`` was left as it was."""
+        return self.step_state.now.skipped
 
+    # ---------------------------------------------------------------- the step
     def _check_parameters(self) -> None:
         self.plan.own.check()
 
-    def _precondition(self) -> None:
-        if self._asked != self.step:  # the user ran the passes; only gradients can be measured now
+    def _blocks(self) -> list[Block]:
+        return self.plan.blocks
+
+    def _end(self) -> End:
+        state = self.step_state
+        if self.trust_region is not None:
+            self.trust_region.check(self.step, state.now.trial)
+        if state.now.due is None:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
-        if not self._noted:
+            state.ask(self.plan.blocks)
+        if not state.now.checked:
             self._note_finite([], [])
-        if self._finite:
-            self._solve()
-        self._end_step()
-
-    def _end_step(self) -> None:
-        """Keep what the step has brought; what came to nothing is due again at the next."""
-        self.skipped += int(not self._finite)
-        for block, solved in self._ledger.solved or []:
-            block.keep(solved)
-        self._ever |= self._ledger.further
-        self._clocks.retry(self._due, self._ledger.further if self._finite else (), self.step + 1)
-        self._due, self._finite, self._noted, self._ledger, self._part = frozenset(), True, False, Ledger(), -1
-        self._pool = Pool()
-        for block in self.plan.blocks:
-            block.triple.representation.release(block.state)
-
-    def _abandon(self) -> None:
-        self._part, self._pool = -1, Pool()
-        self._ledger.begin_again(self.plan.blocks)
-
-    def passes_are_due(self) -> bool:
-        """Whether this step is to measure its passes; changes nothing."""
-        undo, due = self._bookmark(), self.begin_pass()
-        undo()
-        return due
+        return self._solve() if state.now.finite else End(reports=state.now.reports)
 
     def _check_passes(self) -> None:
         if self.passes_are_due() and any(p.grad is not None for p in self.model.parameters()):
@@ -83,59 +71,107 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 "precondition: a measurement of the curvature is due and no forward pass was recorded in this step: "
                 "declare the calls (setup_model_call, setup_loss_call, forward_and_backward), or attach(optimizer) before it"
             )
-        self.begin_pass()
-
-    def _bookmark(self) -> Callable[[], None]:
-        rewind = super()._bookmark()
-        counters = {k: getattr(self, k) for k in ("_asked", "_due", "_finite", "_noted", "_part")}
-        if self._part >= 0:  # of this step: of the one before, pairs are made once and its batch is let go
-            counters["_previous"] = self._previous
-        clocks, pool = self._clocks.dump(), self._pool.copy()
-
-        def undo() -> None:
-            rewind()
-            self._clocks.load(clocks)
-            vars(self).update(counters)
-            self._pool = pool
-            self._ledger.solved = None
-
-        return undo
 
     @torch.no_grad()
-    def _solve(self) -> None:
-        ledger = self._ledger
-        if ledger.solved is None:
-            ledger.check_parts(self._part)
+    def _solve(self) -> End:
+        draft = self.step_state.draft()
+        self._measure_gradient(draft)
+        with plain_arithmetic(self.model):
+            clocks, reports = self._refresh(draft)
+            found: dict[nn.Parameter, Tensor] = {}
+            for block, value in [r for r in (self._solved(draft, b) for b in self.plan.blocks) if r is not None]:
+                if self._started or ((rule := block.options.grafting) and rule.leads):
+                    block.assign(draft.look(block), value, found)
+        found, region = self._limited(found)
+        return End(draft.work(), found, clocks, reports, region)
+
+    def _measure_gradient(self, draft: Draft) -> None:
+        """Fold in what is measured once a step: from its gradient, or of what its micro-batches make together."""
+        now = self.step_state.now
+        with plain_arithmetic(self.model), borrowing():
             for curvature in self.plan.curvatures(of_passes=False, due=self._due):
-                step = self._step(curvature, due=self._due)
-                step.part = 0  # it is that of all micro-batches together
-                ledger.note(WHOLE_STEP, 1.0, step.examples)
-                self._fold(curvature, curvature.measure(step))
-            for curvature, chunks in self._pool.held.items():
-                self._fold(curvature, curvature.complete(self._step(curvature, due=self._due), chunks))
-            with plain_arithmetic(self.model):
-                self._refresh()
-                ledger.solved = [r for r in map(self._result, self.plan.blocks) if r is not None]
-        for block, solved in ledger.solved:
-            if self._started or ((rule := block.options.grafting) and rule.leads):
-                block.write(solved.value)
+                chunks = curvature.measure(self._step(curvature, 0, self._due))
+                self._take(draft, curvature, chunks, 1.0)
+            for curvature, pooled in now.work.pooled.items():
+                chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
+                self._take(draft, curvature, chunks, 1.0, pooled=False)
 
     @property
     def _started(self) -> bool:
         return self.step >= self.config.first_step
 
-    def _refresh(self) -> None:
-        self._failures.check()  # what was on its way from a device
-        done = self._ledger.prepared
-        for block, due in self._clocks.refreshes(self.step):
-            if block not in done:
-                done[block] = block.prepare(self.measured, due, self._ledger.further)
-        self._failures.note([block for block, refreshed in done.items() if refreshed], self.step)
-        self._failures.check()
+    def _refresh(self, draft: Draft) -> tuple[PlanClocks, tuple[Report, ...]]:
+        """Refresh the blocks whose turn it is; returns the clocks and the reports of failures then."""
+        now = self.step_state.now
+        reports = self._failures.check(now.reports)  # what was on its way from a device
+        clocks, turns = self.step_state.refreshes(self.plan.blocks)
+        measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
+        for block, due in turns:
+            held, done = block.prepare(draft.look(block), measured, due, draft.reached, draft.owns(block))
+            draft.put(block, held)
+            if done:
+                refreshed.append((block, held))
+        return clocks, self._failures.check(reports + self._failures.count(refreshed, self.step))
 
-    def _result(self, block: Block) -> tuple[Block, Solved] | None:
-        raw = block.read()
-        return None if raw is None or not block.cache else (block, block.solve(raw, self._started))
+    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Tensor] | None:
+        raw, held = block.read(), draft.look(block)
+        if raw is None or not held.cache:
+            return None
+        value, solved = block.solve(held, raw, self._started)
+        draft.put(block, solved)
+        return block, value
+
+    # ---------------------------------------------------------------- the trust region
+    def _run(self, weight: float) -> tuple[Any, Tensor]:
+        refuse_attached(self._attachments)
+        trust, state = self.trust_region, self.step_state
+        if trust is None or state.now.region is None:
+            return super()._run(weight)
+        state.judge(trust.judged(state.now.region, self.step))
+        self._damp()
+        batch = Batch(self.model, self._declared[""], self.config) if trust.tries(self.step) else None
+        result = super()._run(weight)
+        if batch is not None:
+            trial = QuadraticModel.at(self.model) if state.now.part == 1 else state.now.trial
+            if trial is not None:  # else the step began before a checkpoint, which holds no batches
+                state.attempt(trial.plus(batch, weight))
+        return result
+
+    def _limited(self, found: dict[nn.Parameter, Tensor]) -> tuple[dict[nn.Parameter, Tensor], Region | None]:
+        """Preconditioned gradients of the length that the trust region allows, and what it knows then."""
+        trust, now = self.trust_region, self.step_state.now
+        if trust is None or now.region is None:
+            return found, None
+        covered = dict.fromkeys(p for block in self.plan.blocks for site in block.sites for p in site.parameters.values())
+        found, region = trust.limited(now.region, now.trial, self.step, covered, found)
+        return found, trust.ended(region, now.trial, self.step)
+
+    def _trusting(self, name: str) -> tuple[TrustRegion, Region]:
+        """AttributeError for a method without these options."""
+        region = self.step_state.now.region
+        if self.trust_region is None or region is None:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {type(self.config).__name__} has no trust region")
+        return self.trust_region, region
+
+    @property
+    def damping(self) -> float | None:
+        """``lambda`` as it is now, for methods with `adaptive_damping`."""
+        trust, region = self._trusting("damping")
+        return trust.damping(region)
+
+    @property
+    def damping_ratio(self) -> float | None:
+        """``rho`` of the last step that `damping` was judged by."""
+        return self._trusting("damping_ratio")[1].ratio
+
+    @property
+    def clip_learning_rate(self) -> float | None:
+        """Replaces that of the config, for methods with a `clip`: a schedule sets it."""
+        return self._trusting("clip_learning_rate")[0].learning_rate
+
+    @clip_learning_rate.setter
+    def clip_learning_rate(self, value: float | None) -> None:
+        self._trusting("clip_learning_rate")[0].learning_rate = value
 
     # ---------------------------------------------------------------- attached to a loop
     def attach(
@@ -151,6 +187,8 @@ class PreconditionedGradientMaker(MeasuringMaker):
         accumulation: backward passes for each step of the optimizer, each with ``1 / accumulation`` of the loss.
         scaler: the loop's gradient scaler, if it has one; what is captured during its backward pass is unscaled.
         """
+        if self.trust_region is not None:
+            self.trust_region.refuse_loop()
         refuse_again(self._attachments)
         likelihood = likelihood or self.config.likelihood
         self._attachments.append(Attachment(self, optimizer, likelihood, accumulation, scaler))
@@ -160,7 +198,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def remove(self) -> None:
         """Take every hook off the model and the optimizer."""
         remove_all(self._attachments)
-        self.served = None
+        self.serve(None)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not attached."""
@@ -169,7 +207,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     # ---------------------------------------------------------------- looking inside
     def summary(self) -> Summary:
         """A table: parameters, block, curvature, representation, solver, bytes."""
-        return summarise(self.plan, self.measured, self.checks)
+        return summarise(self.plan, self.step_state.now.measured, self.checks)
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle on the model and batch that were last set up."""
@@ -178,7 +216,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def silent(self) -> list[str]:
         """Names of the sites that no pass has reached so far."""
-        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self.measured]
+        return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self.step_state.now.measured]
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,6 +110,12 @@ class Clocks:
     def __init__(self, curvature: int | Schedule, preconditioner: int | Schedule, warmup: int) -> None:
         self.measure = Clock(as_schedule("", curvature), warmup)
         self.refresh = Clock(as_schedule("", preconditioner), warmup)
+
+    def copy(self) -> Clocks:
+        """Clocks that show the same."""
+        made = copy.copy(self)
+        made.measure, made.refresh = copy.copy(self.measure), copy.copy(self.refresh)
+        return made
 
     def dump(self) -> dict[str, dict[str, int]]:
         """Their periods."""

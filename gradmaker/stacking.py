@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gradmaker import gathering
 from gradmaker.blocks import Block
 from gradmaker.placement import Placement
+from gradmaker.step.held import Held
 
 __all__ = ["build_blocks", "carry"]
 
@@ -37,17 +38,23 @@ def _share(blocks: list[Block]) -> None:
         before += block.cost
 
 
-def carry(old: Iterable[Block], new: Iterable[Block]) -> None:
-    """Take over what earlier blocks hold for sites that are the same in both."""
-    parts = [(block, *pair) for block in old if not block.full for pair in zip(block.sites, block.slots, strict=True)]
-    known = {site.name: (block, slot) for block, site, slot in parts}
-    for block in new:
+def carry(
+    old: Iterable[tuple[Block, Held]],
+    new: Iterable[tuple[Block, Held]],
+    parts: Sequence[str] = ("state", "average", "grafting_state"),
+) -> None:
+    """Write what earlier blocks hold into new ones, for sites that are the same in both.  new: tensors of their own"""
+    members = [
+        (block, held, *pair) for block, held in old if not block.full for pair in zip(block.sites, block.slots, strict=True)
+    ]
+    known = {site.name: (block, held, slot) for block, held, site, slot in members}
+    for block, held in new:
         if block.full or block.triple.representation.unstacked:
             continue
         for site, slot in zip(block.sites, block.slots, strict=True):
-            before, place = known.get(site.name, (None, slot))
-            if before is None or not before.holds_like(block):
+            if site.name not in known or not known[site.name][0].holds_like(block):
                 continue
-            for part in ("state", "average", "grafting_state"):
+            _, before, place = known[site.name]
+            for part in parts:
                 for key, value in getattr(before, part).items():
-                    getattr(block, part)[key][slot] = value[place]
+                    getattr(held, part)[key][slot] = value[place]

@@ -98,6 +98,7 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "batch_axis"): [1],
     ("psgd_whiten", "max_skew"): [None],
     ("caspr_adaptive", "start"): [1.0],
+    ("kradagrad", "preconditioner_interval"): [4],
     ("neumann_practical", "alpha"): [1e3],
     ("neumann_practical", "period"): [2],
     ("neumann_practical", "beta"): [0.5],

@@ -368,5 +368,5 @@ def test_the_summary_gives_the_reason_for_a_plain_gradient() -> None:
 def test_a_fallback_averages_by_its_own_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2))
     maker = gm.KfacGradientMaker(model, gm.KfacGradientConfig(fallback="adam", decay=0.5))
-    decays = {s.name: b.decay for b in maker.plan.blocks for s in b.sites}
+    decays = {s.name: b.options.decay for b in maker.plan.blocks for s in b.sites}
     assert decays == {"0": 0.5, "1.weight": gm.AdamGradientConfig().decay, "2": 0.5}

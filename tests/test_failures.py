@@ -76,7 +76,7 @@ def test_one_failure_more_than_allowed_is_an_error(config: dict[str, Any], allow
     assert f"at step {allowed + 1} its refresh failed for the {allowed + 1}. time in a row, {allowed + 1} times in all" in text
     assert f"failures_allowed={allowed}; None goes on" in text
     assert before.keys() and all(torch.equal(x, before[k]) for k, x in roots(maker).items())  # what was good is still held
-    assert block.cache["failing"].tolist() == block.cache["failures"].tolist() == [0, allowed + 1]
+    assert block.cache["failing"].tolist() == block.cache["failures"].tolist() == [0, allowed]  # the last one is undone
 
 
 def test_without_a_limit_it_goes_on() -> None:
@@ -200,7 +200,8 @@ def test_bases_that_a_statistic_holds_are_counted_too(config: dict[str, Any]) ->
             assert all(p.grad.isfinite().all() for p in model.w)
     state = maker.plan.blocks[0].state
     assert torch.equal(state["basis_0" if "basis_0" in state else "root_0"][1], before[held[0]])
-    assert state["failures"].tolist() == [0, 3]
+    # The last one is undone; every other of kradagrad is of the other axis.
+    assert state["failures"].tolist() == [0, 1 if config["method"] == "kradagrad" else 2]
 
 
 @pytest.mark.parametrize("config", [HELD[0], HELD[3]], ids=name_of)
@@ -295,9 +296,7 @@ def test_nothing_is_copied_where_nothing_is_limited() -> None:
     maker, model = two(method="shampoo", grafting="none", **AT_ONCE)
     feed(maker, model, *gradients(3, 4, steps=2))
     free = Failures(None)
-    free.note(maker.plan.blocks, 0)
-    assert not free._reports
-    free.check()
+    assert free.count([(block, block.held) for block in maker.plan.blocks], 0) == ()
 
 
 # --- configs --------------------------------------------------------------------------------------------------------------

@@ -28,20 +28,19 @@ def recorded(
     measured: list[int] = []
     prepared: dict[str, list[int]] = {b.name: [] for b in maker.plan.blocks}
 
-    curvature, solver = type(maker.plan.blocks[0].triple.curvature), type(maker.plan.blocks[0].triple.solver)
-    measure, prepare = curvature.measure, solver.prepare
+    curvature = type(maker.plan.blocks[0].triple.curvature)
+    measure, refreshed = curvature.measure, Block.refreshed
 
     def watched_measure(self: Any, step: Step) -> Any:
         measured.append(step.index)
         return measure(self, step)
 
-    def watched_prepare(self: Any, representation: Any, state: Any, previous: Any) -> Any:
-        (name,) = (b.name for b in maker.plan.blocks if b.state is state)
-        prepared[name].append(maker.step)
-        return prepare(self, representation, state, previous)
+    def watched_refresh(self: Any, state: Any, previous: Any) -> Any:
+        prepared[self.name].append(maker.step)
+        return refreshed(self, state, previous)
 
     monkeypatch.setattr(curvature, "measure", watched_measure)
-    monkeypatch.setattr(solver, "prepare", watched_prepare)
+    monkeypatch.setattr(Block, "refreshed", watched_refresh)
     for _ in range(STEPS):
         model.zero_grad()
         maker.setup_loss_call(nn.functional.cross_entropy, maker.setup_model_call(model, x), t)
@@ -140,7 +139,7 @@ def test_a_measurement_that_comes_to_nothing_is_made_up_for(monkeypatch: pytest.
         case.model.zero_grad()
         maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, x), case.t)
         maker.forward_and_backward()
-        reached.append((maker.skipped, len(maker.silent()), maker._clocks.of["method"].measure.next))
+        reached.append((maker.skipped, len(maker.silent()), maker.step_state.now.clocks.of["method"].measure.next))
     assert reached == [(1, 2, 1), (1, 0, 11), (1, 0, 11)]
 
 

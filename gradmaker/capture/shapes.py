@@ -47,20 +47,12 @@ class View:
         blocks = tensor.reshape(self.parts, *self.merged)[(slice(None), *self.chunk)]
         return blocks.mT if self.transposed else blocks
 
-    def copies(self, tensor: Tensor, blocks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is to be copied into which view of the tensor to put the blocks back; done at once where there is none."""
-        whole, value = tensor.reshape(self.parts, *self.merged), blocks.mT if self.transposed else blocks
-        target = whole[(slice(None), *self.chunk)]
-        if whole.data_ptr() == tensor.data_ptr():
-            yield target, value
-        else:  # axes that do not lie next to each other were copied: channels_last
-            target.copy_(value)
-            tensor.copy_(whole.reshape(tensor.shape))
-
     def write(self, tensor: Tensor, blocks: Tensor) -> None:
         """Put the blocks back into the storage of the tensor, whatever its strides."""
-        for target, value in self.copies(tensor, blocks):
-            target.copy_(value)
+        whole = tensor.reshape(self.parts, *self.merged)
+        whole[(slice(None), *self.chunk)] = blocks.mT if self.transposed else blocks
+        if whole.data_ptr() != tensor.data_ptr():  # axes that do not lie next to each other were copied: channels_last
+            tensor.copy_(whole.reshape(tensor.shape))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gradmaker.capture.rules.layers import OPAQUE, Kind, LayerRule, attends, rul
 from gradmaker.capture.rules.parts import natural_parts
 from gradmaker.capture.shapes import ShapePolicy, View
 from gradmaker.capture.tape import Tape
-from gradmaker.linalg.real_pairs import as_real, as_stored, real_shape
+from gradmaker.linalg.real_pairs import as_real, real_as, real_shape, write_real
 from gradmaker.options.rules import Path, Rule, names, paths
 
 __all__ = ["Site", "layer_sites", "tensor_sites"]
@@ -86,27 +86,33 @@ class Site:
         parts = zip(found.items(), self._pieces(), strict=True)
         return [self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in parts]
 
-    def copies(self, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is to be copied into which storage to put blocks back into ``.grad``; frozen ones belong to no step.
+    def assign(self, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
+        """What ``.grad`` will be, by parameter, with these blocks in it; unless they are frozen: theirs belongs to no step.
 
-        Where no view of the storage has the axes of the blocks, it is done at once.
+        into: for all sites; a parameter that is only in part in a site keeps what is there of others, or of its gradient
         """
         sizes = [piece[-1] for piece in self._pieces()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
             if p.grad is None or not p.requires_grad:
                 continue
+            if self.view is None and name not in self.rows:
+                into[p] = self._turned(real_as(self.part(name, p.grad), piece))
+                continue
+            if p not in into:
+                into[p] = p.grad.resolve_conj().clone()
             if self.view is not None:
-                p.grad = p.grad.resolve_conj()  # the very object where it is no conjugate
-                yield from self.view.copies(as_real(p.grad), piece)
+                self.view.write(as_real(into[p]), piece)
             else:
-                target = self.part(name, p.grad)
-                yield target, as_stored(target, piece)
+                write_real(self.part(name, into[p]), piece)
 
     def part(self, name: str, value: Tensor, lead: int = 0) -> Tensor:
         """What of a tensor in a parameter's shape lies in this block, outputs first: a view.  # (*lead, *parameter)"""
-        own = value[(*[slice(None)] * lead, self.rows.get(name, ...))]
-        return own.mT if self.rule is not None and self.rule.inputs_first and own.ndim == lead + 2 else own
+        return self._turned(value[(*[slice(None)] * lead, self.rows.get(name, ...))], lead)
+
+    def _turned(self, value: Tensor, lead: int = 0) -> Tensor:
+        """A matrix with its outputs first, from one that its layer holds with its inputs first, and back."""
+        return value.mT if self.rule is not None and self.rule.inputs_first and value.ndim == lead + 2 else value
 
     def _pieces(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters inside one block."""

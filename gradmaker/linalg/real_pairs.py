@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["as_real", "as_stored", "real_dtype", "real_shape", "write_real"]
+__all__ = ["as_real", "real_as", "real_dtype", "real_shape", "write_real"]
 
 
 def as_real(value: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ def _at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype.to_real(), torch.float32)
 
 
-def as_stored(target: Tensor, value: Tensor) -> Tensor:
-    """Numbers, or pairs of numbers, in the shape in which a tensor stores them.  value: in any shape of as many elements"""
+def real_as(target: Tensor, value: Tensor) -> Tensor:
+    """Numbers, or pairs of numbers, as a tensor of the shape and dtype of another.  value: in any shape of as many elements"""
     if target.is_complex():
         value = torch.view_as_complex(value.reshape(*target.shape, 2).to(target.dtype.to_real()).contiguous())
-    return value.reshape(target.shape)
+    return value.reshape(target.shape).to(target.dtype)
 
 
 def write_real(target: Tensor, value: Tensor) -> None:
-    """Put them into the tensor's own storage."""
-    target.copy_(as_stored(target, value))
+    """Put numbers, or pairs of numbers, into a tensor's own storage.  value: the pairs in any shape of as many elements"""
+    target.copy_(real_as(target, value))

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,7 @@ from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, apart, refuse_second
 from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Likelihood, terms_from_gradient
-from gradmaker.step.pending import Pending
-
-if TYPE_CHECKING:
-    from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.step.protocol import RecordingMaker
 
 __all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
 
@@ -51,7 +48,7 @@ class Attachment:
     """One maker on one optimizer.
 
     Extra passes run from a hook on the model's output (or on the loss that it calls), at the moment when its gradient arrives:
-    the graph below is still whole then. What is found is kept beside the statistics until ``optimizer.step()``, where ``.grad``
+    the graph below is still whole then. What is found is work of the step until ``optimizer.step()``, where ``.grad``
     tells whether the pass is part of the step: it is not if its backward pass wrote no gradient, or one that was zeroed or
     replaced since. One forward pass goes with one backward pass: a new one takes the place of a pass that was not
     differentiated, and differentiating that later is an error.
@@ -59,7 +56,7 @@ class Attachment:
 
     def __init__(
         self,
-        maker: PreconditionedGradientMaker,
+        maker: RecordingMaker,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None,
         accumulation: int,
@@ -74,13 +71,12 @@ class Attachment:
         self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
         self.weight, self.scaler = 1.0 / accumulation, scaler
         self._current: LoopPass | None = None
-        self._pending: Pending | None = None  # what the passes of this step have brought
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
         self._called = False  # whether the model was, since the last step
         self._watched: Sequence[str] = ()
         self._looks, self._told = LOOKS, False
         self._served = served
-        maker.served = served
+        maker.serve(served)
         self._handles = [
             maker.model.register_forward_pre_hook(_Hook(self, "before_forward"), with_kwargs=True),
             inner.register_step_pre_hook(_Hook(self, "before_step")),
@@ -97,7 +93,7 @@ class Attachment:
     def forget(self) -> None:
         """The step begins anew, from other statistics."""
         self._leave()
-        self._pending = self._marks = None
+        self._marks = None
 
     # ---------------------------------------------------------------- the forward pass
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
@@ -112,7 +108,7 @@ class Attachment:
         maker.plan.refuse_ranks()
         self._serve(maker)
         self._called, self._watched = True, ()
-        recorded = maker.begin_pass(counted=False)
+        recorded = maker.begin_pass()
         if recorded or self._looks:
             self._current = LoopPass(maker.new_tape() if recorded else None, _Hook(self, "after_forward"))
             self._current.begin(model, args, kwargs)
@@ -159,18 +155,16 @@ class Attachment:
             current.again()
             raise
 
-    def _measure(self, maker: PreconditionedGradientMaker, current: LoopPass, gradient: Tensor) -> None:
+    def _measure(self, maker: RecordingMaker, current: LoopPass, gradient: Tensor) -> None:
         tape, z = current.tape, current.logits
         assert tape is not None and current.at is not None
         current.scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.scaler is None and current.at in current.losses:
             checks.refuse_scale(gradient, self.weight)
         factor = gradient / (self.weight * current.scale)
-        kept = self._kept()
-        pending = Pending(set()) if kept is None else kept.copy()
-        pending.part, pending.passes = pending.passes, pending.passes + 1
+        self._kept(maker)
         current.before = Marks(self._parameters(maker))
-        maker.forget_pass()
+        maker.step_state.judge_anew()
         with current.measuring():
             if current.at in current.losses:
                 value, loss_gradient = current.terms_inside(gradient, factor)
@@ -181,13 +175,10 @@ class Attachment:
             outputs = [t.z for t in current.terms] or [value]
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
-                plan = maker.plan
                 maker.check(tape, head, None)
-                pending = pending if maker.plan is plan else pending.moved(maker.plan.blocks)
             current.terms = head.terms  # in the order of rows that was found
-            current.pending = maker.measure_pass(
-                tape, current.terms, self.weight, [value, gradient], head=head, pending=pending
-            )
+            current.draft = maker.step_state.draft()
+            maker.measure_pass(current.draft, tape, current.terms, self.weight, [value, gradient], head=head)
 
     def arrive_again(self) -> None:
         """A pass is differentiated once more: an error if that reaches ``.grad``."""
@@ -207,12 +198,13 @@ class Attachment:
         if current.before is None or not current.before.moved():
             current.again()
             return
-        tape, pending = current.tape, current.pending
-        maker.forget_pass()
+        tape, draft = current.tape, current.draft
+        assert draft is not None
+        maker.step_state.judge_anew()
         with torch.no_grad(), borrowing():
-            self._pending = maker.measure_pass(
-                tape, current.terms, self.weight, [], output_gradients=tape.harvest(), scale=current.scale, pending=pending
-            )
+            gradients = tape.harvest()
+            maker.measure_pass(draft, tape, current.terms, self.weight, [], gradients, scale=current.scale)
+        maker.step_state.accumulate(self.weight, tape.batch, draft)
         self._marks = Marks(self._parameters(maker))
         current.end()
 
@@ -239,26 +231,23 @@ class Attachment:
         self._leave()
         maker.plan.refuse_ranks()
         self._serve(maker)
-        pending = self._kept()
-        if pending is None and not self._goes_without(maker):
+        if not self._kept(maker) and not self._goes_without(maker):
             return
         self._look()
         with apart(maker.model, self._served):
-            if pending is not None:
-                maker.forget_pass()
-                if maker.gradients_are_finite():
-                    maker.fold_pass(pending)
+            maker.step_state.judge_anew()
             maker.precondition()
-        self._pending = self._marks = None
+        self._marks = None
         self._called = False
 
-    def _kept(self) -> Pending | None:
-        """What the passes of this step have brought, if their gradient is still in ``.grad``."""
-        if self._pending is not None and (self._marks is None or not self._marks.alive()):
-            self._pending = None
-        return self._pending
+    def _kept(self, maker: RecordingMaker) -> bool:
+        """Whether passes were measured in this step whose gradient is still in ``.grad``; others are forgotten."""
+        state = maker.step_state
+        if state.now.part and (self._marks is None or not self._marks.alive()):
+            state.drop()
+        return state.now.part > 0
 
-    def _goes_without(self, maker: PreconditionedGradientMaker) -> bool:
+    def _goes_without(self, maker: RecordingMaker) -> bool:
         """Whether there is a step to be made though no pass was measured. RuntimeError where one had to be."""
         due = maker.passes_are_due()
         if not due and self._called:
@@ -277,15 +266,15 @@ class Attachment:
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 
     # ---------------------------------------------------------------- what is served
-    def _serve(self, maker: PreconditionedGradientMaker) -> None:
+    def _serve(self, maker: RecordingMaker) -> None:
         """Follow the groups of the optimizer."""
         optimizer = self.optimizer()
         if optimizer is not None and (served := checks.held_by(optimizer)) != self._served:
             checks.check_parts(maker, served)
             self._served = served
-            maker.served = served
+            maker.serve(served)
 
-    def _parameters(self, maker: PreconditionedGradientMaker) -> list[nn.Parameter]:
+    def _parameters(self, maker: RecordingMaker) -> list[nn.Parameter]:
         return [p for p in maker.model.parameters() if p in self._served]
 
 
@@ -310,7 +299,7 @@ def refuse_attached(attachments: Sequence[Attachment]) -> None:
         )
 
 
-def _refuse_overlap(maker: PreconditionedGradientMaker, optimizer: Optimizer) -> None:
+def _refuse_overlap(maker: RecordingMaker, optimizer: Optimizer) -> None:
     """ValueError where another maker on this optimizer preconditions the same parameters."""
     own = {p: k for b in maker.plan.blocks for s in b.sites for k, p in s.parameters.items()}
     for hook in optimizer._optimizer_step_pre_hooks.values():

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.loss.likelihood import LIKELIHOODS, Categorical, Likelihood, find_likelihood
-
-if TYPE_CHECKING:
-    from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.step.protocol import RecordingMaker
 
 __all__ = [
     "CHANGED",
@@ -84,7 +82,7 @@ def read_likelihood(likelihood: str | Likelihood | None) -> Likelihood | None:
     return Categorical(axis=-1) if likelihood == "categorical" else find_likelihood(likelihood)
 
 
-def check(maker: PreconditionedGradientMaker, optimizer: Optimizer, likelihood: Any, accumulation: Any) -> None:
+def check(maker: RecordingMaker, optimizer: Optimizer, likelihood: Any, accumulation: Any) -> None:
     """ValueError for what can be seen from the start."""
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
         raise ValueError(f"accumulation={accumulation!r}: expected an integer of at least 1")
@@ -104,7 +102,7 @@ def check(maker: PreconditionedGradientMaker, optimizer: Optimizer, likelihood: 
         )
 
 
-def check_parts(maker: PreconditionedGradientMaker, served: frozenset[nn.Parameter]) -> None:
+def check_parts(maker: RecordingMaker, served: frozenset[nn.Parameter]) -> None:
     """ValueError for an optimizer that holds none of the maker's parameters, or a block only in part."""
     sites = [s for block in maker.plan.blocks for s in block.sites]
     if not any(served.intersection(s.parameters.values()) for s in sites):

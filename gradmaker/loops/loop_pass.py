@@ -16,7 +16,7 @@ from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
 from gradmaker.loops.marks import Marks
 from gradmaker.loss.likelihood import LIKELIHOODS, Terms
 from gradmaker.loss.recorder import LossCall, LossRecorder
-from gradmaker.step.pending import Pending
+from gradmaker.step.draft import Draft
 from gradmaker.trees import tensors
 
 __all__ = ["LoopPass", "at_the_end"]
@@ -42,7 +42,7 @@ class LoopPass:
         self.logits: Tensor | None = None
         self.at: str | None = None  # what it was measured at, in the backward pass that is under way
         self.before: Marks | None = None  # gradients at that moment
-        self.pending: Pending | None = None  # what was found
+        self.draft: Draft | None = None  # what was found
         self.terms: list[Terms] = []
         self.expected: Tensor | None = None  # gradient of the logits by the loss inside alone
         self.scale = 1.0
@@ -113,7 +113,7 @@ class LoopPass:
 
     def again(self) -> None:
         """Its backward pass was of no step: wait for another."""
-        self.at = self.before = self.pending = self.expected = None
+        self.at = self.before = self.draft = self.expected = None
         if self.tape is not None:
             self.tape.harvest()
 

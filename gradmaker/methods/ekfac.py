@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradmaker.capture.sites import Site
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.methods.weight_sharing import Sharing, SharingGradientConfig
 from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Eigenbasis
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Rotate
@@ -43,7 +43,7 @@ class EkfacGradientConfig(SharingGradientConfig):
 
 
 @register("ekfac")
-class EkfacGradientMaker(TrustRegionGradientMaker[EkfacGradientConfig]):
+class EkfacGradientMaker(Preconditioned[EkfacGradientConfig]):
     """EKFAC as a gradient maker; see `EkfacGradientConfig`."""
 
     Config = EkfacGradientConfig

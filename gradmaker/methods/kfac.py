@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradmaker.capture.sites import Site
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.methods.weight_sharing import SharingGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Kron
 from gradmaker.solvers import AnySolver, Cholesky, Eigh
 from gradmaker.triple import Triple
@@ -42,7 +42,7 @@ class KfacGradientConfig(SharingGradientConfig):
 
 
 @register("kfac")
-class KfacGradientMaker(TrustRegionGradientMaker[KfacGradientConfig]):
+class KfacGradientMaker(Preconditioned[KfacGradientConfig]):
     """K-FAC as a gradient maker; see `KfacGradientConfig`."""
 
     Config = KfacGradientConfig

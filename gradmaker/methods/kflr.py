@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from gradmaker.curvature import Curvature, FisherExact
 from gradmaker.methods.kfac import KfacGradientConfig
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 
 __all__ = ["KflrGradientConfig", "KflrGradientMaker"]
 
@@ -28,7 +28,7 @@ class KflrGradientConfig(KfacGradientConfig):
 
 
 @register("kflr")
-class KflrGradientMaker(TrustRegionGradientMaker[KflrGradientConfig]):
+class KflrGradientMaker(Preconditioned[KflrGradientConfig]):
     """KFLR as a gradient maker; see `KflrGradientConfig`."""
 
     Config = KflrGradientConfig

@@ -11,8 +11,8 @@ from gradmaker.config import COVERS_ALL
 from gradmaker.curvature import Curvature, FisherRecursive
 from gradmaker.curvature.recursive import break_of_chain
 from gradmaker.methods.kfac_family import KroneckerGradientConfig
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Kron
 from gradmaker.solvers import Cholesky
 from gradmaker.triple import Triple
@@ -43,7 +43,7 @@ class KfraGradientConfig(KroneckerGradientConfig):
 
 
 @register("kfra")
-class KfraGradientMaker(TrustRegionGradientMaker[KfraGradientConfig]):
+class KfraGradientMaker(Preconditioned[KfraGradientConfig]):
     """KFRA as a gradient maker; see `KfraGradientConfig`."""
 
     Config = KfraGradientConfig

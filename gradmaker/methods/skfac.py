@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from gradmaker.capture.sites import Site
 from gradmaker.methods.kfac_family import KroneckerGradientConfig
-from gradmaker.methods.trust_region import TrustRegionGradientMaker
 from gradmaker.options.registry import register
+from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import KronRows
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.solvers import FactorWoodbury
@@ -44,7 +44,7 @@ class SkfacGradientConfig(KroneckerGradientConfig):
 
 
 @register("skfac")
-class SkfacGradientMaker(TrustRegionGradientMaker[SkfacGradientConfig]):
+class SkfacGradientMaker(Preconditioned[SkfacGradientConfig]):
     """SKFAC as a gradient maker; see `SkfacGradientConfig`."""
 
     Config = SkfacGradientConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +56,7 @@ def _table(cells: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def summarise(plan: Plan, reached: set[str], checks: SelfChecks) -> Summary:
+def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
     """One row for each site and each plain parameter.
 
     Sites that no pass has reached are marked once passes have been made, and those that are not measured through their layer.
@@ -89,7 +89,7 @@ def _way(block: Block, site: Site, checks: SelfChecks) -> str:
     return " (measured apart)" if apart else ""
 
 
-def _unchecked(plan: Plan, reached: set[str], checks: SelfChecks) -> dict[str, str]:
+def _unchecked(plan: Plan, reached: Set[str], checks: SelfChecks) -> dict[str, str]:
     """What the self-checks could not prove."""
     found, own = {}, checks.arrangement
     for block in plan.blocks:

@@ -1,7 +1,6 @@
-"""The step under way.
+"""The step under way: what it knows of itself, what its passes have brought, and the copies in which blocks are changed.
 
-What of a step has been done, which evidence waits for its end, and what of the step before it is kept for secants: an exception
-at any moment leaves all of it as it was.
+`StepState` is the one owner; nothing that a block holds changes before the step ends without an exception.
 """
 
 from gradmaker.options.deprecations import moved_names

@@ -1,69 +1,31 @@
-"""Evidence that the micro-batches of a step make together, before any statistic takes it in."""
+"""Evidence that the micro-batches of a step make together: ``(v, sum_j weight_j H_j v)``, before any statistic has it.
+
+For curvatures that are `Pooled`. No tensor and no container is written to once it is held.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import Evidence, Pair
 from gradmaker.curvature.roles import Pooled
 
-if TYPE_CHECKING:
-    from gradmaker.plan import Plan
+__all__ = ["PooledEvidence", "add", "dump", "load"]
 
-__all__ = ["Pool"]
+PooledEvidence: TypeAlias = Mapping[Pooled, Sequence[Mapping[str, Pair]]]
+"""By curvature, chunk and site."""
 
 
-class Pool:
-    """``(v, sum_j weight_j H_j v)`` of the step that is under way, for curvatures that are `Pooled`.
-
-    No tensor is written to once it is held, so that a copy is one of references.
-    """
-
-    def __init__(self, held: Mapping[Pooled, list[dict[str, Pair]]] | None = None) -> None:
-        self.held = dict(held or {})
-        """By curvature, chunk and site."""
-
-    def copy(self) -> Pool:
-        """The same pairs, of which one may be extended."""
-        return Pool(self.held)
-
-    def add(self, curvature: Pooled, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> None:
-        """One more micro-batch, after all of it has been measured.  weight: of its loss in that of the step"""
-        fresh = [{name: _pair(e) for name, e in chunk.items()} for chunk in chunks]
-        before = self.held.get(curvature, [{} for _ in fresh])
-        self.held[curvature] = [_sum(old, new, weight) for old, new in zip(before, fresh, strict=True)]
-
-    # ---------------------------------------------------------------- state
-    def dump(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """By site and chunk: tensors alone."""
-        found: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for chunks in self.held.values():
-            for index, chunk in enumerate(chunks):
-                for name, pair in chunk.items():
-                    found.setdefault(name, {})[str(index)] = {"v": pair.v.clone(), "cv": pair.cv.clone()}
-        return found
-
-    @classmethod
-    def load(cls, plan: Plan, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Pool:
-        """Go on from `dump`."""
-        held: dict[Pooled, list[dict[str, Pair]]] = {}
-        for block in plan.blocks:
-            curvature = block.triple.curvature
-            if not isinstance(curvature, Pooled):
-                continue
-            for site in block.sites:
-                pairs = saved.get(site.name, {})
-                chunks = held.setdefault(curvature, []) if pairs else []
-                for index, pair in pairs.items():
-                    chunks += [{} for _ in range(int(index) + 1 - len(chunks))]
-                    chunk = chunks[int(index)]
-                    v, cv = (pair[key].to(block.frame.device, copy=True) for key in ("v", "cv"))
-                    chunk[site.name] = Pair(v, cv)
-        return cls(held)
+def add(pooled: PooledEvidence, curvature: Pooled, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> PooledEvidence:
+    """With one more micro-batch.  weight: of its loss in that of the step"""
+    fresh = [{name: _pair(e) for name, e in chunk.items()} for chunk in chunks]
+    before = pooled.get(curvature, [{} for _ in fresh])
+    return {**pooled, curvature: [_sum(old, new, weight) for old, new in zip(before, fresh, strict=True)]}
 
 
 def _pair(evidence: Evidence) -> Pair:
@@ -71,8 +33,35 @@ def _pair(evidence: Evidence) -> Pair:
     return evidence
 
 
-def _sum(old: dict[str, Pair], new: dict[str, Pair], weight: float) -> dict[str, Pair]:
+def _sum(old: Mapping[str, Pair], new: Mapping[str, Pair], weight: float) -> dict[str, Pair]:
     """Images add, of vectors that are the same; a site that one of the micro-batches did not reach has none there."""
     scaled = {name: replace(pair, cv=pair.cv * weight) for name, pair in new.items()}
     both = {name: replace(pair, cv=old[name].cv + pair.cv) for name, pair in scaled.items() if name in old}
     return {**old, **scaled, **both}
+
+
+def dump(pooled: PooledEvidence) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """By site and chunk: tensors alone."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for chunks in pooled.values():
+        for index, chunk in enumerate(chunks):
+            for name, pair in chunk.items():
+                found.setdefault(name, {})[str(index)] = {"v": pair.v.clone(), "cv": pair.cv.clone()}
+    return found
+
+
+def load(saved: Mapping[str, Mapping[str, Mapping[str, Any]]], blocks: Iterable[Block]) -> PooledEvidence:
+    """Go on from `dump`."""
+    held: dict[Pooled, list[dict[str, Pair]]] = {}
+    for block in blocks:
+        curvature = block.triple.curvature
+        if not isinstance(curvature, Pooled):
+            continue
+        for site in block.sites:
+            pairs = saved.get(site.name, {})
+            chunks = held.setdefault(curvature, []) if pairs else []
+            for index, pair in pairs.items():
+                chunks += [{} for _ in range(int(index) + 1 - len(chunks))]
+                v, cv = (pair[key].to(block.frame.device, copy=True) for key in ("v", "cv"))
+                chunks[int(index)][site.name] = Pair(v, cv)
+    return held

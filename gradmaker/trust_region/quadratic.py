@@ -6,7 +6,7 @@ Letters: ``d`` displacements of the weights, ``g`` the gradient, ``F`` the Fishe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ __all__ = ["Displacement", "QuadraticModel", "inner"]
 Displacement: TypeAlias = Mapping[nn.Parameter, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuadraticModel:
     """``m(d) = g^T d + d^T F d / 2``, ``F = sum_m J_m^T Lambda_m J_m``, around the weights that a step had.
 
@@ -35,12 +35,16 @@ class QuadraticModel:
     """
 
     weights: dict[nn.Parameter, Tensor]  # as they were
-    passes: list[tuple[Batch, float]] = field(default_factory=list)  # with the share of each in the loss of the step
+    passes: tuple[tuple[Batch, float], ...] = ()  # with the share of each in the loss of the step
 
     @classmethod
     def at(cls, model: nn.Module) -> QuadraticModel:
         """Around the weights of now."""
         return cls({p: p.detach().clone() for p in model.parameters() if p.requires_grad})
+
+    def plus(self, batch: Batch, weight: float) -> QuadraticModel:
+        """With one more pass of the step."""
+        return replace(self, passes=(*self.passes, (batch, weight)))
 
     def expand(self, directions: Sequence[Displacement]) -> tuple[Tensor, Tensor, Tensor]:
         """``L``, ``g^T d_i`` and ``d_i^T F d_j``.  # (), (k,), (k, k)"""

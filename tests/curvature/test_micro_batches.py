@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradmaker import METHODS, from_config
 from gradmaker.curvature import HessianProbe
 from gradmaker.representations import ProbeDiagonal
-from gradmaker.step.pool import Pool
+from gradmaker.step import pool
 from tests import models, oracles
 from tests.models import CLASSES, Case
 
@@ -266,16 +266,16 @@ def test_a_probe_is_one_product_with_the_hessian_of_the_sum() -> None:
     for part in (slice(0, 3), slice(3, 8)):
         maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(case.model, case.x[part]), case.t[part], reduction="sum")
         maker.accumulate()
-        pools.append(maker._pool.copy())
-    ((chunks,),) = ([*pools[-1].held.values()],)
+        pools.append(maker.step_state.now.work.pooled)
+    ((chunks,),) = ([*pools[-1].values()],)
     assert len(chunks) == 2 and not torch.equal(chunks[0]["0.weight"].v, chunks[1]["0.weight"].v)
     for chunk in chunks:
         v, hv = (torch.cat([getattr(chunk[k], x).reshape(-1) for k, _ in case.model.named_parameters()]) for x in ("v", "cv"))
         assert oracles.relative_error(hv, H @ v) < 1e-10
-    (earlier,) = pools[0].held.values()
+    (earlier,) = pools[0].values()
     assert all(torch.equal(a[k].v, b[k].v) for a, b in zip(earlier, chunks, strict=True) for k in a)
     maker.precondition()
-    assert not maker._pool.held
+    assert not maker.step_state.now.work.pooled
     squares = torch.stack([chunk["0.weight"].cv for chunk in chunks]).square().mean(0).sqrt()
     block = next(b for b in maker.plan.blocks if b.sites[0].name == "0.weight")
     assert oracles.relative_error(block.triple.representation.diagonal(block.state), squares) < 1e-12
@@ -303,7 +303,7 @@ def test_a_step_that_was_saved_half_way_goes_on(method: str) -> None:
         found.append([{k: v.clone() for k, v in block.state.items()} for block in maker.plan.blocks])
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(one[k], other[k]) for k in one)
-    assert Pool.load(maker.plan, {}).held == {}
+    assert pool.load({}, maker.plan.blocks) == {}
 
 
 def test_a_part_that_fails_is_not_counted() -> None:
@@ -312,13 +312,13 @@ def test_a_part_that_fails_is_not_counted() -> None:
     maker: Any = METHODS["esgd"](case.model)
     maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(case.model, case.x), case.t)
     maker.accumulate(0.5)
-    before = maker._pool.dump()
+    before = pool.dump(maker.step_state.now.work.pooled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(maker), "_merge", lambda *_: None)
-        patch.setattr(Pool, "add", _then_raise(Pool.add))
+        patch.setattr(pool, "add", _then_raise(pool.add))
         with pytest.raises(ZeroDivisionError):
             maker.accumulate(0.5)
-    after = maker._pool.dump()
+    after = pool.dump(maker.step_state.now.work.pooled)
     assert before and after.keys() == before.keys()
     for site, chunks in before.items():
         assert after[site].keys() == chunks.keys()

@@ -18,7 +18,6 @@ from gradmaker.representations import KronPairs
 from gradmaker.representations.base import Fold
 from gradmaker.representations.kron_pairs import bfgs_update_, double_damping
 from gradmaker.representations.memory import ordered
-from gradmaker.step.previous import _secants
 from tests import models, oracles
 from tests.measure import site_order
 from tests.methods.test_probes import dropout, quadratic, step, symmetric
@@ -71,12 +70,12 @@ def test_dropout_is_the_same_on_both_sides() -> None:
     maker: Any = METHODS["lbfgs"](case.model)
     step(maker, case)
     step(maker, case)
-    pairs = maker._previous
+    pairs = maker.step_state.now.previous
     assert pairs.pairs is None and len(pairs.passes) == 1
     step(maker, case)
     (block,) = maker.plan.blocks
     assert int(block.state["refused"]) == 2 and int(block.state["taken"]) == 0
-    found = _secants(maker, maker._previous)
+    found = maker.secants(maker.step_state.now.previous)
     assert all(float(e.v.abs().max()) == float(e.cv.abs().max()) == 0 for e in found.values() if isinstance(e, Pair))
 
 
@@ -117,7 +116,7 @@ def test_layer_secants_of_micro_batches_are_those_of_the_batch(reduction: str) -
         with torch.no_grad():
             for j, p in enumerate(case.model.parameters()):
                 p += 0.1 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(j))
-        found.append(_secants(maker, maker._previous))
+        found.append(maker.secants(maker.step_state.now.previous))
     for name, pair in found[0].items():
         assert oracles.relative_error(found[1][name].v, pair.v) < 1e-12  # type: ignore[attr-defined]
         assert oracles.relative_error(found[1][name].cv, pair.cv) < 1e-12  # type: ignore[attr-defined]
@@ -129,14 +128,14 @@ def test_a_step_that_begins_again_counts_once(method: str) -> None:
     case = models.mlp()
     maker: Any = METHODS[method](case.model)
     step(maker, case)
-    expected = maker._previous.gradients
+    expected = maker.step_state.now.previous.gradients
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(maker.plan.blocks[-1].triple.solver), "solve", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             step(maker, case)
     step(maker, case)
-    assert len(maker._previous.passes) <= 1
-    for p, g in maker._previous.gradients.items():
+    assert len(maker.step_state.now.previous.passes) <= 1
+    for p, g in maker.step_state.now.previous.gradients.items():
         assert oracles.relative_error(g, expected[p]) < 1e-12
 
 
@@ -159,7 +158,7 @@ def test_losses_that_are_not_finite_leave_the_pair_alone() -> None:
         for p in case.model.parameters():
             p -= 0.1 * p.grad
     step(maker, case._replace(loss=lambda y, t: case.loss(y, t) * torch.inf))
-    assert maker.skipped == 1 and maker._previous.pairs is not None
+    assert maker.skipped == 1 and maker.step_state.now.previous.pairs is not None
     step(maker, case)
     assert int(maker.plan.blocks[0].state["taken"]) == 1
 
@@ -269,7 +268,7 @@ def secants_of(case: Case, method: str = "kbfgs", rate: float = 0.1) -> tuple[An
     with torch.no_grad():
         for p in case.model.parameters():
             p -= 0 if p.grad is None else rate * p.grad
-    return maker, _secants(maker, maker._previous)
+    return maker, maker.secants(maker.step_state.now.previous)
 
 
 def test_last_layer_with_squares_keeps_the_identity() -> None:

@@ -47,7 +47,7 @@ FLOORS = (
         )
     ),
     Floor(("checkpoint", "loops", "reports", "self_checks")),
-    Floor(("maker", "measuring", "preconditioner")),
+    Floor(("maker", "measuring", "planned", "preconditioner")),
     Floor(("methods",)),
     Floor(("cost_report", "damping_sweep")),
     Floor((INIT, "__main__", "cli", "compare")),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.solvers.levenberg_marquardt import AdaptiveDamping
-from gradmaker.trust_region.damping_state import DampingState
+from gradmaker.trust_region.damping_state import due, judged
+from gradmaker.trust_region.region import Region
 from gradmaker.trust_region.rescaling import PARALLEL, minimise
 
 
@@ -72,18 +73,22 @@ class Model:
         return torch.tensor(5 - self.fall).double()
 
 
-def adapted(**options: Any) -> DampingState:
-    return DampingState(AdaptiveDamping(interval=1, omega=0.5, **options), 8.0)
+def waiting(model: Model, step: int = 0) -> Region:
+    return Region(8.0, waiting=model, index=step)  # type: ignore[arg-type]
+
+
+def rule(**options: Any) -> AdaptiveDamping:
+    return AdaptiveDamping(interval=1, omega=0.5, **options)
 
 
 def test_a_step_is_judged_once_another_begins() -> None:
     """Not while it goes on, and once."""
-    damping, model = adapted(), Model()
-    damping.watch(model, 3)  # type: ignore[arg-type]
-    assert not damping.judge(3) and damping.value == 8.0 and damping.dump(3) == 8.0 and model.asked == 0
-    assert damping.dump(4) == 4.0 and damping.value == 8.0  # as it will be
-    assert damping.judge(4) and damping.value == 4.0 and damping.ratio == pytest.approx(1.0)
-    assert not damping.judge(5) and damping.value == 4.0
+    model = Model()
+    region = waiting(model, 3)
+    assert judged(rule(), region, 3) is region and model.asked == 0
+    after = judged(rule(), region, 4)
+    assert (after.damping, after.ratio, after.waiting) == (4.0, pytest.approx(1.0), None) and region.damping == 8.0
+    assert judged(rule(), after, 5) is after
 
 
 @pytest.mark.parametrize(
@@ -94,33 +99,20 @@ def test_a_step_is_judged_once_another_begins() -> None:
     ],
 )  # fmt: skip
 def test_both_bounds_of_the_ratio(fall: float, penalised: bool, value: float) -> None:
-    damping = adapted(penalised=penalised)
-    damping.watch(Model(fall), 0)  # type: ignore[arg-type]
-    damping.judge(1)
-    assert damping.value == value
+    assert judged(rule(penalised=penalised), waiting(Model(fall)), 1).damping == value
 
 
 def test_the_penalty_is_a_half_of_damping_times_the_square() -> None:
     """``-6 + 1 + 8 / 2 = -1``: a fall by one is what was predicted."""
-    damping = adapted(penalised=True)
-    damping.watch(Model(1.0, slope=-6.0), 0)  # type: ignore[arg-type]
-    assert damping.judge(1) and damping.ratio == pytest.approx(1.0) and damping.value == 4.0
+    after = judged(rule(penalised=True), waiting(Model(1.0, slope=-6.0)), 1)
+    assert after.ratio == pytest.approx(1.0) and after.damping == 4.0
 
 
 def test_weights_that_have_not_moved_say_nothing() -> None:
-    damping = adapted()
-    damping.watch(Model(moved=0.0), 0)  # type: ignore[arg-type]
-    assert not damping.judge(1) and damping.value == 8.0 and damping.ratio is None
-
-
-def test_a_load_drops_what_is_waiting() -> None:
-    damping = adapted()
-    damping.watch(Model(), 0)  # type: ignore[arg-type]
-    damping.load(2.0)
-    assert not damping.judge(1) and damping.value == 2.0 and damping.ratio is None
+    after = judged(rule(), waiting(Model(moved=0.0)), 1)
+    assert after.damping == 8.0 and after.ratio is None
 
 
 @pytest.mark.parametrize("interval, steps", [(1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [2, 5]), (6, [5])])
 def test_the_last_step_of_an_interval(interval: int, steps: list[int]) -> None:
-    damping = DampingState(AdaptiveDamping(interval=interval), 1.0)
-    assert [step for step in range(6) if damping.due(step)] == steps
+    assert [step for step in range(6) if due(AdaptiveDamping(interval=interval), step)] == steps

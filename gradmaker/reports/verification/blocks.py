@@ -44,7 +44,7 @@ PROBES = 3
 def check_block(block: Block, found: Measured) -> list[Check]:
     """One check for each of its sites; its statistics stay."""
     own = copy.copy(block)
-    own.state, own.cache, own.ready = block.triple.representation.init(block.frame), {}, set()
+    own.held = block.writable(block.empty())
     scratch = Scratch(own, found)
     solve = approximation = None
     try:
@@ -108,7 +108,7 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     """``P g``.  # (B, *shape)"""
     block, representation = scratch.block, scratch.triple.representation
     if not representation.per_step:
-        block.prepare({s.name for s in block.sites if s.name in scratch.evidence})
+        block.held, _ = block.prepare(block.held, {s.name for s in block.sites if s.name in scratch.evidence})
         return block.applied(block.cache, g)
     solver, rounds = scratch.triple.solver, 1
     if isinstance(solver, Defined):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,12 @@ from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.passes.batches import terms_of
-from gradmaker.passes.deferred import resolve
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.checks import WHOLE
 from gradmaker.self_checks.examples import Pair, vjp_pair
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.whole import Whole
-
-if TYPE_CHECKING:
-    from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.step.protocol import CheckedMaker
 
 __all__ = ["Measured", "measure", "relative"]
 
@@ -63,14 +59,13 @@ def relative(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
     return float(difference) / size if size > 0 else float(difference)
 
 
-def measure(maker: PreconditionedGradientMaker) -> Measured:
+def measure(maker: CheckedMaker) -> Measured:
     """Repeat the declared forward pass, recorded, and measure it."""
-    tape, known = maker.new_tape(everything=True), dict[int, object]()
+    tape = maker.new_tape(everything=True)
     with tape.recording():
         with LossRecorder() as recorder:
-            output, loss = maker._forward(known)
+            output, loss, logits = maker.evaluate()
         tape.end_forward([loss])
-        logits = None if maker._logits is None else resolve(maker._logits, known)
         head = Head.of(loss, output, terms_of(recorder, loss, logits, maker.config.likelihood), recorder)
         bare = Head.of(loss, output if logits is None else logits, [], recorder)
         with torch.autocast(loss.device.type, enabled=False):
@@ -80,7 +75,7 @@ def measure(maker: PreconditionedGradientMaker) -> Measured:
 class _Pass:
     """A pass that was recorded."""
 
-    def __init__(self, maker: PreconditionedGradientMaker, tape: Tape, head: Head, bare: Head, loss: Tensor) -> None:
+    def __init__(self, maker: CheckedMaker, tape: Tape, head: Head, bare: Head, loss: Tensor) -> None:
         self.maker, self.tape, self.head, self.bare, self.loss = maker, tape, head, bare, loss
         recorded = [c for c in maker.plan.curvatures(of_passes=True) if "calls" in c.needs]
         self.sites = [s for c in recorded for s in maker.plan.sites(c) if not s.frozen]
@@ -114,7 +109,7 @@ class _Pass:
     # ---------------------------------------------------------------- self-checks
     def _check(self) -> None:
         """Make them on a copy of what the maker knows, and measure as the maker would."""
-        own, mode = self.maker.checks.arrangement, self.maker.config.self_check
+        own, mode = self.maker.arrangement, self.maker.config.self_check
         scratch = SelfChecks(self.maker.model, "fallback", self.maker.config.seed)
         scratch.arrangement = self.tape.arrangement = replace(
             own,
@@ -126,7 +121,7 @@ class _Pass:
             notes=dict(own.notes),
         )
         scratch.arrange(self.tape, self.head)
-        unseen = set(self.maker._unseen)
+        unseen = set(self.maker.unseen)
         if self.sites and self.head.outputs:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SelfCheckWarning)
@@ -142,7 +137,7 @@ class _Pass:
 
     def _judge(self, unseen: set[str], strict: bool) -> None:
         """Which sites have failed; what is measured in another way is only noted, unless ``strict``.  unseen: parameters"""
-        new = self.tape.arrangement.direct - self.maker.checks.arrangement.direct
+        new = self.tape.arrangement.direct - self.maker.arrangement.direct
         for block in self.maker.plan.blocks:
             for site in block.sites:
                 names = [k for k in site.parameters if k in unseen]

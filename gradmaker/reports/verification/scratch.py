@@ -54,10 +54,10 @@ def fill(scratch: Scratch) -> None:
         evidence = {WHOLE: _whole(scratch)}
     scratch.evidence = evidence
     if evidence:
-        block.update(evidence, ONCE, set())
+        block.update(block.held, evidence, ONCE, set())
     if kinds((Pair, "output_secant")) <= gives and evidence:  # a secant of outputs comes after the inputs
         v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in evidence}
-        block.update({k: Pair(x, 2 * x, "output_secant") for k, x in v.items()}, ONCE, set())
+        block.update(block.held, {k: Pair(x, 2 * x, "output_secant") for k, x in v.items()}, ONCE, set())
 
 
 def _evidence(scratch: Scratch, site: Site) -> Evidence | None:

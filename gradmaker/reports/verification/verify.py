@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,16 +14,14 @@ from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.reports.verification.blocks import check_block
 from gradmaker.reports.verification.passes import measure
 from gradmaker.reports.verification.result import Check, Verification
-
-if TYPE_CHECKING:
-    from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.step.protocol import CheckedMaker
 
 __all__ = ["verify"]
 
 
-def verify(maker: PreconditionedGradientMaker) -> Verification:
+def verify(maker: CheckedMaker) -> Verification:
     """Repeat the declared forward pass and check every block; weights, gradients, buffers, RNG and statistics stay."""
-    if maker._call is None or maker._loss is None:
+    if not maker.declared:
         raise RuntimeError("verify: declare a batch first, by setup_model_call and setup_loss_call")
     frozen = [name for name, module in maker.model.named_modules() if mixes(module)]
     with _undisturbed(maker.model), torch.enable_grad(), borrowing():

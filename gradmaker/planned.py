@@ -1,0 +1,187 @@
+"""A maker with a plan: which methods are due, what a pass records for them, what a curvature is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from gradmaker.capture.arrangement import Arrangement
+from gradmaker.capture.tape import OutputGradients, Tape
+from gradmaker.config import GradientConfig
+from gradmaker.curvature import Curvature
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.roles import OfSecants, Watching
+from gradmaker.curvature.step import NOTHING, Extra, Previous, Step
+from gradmaker.loss.head import Head
+from gradmaker.loss.likelihood import Terms
+from gradmaker.maker import GradientMaker
+from gradmaker.options.registry import METHODS
+from gradmaker.plan import Plan, make_plan
+from gradmaker.self_checks import SelfChecks
+from gradmaker.self_checks.whole import Whole
+from gradmaker.stacking import carry
+from gradmaker.step.clocks import PlanClocks
+from gradmaker.step.secants import incomplete
+from gradmaker.step.state import Facts, StepState
+
+__all__ = ["PlannedMaker"]
+
+
+class PlannedMaker(GradientMaker):
+    """A maker whose plan says which curvature of which parameters is measured."""
+
+    Config: ClassVar[type[GradientConfig]]
+    config: GradientConfig
+
+    def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
+        super().__init__(model, config)
+        self.plan = make_plan(model, self.config, METHODS)
+        self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
+        self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
+        self.whole = Whole(self.checks, self.config.loss_reduction)
+        self.served: frozenset[nn.Parameter] | None = None  # those that the attached optimizer holds; None: all
+        self.trust_region = self.config.trust_region(model)
+        region = None if self.trust_region is None else self.trust_region.start()
+        self.step_state = StepState(PlanClocks(self.plan.methods), region)
+        self._damp_plan()
+
+    def serve(self, parameters: frozenset[nn.Parameter] | None) -> None:
+        """Measure and precondition these alone, which an attached optimizer holds; None: all."""
+        self.served = parameters
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """Parameters with uses that their layers do not show, which the plan leaves to others."""
+        return self._unseen
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """What the self-checks have found out about the examples of its passes."""
+        return self.checks.arrangement
+
+    def purposes(self) -> frozenset[str]:
+        return self.plan.purposes()
+
+    # ---------------------------------------------------------------- passes
+    def begin_pass(self) -> bool:
+        """Whether the coming pass is to be recorded. After an exception at the end of a step it begins the step again."""
+        self._begin_again()
+        return self._asks_passes(self.step_state.ask(self.plan.blocks))
+
+    def passes_are_due(self) -> bool:
+        """Whether this step is to measure its passes; changes nothing."""
+        return self._asks_passes(self.step_state.would_ask(self.plan.blocks))
+
+    def _asks_passes(self, due: frozenset[str]) -> bool:
+        return any(self.plan.sites(c, due, self.served) for c in self.plan.curvatures(of_passes=True, due=due))
+
+    @property
+    def _due(self) -> frozenset[str]:
+        """Methods of the plan that measure their curvature in this step."""
+        return self.step_state.now.due or frozenset()
+
+    def _curvatures(self) -> list[Curvature]:
+        """Those that are measured on the passes of this step."""
+        return self.plan.curvatures(of_passes=True, due=self._due)
+
+    def new_tape(self, everything: bool = False) -> Tape:
+        """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
+        due = None if everything else self._due
+        recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if "calls" in c.needs]
+        own = (m for c in recorded for s in self.plan.sites(c, due, self.served) for m in s.modules)
+        modules = dict.fromkeys((*own, *(m for c in recorded if isinstance(c, Watching) for m in c.watches(self.model))))
+        tape = Tape(self.model, modules, self.checks.arrangement, self.config.batch_axis)
+        tape.assume(self._declared[""].counted(self.config.batch_axis) if self._declared else None)
+        return tape
+
+    # ---------------------------------------------------------------- another plan
+    def plan_again(self, unseen: frozenset[str]) -> None:
+        """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
+        plan = make_plan(self.model, self.config, METHODS, unseen)
+        carry([(b, b.held) for b in self.plan.blocks], [(b, b.held) for b in plan.blocks])
+        self.adopt(plan, unseen)
+
+    def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
+        """Go on with another plan, whose blocks have taken over what those of the former hold."""
+        self.plan, self._unseen = plan, unseen
+        self.checks.arrangement.direct |= unseen
+        self.step_state.move(plan.blocks, plan.methods)
+        self._damp_plan()
+
+    def _undo(self, before: Facts) -> None:
+        """Take the step back; a plan that has been made since stays, as what the self-checks have found does."""
+        self.step_state.undo(before)
+        if not all(block in self.plan.blocks for block in before.work.held):
+            self.step_state.move(self.plan.blocks, self.plan.methods)
+        self._damp()
+
+    def _damp_plan(self) -> None:
+        """The blocks are new ones."""
+        region = self.step_state.now.region
+        if self.trust_region is not None and region is not None:
+            self.trust_region.serve(self.plan.blocks, region)
+
+    def _damp(self) -> None:
+        """The damping may have changed."""
+        region = self.step_state.now.region
+        if self.trust_region is not None and region is not None:
+            self.trust_region.damp(region)
+
+    # ---------------------------------------------------------------- what a curvature is told
+    def _whole(self, curvature: Curvature) -> bool:
+        return any(b.full for b in self.plan.blocks if b.triple.curvature == curvature)
+
+    def _step(
+        self,
+        curvature: Curvature,
+        part: int,
+        due: frozenset[str] | None = None,
+        tape: Tape | None = None,
+        terms: Iterable[Terms] = (),
+        masked: bool = False,
+        output_gradients: OutputGradients | None = None,
+        head: Head | None = None,
+        extra: Extra = NOTHING,
+    ) -> Step:
+        """What a curvature may know; without a tape when the passes are over.  due: methods whose sites it speaks of"""
+        c = self.config
+        return Step(
+            index=self.step,
+            seed=c.seed,
+            sites=[s for s in self.plan.sites(curvature, due, self.served) if not s.frozen],
+            dtype=c.statistics_dtype(),
+            tape=Tape(self.model, ()) if tape is None else tape,
+            terms=list(terms),
+            head=head,
+            whole=self._whole(curvature),
+            output_gradients=output_gradients,
+            reduction=c.loss_reduction,
+            masked=masked,
+            part=part,
+            graph=extra.graph,
+            batches=extra.batches,
+            previous=extra.previous,
+            notes=extra.notes,
+            own=extra.own,
+        )
+
+    # ---------------------------------------------------------------- secants
+    def _complete(self) -> None:
+        """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
+        now = self.step_state.now
+        previous = incomplete(now, self.plan.asks("previous", self._due))
+        if previous is not None:
+            self.step_state.complete({**previous.older, **self.secants(previous)})
+
+    def secants(self, previous: Previous) -> dict[str, Evidence]:
+        """By site, of a step whose weights have moved since."""
+        found: dict[str, Evidence] = {}
+        for curvature in self.plan.curvatures(of_passes=True):
+            if isinstance(curvature, OfSecants):
+                step = self._step(curvature, 0, extra=Extra(previous=previous))
+                with torch.enable_grad():
+                    found |= curvature.secants(step)
+        return found

@@ -1,0 +1,80 @@
+"""The clocks of a plan: a pair for each of its methods."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from gradmaker.blocks import Block
+from gradmaker.representations.base import Fold
+from gradmaker.schedule import Clocks
+
+if TYPE_CHECKING:
+    from gradmaker.config import GradientConfig
+
+__all__ = ["PlanClocks"]
+
+
+class PlanClocks:
+    """A pair of clocks for each method of a plan: the intervals of one say nothing to the other."""
+
+    def __init__(self, methods: Mapping[str, GradientConfig]) -> None:
+        self.methods = dict(methods)
+        self.of = {name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps) for name, c in methods.items()}
+
+    def copy(self) -> PlanClocks:
+        """Clocks that show the same."""
+        made = copy.copy(self)
+        made.of = {name: clocks.copy() for name, clocks in self.of.items()}
+        return made
+
+    def serving(self, methods: Mapping[str, GradientConfig]) -> PlanClocks:
+        """The same clocks for another plan; a method that is new there begins at once."""
+        made = PlanClocks(methods)
+        made.of |= {name: clocks.copy() for name, clocks in self.of.items() if name in made.of}
+        return made
+
+    def measure(self, step: int, blocks: Iterable[Block], among: Collection[str] | None = None) -> frozenset[str]:
+        """The methods that are to be measured; to be asked once for each step.  among: the methods that are asked; None: all"""
+        ending = {b.options.method for b in blocks if b.triple.representation.per_step}
+        asked = [(name, clocks) for name, clocks in self.of.items() if among is None or name in among]
+        return frozenset(name for name, clocks in asked if clocks.measure.tick(step) | (name in ending))
+
+    def retry(self, due: Collection[str], reached: Collection[str], step: int, blocks: Collection[Block]) -> None:
+        """What came to nothing is to be measured at ``step``.  reached: sites that gave evidence"""
+        for name in due:
+            if not any(s.name in reached for b in blocks if b.options.method == name for s in b.sites):
+                self.of[name].measure.retry(step)
+
+    def folds(self, step: int, blocks: Iterable[Block], weight: float) -> dict[Block, Fold]:
+        """How evidence of a micro-batch enters the statistics of blocks; changes nothing.  weight: its share of the loss"""
+        shown = self.copy()
+        for clocks in shown.of.values():
+            clocks.refresh.tick(step)
+        found = {}
+        for block in blocks:
+            clocks = shown.of[block.options.method]
+            found[block] = block.fold(weight, shown._is_due(block, step), clocks.measure.ticks - 1)
+        return found
+
+    def _is_due(self, block: Block, step: int) -> bool:
+        name = block.options.method
+        return self.of[name].refresh.due(step, block.share if self.methods[name].stagger else 0.0)
+
+    def refreshes(self, step: int, blocks: Collection[Block]) -> Iterator[tuple[Block, bool]]:
+        """Every block, and whether it is to be refreshed; may be asked again for the same step."""
+        for name, clocks in self.of.items():
+            clocks.refresh.tick(step)
+            for block in blocks:
+                if block.options.method == name:
+                    yield block, self._is_due(block, step)
+
+    def dump(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Their periods, by method."""
+        return {name: clocks.dump() for name, clocks in self.of.items()}
+
+    def load(self, saved: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+        """Go on from `dump`."""
+        for name, clocks in self.of.items():
+            clocks.load(saved[name])

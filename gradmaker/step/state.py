@@ -1,0 +1,270 @@
+"""The one owner of a step: what it knows of itself, and the legal transitions between its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import Tensor, nn
+
+from gradmaker.blocks import Block
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.step import Previous
+from gradmaker.failures import Report
+from gradmaker.representations.base import Fold
+from gradmaker.step.clocks import PlanClocks
+from gradmaker.step.draft import Draft, Work
+from gradmaker.trust_region.quadratic import QuadraticModel
+from gradmaker.trust_region.region import Region
+
+if TYPE_CHECKING:
+    from gradmaker.config import GradientConfig
+
+__all__ = ["End", "Facts", "Phase", "StepState"]
+
+Gradients: TypeAlias = tuple[tuple[nn.Parameter, Tensor | None], ...]
+"""``.grad`` by parameter: the tensors themselves."""
+
+
+class Phase(Enum):
+    """Where a step is."""
+
+    BETWEEN = "between steps"
+    PASSES = "passes under way"
+    ENDING = "ending"
+    FAILED = "ended in an exception"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is known at one moment. Nothing in it is written to, so that it is its own copy."""
+
+    index: int = 0
+    phase: Phase = Phase.BETWEEN
+    clocks: PlanClocks = field(default_factory=lambda: PlanClocks({}))
+    skipped: int = 0  # steps whose loss or gradients were not finite
+    ever: frozenset[str] = frozenset()  # sites that have given evidence at all
+    previous: Previous | None = None  # the last measured step, for secants; of this one, once a pass of it was measured
+    region: Region | None = None  # what a trust region knows
+    reports: tuple[Report, ...] = ()  # of failed refreshes, on their way to the host
+    # --- of the step under way
+    due: frozenset[str] | None = None  # methods that measure their curvature in it; None: the clocks were not asked yet
+    finite: bool = True
+    checked: bool = False  # whether anything was checked for being finite
+    shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: not known
+    work: Work = Work()
+    trial: QuadraticModel | None = None
+    gradients: Gradients | None = None  # from before it; None: `.grad` is not the maker's
+    left: tuple[tuple[nn.Parameter, Tensor | None, int], ...] = ()  # gradients that its end has left, with their versions
+    begun: Facts | None = None  # as it was before its first micro-batch
+
+    @property
+    def part(self) -> int:
+        """The number of micro-batches so far, which is the index of the next one."""
+        return len(self.shares)
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """Sites that have given evidence at all, those of this step among them."""
+        return self.ever | self.work.reached
+
+
+@dataclass(frozen=True)
+class End:
+    """What the end of a step has computed."""
+
+    work: Work | None = None  # None: nothing is to be kept, as nothing was finite
+    gradients: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)  # to be written to `.grad`
+    clocks: PlanClocks | None = None
+    reports: tuple[Report, ...] = ()
+    region: Region | None = None
+
+
+class StepState:
+    """Owns the `Facts` of a maker's step; a method for each legal transition, a RuntimeError for every other."""
+
+    def __init__(self, clocks: PlanClocks | None = None, region: Region | None = None) -> None:
+        self._now = Facts(clocks=clocks or PlanClocks({}), region=region)
+
+    @property
+    def now(self) -> Facts:
+        """What is known; also what `undo` takes back to."""
+        return self._now
+
+    def _check(self, transition: str, *legal: Phase) -> Facts:
+        if self._now.phase not in legal:
+            phases = " or ".join(f"'{phase.value}'" for phase in legal)
+            raise RuntimeError(
+                f"step {self._now.index}: {transition} is not legal in the phase '{self._now.phase.value}', only in {phases}"
+            )
+        return self._now
+
+    def undo(self, before: Facts) -> None:
+        """Take everything back to an earlier moment of the same step."""
+        if before.index != self._now.index:
+            raise RuntimeError(f"step {self._now.index}: undo leads to a moment of another step, {before.index}")
+        self._now = before
+
+    # ---------------------------------------------------------------- passes
+    def ask(self, blocks: Collection[Block]) -> frozenset[str]:
+        """The methods that measure in this step: asks the clocks, once a step."""
+        now = self._check("ask", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
+        if now.due is None:
+            clocks, due = self._asked(blocks)
+            self._now = replace(now, clocks=clocks, due=due)
+            return due
+        return now.due
+
+    def _asked(self, blocks: Collection[Block]) -> tuple[PlanClocks, frozenset[str]]:
+        clocks = self._now.clocks.copy()
+        return clocks, clocks.measure(self._now.index, blocks)
+
+    def would_ask(self, blocks: Collection[Block]) -> frozenset[str]:
+        """What `ask` would say; changes nothing."""
+        return self._asked(blocks)[1] if self._now.due is None else self._now.due
+
+    def folds(self, blocks: Collection[Block], weight: float) -> dict[Block, Fold]:
+        """How evidence of a micro-batch enters the statistics of blocks.  weight: of its loss in that of the step"""
+        return self._now.clocks.folds(self._now.index, blocks, weight)
+
+    def note(self, finite: bool) -> None:
+        """The loss or the gradients were checked."""
+        now = self._check("note", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
+        self._now = replace(now, finite=now.finite and finite, checked=True)
+
+    def judge_anew(self) -> None:
+        """Whether an earlier pass was finite shows in ``.grad`` at the end of the step."""
+        now = self._check("judge_anew", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        self._now = replace(now, finite=True, checked=False)
+
+    def draft(self) -> Draft:
+        """A draft of the next micro-batch, or of the end of the step."""
+        return Draft(self._now.work, self._now.part)
+
+    def accumulate(self, weight: float, examples: int, draft: Draft | None = None) -> None:
+        """A micro-batch is part of the step.  draft: what it brings, if it was measured"""
+        now = self._check("accumulate", Phase.BETWEEN, Phase.PASSES)
+        if draft is not None and draft.base is not now.work:
+            raise RuntimeError(f"step {now.index}: accumulate: another micro-batch has come since the measurement began")
+        begun = replace(now, finite=True, checked=False) if now.phase is Phase.BETWEEN else now.begun
+        work = now.work if draft is None else draft.work()
+        self._now = replace(now, phase=Phase.PASSES, shares=(*now.shares, (weight, examples)), work=work, begun=begun)
+
+    def keep_apart(self, before: Gradients) -> None:
+        """What was in ``.grad`` before the first micro-batch."""
+        now = self._check("keep_apart", Phase.PASSES)
+        if now.gradients is not None:
+            raise RuntimeError(f"step {now.index}: keep_apart: the gradients from before it are known")
+        self._now = replace(now, gradients=before)
+
+    def drop(self) -> None:
+        """The micro-batches so far are part of no step: the gradients of a loop that is not the maker's are gone."""
+        now = self._check("drop", Phase.PASSES, Phase.FAILED)
+        if now.gradients is not None:
+            raise RuntimeError(f"step {now.index}: drop: its gradients are the maker's")
+        self._now = replace(now.begun or now, phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
+
+    # ---------------------------------------------------------------- what is kept of the last step
+    def remember(self, previous: Previous) -> None:
+        """This step, with the pass that was measured last."""
+        self._now = replace(self._check("remember", Phase.PASSES), previous=previous)
+
+    def complete(self, pairs: dict[str, Evidence]) -> None:
+        """The secants of the last measured step are known: let go of its batch."""
+        now = self._check("complete", Phase.BETWEEN, Phase.PASSES)
+        assert now.previous is not None
+        self._now = replace(now, previous=Previous([], {}, {}, now.previous.index, pairs))
+
+    def judge(self, region: Region) -> None:
+        """What a trust region knows at the beginning of a pass."""
+        self._now = replace(self._check("judge", Phase.BETWEEN, Phase.PASSES), region=region)
+
+    def attempt(self, trial: QuadraticModel) -> None:
+        """The quadratic model of this step, with the pass that was made last."""
+        self._now = replace(self._check("attempt", Phase.PASSES), trial=trial)
+
+    # ---------------------------------------------------------------- the end
+    def end(self) -> None:
+        """Begin to end the step; after an exception, again."""
+        now = self._check("end", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        self._now = replace(now, phase=Phase.ENDING)
+
+    def refreshes(self, blocks: Collection[Block]) -> tuple[PlanClocks, Iterator[tuple[Block, bool]]]:
+        """Every block and whether it is to be refreshed, with the clocks that are to be kept then."""
+        clocks = self._check("refreshes", Phase.ENDING).clocks.copy()
+        return clocks, clocks.refreshes(self._now.index, blocks)
+
+    def fail(self, before: Facts) -> None:
+        """The end was an exception: it may be called again, or the step may begin again.  before: as it was before `end`"""
+        self._check("fail", Phase.ENDING)
+        left = tuple((p, p.grad, -1 if p.grad is None else p.grad._version) for p, _ in before.gradients or ())
+        self._now = replace(before, phase=Phase.FAILED, left=left)
+
+    def begin_again(self) -> Gradients:
+        """After an exception at its end the step begins anew; returns ``.grad`` as it was before it, if that still counts.
+
+        Micro-batches of another loop stay: it is told by ``.grad`` whether they are part of the step, see `drop`.
+        """
+        now = self._check("begin_again", Phase.FAILED)
+        if now.gradients is None:
+            self._now = replace(now, phase=Phase.PASSES if now.shares else Phase.BETWEEN, left=())
+            return ()
+        untouched = all(p.grad is g and (g is None or g._version == version) for p, g, version in now.left)
+        self._now = replace(now.begun or now, phase=Phase.BETWEEN, gradients=None, left=())
+        return now.gradients if untouched else ()
+
+    def finish(self, end: End, blocks: Collection[Block], write: Callable[[], None]) -> None:
+        """The step is done: its gradients are written, and the blocks hold what it has brought.
+
+        blocks: of the plan.  write: puts the gradients into ``.grad``; the last that may raise
+        """
+        now = self._check("finish", Phase.ENDING)
+        clocks, work = (end.clocks or now.clocks).copy(), end.work or Work()
+        clocks.retry(now.due or (), work.reached, now.index + 1, blocks)
+        done = Facts(
+            index=now.index + 1,
+            clocks=clocks,
+            skipped=now.skipped + int(not now.finite),
+            ever=now.ever | work.reached,
+            previous=now.previous,
+            region=end.region or now.region,
+            reports=end.reports,
+        )
+        write()
+        self._now = done
+        for block, held in work.held.items():
+            block.held = held
+        for block in blocks:
+            block.triple.representation.release(block.state)
+
+    # ---------------------------------------------------------------- another plan, another state
+    def move(self, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> None:
+        """Go on with the blocks of another plan, which have taken over what the former hold."""
+        now = self._check("move", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        begun = None if now.begun is None else _served(now.begun, blocks, methods)
+        self._now = replace(_served(now, blocks, methods), work=now.work.moved(blocks), begun=begun)
+
+    def saved(self) -> Facts:
+        """What is to be saved: of a loop that is not the maker's, whose gradients are not saved, none of its micro-batches."""
+        now = self._check("saved", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        if now.gradients is not None or now.phase is Phase.BETWEEN:
+            return now
+        return replace(now.begun or now, phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
+
+    def load(self, facts: Facts) -> None:
+        """Go on from another moment, of any step."""
+        if facts.phase is Phase.ENDING:
+            raise RuntimeError("load: a step cannot be gone on with in the middle of its end")
+        self._now = facts
+
+
+def _served(facts: Facts, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> Facts:
+    """With the clocks of another plan. What is new there and measured once a step is due in the step under way, too."""
+    clocks = facts.clocks.serving(methods)
+    if facts.due is None:
+        return replace(facts, clocks=clocks)
+    recorded = {b.options.method for b in blocks if b.triple.curvature.of_passes}  # the pass showing it is recorded for others
+    new = [name for name in methods if name not in facts.clocks.of and name not in recorded]
+    return replace(facts, clocks=clocks, due=facts.due | clocks.measure(facts.index, blocks, new))
