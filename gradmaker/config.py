@@ -101,6 +101,8 @@ class GradientConfig(metaclass=RenamedOptions):
     """Whether `preconditioner_interval` is that of a slow part of statistics; blocks without one follow every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
     """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
+    renamed_options: ClassVar[dict[str, str]] = {}
+    """Today's name of an option of this method by its earlier one, beside those of all methods."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options that say nothing to this method, with the reason and a way out: only their defaults are accepted."""
     only_with: ClassVar[dict[str, dict[str, Any]]] = {}

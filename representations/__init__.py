@@ -8,7 +8,7 @@ ask for. No representation counts steps by itself: intervals are those of a meth
 from gradmaker.linalg.state import State
 from gradmaker.options.registry import Registry, register
 from gradmaker.representations.alternating_inverse import AlternatingInverse
-from gradmaker.representations.base import Fold, Frame, Representation
+from gradmaker.representations.base import Fold, Frame, Representation, average
 from gradmaker.representations.capabilities import (
     Elementwise,
     Factored,
@@ -117,4 +117,5 @@ __all__ = [
     "Truncated",
     "Window",
     "ZeroHistory",
+    "average",
 ]

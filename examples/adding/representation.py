@@ -6,8 +6,7 @@ from torch import Tensor
 
 from gradmaker import register
 from gradmaker.curvature import Evidence, Gradient, kinds
-from gradmaker.linalg.state import State
-from gradmaker.representations.base import Fold, Frame, Representation, average
+from gradmaker.representations import Fold, Frame, Representation, State, average
 
 
 @register

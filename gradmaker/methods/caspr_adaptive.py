@@ -11,6 +11,7 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.linalg.factor_roots import FactorRoot
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
+from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Diagonal, OneWayDims
@@ -34,6 +35,7 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5, external tuning.
     """
 
+    renamed_options = BASIS_INTERVAL
     slow_part = True
 
     damping: float = 1e-6

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gradmaker.capture.sites import Site
 from gradmaker.methods.weight_sharing import Sharing, SharingGradientConfig
+from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import Eigenbasis
@@ -26,6 +27,7 @@ class EkfacGradientConfig(SharingGradientConfig):
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, algorithm 1 (EKFAC).
     """
 
+    renamed_options = BASIS_INTERVAL
     slow_part = True
 
     preconditioner_interval: int | Schedule = 50

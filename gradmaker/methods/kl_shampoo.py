@@ -8,6 +8,7 @@ from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
+from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import CrossDims
@@ -26,6 +27,8 @@ class KlShampooGradientConfig(AxesGradientConfig):
 
     Reference: Lin et al. 2025, arXiv:2509.03378.
     """
+
+    renamed_options = BASIS_INTERVAL
 
     damping: float = 1e-8
     decay: float | None = 0.98

@@ -9,6 +9,7 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig, HeldRootsGradientConfig
 from gradmaker.options.checks import check_choice
+from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import AlternatingInverse, InverseDims
@@ -83,6 +84,8 @@ class KradagradGradientConfig(AxesGradientConfig):
 
     Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416.
     """
+
+    renamed_options = BASIS_INTERVAL
 
     damping: float = 1e-8
     decay: float | None = None

@@ -9,6 +9,7 @@ from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
+from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
 from gradmaker.representations import RotatedDims
@@ -29,6 +30,8 @@ class SoapGradientConfig(AxesGradientConfig):
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3; defaults of its code.
     """
+
+    renamed_options = BASIS_INTERVAL
 
     damping: float = 1e-8
     decay: float | None = 0.95
@@ -69,6 +72,8 @@ class EshampooGradientConfig(AxesGradientConfig):
     Reference: Eschenhagen et al., 2025, arXiv:2506.03595; the order and the criterion of
     a renewal are those of Meta's Distributed Shampoo, whose epsilon is 1e-12 and whose statistics are sums by default.
     """
+
+    renamed_options = BASIS_INTERVAL
 
     damping: float = 1e-8
     decay: float | None = 0.95

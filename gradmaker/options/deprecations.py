@@ -13,15 +13,26 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["MOVED_MODULES", "RENAMED_OPTIONS", "RenamedOptions", "current_name", "moved_module", "moved_names", "warn_of"]
+__all__ = [
+    "BASIS_INTERVAL",
+    "MOVED_MODULES",
+    "RENAMED_OPTIONS",
+    "RenamedOptions",
+    "current_name",
+    "moved_module",
+    "moved_names",
+    "warn_of",
+]
 
 RENAMED_OPTIONS = {
     "norm": "grafting",
     "norm_decay": "grafting_decay",
     "spread": "stagger",
-    "basis_interval": "preconditioner_interval",
 }
 """Today's name of an option by its earlier one. It holds for what has the one as a field and not the other."""
+
+BASIS_INTERVAL = {"basis_interval": "preconditioner_interval"}
+"""The same, for the methods that had it: theirs are `GradientConfig.renamed_options`."""
 
 MOVED_MODULES = {
     "gradmaker.layers": "gradmaker.capture.rules.layers",
@@ -53,7 +64,7 @@ class RenamedOptions(ABCMeta):
 def current_name(made: Any, name: str) -> str:
     """The name that an option of a dataclass has today: the given one where it is no earlier name."""
     names = {f.name for f in fields(made)} if is_dataclass(made) else set()
-    new = RENAMED_OPTIONS.get(name, name)
+    new = (RENAMED_OPTIONS | getattr(made, "renamed_options", {})).get(name, name)
     return new if new in names and name not in names else name
 
 

@@ -23,7 +23,7 @@ from gradmaker.options.deprecations import MOVED_MODULES, RENAMED_OPTIONS
 from gradmaker.schedule import Stepped
 
 ROOT = Path(__file__).resolve().parents[2]
-EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False, "basis_interval": 7}
+EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False}
 BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}}
 
 
@@ -182,6 +182,8 @@ def test_an_interval_of_measurements_becomes_one_of_steps() -> None:
         assert ekfac(basis_interval=5, curvature_interval=3).preconditioner_interval == 15  # type: ignore[call-arg]
     with pytest.warns(DeprecationWarning, match="basis_interval"):
         assert soap(basis_interval=7).preconditioner_interval == 7  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="basis_interval"):
+        gm.KfacGradientConfig(basis_interval=5)  # type: ignore[call-arg]
     changing = Stepped(milestones={0: 1, 10: 5})
     with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="counted measurements"):
         ekfac(basis_interval=5, curvature_interval=changing)  # type: ignore[call-arg]
