@@ -13,6 +13,18 @@ from gradmaker.curvature.evidence import WHOLE, Evidence
 from gradmaker.gathering import Members, Piece, picked, placed
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame, State
+from gradmaker.representations.roles import (
+    FactoredAxes,
+    OwnOrder,
+    PerStep,
+    Unstacked,
+    diagonal_axes,
+    duplicate,
+    has_refresh,
+    renewal,
+    skips_first,
+    snapshot,
+)
 
 __all__ = ["WHOLE", "Block", "Solved"]
 
@@ -55,7 +67,7 @@ class Block:
     def cost(self) -> float:
         """Relative cost of a refresh: the cubes of its matrices."""
         sides = [s for j, s in enumerate(self.frame.shape) if j not in self.frame.diagonal]
-        if not self.triple.representation.factored_axes:
+        if not isinstance(self.triple.representation, FactoredAxes):
             sides = [prod(self.frame.shape)]
         longest = self.frame.longest or max(sides, default=1)
         return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
@@ -106,7 +118,6 @@ class Block:
         done = set() if done is None else done
         if self.full and self.name in done:
             return
-        self.state = self.triple.representation.adopt(self.state)
 
         def of(piece: Piece) -> Fold:
             return fold.of(again=piece.names[0] in further, first=known.isdisjoint(piece.names))
@@ -117,7 +128,7 @@ class Block:
             done.update([self.name] if self.full else piece.names)
 
     def _update(self, piece: Piece, fold: Fold) -> None:
-        whole = self.full or self.triple.representation.unstacked
+        whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = self.state if whole else picked(self.state, piece.slots)
         before = _versions(self.state)
         try:
@@ -171,8 +182,8 @@ class Block:
         """
         known = {s.name for s in self.sites if s.name in measured}
         representation, new = self.triple.representation, known - self.ready
-        state = self._renewed((known if due else new).difference(evidence if representation.refreshes_in_update else ()))
-        if due or representation.per_step or representation.immediate:
+        state = self._renewed((known if due else new).difference(evidence if isinstance(representation, OwnOrder) else ()))
+        if due or renewal(representation) == "step":
             old = known & self.ready
         else:
             old = (known & self.ready).intersection(evidence) if self.follows_measurements else set()
@@ -181,21 +192,21 @@ class Block:
         elif not self.full:  # all is computed before anything is changed: an exception leaves the cache as it was
             for slots, cache in [self._prepared(state, names, again) for names, again in ((old, True), (new, False))]:
                 self._place(slots, cache)
-        self.state, self.fresh, self.ready = state, new if representation.skips_first else set(), known
+        self.state, self.fresh, self.ready = state, new if skips_first(representation) else set(), known
         return bool(old or new)
 
     @property
     def follows_measurements(self) -> bool:
         """Whether the cache is renewed after every measurement, and the refresh clock is that of the statistic's slow part."""
         representation = self.triple.representation
-        return representation.follows_measurements or (self.options.slow_part and not representation.has_refresh)
+        return renewal(representation) == "measurement" or (self.options.slow_part and not has_refresh(representation))
 
     def _renewed(self, names: set[str]) -> State:
         """The statistic after a refresh of these members; out of place, so that an exception leaves it as it was."""
         representation = self.triple.representation
-        if not names or not representation.has_refresh:
+        if not names or not has_refresh(representation):
             return self.state
-        state = representation.duplicate(self.state)
+        state = duplicate(representation, self.state)
         slots = [slice(None)] if self.full else [t for s, t in zip(self.sites, self.slots, strict=True) if s.name in names]
         part = picked(state, slots)
         representation.refresh(part)
@@ -209,7 +220,7 @@ class Block:
     @property
     def late(self) -> bool:
         """Whether names and shapes of its tensors are known only when it has been measured."""
-        return self.triple.representation.unstacked and not self.triple.representation.per_step
+        return isinstance(self.triple.representation, Unstacked) and not isinstance(self.triple.representation, PerStep)
 
     def empty_cache(self) -> State:
         """The names and shapes of a cache, all zero; none where these are not known yet."""
@@ -249,7 +260,7 @@ class Block:
 
         raw: this step's gradient; started: False for what `grafting` takes the length from, instead
         """
-        (g, average), cache = self.averaged(raw), self.triple.representation.snapshot(self.cache)
+        (g, average), cache = self.averaged(raw), snapshot(self.triple.representation, self.cache)
         value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in self.grafting_state.items()}
         if rule := self.options.grafting:
             value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
@@ -284,7 +295,7 @@ def _joined_frame(placements: list[Placement], full: bool) -> Frame:
     if not full:
         return replace(frame, stack=sum(p.count for p in placements))
     shape = (sum(prod(p.site.shape) for p in placements),)
-    placements[0].triple.representation.wide(shape, placements[0].options.max_dim)
+    diagonal_axes(placements[0].triple.representation, shape, placements[0].options.max_dim)
     return replace(frame, shape=shape)
 
 

@@ -20,6 +20,7 @@ from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import PerStep
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.schedule import Clocks
 from gradmaker.stacking import build_blocks
@@ -58,7 +59,7 @@ class Plan:
     @property
     def per_step(self) -> frozenset[Curvature]:
         """Those whose evidence ends with the step: they are measured at every one."""
-        return frozenset(b.triple.curvature for b in self.blocks if b.triple.representation.per_step)
+        return frozenset(b.triple.curvature for b in self.blocks if isinstance(b.triple.representation, PerStep))
 
     def purposes(self) -> frozenset[str]:
         """What a batch of its own can be declared for."""
@@ -89,7 +90,7 @@ class PlanClocks:
 
     def measure(self, step: int) -> frozenset[str]:
         """The methods that are to be measured; to be asked once for each step."""
-        ending = {b.options.method for b in self.plan.blocks if b.triple.representation.per_step}
+        ending = {b.options.method for b in self.plan.blocks if isinstance(b.triple.representation, PerStep)}
         return frozenset(name for name, clocks in self.of.items() if clocks.measure.tick(step) | (name in ending))
 
     def retry(self, due: Collection[str], reached: Collection[str], step: int) -> None:

@@ -20,6 +20,7 @@ from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached
 from gradmaker.measuring import MeasuringMaker
 from gradmaker.reports.summary import Summary, summarise
 from gradmaker.reports.verification import Verification, verify
+from gradmaker.representations.roles import release
 from gradmaker.step.ledger import WHOLE_STEP, Ledger
 from gradmaker.step.pool import Pool
 
@@ -65,7 +66,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self._due, self._finite, self._noted, self._ledger, self._part = frozenset(), True, False, Ledger(), -1
         self._pool = Pool()
         for block in self.plan.blocks:
-            block.triple.representation.release(block.state)
+            release(block.triple.representation, block.state)
 
     def _abandon(self) -> None:
         self._part, self._pool = -1, Pool()

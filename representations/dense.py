@@ -12,13 +12,14 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer,
 from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, State, average
+from gradmaker.representations.base import Fold, Frame, Grain, State, average
+from gradmaker.representations.roles import WholeLayers
 
 __all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
-class Dense(Representation):
+class Dense(WholeLayers):
     """The whole matrix of every block, ``C = sum_N vec(J_N) vec(J_N)^T``.
 
     ``full`` is exact natural gradient; ``layer`` its block diagonal, one block for all groups of a convolution and all channels
@@ -28,7 +29,6 @@ class Dense(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint, Gradient, Product)
-    whole_layers: ClassVar[bool] = True
 
     granularity: Literal["full", "layer", "unit"] = "layer"
 

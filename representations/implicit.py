@@ -13,8 +13,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Layers, Product
 from gradmaker.linalg.matrix_from_products import form_blocks
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
 from gradmaker.representations.capabilities import Multiplies
+from gradmaker.representations.roles import Compact, PerStep, Snapshots, Unstacked
 
 __all__ = ["Held", "Implicit", "MatrixFree"]
 
@@ -52,7 +53,7 @@ class MatrixFree(Multiplies, Protocol):
 
 
 @dataclass(frozen=True)
-class Implicit(Representation):
+class Implicit(Unstacked, PerStep, Snapshots, Compact):
     """``C`` as a function, all parameters one vector: the weighted sum of the products of a step's micro-batches.
 
     A product keeps the graph of its pass. It ends with the step, so that there are no averages over steps, and intervals
@@ -60,9 +61,6 @@ class Implicit(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Product)
-    unstacked: ClassVar[bool] = True
-    per_step: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT | EVERY_STEP
 
     @property
@@ -91,9 +89,6 @@ class Implicit(Representation):
     def release(self, state: State) -> None:
         if isinstance(state, Held):
             state.products.clear()
-
-    def adopt(self, state: State) -> State:
-        return state if isinstance(state, Held) else Held(state)
 
     def snapshot(self, state: State) -> State:
         held = Held(state)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, State
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, State
 from gradmaker.representations.capabilities import Multiplies
+from gradmaker.representations.roles import Compact, PerStep
 
 __all__ = ["Placed", "Position"]
 
@@ -26,12 +27,10 @@ class Placed(Multiplies, Protocol):
 
 
 @dataclass(frozen=True)
-class Position(Representation):
+class Position(PerStep, Compact):
     """The weights of the newest gradient, as one vector. Of ``C`` nothing is held: taken alone, it stands for ``C = I``."""
 
     takes: ClassVar[frozenset[Kind]] = kinds((Gradient, "located"))
-    per_step: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     inapplicable = (
         NEWEST_ALONE | NO_LIMIT | dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)
     )

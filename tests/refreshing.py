@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.representations.base import Fold, Representation, State
+from gradmaker.representations.roles import OwnOrder
 
 __all__ = ["follow", "take"]
 
@@ -15,7 +16,7 @@ def take(representation: Representation, state: State, evidence: Evidence, fold:
     """One step: evidence enters, and what is slow is renewed, before, in between or after.  index: of the step"""
     first = index == 0
     representation.update(state, evidence, replace(fold, first=first, refresh=due or first, index=index))
-    if (due or first) and not representation.refreshes_in_update:
+    if (due or first) and not isinstance(representation, OwnOrder):
         representation.refresh(state)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gradmaker.blocks import Block, Solved
+from gradmaker.representations.roles import PerStep
 
 __all__ = ["WHOLE_STEP", "Ledger"]
 
@@ -59,7 +60,7 @@ class Ledger:
         """The passes of the step are to be repeated: what ends with a pass is measured anew.  blocks: those of the plan"""
         self.solved = None
         for block in blocks:
-            if block.triple.representation.per_step:
+            if isinstance(block.triple.representation, PerStep):
                 block.triple.representation.release(block.state)
                 own = {block.name, *(s.name for s in block.sites)}
                 self.prepared.pop(block, None)

@@ -12,6 +12,7 @@ from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import duplicate
 from gradmaker.stacking import carry
 from gradmaker.step.ledger import Ledger
 from gradmaker.step.pool import Pool
@@ -79,5 +80,5 @@ class Pending:
 
 def _copied(block: Block) -> Block:
     held = copy.copy(block)
-    held.state = block.triple.representation.duplicate(block.state)
+    held.state = duplicate(block.triple.representation, block.state)
     return held
