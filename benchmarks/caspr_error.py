@@ -41,6 +41,7 @@ from gradmaker.representations import (
     Representation,
 )
 from gradmaker.representations.base import Fold, Frame
+from gradmaker.representations.roles import OwnOrder
 from gradmaker.solvers import AxisMean, Division, Eigh, HeldRoot, PositiveRoot, Solver
 
 RIDGE = 1e-6
@@ -100,7 +101,7 @@ def preconditioner(method: Method, gradients: list[Tensor]) -> Tensor:
     for index, g in enumerate(gradients):
         due, first = index % method.interval == 0, index == 0
         representation.update(state, Gradient(g.unsqueeze(0)), replace(fold, refresh=due, first=first, index=index))
-        if due and not representation.refreshes_in_update:
+        if due and not isinstance(representation, OwnOrder):
             representation.refresh(state)
     cache = solver.prepare(representation, state, None)
     units = torch.eye(gradients[0].numel(), dtype=torch.float64).reshape(-1, 1, *shape)

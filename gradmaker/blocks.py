@@ -14,6 +14,18 @@ from gradmaker.gathering import Members, Piece, picked, placed
 from gradmaker.linalg.state import State
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame
+from gradmaker.representations.roles import (
+    FactoredAxes,
+    OwnOrder,
+    PerStep,
+    Unstacked,
+    diagonal_axes,
+    duplicate,
+    has_refresh,
+    renewal,
+    skips_first,
+    snapshot,
+)
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
@@ -75,7 +87,7 @@ class Block:
     def cost(self) -> float:
         """Relative cost of a refresh: the cubes of its matrices."""
         sides = [s for j, s in enumerate(self.frame.shape) if j not in self.frame.diagonal]
-        if not self.triple.representation.factored_axes:
+        if not isinstance(self.triple.representation, FactoredAxes):
             sides = [prod(self.frame.shape)]
         longest = self.frame.longest or max(sides, default=1)
         return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
@@ -110,8 +122,7 @@ class Block:
 
     def writable(self, held: Held) -> Held:
         """The same, with a copy of the statistic that `update` may write to."""
-        representation = self.triple.representation
-        return replace(held, state=representation.adopt(representation.duplicate(held.state)))
+        return replace(held, state=duplicate(self.triple.representation, held.state))
 
     def update(
         self, held: Held, chunk: Mapping[str, Evidence], fold: Fold, reached: set[str], known: Set[str] = frozenset()
@@ -131,7 +142,7 @@ class Block:
             reached.update(piece.names)
 
     def _update(self, held: State, piece: Piece, fold: Fold) -> None:
-        whole = self.full or self.triple.representation.unstacked
+        whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = held if whole else picked(held, piece.slots)
         self.triple.representation.update(state, piece.evidence, fold)
         if not whole:
@@ -177,9 +188,9 @@ class Block:
         """
         known = frozenset(s.name for s in self.sites if s.name in measured)
         representation, new = self.triple.representation, known - held.ready
-        turning = (known if due else new).difference(evidence if representation.refreshes_in_update else ())
+        turning = (known if due else new).difference(evidence if isinstance(representation, OwnOrder) else ())
         state, cache = self._renewed(held.state, turning, own), held.cache
-        if due or representation.per_step or representation.immediate:
+        if due or renewal(representation) == "step":
             old = known & held.ready
         else:
             old = (known & held.ready).intersection(evidence) if self.follows_measurements else frozenset()
@@ -189,7 +200,7 @@ class Block:
             parts = [self._prepared(state, names, before) for names, before in ((old, held.cache), (new, None))]
             for slots, made in parts:
                 cache = self._placed(cache, slots, made)
-        fresh = new if representation.skips_first else frozenset[str]()
+        fresh = new if skips_first(representation) else frozenset[str]()
         if state is held.state and cache is held.cache and (known, fresh) == (held.ready, held.fresh):
             return held, bool(old or new)
         return replace(held, state=state, cache=cache, ready=known, fresh=fresh), bool(old or new)
@@ -198,18 +209,18 @@ class Block:
     def follows_measurements(self) -> bool:
         """Whether the cache is renewed after every measurement, and the refresh clock is that of the statistic's slow part."""
         representation = self.triple.representation
-        return representation.follows_measurements or (self.options.slow_part and not representation.has_refresh)
+        return renewal(representation) == "measurement" or (self.options.slow_part and not has_refresh(representation))
 
     def _renewed(self, held: State, names: Set[str], own: bool) -> State:
         """The statistic after a refresh of these members.  own: whether it may be written to"""
         representation = self.triple.representation
-        if not names or not representation.has_refresh:
+        if not names or not has_refresh(representation):
             return held
         members = zip(self.sites, self.slots, strict=True)
         slots = [t for s, t in members if s.name in names and not s.frozen]  # what is frozen rests
         if not slots:
             return held
-        state, slots = held if own else representation.duplicate(held), [slice(None)] if self.full else slots
+        state, slots = held if own else duplicate(representation, held), [slice(None)] if self.full else slots
         part = picked(state, slots)
         representation.refresh(part)
         placed(state, slots, part)
@@ -222,7 +233,7 @@ class Block:
     @property
     def late(self) -> bool:
         """Whether names and shapes of its tensors are known only when it has been measured."""
-        return self.triple.representation.unstacked and not self.triple.representation.per_step
+        return isinstance(self.triple.representation, Unstacked) and not isinstance(self.triple.representation, PerStep)
 
     def empty_cache(self) -> State:
         """The names and shapes of a cache, all zero; none where these are not known yet."""
@@ -262,7 +273,7 @@ class Block:
 
         raw: this step's gradient; started: False for what `grafting` takes the length from, instead
         """
-        (g, average), cache = self.averaged(held.average, raw), self.triple.representation.snapshot(held.cache)
+        (g, average), cache = self.averaged(held.average, raw), snapshot(self.triple.representation, held.cache)
         value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
         if rule := self.options.grafting:
             value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
@@ -289,7 +300,7 @@ def _joined_frame(placements: list[Placement], full: bool) -> Frame:
     if not full:
         return replace(frame, stack=sum(p.count for p in placements))
     shape = (sum(prod(p.site.shape) for p in placements),)
-    placements[0].triple.representation.wide(shape, placements[0].options.max_dim)
+    diagonal_axes(placements[0].triple.representation, shape, placements[0].options.max_dim)
     return replace(frame, shape=shape)
 
 

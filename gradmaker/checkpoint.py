@@ -16,6 +16,7 @@ from torch import Tensor
 from gradmaker.blocks import Block
 from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
+from gradmaker.representations.roles import Unstacked
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step import pool
 from gradmaker.step.clocks import PlanClocks
@@ -263,14 +264,14 @@ def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
     """The stacked cache; none where no member is in it."""
     if not ready:
         return {}
-    if block.triple.representation.unstacked:
+    if isinstance(block.triple.representation, Unstacked):
         return _gather_live(block, "cache", members[0], {}, None)
     return _gather_part(block, "cache", members, block.empty_cache())
 
 
 def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:
     own: State = getattr(block, part) if like is None else like
-    if part == "state" and block.triple.representation.unstacked:
+    if part == "state" and isinstance(block.triple.representation, Unstacked):
         if block.late and not members[0]:
             return block.triple.representation.init(block.frame)
         return _gather_live(block, part, members[0], own, block.frame.dtype)

@@ -19,6 +19,7 @@ from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Gradient, kinds
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import FactoredAxes
 from gradmaker.schedule import as_schedule
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _statistic(block: Block, site: Site, g: Tensor, step: float, share: float) -
         return share * _count(lambda: representation.update(state, Gradient(g), Fold(0.9, 0.1, 0.1)))
     weights = prod(site.shape) - (prod(site.shape[:-1]) if site.bias else 0)
     positions = step / (6 * max(weights, 1))  # a forward pass multiplies and adds once for each weight and position
-    sides = block.frame.shape if representation.factored_axes else (prod(block.frame.shape),)
+    sides = block.frame.shape if isinstance(representation, FactoredAxes) else (prod(block.frame.shape),)
     blocks = prod(site.shape) / prod(block.frame.shape)
     longest = block.frame.longest or max(sides)
     widths = [1 if k in block.frame.diagonal else min(d, longest) for k, d in enumerate(sides)]

@@ -9,6 +9,7 @@ from gradmaker.block_options import BlockOptions
 from gradmaker.capture.sites import Site
 from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.representations.base import Frame
+from gradmaker.representations.roles import FactoredAxes, WholeLayers, diagonal_axes
 from gradmaker.triple import Triple
 
 __all__ = ["Placement"]
@@ -44,14 +45,14 @@ class Placement:
     def joins_groups(self) -> bool:
         """Whether the groups of a layer are one block of shape (G, o, i); parts that a tensor was cut into never are."""
         representation, grouped = self.triple.representation, self.site.view is None and self.site.shape[0] > 1
-        return grouped and representation.whole_layers and representation.grain == "layer"
+        return grouped and isinstance(representation, WholeLayers) and representation.grain == "layer"
 
     def frame(self) -> Frame:
         """What its representation is allocated for."""
         like = next(iter(self.site.parameters.values()))
         dtype = self.options.dtype or real_dtype(like)
-        diagonal = self.triple.representation.wide(self.shape, self.options.max_dim)
+        diagonal = diagonal_axes(self.triple.representation, self.shape, self.options.max_dim)
         own = self.site.one_hot_axis
-        if own is not None and self.triple.representation.factored_axes:
+        if own is not None and isinstance(self.triple.representation, FactoredAxes):
             diagonal |= {own}
         return Frame(self.count, self.shape, diagonal, dtype, like.device, self.options.max_dim)

@@ -19,6 +19,7 @@ from gradmaker.options.rules import names, paths
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
+from gradmaker.representations.roles import PerStep
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.stacking import build_blocks
 
@@ -56,7 +57,7 @@ class Plan:
     @property
     def per_step(self) -> frozenset[Curvature]:
         """Those whose evidence ends with the step: they are measured at every one."""
-        return frozenset(b.triple.curvature for b in self.blocks if b.triple.representation.per_step)
+        return frozenset(b.triple.curvature for b in self.blocks if isinstance(b.triple.representation, PerStep))
 
     def purposes(self) -> frozenset[str]:
         """What a batch of its own can be declared for."""

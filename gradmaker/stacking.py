@@ -8,6 +8,7 @@ from dataclasses import replace
 from gradmaker import gathering
 from gradmaker.blocks import Block
 from gradmaker.placement import Placement
+from gradmaker.representations.roles import Unstacked
 from gradmaker.step.held import Held
 
 __all__ = ["build_blocks", "carry"]
@@ -20,7 +21,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
         frame = p.frame() if p.triple.representation.grain != "full" else None
         key: tuple[object, ...] = (p.triple, p.options)
         if frame is not None:
-            large = p.triple.representation.unstacked or max(frame.shape, default=1) > gathering.STACK_LIMIT
+            large = isinstance(p.triple.representation, Unstacked) or max(frame.shape, default=1) > gathering.STACK_LIMIT
             alone = p.site.name if large else ""
             key = (*key, replace(frame, stack=0), alone)
         groups.setdefault(key, []).append(p)
@@ -49,7 +50,7 @@ def carry(
     ]
     known = {site.name: (block, held, slot) for block, held, site, slot in members}
     for block, held in new:
-        if block.full or block.triple.representation.unstacked:
+        if block.full or isinstance(block.triple.representation, Unstacked):
             continue
         for site, slot in zip(block.sites, block.slots, strict=True):
             if site.name not in known or not known[site.name][0].holds_like(block):

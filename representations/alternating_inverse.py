@@ -22,6 +22,7 @@ from gradmaker.options.checks import check_count, check_interval
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.held_spectra import HeldSpectra
 from gradmaker.representations.inverse_dims import PATIENCE, krad_update, warn_if_unmoved
+from gradmaker.representations.roles import OwnOrder, Renewal, Renewed
 
 __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
 
@@ -40,7 +41,7 @@ def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class AlternatingInverse(HeldSpectra):
+class AlternatingInverse(HeldSpectra, OwnOrder, Renewed):
     """``C^-1 ~ L_1 (x) ... (x) L_m`` jointly; at each step one ``L_k`` takes in the gradient.
 
     ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
@@ -57,7 +58,6 @@ class AlternatingInverse(HeldSpectra):
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
     exponent: ClassVar[int] = -1
-    refreshes_in_update: ClassVar[bool] = True
 
     damping: float = 1e-8
     start: float | None = 1.0
@@ -73,9 +73,9 @@ class AlternatingInverse(HeldSpectra):
             raise ValueError(f"plain={self.plain!r}: expected 0 beside published=False")
 
     @property
-    def follows_measurements(self) -> bool:
+    def renewal(self) -> Renewal:
         """As published, what is applied changes between refreshes."""
-        return self.published
+        return "measurement" if self.published else "refresh"
 
     def init(self, frame: Frame) -> State:
         none = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from math import prod
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -115,20 +114,6 @@ class Representation(ABC):
     takes: ClassVar[frozenset[Kind]]
     """The evidence that `update` understands, by class and kind, as `kinds` makes it."""
 
-    factored_axes: ClassVar[bool] = False
-    """Whether every axis of a block has a factor of its own, which may be a diagonal."""
-    unstacked: ClassVar[bool] = False
-    """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
-    per_step: ClassVar[bool] = False
-    """Whether the state is valid for one step only: it is measured and prepared at every step, whatever the intervals."""
-    immediate: ClassVar[bool] = False
-    """Whether ``P`` itself is held and nothing is refreshed: the solver's cache is the state at every step, not a copy."""
-    refreshes_in_update: ClassVar[bool] = False
-    """Whether `update` calls `refresh` itself, where `Fold.refresh` says that it is due, as a paper's order has it."""
-    whole_layers: ClassVar[bool] = False
-    """Whether the groups of a layer (channels of a norm layer, groups of a convolution) make one block at granularity layer."""
-    elementwise: ClassVar[bool] = False
-    """Whether a block takes no more than its own size, so that no block is too large."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
 
@@ -139,33 +124,6 @@ class Representation(ABC):
     @abstractmethod
     def grain(self) -> Grain:
         """The granularity of the blocks that this representation is given."""
-
-    @property
-    def groups(self) -> bool:
-        """Whether the statistic depends on which rows of a pass are one example's, beyond the sum of their products."""
-        return False
-
-    @property
-    def follows_measurements(self) -> bool:
-        """Whether a solver's cache is renewed after every measurement, not only when `refresh` is due: its spectrum is new."""
-        return False
-
-    @property
-    def skips_first(self) -> bool:
-        """Whether the step of a block's first evidence is left out: it gets zero, and its average of gradients stands still."""
-        return False
-
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """Axes that are held as a diagonal because they are longer than ``max_dim``. ValueError where that is no way out."""
-        if self.factored_axes:
-            return frozenset(axis for axis, d in enumerate(shape) if d > max_dim)
-        size = prod(shape)
-        if size > max_dim and not self.elementwise:
-            raise ValueError(
-                f"{type(self).__name__}({self.grain}) would hold a {size} x {size} matrix for a block of shape {shape}: "
-                f"raise max_dim (now {max_dim}), leave the layer out with ignore=, or choose a leaner representation"
-            )
-        return frozenset()
 
     @abstractmethod
     def init(self, frame: Frame) -> State:
@@ -181,36 +139,12 @@ class Representation(ABC):
     def refresh(self, state: State) -> None:  # noqa: B027
         """Renew, in place, what turns or truncates the statistic: bases, held roots. Called every ``preconditioner_interval``.
 
-        It comes after the evidence of the step, or in the middle of it: see `refreshes_in_update`.
+        It comes after the evidence of the step, or in the middle of it: see `OwnOrder`.
         """
-
-    @property
-    def has_refresh(self) -> bool:
-        """Whether the statistic has a part that `refresh` renews."""
-        return type(self).refresh is not Representation.refresh
-
-    def adopt(self, state: State) -> State:
-        """A state in the form that `update` wants, from the plain dict that a checkpoint has."""
-        return state
-
-    def snapshot(self, state: State) -> State:
-        """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
-        return dict(state)
-
-    def duplicate(self, state: State) -> State:
-        """A copy that `update` may write into."""
-        return {k: v.clone() for k, v in state.items()}
-
-    def release(self, state: State) -> None:  # noqa: B027
-        """Let go of what is valid for one step only; called at the end of every step."""
 
     @abstractmethod
     def to_dense(self, state: State) -> Tensor:
         """The matrix that is represented, bias-corrected: the contract and the oracle.  # (B, P, P)"""
-
-    def widen(self, state: State, P: Tensor) -> Tensor:
-        """An operator on the axes that have factors as one on the whole block.  # (B, d, d) -> (B, P, P)"""
-        return P
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         """``C v``, through `to_dense` unless overridden.  # (B, *shape)"""

@@ -30,21 +30,11 @@ __all__ = [
 class Multiplies(Protocol):
     """``C v`` can be formed. Every representation has it, and every other capability has this one."""
 
-    @property
-    def unstacked(self) -> bool:
-        """Whether the state is the latest evidence itself: not stacked, and of other shapes or names at every update."""
-
     def matvec(self, state: State, v: Tensor) -> Tensor:
         """``C v``.  # (B, *shape)"""
 
     def to_dense(self, state: State) -> Tensor:
         """``C``, formed: for definitions, and for solvers of small blocks.  # (B, P, P)"""
-
-    def widen(self, state: State, P: Tensor) -> Tensor:
-        """An operator on the axes that have factors as one on the whole block.  # (B, d, d) -> (B, P, P)"""
-
-    def snapshot(self, state: State) -> State:
-        """What the cache of a solver that multiplies holds of a statistic: the same tensors, to be replaced, not written to."""
 
 
 @runtime_checkable
@@ -186,10 +176,6 @@ class Inverse(Unfolds, Protocol):
 @runtime_checkable
 class Preconditions(Multiplies, Protocol):
     """The state holds ``P``, an approximate inverse of ``C``, and can apply it: it was fitted or updated directly."""
-
-    @property
-    def immediate(self) -> bool:
-        """Whether nothing is refreshed: the solver's cache is the state at every step, not a copy."""
 
     def apply(self, state: State, g: Tensor) -> Tensor:
         """``P g``.  # (B, *shape)"""

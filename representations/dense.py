@@ -13,13 +13,14 @@ from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import Fold, Frame, Grain, average
+from gradmaker.representations.roles import WholeLayers
 
 __all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
-class Dense(Representation):
+class Dense(WholeLayers):
     """The whole matrix of every block, ``C = sum_N vec(J_N) vec(J_N)^T``.
 
     ``full`` is exact natural gradient; ``layer`` its block diagonal, one block for all groups of a convolution and all channels
@@ -29,7 +30,6 @@ class Dense(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint, Gradient, Product)
-    whole_layers: ClassVar[bool] = True
 
     granularity: Literal["full", "layer", "unit"] = "layer"
 

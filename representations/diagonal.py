@@ -29,7 +29,6 @@ class Diagonal(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, Gradient, Product)
-    elementwise: ClassVar[bool] = True
     inapplicable = NO_LIMIT
 
     granularity: Literal["tensor", "layer"] = "tensor"

@@ -17,8 +17,9 @@ from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.kronecker import Kron
+from gradmaker.representations.roles import ByExample, FactoredAxes, OwnOrder, Renewal, Renewed
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -26,7 +27,7 @@ SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Eigenbasis(Representation):
+class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed):
     """``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T``, ``D = sum_N (Q_B^T J_N Q_A)^2``, in the eigenbases of `Kron`'s factors.
 
     ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
@@ -42,8 +43,6 @@ class Eigenbasis(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
-    factored_axes: ClassVar[bool] = True
-    refreshes_in_update: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
@@ -63,13 +62,13 @@ class Eigenbasis(Representation):
         return self.sharing == "reduce"
 
     @property
-    def follows_measurements(self) -> bool:
+    def renewal(self) -> Renewal:
         """``D`` is new with every measurement."""
-        return True
+        return "measurement"
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+    def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """As of `Kron`."""
-        return self._kron().wide(shape, max_dim)
+        return self._kron().long_axes(shape, max_dim)
 
     def init(self, frame: Frame) -> State:
         state = self._kron().init(frame)

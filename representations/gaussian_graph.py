@@ -19,8 +19,9 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, average
 from gradmaker.representations.dense import Dense
+from gradmaker.representations.roles import Compact
 
 __all__ = ["GaussianGraph", "Parents"]
 
@@ -32,7 +33,7 @@ LARGEST = 2**28
 
 
 @dataclass(frozen=True)
-class GaussianGraph(Representation):
+class GaussianGraph(Compact):
     """``C^-1 = (I - S)^T diag(1 / d) (I - S)``: every entry of a gradient is a linear function of its parents and a residual.
 
     ``S_i = C_pa,pa^-1 C_pa,i`` and ``d_i = C_ii - C_i,pa S_i``: of ``C`` only the families ``{i} + pa(i)`` are measured. The
@@ -71,8 +72,8 @@ class GaussianGraph(Representation):
         """The bias as a parent makes no matrix."""
         return NO_LIMIT if self.structure == "bias" else {}
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        return frozenset() if self.structure == "bias" else super().wide(shape, max_dim)
+    def largest_side(self, shape: tuple[int, ...]) -> int:
+        return 0 if self.structure == "bias" else prod(shape)
 
     def init(self, frame: Frame) -> State:
         return {**self._graph.init(frame), "mass": frame.zeros()}

@@ -8,18 +8,18 @@ from torch import Tensor
 
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import Grain, Representation
+from gradmaker.representations.base import Grain
+from gradmaker.representations.roles import FactoredAxes
 
 __all__ = ["HeldSpectra"]
 
 
-class HeldSpectra(Representation):
+class HeldSpectra(FactoredAxes):
     """``C = F_1^e (x) F_2^e (x) ...`` with ``F_k = Q_k diag(s_k) Q_k^T`` as of the last refresh.
 
     The state has ``values_k``, ``basis_k``, unless the factor is a diagonal, and the ``diagnosis`` of the refresh.
     """
 
-    factored_axes: ClassVar[bool] = True
     exponent: ClassVar[int]
     """``e``: 1 for factors of ``C``, -1 for those of its inverse."""
 

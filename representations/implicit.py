@@ -14,8 +14,9 @@ from gradmaker.curvature.evidence import Evidence, Kind, kinds
 from gradmaker.curvature.products import Layers, Product
 from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.capabilities import Multiplies
+from gradmaker.representations.roles import Compact, PerStep, Snapshots, Unstacked
 
 __all__ = ["Held", "Implicit", "MatrixFree"]
 
@@ -53,7 +54,7 @@ class MatrixFree(Multiplies, Protocol):
 
 
 @dataclass(frozen=True)
-class Implicit(Representation):
+class Implicit(Unstacked, PerStep, Snapshots, Compact):
     """``C`` as a function, all parameters one vector: the weighted sum of the products of a step's micro-batches.
 
     A product keeps the graph of its pass. It ends with the step, so that there are no averages over steps, and intervals
@@ -61,9 +62,6 @@ class Implicit(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Product)
-    unstacked: ClassVar[bool] = True
-    per_step: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT | EVERY_STEP
 
     @property
@@ -92,9 +90,6 @@ class Implicit(Representation):
     def release(self, state: State) -> None:
         if isinstance(state, Held):
             state.products.clear()
-
-    def adopt(self, state: State) -> State:
-        return state if isinstance(state, Held) else Held(state)
 
     def snapshot(self, state: State) -> State:
         held = Held(state)

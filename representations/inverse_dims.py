@@ -19,7 +19,8 @@ from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetri
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation
+from gradmaker.representations.base import Fold, Frame, Grain
+from gradmaker.representations.roles import FactoredAxes
 
 __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
 
@@ -99,7 +100,7 @@ def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
 
 
 @dataclass(frozen=True)
-class InverseDims(Representation):
+class InverseDims(FactoredAxes):
     """``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at or above the inverse of Shampoo's factor ``H_k + e I``.
 
     ``denominator="exact"`` carries an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
@@ -112,7 +113,6 @@ class InverseDims(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
 
     denominator: Denominator = "exact"
     ridge: float = 1e-6

@@ -19,8 +19,9 @@ from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.memory import multiply, push, unfilled
+from gradmaker.representations.roles import Compact, Snapshots
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 
@@ -67,7 +68,7 @@ def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor
 
 
 @dataclass(frozen=True)
-class KronPairs(Representation):
+class KronPairs(Compact, Snapshots):
     """``P G = H_g G H_a``.
 
     ``H_a`` follows ``A + sqrt(damping R)``, ``A`` the average of ``sum_r mean_n a a^T``, from the exact inverse of the first:
@@ -104,14 +105,9 @@ class KronPairs(Representation):
     def grain(self) -> Grain:
         return "layer"
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """None: a side over ``max_dim`` is an error, since a BFGS matrix has no diagonal form."""
-        if max(shape) > max_dim:
-            raise ValueError(
-                f"KronPairs holds a matrix for each side of a layer, and {shape} has one over max_dim={max_dim}: raise it, or "
-                "leave the layer out with ignore="
-            )
-        return frozenset()
+    def largest_side(self, shape: tuple[int, ...]) -> int:
+        """The longer one: a BFGS matrix has no diagonal form."""
+        return max(shape)
 
     def init(self, frame: Frame) -> State:
         o, i = frame.shape

@@ -13,13 +13,14 @@ from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, average
+from gradmaker.representations.roles import ByExample, FactoredAxes, Unstacked
 
 __all__ = ["KronRows"]
 
 
 @dataclass(frozen=True)
-class KronRows(Representation):
+class KronRows(FactoredAxes, ByExample, Unstacked):
     """`Kron`'s factors of the newest step alone: ``B = Y^T Y`` with the rows ``g``, ``A = X^T X`` with the rows ``a``.
 
     An average over steps would have no few rows, so the decay does not enter. A factor with as many rows as columns is formed.
@@ -32,8 +33,6 @@ class KronRows(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
-    factored_axes: ClassVar[bool] = True
-    unstacked: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
 
     reduction: Literal["sum", "subsample", "none"] = "sum"
@@ -52,7 +51,7 @@ class KronRows(Representation):
     def groups(self) -> bool:
         return self.reduction != "none"
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+    def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """None: rows are what serves wide axes."""
         return frozenset()
 

@@ -20,7 +20,8 @@ from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import Fold, Frame, Grain, average
+from gradmaker.representations.roles import ByExample, FactoredAxes
 
 __all__ = ["Kron", "KronDims"]
 
@@ -30,7 +31,7 @@ def _allocate(frame: Frame, axis: int, size: int, longest: int | None = None) ->
 
 
 @dataclass(frozen=True)
-class Kron(Representation):
+class Kron(FactoredAxes, ByExample):
     """K-FAC's factors of a layer: ``C ~ B (x) A``, ``B = sum_knr g g^T``, ``A = mean_nr a a^T``.
 
     ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` averages the
@@ -41,7 +42,6 @@ class Kron(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, Factors, (Outer, "inputs"))
-    factored_axes: ClassVar[bool] = True
 
     sharing: Literal["expand", "reduce"] = "expand"
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
@@ -58,9 +58,9 @@ class Kron(Representation):
     def groups(self) -> bool:
         return self.sharing == "reduce"
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+    def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """None with blocks, which serve wide sides."""
-        return frozenset() if self.wide_sides == "blocks" else super().wide(shape, max_dim)
+        return frozenset() if self.wide_sides == "blocks" else super().long_axes(shape, max_dim)
 
     def init(self, frame: Frame) -> State:
         rows, columns = frame.shape
@@ -128,7 +128,7 @@ def _cut(F: Tensor, rows: slice) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KronDims(Representation):
+class KronDims(FactoredAxes):
     """Shampoo's factors: one for each axis, ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
 
     ``C = L (x) R / tr(L)`` (``exponent=1, balanced``) is the better fit of a covariance that is a Kronecker product.
@@ -138,7 +138,6 @@ class KronDims(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
 
     exponent: float | None = None
     """Of each factor in ``C``; None: ``1/m``. Shampoo's exponents are minus half of it."""

@@ -13,8 +13,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
-from gradmaker.representations.base import Fold, Frame, Grain, Representation
+from gradmaker.representations.base import Fold, Frame, Grain
 from gradmaker.representations.kronecker import KronDims
+from gradmaker.representations.roles import FactoredAxes
 from gradmaker.representations.root_dims import RootKronDims
 
 __all__ = ["KronSum", "axis_mean", "dense_mean"]
@@ -38,7 +39,7 @@ def dense_mean(roots: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KronSum(Representation):
+class KronSum(FactoredAxes):
     """CASPR's curvature: ``C^(-1/2) = [(1/m) sum_k H_k^(-1/2p)]^p``, each ``H_k`` acting on axis ``k`` of the gradient.
 
     The power means of the axes' inverse roots, from their arithmetic mean (``p = 1``) over CASPR (``p = 2``) to Shampoo, their
@@ -52,7 +53,6 @@ class KronSum(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
 
     p: int | None = 2
     square_roots: bool = False

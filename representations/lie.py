@@ -22,6 +22,7 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
+from gradmaker.representations.roles import FactoredAxes, WholeLayers
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
 
@@ -115,15 +116,13 @@ class _Fitted(Representation):
 
 
 @dataclass(frozen=True)
-class TriangularQ(_Fitted):
+class TriangularQ(_Fitted, WholeLayers):
     """``P = Q^T Q`` of all parameters as one vector, ``Q`` upper triangular.
 
     ``Q <- Q - (rate / size) triu(a a^T - b b^T) Q``, in ``O(P^2)``: the rows of the product are running sums.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; the slow maximum as in the author's psgd_torch (2025).
     """
-
-    whole_layers: ClassVar[bool] = True
 
     granularity: Literal["full", "layer"] = "full"
 
@@ -165,7 +164,7 @@ class TriangularQ(_Fitted):
 
 
 @dataclass(frozen=True)
-class KronQ(_Fitted):
+class KronQ(_Fitted, FactoredAxes):
     """``P = (x)_k Q_k^T Q_k``, one factor for each axis, a diagonal where an axis is long.
 
     ``geometry`` says how a factor moves, by a name of `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
@@ -176,8 +175,6 @@ class KronQ(_Fitted):
     Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group), section 3; Li, 2024, arXiv:2402.11858 (geometries); psgd_torch
     (2025) for ``max_skew`` and balancing.
     """
-
-    factored_axes: ClassVar[bool] = True
 
     granularity: Literal["layer", "tensor"] = "layer"
     max_skew: float | None = None
@@ -208,9 +205,9 @@ class KronQ(_Fitted):
         """As the geometry says."""
         return self._geometry.direct
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
+    def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         if self.max_skew is None:
-            return super().wide(shape, max_dim)
+            return super().long_axes(shape, max_dim)
         size = torch.Size(shape).numel()
         return frozenset(axis for axis, d in enumerate(shape) if d > max_dim or d * d > self.max_skew * size)
 

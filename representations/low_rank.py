@@ -16,8 +16,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.capabilities import LowRank
+from gradmaker.representations.roles import Compact, Unstacked, WholeLayers
 
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]
 
@@ -37,15 +38,10 @@ def form_rows(representation: LowRank, state: State) -> Tensor:
     return torch.stack(rows, 1) if rows else nothing.unsqueeze(1)[:, :0]
 
 
-class Spanned(Representation):
+class Spanned(Unstacked, Compact):
     """``C = J^T J`` behind the three products of `LowRank`."""
 
-    unstacked: ClassVar[bool] = True
     inapplicable = NO_LIMIT
-
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """None: no matrix of the block's size is held."""
-        return frozenset()
 
     @abstractmethod
     def gram(self, state: State) -> Tensor:
@@ -67,11 +63,10 @@ class Spanned(Representation):
         return self.combine(state, self.project(state, v)).to(v.dtype)
 
 
-class _Stream(Spanned):
+class _Stream(Spanned, WholeLayers):
     """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; the Gram matrix gains a row a step."""
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    whole_layers: ClassVar[bool] = True
 
     def init(self, frame: Frame) -> State:
         rows, gram = frame.zeros(0, *frame.shape), frame.zeros(0, 0).double()

@@ -18,7 +18,8 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Pair, kinds
 from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count, check_interval
-from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain, Representation
+from gradmaker.representations.base import NO_LIMIT, NO_REFRESH, Fold, Frame, Grain
+from gradmaker.representations.roles import Compact, Renewal, Renewed, WholeLayers
 
 __all__ = ["Pairs", "multiply", "ordered", "push", "unfilled"]
 
@@ -97,7 +98,7 @@ def _any(members: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Pairs(Representation):
+class Pairs(Compact, Renewed, WholeLayers):
     """``P``, the inverse BFGS matrix of the last ``memory`` pairs, from ``gamma I``, ``gamma = s^T y / y^T y`` of the newest.
 
     A pair is taken if ``s^T y > acceptance |s|^2``. ``indefinite='damp'`` first moves ``y`` to ``tau y + (1 - tau) s / gamma``
@@ -109,8 +110,6 @@ class Pairs(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
-    whole_layers: ClassVar[bool] = True
-    immediate: ClassVar[bool] = True
     inapplicable = {"decay": "the last pairs count alike, whatever their age; set memory"} | NO_LIMIT | NO_REFRESH
 
     memory: int = 10
@@ -130,9 +129,10 @@ class Pairs(Representation):
     def grain(self) -> Grain:
         return self.granularity
 
-    def wide(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """None: no matrix of the block's size is held."""
-        return frozenset()
+    @property
+    def renewal(self) -> Renewal:
+        """``P`` itself is held, and every step applies it as it is."""
+        return "step"
 
     def init(self, frame: Frame) -> State:
         P = torch.Size(frame.shape).numel()

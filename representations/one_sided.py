@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
-from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, average
+from gradmaker.representations.roles import FactoredAxes, widen
 
 __all__ = ["OneSided", "ZeroHistory"]
 
 
 @dataclass(frozen=True)
-class OneSided(Representation):
+class OneSided(FactoredAxes):
     """``C ~ L (x) I`` with ``L = sum G G^T``, ``G`` a tensor with all axes but the first in one.
 
     Which side is the first is a matter of the blocks (`gradmaker.capture.shapes.ShapePolicy`). ``C <= r L (x) I`` holds for the
@@ -27,7 +27,6 @@ class OneSided(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
 
     @property
     def grain(self) -> Grain:
@@ -50,14 +49,9 @@ class OneSided(Representation):
 
     def to_dense(self, state: State) -> Tensor:
         (L,) = self.factors(state)
-        return self.widen(state, torch.diag_embed(L) if L.ndim == 2 else L)
+        return widen(self, state, torch.diag_embed(L) if L.ndim == 2 else L)
 
-    def widen(self, state: State, P: Tensor) -> Tensor:
-        """``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
-        n = self.columns(state)
-        return kronecker_product([P, torch.eye(n, dtype=P.dtype, device=P.device).expand(len(P), n, n)])
-
-    def columns(self, state: State) -> int:
+    def unfactored(self, state: State) -> int:
         """``n``."""
         return state["columns"].shape[1]
 
@@ -99,7 +93,7 @@ class ZeroHistory(OneSided):
         assert isinstance(evidence, Gradient)
         state["gradient"].copy_(self.unfold(evidence.gradient))
 
-    def columns(self, state: State) -> int:
+    def unfactored(self, state: State) -> int:
         return state["gradient"].shape[2]
 
     def factors(self, state: State) -> list[Tensor]:

@@ -17,7 +17,8 @@ from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval, check_kind
-from gradmaker.representations.base import Fold, Frame, Grain, Representation
+from gradmaker.representations.base import Fold, Frame, Grain
+from gradmaker.representations.roles import FactoredAxes, OwnOrder
 
 __all__ = ["OneWayDims"]
 
@@ -27,7 +28,7 @@ HELD = ("failures", "failing", "diagnosis")
 
 
 @dataclass(frozen=True)
-class OneWayDims(Representation):
+class OneWayDims(FactoredAxes, OwnOrder):
     """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
 
     ``G_k = G x_1 X_1 ... x_(k-1) X_(k-1)`` with ``X_j = (S_j + damping lambda_max(S_j) I)^(-1/2)`` as of the last refresh,
@@ -45,8 +46,6 @@ class OneWayDims(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
-    refreshes_in_update: ClassVar[bool] = True
 
     at_once: bool = True
     damping: float = 1e-6

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain, Representation
+from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.capabilities import Multiplies
+from gradmaker.representations.roles import Compact, PerStep
 
 __all__ = ["Placed", "Position"]
 
@@ -27,12 +28,10 @@ class Placed(Multiplies, Protocol):
 
 
 @dataclass(frozen=True)
-class Position(Representation):
+class Position(PerStep, Compact):
     """The weights of the newest gradient, as one vector. Of ``C`` nothing is held: taken alone, it stands for ``C = I``."""
 
     takes: ClassVar[frozenset[Kind]] = kinds((Gradient, "located"))
-    per_step: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     inapplicable = (
         NEWEST_ALONE | NO_LIMIT | dict.fromkeys(("curvature_interval", "preconditioner_interval", "warmup_steps"), _NOW)
     )

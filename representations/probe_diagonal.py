@@ -29,7 +29,6 @@ class ProbeDiagonal(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Pair)
-    elementwise: ClassVar[bool] = True
     inapplicable = NO_LIMIT
 
     statistic: Literal["squares", "signed"] = "squares"

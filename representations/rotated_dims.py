@@ -18,7 +18,8 @@ from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import Fold, Frame, Grain, average
+from gradmaker.representations.roles import FactoredAxes, OwnOrder, Renewal, Renewed
 
 __all__ = ["RotatedDims"]
 
@@ -26,7 +27,7 @@ COUNTERS = ("failures", "failing")
 
 
 @dataclass(frozen=True)
-class RotatedDims(Representation):
+class RotatedDims(FactoredAxes, OwnOrder, Renewed):
     """``C ~ Q diag(V) Q^T``, ``Q`` the Kronecker product of the eigenbases of ``H_k`` of Shampoo, ``V = E (Q^T g)^2``.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. It is not rotated when the basis turns, but follows its columns where
@@ -47,8 +48,6 @@ class RotatedDims(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
-    factored_axes: ClassVar[bool] = True
-    refreshes_in_update: ClassVar[bool] = True
 
     tracking: Literal["power", "qr", "eigh"] = "power"
     tolerance: float = 0.0
@@ -67,13 +66,12 @@ class RotatedDims(Representation):
         return "tensor"
 
     @property
-    def follows_measurements(self) -> bool:
+    def renewal(self) -> Renewal:
         """``V`` is new with every gradient."""
-        return True
+        return "measurement"
 
     @property
     def skips_first(self) -> bool:
-        """Whether the first step is left out."""
         return self.skip_first
 
     def init(self, frame: Frame) -> State:

@@ -24,6 +24,7 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.low_rank import Spanned
+from gradmaker.representations.roles import WholeLayers
 
 __all__ = ["Part", "Rows", "chunks"]
 
@@ -77,7 +78,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rows(Spanned):
+class Rows(Spanned, WholeLayers):
     """All rows of the latest step: ``C = sum_N vec(J_N) vec(J_N)^T`` exactly, as the evidence that it came as.
 
     A running average would add rows without bound, so that ``decay`` does not apply: what came before is dropped. ``full``
@@ -87,7 +88,6 @@ class Rows(Spanned):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, Joint)
-    whole_layers: ClassVar[bool] = True
     inapplicable = NEWEST_ALONE | NO_LIMIT
 
     granularity: Literal["full", "layer"] = "full"

@@ -15,14 +15,15 @@ from gradmaker.linalg.contraction import contract
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import Fold, Frame, Grain, Representation
+from gradmaker.representations.base import Fold, Frame, Grain
 from gradmaker.representations.kronecker import KronDims
+from gradmaker.representations.roles import FactoredAxes
 
 __all__ = ["TensorNormal"]
 
 
 @dataclass(frozen=True)
-class TensorNormal(Representation):
+class TensorNormal(FactoredAxes):
     """``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)`` with ``H_m = sum mat_m(G) mat_m(G)^T``, all of one trace ``z``.
 
     Exact where the gradient is tensor-normal; the trace is always that of ``C``. Fed by a gradient of the sampled loss, or by
@@ -33,7 +34,6 @@ class TensorNormal(Representation):
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient, Outer)
-    factored_axes: ClassVar[bool] = True
 
     granularity: Literal["layer", "tensor"] = "layer"
 

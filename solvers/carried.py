@@ -7,13 +7,14 @@ from torch import Tensor
 
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Multiplies
+from gradmaker.representations.roles import snapshot
 
 __all__ = ["carry", "keep_finite"]
 
 
 def carry(representation: Multiplies, state: State, previous: State | None, initial: State) -> State:
     """The cache of an iterative solver: the product of this step, and tensors of its own that the last step has left."""
-    cache = representation.snapshot(state)
+    cache = snapshot(representation, state)
     for name, value in {**initial, "failures": torch.zeros(1, dtype=torch.int64, device=value_device(state))}.items():
         cache[name] = value if previous is None else previous[name]
     return cache

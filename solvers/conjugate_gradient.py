@@ -14,6 +14,7 @@ from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
 from gradmaker.representations.capabilities import Multiplies
+from gradmaker.representations.roles import Unstacked, snapshot
 from gradmaker.solvers.base import InverseSolver, spectral_power
 from gradmaker.solvers.definition import Defined
 
@@ -42,9 +43,10 @@ class CG(InverseSolver[Multiplies], Defined[Multiplies]):
 
     def prepare(self, representation: Multiplies, state: State, previous: State | None) -> State:
         finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
-        cache: State = representation.snapshot(state)
+        cache = snapshot(representation, state)
         nothing = {name: x.new_zeros(()) for name, x in cache.items()}
-        before = None if representation.unstacked else previous  # an unstacked state has other names and shapes each time
+        # An unstacked state has other names and shapes each time.
+        before = None if isinstance(representation, Unstacked) else previous
         # Copies: `keep_previous` never returns what it was given.
         cache.update(keep_previous(dict(cache), ~finite, before, nothing))
         return cache

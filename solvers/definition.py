@@ -12,6 +12,7 @@ from gradmaker.linalg.factors import dense
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Unfolds
+from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import Needed, Solver
 
 __all__ = ["Defined", "DefinedByAxes"]
@@ -57,7 +58,7 @@ class DefinedByAxes(Defined[Unfolded]):
         """
 
     def operator(self, representation: Unfolded, state: State) -> Tensor:
-        return representation.widen(state, kronecker_product([dense(X) for X in self.axes(representation, state)]))
+        return widen(representation, state, kronecker_product([dense(X) for X in self.axes(representation, state)]))
 
     def equation(self, representation: Unfolded, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, along_axes(self.axes(representation, state), representation.unfold(g)).reshape(g.shape)

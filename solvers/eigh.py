@@ -21,6 +21,7 @@ from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import Factored
+from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import spectral_power
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.factor_solver import FactorSolver
@@ -127,7 +128,7 @@ class Eigh(FactorSolver[Factored], Defined[Factored]):
             if self.placement == "after":
                 C, power = spectral_power(C, 0.0, -power), -1.0
             return spectral_power(C, self.damping, power, self.mode)
-        return representation.widen(state, kronecker_product([dense(X) for X in self._axes(representation, state)]))
+        return widen(representation, state, kronecker_product([dense(X) for X in self._axes(representation, state)]))
 
     def _axes(self, representation: Factored, state: State) -> list[Tensor]:
         """The factors of ``P``, where it is a product."""

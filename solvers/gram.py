@@ -15,6 +15,7 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
+from gradmaker.representations.roles import Unstacked
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.eigh import Decomposition
@@ -94,7 +95,7 @@ class Gram(Defined[LowRank]):
         K = representation.gram(state).double()
         new, failed = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
-        held = state if representation.unstacked else {name: x.clone() for name, x in state.items()}
+        held = state if isinstance(representation, Unstacked) else {name: x.clone() for name, x in state.items()}
         counters = count_failures(failed, previous)
         if not bool(failed.any()):
             return {**held, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}

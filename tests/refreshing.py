@@ -8,6 +8,7 @@ from dataclasses import replace
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Fold, Representation
+from gradmaker.representations.roles import OwnOrder
 
 __all__ = ["follow", "take"]
 
@@ -16,7 +17,7 @@ def take(representation: Representation, state: State, evidence: Evidence, fold:
     """One step: evidence enters, and what is slow is renewed, before, in between or after.  index: of the step"""
     first = index == 0
     representation.update(state, evidence, replace(fold, first=first, refresh=due or first, index=index))
-    if (due or first) and not representation.refreshes_in_update:
+    if (due or first) and not isinstance(representation, OwnOrder):
         representation.refresh(state)
 
 

@@ -19,7 +19,6 @@ class Adafactor(Representation):
 
     takes = kinds(Gradient)
     grain = "layer"
-    elementwise = True
 
     def init(self, frame: Frame) -> State:
         return {"r": frame.zeros(frame.shape[0]), "c": frame.zeros(frame.shape[1]), "mass": frame.zeros()}

@@ -22,6 +22,7 @@ from gradmaker.capture.tape import Tape
 from gradmaker.passes.batches import Declared
 from gradmaker.passes.deferred import Deferred, resolve
 from gradmaker.passes.replay import Replay, in_modes
+from gradmaker.representations.roles import groups_rows
 from gradmaker.triple import Triple
 
 __all__ = ["Inputs", "check_groups"]
@@ -48,7 +49,7 @@ class Inputs:
     @classmethod
     def of(cls, model: nn.Module, call: Deferred | None, tape: Tape, triples: Sequence[Triple], axis: int) -> Inputs | None:
         """None where nothing that is measured by the calls groups rows, or the call is out of sight."""
-        strict = any(t.representation.groups for t in triples)
+        strict = any(groups_rows(t.representation) for t in triples)
         if not strict and not any("examples" in t.curvature.needs for t in triples):
             return None
         if call is None and tape.called is not None:

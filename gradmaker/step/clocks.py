@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradmaker.blocks import Block
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import PerStep
 from gradmaker.schedule import Clocks
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class PlanClocks:
 
     def measure(self, step: int, blocks: Iterable[Block], among: Collection[str] | None = None) -> frozenset[str]:
         """The methods that are to be measured; to be asked once for each step.  among: the methods that are asked; None: all"""
-        ending = {b.options.method for b in blocks if b.triple.representation.per_step}
+        ending = {b.options.method for b in blocks if isinstance(b.triple.representation, PerStep)}
         asked = [(name, clocks) for name, clocks in self.of.items() if among is None or name in among]
         return frozenset(name for name, clocks in asked if clocks.measure.tick(step) | (name in ending))
 

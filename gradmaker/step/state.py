@@ -14,6 +14,7 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.step import Previous
 from gradmaker.failures import Report
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import release
 from gradmaker.step.clocks import PlanClocks
 from gradmaker.step.draft import Draft, Work
 from gradmaker.trust_region.quadratic import QuadraticModel
@@ -237,7 +238,7 @@ class StepState:
         for block, held in work.held.items():
             block.held = held
         for block in blocks:
-            block.triple.representation.release(block.state)
+            release(block.triple.representation, block.state)
 
     # ---------------------------------------------------------------- another plan, another state
     def move(self, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> None:

@@ -33,6 +33,7 @@ from gradmaker.curvature import (
 )
 from gradmaker.representations import REPRESENTATIONS, AlternatingInverse, Pairs, Rows
 from gradmaker.representations.base import NEWEST_ALONE
+from gradmaker.representations.roles import PerStep, diagonal_axes
 from gradmaker.solvers import CG, Apply, PositiveRoot
 from tests import oracles
 from tests.docs.test_sweep import COVER
@@ -140,11 +141,11 @@ def test_an_inapplicable_option_is_refused_and_its_default_is_not(method: str) -
 def test_representations_say_what_they_ignore(name: str) -> None:
     held = REPRESENTATIONS[name]()
     try:
-        limited = bool(held.wide((9,) if held.grain in ("full", "unit") else (9, 9), 3))
+        limited = bool(diagonal_axes(held, (9,) if held.grain in ("full", "unit") else (9, 9), 3))
     except ValueError:
         limited = True
     assert ("max_dim" in held.inapplicable) != limited
-    assert ("curvature_interval" in held.inapplicable) == ("warmup_steps" in held.inapplicable) == held.per_step
+    assert ("curvature_interval" in held.inapplicable) == ("warmup_steps" in held.inapplicable) == isinstance(held, PerStep)
     assert set(held.inapplicable) <= set(COMMON)
 
 

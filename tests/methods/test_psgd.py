@@ -267,8 +267,8 @@ def test_tiny_gradients_leave_a_bounded_inverse(whiten: bool) -> None:
 
 
 def test_long_axes_get_diagonals() -> None:
-    assert KronQ(max_skew=1.0).wide((3, 5), 100) == {1} and KronQ(max_skew=1.0).wide((4, 4), 100) == frozenset()
-    assert KronQ().wide((3, 5), 4) == {1} and KronQ().wide((3, 5), 100) == frozenset()
+    assert KronQ(max_skew=1.0).long_axes((3, 5), 100) == {1} and KronQ(max_skew=1.0).long_axes((4, 4), 100) == frozenset()
+    assert KronQ().long_axes((3, 5), 4) == {1} and KronQ().long_axes((3, 5), 100) == frozenset()
 
 
 def test_bad_options_are_refused() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.state import State
-from gradmaker.representations import REPRESENTATIONS, Diagonal, Kron, Representation
-from gradmaker.representations.capabilities import Elementwise, Factored, Multiplies
+from gradmaker.representations import REPRESENTATIONS, Diagonal, Kron, KronSum, Representation
+from gradmaker.representations.capabilities import Elementwise, Factored, Multiplies, Summed
 from gradmaker.solvers import SOLVERS
 
 
@@ -64,7 +64,7 @@ def test_every_capability_is_claimed_and_extends_multiplication() -> None:
     assert all(any(isinstance(each, capability) for each in made) for capability in CAPABILITIES.values())
     assert all(isinstance(each, Multiplies) for each in made)
     assert len(CAPABILITIES) == 16
-    assert set(members(Multiplies)) == {"unstacked", "matvec", "to_dense", "widen", "snapshot"}
+    assert set(members(Multiplies)) == {"matvec", "to_dense"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class OtherTypes(Diagonal):
 
 
 @dataclass(frozen=True)
-class OtherFlag(Diagonal):
-    unstacked: int = 0  # type: ignore[misc]
+class OtherFlag(KronSum):
+    square_roots: int = 0  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ class OtherFlag(Diagonal):
         (AsText, Factored, "order"),
         (OtherNames, Factored, "factors"),
         (OtherTypes, Elementwise, "diagonal"),
-        (OtherFlag, Multiplies, "unstacked"),
+        (OtherFlag, Summed, "square_roots"),
     ],
 )
 def test_another_signature_is_found(make: type[Representation], capability: type, name: str) -> None:

@@ -9,11 +9,14 @@ import torch
 
 from gradmaker import from_config
 from gradmaker.representations import REPRESENTATIONS
+from gradmaker.representations.roles import PerStep
 from tests import models, oracles
 from tests.models import Case
 from tests.test_triples import LEGAL, mapping
 
-ROWS = {row[1]: row for row in reversed(LEGAL) if row[2] == "CG" and not REPRESENTATIONS[row[1].split("(")[0]].per_step}
+ROWS = {
+    row[1]: row for row in reversed(LEGAL) if row[2] == "CG" and not issubclass(REPRESENTATIONS[row[1].split("(")[0]], PerStep)
+}
 
 
 def case_of(row: tuple[str, str, str]) -> Case:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradmaker import from_config
 from gradmaker.representations import REPRESENTATIONS, AlternatingInverse, Eigenbasis, RotatedDims
 from gradmaker.representations.base import Representation
+from gradmaker.representations.roles import OwnOrder, has_refresh
 
 METHODS: dict[str, tuple[str, str]] = {  # what is slow in them, and what follows every measurement
     "soap": ("basis_0", "moments"),
@@ -105,7 +106,7 @@ def test_blocks_without_a_slow_part_follow_too() -> None:
             run.model, {"method": method, **ONE_BLOCK, "curvature_interval": 1, "preconditioner_interval": 100}
         )
         run.step()
-        block = next(b for b in run.maker.plan.blocks if not b.triple.representation.has_refresh)
+        block = next(b for b in run.maker.plan.blocks if not has_refresh(b.triple.representation))
         for _ in range(2):
             before = {k: v.clone() for k, v in block.cache.items()}
             run.step()
@@ -139,7 +140,7 @@ def test_one_common_refresh_unless_staggered(method: str, monkeypatch: pytest.Mo
 
 # --- the order inside a step ----------------------------------------------------------------------------------------------
 def test_who_refreshes_within_an_update() -> None:
-    inside = {name for name, kind in REPRESENTATIONS.items() if kind.refreshes_in_update}
+    inside = {name for name, kind in REPRESENTATIONS.items() if issubclass(kind, OwnOrder)}
     assert inside == {"RotatedDims", "Eigenbasis", "AlternatingInverse", "OneWayDims"}
     slow = {name for name, kind in REPRESENTATIONS.items() if kind.refresh is not Representation.refresh}
     assert slow == inside | {"CrossDims"}

@@ -30,6 +30,7 @@ from gradmaker.reports.verification.passes import Measured, relative
 from gradmaker.reports.verification.result import Check
 from gradmaker.reports.verification.scratch import ONCE, Scratch, fill
 from gradmaker.representations.base import Representation
+from gradmaker.representations.roles import PerStep, Unstacked
 from gradmaker.solvers.definition import Defined
 
 __all__ = ["check_block"]
@@ -90,7 +91,7 @@ def _solve_error(scratch: Scratch) -> float | None:
     members = _members(scratch)
     state = _doubled(representation, block.state, members)
     g, found = (x.double() if members is None else x[members].double() for x in (g, found))
-    if scratch.size <= DENSE_LIMIT and len(g) * scratch.size**2 <= 2 * ENTRIES and not representation.per_step:
+    if scratch.size <= DENSE_LIMIT and len(g) * scratch.size**2 <= 2 * ENTRIES and not isinstance(representation, PerStep):
         scratch.how.add("dense")
         P = solver.operator(representation, state)
         return relative(found, (P @ g.reshape(len(g), -1, 1)).reshape(g.shape))
@@ -108,7 +109,7 @@ def _solve_error(scratch: Scratch) -> float | None:
 def _solved(scratch: Scratch, g: Tensor) -> Tensor:
     """``P g``.  # (B, *shape)"""
     block, representation = scratch.block, scratch.triple.representation
-    if not representation.per_step:
+    if not isinstance(representation, PerStep):
         block.held, _ = block.prepare(block.held, {s.name for s in block.sites if s.name in scratch.evidence})
         return block.applied(block.cache, g)
     solver, rounds = scratch.triple.solver, 1
@@ -124,7 +125,7 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
 def _members(scratch: Scratch) -> Tensor | None:
     """Members of the stack that are checked, all that have a statistic if memory allows it; None: the whole stack."""
     block = scratch.block
-    if block.full or block.triple.representation.unstacked:
+    if block.full or isinstance(block.triple.representation, Unstacked):
         return None
     slots = [slot for site, slot in zip(block.sites, block.slots, strict=True) if site.name in scratch.evidence]
     known = [b for slot in slots for b in range(slot.start, slot.stop)]
@@ -142,7 +143,7 @@ def _spread(known: list[int], most: int) -> list[int]:
 
 def _doubled(representation: Representation, state: State, members: Tensor | None) -> State:
     """A statistic in float64, of some members."""
-    if representation.per_step:  # a product goes by the dtype of its vector
+    if isinstance(representation, PerStep):  # a product goes by the dtype of its vector
         return state
     picked = state if members is None else {k: v[members] for k, v in state.items()}
     return {k: v.double() if v.is_floating_point() else v for k, v in picked.items()}
@@ -153,7 +154,7 @@ def _approximation(scratch: Scratch) -> float | None:
     """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
     block, representation = scratch.block, scratch.triple.representation
     if (
-        representation.per_step or kinds((Pair, "output_secant")) <= scratch.triple.curvature.gives
+        isinstance(representation, PerStep) or kinds((Pair, "output_secant")) <= scratch.triple.curvature.gives
     ):  # it is the measurement itself; no matrix
         return None
     pieces = list(block.layout.evidence(scratch.evidence))
@@ -202,7 +203,7 @@ def _probe_error(scratch: Scratch, pieces: list[Piece]) -> float:
 def _products(scratch: Scratch, piece: Piece) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
     """For a few vectors: the member that they belong to, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
     block, representation, evidence, (slot,) = scratch.block, scratch.triple.representation, piece.evidence, piece.slots
-    whole = block.full or representation.unstacked
+    whole = block.full or isinstance(representation, Unstacked)
     rows = None if whole else torch.arange(slot.start, slot.stop, device=block.frame.device)
     state = _doubled(representation, block.state, rows)
     count = block.frame.stack if whole else slot.stop - slot.start

@@ -20,6 +20,7 @@ from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.passes.batches import terms_of
+from gradmaker.representations.roles import PerStep
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.checks import WHOLE
 from gradmaker.self_checks.examples import Pair, vjp_pair
@@ -93,7 +94,7 @@ class _Pass:
             self._capture()
         parameters = list(dict.fromkeys(p for b in self.maker.plan.blocks for s in b.sites for p in s.parameters.values()))
         self.found.gradients = self._vjp([self.loss], [torch.ones_like(self.loss)], parameters)
-        if self.head.outputs and any(b.triple.representation.per_step for b in self.maker.plan.blocks):
+        if self.head.outputs and any(isinstance(b.triple.representation, PerStep) for b in self.maker.plan.blocks):
             for _ in range(ROWS):
                 self.found.rows.append(self._vjp(self.head.outputs, self._cotangents(), parameters))
         return self.found

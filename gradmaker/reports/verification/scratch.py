@@ -14,6 +14,7 @@ from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Outer, Pair,
 from gradmaker.curvature.products import Product
 from gradmaker.reports.verification.passes import Measured
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import PerStep
 
 __all__ = ["ONCE", "Scratch", "fill"]
 
@@ -50,7 +51,7 @@ def fill(scratch: Scratch) -> None:
     """Fold evidence into the statistic."""
     block, gives = scratch.block, scratch.triple.curvature.gives
     evidence = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
-    if block.triple.representation.per_step and evidence:
+    if isinstance(block.triple.representation, PerStep) and evidence:
         evidence = {WHOLE: _whole(scratch)}
     scratch.evidence = evidence
     if evidence:
