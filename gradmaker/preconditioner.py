@@ -125,8 +125,10 @@ class PreconditionedGradientMaker(MeasuringMaker):
         trust, state = self.trust_region, self.step_state
         if trust is None or state.now.region is None:
             return super()._run(weight)
-        state.judge(trust.judged(state.now.region, self.step))
-        self._damp()
+        region = trust.judged(state.now.region, self.step)
+        if region is not state.now.region:
+            state.judge(region)
+            self._damp()
         batch = Batch(self.model, self._declared[""], self.config) if trust.tries(self.step) else None
         result = super()._run(weight)
         if batch is not None:

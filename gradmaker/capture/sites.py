@@ -87,8 +87,8 @@ class Site:
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
             if p.grad is None or not p.requires_grad:
                 continue
-            if self.view is None and name not in self.rows:
-                into[p] = real_as(p.grad, piece)
+            if name not in self.rows and (self.view is None or self.view.whole):
+                into[p] = real_as(p.grad, piece if self.view is None else self.view.turned(piece))
                 continue
             if p not in into:
                 into[p] = p.grad.resolve_conj().clone()
