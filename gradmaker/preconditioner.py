@@ -226,5 +226,6 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
+        self._damp()
         for attachment in self._attachments:
             attachment.forget()
