@@ -158,7 +158,7 @@ class GradientMaker:
         """
         self._begin_again()
         undo, fresh = self._mark(), self.step_state.now.gradients is None
-        before = [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
+        before = [] if fresh else [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
         try:
             result = self._accumulate(weight, in_place=False)
             self.precondition()

@@ -127,8 +127,10 @@ class PreconditionedGradientMaker(MeasuringMaker):
         trust, state = self.trust_region, self.step_state
         if trust is None or state.now.region is None:
             return super()._run(weight)
-        state.judge(trust.judged(state.now.region, self.step))
-        self._damp()
+        region = trust.judged(state.now.region, self.step)
+        if region is not state.now.region:
+            state.judge(region)
+            self._damp()
         batch = Batch(self.model, self._declared[""], self.config) if trust.tries(self.step) else None
         result = super()._run(weight)
         if batch is not None:
@@ -226,6 +228,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
+        self._damp()
         for attachment in self._attachments:
             attachment.forget()
 

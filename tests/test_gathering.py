@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradmaker import METHODS, from_config
+from gradmaker import METHODS, from_config, maker as maker_module
 from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import Evidence, Gradient, OneHot, Outer, Pair
 from gradmaker.gathering import STACK_LIMIT, Piece, picked, placed, stacked
@@ -148,15 +148,16 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[int] = []
         self.updates = 0
-        for name in ("update", "prepare", "solve", "read", "write"):
+        for name in ("writable", "update", "prepare", "solve", "read", "assign"):
             patch.setattr(Block, name, self.counting(name, getattr(Block, name)))
+        patch.setattr(maker_module, "_write", self.counting("write", maker_module._write))
 
     def counting(self, name: str, original: Any) -> Any:
-        def call(block: Block, *args: Any) -> Any:
+        def call(*args: Any) -> Any:
             if name == "update":
-                args = ({**args[0]}, *args[1:])  # evidence is made before
+                args = (*args[:2], {**args[2]}, *args[3:])  # evidence is made before
             with Operations() as operations:
-                result = original(block, *args)
+                result = original(*args)
             self.steps[-1] += operations.names.total()
             return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import log, prod
 from typing import Any, Literal, TypeAlias
@@ -47,10 +48,19 @@ class View:
         blocks = tensor.reshape(self.parts, *self.merged)[(slice(None), *self.chunk)]
         return blocks.mT if self.transposed else blocks
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the blocks are all of the tensor."""
+        return not self.label
+
+    def turned(self, blocks: Tensor) -> Tensor:
+        """The blocks in the order of the tensor's axes."""
+        return blocks.mT if self.transposed else blocks
+
     def write(self, tensor: Tensor, blocks: Tensor) -> None:
         """Put the blocks back into the storage of the tensor, whatever its strides."""
         whole = tensor.reshape(self.parts, *self.merged)
-        whole[(slice(None), *self.chunk)] = blocks.mT if self.transposed else blocks
+        whole[(slice(None), *self.chunk)] = self.turned(blocks)
         if whole.data_ptr() != tensor.data_ptr():  # axes that do not lie next to each other were copied: channels_last
             tensor.copy_(whole.reshape(tensor.shape))
 

@@ -97,8 +97,8 @@ class Site:
         for (name, p), piece in zip(self.parameters.items(), pieces, strict=True):
             if p.grad is None or not p.requires_grad:
                 continue
-            if self.view is None and name not in self.rows:
-                into[p] = self._turned(real_as(self.part(name, p.grad), piece))
+            if name not in self.rows and (self.view is None or self.view.whole):
+                into[p] = self._as_gradient(name, p.grad, piece)
                 continue
             if p not in into:
                 into[p] = p.grad.resolve_conj().clone()
@@ -106,6 +106,12 @@ class Site:
                 self.view.write(as_real(into[p]), piece)
             else:
                 write_real(self.part(name, into[p]), piece)
+
+    def _as_gradient(self, name: str, like: Tensor, piece: Tensor) -> Tensor:
+        """All of a parameter's gradient, from its piece of the blocks."""
+        if self.view is not None:
+            return real_as(like, self.view.turned(piece))
+        return self._turned(real_as(self.part(name, like), piece))
 
     def part(self, name: str, value: Tensor, lead: int = 0) -> Tensor:
         """What of a tensor in a parameter's shape lies in this block, outputs first: a view.  # (*lead, *parameter)"""

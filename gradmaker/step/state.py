@@ -138,7 +138,7 @@ class StepState:
     def judge_anew(self) -> None:
         """Whether an earlier pass was finite shows in ``.grad`` at the end of the step."""
         now = self._check("judge_anew", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
-        self._now = replace(now, finite=True, checked=False)
+        self._now = _unjudged(now)
 
     def draft(self) -> Draft:
         """A draft of the next micro-batch, or of the end of the step."""
@@ -149,7 +149,7 @@ class StepState:
         now = self._check("accumulate", Phase.BETWEEN, Phase.PASSES)
         if draft is not None and draft.base is not now.work:
             raise RuntimeError(f"step {now.index}: accumulate: another micro-batch has come since the measurement began")
-        begun = replace(now, finite=True, checked=False) if now.phase is Phase.BETWEEN else now.begun
+        begun = _unjudged(now) if now.phase is Phase.BETWEEN else now.begun
         work = now.work if draft is None else draft.work()
         self._now = replace(now, phase=Phase.PASSES, shares=(*now.shares, (weight, examples)), work=work, begun=begun)
 
@@ -259,6 +259,10 @@ class StepState:
         if facts.phase is Phase.ENDING:
             raise RuntimeError("load: a step cannot be gone on with in the middle of its end")
         self._now = facts
+
+
+def _unjudged(facts: Facts) -> Facts:
+    return replace(facts, finite=True, checked=False) if facts.checked else facts
 
 
 def _served(facts: Facts, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> Facts:
