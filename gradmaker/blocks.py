@@ -112,13 +112,15 @@ class Block:
 
         refresh: whether the statistic's refresh is due in this step; index: how many measured steps came before
         """
-        decay, turn = self.options.decay, {"refresh": refresh, "index": index}
+        decay = self.options.decay
         if decay is None:
-            return Fold(1.0, weight, 1.0, summed=True, of_step=1.0, **turn)  # type: ignore[arg-type]
-        if self.options.averaging != "corrected":
+            own = Fold(1.0, weight, 1.0, summed=True, of_step=1.0)
+        elif self.options.averaging != "corrected":
             of_step = 1.0 if self.options.averaging == "raw" else 1 - decay
-            return Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step, **turn)  # type: ignore[arg-type]
-        return Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay, **turn)  # type: ignore[arg-type]
+            own = Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step)
+        else:
+            own = Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay)
+        return replace(own, refresh=refresh, index=index)
 
     def writable(self, held: Held) -> Held:
         """The same, with a copy of the statistic that `update` may write to."""

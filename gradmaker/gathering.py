@@ -107,7 +107,7 @@ def _signature(evidence: Evidence) -> tuple[object, ...] | None:
     if not axes or sum(x.numel() // max(1, x.shape[axes[k]]) for k, x in operands.items()) > STACK_LIMIT**2:
         return None
     shapes = [(x.dtype, x.device, *x.shape[: axes[k]], -1, *x.shape[axes[k] + 1 :]) for k, x in operands.items()]
-    shared = (getattr(evidence, f.name) for f in fields(evidence) if f.name not in axes)  # type: ignore[arg-type]
+    shared = (value for name, value in vars(evidence).items() if name not in axes)
     return type(evidence), *shapes, *(id(x) if isinstance(x, Tensor) else x for x in shared)
 
 

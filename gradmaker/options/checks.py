@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from gradmaker.options.suggestions import did_you_mean
@@ -14,8 +15,8 @@ def check_interval(name: str, value: object, low: float, high: float, *, closed:
 
     hint: what is legal beside these numbers, with its comma, as in ``', or None'``
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (low <= value if closed else low < value) or not value < high:  # type: ignore[operator]
+    x: float = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not ((low <= x if closed else low < x) and x < high):
         raise ValueError(f"{name}={value!r}: expected {low:g} {'<=' if closed else '<'} {name} < {high:g}{hint}")
 
 

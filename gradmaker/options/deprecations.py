@@ -9,6 +9,7 @@ from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,7 @@ CONVERTED: dict[str, Callable[[Any, Any, Mapping[str, Any]], Any]] = {"basis_int
 
 
 # ------------------------------------------------------------------ modules
-class _Alias:
+class _Alias(Loader):
     """Loader that puts a module in the place of its earlier name: one module, two names."""
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -130,7 +131,7 @@ class _Alias:
 
 def moved_module(name: str) -> ModuleSpec | None:
     """The spec of a module that is asked for by its earlier name; None for any other."""
-    return ModuleSpec(name, _Alias()) if name in MOVED_MODULES else None  # type: ignore[arg-type]
+    return ModuleSpec(name, _Alias()) if name in MOVED_MODULES else None
 
 
 def moved_names(old: str) -> Callable[[str], Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, TypeVar, cast, overload
+from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 from torch import nn
 
@@ -71,7 +71,7 @@ class Registry(Mapping[str, T]):
         name = own if name is None else name
         if name in self.entries and not _made_again(self.entries[name], entry):
             raise ValueError(f"register: the {self.kind} {name!r} is registered already, as {self.entries[name]!r}")
-        self.entries[name] = cast(T, entry)
+        self.entries[name] = entry
 
     def unfit(self, given: Any) -> str | None:
         """Why an object of this kind cannot be registered; None if it can."""
