@@ -24,6 +24,7 @@ from gradmaker.representations.roles import (
     has_refresh,
     renewal,
     skips_first,
+    slow,
     snapshot,
 )
 from gradmaker.step.held import Held
@@ -122,9 +123,13 @@ class Block:
             own = Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay)
         return replace(own, refresh=refresh, index=index)
 
-    def writable(self, held: Held) -> Held:
-        """The same, with a copy of the statistic that `update` may write to."""
-        return replace(held, state=duplicate(self.triple.representation, held.state))
+    def writable(self, held: Held, refresh: bool = True) -> Held:
+        """The same, with a copy of the statistic that `update` may write to.  refresh: whether a refresh may, too"""
+        return replace(held, state=duplicate(self.triple.representation, held.state, refresh))
+
+    def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
+        """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
+        return fold.refresh or any(s.name not in known and (self.full or s.name in chunk) for s in self.sites)
 
     def update(
         self, held: Held, chunk: Mapping[str, Evidence], fold: Fold, reached: set[str], known: Set[str] = frozenset()
@@ -148,7 +153,8 @@ class Block:
         state = held if whole else picked(held, piece.slots)
         self.triple.representation.update(state, piece.evidence, fold)
         if not whole:
-            placed(held, piece.slots, state)
+            shared = frozenset[str]() if fold.refresh or fold.first else slow(self.triple.representation, state)
+            placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:

@@ -198,13 +198,13 @@ class GradientMaker:
             output, loss = self._run(weight)
             if parameters and all(p.grad is None for p in parameters):
                 raise RuntimeError(f"the loss {self._loss!r} depends on no trainable parameter of the maker's model")
+            if not joined:
+                self._merge(before, in_place)
         except BaseException:
             for p, g in before:
                 p.grad = g
             undo()
             raise
-        if not joined:
-            self._merge(before, in_place)
         return output, loss.detach()
 
     def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]], in_place: bool) -> None:
@@ -309,11 +309,22 @@ def _deferred(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kw
 
 @torch.no_grad()
 def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
-    """Put gradients into the storage of ``.grad``, and add what was there before the step."""
-    pairs = [(p.grad, g) for p, g in gradients.items() if p.grad is not None]
-    if pairs:
-        torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
-    _add_into(before)
+    """``.grad <- gradient + .grad from before the step``, in the storage that it had before.
+
+    gradients: preconditioned ones, of some parameters.  Until the one call that writes, an exception leaves all as it was.
+    """
+    earlier = {p: g for p, g in before if g is not None}
+    alone = [(p.grad, value) for p, value in gradients.items() if p.grad is not None and p not in earlier]
+    both = [(g, p.grad, gradients.get(p, p.grad)) for p, g in earlier.items() if p.grad is not None]
+    targets, values = [target for target, _ in alone], [value for _, value in alone]
+    if both:
+        own = [value.to(now.dtype) for _, now, value in both]  # as it would be in .grad
+        values += torch._foreach_add([g for g, *_ in both], own)
+        targets += [g for g, *_ in both]
+    if targets:
+        torch._foreach_copy_(targets, values)
+    for p, g in earlier.items():
+        p.grad = g
 
 
 @torch.no_grad()

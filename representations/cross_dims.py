@@ -21,12 +21,13 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.held_spectra import HeldSpectra
+from gradmaker.representations.roles import SlowTensors
 
 __all__ = ["CrossDims"]
 
 
 @dataclass(frozen=True)
-class CrossDims(HeldSpectra):
+class CrossDims(HeldSpectra, SlowTensors):
     """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``, others whitened in ``G_w``.
 
     The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Whitening uses the factors of the last refresh,
@@ -56,6 +57,10 @@ class CrossDims(HeldSpectra):
                 state[f"factor_{axis}"] = frame.unit(size, self.start)
                 state[f"basis_{axis}"] = frame.unit(size)
         return state | {"diagnosis": frame.zeros(len(frame.shape or (1,)), len(COLUMNS))}
+
+    def slow(self, state: State) -> frozenset[str]:
+        """The factors that are applied."""
+        return frozenset(name for name in state if name.startswith(("values_", "basis_")))
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)

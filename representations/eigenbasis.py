@@ -19,7 +19,7 @@ from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.kronecker import Kron
-from gradmaker.representations.roles import ByExample, FactoredAxes, OwnOrder, Renewal, Renewed
+from gradmaker.representations.roles import ByExample, FactoredAxes, OwnOrder, Renewal, Renewed, SlowTensors
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -27,7 +27,7 @@ SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed):
+class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
     """``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T``, ``D = sum_N (Q_B^T J_N Q_A)^2``, in the eigenbases of `Kron`'s factors.
 
     ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
@@ -69,6 +69,10 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed):
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         """As of `Kron`."""
         return self._kron().long_axes(shape, max_dim)
+
+    def slow(self, state: State) -> frozenset[str]:
+        """The bases."""
+        return frozenset(f"basis_{side}" for side in SIDES).intersection(state)
 
     def init(self, frame: Frame) -> State:
         state = self._kron().init(frame)

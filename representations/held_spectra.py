@@ -53,7 +53,7 @@ class HeldSpectra(FactoredAxes):
 
     def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
         """Of each axis' last refresh, in units of what is held; the damping is in there already.  # (B, m, 5)"""
-        return state["diagnosis"].clone()
+        return state["diagnosis"]
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""

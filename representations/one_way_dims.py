@@ -18,7 +18,7 @@ from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mod
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval, check_kind
 from gradmaker.representations.base import Fold, Frame, Grain
-from gradmaker.representations.roles import FactoredAxes, OwnOrder
+from gradmaker.representations.roles import FactoredAxes, OwnOrder, SlowTensors
 
 __all__ = ["OneWayDims"]
 
@@ -28,7 +28,7 @@ HELD = ("failures", "failing", "diagnosis")
 
 
 @dataclass(frozen=True)
-class OneWayDims(FactoredAxes, OwnOrder):
+class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
     """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
 
     ``G_k = G x_1 X_1 ... x_(k-1) X_(k-1)`` with ``X_j = (S_j + damping lambda_max(S_j) I)^(-1/2)`` as of the last refresh,
@@ -78,6 +78,10 @@ class OneWayDims(FactoredAxes, OwnOrder):
             if axis + 1 < len(shape):
                 state[f"rooted_{axis}"] = state[f"factor_{axis}"] * (1 + self.damping)
         return state
+
+    def slow(self, state: State) -> frozenset[str]:
+        """The roots that are measured through, and what they are the roots of."""
+        return frozenset(name for name in state if name.startswith(("root_", "rooted_")))
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)

@@ -22,6 +22,7 @@ __all__ = [
     "PerStep",
     "Renewal",
     "Renewed",
+    "SlowTensors",
     "Snapshots",
     "Unstacked",
     "WholeLayers",
@@ -32,6 +33,7 @@ __all__ = [
     "release",
     "renewal",
     "skips_first",
+    "slow",
     "snapshot",
     "widen",
 ]
@@ -117,9 +119,25 @@ class Snapshots(Representation):
         """What is taken over of a state, or once more of a cache: tensors to be replaced, not written to."""
 
 
-def duplicate(representation: Representation, state: State) -> State:
-    """A copy that `update` may write into."""
-    return representation.duplicate(state) if isinstance(representation, Unstacked) else _cloned(state)
+class SlowTensors(Representation):
+    """Tensors of its state, bases as a rule, are written to by refreshes alone, the first evidence of a member among them."""
+
+    @abstractmethod
+    def slow(self, state: State) -> frozenset[str]:
+        """Their names."""
+
+
+def duplicate(representation: Representation, state: State, refresh: bool = True) -> State:
+    """A copy that `update` may write into.  refresh: whether refreshes may, too; else what is slow is shared"""
+    if isinstance(representation, Unstacked):
+        return representation.duplicate(state)
+    shared = frozenset[str]() if refresh else slow(representation, state)
+    return {k: v if k in shared else v.clone() for k, v in state.items()}
+
+
+def slow(representation: Representation, state: State) -> frozenset[str]:
+    """Names of the tensors that only a refresh writes to."""
+    return representation.slow(state) if isinstance(representation, SlowTensors) else frozenset()
 
 
 def snapshot(representation: Multiplies, state: State) -> State:

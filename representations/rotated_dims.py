@@ -19,7 +19,7 @@ from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_s
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import FactoredAxes, OwnOrder, Renewal, Renewed
+from gradmaker.representations.roles import FactoredAxes, OwnOrder, Renewal, Renewed, SlowTensors
 
 __all__ = ["RotatedDims"]
 
@@ -27,7 +27,7 @@ COUNTERS = ("failures", "failing")
 
 
 @dataclass(frozen=True)
-class RotatedDims(FactoredAxes, OwnOrder, Renewed):
+class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
     """``C ~ Q diag(V) Q^T``, ``Q`` the Kronecker product of the eigenbases of ``H_k`` of Shampoo, ``V = E (Q^T g)^2``.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. It is not rotated when the basis turns, but follows its columns where
@@ -73,6 +73,10 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed):
     @property
     def skips_first(self) -> bool:
         return self.skip_first
+
+    def slow(self, state: State) -> frozenset[str]:
+        """The bases."""
+        return frozenset(f"basis_{axis}" for axis in self._axes(state))
 
     def init(self, frame: Frame) -> State:
         shape = frame.shape or (1,)

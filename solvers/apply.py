@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Preconditions
-from gradmaker.representations.roles import renewal, snapshot
+from gradmaker.representations.roles import snapshot
 from gradmaker.solvers.definition import Defined
 
 __all__ = ["Apply"]
@@ -20,8 +20,8 @@ __all__ = ["Apply"]
 class Apply(Defined[Preconditions]):
     """``P g`` with the ``P`` that was fitted or updated directly.
 
-    The cache is a copy of the state, or the state itself where that is taken over at every step. It is never lost: a
-    representation of this kind refuses what would make it infinite.
+    The cache is the state itself, as of the last refresh. It is never lost: a representation of this kind refuses what would
+    make it infinite.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Liu, Nocedal, Math. Programming 1989.
     """
@@ -29,8 +29,7 @@ class Apply(Defined[Preconditions]):
     implicit: ClassVar[bool] = True
 
     def prepare(self, representation: Preconditions, state: State, previous: State | None) -> State:
-        held = snapshot(representation, state)
-        return held if renewal(representation) == "step" else {name: x.clone() for name, x in held.items()}
+        return snapshot(representation, state)
 
     def operator(self, representation: Preconditions, state: State) -> Tensor:
         P: Tensor = torch.linalg.inv(representation.to_dense(state))

@@ -25,8 +25,8 @@ __all__ = ["CG"]
 class CG(InverseSolver[Multiplies], Defined[Multiplies]):
     """``(C + damping I) x = g`` by conjugate gradients from ``x = 0``, each member of the stack stopped by itself.
 
-    Stops at ``|r| <= tolerance |g|``, or where the curvature along the search direction is not positive. The cache is a copy of
-    the statistic. A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+    Stops at ``|r| <= tolerance |g|``, or where the curvature along the search direction is not positive. The cache is the
+    statistic. A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
 
     Reference: Hestenes, Stiefel 1952; Martens, ICML 2010, section 4 (Hessian-free optimization).
     """
@@ -47,8 +47,7 @@ class CG(InverseSolver[Multiplies], Defined[Multiplies]):
         nothing = {name: x.new_zeros(()) for name, x in cache.items()}
         # An unstacked state has other names and shapes each time.
         before = None if isinstance(representation, Unstacked) else previous
-        # Copies: `keep_previous` never returns what it was given.
-        cache.update(keep_previous(dict(cache), ~finite, before, nothing))
+        cache.update(keep_previous(dict(cache), ~finite, before, nothing, read=before is not None))
         return cache
 
     def operator(self, representation: Multiplies, state: State) -> Tensor:

@@ -15,7 +15,6 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
-from gradmaker.representations.roles import Unstacked
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.eigh import Decomposition
@@ -95,13 +94,12 @@ class Gram(Defined[LowRank]):
         K = representation.gram(state).double()
         new, failed = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
-        held = state if isinstance(representation, Unstacked) else {name: x.clone() for name, x in state.items()}
         counters = count_failures(failed, previous)
         if not bool(failed.any()):
-            return {**held, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
+            return {**state, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
         if previous is not None:  # with its own rows: they fit together
             return {**previous, **counters}
-        nothing = {name: torch.zeros_like(x) for name, x in {**held, **new}.items()}
+        nothing = {name: torch.zeros_like(x) for name, x in {**state, **new}.items()}
         return {**nothing, "gain": unit * torch.where(failed, self._rest(), new["gain"]), **counters}
 
     def _rest(self) -> float:

@@ -21,7 +21,7 @@ __all__ = ["HeldRoot"]
 class HeldRoot(Defined[Rooted]):
     """``C^(-1/2) g = g x_1 X_1 x_2 X_2 ...`` with the ``X_k`` that the representation holds.
 
-    The cache is a copy of them. Damping, refreshes and failures are the representation's.
+    The cache is these themselves. Damping, refreshes and failures are the representation's.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5.
     """
@@ -33,7 +33,7 @@ class HeldRoot(Defined[Rooted]):
         return -0.5
 
     def prepare(self, representation: Rooted, state: State, previous: State | None) -> State:
-        return {name: x.clone() for name, x in representation.rooted(state).items()}
+        return dict(representation.rooted(state))
 
     def operator(self, representation: Rooted, state: State) -> Tensor:
         C: Tensor = representation.to_dense(state)

@@ -23,7 +23,10 @@ __all__ = ["Rotate", "RotatingSolver"]
 
 @dataclass(frozen=True, kw_only=True)
 class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
-    """``P g = Q [scale * (Q^T g)]`` with the basis that the representation holds, copied: a stale ``P`` stays whole."""
+    """``P g = Q [scale * (Q^T g)]`` with the basis that the representation holds.
+
+    A member that fails keeps the basis of its previous scale: a stale ``P`` stays whole.
+    """
 
     @property
     @abstractmethod
@@ -40,13 +43,15 @@ class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
 
     def prepare(self, representation: Rotated, state: State, previous: State | None) -> State:
         bases = {f"basis_{k}": Q for k, Q in enumerate(representation.bases(state)) if Q is not None}
+        turned = {name: Q for name, Q in bases.items() if previous is None or Q is not previous[name]}
         new = {"scale": self.scale(representation, state), **bases}
-        failed = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in new.values()]).all(0)
-        default = {name: identity(Q) for name, Q in bases.items()}
+        checked = (new["scale"], *turned.values())
+        failed = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in checked]).all(0)
+        default = {name: identity(Q) for name, Q in bases.items()} if previous is None else {}
         default["scale"] = new["scale"].new_tensor(self.gain)
         if "diagnosis" in state:
             new["diagnosis"], default["diagnosis"] = state["diagnosis"], unknown(state["diagnosis"])
-        return keep_previous(new, failed, previous, default)
+        return keep_previous(new, failed, previous, default, read=bool(turned))
 
     def equation(self, representation: Rotated, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x = Q ((Q^T g) / divisor)``."""

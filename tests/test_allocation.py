@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradmaker import METHODS
 from gradmaker.curvature.recursive import _derivative_moment
 from gradmaker.representations.base import Frame
+from gradmaker.step.draft import Draft, Work
 from tests.live import Live
 
 NAMED = [name for name in METHODS if name != "gradient"]
@@ -87,3 +88,146 @@ def test_recursion_ends_at_the_lowest_layer(monkeypatch: pytest.MonkeyPatch) -> 
         maker.forward_and_backward()
     assert sides == [3, 6]
     assert live.peak < 2.5 * 4 * inputs**2  # the moment of its inputs, and what is cut from it
+
+
+# --- what a cache holds of a statistic --------------------------------------------------------------------------------------
+INPUTS = 200
+SLOW = {"soap": "basis_", "ekfac": "basis_", "kl_shampoo": "basis_", "caspr_adaptive": "root_"}
+"""Methods whose statistic has tensors that refreshes alone write to, and how these are named."""
+ALIASED = {"soap": ["basis_0", "basis_1"], "ekfac": ["basis_left", "basis_right"], "caspr_adaptive": ["root_0", "root_1"]}
+"""Those that the cache holds, in the order of its own names."""
+
+
+class Made(Live):
+    """Bytes of the storages that operations make, one by one; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view and not func._schema.is_mutable:
+            self.sizes.append(out.untyped_storage().nbytes())
+        return out
+
+
+def steps_of(method: str, **options: Any) -> tuple[Any, Callable[[], None]]:
+    """A maker that measures at every step and refreshes at every fourth, and what accumulates the batch of a step."""
+    torch.manual_seed(0)
+    model = nn.Linear(INPUTS, 10, bias=False)
+    x, t = torch.randn(16, INPUTS), torch.randint(10, (16,))
+    clocks = {"curvature_interval": 1, "preconditioner_interval": 4, "warmup_steps": 0, "stagger": False}
+    maker: Any = METHODS[method](model, METHODS[method].Config(**clocks, **options))
+
+    def accumulate() -> None:
+        model.zero_grad()
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), t)
+        maker.accumulate()
+
+    return maker, accumulate
+
+
+@pytest.mark.parametrize("method", ["soap", "ekfac", "caspr_adaptive"])
+def test_a_measured_step_copies_no_basis(method: str) -> None:
+    """Of the matrices of the inputs it copies one, the factor that the step adds to."""
+    maker, accumulate = steps_of(method)
+    for step in range(8):
+        with Made() as made:
+            accumulate()
+            maker.precondition()
+        if step % 4:
+            assert sum(size >= 4 * INPUTS**2 for size in made.sizes) == 1, (step, made.sizes)
+            assert sum(made.sizes) < 2.5 * 4 * INPUTS**2, step
+
+
+@pytest.mark.parametrize("method", list(ALIASED))
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_cache_holds_the_statistics_own_tensors(method: str, loaded: bool) -> None:
+    """A loaded one holds copies, with which the next step is the same, and which it lets go of."""
+    maker, accumulate = steps_of(method)
+    other, also = steps_of(method)
+    (block,) = maker.plan.blocks
+    for step in range(6):
+        if loaded and step == 3:
+            other.load_state_dict(maker.state_dict())
+            maker, accumulate, block = other, also, other.plan.blocks[0]
+            assert not same_tensors(method, block)
+        accumulate()
+        maker.precondition()
+        assert same_tensors(method, block) or (method == "caspr_adaptive" and loaded and step == 3)  # prepared at refreshes
+
+
+def same_tensors(method: str, block: Any) -> bool:
+    own = [name for name in block.cache if name.startswith(SLOW[method])]
+    assert len(own) == len(ALIASED[method])
+    pairs = zip(own, ALIASED[method], strict=True)
+    return all(block.cache[k].data_ptr() == block.state[name].data_ptr() for k, name in pairs)
+
+
+class Planted(Exception):
+    """Nothing else raises it."""
+
+
+@pytest.mark.parametrize("method", list(SLOW))
+def test_what_is_slow_is_written_to_by_refreshes_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then in a copy, as everything: an exception leaves it as it was."""
+    maker, accumulate = steps_of(method)
+    (block,) = maker.plan.blocks
+    prepare, failing = type(block).prepare, []
+
+    def failing_once(self: Any, *args: Any) -> Any:
+        if failing:
+            failing.clear()
+            raise Planted
+        return prepare(self, *args)
+
+    monkeypatch.setattr(type(block), "prepare", failing_once)
+    for step in range(8):
+        before = dict(block.state)
+        known = {k: (v.clone(), v._version) for k, v in before.items()}
+        accumulate()
+        failing.append(True)
+        with pytest.raises(Planted):
+            maker.precondition()
+        assert all(block.state[k] is v for k, v in before.items())
+        maker.precondition()
+        assert all(torch.equal(v, known[k][0]) and v._version == known[k][1] for k, v in before.items()), step
+        shared = {k for k, v in before.items() if block.state[k] is v}
+        slow = {k for k in before if k.startswith(SLOW[method])}
+        assert bool(slow) and (slow <= shared if step % 4 else not shared), (step, shared)
+
+
+def test_members_apart_share_what_is_slow() -> None:
+    """The first and the last of three equal layers bring gradients: parts of a stack that do not lie side by side."""
+    model = nn.ModuleList(nn.Linear(6, 5, bias=False) for _ in range(3))
+    clocks = {"curvature_interval": 1, "preconditioner_interval": 4, "warmup_steps": 0, "stagger": False}
+    maker: Any = METHODS["soap"](model, METHODS["soap"].Config(**clocks))
+    (block,) = maker.plan.blocks
+    for step in range(7):
+        before, versions = dict(block.state), {k: v._version for k, v in block.state.items()}
+        for member, layer in enumerate(model):
+            layer.weight.grad = None if member == 1 and step != 5 else torch.randn_like(layer.weight)
+        maker.precondition()
+        assert all(v._version == versions[k] for k, v in before.items())
+        assert (block.state["basis_0"] is before["basis_0"]) == (step in (1, 2, 3, 6))
+
+
+def test_a_draft_copies_what_is_slow_when_a_refresh_comes() -> None:
+    """In the middle of a measurement, with what it has written by then."""
+    maker, accumulate = steps_of("soap")
+    accumulate()
+    maker.precondition()
+    (block,) = maker.plan.blocks
+    draft, before = Draft(Work(), 0), dict(block.state)
+    first = draft.writable(block, refresh=False).state
+    assert first["basis_0"] is before["basis_0"] and first["factor_0"] is not before["factor_0"] and not draft.owns(block)
+    first["factor_0"].zero_()
+    assert draft.writable(block, refresh=False).state is first
+    second = draft.writable(block).state
+    assert second["basis_0"] is not before["basis_0"] and not second["factor_0"].any() and draft.owns(block)
+    assert draft.writable(block, refresh=False).state is second and draft.writable(block).state is second
+    made: Any = METHODS["kfac"](nn.Linear(3, 2))
+    other = made.plan.blocks[0]
+    draft.writable(other, refresh=False)
+    assert draft.owns(other)

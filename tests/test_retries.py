@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradmaker import from_config
+from gradmaker import from_config, maker as maker_module
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
 from tests import models
@@ -382,3 +383,64 @@ def test_a_refresh_that_fails_too_often_is_not_overcome_by_trying_again() -> Non
         with pytest.raises(RuntimeError, match=r"its refresh failed for the 1\. time in a row, 1 times in all"):
             maker.forward_and_backward()
     assert maker.step == 1
+
+
+# --- the write into .grad ---------------------------------------------------------------------------------------------------
+class Interrupt(TorchDispatchMode):
+    """Raises after so many operations, 0 for none; tells which of them write."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.after, self.writing = after, list[bool]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.writing.append(func._schema.is_mutable)
+        if len(self.writing) == self.after:
+            raise KeyboardInterrupt
+        return out
+
+
+def begun(method: str, accumulated: bool, before: str) -> tuple[Any, list[nn.Parameter], Callable[[], Any]]:
+    """A maker with gradients of an earlier step, its parameters, and what ends the next one."""
+    case = models.mlp()
+    maker: Any = from_config(case.model, {"method": method, **({} if method == "gradient" else SPARSE)})
+    parameters = list(case.model.parameters())
+    for k, p in enumerate(parameters):
+        p.grad = torch.full_like(p, 7.0) if before == "all" or (before == "some" and k % 2) else None
+    maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
+    if accumulated:
+        maker.accumulate()
+    return maker, parameters, maker.precondition if accumulated else maker.forward_and_backward
+
+
+@pytest.mark.parametrize("method", ["gradient", "kfac"])
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("before", ["nothing", "some", "all"])
+def test_a_gradient_is_written_as_a_whole(method: str, accumulated: bool, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one operation, the last: an interruption after any of those before it leaves all tensors as they were."""
+    write, modes = maker_module._write, [Interrupt()]
+
+    def interrupted(*args: Any) -> None:
+        with modes[-1]:
+            write(*args)
+
+    monkeypatch.setattr(maker_module, "_write", interrupted)
+    _, calm, end = begun(method, accumulated, before)
+    end()
+    operations = modes[0].writing
+    assert operations == [False] * (before != "nothing") + [True] * (before != "nothing" or method == "kfac")
+    maker, parameters, end = begun(method, accumulated, before)
+    earlier = dict(maker.step_state.now.gradients or ((p, p.grad) for p in parameters))
+    known = [(p, p.grad) for p in parameters]
+    kept = [(g, g.clone()) for g in (*earlier.values(), *(g for _, g in known)) if g is not None]
+    for after in range(1, len(operations)):
+        modes.append(Interrupt(after))
+        with pytest.raises(KeyboardInterrupt):
+            end()
+        assert all(p.grad is g for p, g in known) and all(torch.equal(g, value) for g, value in kept)
+    modes.append(Interrupt())
+    end()
+    for p, q in zip(parameters, calm, strict=True):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)
+        assert earlier[p] is None or p.grad is earlier[p]

@@ -161,17 +161,30 @@ def _fallbacks(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tupl
     yield method.last_resort, A.double(), ridge.double()
 
 
-def keep_previous(new: State, failed: Tensor, previous: State | None, default: State, empty: Tensor | None = None) -> State:
+def keep_previous(
+    new: State, failed: Tensor, previous: State | None, default: State, empty: Tensor | None = None, read: bool = False
+) -> State:
     """The cache: failed members keep what they had (``default``, broadcast, if there was nothing) and are counted.
 
-    ``failures`` counts in all, ``failing`` in a row, for `gradmaker.failures`.
+    Where none has failed, it holds the new tensors themselves, which nobody writes to. ``failures`` counts in all, ``failing``
+    in a row, for `gradmaker.failures`.
 
     empty: members without a root because their statistic is zero, as that of a layer without gradients is: no sign of harm,
     so that they are no failures in a row  # (B,)
+    read: whether an accelerator is waited for to know that none has failed, which saves a copy; a CPU always is
     """
     before = default if previous is None else previous
-    cache = {name: torch.where(failed.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in new.items()}
+    cache = dict(new)
+    if _some(failed, read):
+        changed = {name: x for name, x in new.items() if x is not before[name]}
+        cache |= {name: torch.where(failed.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in changed.items()}
     return cache | count_failures(failed, previous, empty)
+
+
+def _some(failed: Tensor, read: bool) -> bool:
+    """Whether a member has failed; taken for true where that is not read.  # (B,)"""
+    here = failed.device.type == "cpu" or (read and failed.device.type != "meta")
+    return not here or bool(failed.any())
 
 
 def count_failures(failed: Tensor, previous: State | None, empty: Tensor | None = None) -> State:

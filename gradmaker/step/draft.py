@@ -11,6 +11,7 @@ from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.representations.base import Fold
+from gradmaker.representations.roles import SlowTensors
 from gradmaker.stacking import carry
 from gradmaker.step import pool
 from gradmaker.step.held import Held
@@ -43,17 +44,17 @@ class Draft:
         """part: which micro-batch of the step is measured"""
         self.base, self.part = base, part
         self._held, self._reached, self._pooled = dict(base.held), set(base.reached), base.pooled
-        self._own: set[Block] = set()  # whose statistic is a copy of this draft's
+        self._own: dict[Block, bool] = {}  # whose statistic is a copy of this draft's; whether it is so with what is slow in it
 
     def look(self, block: Block) -> Held:
         """What a block holds here; not to be written to."""
         return self._held.get(block, block.held)
 
-    def writable(self, block: Block) -> Held:
-        """The same, with a statistic that may be written to."""
-        if block not in self._own:
-            self._held[block] = block.writable(self.look(block))
-            self._own.add(block)
+    def writable(self, block: Block, refresh: bool = True) -> Held:
+        """The same, with a statistic that may be written to.  refresh: by a refresh, too"""
+        if block not in self._own or (refresh and not self._own[block]):
+            self._held[block] = block.writable(self.look(block), refresh)
+            self._own[block] = refresh or not isinstance(block.triple.representation, SlowTensors)
         return self._held[block]
 
     def put(self, block: Block, held: Held) -> None:
@@ -69,11 +70,12 @@ class Draft:
         """
         for chunk in chunks:
             for block, fold in folds.items():
-                block.update(self.writable(block), chunk, fold, self._reached, known)
+                held = self.writable(block, block.may_refresh(chunk, fold, known))
+                block.update(held, chunk, fold, self._reached, known)
 
     def owns(self, block: Block) -> bool:
-        """Whether the statistic that it holds here may be written to."""
-        return block in self._own
+        """Whether the statistic that it holds here may be written to by a refresh."""
+        return self._own.get(block, False)
 
     def pool(self, curvature: Pooled, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> None:
         """Keep evidence for the end of the step."""

@@ -100,6 +100,7 @@ def test_division_and_cg_keep_the_past(solver):
     g = torch.randn(B, o)
     past = solver.prepare(Diagonal(), state, None)
     expected = solver.solve(Diagonal(), past, g)
+    state = {k: v.clone() for k, v in state.items()}
     state["diagonal"][2] = torch.nan
     cache = solver.prepare(Diagonal(), state, past)
     assert cache["failures"].tolist() == [0, 0, 1, 0]

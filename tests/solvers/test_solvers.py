@@ -15,6 +15,7 @@ from gradmaker.representations.capabilities import Elementwise, Factored, Multip
 from gradmaker.representations.dense import Dense
 from gradmaker.representations.diagonal import Diagonal
 from gradmaker.representations.kronecker import Kron, KronDims
+from gradmaker.representations.roles import duplicate
 from gradmaker.solvers.base import Solver
 from gradmaker.solvers.cholesky import Cholesky
 from gradmaker.solvers.conjugate_gradient import CG
@@ -269,12 +270,14 @@ def test_cg_stops_each_member_by_itself():
     )
 
 
-def test_cg_keeps_a_copy():
+def test_cg_holds_the_statistic_of_its_refresh():
+    """By reference: what comes later goes into a copy."""
     representation, state, shape = CASES["kron"]()
     solver, g = CG(), torch.randn(B, 3, 5)
     cache = solver.prepare(representation, state, None)
+    assert all(cache[k].data_ptr() == x.data_ptr() for k, x in state.items())
     before = solver.solve(representation, cache, g)
-    state["left"].zero_()
+    duplicate(representation, state)["left"].zero_()
     assert torch.equal(solver.solve(representation, cache, g), before)
 
 
