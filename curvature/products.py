@@ -25,14 +25,14 @@ class Factors(Evidence):
 
     def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
         """``out <- beta out + alpha c A`` with the number ``c`` of `counted` positions, or its diagonal."""
-        out.mul_(beta).add_(_fitting(self.A, out.ndim) * self.counted, alpha=alpha)
+        out.mul_(beta).add_(_as_form(self.A, out.ndim) * self.counted, alpha=alpha)
 
     def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
         """``out <- beta out + alpha B``, or its diagonal."""
-        out.mul_(beta).add_(_fitting(self.B, out.ndim), alpha=alpha)
+        out.mul_(beta).add_(_as_form(self.B, out.ndim), alpha=alpha)
 
     def rows(self) -> Tensor:
-        spectra = (torch.linalg.eigh(_fitting(F, 3)) for F in (self.A, self.B))
+        spectra = (torch.linalg.eigh(_as_form(F, 3)) for F in (self.A, self.B))
         a, b = (Q * s.clamp(min=0).sqrt().unsqueeze(-2) for s, Q in spectra)
         J = torch.einsum("gok,gil->klgoi", b, a).flatten(0, 1)
         return J.mT if self.transposed else J
@@ -60,7 +60,7 @@ class Product(Evidence):
         raise TypeError("Product: a matrix-vector product has no rows; rows are those of Outer, Joint and Gradient")
 
 
-def _fitting(F: Tensor, ndim: int) -> Tensor:
+def _as_form(F: Tensor, ndim: int) -> Tensor:
     """A factor as a matrix (``ndim`` 3), or its diagonal (2).  # (G, d, d) or (G, d)"""
     if F.ndim == ndim:
         return F

@@ -138,11 +138,11 @@ class LayerSecant(OfSecants):
         before: dict[str, LayerSums] = {}
         after: dict[str, LayerSums] = {}
         for each in step.previous.passes:
-            _gather(before, each.notes, each.weight)
-            _gather(after, self._again(step, each), each.weight)
+            _add_sums(before, each.notes, each.weight)
+            _add_sums(after, self._evaluate_again(step, each), each.weight)
         return {k: _change(before[k], now) for k, now in after.items()}
 
-    def _again(self, step: Step, made: Pass) -> dict[str, LayerSums]:
+    def _evaluate_again(self, step: Step, made: Pass) -> dict[str, LayerSums]:
         """The sums of a pass that is evaluated again at the weights of now."""
         sites = [s for s in step.sites if s.name in made.notes]
         tape = step.tape.again(m for s in sites for m in s.modules)
@@ -166,7 +166,7 @@ def _change(before: LayerSums, now: LayerSums) -> Pair:
     return Pair((now.outputs - before.outputs) / total, now.gradients - before.gradients, "output_secant")
 
 
-def _gather(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:
+def _add_sums(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:
     """Add the sums of a pass, with the weight of its loss in that of the step, to ``total``."""
     for name, (s, g, n, _) in found.items():
         s0, g0, n0, _ = total.get(name, LayerSums(torch.zeros_like(s), torch.zeros_like(g), 0))
