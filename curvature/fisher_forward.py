@@ -34,7 +34,7 @@ class _Forward(LazyEvidence):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherForward(Curvature):
-    """``C = I (x) A``, ``A = mean a a^T`` over examples and positions: K-FAC without output gradients (FOOF).
+    """The forward-only curvature (FOOF), K-FAC without output gradients: ``C = I (x) A``, ``A = mean a a^T``.
 
     With exact damping (`Eigh`) ``P G = G (A + damping I)^-1``: the step whose change of the layer's outputs is nearest to the
     negative gradient at these outputs. It needs no targets, no likelihood and no extra pass. ``C`` has the scale of the inputs

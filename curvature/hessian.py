@@ -183,7 +183,7 @@ def _squares(step: Step) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Hessian(Products):
-    """``H = d^2 L / d theta^2`` of the loss of the batch, with its dropout masks and batch statistics.
+    """The Hessian ``H = d^2 L / d theta^2`` of the loss of the batch, with its dropout masks and batch statistics.
 
     ``mode="reverse"`` is backward over backward, and falls back to forward over reverse where torch has no double backward;
     ``"forward"`` is forward over reverse; ``"difference"`` is ``(grad L(theta + e v) - grad L(theta - e v)) / 2 e``, which

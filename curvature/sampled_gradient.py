@@ -21,10 +21,11 @@ __all__ = ["SampledGradient"]
 
 @dataclass(frozen=True, kw_only=True)
 class SampledGradient(Curvature):
-    """``C = G G^T``, ``G = sum_m sqrt(w_m) J_m^T grad l_m(y_m)``, ``y_m`` drawn from the model: ``E C`` is the Fisher matrix.
+    """The Fisher matrix by one gradient: ``C = G G^T``, ``G = sum_m sqrt(w_m) J_m^T grad l_m(y_m)``, with ``E C`` the Fisher.
 
-    For a mean over ``M`` terms ``G`` is ``sqrt(M)`` times the gradient of the sampled loss: the terms are independent and have
-    mean zero, so that only the sum of their covariances remains. One extra backward pass a sample; ``.grad`` is not written.
+    The targets ``y_m`` are drawn from the model. For a mean over ``M`` terms ``G`` is ``sqrt(M)`` times the gradient of the
+    sampled loss: the terms are independent and have mean zero, so that only the sum of their covariances remains. One extra
+    backward pass a sample; ``.grad`` is not written.
 
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925, algorithm 2, which leaves out the factor ``M``.
     """

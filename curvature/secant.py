@@ -41,7 +41,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kin
 
 @dataclass(frozen=True, kw_only=True)
 class Secant(OfSecants):
-    """``s = theta_(t+1) - theta_t`` and ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``, both on batch ``t``.
+    """Secants on one batch ``t``: ``s = theta_(t+1) - theta_t``, ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``.
 
     One more forward and backward pass a step. The gradients are evidence too: a solver sets the length of a first step by them,
     and checks the descent direction. Micro-batches make one batch, with the weights of their losses.

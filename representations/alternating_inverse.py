@@ -42,7 +42,7 @@ def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class AlternatingInverse(HeldSpectra, OwnOrder, Renewed):
-    """``C^-1 ~ L_1 (x) ... (x) L_m`` jointly; each step updates one ``L_k`` by its gradient.
+    """KrADagrad's inverse covariance, held jointly: ``C^-1 ~ L_1 (x) ... (x) L_m``; each step updates one ``L_k``.
 
     ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
     ``g g^T / (r (1 + tr))`` is added to the implied covariance, ``r`` the rank. ``damping`` is that of the covariance to

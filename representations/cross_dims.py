@@ -27,11 +27,12 @@ __all__ = ["CrossDims"]
 
 @dataclass(frozen=True)
 class CrossDims(HeldSpectra):
-    """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``, others whitened in ``G_w``.
+    """KL-Shampoo's factors: ``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``.
 
-    The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Whitening uses the factors of the last refresh,
-    with eigenvalues above ``floor``. Only the product of the factors has a scale: a refresh makes their average eigenvalues
-    equal, which does not change the product. There is no bias correction: ``S_k`` starts at ``start I``.
+    ``G_w`` is the gradient with all other axes whitened, by the factors of the last refresh, with eigenvalues above ``floor``.
+    The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Only the product of the factors has a scale: a
+    refresh makes their average eigenvalues equal, which does not change the product. There is no bias correction: ``S_k``
+    starts at ``start I``.
 
     Reference: Lin et al. 2025, arXiv:2509.03378, KL-Shampoo.
     """

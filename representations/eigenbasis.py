@@ -28,15 +28,15 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed):
-    """``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T``, ``D = sum_N (Q_B^T J_N Q_A)^2``, in the eigenbases of `Kron`'s factors.
+    """EKFAC's curvature: ``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T`` with ``D = sum_N (Q_B^T J_N Q_A)^2``.
 
-    ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
-    The first step defines its own basis, which is known at its end only: until then ``D = b a^T``, the prediction of the
-    factors alone, and a bias-corrected average drops the prediction when the second step begins. A refresh computes the basis
-    from the factors as they were before the step, so that it does not depend on the cut of a batch into micro-batches. ``D``
-    then becomes the diagonal, in the new basis, of the matrix that is represented,
-    ``D' = U_B^2 D (U_A^2)^T`` with the squared entries of ``U = Q'^T Q``. One-hot inputs keep the unit basis, and so do sides
-    that are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
+    ``Q_B, Q_A`` are the eigenbases of `Kron`'s factors, ``J_N`` the gradient of a whole example: positions are summed before
+    the square, whatever ``sharing`` is for the factors. The first step defines its own basis, which is known at its end only:
+    until then ``D = b a^T``, the prediction of the factors alone, and a bias-corrected average drops the prediction when the
+    second step begins. A refresh computes the basis from the factors as they were before the step, so that it does not depend
+    on the cut of a batch into micro-batches. ``D`` then becomes the diagonal, in the new basis, of the matrix that is
+    represented, ``D' = U_B^2 D (U_A^2)^T`` with the squared entries of ``U = Q'^T Q``. One-hot inputs keep the unit basis, and
+    so do sides that are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1 (running averages). The authors' code
     starts again from ``b a^T`` with every basis, so that with short intervals little more than `Kron` is left.

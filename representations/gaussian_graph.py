@@ -34,12 +34,13 @@ LARGEST = 2**28
 
 @dataclass(frozen=True)
 class GaussianGraph(Compact):
-    """``C^-1 = (I - S)^T diag(1 / d) (I - S)``: every entry of a gradient is a linear function of its parents and a residual.
+    """A directed Gaussian graphical model of gradients: ``C^-1 = (I - S)^T diag(1 / d) (I - S)``.
 
-    ``S_i = C_pa,pa^-1 C_pa,i`` and ``d_i = C_ii - C_i,pa S_i``: of ``C`` only the families ``{i} + pa(i)`` are measured. The
-    ``structure`` is ``bias`` (the parent of a weight is the bias of its unit; three numbers a weight and no per-example
-    gradients: Ollivier's quasi-diagonal metric), ``full`` (all entries before: the dense inverse), or the parents: a tuple for
-    each entry, or a function from the shape of a block to them. All but ``bias`` and ``full`` depend on the order of units.
+    Every entry is a linear function of its parents and a residual, with ``S_i = C_pa,pa^-1 C_pa,i`` and ``d_i = C_ii - C_i,pa
+    S_i``: of ``C`` only the families ``{i} + pa(i)`` are measured. ``structure`` is ``bias`` (the parent of a weight is the
+    bias of its unit; three numbers a weight and no per-example gradients: Ollivier's quasi-diagonal metric), ``full`` (all
+    entries before: the dense inverse), or the parents: a tuple for each entry, or a function from the shape of a block to them.
+    All but ``bias`` and ``full`` depend on the order of units.
 
     Reference: Grosse & Salakhutdinov, ICML 2015, "Scaling up natural gradient by sparsely factorizing the inverse Fisher
     matrix", section 4; ``bias``: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2 and definition 6.

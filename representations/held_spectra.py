@@ -15,7 +15,7 @@ __all__ = ["HeldSpectra"]
 
 
 class HeldSpectra(FactoredAxes):
-    """``C = F_1^e (x) F_2^e (x) ...`` with ``F_k = Q_k diag(s_k) Q_k^T`` as of the last refresh.
+    """Kronecker factors with held eigenpairs: ``C = F_1^e (x) ...``, ``F_k = Q_k diag(s_k) Q_k^T`` as of the last refresh.
 
     The state has ``values_k``, ``basis_k``, unless the factor is a diagonal, and the ``diagnosis`` of the refresh.
     """

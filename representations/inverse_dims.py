@@ -101,7 +101,7 @@ def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
 
 @dataclass(frozen=True)
 class InverseDims(FactoredAxes):
-    """``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at or above the inverse of Shampoo's factor ``H_k + e I``.
+    """KrAD's inverse factors: ``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at least the inverse of Shampoo's ``H_k + e I``.
 
     ``denominator="exact"`` holds an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
     scalar forms of `krad_update`, over-estimates of the inverse (``tr``: by ten after 40 gradients, ``d-tr`` by 290). ``d-tr``

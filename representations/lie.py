@@ -117,7 +117,7 @@ class _Fitted(Representation):
 
 @dataclass(frozen=True)
 class TriangularQ(_Fitted, WholeLayers):
-    """``P = Q^T Q`` of all parameters as one vector, ``Q`` upper triangular.
+    """PSGD's dense preconditioner ``P = Q^T Q``, all parameters as one vector, ``Q`` upper triangular.
 
     ``Q <- Q - (rate / size) triu(a a^T - b b^T) Q``, in ``O(P^2)``: the rows of the product are running sums.
 
@@ -165,7 +165,7 @@ class TriangularQ(_Fitted, WholeLayers):
 
 @dataclass(frozen=True)
 class KronQ(_Fitted, FactoredAxes):
-    """``P = (x)_k Q_k^T Q_k``, one factor for each axis, a diagonal for a long axis.
+    """PSGD's Kronecker preconditioner ``P = (x)_k Q_k^T Q_k``: one factor for each axis, a diagonal for a long axis.
 
     ``geometry`` says how a step changes a factor: a name in `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
     ``Q_k <- Q_k - (rate / size_k) triu(A_k A_k^T - Z_k Z_k^T) Q_k`` with the axis ``k`` of ``A = h x_1 Q_1 x_2 Q_2 ...`` and of

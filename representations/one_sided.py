@@ -18,7 +18,7 @@ __all__ = ["OneSided", "ZeroHistory"]
 
 @dataclass(frozen=True)
 class OneSided(FactoredAxes):
-    """``C ~ L (x) I`` with ``L = sum G G^T``; ``G`` is a tensor with all axes but the first flattened.
+    """One-sided Shampoo: ``C ~ L (x) I`` with ``L = sum G G^T``; ``G`` is a tensor with all axes but the first flattened.
 
     `gradmaker.capture.shapes.ShapePolicy` chooses which side is first. ``C <= r L (x) I`` holds for the true ``C``, with ``r``
     the largest rank of a gradient.

@@ -29,7 +29,9 @@ HELD = ("failures", "failing", "diagnosis")
 
 @dataclass(frozen=True)
 class OneWayDims(FactoredAxes, OwnOrder):
-    """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
+    """CASPR-adaptive's factors: ``C ~ S_1 (x) ... (x) S_m`` with one-way whitening.
+
+    ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
 
     ``G_k = G x_1 X_1 ... x_(k-1) X_(k-1)`` with ``X_j = (S_j + damping lambda_max(S_j) I)^(-1/2)`` as of the last refresh,
     which comes after the gradient of its step. For a matrix the rows come first, as ``G G^T``, and the columns are measured in

@@ -28,7 +28,7 @@ COUNTERS = ("failures", "failing")
 
 @dataclass(frozen=True)
 class RotatedDims(FactoredAxes, OwnOrder, Renewed):
-    """``C ~ Q diag(V) Q^T``, ``Q`` the Kronecker product of the eigenbases of ``H_k`` of Shampoo, ``V = E (Q^T g)^2``.
+    """SOAP's curvature: ``C ~ Q diag(V) Q^T``, ``V = E (Q^T g)^2``, in the eigenbases ``Q = Q_1 (x) ... (x) Q_m`` of Shampoo.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. A new basis does not rotate it, but where the columns of the basis are
     sorted, ``V`` is permuted with them. A basis is kept until the next refresh, or longer while it is within ``tolerance``.

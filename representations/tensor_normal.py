@@ -24,7 +24,7 @@ __all__ = ["TensorNormal"]
 
 @dataclass(frozen=True)
 class TensorNormal(FactoredAxes):
-    """``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)`` with ``H_m = sum mat_m(G) mat_m(G)^T``, all of one trace ``z``.
+    """A tensor-normal covariance: ``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)``, ``H_m = sum mat_m(G) mat_m(G)^T`` of trace ``z``.
 
     Exact where the gradient is tensor-normal; the trace is always that of ``C``. ``G`` is the gradient of the sampled loss, or
     that of each example (layers only). `factors` are balanced: all have the mean eigenvalue ``c = (z / prod n)^(1/k)``, and
