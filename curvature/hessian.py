@@ -287,7 +287,7 @@ def multiply_gauss_newton(graph: Graph, vectors: Vectors) -> dict[nn.Parameter, 
 
 @contextmanager
 def second_derivatives(product: str) -> Iterator[None]:
-    """Turn torch's error about a missing derivative into one that says what to do.  product: the name of what is computed"""
+    """RuntimeError with what to do for torch's error about a missing second derivative.  product: name of the product"""
     try:
         yield
     except RuntimeError as error:

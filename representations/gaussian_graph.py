@@ -36,8 +36,8 @@ LARGEST = 2**28
 class GaussianGraph(Compact):
     """A directed Gaussian graphical model of gradients: ``C^-1 = (I - S)^T diag(1 / d) (I - S)``.
 
-    Every entry is a linear function of its parents and a residual, with ``S_i = C_pa,pa^-1 C_pa,i`` and ``d_i = C_ii - C_i,pa
-    S_i``: of ``C`` only the families ``{i} + pa(i)`` are measured. ``structure`` is ``bias`` (the parent of a weight is the
+    Every entry is a linear function of its parents and a residual; ``S_i = C_pa,pa^-1 C_pa,i``, ``d_i = C_ii - C_i,pa S_i``:
+    of ``C`` only the families ``{i} + pa(i)`` are measured. ``structure`` is ``bias`` (the parent of a weight is the
     bias of its unit; three numbers a weight and no per-example gradients: Ollivier's quasi-diagonal metric), ``full`` (all
     entries before: the dense inverse), or the parents: a tuple for each entry, or a function from the shape of a block to them.
     All but ``bias`` and ``full`` depend on the order of units.

@@ -20,9 +20,9 @@ __all__ = ["ProbeDiagonal"]
 class ProbeDiagonal(Representation):
     """A diagonal from probes: of ``|H|`` by the lengths of rows, ``sqrt(mean (H v)^2)``, or ``|diag H|``, ``|mean v * H v|``.
 
-    The means are over all probes; ``E (H v)^2 = diag(H^2)``. ``signed`` averages first: ``E|v * H v|`` is larger than ``|E[v *
-    H v]| = |diag H|``. ``spatial`` replaces ``|H v|`` by its mean over the kernel (axes from the third on) before the square.
-    All probes of all micro-batches count, by their weight; without a decay all steps count alike.
+    The means are over all probes; ``E (H v)^2 = diag(H^2)``. ``signed`` takes the absolute value after averaging:
+    ``E|v * H v|`` is larger than ``|E[v * H v]|``. ``spatial`` replaces ``|H v|`` by its mean over the kernel (axes from the
+    third on) before the square. All probes of all micro-batches count, by their weight; without a decay all steps count alike.
 
     Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, eq. 10 (squares); Yao et al., AAAI 2021,
     arXiv:2006.00719, eq. 10 (kernels); Bekas, Kokiopoulou, Saad 2007 (signed).

@@ -20,9 +20,9 @@ __all__ = ["RootKronDims"]
 class RootKronDims(KronDims):
     """`KronDims` by square roots, ``H_k = R_k^T R_k``: ``R <- R of QR([sqrt(beta) R; sqrt(alpha) mat_k(G)^T])``.
 
-    ``R_k`` is upper triangular. ``H_k`` is never formed where a solver takes ``R_k`` (`SvdRoot`): eigenvalues down to ``u^2
-    lambda_max`` survive in a precision of unit roundoff ``u``, where ``H_k`` itself keeps those above ``u lambda_max``. A
-    diagonal factor is held by its root too.
+    ``R_k`` is upper triangular. ``H_k`` is never formed where a solver takes ``R_k`` (`SvdRoot`): eigenvalues down to
+    ``u^2 lambda_max`` survive in a precision of unit roundoff ``u``, where ``H_k`` itself keeps those above ``u lambda_max``.
+    A diagonal factor is held by its root too.
 
     Reference: Golub & Van Loan, Matrix Computations, section 6.5 (updating a QR factorisation).
     """
