@@ -1,8 +1,8 @@
-"""Curvature matrices: what is measured.
+"""Curvature matrices: the first axis, what is measured.
 
-One part, one file: a `Curvature` reads a recorded pass, makes further ones where it needs them, and yields evidence for each
-site. Here too: the closed set of evidence (`evidence`, `products`), what a curvature may know of a step (`step`), and what
-several curvatures share. All scaling of the loss is folded in here; nothing is averaged over steps.
+One part, one file: a `Curvature` reads a recorded pass, runs further passes where it needs them, and yields evidence for each
+site. The package also has the closed set of evidence (`evidence`, `products`), what a curvature may know of a step (`step`),
+and what several curvatures share. The evidence carries all scaling of the loss; nothing is averaged over steps here.
 """
 
 from gradmaker.capture.one_hot import OneHot

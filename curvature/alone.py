@@ -1,4 +1,4 @@
-"""Examples on their own: the declared calls evaluated on each, where the recorded pass does not show which rows are whose."""
+"""Per-example gradients by an evaluation of the declared calls on each example, where a recorded pass cannot separate them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gradmaker.passes.batches import Batch
 __all__ = ["examples_alone"]
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""Of the sum over examples, relative to the gradient of the batch; half precision has `HALF`."""
+"""Relative error that the sum over examples may have against the batch gradient; half precision has `HALF`."""
 HALF = 3e-2
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError)
-"""What calls raise that cannot be made on one example."""
+"""Exceptions of calls that cannot be evaluated on a single example."""
 
 
 @dataclass
 class _Single:
-    """One example: its evidence by site with the scale of its own loss, the gradient of that, and the number of its terms."""
+    """One example: evidence by site, in the scale of the example's own loss, its gradient, and its number of loss terms."""
 
     evidence: dict[str, Outer]
     gradient: list[Tensor]
@@ -41,11 +41,11 @@ class _Single:
 
 @torch.enable_grad()
 def examples_alone(step: Step) -> Mapping[str, Evidence] | None:
-    """The gradients of all examples, by ``n`` evaluations of the declared calls on one example each.
+    """Per-example gradients, by ``n`` evaluations of the declared calls on one example each.
 
-    None where that cannot be, or where the gradients, each times its weight in the batch, do not add up to that of the batch:
-    then examples depend on each other. The weight of an example is 1 in a sum, ``1 / n`` in a mean, or ``M_n / M`` in a mean
-    over terms of which it has ``M_n``.
+    Returns None where such an evaluation fails, or where no choice of weights makes the per-example gradients add up to the
+    gradient of the batch: the examples then depend on each other. The weight of an example is 1 in a sum, ``1 / n`` in a mean,
+    or ``M_n / M`` in a mean over ``M`` terms, ``M_n`` of them its own.
     """
     head, n = step.head, step.tape.batch
     if step.own is None or head is None or head.loss is None or not step.tape.sized or n < 2:
@@ -70,14 +70,14 @@ def examples_alone(step: Step) -> Mapping[str, Evidence] | None:
     weights = _weights(step, found, (plain, weighed), expected)
     if weights is None:
         return None
-    _say(step)
+    _warn_cost(step)
     factors = _factors(step, found, weights)
     names = dict.fromkeys(k for single in found if single is not None for k in single.evidence)
-    return {k: _joined([None if s is None else s.evidence.get(k) for s in found]).scaled(factors) for k in names}
+    return {k: _concatenated([None if s is None else s.evidence.get(k) for s in found]).scaled(factors) for k in names}
 
 
 def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]) -> _Single | None:
-    """None of an example that has no term in the loss."""
+    """Evaluate the declared calls on example ``e``.  Returns None where the example has no term in the loss."""
     own = batch.part(torch.tensor([e]), step.tape.batch)
     modules = dict.fromkeys(m for s in step.sites for m in s.modules)
     tape = Tape(step.tape.root, modules, Arrangement(direct=step.tape.arrangement.direct))
@@ -100,7 +100,7 @@ def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]
 def _weights(
     step: Step, found: Sequence[_Single | None], sums: tuple[list[Tensor], list[Tensor]], expected: list[Tensor]
 ) -> Tensor | None:
-    """Of the loss of each example in that of the batch: those with which the gradients add up.  # (n,)"""
+    """Weights of the examples' losses in the batch loss; None where the gradients add up with no choice.  # (n,)"""
     n, like = len(found), expected[0].device
     counts = torch.cat([torch.zeros(1, dtype=torch.float64) if s is None else s.number.cpu() for s in found]).to(like)
     one = torch.ones_like(counts)
@@ -117,7 +117,7 @@ def _weights(
 
 
 def _factors(step: Step, found: Sequence[_Single | None], weights: Tensor) -> Tensor:
-    """``w_n sqrt(M_n)``, where the ``M_n`` of a share is that of its own loss over the weight.  # (n,)"""
+    """Factors ``w_n sqrt(M_n)`` of the gradients: ``w_n`` times the example's own loss has its ``M_n`` over ``w_n``.  # (n,)"""
     if not step.terms:
         M = len(found) if step.reduction == "mean" else 1
         return weights * math.sqrt(M)
@@ -136,29 +136,29 @@ def _tolerance(step: Step, tensors: Sequence[Tensor]) -> float:
     return max(TOLERANCES.get(t.abs().dtype, HALF) for t in tensors)
 
 
-def _joined(outers: Sequence[Outer | None]) -> Outer:
-    """The evidence of single examples as that of a batch: shorter ones are filled up with positions that do not count."""
+def _concatenated(outers: Sequence[Outer | None]) -> Outer:
+    """Concatenate the evidence of single examples to that of a batch, padded with positions of weight zero."""
     like = next(o for o in outers if o is not None)
     r = max(o.gradients.shape[3] for o in outers if o is not None)
-    filled = [_filled(_nothing(like) if o is None else o, r) for o in outers]
+    padded = [_padded(_empty(like) if o is None else o, r) for o in outers]
     weighed = any(o is None or o.weights is not None or o.gradients.shape[3] < r for o in outers)
-    inputs = [o.inputs for o in filled]
+    inputs = [o.inputs for o in padded]
     lookups = [x for x in inputs if isinstance(x, OneHot)]
     joined = (
         replace(lookups[0], index=torch.cat([x.index for x in lookups]))
         if lookups
         else torch.cat([x for x in inputs if isinstance(x, Tensor)], 1)
     )
-    weights = torch.cat([o.weights for o in filled if o.weights is not None]) if weighed else None
-    return replace(like, inputs=joined, gradients=torch.cat([o.gradients for o in filled], 2), weights=weights)
+    weights = torch.cat([o.weights for o in padded if o.weights is not None]) if weighed else None
+    return replace(like, inputs=joined, gradients=torch.cat([o.gradients for o in padded], 2), weights=weights)
 
 
-def _nothing(like: Outer) -> Outer:
+def _empty(like: Outer) -> Outer:
     zeros = torch.zeros_like(like.gradients)
     return replace(like, gradients=zeros, weights=zeros.new_zeros(1, zeros.shape[3]))
 
 
-def _filled(o: Outer, r: int) -> Outer:
+def _padded(o: Outer, r: int) -> Outer:
     own = o.gradients.shape[3]
     weights = o.gradients.new_ones(1, own) if o.weights is None else o.weights
     inputs = replace(o.inputs, index=_pad(o.inputs.index, 1, r)) if isinstance(o.inputs, OneHot) else _pad(o.inputs, 2, r)
@@ -171,8 +171,8 @@ def _pad(x: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([x, x.new_zeros(missing)], axis) if missing[axis] else x
 
 
-def _say(step: Step) -> None:
-    """Once: what it costs."""
+def _warn_cost(step: Step) -> None:
+    """Warn once of the cost of a pass for each example."""
     notes = step.tape.arrangement.notes
     if "examples" not in notes:
         notes["examples"] = f"the gradients of {step.tape.batch} examples took a pass of the declared calls for each"

@@ -1,6 +1,6 @@
-"""What crosses from a curvature to a representation: a small closed set of classes of evidence, of one or several kinds each.
+"""Evidence, what a curvature gives to a representation: a closed set of classes, each of one or several kinds.
 
-The set is `Outer`, `Joint`, `Gradient`, `Pair`, and of `gradmaker.curvature.products` `Product` and `Factors`.
+The classes are `Outer`, `Joint`, `Gradient` and `Pair`, and in `gradmaker.curvature.products` `Product` and `Factors`.
 
 Axes, here and everywhere in gradmaker: ``B`` stack of equal blocks, ``G`` groups (channels of a norm layer, groups of a
 convolution), ``k`` cotangents per example, ``n`` examples, ``r`` weight-sharing positions, ``i`` / ``o`` in / out features,
@@ -25,26 +25,26 @@ from gradmaker.capture.one_hot import OneHot
 __all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
 PIECE = 1 << 24
-"""Entries of rows that are formed at once where only sums over them are wanted: a bound on memory, 64 MiB in float32."""
+"""Entries of rows ``J`` that are formed at once where only sums over rows are needed: a bound on memory, 64 MiB in float32."""
 
 WHOLE = ""
-"""Name, in a chunk of evidence, of what speaks of all sites as one vector, in the order of ``step.sites``."""
+"""Name, in a chunk of evidence, of the evidence of all sites as one vector, in the order of ``step.sites``."""
 
 
 class Evidence(ABC):
     """One measurement of a block's curvature: ``C = sum_N vec(J_N) vec(J_N)^T``."""
 
     kinds: ClassVar[tuple[str, ...]] = ("plain",)
-    """What evidence of this class may be, the plain kind first."""
+    """The kinds of this class, the plain one first."""
     kind: str = "plain"
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """The rows ``J``, formed.  # (N, G, *shape)"""
+        """The rows ``J``, formed. TypeError for evidence that has none.  # (N, G, *shape)"""
 
 
 class Kind(NamedTuple):
-    """What legality compares: a class of evidence, and its kind."""
+    """A class of evidence and a kind of it: what the legality of a triple compares."""
 
     evidence: type[Evidence]
     kind: str
@@ -55,30 +55,31 @@ class Kind(NamedTuple):
 
 
 def kinds(*given: type[Evidence] | tuple[type[Evidence], str]) -> frozenset[Kind]:
-    """Classes of evidence, of their plain kind where none is named. ValueError for a kind that a class does not have."""
+    """The set of the given classes of evidence, of their plain kind where none is named. ValueError for an unknown kind."""
     found = [Kind(*one) if isinstance(one, tuple) else Kind(one, one.kinds[0]) for one in given]
     for evidence, kind in found:
         if kind not in evidence.kinds:
-            raise ValueError(f"{evidence.__name__} of the kind {kind!r}: legal are {', '.join(map(repr, evidence.kinds))}")
+            legal = ", ".join(evidence.kinds)
+            raise ValueError(f"kind={kind!r} of {evidence.__name__}: expected one of {legal}")
     return frozenset(found)
 
 
 def check_kinds(part: type, name: str) -> None:
-    """ValueError for a class that declares evidence in another way than by `kinds`."""
+    """Check a declaration of evidence. ValueError for a class attribute that `kinds` did not make."""
     given = vars(part).get(name, frozenset())
     if not isinstance(given, frozenset) or not all(isinstance(kind, Kind) for kind in given):
         raise ValueError(f"{part.__name__}.{name}={given!r}: expected what kinds() makes, as in {name} = kinds(Gradient)")
 
 
 OuterKind: TypeAlias = Literal["rows", "inputs", "with_secants"]
-"""``inputs``: ``C = I (x) mean_nr a a^T``, and ``gradients``, of no cotangent, tells the number of outputs alone.
-``with_secants``: of a layer whose `Pair` of the kind ``output_secant`` comes along (K-BFGS)."""
+"""``inputs``: ``C = I (x) mean_nr a a^T``; ``gradients`` has no cotangents and gives only the number of outputs.
+``with_secants``: of a layer whose `Pair` of the kind ``output_secant`` is given in the same chunk (K-BFGS)."""
 GradientKind: TypeAlias = Literal["row", "initial_scaling", "located"]
-"""``initial_scaling``: comes along with secants, for the initial scaling of L-BFGS and to see that the direction descends.
-``located``: comes with the weights that it was taken at."""
+"""``initial_scaling``: given beside secants, for the initial scaling of L-BFGS and the check of the descent direction.
+``located``: with the weights at which it was taken."""
 PairKind: TypeAlias = Literal["probe", "secant", "output_secant", "noise_and_gradient"]
-"""``secant``: the last step and the change of the gradient over it, on one batch; ``output_secant``: that of a layer's mean
-output, (G, o). ``noise_and_gradient``: independent of each other, only their covariances are compared (PSGD whitening)."""
+"""``secant``: the last step and the change of the gradient over it, on one batch; ``output_secant``: the same for the mean
+output of a layer, (G, o). ``noise_and_gradient``: independent vectors, whose covariances are compared (PSGD whitening)."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Outer(Evidence):
     gradients: Tensor  # g: (k, G, n, r, o), carrying every scale
     bias: bool = False  # a one is appended to every input
     transposed: bool = False  # the block is laid out as (i, o), as an embedding's weight is
-    weights: Tensor | None = None  # (n, r): 1 counts, 0 is masked out of the mean over inputs; None counts all
-    fresh: bool = True  # False: these inputs were counted before in this step (a further chunk of cotangents)
+    weights: Tensor | None = None  # (n, r): 1 counts, 0 is masked out of the mean over inputs; None: all positions count
+    fresh: bool = True  # False: a further chunk of cotangents, whose inputs are in the moment already
     kind: OuterKind = "rows"
 
     kinds: ClassVar[tuple[str, ...]] = get_args(OuterKind)
@@ -105,13 +106,13 @@ class Outer(Evidence):
 
     @property
     def counted(self) -> int | Tensor:
-        """Number of positions in the moment of the inputs: those of no loss term and of no input are left out.  # or ()"""
+        """Number of positions in the moment of the inputs, without masked and empty ones.  # or ()"""
         if isinstance(self.inputs, OneHot) and (self.weights is not None or self.inputs.padding is not None):
             return self._index_weights(self.gradients.dtype).sum()
         return self.gradients.shape[2] * self.gradients.shape[3] if self.weights is None else self.weights.sum()
 
     def regrouped(self, examples: int) -> Outer:
-        """Where all positions are one example's, the same in equal parts, for what goes by sums and counts alone."""
+        """The same rows in ``examples`` equal parts, where all positions belong to one; sums and counts stay what they are."""
         n, r = self.gradients.shape[2:4]
         if n != 1 or examples < 2 or r % examples or not isinstance(self.inputs, Tensor) or self.inputs.shape[2] != r:
             return self
@@ -120,13 +121,13 @@ class Outer(Evidence):
         return replace(self, inputs=inputs, gradients=gradients.squeeze(2), weights=weights)
 
     def scaled(self, factors: Tensor) -> Outer:
-        """The gradient of each example times a factor; in a pass of its own it is a cotangent.  factors: (n,)"""
+        """The evidence with the gradient of each example multiplied by a factor.  factors: (n,)"""
         axis = 2 if self.gradients.shape[2] == len(factors) else 0
         shape = [-1 if a == axis else 1 for a in range(self.gradients.ndim)]
         return replace(self, gradients=self.gradients * factors.to(self.gradients).view(shape))
 
     def inputs_alone(self) -> Outer:
-        """The same without its output gradients."""
+        """The inputs without output gradients, of the kind ``inputs``."""
         return replace(self, gradients=self.gradients[:0], fresh=True, kind="inputs")
 
     def reduced(self) -> Outer:
@@ -144,9 +145,9 @@ class Outer(Evidence):
 
     # ---------------------------------------------------------------- moments, for Kronecker factors
     def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
-        """``out <- beta out + alpha sum_nr a a^T`` over the `counted` positions; a diagonal where inputs or ``out`` are such.
+        """``out <- beta out + alpha sum_nr a a^T`` over the `counted` positions; the diagonal for one-hot inputs or a vector.
 
-        A sum, not a mean: that of parts of a batch is that of the batch, however it was cut.
+        It is a sum, not a mean, so that the parts of a batch add up to the batch however it is cut.
 
         ``out``: (G, i, i) or (G, i), with the bias as the last coordinate.
         """
@@ -175,7 +176,7 @@ class Outer(Evidence):
         return torch.cat([total, torch.zeros_like(total[:, :1]) + self.counted], 1) if self.bias else total
 
     def _index_weights(self, dtype: torch.dtype) -> Tensor:
-        """What each index counts.  # (n r,)"""
+        """Weight of each index in the moment.  # (n r,)"""
         assert isinstance(self.inputs, OneHot)
         index = self.inputs.index.reshape(-1)
         w = torch.ones_like(index, dtype=dtype) if self.weights is None else self.weights.reshape(-1).to(dtype)
@@ -184,7 +185,7 @@ class Outer(Evidence):
     def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
         """``out <- beta out + alpha sum_knr g g^T``.  # (G, o, o), or its diagonal (G, o)
 
-        Of inputs alone it is ``alpha c I`` with the number ``c`` of `counted` positions: the mean over them is the identity.
+        For the kind ``inputs`` it adds ``alpha c I``, ``c`` the number of `counted` positions: the mean over them is ``I``.
         """
         if self.kind == "inputs":
             out.mul_(beta)
@@ -226,7 +227,7 @@ class Outer(Evidence):
         return total
 
     def pieces(self) -> Iterator[Outer]:
-        """The same rows in parts of at most `PIECE` entries, but of one row at least."""
+        """Yields the same rows in parts of at most `PIECE` entries, each of at least one row."""
         assert isinstance(self.inputs, Tensor)
         _, G, n, _, o = self.gradients.shape
         row = G * o * (self.inputs.shape[-1] + self.bias)
@@ -237,7 +238,7 @@ class Outer(Evidence):
                 yield replace(self, inputs=self.inputs[:, own], gradients=g[:, :, own], weights=weights)
 
     def _one_hot_squares(self) -> Tensor:
-        """Positions of one example that hold one token are summed before the square is taken."""
+        """`squares` for one-hot inputs: gradients of positions with the same token are summed before the square."""
         assert isinstance(self.inputs, OneHot)
         index, g = self.inputs.index, self.gradients[:, 0]  # (n, r), (k, n, r, o)
         same = (index.unsqueeze(2) == index.unsqueeze(1)).to(g.dtype)  # (n, r, r)
@@ -247,7 +248,7 @@ class Outer(Evidence):
         return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
 
     def _input_rows(self, a: Tensor) -> Tensor:
-        """Those of ``I (x) mean_nr a a^T``.  # (o n r, G, *shape)"""
+        """The rows of ``I (x) mean_nr a a^T``.  # (o n r, G, *shape)"""
         a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.bias and a.shape[-1] else a
         a = a if a.shape[-1] else a.new_ones(*a.shape[:-1], 1)
         w = a.new_ones(a.shape[1:3]) if self.weights is None else self.weights
@@ -265,7 +266,7 @@ class Outer(Evidence):
         return products.sum((3, 6)).view(G, k * n, h * m)
 
     def _input_products(self, other: Outer) -> Tensor:
-        """``a . a'``, with the bias.  # (G, nr, ms)"""
+        """Inner products ``a . a'``, with the bias.  # (G, nr, ms)"""
         if isinstance(self.inputs, OneHot) and isinstance(other.inputs, OneHot):
             same = self.inputs.index.reshape(-1, 1) == other.inputs.index.reshape(1, -1)
             return same.to(self.gradients.dtype).unsqueeze(0)
@@ -302,7 +303,7 @@ class Outer(Evidence):
 
 @dataclass(frozen=True)
 class Joint(Evidence):
-    """Several layers as one block: their rows side by side, for the granularity ``full``."""
+    """Rows of several layers side by side, as one block: the evidence for the granularity ``full``."""
 
     parts: tuple[Outer, ...]
 
@@ -312,7 +313,7 @@ class Joint(Evidence):
 
 @dataclass(frozen=True)
 class Pair(Evidence):
-    """A vector and its image, ``C v = cv``: a random probe, or a secant (step, change of gradient)."""
+    """A vector ``v`` and its image ``C v``: a random probe, or a secant (step, change of gradient)."""
 
     v: Tensor  # (G, *shape)
     cv: Tensor  # (G, *shape)
@@ -321,7 +322,7 @@ class Pair(Evidence):
     kinds: ClassVar[tuple[str, ...]] = get_args(PairKind)
 
     def rows(self) -> Tensor:
-        raise TypeError("a pair is one column of the curvature, it has no rows")
+        raise TypeError("Pair: one column of the curvature has no rows; rows are those of Outer, Joint and Gradient")
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ class Gradient(Evidence):
     """The mini-batch gradient of a block: ``C = vec(G) vec(G)^T``."""
 
     gradient: Tensor  # (G, *shape)
-    weights: Tensor | None = None  # like the gradient, where it is `located`
+    weights: Tensor | None = None  # at which it was taken, for the kind `located`; shaped like the gradient
     kind: GradientKind = "row"
 
     kinds: ClassVar[tuple[str, ...]] = get_args(GradientKind)

@@ -1,4 +1,4 @@
-"""Fisher matrices of the model's predictive distribution, layer by layer, from output gradients."""
+"""Fisher matrices of the model's predictive distribution, from the inputs and output gradients of layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["FisherEmp", "FisherExact", "FisherMC", "LazyEvidence"]
 
 
 class LazyEvidence(Mapping[str, Evidence]):
-    """Evidence by site, made when it is asked for: the patches of one convolution are gone before those of the next are cut."""
+    """Evidence by site, formed on access: the patches of one convolution are freed before those of the next are formed."""
 
     def __init__(self, step: Step, found: VJPs, mask: Tensor | None, fresh: bool, root: Tensor | None = None) -> None:
         """root: a factor for the gradient of each example.  # (n,)"""
@@ -38,7 +38,7 @@ class LazyEvidence(Mapping[str, Evidence]):
         made = outer(site, step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
         return made if self.root is None else made.scaled(self.root)
 
-    def __contains__(self, name: object) -> bool:  # inherited, it would make the evidence to see whether it is there
+    def __contains__(self, name: object) -> bool:  # the inherited one would form the evidence
         return name in self.sites
 
     def __iter__(self) -> Iterator[str]:
@@ -49,18 +49,18 @@ class LazyEvidence(Mapping[str, Evidence]):
 
 
 class _CotangentFisher(Curvature):
-    """A Fisher whose cotangents at the loss are pulled back in extra passes."""
+    """A Fisher matrix whose cotangents at the loss go through vector-Jacobian products, in passes of their own."""
 
     gives: ClassVar[frozenset[Kind]] = kinds(Outer)
     inapplicable = NO_REDUCTION
 
     def splits(self, step: Step) -> bool:
-        """Whether examples that mix in a layer get passes of their own."""
+        """Whether examples that mix in a layer get separate passes."""
         return True
 
     @abstractmethod
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
-        """Vectors at ``terms.z`` with every scale folded in, in chunks.  # each (k, *z.shape)"""
+        """Yields vectors at ``terms.z`` that carry every scale of the loss, in chunks.  # each (k, *z.shape)"""
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
         if not step.terms:
@@ -80,9 +80,9 @@ class _CotangentFisher(Curvature):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherExact(_CotangentFisher):
-    """The exact Fisher, which for these likelihoods is the Gauss-Newton matrix: ``C = sum_m w_m J_m^T Lambda_m J_m``.
+    """The exact Fisher matrix, equal to the Gauss-Newton matrix for these likelihoods: ``C = sum_m w_m J_m^T Lambda_m J_m``.
 
-    One backward pass for each output of an example (for each position and output in sequences), batched in chunks.
+    One backward pass for each output of an example (for sequences: of each position), batched in chunks.
 
     Reference: Martens, 2014, arXiv:1412.1193, section 9; Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662.
     """
@@ -90,11 +90,11 @@ class FisherExact(_CotangentFisher):
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     chunk: int | None = None
-    """Cotangents that are pulled back at once; None takes as many as ``memory`` has room for."""
+    """Cotangents of one batched vector-Jacobian product; None takes as many as ``memory`` has room for."""
     memory: int = 2**30
-    """Bytes for the output gradients of all layers; the backward passes need up to three times as much while they run."""
+    """Bytes for the output gradients of all layers; the backward passes take up to three times as much while they run."""
     max_columns: int = 1024
-    """More output columns than this are refused; `FisherMC` needs one."""
+    """More output columns than this are refused; `FisherMC` needs one a sample."""
 
     def __post_init__(self) -> None:
         for name in ("chunk", "memory", "max_columns"):
@@ -114,7 +114,7 @@ class FisherExact(_CotangentFisher):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherMC(_CotangentFisher):
-    """The Fisher by targets drawn from the model's own distribution: unbiased, one backward pass a sample.
+    """The Fisher matrix by targets sampled from the model's distribution: unbiased, one backward pass for each sample.
 
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 5.
     """
@@ -122,7 +122,7 @@ class FisherMC(_CotangentFisher):
     samples: int = 1
 
     def splits(self, step: Step) -> bool:
-        """Draws of different examples are independent: their sum is as good, but where all layers are one block."""
+        """Only where all layers are one block: elsewhere independent samples allow the sum over the examples instead."""
         return step.whole
 
     def __post_init__(self) -> None:
@@ -133,22 +133,22 @@ class FisherMC(_CotangentFisher):
 
 
 def _mixed(step: Step) -> bool:
-    """Whether the rows of no example are known: examples depend on each other, or their part of the outputs is not known."""
+    """Whether no example's rows are known: examples depend on each other, or their share of the outputs is unknown."""
     return not step.tape.sized or (step.tape.joint and step.tape.batch > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FisherEmp(Curvature):
-    """The second moment of the gradients at the observed targets: ``C = sum_n M_n g_n g_n^T``.
+    """The empirical Fisher matrix, the second moment of gradients at the observed targets: ``C = sum_n M_n g_n g_n^T``.
 
     ``g_n`` is the gradient of the share of example ``n`` in the loss, and ``M_n = sum omega / sum omega^2`` over the weights
-    ``omega_m = dL/dl_m`` of its terms, whatever their order and spelling: the number of terms that a mean averages over, 1 for
-    a sum. So ``C`` is that of one loss, linear in a factor of it as the other Fisher matrices are, and a sum over examples,
-    however they are cut into micro-batches. For sequences ``examples`` says what one gradient is: that of a whole sequence,
-    which costs no extra pass, or of a single token, one pass for each position; calls of a loss with as many positions share
-    them. Where a pass does not show which rows are whose, the declared calls are evaluated on each example alone, if what they
-    give adds up to the gradient of the batch. Where it does not, since examples depend on each other as with negatives from
-    the batch, the terms of the loss take their place.
+    ``omega_m = dL/dl_m`` of its terms: the number of terms that a mean averages over, 1 for a sum. The result does not depend
+    on the order of the terms, it is linear in a factor of the loss, as the other Fisher matrices are, and it is a sum over
+    examples, however they are cut into micro-batches. For sequences ``examples`` chooses the gradient: ``sequence``, of a whole
+    sequence, costs no extra pass; ``token``, of a single token, one pass for each position, which losses of equally many
+    positions share. Where a pass does not separate the examples, the declared calls are evaluated on each example alone, if
+    these gradients add up to that of the batch. Where they do not, because examples depend on each other (negatives from the
+    batch), each term of the loss counts as an example.
 
     Reference: Schraudolph, Neural Computation 2002; Kunstner, Balles & Hennig, NeurIPS 2019, arXiv:1905.12558.
     """
@@ -163,7 +163,7 @@ class FisherEmp(Curvature):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Gradients of whole sequences come with the ordinary backward pass."""
+        """Gradients of whole sequences need no backward pass but the ordinary one."""
         return frozenset({"calls", "main_backward", "examples"} if self.examples == "sequence" else {"calls"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
@@ -204,7 +204,7 @@ class FisherEmp(Curvature):
             )
 
     def _tokens(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        """The gradients of positions; of calls with as many positions together."""
+        """Gradients of single positions; losses of equally many share passes. ValueError where no loss is recognised."""
         if not step.terms:
             raise ValueError("FisherEmp(examples='token') needs a recognised loss; examples='sequence' does not")
         n, fresh = step.examples, True
@@ -218,7 +218,7 @@ class FisherEmp(Curvature):
             fresh = False
 
     def _numbers(self, step: Step) -> Tensor:
-        """``M_n``; of an unrecognised loss, by the declared reduction.  # (n,)"""
+        """``M_n``; for an unrecognised loss, by the declared reduction.  # (n,)"""
         if step.terms:
             return numbers(step.terms, step.examples)
         return torch.full((step.examples,), float(step.examples) if step.reduction == "mean" else 1.0, dtype=torch.float64)

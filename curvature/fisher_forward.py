@@ -1,4 +1,4 @@
-"""The forward-only curvature of a layer: the second moment of its inputs, whatever lies behind it."""
+"""The forward-only curvature of a layer: the second moment of its inputs (FOOF)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["FisherForward"]
 
 
 class _Forward(LazyEvidence):
-    """The same evidence without its output gradients."""
+    """Evidence of the inputs alone."""
 
     def __getitem__(self, name: str) -> Evidence:
         site = self.sites[name]
-        if site.rule is None or site.direct(self.step.tape):  # no input is known: what is left of C is the identity
+        if site.rule is None or site.direct(self.step.tape):  # no input is known: C is the identity
             like = next(iter(site.parameters.values()))
             dtype = self.step.statistics_dtype(site)
             empty = torch.zeros(1, self.step.examples, 1, 0, dtype=dtype, device=like.device)
@@ -34,13 +34,13 @@ class _Forward(LazyEvidence):
 
 @dataclass(frozen=True, kw_only=True)
 class FisherForward(Curvature):
-    """``C = I (x) A``, ``A = mean a a^T`` over examples and positions: K-FAC without output gradients (FOOF).
+    """The forward-only curvature (FOOF), K-FAC without output gradients: ``C = I (x) A``, ``A = mean a a^T``.
 
     With exact damping (`Eigh`) ``P G = G (A + damping I)^-1``: the step whose change of the layer's outputs is nearest to the
-    negative gradient at these outputs. No targets, no likelihood, no pass besides the ordinary one. Scale: ``C`` has that of
-    the inputs alone, so that ``P g`` grows with the loss, and the damping is in units of squared inputs. With weight sharing
-    ``A`` is the mean over positions, as in K-FAC, not their sum; further micro-batches and steps enter as a mean too, also
-    with ``decay=None``. In quantisation ``A`` is, up to a factor, the Hessian of the layer's reconstruction error.
+    negative gradient at these outputs. It needs no targets, no likelihood and no extra pass. ``C`` has the scale of the inputs
+    alone: ``P g`` grows with the loss, and the damping is in units of squared inputs. With weight sharing ``A`` is the mean
+    over positions, as in K-FAC, not their sum; further micro-batches and steps enter as a mean too, also with ``decay=None``.
+    In quantisation ``A`` is, up to a factor, the Hessian of the layer's reconstruction error.
 
     Reference: Benzing, ICML 2022, arXiv:2201.12250, section 4 (FOOF); Frantar et al., ICLR 2023, arXiv:2210.17323 (GPTQ).
     """
@@ -50,7 +50,7 @@ class FisherForward(Curvature):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """No vjp: the recorded forward pass is read when the ordinary backward pass is through."""
+        """The recorded forward pass and the ordinary backward pass; no vector-Jacobian product."""
         return frozenset({"calls", "main_backward"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:

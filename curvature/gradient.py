@@ -1,4 +1,4 @@
-"""The mini-batch gradient as evidence: the second moment over steps that AdaGrad, Adam and Shampoo accumulate."""
+"""The mini-batch gradient as a curvature: the second moment over steps of AdaGrad, Adam and Shampoo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BatchGradient", "DisplacedGradient"]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchGradient(Curvature):
-    """``C = sum_t w_t g_t g_t^T`` of mini-batch gradients ``g_t``; no pass beyond the ordinary backward.
+    """The second moment of mini-batch gradients over steps, ``C = sum_t w_t g_t g_t^T``; no pass beyond the ordinary backward.
 
     Reference: Duchi, Hazan & Singer, JMLR 2011, section 1.1.
     """
@@ -34,9 +34,9 @@ class BatchGradient(Curvature):
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacedGradient(Curvature):
-    """Mini-batch gradients and the weights at which they are taken: ``grad f(w + v) = grad f(w) + H v`` to first order.
+    """Mini-batch gradients with the weights at which they are taken: ``grad f(w + v) = grad f(w) + H v`` to first order.
 
-    The Hessian of each batch is in what a displacement of the weights changes. No pass beyond the ordinary backward.
+    A displacement of the weights changes the gradient by the Hessian of the batch. No pass beyond the ordinary backward.
 
     Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, section 2.
     """

@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton matrix as products with vectors."""
+"""Hessian and Gauss-Newton matrix, as matrix-vector products."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ Mode: TypeAlias = Literal["reverse", "forward", "difference"]
 """``reverse``: backward of backward; ``forward``: forward-over-reverse; ``difference``: of gradients at displaced weights."""
 
 Multiply: TypeAlias = Callable[[Mapping[nn.Parameter, Tensor]], dict[nn.Parameter, Tensor]]
-"""One vector, as a tensor for each parameter, to its image."""
+"""A vector, as a tensor for each parameter, to its product with the matrix."""
 
 Apply: TypeAlias = Callable[[Layout, Tensor], Tensor]
-"""Vectors as the rows of a matrix, laid out as sites, to their images."""
+"""Vectors as the rows of a matrix, laid out as sites, to their products."""
 
 DIFFERENCE = 1 / 3
-"""The error of a central difference is least where the relative displacement is the unit roundoff to this power."""
+"""Power of the unit roundoff: the relative displacement at which the error of a central difference is least."""
 
 UNSUPPORTED = (
     "not implemented",
     "does not support",
-    "does not currently support",  # compiled functions, backwards twice
+    "does not currently support",  # compiled functions, double backward
     "marked with @once_differentiable",
     "Trying to use forward AD",
     "autograd.Function",  # without setup_context, or without jvp
 )
-"""What torch says where a second derivative is missing."""
+"""Parts of torch's error messages about missing second derivatives."""
 ADVICE = (
     "compiled models, fused attention kernels and reentrant checkpoints have none: run the model as it was before "
     "torch.compile, inside torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), with "
@@ -72,36 +72,36 @@ ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Products(OfProducts):
-    """Evidence ``v -> C v``: of all sites as one vector, and of every site alone."""
+    """A curvature given by its products ``v -> C v``, with all sites as one vector, and with each site alone."""
 
     gives: ClassVar[frozenset[Kind]] = kinds(Product)
     layerwise: ClassVar[bool] = False
 
     examples: int | None = None
-    """Products are on so many examples of the batch, drawn anew for every step; None takes all of them."""
+    """Number of examples of the batch that the products use, drawn anew for every step; None uses all."""
     fresh: bool = False
-    """Whether they are drawn anew for every product, which few solvers can live with."""
+    """Whether the examples are drawn anew for every product, which few solvers allow."""
     squares: bool = False
-    """Whether the diagonal of the empirical Fisher matrix is measured along, from the ordinary backward pass."""
+    """Whether the diagonal of the empirical Fisher matrix is measured too, from the ordinary backward pass."""
     factors: bool = False
-    """Whether Kronecker factors of the Fisher matrix are measured along, of targets drawn by the model: one backward pass."""
+    """Whether Kronecker factors of the Fisher matrix are measured too, at sampled targets: one more backward pass."""
 
     def __post_init__(self) -> None:
         if self.examples is not None:
             check_count("examples", self.examples, 1, hint=", or None for the whole batch")
         if self.fresh and self.examples is None:
-            raise ValueError("fresh=True: say how many examples are drawn for every product, by examples=")
+            raise ValueError("fresh=True: expected examples=, the number of examples that are drawn for every product")
         if self.squares and self.factors:
-            raise ValueError("squares=True and factors=True: choose one of them, there is one preconditioner")
+            raise ValueError("squares=True, factors=True: expected at most one of them, a solver has one preconditioner")
 
     @property
     def inapplicable(self) -> dict[str, str]:  # type: ignore[override]
-        """What draws and what has to know the loss or how it reduces depends on the options."""
-        cut, told = self.examples is not None, self.squares or self.factors
-        known: dict[str, str] = ({} if told else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
-        if cut:  # along that axis
+        """Options for sampling, for examples and for the likelihood have an effect with some values of the fields alone."""
+        cut, measured = self.examples is not None, self.squares or self.factors
+        known: dict[str, str] = ({} if measured else NO_CALLS | NO_OUTPUTS) | ({} if cut or self.squares else NO_REDUCTION)
+        if cut:  # the examples are drawn along that axis
             known.pop("batch_axis", None)
-        if "outputs" in self.needs:  # it decides about losses that are not recognised
+        if "outputs" in self.needs:  # the likelihood is needed for losses that are not recognised
             known.pop("self_check", None)
         return known if cut or self.factors else known | NO_DRAWS
 
@@ -115,7 +115,7 @@ class Products(OfProducts):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """For squares the gradients of examples, which come with the ordinary backward pass."""
+        """The graph and another evaluation of the pass; for ``squares`` the per-example gradients too."""
         found: frozenset[Need] = frozenset({"graph", "replay"} if self.examples is None else {"replay"})
         if self.squares:
             return found | FisherEmp().needs
@@ -123,12 +123,12 @@ class Products(OfProducts):
 
     @property
     def at_once(self) -> bool:
-        """Whether a product can be vectorised over vectors."""
+        """Whether products of several vectors can be vectorised."""
         return True
 
     @abstractmethod
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
-        """``v -> C v`` for one vector."""
+        """Returns the function ``v -> C v`` for one vector."""
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         assert step.batches is not None
@@ -146,7 +146,7 @@ class Products(OfProducts):
         yield chunk
 
     def _applied(self, step: Step, batch: Batch) -> Apply:
-        """On all examples, on the ones drawn now, or on others in every call."""
+        """The products on all examples, on examples drawn now, or on others in every call."""
         if self.examples is None:
             assert step.graph is not None
             return self._bound(batch, step.graph)
@@ -167,7 +167,7 @@ class Products(OfProducts):
 
 @torch.no_grad()
 def _squares(step: Step) -> Tensor:
-    """The diagonal of `FisherEmp`: squares of the gradients of examples; zeros for layers that took no part.  # (1, P)"""
+    """The diagonal of `FisherEmp`: squared per-example gradients, zero for layers without any.  # (1, P)"""
     pieces = []
     for site in step.sites:
         like = next(iter(site.parameters.values()))
@@ -183,11 +183,11 @@ def _squares(step: Step) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Hessian(Products):
-    """``H = d^2 L / d theta^2`` of the loss of the batch, with its dropout masks and batch statistics.
+    """The Hessian ``H = d^2 L / d theta^2`` of the loss of the batch, with its dropout masks and batch statistics.
 
-    What cannot be differentiated backwards twice is differentiated forwards over backwards; ``mode="forward"`` does so at once,
-    and ``"difference"`` takes ``(grad L(theta + e v) - grad L(theta - e v)) / 2 e``, which needs first derivatives only and is
-    good to 1e-10 in float64 and 1e-4 in float32.
+    ``mode="reverse"`` is backward over backward, and falls back to forward over reverse where torch has no double backward;
+    ``"forward"`` is forward over reverse; ``"difference"`` is ``(grad L(theta + e v) - grad L(theta - e v)) / 2 e``, which
+    needs first derivatives only and is accurate to 1e-10 in float64 and 1e-4 in float32.
 
     Reference: Pearlmutter, Neural Computation 1994, "Fast exact multiplication by the Hessian".
     """
@@ -202,7 +202,7 @@ class Hessian(Products):
 
     @property
     def at_once(self) -> bool:
-        """Differences run the ordinary backward pass, which no transform can enter."""
+        """Not differences: they run the ordinary backward pass, which no function transform can enter."""
         return self.mode != "difference"
 
     def multiplier(self, graph: Graph, replay: Replay) -> Multiply:
@@ -211,11 +211,11 @@ class Hessian(Products):
 
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(Products):
-    """``G = J^T Lambda J``, ``J`` the Jacobian of the logits and ``Lambda`` the Hessian of the loss in them.
+    """The generalised Gauss-Newton matrix ``G = J^T Lambda J``, ``J`` the Jacobian of the logits, ``Lambda`` the Hessian there.
 
-    For the recognised losses it is the Fisher matrix. Of what ``setup_logits_repr`` names, ``Lambda`` is the Hessian of the
-    whole loss, by autograd: another loss, or what is added to a recognised one, needs to be convex in it. Where no loss is
-    recognised and nothing named, it is that at the outputs of the model; see `gradmaker.loss.autograd_terms`.
+    For the recognised losses it is the Fisher matrix. With ``setup_logits_repr`` ``Lambda`` is the Hessian of the whole loss in
+    the named logits, by autograd: an unrecognised loss, or what is added to a recognised one, has to be convex in them. Where
+    no loss is recognised and no logits are named, the outputs of the model are used; see `gradmaker.loss.autograd_terms`.
 
     Reference: Schraudolph, Neural Computation 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
@@ -230,7 +230,7 @@ class GaussNewton(Products):
 
 
 def _apply(multiply: Multiply, at_once: bool, scale: Tensor | float, layout: Layout, vectors: Tensor) -> Tensor:
-    """Vectors as rows; several in one pass where that can be, all with the same random numbers.  # (k, ...) -> (k, ...)"""
+    """Products of vectors given as rows, vectorised where possible, with the same random numbers.  # (k, ...) -> (k, ...)"""
     spread = layout.spread(vectors)
     if at_once and len(vectors) > 1:
         images = torch.vmap(multiply, randomness="same")(spread)
@@ -255,7 +255,10 @@ def _loss_and_gradient_at(layout: Layout, replay: Replay, displacement: Tensor) 
 # ------------------------------------------------------------------ products
 @torch.enable_grad()
 def multiply_hessian(graph: Graph, replay: Replay, mode: Mode, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-    """``H v`` in the given mode; forwards over backwards too where backwards twice is not supported."""
+    """``H v`` in the given mode; by forward over reverse where double backward is not supported.
+
+    RuntimeError where the model has no second derivatives.
+    """
     if mode == "difference":
         return _difference(replay, vectors)
     if mode == "reverse":
@@ -277,14 +280,14 @@ def multiply_hessian(graph: Graph, replay: Replay, mode: Mode, vectors: Vectors)
 
 @torch.enable_grad()
 def multiply_gauss_newton(graph: Graph, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-    """``J^T Lambda J v``."""
+    """``J^T Lambda J v``. RuntimeError where the model has no second derivatives."""
     with second_derivatives("a Gauss-Newton product"):
         return graph.gauss_newton(vectors)
 
 
 @contextmanager
 def second_derivatives(product: str) -> Iterator[None]:
-    """An error about a missing derivative says what can be done.  product: what is computed inside"""
+    """RuntimeError with what to do for torch's error about a missing second derivative.  product: name of the product"""
     try:
         yield
     except RuntimeError as error:
@@ -296,7 +299,7 @@ def second_derivatives(product: str) -> Iterator[None]:
 
 
 def check_mode(mode: str) -> None:
-    """Refuse what is none."""
+    """Check the name of a mode. ValueError for an unknown one."""
     check_choice("mode", mode, get_args(Mode))
 
 
@@ -317,7 +320,7 @@ def _forward_over_reverse(parameters: list[nn.Parameter], replay: Replay, vector
 
 
 class _Tangents(TorchFunctionMode):
-    """Both sides of a mean of squares get a tangent: torch divides it in place, and fails where it stands for a constant."""
+    """Give both arguments of `F.mse_loss` a tangent: torch divides it in place, and fails where it stands for a constant."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.mse_loss:
@@ -329,7 +332,7 @@ class _Tangents(TorchFunctionMode):
 
 
 def _difference(replay: Replay, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-    """Both ends lie as far from the weights as is best for their dtype."""
+    """``H v`` by a central difference, with the displacement that is best for the dtype of the weights."""
     size = torch.stack([v.abs().amax() for v in vectors.values() if v.numel()]).amax()
     widest = torch.stack([p.detach().abs().amax() for p in vectors if p.numel()]).amax().clamp(min=1.0)
     step = torch.finfo(size.dtype).eps ** DIFFERENCE * widest / torch.where(size > 0, size, 1.0)

@@ -1,4 +1,4 @@
-"""A layer's evidence from the record of a pass: its inputs and output gradients, positions and masks."""
+"""A layer's inputs and output gradients as evidence, from the record of a pass, with positions and masks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["outer"]
 
 
 def outer(site: Site, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
-    """The evidence of a pass. Several calls are further sharing positions.
+    """The evidence of a layer in a pass. Each further call of the layer adds weight-sharing positions.
 
     mask: (n, R) loss terms that count, R positions per example.
     """
     if site.rule is None or site.direct(tape):
         return _formed(site, tape, found, dtype, fresh)
-    one = tape.apart(site.modules)  # no example has a place of its own: the rows are those of passes, if there were any
+    one = tape.apart(site.modules)  # examples cannot be separated here: all positions are those of one example, or of passes
     gradients = found.apart if one and site.modules[0] in found.apart else found.together
     calls = [(m, c, g, APART if one else tape.layout(c)) for m in site.modules for c, g in _calls(tape, gradients, m)]
     a = [site.rule.inputs(m, c, layout) for m, c, _, layout in calls] if site.weighted else []
@@ -39,7 +39,7 @@ def outer(site: Site, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch
 
 
 def _formed(site: Site, tape: Tape, found: VJPs, dtype: torch.dtype, fresh: bool) -> Outer:
-    """Rows that are formed already: of a call that is repeated, or of the parameter itself."""
+    """Evidence from rows that are formed already: per-example gradients of a repeated call, or gradients of the parameter."""
     if site.direct(tape):
         ((_, p),) = site.parameters.items()
         rows = found.direct[p].reshape(len(found.direct[p]), 1, -1)  # (k n, 1, P)
@@ -63,7 +63,7 @@ def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
 
 
 def _position_weights(mask: Tensor, positions: int, calls: int) -> Tensor:
-    """Which positions count: those of the counted loss terms where the layouts agree, else all of a counted example."""
+    """Weights of the positions: those of the loss terms where the layouts agree, else one for a whole example."""
     if mask.shape[1] * calls == positions:
         return mask.repeat(1, calls)
     return mask.any(1, keepdim=True).expand(-1, positions)

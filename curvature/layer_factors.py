@@ -1,4 +1,4 @@
-"""Kronecker factors of one pass, for what is measured of a curvature beside its products."""
+"""Kronecker factors of the Fisher matrix from one pass, which are measured beside matrix-vector products."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gradmaker.curvature.step import Step
 __all__ = ["LONGEST", "layer_factors"]
 
 LONGEST = 2048
-"""Longer sides have a diagonal factor: they are inverted at every step, which above this takes longer than the products."""
+"""Longer sides get a diagonal factor: factors are inverted at every step, which takes longer than the products above this."""
 
 
 @torch.no_grad()
 def layer_factors(step: Step) -> Layers:
-    """``A = mean_nr a a^T`` and ``B = sum_nr g g^T`` of every layer, as of `FisherMC` with one sample.
+    """``A = mean_nr a a^T`` and ``B = sum_nr g g^T`` of every layer, as `FisherMC` with one sample measures them.
 
-    The pass is taken at once, a layer at a time: neither its graph nor its inputs are needed afterwards.
+    Layers are processed one at a time; neither the graph of the pass nor its inputs are kept.
 
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 3.1.
     """
@@ -42,7 +42,7 @@ def layer_factors(step: Step) -> Layers:
 
 
 def _empty(outer: Outer) -> Factors:
-    """Zeros of the size of a layer's factors."""
+    """Factors of zeros, in the size of a layer's."""
     g, a = outer.gradients, outer.inputs
     inputs, outputs = (a.size if isinstance(a, OneHot) else a.shape[-1]) + outer.bias, g.shape[-1]
 

@@ -1,4 +1,4 @@
-"""Probes: random vectors and what the curvature makes of them."""
+"""Probes: random vectors with their Hessian-vector products, or with the gradient."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["GradientProbe", "HessianProbe"]
 
 @dataclass(frozen=True, kw_only=True)
 class HessianProbe(Pooled):
-    """Pairs ``(v, H v)`` with random ``v``: one product with the Hessian of the loss for all parameters at once.
+    """Pairs ``(v, H v)`` with random ``v``: one Hessian-vector product of the loss for all parameters at once.
 
-    What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion sees
-    ``H`` only through ``H^2``. ``v`` is drawn for each parameter by its name, so that it depends neither on the grouping nor on
-    the dtype. All micro-batches of a step are probed with one ``v``, and what they give adds up to the ``H v`` of the step's
-    loss, as ``H^2`` is no sum over its parts. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to that, unless it is zero
-    throughout, which bounds a fitted inverse by ``1 / lift``. ``mode`` as of `Hessian`.
+    What is fitted to them is ``|H|``, which is positive semidefinite: ``E[(H v)^2] = diag(H^2)``, and PSGD's criterion depends
+    on ``H`` only by ``H^2``. ``v`` is drawn for each parameter by its name, independently of the grouping and the dtype. All
+    micro-batches of a step use one ``v``, and their products add up to the ``H v`` of the step's loss, since ``H^2`` is no sum
+    over micro-batches. ``lift`` adds ``(lift + eps |H v|) * N(0, I)`` to ``H v``, unless that is zero throughout, which bounds
+    a fitted inverse by ``1 / lift``. ``mode`` as in `Hessian`.
 
     Reference: Pearlmutter, Neural Computation 1994 (products); Hutchinson 1990 (signs); Li, IEEE TNNLS 2018,
     arXiv:1512.04202, section 3 (pairs, noise).
@@ -75,7 +75,7 @@ class HessianProbe(Pooled):
             yield {k: replace(pair, cv=_lifted(step, names[k], pair.cv, self.lift)) for k, pair in chunk.items()}
 
     def _draw(self, step: Step, name: str, p: nn.Parameter) -> Tensor:
-        """``v`` for one parameter."""
+        """The random vector ``v`` of one parameter."""
         generator = _generator(step, name, p.device)
         shape, v = real_shape(p), torch.empty_like(p)
         if self.distribution == "gaussian":
@@ -90,7 +90,7 @@ class GradientProbe(Curvature):
     """Pairs ``(v, g)`` of independent normal noise and the mini-batch gradient, from which PSGD fits a whitening.
 
     The criterion ``E[g^T P g + v^T P^-1 v]`` is least at ``P = E[g g^T]^(-1/2)``, so that the curvature is ``E[g g^T]^(1/2)``;
-    no pass beyond the ordinary backward. ``lift`` as of `HessianProbe`: a gradient that is zero throughout says nothing.
+    no pass beyond the ordinary backward. ``lift`` as in `HessianProbe`: a gradient that is zero throughout gets none.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Pooladzandi, Li, 2024, arXiv:2402.04553, section 3 (whitening).
     """
@@ -116,12 +116,12 @@ class GradientProbe(Curvature):
 
 
 def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:
-    """The same for all micro-batches of a step."""
+    """A generator that is the same for all micro-batches of a step."""
     return replace(step, part=0).generator(name, device)
 
 
 def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
-    """Noise that is the same for every dtype of what it is for."""
+    """Normal noise in the shape of ``like``, the same for every dtype."""
     return torch.randn(like.shape, generator=generator, device=like.device)
 
 

@@ -1,4 +1,4 @@
-"""KFRA: the Fisher matrix's output factors by a recursion over layers, for feed-forward chains."""
+"""KFRA: Kronecker factors of the Fisher matrix by a recursion over the layers of a feed-forward chain."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink),
     *(nn.Identity, nn.Dropout, nn.AlphaDropout, nn.Flatten),
 )
-"""Modules whose derivative is one number for each element; of a matrix, `nn.Flatten` is the identity."""
+"""Modules whose derivative is one number for each element; for a matrix `nn.Flatten` is the identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRecursive(Watching):
-    """The exact Fisher as ``B_l (x) A_l`` with ``B`` averaged over the batch layer by layer, without a backward pass.
+    """The exact Fisher matrix as ``B_l (x) A_l``, with ``B`` averaged over the batch layer by layer, without a backward pass.
 
     ``B_L = sum_m Lambda_m``, ``B_l = (W^T B_(l+1) W) * mean_n phi'_n phi'_n^T`` with the weight ``W`` of the next layer, and
     ``A_l = mean_n a_n a_n^T``. For one example, or without nonlinearities, this is KFLR. The model has to be an `nn.Sequential`
-    of `nn.Linear` and element-wise modules: where branches meet or positions share weights, there is no such recursion.
+    of `nn.Linear` and element-wise modules: the recursion is not defined for branches or weight sharing.
 
     Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3 (KFRA).
     """
@@ -50,7 +50,7 @@ class FisherRecursive(Watching):
         check_count("chunk", self.chunk, 1)
 
     def watches(self, model: nn.Module) -> Iterable[nn.Module]:
-        """All linear layers: the recursion goes through those that are frozen or ignored as well."""
+        """All linear layers: the recursion needs frozen and ignored ones too. ValueError if the model is no chain."""
         return [module for _, module in find_chain(model)]
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
@@ -61,7 +61,7 @@ class FisherRecursive(Watching):
         weights, counted = _example_weights(step, terms)
         found: dict[str, Evidence] = {}
         after, B = terms.z, self._output_factor(terms, step.examples)
-        W: Tensor | None = None  # of the layer above; nothing is pulled through the lowest, whose inputs may be many
+        W: Tensor | None = None  # of the layer above; the lowest layer, whose inputs may be many, needs no further product
         for (_, module), call in zip(reversed(chain), reversed(calls), strict=False):
             if W is not None:
                 B = W.mT @ B @ W
@@ -75,7 +75,7 @@ class FisherRecursive(Watching):
 
     @torch.no_grad()
     def _output_factor(self, terms: Terms, examples: int) -> Tensor:
-        """``sum_m Lambda_m``.  # (C, C)"""
+        """``sum_m Lambda_m``. ValueError where the outputs are not one vector for each example.  # (C, C)"""
         if terms.z.ndim != 2 or len(terms.z) != examples:
             raise ValueError(
                 f"FisherRecursive: the loss is a function of a tensor of shape {tuple(terms.z.shape)}, and a chain without "
@@ -90,14 +90,14 @@ class FisherRecursive(Watching):
 
 
 def find_chain(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linear layers of a feed-forward chain, by name, in order. ValueError that says where the chain breaks."""
+    """The linear layers of a feed-forward chain, by name, in order. ValueError where the model is no chain, with the reason."""
     if reason := break_of_chain(model):
         raise ValueError(reason)
     return [(name, module) for name, module in _leaves("", model) if isinstance(module, nn.Linear)]
 
 
 def break_of_chain(model: nn.Module) -> str | None:
-    """Why a model is no chain of linear and element-wise layers, each used once; None if it is one."""
+    """Why a model is not a chain of linear and element-wise layers, each used once; None if it is."""
     known: dict[nn.Parameter, str] = {}
     for name, module in _leaves("", model):
         named = name or "the model"
@@ -118,7 +118,7 @@ def break_of_chain(model: nn.Module) -> str | None:
 
 
 def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """In order, those that stand in several places as often."""
+    """Yields the leaf modules in order; a module that is used several times comes several times."""
     if type(module).forward is not nn.Sequential.forward:
         yield name, module
         return
@@ -131,7 +131,8 @@ def _call(step: Step, name: str, module: nn.Linear) -> Call:
     calls = step.tape.calls[module]
     if len(calls) != 1:
         raise ValueError(
-            f"FisherRecursive: {name} takes no part or is called more than once, which breaks the chain: use FisherExact (kflr)"
+            f"FisherRecursive: {name} is called {len(calls)} times in this pass, and the recursion needs one call of each "
+            "layer: use FisherExact (kflr)"
         )
     return calls[0]
 
@@ -146,14 +147,14 @@ def _only(terms: list[Terms]) -> Terms:
 
 
 def _example_weights(step: Step, terms: Terms) -> tuple[Tensor, Tensor]:
-    """What a mean over examples weighs each with, and how many count: not those that the loss leaves out.  # (n, 1), ()"""
+    """The weights of a mean over the examples that the loss counts, and the number of these.  # (n, 1), ()"""
     mask = step.mask(terms)
     counted = torch.ones_like(terms.omega) if mask is None else mask.reshape(-1).to(terms.omega)
     return (counted / counted.sum().clamp(min=1)).unsqueeze(1), counted.sum()
 
 
 def _derivative_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:
-    """``mean_n phi'_n phi'_n^T`` of what lies between a layer's output and ``after``, element by element.  # (d, d)"""
+    """``mean_n phi'_n phi'_n^T`` of the element-wise modules between a layer's output and ``after``.  # (d, d)"""
     (derivative,) = torch.autograd.grad(after, call.edges[0], torch.ones_like(after), retain_graph=True)
     derivative = derivative.detach().to(weights)
     moment: Tensor = derivative.mT @ (derivative * weights)
@@ -161,7 +162,7 @@ def _derivative_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:
 
 
 def _factors(site: Site, a: Tensor, B: Tensor, weights: Tensor, dtype: torch.dtype) -> Factors:
-    """``A`` with the one of the bias last, for whatever part of a layer is trained here."""
+    """The factors of the parameters that are trained, with the bias last. ValueError for inputs with more than one axis."""
     if a.ndim != 2 or len(a) != len(weights):
         raise ValueError(
             f"FisherRecursive: {site.name} is fed {tuple(a.shape)}, not a vector an example: use FisherExact (kflr)"

@@ -1,4 +1,4 @@
-"""What some curvatures do besides being measured; the library asks for it by these classes."""
+"""Base classes of curvatures that need more than `measure`; the library recognises them by these classes."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ __all__ = ["OfProducts", "OfSecants", "Pooled", "Watching"]
 
 
 class Watching(Curvature):
-    """It needs calls of modules besides those of its sites."""
+    """A curvature that needs calls of modules besides those of its sites."""
 
     @abstractmethod
     def watches(self, model: nn.Module) -> Iterable[nn.Module]:
-        """These modules."""
+        """The modules whose calls it needs. ValueError for a model that it does not support."""
 
 
 class Pooled(Curvature):
-    """The pairs of a step's micro-batches add up to one, of its loss, which the statistics accumulate at its end."""
+    """A curvature whose pairs are summed over the micro-batches of a step before the statistics accumulate them."""
 
     @abstractmethod
     def complete(self, step: Step, chunks: Sequence[Mapping[str, Pair]]) -> Iterator[Mapping[str, Evidence]]:
-        """What the statistics accumulate.  chunks: sums over the micro-batches"""
+        """Yields what the statistics accumulate.  chunks: the pairs, summed over the micro-batches"""
 
 
 class OfSecants(Curvature):
-    """Its evidence compares the last measured step with itself, seen again when the weights have moved: needs ``previous``."""
+    """A curvature of secants: it evaluates the last measured batch again after the weights have moved; needs ``previous``."""
 
     @abstractmethod
     def secants(self, step: Step) -> dict[str, Evidence]:
-        """Of ``step.previous``, by site, with the weights as they are now."""
+        """The secants of ``step.previous`` by site, with the weights as they are now."""
 
     @abstractmethod
     def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
-        """A pair of zeros, in the shapes of those of `secants`."""
+        """A pair of zeros in the shapes of `secants`."""
 
 
 class OfProducts(Curvature):
-    """Its evidence multiplies vectors throughout a solve."""
+    """A curvature whose evidence is a matrix-vector product, which a solver calls throughout a solve."""
 
     @property
     def steady(self) -> bool:
-        """Whether it is one and the same matrix throughout a solve."""
+        """Whether all products of a solve are those of one matrix."""
         return True
 
     @property
     def auxiliary(self) -> tuple[str, ...]:
-        """What is measured beside the products, for solvers that read it."""
+        """Names of what is measured beside the products, for solvers that read it."""
         return ()

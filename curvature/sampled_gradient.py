@@ -1,4 +1,4 @@
-"""The mini-batch gradient at sampled targets: the Fisher matrix by one gradient, for what needs no examples apart."""
+"""The mini-batch gradient at sampled targets: the Fisher matrix from one gradient, without per-example gradients."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ __all__ = ["SampledGradient"]
 
 @dataclass(frozen=True, kw_only=True)
 class SampledGradient(Curvature):
-    """``C = G G^T``, ``G = sum_m sqrt(w_m) J_m^T grad l_m(y_m)``, ``y_m`` drawn from the model: ``E C`` is the Fisher.
+    """The Fisher matrix by one gradient: ``C = G G^T``, ``G = sum_m sqrt(w_m) J_m^T grad l_m(y_m)``, with ``E C`` the Fisher.
 
-    For a mean over ``M`` terms ``G`` is ``sqrt(M)`` times the sampled loss' gradient: the terms are independent and of mean
-    zero, so nothing but the sum of their covariances is left. One extra backward pass for each sample; ``.grad`` is left alone.
+    The targets ``y_m`` are drawn from the model. For a mean over ``M`` terms ``G`` is ``sqrt(M)`` times the gradient of the
+    sampled loss: the terms are independent and have mean zero, so that only the sum of their covariances remains. One extra
+    backward pass a sample; ``.grad`` is not written.
 
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925, algorithm 2, which leaves out the factor ``M``.
     """
@@ -51,13 +52,13 @@ class SampledGradient(Curvature):
 
 
 def _gradients(step: Step, sites: list[Site], z: Tensor, cotangent: Tensor) -> dict[str, Evidence]:
-    """``J^T u`` for all parameters of the sites, laid out as their blocks."""
+    """``J^T u`` for all parameters of the sites, in the layout of their blocks."""
     parameters = list(dict.fromkeys(p for site in sites for p in site.parameters.values()))
     vjps = dict(zip(parameters, step.tape.vjp_parameters([z], [cotangent], parameters), strict=True))
     return {site.name: Gradient(_lay_out(site, vjps).to(step.statistics_dtype(site))) for site in sites}
 
 
 def _lay_out(site: Site, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
-    """The bias as the last column.  # (G, *shape)"""
+    """A gradient in the layout of its block, with the bias as the last column.  # (G, *shape)"""
     lead = site.shape[:-1]
     return torch.cat([gradients[p].reshape(*lead, -1) for p in site.parameters.values()], -1)

@@ -1,8 +1,8 @@
-"""Secants: how the gradient of one and the same batch has changed over a step of the weights.
+"""Secants: steps of the weights with the change of the gradient over them, on one batch.
 
 The batch, in its micro-batches, is evaluated again, with its random numbers, at the start of the next pass: then the weights
-have moved. A state that is saved in between is completed first. Saved after the backward pass and before the optimizer's step,
-it has nothing to complete: that one pair is left out after loading.
+have moved. Saving a state in between completes the secant first. A state that is saved after the backward pass and before the
+optimizer's step has no secant to complete: that one pair is left out after loading.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NO_OPTIONS = NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
 
 def _completed(step: Step) -> dict[str, Evidence]:
-    """The secants of the step before, now that they are known."""
+    """The secants of the previous step, which its second evaluation has completed."""
     pairs = step.previous.pairs if step.previous is not None else None
     return {} if pairs is None else {s.name: pairs[s.name] for s in step.sites if s.name in pairs}
 
@@ -41,10 +41,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kin
 
 @dataclass(frozen=True, kw_only=True)
 class Secant(OfSecants):
-    """``s = theta_(t+1) - theta_t`` and ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``, both on batch ``t``.
+    """Secants on one batch ``t``: ``s = theta_(t+1) - theta_t``, ``y = grad L_t(theta_(t+1)) - grad L_t(theta_t)``.
 
-    One more forward and backward pass a step. Gradients are passed on as well: they say how long a first step should be, and
-    whether what was made of the pairs is still sound. Micro-batches make one batch, with the weights of their losses.
+    One more forward and backward pass a step. The gradients are evidence too: a solver sets the length of a first step by them,
+    and checks the descent direction. Micro-batches make one batch, with the weights of their losses.
 
     Reference: Liu, Nocedal, Math. Programming 1989; the same batch for both: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
@@ -103,8 +103,8 @@ class LayerSecant(OfSecants):
     """For each layer the inputs of this batch, and the secant of its mean output ``s`` and mean output gradient ``g``.
 
     ``s = mean_nr W a_nr`` over the positions that count, and ``g = (1/R) sum_nr dL/ds_nr`` for ``R`` sharing positions: for a
-    mean over examples that is the mean of unscaled gradients. Before the step they come with the ordinary passes, after it
-    with one more of each. Of micro-batches it is the mean output of all their positions, and the gradient of the step's loss.
+    mean over examples that is the mean of unscaled gradients. Before the step both are those of the ordinary passes, after it
+    those of one more of each. Over micro-batches they are the mean output of all positions and the gradient of the step's loss.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 3.
     """
@@ -115,7 +115,7 @@ class LayerSecant(OfSecants):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The output gradients before the step are those of the ordinary backward pass."""
+        """The calls, with the output gradients of the ordinary backward pass, and the previous step."""
         return frozenset({"calls", "main_backward", "previous"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
@@ -138,12 +138,12 @@ class LayerSecant(OfSecants):
         before: dict[str, LayerSums] = {}
         after: dict[str, LayerSums] = {}
         for each in step.previous.passes:
-            _gather(before, each.notes, each.weight)
-            _gather(after, self._again(step, each), each.weight)
+            _add_sums(before, each.notes, each.weight)
+            _add_sums(after, self._evaluate_again(step, each), each.weight)
         return {k: _change(before[k], now) for k, now in after.items()}
 
-    def _again(self, step: Step, made: Pass) -> dict[str, LayerSums]:
-        """What a pass would note now."""
+    def _evaluate_again(self, step: Step, made: Pass) -> dict[str, LayerSums]:
+        """The sums of a pass that is evaluated again at the weights of now."""
         sites = [s for s in step.sites if s.name in made.notes]
         tape = step.tape.again(m for s in sites for m in s.modules)
         tape.assume(made.replay.examples)
@@ -161,13 +161,13 @@ class LayerSecant(OfSecants):
 
 
 def _change(before: LayerSums, now: LayerSums) -> Pair:
-    """From the positions and the loss of a step to the same, later."""
+    """The secant between two evaluations of the same positions and loss."""
     total = torch.as_tensor(now.counted, dtype=now.outputs.dtype, device=now.outputs.device).clamp(min=1)
     return Pair((now.outputs - before.outputs) / total, now.gradients - before.gradients, "output_secant")
 
 
-def _gather(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:
-    """Add what a pass has found of its loss, which has this weight in that of the step."""
+def _add_sums(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:
+    """Add the sums of a pass, with the weight of its loss in that of the step, to ``total``."""
     for name, (s, g, n, _) in found.items():
         s0, g0, n0, _ = total.get(name, LayerSums(torch.zeros_like(s), torch.zeros_like(g), 0))
         total[name] = LayerSums(s0 + s, g0 + weight * g, n0 + n)
@@ -175,7 +175,7 @@ def _gather(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight:
 
 @torch.no_grad()
 def _sums(site: Site, paired: Outer) -> LayerSums:
-    """Outputs and output gradients of a pass."""
+    """Sums of a layer's outputs and output gradients in a pass."""
     a = paired.total()
     weights: dict[nn.Parameter, Tensor | None] = {p: p.detach() for p in site.parameters.values()}
     s = (site.lay_out(weights).to(a.dtype) @ a.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What a curvature may know of the step that it measures."""
+"""`Step`: what a curvature may know of the step that it measures."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = ["NOTHING", "Extra", "LayerSums", "Pass", "Previous", "Step", "scaled"
 
 
 class LayerSums(NamedTuple):
-    """Of a layer in a pass, noted for its secant over the step."""
+    """Sums over a layer's outputs and output gradients in a pass, kept for its secant over the step."""
 
     outputs: Tensor  # (G, o) over the positions that count, less a bias that is not trained
     gradients: Tensor  # (G, o) over examples, of the mean over positions
     counted: int | Tensor  # positions
-    weights: Tensor | None = None  # as in `Outer`, of the first time
+    weights: Tensor | None = None  # as in `Outer`, of the first evaluation
 
 
 @dataclass
 class Pass:
-    """The pass of a micro-batch, to be made again."""
+    """The pass of a micro-batch, which can be evaluated again."""
 
     replay: Replay
     weight: float  # of its loss in that of the step
@@ -43,11 +43,11 @@ class Pass:
 
 @dataclass
 class Previous:
-    """The last measured step, with the weights and the gradient that it had; `complete` leaves only its pairs."""
+    """The last measured step, with its weights and gradient; completed, it holds only its pairs."""
 
     passes: list[Pass]
     weights: dict[nn.Parameter, Tensor]
-    gradients: dict[nn.Parameter, Tensor]  # of its loss, ``sum_j weight_j L_j``, where that reaches
+    gradients: dict[nn.Parameter, Tensor]  # of its loss, ``sum_j weight_j L_j``, for the parameters that it reaches
     index: int
     pairs: dict[str, Evidence] | None = None  # by site, once they are known
     older: dict[str, Evidence] = field(default_factory=dict)  # pairs of methods that were not measured in this step
@@ -69,11 +69,11 @@ NOTHING = Extra()
 
 @dataclass(frozen=True)
 class Step:
-    """One forward and backward pass, recorded; or what is known at the end of a step, without a tape."""
+    """A recorded forward and backward pass; or, without a tape, what is known at the end of a step."""
 
     index: int
     seed: int
-    sites: list[Site]  # that ask for this curvature
+    sites: list[Site]  # that have this curvature
     dtype: torch.dtype | None  # of statistics; None: that of the parameters, at least float32
     tape: Tape
     terms: list[Terms] = field(default_factory=list)  # of the loss; empty when the loss was not recognised
@@ -82,11 +82,11 @@ class Step:
     output_gradients: OutputGradients | None = None  # of the backward pass that has run
     reduction: str = "mean"  # of a loss that was not recognised
     masked: bool = False  # whether the loss left out some of its terms
-    part: int = 0  # which micro-batch of the step this is
-    graph: Graph | None = None  # of the loss, for curvatures that ask for it
+    part: int = 0  # index of the micro-batch in the step
+    graph: Graph | None = None  # of the loss, for curvatures that need it
     batches: Batches | None = None  # of this pass, to be evaluated again
     previous: Previous | None = None  # the last step that was measured
-    notes: dict[str, LayerSums] = field(default_factory=dict)  # to be found in `previous` by the next one
+    notes: dict[str, LayerSums] = field(default_factory=dict)  # by site, kept for the secants of the next step
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
 
     def loss_gradients(self) -> list[Tensor]:
@@ -95,20 +95,20 @@ class Step:
 
     @property
     def examples(self) -> int:
-        """Batch size, or 1 where examples mix everywhere."""
+        """Batch size, or 1 where no layer separates the examples."""
         return self.tape.examples
 
     def earlier(self) -> dict[nn.Parameter, Tensor]:
-        """The gradients of the micro-batches of this step that came before, with their weights, where any was noted."""
+        """Gradients of the earlier micro-batches of this step, times their weights; empty where none were kept."""
         before = self.previous
         return before.gradients if before is not None and self.part and before.index == self.index else {}
 
     def active(self) -> list[Site]:
-        """The sites that took part with any example."""
+        """The sites whose layers were called, on a batch that is not empty."""
         return [site for site in self.sites if site.fired(self.tape)] if self.tape.batch or not self.tape.sized else []
 
     def check_calls(self) -> None:
-        """Refuse a pass in which no layer was called."""
+        """RuntimeError for a pass in which no layer was called."""
         if not any(site.fired(self.tape) for site in self.sites):
             raise RuntimeError(
                 "no layer of this model was called in the forward pass, so no curvature could be measured: declare a call of "
@@ -116,9 +116,9 @@ class Step:
             )
 
     def mask(self, terms: Terms) -> Tensor | None:
-        """Positions where any term of the loss counts, by example; None when all do.
+        """Positions where any term of the loss counts, by example; None where all do.
 
-        Those of other calls of a loss than ``terms`` among them, so that the order of the calls does not matter.  # (n, R)
+        The terms of other losses of the pass count too, so that the order of the losses does not matter.  # (n, R)
         """
         if not self.masked:
             return None
@@ -129,17 +129,17 @@ class Step:
         return torch.stack(placed).any(0)
 
     def statistics_dtype(self, site: Site) -> torch.dtype:
-        """The dtype of statistics for a site: float32 or better, whatever the model's."""
+        """The dtype of a site's statistics: float32 or better, whatever the dtype of the model."""
         return self.dtype or real_dtype(next(iter(site.parameters.values())))
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
-        """A generator that depends on (seed, name, step, micro-batch) alone; the global state is untouched."""
+        """A generator that depends on (seed, name, step, micro-batch) alone; global generators are not touched."""
         key = hashlib.blake2b(f"{self.seed}/{name}/{self.index}/{self.part}".encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
 
 
 def scaled(gradients: OutputGradients, factor: float) -> OutputGradients:
-    """Output gradients of a loss that is multiplied by a factor."""
+    """Output gradients of the loss multiplied by a factor."""
     if factor == 1.0:
         return gradients
     return {m: [[g * factor for g in outs] for outs in calls] for m, calls in gradients.items()}

@@ -1,8 +1,8 @@
-"""Representations: how a curvature matrix is held.
+"""Representations: the second axis, how a curvature matrix is held.
 
 One part, one file: a `Representation` folds evidence into the statistic of a stack of equal blocks, in place, and forms the
-dense matrix that it stands for, its oracle. `base` has what every representation has, `capabilities` the protocols that solvers
-ask for. No representation counts steps by itself: intervals are those of a method.
+dense matrix that it represents, which is its oracle. `base` has the contract of all representations, `capabilities` the
+protocols that solvers ask for. No representation counts steps: intervals are options of a method.
 """
 
 from gradmaker.linalg.state import State

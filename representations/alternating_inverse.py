@@ -1,4 +1,4 @@
-"""KrADagrad's state: a Kronecker product for the inverse of the whole covariance, one factor updated a step.
+"""KrADagrad's statistic: a Kronecker product for the inverse of the whole covariance, of which each step updates one factor.
 
 Letters: ``L_k`` the factor of axis ``k``, ``P_k = L_k^(1/2)`` as of its last refresh, ``m`` the number of axes.
 """
@@ -28,11 +28,11 @@ __all__ = ["ONE_AXIS", "AlternatingInverse", "scheduled_axis"]
 
 ROOT, USED = ("values_", "basis_"), "used_"
 
-ONE_AXIS = "decay=0: one axis takes in a gradient at a time, and would forget the others: give a decay above 0, or None to sum"
+ONE_AXIS = "decay=0: expected a decay above 0, or None for a sum; each step updates one axis, and would forget all others"
 
 
 def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
-    """Whose turn it is: in rounds at first, then each axis once between two squares and the longest axis otherwise."""
+    """The axis that a step updates: in rounds at first, then each axis once between two squares, and the longest otherwise."""
     m = len(shape)
     if step < m * m:
         return step % m
@@ -42,16 +42,16 @@ def scheduled_axis(step: int, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class AlternatingInverse(HeldSpectra, OwnOrder, Renewed):
-    """``C^-1 ~ L_1 (x) ... (x) L_m`` jointly; at each step one ``L_k`` takes in the gradient.
+    """KrADagrad's inverse covariance, held jointly: ``C^-1 ~ L_1 (x) ... (x) L_m``; each step updates one ``L_k``.
 
     ``G_w = G x_(i != k) P_i``, ``L_k <- L_k - L_k S L_k / (1 + |L_k S|_F)`` with ``S = mat_k(G_w) mat_k(G_w)^T``: at least
     ``g g^T / (r (1 + tr))`` is added to the implied covariance, ``r`` the rank. ``damping`` is that of the covariance to
     first order, ``L - damping L^2 / (1 + damping lambda_max(L))``, kept positive by the division. ``start=None`` begins with
-    ``L_k = I``, as published, which small gradients hardly move; a number with the inverse of that many mean squares of the
-    first gradient, split evenly. A refresh renews the roots ``P_k``.
+    ``L_k = I``, as published, which small gradients hardly change; a number begins with the inverse of that many mean squares
+    of the first gradient, split evenly over the axes. A refresh computes the roots ``P_k`` anew.
 
-    ``published`` is the release to the letter: ``L - damping L^2``, whatever its sign, and ``P g`` continues ``G_w``, so that
-    of a refresh it sees the root of axis ``k`` alone, and before ``plain`` gradients not even that.
+    ``published`` follows the authors' release exactly: ``L - damping L^2``, whatever its sign, and ``P g`` uses ``G_w``, so
+    that of a refresh it sees the root of axis ``k`` alone, and before ``plain`` gradients not even that.
 
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
@@ -74,7 +74,7 @@ class AlternatingInverse(HeldSpectra, OwnOrder, Renewed):
 
     @property
     def renewal(self) -> Renewal:
-        """As published, what is applied changes between refreshes."""
+        """As published, the applied roots change between refreshes."""
         return "measurement" if self.published else "refresh"
 
     def init(self, frame: Frame) -> State:
@@ -97,29 +97,29 @@ class AlternatingInverse(HeldSpectra, OwnOrder, Renewed):
         G = self.unfold(evidence.gradient)
         shape = tuple(G.shape[1:])
         if fold.first and fold.begins and self.start is not None:
-            self._scale(state, self.start * G.flatten(1).square().mean(1))
+            self._set_scale(state, self.start * G.flatten(1).square().mean(1))
         axis = scheduled_axis(fold.index, shape)
         whiteners = [None if k == axis else self.power(state, k, 0.5) for k in range(len(shape))]
         L = state[f"inverse_{axis}"]
         L.copy_(self._updated(L, mode_matrix(apply_factors(whiteners, G), axis), fold.beta))
-        self._use(state, [k for k in range(len(shape)) if k != axis])
+        self._copy_roots(state, [k for k in range(len(shape)) if k != axis])
         if fold.refresh:
             self.refresh(state)
-        self._use(state, [axis])
+        self._copy_roots(state, [axis])
         if self.published and fold.index < self.plain:
             state[f"{USED}values_{axis}"].fill_(1)
         if fold.index + 1 == PATIENCE and fold.begins and self.start is None:
             low = torch.stack([state[f"values_{k}"].amin(-1) for k in self.axes(state)]).amin(0)
             warn_if_unmoved(low > 0.5, "start=1.0 begins at the scale of the first gradient")
 
-    def _use(self, state: State, axes: list[int]) -> None:
-        """Apply the roots of these axes as they are now."""
+    def _copy_roots(self, state: State, axes: list[int]) -> None:
+        """Copy the current roots of these axes to the ones that are applied as published."""
         for name in (f"{USED}{kind}{k}" for kind in ROOT for k in axes):
             if name in state:
                 state[name].copy_(state[name.removeprefix(USED)])
 
-    def _scale(self, state: State, variance: Tensor) -> None:
-        """Begin at ``L_1 (x) ... = I / variance``; a zero gradient has none.  # (B,)"""
+    def _set_scale(self, state: State, variance: Tensor) -> None:
+        """Start at ``L_1 (x) ... = I / variance``; a zero gradient sets no scale.  # (B,)"""
         axes = self.axes(state)
         share = torch.where(variance > 0, variance, 1.0) ** (-1 / len(axes))
         for tensor in (state[f"{name}_{axis}"] for axis in axes for name in ("values", "inverse")):
@@ -159,6 +159,6 @@ class AlternatingInverse(HeldSpectra, OwnOrder, Renewed):
             state[name].copy_(value)
 
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
-        """Of ``L_k``, as of the last refresh, or as ``published`` says.  # (B, d), (B, d, d)"""
+        """The eigenpairs of ``L_k`` of the last refresh; with ``published`` the applied ones.  # (B, d), (B, d, d)"""
         used = USED if self.published else ""
         return [(state[f"{used}values_{axis}"], state.get(f"{used}basis_{axis}")) for axis in self.axes(state)]

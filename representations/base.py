@@ -1,4 +1,4 @@
-"""The representation axis: how a curvature matrix is held, and what a solver may ask of it."""
+"""The base class of representations, and how evidence enters a statistic."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ __all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
 _AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
 NO_REFRESH = {"preconditioner_interval": _AT_ONCE, "stagger": _AT_ONCE}
-NO_LIMIT = {"max_dim": "no matrix of a long axis is held, so that nothing is too large; leave layers out with ignore="}
+NO_LIMIT = {"max_dim": "no matrix is held for a long axis, so that none is too large; leave layers out with ignore="}
 
 Grain: TypeAlias = Literal["full", "layer", "unit", "tensor"]
-"""Granularity of a block: all layers as one vector (P,); a layer's matrix (o, i); a row of it (i,); a parameter tensor."""
+"""Granularity of a block: all layers as one vector (P,); the matrix of a layer (o, i); a row of it (i,); a parameter tensor."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a representation is allocated for: ``B`` blocks of one shape."""
+    """The shape, dtype and device that a statistic is allocated for: ``B`` blocks of one shape."""
 
     stack: int  # B
     shape: tuple[int, ...]  # of one block
-    diagonal: frozenset[int]  # axes whose factor is kept as a diagonal (one-hot inputs, axes over ``max_dim``)
+    diagonal: frozenset[int]  # axes whose factor is a diagonal (one-hot inputs, axes over ``max_dim``)
     dtype: torch.dtype
     device: torch.device
-    longest: int | None = None  # side of a dense matrix, for representations that cut wider ones; None: any
+    longest: int | None = None  # largest side of a dense matrix, for representations that tile longer axes; None: no limit
 
     def zeros(self, *shape: int) -> Tensor:
-        """A statistic at zero.  # (B, *shape)"""
+        """A statistic of zeros.  # (B, *shape)"""
         return torch.zeros(self.stack, *shape, dtype=self.dtype, device=self.device)
 
     def empty(self, *shape: int) -> Tensor:
-        """Numbers to be written over.  # (B, *shape)"""
+        """An uninitialised tensor, to be overwritten.  # (B, *shape)"""
         return torch.empty(self.stack, *shape, dtype=self.dtype, device=self.device)
 
     def unit(self, side: int, value: float = 1.0) -> Tensor:
-        """``value I``, with no matrix besides the one that is returned.  # (B, side, side)"""
+        """``value I``, without a temporary matrix.  # (B, side, side)"""
         out = self.zeros(side, side)
         out.diagonal(dim1=-2, dim2=-1).fill_(value)
         return out
@@ -51,14 +51,14 @@ class Frame:
 
 @dataclass(frozen=True)
 class Fold:
-    """How one piece of evidence enters a running statistic: ``S <- beta S + alpha E``; ``mass`` likewise.
+    """The weights with which a piece of evidence enters a running statistic: ``S <- beta S + alpha E``; ``mass`` likewise.
 
     With an exponential average (decay ``d``) the first evidence of a step has ``beta = d, alpha = mass = 1 - d``; a further
     micro-batch of the same step has ``beta = 1, mass = 0``. ``S / mass`` is the bias-corrected average. A plain sum
     (``decay = None``) keeps its mass at one.
 
-    ``alpha`` holds what a micro-batch weighs in the loss, which is what a sum over examples wants. A mean over positions
-    wants the number that was counted instead, whatever the loss makes of them: ``S <- beta S + share sum_r a_r a_r^T`` and
+    ``alpha`` includes the weight of the micro-batch in the loss, as a sum over examples needs it. A mean over positions is
+    weighed by the number of counted positions instead, independently of the loss: ``S <- beta S + share sum_r a_r a_r^T`` and
     ``mass <- beta mass + share c`` for ``c`` positions.
     """
 
@@ -69,14 +69,14 @@ class Fold:
     of_step: float | None = None
     """``alpha`` without the weight of the micro-batch; None where that is 1."""
     refresh: bool = False
-    """Whether the refresh of the statistic is due, and this its first evidence of the step."""
+    """Whether the refresh of the statistic is due, at this first evidence of the step."""
     first: bool = False
-    """Whether these members had given no evidence before this step."""
+    """Whether these members of the stack had no evidence before this step."""
     index: int = 0
-    """How many measured steps came before this one."""
+    """Number of measured steps before this one."""
 
     def of(self, again: bool, first: bool) -> Fold:
-        """The fold of some members.  again: whether they have given evidence in this step; first: see the field"""
+        """The fold of some members.  again: whether they had evidence earlier in this step; first: see the field"""
         if again:
             return replace(self, beta=1.0, mass=0.0, refresh=False, first=first)
         return replace(self, refresh=self.refresh or first, first=first)
@@ -88,34 +88,34 @@ class Fold:
 
     @property
     def share(self) -> float:
-        """What a counted position weighs in a mean."""
+        """The weight of a counted position in a mean."""
         return self.alpha if self.of_step is None else self.of_step
 
     def weigh_(self, mass: Tensor) -> None:
-        """Advance the mass of a statistic that is a sum over examples.  # (B,)"""
+        """Update the mass of a statistic that is a sum over examples.  # (B,)"""
         if self.summed:
             mass.fill_(1.0)
         else:
             mass.mul_(self.beta).add_(self.mass)
 
     def weigh_mean_(self, mass: Tensor, counted: float | Tensor) -> None:
-        """Advance the mass of a statistic that is a mean over positions, of which so many were counted.  # (B,), ()"""
+        """Update the mass of a statistic that is a mean over ``counted`` positions.  # (B,), ()"""
         mass.mul_(self.beta).add_(self.share * counted)
 
 
 def average(total: Tensor, mass: Tensor) -> Tensor:
-    """``S / mass``, the bias-corrected statistic; zero where nothing was seen yet.  # (B, ...), (B,) -> (B, ...)"""
+    """``S / mass``, the bias-corrected statistic; zero where there was no evidence.  # (B, ...), (B,) -> (B, ...)"""
     return total / torch.where(mass > 0, mass, 1.0).view(-1, *[1] * (total.ndim - 1))
 
 
 class Representation(ABC):
-    """A way of holding ``C`` for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
+    """A form in which ``C`` is held for a stack of equal blocks. `init`, `update` and `to_dense` make it correct."""
 
     takes: ClassVar[frozenset[Kind]]
-    """The evidence that `update` understands, by class and kind, as `kinds` makes it."""
+    """The evidence that `update` accepts: classes and kinds, made by `kinds`."""
 
     inapplicable: ClassVar[dict[str, str]] = {}
-    """Options of a config that say nothing to this representation, with the reason and a way out: configs refuse them."""
+    """Options of a config without effect on this representation, with the reason and an alternative: configs refuse them."""
 
     def __init_subclass__(cls) -> None:
         check_kinds(cls, "takes")
@@ -123,23 +123,23 @@ class Representation(ABC):
     @property
     @abstractmethod
     def grain(self) -> Grain:
-        """The granularity of the blocks that this representation is given."""
+        """The granularity of the blocks."""
 
     @abstractmethod
     def init(self, frame: Frame) -> State:
-        """An empty statistic."""
+        """The statistic before any evidence."""
 
     @abstractmethod
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        """Fold evidence into ``state`` in place; ``state`` is the part of the stack that the evidence speaks of.
+        """Fold evidence into ``state`` in place; ``state`` is the part of the stack that has this evidence.
 
-        One call has all members that bring operands of one shape, stacked along the axis ``G`` of the evidence.
+        One call is for all members whose operands have one shape, stacked along the axis ``G`` of the evidence.
         """
 
     def refresh(self, state: State) -> None:  # noqa: B027
-        """Renew, in place, what turns or truncates the statistic: bases, held roots. Called every ``preconditioner_interval``.
+        """Recompute bases and roots in the statistic, in place. The maker calls it every ``preconditioner_interval`` steps.
 
-        It comes after the evidence of the step, or in the middle of it: see `OwnOrder`.
+        The call comes after the evidence of the step, or from within `update`: see `OwnOrder`.
         """
 
     @abstractmethod

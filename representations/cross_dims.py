@@ -1,4 +1,4 @@
-"""Covariance factors that minimise a KL divergence: each axis measured after the others are whitened.
+"""KL-Shampoo's covariance factors, which minimise a KL divergence: each axis is measured after the others are whitened.
 
 Letters: ``S_k`` the factor of axis ``k``, ``d_k`` its length, ``D`` the number of elements.
 """
@@ -28,11 +28,12 @@ __all__ = ["CrossDims"]
 
 @dataclass(frozen=True)
 class CrossDims(HeldSpectra, SlowTensors):
-    """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``, others whitened in ``G_w``.
+    """KL-Shampoo's factors: ``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``.
 
-    The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Whitening uses the factors of the last refresh,
-    with eigenvalues above ``floor``. Only the product has a scale: at a refresh all
-    average eigenvalues are made equal, which leaves the product as it is. Not bias-corrected: ``S_k`` starts at ``start I``.
+    ``G_w`` is the gradient with all other axes whitened, by the factors of the last refresh, with eigenvalues above ``floor``.
+    The stationary point is that of ``KL(N(0, E g g^T) | N(0, S_1 (x) ...))``. Only the product of the factors has a scale: a
+    refresh makes their average eigenvalues equal, which does not change the product. There is no bias correction: ``S_k``
+    starts at ``start I``.
 
     Reference: Lin et al. 2025, arXiv:2509.03378, KL-Shampoo.
     """
@@ -84,8 +85,8 @@ class CrossDims(HeldSpectra, SlowTensors):
         scales = torch.where(usable, means.log().mean(0).exp() / means, 1.0)
         found: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
         for axis, S in zip(axes, factors, strict=True):
-            S.mul_(_like(scales[axis], S))
-            found.append(_spectrum(torch.where(_like(usable, S), S, 0.0)))
+            S.mul_(_broadcast(scales[axis], S))
+            found.append(_spectrum(torch.where(_broadcast(usable, S), S, 0.0)))
         failed = ~torch.stack([usable, *(ok for _, _, ok, _ in found)]).all(0)
         for axis, (s, Q, _, retries) in enumerate(found):  # all axes of a member or none: each is measured through the others
             held = state[f"values_{axis}"]
@@ -99,13 +100,13 @@ class CrossDims(HeldSpectra, SlowTensors):
             state[name].copy_(value)
 
 
-def _like(x: Tensor, S: Tensor) -> Tensor:
-    """A number for each member, to be broadcast.  # (B,) -> (B, 1, ...)"""
+def _broadcast(x: Tensor, S: Tensor) -> Tensor:
+    """A number for each member, with axes to broadcast it.  # (B,) -> (B, 1, ...)"""
     return x.view(-1, *[1] * (S.ndim - 1))
 
 
 def _spectrum(S: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Eigenvalues, basis, whether they are right, retries.  # (B, d, d) or (B, d), then as `decompose_again`"""
+    """Eigenvalues, basis, whether they are finite and accurate, retries.  # (B, d, d) or (B, d), then as `decompose_again`"""
     if S.ndim == 3:
         return decompose_again(S)
     return S, None, torch.isfinite(S).all(-1), torch.zeros_like(S[:, 0])

@@ -1,4 +1,4 @@
-"""Dense blocks: the curvature matrix itself, at the granularity of the model, a layer or a unit."""
+"""Dense blocks: the curvature matrix itself, of the model, a layer or a unit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["Dense"]
 class Dense(WholeLayers):
     """The whole matrix of every block, ``C = sum_N vec(J_N) vec(J_N)^T``.
 
-    ``full`` is exact natural gradient; ``layer`` its block diagonal, one block for all groups of a convolution and all channels
-    of a norm layer; ``unit`` one block for each output unit.
+    ``full`` is the exact natural gradient; ``layer`` its block diagonal, with one block for all groups of a convolution and all
+    channels of a norm layer; ``unit`` has one block for each output unit.
 
     Reference: Amari, Neural Computation 1998, 10(2); for units Ollivier, Information and Inference 2015, arXiv:1303.0818.
     """

@@ -1,4 +1,4 @@
-"""Diagonal curvature: one number for each parameter."""
+"""The diagonal of the curvature: one number for each parameter."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["Diagonal"]
 class Diagonal(Representation):
     """The diagonal of ``C``: ``d = sum_N J_N * J_N``.
 
-    Fed by examples (``granularity="layer"``) it is the diagonal Fisher, fed by mini-batch gradients (``"tensor"``) AdaGrad's
-    and Adam's second moment.
+    Of examples (``granularity="layer"``) it is the diagonal of a Fisher matrix, of mini-batch gradients (``"tensor"``) the
+    second moment of AdaGrad and Adam.
 
     Reference: Duchi, Hazan, Singer, JMLR 2011, section 1.1; Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
     """

@@ -1,6 +1,6 @@
-"""EKFAC's state: Kronecker factors, their eigenbases, and the second moments of the gradients in these bases.
+"""EKFAC's statistic: Kronecker factors, their eigenbases, and the second moments of the gradients in these bases.
 
-A basis is part of the statistic, since the moments are measured in it: `update` renews it and no solve touches it.
+A basis is part of the statistic, since the moments are measured in it: `update` recomputes it, and no solve changes it.
 Letters: ``Q_B, Q_A`` bases of the output and the input side, ``D`` the moments, ``b, a`` the spectra of the factors.
 """
 
@@ -28,18 +28,18 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
-    """``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T``, ``D = sum_N (Q_B^T J_N Q_A)^2``, in the eigenbases of `Kron`'s factors.
+    """EKFAC's curvature: ``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T`` with ``D = sum_N (Q_B^T J_N Q_A)^2``.
 
-    ``J_N`` is the gradient of a whole example: positions are summed before the square, whatever ``sharing`` is for the factors.
-    The basis of the first step is that of its own factors. It is known when the step is over: until then ``D = b a^T``, what
-    the factors alone predict, and a bias-corrected average forgets that when the second step begins. A refresh renews the
-    basis from the factors as they were before the step, so that it does not depend on how a batch is cut into micro-batches.
-    ``D`` goes along: the diagonal, in the new basis, of the matrix that is represented,
-    ``D' = U_B^2 D (U_A^2)^T`` with the squared entries of ``U = Q'^T Q``. One-hot inputs keep the unit basis, and so do sides
-    that are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
+    ``Q_B, Q_A`` are the eigenbases of `Kron`'s factors, ``J_N`` the gradient of a whole example: positions are summed before
+    the square, whatever ``sharing`` is for the factors. The first step defines its own basis, which is known at its end only:
+    until then ``D = b a^T``, the prediction of the factors alone, and a bias-corrected average drops the prediction when the
+    second step begins. A refresh computes the basis from the factors as they were before the step, so that it does not depend
+    on the cut of a batch into micro-batches. ``D`` then becomes the diagonal, in the new basis, of the matrix that is
+    represented, ``D' = U_B^2 D (U_A^2)^T`` with the squared entries of ``U = Q'^T Q``. One-hot inputs keep the unit basis, and
+    so do sides that are too wide, unless ``wide_sides="blocks"`` gives each of their blocks a basis: see `Kron`.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3 and algorithm 1 (running averages). The authors' code
-    starts again from ``b a^T`` with every basis, so that short intervals leave little but `Kron`.
+    starts again from ``b a^T`` with every basis, so that with short intervals little more than `Kron` is left.
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, (Outer, "inputs"))
@@ -63,11 +63,11 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
 
     @property
     def renewal(self) -> Renewal:
-        """``D`` is new with every measurement."""
+        """``D`` changes with every measurement."""
         return "measurement"
 
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """As of `Kron`."""
+        """The long axes of `Kron`."""
         return self._kron().long_axes(shape, max_dim)
 
     def slow(self, state: State) -> frozenset[str]:
@@ -84,25 +84,25 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Outer)
         if fold.begins and not fold.first:
-            self._begin(state, fold)
+            self._begin_step(state, fold)
         self._kron().update(state, evidence, fold)
-        alone = evidence.kind == "inputs"  # as in `Kron`
+        inputs_alone = evidence.kind == "inputs"  # as in `Kron`
         state["moments"].mul_(fold.beta)
-        if alone:
+        if inputs_alone:
             fold.weigh_mean_(state["mass"], evidence.counted)
         else:
             fold.weigh_(state["mass"])
         if fold.first:
-            self._turn(state)
+            self._renew_bases(state)
             state["predicted"].fill_(1)
-        if fold.first or alone:  # of `I (x) A` the factors say all, in whichever basis
+        if fold.first or inputs_alone:  # `I (x) A` is given by the factors, in any basis
             self._predict(state)
         else:
             state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
 
-    def _begin(self, state: State, fold: Fold) -> None:
-        """Before the evidence of a step: forget what the first one has predicted, and renew the basis if that is due."""
-        if not fold.summed:  # a sum lacks that step otherwise
+    def _begin_step(self, state: State, fold: Fold) -> None:
+        """Before the first evidence of a step: drop the prediction of the first step, and refresh the basis where due."""
+        if not fold.summed:  # a sum would lack that step
             kept = 1 - state["predicted"]
             state["moments"].mul_(kept.view(-1, 1, 1))
             state["mass"].mul_(kept)
@@ -111,11 +111,11 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
             self.refresh(state)
 
     def refresh(self, state: State) -> None:
-        overlaps = self._turn(state)
+        overlaps = self._renew_bases(state)
         state["moments"].copy_(apply_factors(overlaps, state["moments"]))
 
-    def _turn(self, state: State) -> list[Tensor | None]:
-        """Renew the bases.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
+    def _renew_bases(self, state: State) -> list[Tensor | None]:
+        """Recompute the bases.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
         overlaps: list[Tensor | None] = []
         for side, F in zip(SIDES, self._kron().factors(state), strict=True):
             Q = state.get(f"basis_{side}")
@@ -126,13 +126,13 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
             overlaps.append(squares)
             for (_, block), (_, basis), (_, overlap) in zip(blocks(F), blocks(Q), blocks(squares), strict=True):
                 new = _eigenvectors(block, basis)
-                shows = 0 * block.sum((-2, -1), keepdim=True)  # a factor that is not finite does in D, where a solver counts it
-                overlap.copy_((new.mT @ basis).square() + shows)
+                non_finite = 0 * block.sum((-2, -1), keepdim=True)  # makes D non-finite too, for the solver to count
+                overlap.copy_((new.mT @ basis).square() + non_finite)
                 basis.copy_(new)
         return overlaps
 
     def _predict(self, state: State) -> None:
-        """``D = b a^T``, the moments that the factors alone predict."""
+        """Set ``D = b a^T``, the moments that the factors alone predict."""
         found = zip(self._kron().factors(state), _bases(state), strict=True)
         left, right = ((F if Q is None else rayleigh(F, Q)).clamp(min=0) for F, Q in found)
         state["moments"].copy_(left.unsqueeze(-1) * right.unsqueeze(-2) * state["mass"].view(-1, 1, 1))
@@ -157,7 +157,7 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
         return average(state["moments"], state["mass"])
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is.  # (B, o, i)"""
+        """The gradient itself.  # (B, o, i)"""
         return g
 
 
@@ -166,7 +166,7 @@ def _bases(state: State) -> list[Tensor | None]:
 
 
 def _eigenvectors(F: Tensor, before: Tensor) -> Tensor:
-    """An eigenbasis of each factor; ``before`` where there is none to be had.  # (B, d, d)"""
+    """An eigenbasis of each factor; ``before`` where the decomposition fails.  # (B, d, d)"""
     finite = torch.isfinite(F).all(-1).all(-1)[:, None, None]
     try:
         Q = torch.linalg.eigh(torch.where(finite, (F + F.mT) / 2, 0.0))[1]
@@ -176,7 +176,7 @@ def _eigenvectors(F: Tensor, before: Tensor) -> Tensor:
 
 
 def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """``sum_N (left^T J_N right)^2`` by the shorter of two ways, in pieces that bound the memory.
+    """``sum_N (left^T J_N right)^2`` by the cheaper of two ways, in pieces that bound the memory.
 
     With one position the square of an outer product is the product of squares. With ``R`` positions either the ``k n`` rows are
     formed, or ``sum_rs (g_r * g_s)(a_r * a_s)^T`` is contracted over the ``n R^2`` pairs of positions.
@@ -194,7 +194,7 @@ def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) 
 
 
 def _paired_squares(a: Tensor, g: Tensor, transposed: bool) -> Tensor:
-    """By pairs of positions.  # (G, n, R, i), (k, G, n, R, o)"""
+    """The same, contracted over pairs of positions.  # (G, n, R, i), (k, G, n, R, o)"""
     _, G, _, R, o = g.shape
     i = a.shape[-1]
     total = g.new_zeros(G, o, i)
@@ -207,7 +207,7 @@ def _paired_squares(a: Tensor, g: Tensor, transposed: bool) -> Tensor:
 
 
 def _rotate_inputs(evidence: Outer, Q: Tensor | None) -> Outer:
-    """Inputs in a basis; the one of the bias is absorbed."""
+    """The inputs in a basis, with the one of the bias included."""
     if Q is None or isinstance(evidence.inputs, OneHot):
         return evidence
     rotated = turn(evidence.inputs, Q)

@@ -1,4 +1,4 @@
-"""Directed Gaussian models of gradients: covariances of each entry with its parents, whose inverse is sparse.
+"""Directed Gaussian graphical models of gradients: covariances of each entry with its parents, with a sparse inverse.
 
 Letters: ``i`` an entry of a block, ``pa(i)`` its parents, ``q`` their largest number, ``P`` entries of a block, ``S`` the
 strictly triangular (after sorting) matrix of regression coefficients, ``d`` the residual variances.
@@ -29,17 +29,18 @@ Parents: TypeAlias = tuple[tuple[int, ...], ...]
 """For each entry of a block, in row-major order, the entries that it is regressed on."""
 
 LARGEST = 2**28
-"""More numbers than this in the covariances of the families are refused."""
+"""Most numbers in the covariances of the families; more are refused."""
 
 
 @dataclass(frozen=True)
 class GaussianGraph(Compact):
-    """``C^-1 = (I - S)^T diag(1 / d) (I - S)``: every entry of a gradient is a linear function of its parents and a residual.
+    """A directed Gaussian graphical model of gradients: ``C^-1 = (I - S)^T diag(1 / d) (I - S)``.
 
-    ``S_i = C_pa,pa^-1 C_pa,i`` and ``d_i = C_ii - C_i,pa S_i``: of ``C`` only the families ``{i} + pa(i)`` are measured. The
-    ``structure`` is ``bias`` (the parent of a weight is the bias of its unit; three numbers a weight and no example apart:
-    Ollivier's quasi-diagonal metric), ``full`` (all entries before: the dense inverse), or the parents themselves: a tuple for
-    each entry, or a function from the shape of a block to them. The order of units matters, except to ``bias`` and ``full``.
+    Every entry is a linear function of its parents and a residual; ``S_i = C_pa,pa^-1 C_pa,i``, ``d_i = C_ii - C_i,pa S_i``:
+    of ``C`` only the families ``{i} + pa(i)`` are measured. ``structure`` is ``bias`` (the parent of a weight is the
+    bias of its unit; three numbers a weight and no per-example gradients: Ollivier's quasi-diagonal metric), ``full`` (all
+    entries before: the dense inverse), or the parents: a tuple for each entry, or a function from the shape of a block to them.
+    All but ``bias`` and ``full`` depend on the order of units.
 
     Reference: Grosse & Salakhutdinov, ICML 2015, "Scaling up natural gradient by sparsely factorizing the inverse Fisher
     matrix", section 4; ``bias``: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2 and definition 6.
@@ -65,11 +66,11 @@ class GaussianGraph(Compact):
 
     @property
     def _graph(self) -> _Graph:
-        return _Star() if self.structure == "bias" else _Sets(self.structure)
+        return _BiasGraph() if self.structure == "bias" else _ParentGraph(self.structure)
 
     @property
     def inapplicable(self) -> dict[str, str]:  # type: ignore[override]
-        """The bias as a parent makes no matrix."""
+        """Without a matrix where the bias is the only parent."""
         return NO_LIMIT if self.structure == "bias" else {}
 
     def largest_side(self, shape: tuple[int, ...]) -> int:
@@ -101,7 +102,7 @@ class GaussianGraph(Compact):
 
     # ---------------------------------------------------------------- Graphical
     def families(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """``C_pa,pa``, ``C_pa,i``, ``C_ii``, bias-corrected; an absent parent counts as independent.
+        """``C_pa,pa``, ``C_pa,i``, ``C_ii``, bias-corrected; an absent parent is independent of all else.
 
         # (B, P, q, q), (B, P, q), (B, P)
         """
@@ -126,7 +127,7 @@ class GaussianGraph(Compact):
 
 
 def _regress(inner: Tensor, cross: Tensor, own: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Coefficients and residual variances; what a singular ``inner`` leaves open is zero.  # (B, P, q), (B, P)"""
+    """Regression coefficients and residual variances; zero where a singular ``inner`` leaves a choice.  # (B, P, q), (B, P)"""
     if inner.shape[-1] == 1:
         variance = inner[..., 0] + ridge
         coefficients = torch.where(variance > 0, cross / torch.where(variance > 0, variance, 1.0), 0.0)
@@ -138,7 +139,7 @@ def _regress(inner: Tensor, cross: Tensor, own: Tensor, ridge: float) -> tuple[T
 
 
 class _Graph(ABC):
-    """What differs between kinds of parents. All statistics here are averages already."""
+    """The part that depends on the kind of parents. Statistics passed here are averages already."""
 
     @abstractmethod
     def init(self, frame: Frame) -> State: ...
@@ -162,15 +163,15 @@ class _Graph(ABC):
     def depth(self, shape: tuple[int, ...]) -> int: ...
 
 
-class _Star(_Graph):
-    """The last column is the one parent of its row. Without a bias the covariances stay zero, which leaves a diagonal."""
+class _BiasGraph(_Graph):
+    """The last column is the parent of its row. Without a bias the covariances are zero: a diagonal."""
 
     def init(self, frame: Frame) -> State:
         return {"diagonal": frame.zeros(*frame.shape), "cross": frame.zeros(*frame.shape)}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Outer)
-        squares, cross = _star_moments(evidence)
+        squares, cross = _bias_moments(evidence)
         for name, value in (("diagonal", squares), ("cross", cross)):
             state[name].mul_(fold.beta).add_(value, alpha=fold.alpha)
 
@@ -194,7 +195,7 @@ class _Star(_Graph):
         return 1
 
 
-def _star_moments(evidence: Outer) -> tuple[Tensor, Tensor]:
+def _bias_moments(evidence: Outer) -> tuple[Tensor, Tensor]:
     """``sum_N J * J`` and ``sum_N J * J_bias``, the latter zero for the bias itself.  # each (G, *shape)"""
     if not evidence.bias or isinstance(evidence.inputs, OneHot):
         squares = evidence.squares()
@@ -216,8 +217,8 @@ def _row_moments(J: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Sets(_Graph):
-    """Any parents, by the statistic of a dense block."""
+class _ParentGraph(_Graph):
+    """Any sets of parents, from the statistic of a dense block."""
 
     structure: str | Parents | Callable[[tuple[int, ...]], Sequence[Sequence[int]]]
 
@@ -264,21 +265,21 @@ class _Sets(_Graph):
 
 @lru_cache(maxsize=256)
 def _index_parents(structure: object, shape: tuple[int, ...]) -> tuple[Tensor, int]:
-    """Parents as a table, padded with ``P``, and the length of the longest path. ValueError unless acyclic.  # (P, q)"""
+    """Parents as a table, padded with ``P``, and the longest path. ValueError unless they are acyclic and for ``P`` entries."""
     size = prod(shape)
     if structure == "full":
         sets: Sequence[Sequence[int]] = [range(i) for i in range(size)]
     else:
         sets = structure(shape) if callable(structure) else structure  # type: ignore[assignment]
     if len(sets) != size:
-        raise ValueError(f"structure names the parents of {len(sets)} entries, and a block of shape {shape} has {size}")
+        raise ValueError(f"structure: expected the parents of the {size} entries of a block {shape}, got those of {len(sets)}")
     depths = _depths(sets)
     width = max(1, *map(len, sets)) if sets else 1
     return torch.tensor([[*own, *[size] * (width - len(own))] for own in sets]), max(depths, default=0)
 
 
 def _depths(sets: Sequence[Sequence[int]]) -> list[int]:
-    """Length of the longest path that ends in each entry, by removing entries whose parents are all gone."""
+    """Length of the longest path that ends in each entry, by topological sorting. ValueError as in `_index_parents`."""
     children: list[list[int]] = [[] for _ in sets]
     for i, own in enumerate(sets):
         if len({*own}) != len(own) or not all(0 <= j < len(sets) for j in own):
@@ -287,14 +288,15 @@ def _depths(sets: Sequence[Sequence[int]]) -> list[int]:
             )
         for j in own:
             children[j].append(i)
-    waiting, depths = [len(own) for own in sets], [0] * len(sets)
-    free = [i for i, count in enumerate(waiting) if count == 0]
-    for i in free:  # grows while it is walked
+    remaining, depths = [len(own) for own in sets], [0] * len(sets)
+    free = [i for i, count in enumerate(remaining) if count == 0]
+    for i in free:  # the loop appends to it
         for child in children[i]:
             depths[child] = max(depths[child], depths[i] + 1)
-            waiting[child] -= 1
-            if waiting[child] == 0:
+            remaining[child] -= 1
+            if remaining[child] == 0:
                 free.append(child)
     if len(free) < len(sets):
-        raise ValueError(f"structure: entry {next(i for i, c in enumerate(waiting) if c)} is an ancestor of itself")
+        cycle = next(i for i, c in enumerate(remaining) if c)
+        raise ValueError(f"structure: entry {cycle} is an ancestor of itself: expected an acyclic graph")
     return depths

@@ -1,10 +1,10 @@
-"""Geometries of PSGD: in which coordinates the factor of an axis moves when the criterion ``E[h^T P h + v^T P^-1 v]`` falls.
+"""Geometries of PSGD: coordinates for gradient steps of a factor on the criterion ``E[h^T P h + v^T P^-1 v]``.
 
-Its gradient is ``h h^T - P^-1 v v^T P^-1``. A geometry writes ``dQ`` through a small matrix ``E`` and takes the steepest ``E``:
-all of them rest where ``P E[h h^T] P = E[v v^T]``, and differ in what a step costs and what it keeps in finite precision.
+The gradient of the criterion is ``h h^T - P^-1 v v^T P^-1``. A geometry gives ``dQ`` by a small matrix ``E`` and takes the
+steepest ``E``. All have the fixed point ``P E[h h^T] P = E[v v^T]``; they differ in cost and in rounding errors.
 
 Letters: ``B`` members, ``d`` length of an axis, ``c`` elements of a block over ``d``, ``Q`` factor (B, d, d), or (B, d) of a
-diagonal, ``x, z`` what ``h`` and ``v`` became, with the axis as rows (B, d, c), ``E`` the gap of their moments, ``s`` the step.
+diagonal, ``x, z`` images of ``h`` and ``v``, with the axis as rows (B, d, c), ``E`` the gap of their moments, ``s`` the step.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gradmaker.linalg.mode_products import apply_factors
 __all__ = ["GEOMETRIES", "STARTS", "Geometry", "divide", "rotate", "spectral_bound"]
 
 STARTS = 32
-"""Of the power iterations behind a norm."""
+"""Starting vectors of the power iterations for a norm."""
 
 
 def spectral_bound(A: Tensor, noise: Tensor) -> Tensor:
-    """``|A|_2`` from below, of a symmetric or skew matrix: four products from each start, none of them orthogonalised.
+    """A lower bound of ``|A|_2`` for a symmetric or skew matrix: four products from each start, without orthogonalisation.
 
-    The starts are turned towards the longest row, so that few of them find a matrix of low rank. Exact for rank one; above 0.8
-    of it on random matrices of up to 256 rows.
+    The starts are turned towards the longest row, so that a few suffice for a matrix of low rank. Exact for rank one; above 0.8
+    of the norm on random matrices of up to 256 rows.
 
     Reference: psgd_torch (Li, 2025).  # (B, d, d), (B, k, d) -> (B,)
     """
@@ -46,10 +46,10 @@ def spectral_bound(A: Tensor, noise: Tensor) -> Tensor:
 
 
 def rotate(Q: Tensor, noise: Tensor, longest: float, order: int) -> Tensor:
-    """``exp(a R) Q``, nearer to a symmetric matrix: ``R = (Q^T - Q) / |Q^T - Q|``, the exponential cut after ``order`` terms.
+    """``exp(a R) Q``, a rotation towards a symmetric matrix: ``R = (Q^T - Q) / |Q^T - Q|``, the series up to power ``order``.
 
-    ``a <= longest`` maximises ``tr(exp(a R) Q)`` to second order; over all rotations it is largest for a symmetric ``Q``. A
-    positive determinant stays positive.  # (B, d, d), (B, k, d) -> (B, d, d)
+    ``a <= longest`` maximises ``tr(exp(a R) Q)`` to second order; over all rotations the trace is largest for a symmetric
+    ``Q``. A positive determinant stays positive.  # (B, d, d), (B, k, d) -> (B, d, d)
     """
     R = Q.mT - Q
     R = R / (spectral_bound(R, noise) + torch.finfo(R.dtype).tiny)[:, None, None]
@@ -62,7 +62,7 @@ def rotate(Q: Tensor, noise: Tensor, longest: float, order: int) -> Tensor:
 
 
 def divide(Q: Tensor, x: Tensor, axis: int, transposed: bool, triangular: bool = True) -> Tensor:
-    """``Q^-1``, or ``Q^-T``, along an axis.  # x: (B, d_1, ..., d_m)"""
+    """``Q^-1 x``, or ``Q^-T x``, along an axis.  # x: (B, d_1, ..., d_m)"""
     if Q.ndim == 2:
         return x / Q.view(len(Q), *[1] * axis, -1, *[1] * (x.ndim - axis - 2))
     rows = x.movedim(axis + 1, 1)
@@ -74,26 +74,26 @@ def divide(Q: Tensor, x: Tensor, axis: int, transposed: bool, triangular: bool =
 class Geometry:
     """``Q <- (I - s E) Q`` with ``E = t_1 - t_2``, where ``t_1 = x x^T`` of ``x = P h``, and ``t_2 = v v^T``.
 
-    For noise ``v`` that has nothing to do with ``h`` its expectation, ``c I``, stands in for ``t_2``.
+    For noise ``v`` that is independent of ``h`` the expectation ``c I`` replaces ``t_2``.
     """
 
     direct: ClassVar[bool] = False
-    """Whether the factors are those of ``P``; else ``P = Q^T Q``."""
+    """Whether the factors are those of ``P``; otherwise ``P = Q^T Q``."""
     triangular: ClassVar[bool] = False
-    """Whether ``Q`` is upper triangular; then the noise itself is needed."""
+    """Whether ``Q`` is upper triangular; then the noise itself is needed, not only its expectation."""
 
     def images(self, factors: Sequence[Tensor], v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``h`` and ``v`` become.  # (B, d_1, ..., d_m)"""
+        """The images of ``h`` and ``v``, whose moments are compared.  # (B, d_1, ..., d_m)"""
         x = apply_factors(factors, h)
         return (x if self.direct else apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)), v
 
     def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``E``, and the size of ``t_1 + t_2``.  z: None for its expectation; noise: (B, k, d)  # (B, d, d) or (B, d), (B,)"""
+        """``E``, and the size of ``t_1 + t_2``.  z: None for the expectation; noise: (B, k, d)  # (B, d, d) or (B, d), (B,)"""
         t = _moment(x, Q)
         if z is not None:
-            return _compared(t, _moment(z, Q), noise)
+            return _difference(t, _moment(z, Q), noise)
         c = x.shape[-1]
-        return _less(t, c), _size(t, noise) + c
+        return _subtract_identity(t, c), _size(t, noise) + c
 
     def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """The factor after a step.  s: (B,)"""
@@ -115,19 +115,19 @@ class EQ(Geometry):
 
     def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
         assert z is not None
-        E, size = _compared(_moment(x, Q), _moment(z, Q), noise)
+        E, size = _difference(_moment(x, Q), _moment(z, Q), noise)
         return E if E.ndim == 2 else E.triu(), size
 
 
 class QEP(Geometry):
-    """``dQ = Q E P``: the same with ``Q x`` and ``Q v``. Its steps depend on the scale of a factor, so factors are balanced."""
+    """``dQ = Q E P``: as `EQ` with ``Q x`` and ``Q v``. Steps depend on the scale of a factor, so that factors are balanced."""
 
     def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
         if z is None:
             t = x.shape[-1] * (Q.square() if Q.ndim == 2 else Q @ Q.mT)
         else:
-            t = _moment(_turned(Q, z), Q)
-        return _compared(_moment(_turned(Q, x), Q), t, noise)
+            t = _moment(_apply(Q, z), Q)
+        return _difference(_moment(_apply(Q, x), Q), t, noise)
 
 
 class QEQ(Geometry):
@@ -138,7 +138,7 @@ class QEQ(Geometry):
 
 
 class Q05EQ15(Geometry):
-    """``dQ = Q^(1/2) E Q^(3/2)``, which is exact for a symmetric ``Q``: a rotation keeps it nearly so, and leaves ``P``."""
+    """``dQ = Q^(1/2) E Q^(3/2)``, exact for a symmetric ``Q``: a rotation keeps it nearly symmetric, with the same ``P``."""
 
     def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         new = super().move(Q, E, s, noise)
@@ -146,7 +146,7 @@ class Q05EQ15(Geometry):
 
 
 class QUAD(Geometry):
-    """``Q <- (I - s E / 2) Q (I - s E / 2)``: products alone, ``Q`` symmetric to the last bit and definite for any step."""
+    """``Q <- (I - s E / 2) Q (I - s E / 2)``: products alone; ``Q`` stays exactly symmetric, and definite for any step."""
 
     share: ClassVar[float] = 0.5
 
@@ -160,14 +160,14 @@ class QUAD(Geometry):
 
 
 class QUAD4P(QUAD):
-    """`QUAD` for ``P`` itself, in whole steps: half the products of a solve, and a ``P`` that rounding may make indefinite."""
+    """`QUAD` for ``P`` itself, in whole steps: half the products of a solve; rounding may make ``P`` indefinite."""
 
     direct: ClassVar[bool] = True
     share: ClassVar[float] = 1.0
 
 
 class PRO4P(Geometry):
-    """``dP = P^(1/2) E P`` and rotations until ``|P - P^T| <= 1e-3 |P|`` entry by entry; what is left is averaged away."""
+    """``dP = P^(1/2) E P`` with rotations until ``|P - P^T| <= 1e-3 |P|`` entry by entry; what remains is symmetrised."""
 
     direct: ClassVar[bool] = True
     rotations: ClassVar[int] = 10
@@ -179,7 +179,7 @@ class PRO4P(Geometry):
             return P
         for _ in range(self.rotations):
             skewed = (P - P.mT).abs().amax((-2, -1)) > self.tolerance * P.abs().amax((-2, -1))
-            if P.device.type == "cpu" and not bool(skewed.any()):  # a host read costs nothing here, a rotation does
+            if P.device.type == "cpu" and not bool(skewed.any()):  # a host read is free here, a rotation is not
                 break
             P = torch.where(skewed[:, None, None], rotate(P, noise, 1 / 3, order=3), P)
         return (P + P.mT) / 2
@@ -194,24 +194,24 @@ GEOMETRIES: dict[str, Geometry] = {
     "QUAD4P": QUAD4P(),
     "PRO4P": PRO4P(),
 }
-"""By the name that psgd_torch gives them. Reference: Li, 2024, arXiv:2402.11858; psgd_torch (2025)."""
+"""Geometries by their names in psgd_torch. Reference: Li, 2024, arXiv:2402.11858; psgd_torch (2025)."""
 
 
 def _moment(x: Tensor, Q: Tensor) -> Tensor:
-    """``x x^T``, or its diagonal where ``Q`` is one."""
+    """``x x^T``, or its diagonal where ``Q`` is a diagonal."""
     return x.square().sum(-1) if Q.ndim == 2 else x @ x.mT
 
 
-def _turned(Q: Tensor, x: Tensor) -> Tensor:
+def _apply(Q: Tensor, x: Tensor) -> Tensor:
     return Q @ x if Q.ndim == 3 else Q.unsqueeze(-1) * x
 
 
-def _compared(t1: Tensor, t2: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _difference(t1: Tensor, t2: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return t1 - t2, _size(t1 + t2, noise)
 
 
-def _less(t: Tensor, c: float) -> Tensor:
-    """``t - c I``."""
+def _subtract_identity(t: Tensor, c: float) -> Tensor:
+    """``t - c I``, for a matrix or a diagonal."""
     if t.ndim == 2:
         return t - c
     out = t.clone()
@@ -220,7 +220,7 @@ def _less(t: Tensor, c: float) -> Tensor:
 
 
 def _size(t: Tensor, noise: Tensor) -> Tensor:
-    """The largest eigenvalue, from below, of a positive semidefinite matrix: at least its largest entry.  # (B,)"""
+    """A lower bound of the largest eigenvalue of a positive semidefinite matrix: at least its largest entry.  # (B,)"""
     if t.ndim == 2:
         return t.amax(-1)
     return torch.maximum(spectral_bound(t, noise), t.diagonal(dim1=-2, dim2=-1).amax(-1))

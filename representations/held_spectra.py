@@ -1,4 +1,4 @@
-"""Kronecker products whose factors are applied as of their last refresh, by eigenvalues and bases that the state holds."""
+"""Kronecker products that are applied by the eigenvalues and bases of their factors at the last refresh."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["HeldSpectra"]
 
 
 class HeldSpectra(FactoredAxes):
-    """``C = F_1^e (x) F_2^e (x) ...`` with ``F_k = Q_k diag(s_k) Q_k^T`` as of the last refresh.
+    """Kronecker factors with held eigenpairs: ``C = F_1^e (x) ...``, ``F_k = Q_k diag(s_k) Q_k^T`` as of the last refresh.
 
     The state has ``values_k``, ``basis_k``, unless the factor is a diagonal, and the ``diagnosis`` of the refresh.
     """
 
     exponent: ClassVar[int]
-    """``e``: 1 for factors of ``C``, -1 for those of its inverse."""
+    """The exponent ``e``: 1 for factors of ``C``, -1 for factors of its inverse."""
 
     @property
     def grain(self) -> Grain:
         return "tensor"
 
     def axes(self, state: State) -> range:
-        """Numbers of the axes."""
+        """Indices of the axes."""
         return range(sum(name.startswith("values_") for name in state))
 
     def power(self, state: State, axis: int, exponent: float) -> Tensor:
@@ -37,7 +37,7 @@ class HeldSpectra(FactoredAxes):
         return s**exponent if Q is None else (Q * s.unsqueeze(-2) ** exponent) @ Q.mT
 
     def to_dense(self, state: State) -> Tensor:
-        """Of the last refresh."""
+        """``C`` as of the last refresh.  # (B, P, P)"""
         return kronecker_product(self._factors(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
@@ -48,17 +48,17 @@ class HeldSpectra(FactoredAxes):
 
     # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
-        """Of the factors of ``C^-1``, as of the last refresh.  # (B, d), (B, d, d)"""
+        """Eigenpairs of the factors of ``C^-1``, as of the last refresh.  # (B, d), (B, d, d)"""
         return [(state[f"values_{k}"] ** -self.exponent, state.get(f"basis_{k}")) for k in self.axes(state)]
 
     def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
-        """Of each axis' last refresh, in units of what is held; the damping is in there already.  # (B, m, 5)"""
+        """The diagnosis of each axis' last refresh, in units of the factors; it includes the damping.  # (B, m, 5)"""
         return state["diagnosis"]
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
 
     def order(self, factors: int) -> float:
-        """One: ``C`` is the product."""
+        """One: ``C`` is the product of the factors."""
         return 1

@@ -1,4 +1,4 @@
-"""Matrix-free curvature: nothing but a product with vectors, for as long as the step that it belongs to."""
+"""Matrix-free curvature: matrix-vector products of the present step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVERY_STEP = dict.fromkeys(("curvature_interval", "preconditioner_interval", "wa
 
 
 class Held(dict[str, Tensor]):
-    """Tensors, and besides them the products of the step that is under way."""
+    """A state of tensors with the matrix-vector products of the present step."""
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(tensors or {})
@@ -35,7 +35,7 @@ class Held(dict[str, Tensor]):
 
 @runtime_checkable
 class MatrixFree(Multiplies, Protocol):
-    """``C v``, losses at displaced parameters and what may help with them, of one block for the whole model."""
+    """Matrix-vector products and losses at displaced parameters, with what helps a solver, for one block of the whole model."""
 
     def origin(self, state: State) -> Tensor:
         """The zero vector.  # (1, P)"""
@@ -47,18 +47,18 @@ class MatrixFree(Multiplies, Protocol):
         """The loss of the search batch at ``theta + displacement`` and its gradient there.  # (1, P) -> (), (1, P)"""
 
     def squares(self, state: State) -> Tensor | None:
-        """The diagonal of the empirical Fisher matrix; None where it was not measured.  # (1, P)"""
+        """The diagonal of the empirical Fisher matrix; None where it is not measured.  # (1, P)"""
 
     def layers(self, state: State) -> list[tuple[float, Layers]]:
-        """Kronecker factors of the micro-batches of this step, with their weights; none where they were not measured."""
+        """Kronecker factors of this step's micro-batches, with their weights; empty where they are not measured."""
 
 
 @dataclass(frozen=True)
 class Implicit(Unstacked, PerStep, Snapshots, Compact):
-    """``C`` as a function, all parameters one vector: the weighted sum of the products of a step's micro-batches.
+    """``C`` as a matrix-vector product for all parameters as one vector: the weighted sum over the micro-batches of a step.
 
-    A product keeps the graph of its pass. It ends with the step, so that there are no averages over steps, and intervals
-    between measurements have no meaning. Nothing is saved but the number of parameters.
+    A product keeps the graph of its pass, and is valid until the step ends: there are no averages over steps and no intervals
+    between measurements. A saved state has only the number of parameters.
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Product)
@@ -73,11 +73,11 @@ class Implicit(Unstacked, PerStep, Snapshots, Compact):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         if not isinstance(evidence, Product):
-            raise TypeError("a matrix-free curvature is built from products alone, and verify() has no dense matrix to offer")
+            raise TypeError("Implicit: expected Product evidence; verify() has no dense matrix of a matrix-free curvature")
         assert isinstance(state, Held)
         if not state.products:
             if not fold.mass:
-                raise RuntimeError("the products of this step's first micro-batches are gone: begin the step again")
+                raise RuntimeError("Implicit: the products of this step's first micro-batches are gone: begin the step again")
             state.mass = fold.mass
         state.products.append((fold.alpha / state.mass, evidence))  # the decay, which has no meaning here, cancels
 
@@ -107,7 +107,7 @@ class Implicit(Unstacked, PerStep, Snapshots, Compact):
         return image
 
     def loss_at(self, state: State, displacement: Tensor) -> Tensor | None:
-        """``sum_j w_j L_j(theta + displacement)``, on the micro-batches of this step.  # (1, P) -> ()"""
+        """``sum_j w_j L_j(theta + displacement)`` over the micro-batches of this step.  # (1, P) -> ()"""
         known = [(w, product.loss_at) for w, product in _products(state)]
         losses = [w * loss_at(displacement) for w, loss_at in known if loss_at is not None]
         return torch.stack(losses).sum() if len(losses) == len(known) else None
@@ -135,5 +135,5 @@ class Implicit(Unstacked, PerStep, Snapshots, Compact):
 
 def _products(state: State) -> list[tuple[float, Product]]:
     if not isinstance(state, Held) or not state.products:
-        raise RuntimeError("a matrix-free curvature lives as long as the step that it was measured in, and that is over")
+        raise RuntimeError("Implicit: the products are valid in the step that measured them, and that is over: measure again")
     return state.products

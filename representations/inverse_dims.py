@@ -1,4 +1,4 @@
-"""KrAD's state: the inverse of every axis' statistic, updated directly from the gradient.
+"""KrAD's statistic: the inverse of each axis' factor, updated directly from the gradient.
 
 Letters: ``H_k`` the statistic of axis ``k``, ``L_k = H_k^-1``, ``X = mat_k(G)``, ``C_k`` an array with ``C_k C_k^T = L_k``.
 """
@@ -26,7 +26,7 @@ __all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_up
 
 Denominator: TypeAlias = Literal["exact", "tr", "fro", "op", "d-tr"]
 PATIENCE = 100
-"""Gradients after which an inverse that has hardly left its start is reported."""
+"""Number of gradients after which an inverse that has hardly changed is reported."""
 
 
 def krad_update(L: Tensor, X: Tensor, denominator: Denominator) -> Tensor:
@@ -44,7 +44,7 @@ def krad_update(L: Tensor, X: Tensor, denominator: Denominator) -> Tensor:
 
 
 def _size(X: Tensor, Y: Tensor, denominator: Denominator) -> Tensor:
-    """What is subtracted is compared with.  X, Y = L X: (B, d, c) -> (B,)"""
+    """The trace, norm or eigenvalue in the ``den`` of `krad_update`.  X, Y = L X: (B, d, c) -> (B,)"""
     if denominator == "fro":
         out: Tensor = torch.linalg.matrix_norm(X @ Y.mT)
         return out
@@ -57,7 +57,7 @@ def _size(X: Tensor, Y: Tensor, denominator: Denominator) -> Tensor:
 def array_update(C: Tensor, X: Tensor) -> Tensor:
     """``C'`` with ``C' C'^T = ((C C^T)^-1 + X X^T)^-1`` exactly, by one orthogonal triangularisation.
 
-    The triangle of ``[[I, 0], [C^T X, C^T]]`` is ``[[*, *], [0, C'^T]]``. Nothing is subtracted or inverted.
+    The triangle of ``[[I, 0], [C^T X, C^T]]`` is ``[[*, *], [0, C'^T]]``. No subtraction and no inverse occurs.
 
     Reference: the array form of recursive least squares, Kailath, Sayed, Hassibi, Linear Estimation 2000, section 12.3.
     """  # (B, d, d), (B, d, c) -> (B, d, d)
@@ -72,13 +72,13 @@ def array_update(C: Tensor, X: Tensor) -> Tensor:
 
 
 def array_spectrum(C: Tensor) -> tuple[Tensor, Tensor]:
-    """``C C^T = U diag(s) U^T`` without forming it; not a number for a member that has none.  # (B, d, d) -> (B, d), (B, d, d)
+    """``C C^T = U diag(s) U^T`` without forming it; NaN for a member where it fails.  # (B, d, d) -> (B, d), (B, d, d)
 
-    LAPACK's SVD gives up on some well-conditioned float32 matrices that it decomposes in float64.
+    LAPACK's SVD fails for some well-conditioned float32 matrices that it decomposes in float64.
     """
     try:
         U, s, _ = torch.linalg.svd(C)
-    except RuntimeError:  # one member fails the whole call: find out which
+    except RuntimeError:  # one member fails the call for all: decompose them one at a time
         if len(C) > 1:
             spectra, bases = zip(*(array_spectrum(member) for member in C.split(1)), strict=True)
             return torch.cat(spectra), torch.cat(bases)
@@ -90,7 +90,7 @@ def array_spectrum(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
-    """Say that some member's inverse has not left its start.  # (B,)"""
+    """Warn where the inverse of a member is still at its start.  # (B,)"""
     if bool(unmoved.any()):  # a host read
         warnings.warn(
             f"preconditioner inactive: after {PATIENCE} gradients the held inverse still is the multiple of the identity it "
@@ -101,13 +101,13 @@ def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
 
 @dataclass(frozen=True)
 class InverseDims(FactoredAxes):
-    """``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at or above the inverse of Shampoo's factor ``H_k + e I``.
+    """KrAD's inverse factors: ``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at least the inverse of Shampoo's ``H_k + e I``.
 
-    ``denominator="exact"`` carries an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
+    ``denominator="exact"`` holds an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
     scalar forms of `krad_update`, over-estimates of the inverse (``tr``: by ten after 40 gradients, ``d-tr`` by 290). ``d-tr``
     takes at most ``1/d`` off an eigenvalue in a step; an inverse that has not moved after `PATIENCE` gradients warns.
-    ``ridge`` is ``e``: as it is, or, with ``relative``, times the average eigenvalue of the first gradient's statistic.
-    ``unit`` gives a new gradient weight one beside a running average, as published; otherwise one minus the decay.
+    ``ridge`` is ``e``; with ``relative`` it is multiplied by the average eigenvalue of the first gradient's statistic.
+    ``unit`` gives a new gradient the weight one in a running average, as published; otherwise it is one minus the decay.
 
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416.
     """
@@ -135,7 +135,7 @@ class InverseDims(FactoredAxes):
         return state
 
     def _restart(self, state: State) -> None:
-        """The state of before any gradient."""
+        """Reset to the state before any gradient."""
         start = (1 / self.ridge) ** 0.5 if self.denominator == "exact" else 1 / self.ridge
         for L in state.values():
             if L.ndim == 2:
@@ -144,7 +144,7 @@ class InverseDims(FactoredAxes):
                 L.zero_().diagonal(dim1=-2, dim2=-1).fill_(start)
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        """``beta = 0`` forgets everything: the next inverse is that of the newest statistic and the ridge."""
+        """``beta = 0`` resets first: the inverse is then that of the newest statistic and the ridge."""
         assert isinstance(evidence, Gradient)
         if fold.beta == 0:
             self._restart(state)
@@ -160,13 +160,13 @@ class InverseDims(FactoredAxes):
             )
 
     def _rescale(self, L: Tensor, x: Tensor) -> None:
-        """Set the start to the scale of the first gradient; a zero one has none."""
+        """Set the start to the scale of the first gradient; a zero gradient has none."""
         mean = x.square().sum((-2, -1)) / x.shape[1]
         scale = torch.where(mean > 0, 1 / mean, 1.0)
         L.mul_((scale**0.5 if L.ndim == 3 and self.denominator == "exact" else scale).view(-1, *[1] * (L.ndim - 1)))
 
     def _unmoved(self, state: State, G: Tensor) -> Tensor:
-        """No axis has a condition of two, and ``tr(L S) > d``, where an inverse that holds ``S`` has less.  # (B,)"""
+        """Whether no axis has a condition of two, and ``tr(L S) > d``, where an inverse that holds ``S`` has less.  # (B,)"""
         found = [torch.zeros(len(G), dtype=torch.bool, device=G.device)]
         for axis, (s, _) in enumerate(self.spectra(state)):
             if s.shape[-1] > 1:
@@ -176,7 +176,7 @@ class InverseDims(FactoredAxes):
         return torch.stack(found[1:] or found).all(0)
 
     def _updated(self, L: Tensor, x: Tensor, fold: Fold) -> Tensor:
-        beta = fold.beta or 1.0  # 0 has begun again
+        beta = fold.beta or 1.0  # with 0 the state was reset
         x = x if self.unit else x * fold.alpha**0.5
         if L.ndim == 2:
             L = L / beta
@@ -199,11 +199,11 @@ class InverseDims(FactoredAxes):
 
     # ---------------------------------------------------------------- Inverse
     def spectra(self, state: State) -> list[tuple[Tensor, Tensor | None]]:
-        """Of ``L_k``; no basis for a diagonal.  # (B, d), (B, d, d)"""
+        """Eigenpairs of ``L_k``; None as the basis of a diagonal.  # (B, d), (B, d, d)"""
         return [self._spectrum(state[f"inverse_{axis}"]) for axis in range(sum(k.startswith("inverse_") for k in state))]
 
     def report(self, state: State, spectra: list[tuple[Tensor, Tensor | None]], damping: float) -> Tensor:
-        """Of the roots of ``L_k + damping I``, in units of ``L_k``; a second attempt in float64 is not counted.  # (B, m, 5)"""
+        """The residuals of the roots of ``L_k + damping I``, in units of ``L_k``; retries are not counted.  # (B, m, 5)"""
         found = []
         for axis, (s, Q) in enumerate(spectra):
             L, damped = state[f"inverse_{axis}"], s + damping
@@ -225,7 +225,7 @@ class InverseDims(FactoredAxes):
         return torch.where(ok.unsqueeze(-1), s.clamp(min=0), torch.nan), Q
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
 
     def order(self, factors: int) -> float:

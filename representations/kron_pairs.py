@@ -1,4 +1,4 @@
-"""K-BFGS's state: for each layer the inverses of an input and an output factor, updated by BFGS and never factorised.
+"""K-BFGS's statistic: for each layer the inverses of an input and an output factor, by BFGS updates, never factorised.
 
 ``H_a`` (i, i) of the inputs' second moment, ``H_g`` (o, o) of the pre-activation Hessian, ``R`` sharing positions.
 """
@@ -26,17 +26,17 @@ from gradmaker.representations.roles import Compact, Snapshots
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 
 SMALLEST = 1e-4
-"""A pair is left out whose ``s^T y / (s^T s |y|)`` is not above this."""
+"""Least ``s^T y / (s^T s |y|)`` of a pair; others are skipped."""
 UNDER_WAY = ("inputs", "counted", "examples")
 """Sums over the step that is under way: of inputs, of positions and of examples."""
 WRITTEN = (*UNDER_WAY, "begun", "refused")
-"""What the pair of the inputs changes besides ``H_a``."""
+"""What the update by the pair of the inputs changes besides ``H_a``."""
 
 
 def bfgs_update_(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
-    """``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``, ``r = 1 / s^T y``, for the members that accept it.
+    """``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``, ``r = 1 / s^T y``, for the ``accepted`` members.
 
-    As ``H + s u^T + u s^T``, ``u = (r^2 y^T H y + r) s / 2 - r H y``, which keeps a symmetric matrix symmetric to the last bit.
+    As ``H + s u^T + u s^T``, ``u = (r^2 y^T H y + r) s / 2 - r H y``, which keeps a symmetric matrix exactly symmetric.
 
     Reference: Nocedal, Wright 2006, eq. 6.17.  # (B, d, d), (B, d), (B, d), (B,)
     """
@@ -51,8 +51,8 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
 def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """``s^T y >= least y^T H y`` by moving ``s`` towards ``H y``, then ``s^T y >= floor s^T s`` by moving ``y`` towards ``s``.
 
-    ``form``: ``powell`` moves ``y`` where the second bound is broken, ``shift`` always adds ``floor s`` to it. A floor above
-    one is out of the reach of ``s``: there ``powell`` takes ``floor s`` itself.
+    ``form``: ``powell`` moves ``y`` where the second bound is violated, ``shift`` always adds ``floor s`` to it. No move
+    towards ``s`` reaches a floor above one: there ``powell`` moves ``y`` towards ``floor s``.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, section 4.2.  # s, y, Hy: (B, d); floor: (B,)
     """
@@ -69,16 +69,16 @@ def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor
 
 @dataclass(frozen=True)
 class KronPairs(Compact, Snapshots):
-    """``P G = H_g G H_a``.
+    """A preconditioner ``P G = H_g G H_a`` of BFGS matrices.
 
-    ``H_a`` follows ``A + sqrt(damping R)``, ``A`` the average of ``sum_r mean_n a a^T``, from the exact inverse of the first:
-    each step gives the pair ``s = H_a mean(a)``, ``y = A_damped s`` (Hessian action), of all positions that its micro-batches
-    counted. The pair is made when the step is over: in a `snapshot`, and in the statistic when the next step begins. ``H_g``
-    starts at ``I`` and takes averages, with ``memory_decay``, of the layer's secants, doubly damped: ``s^T y >= 0.2 y^T H_g
-    y`` and ``s^T y >= sqrt(damping / R) s^T s``.
+    ``H_a`` approximates the inverse of ``A + sqrt(damping R)``, ``A`` the average of ``sum_r mean_n a a^T``, and starts at the
+    exact inverse of the first: each step updates it by the pair ``s = H_a mean(a)``, ``y = A_damped s`` (Hessian action), over
+    all positions that its micro-batches counted. That update is made when the step is over: in a `snapshot`, and in the
+    statistic when the next step begins. ``H_g`` starts at ``I`` and is updated by averages, with ``memory_decay``, of the
+    layer's secants, doubly damped: ``s^T y >= 0.2 y^T H_g y`` and ``s^T y >= sqrt(damping / R) s^T s``.
 
-    With ``pairs`` ``H_g`` is held as that many pairs, from ``I``; so is ``H_a`` with ``limited="both"``. In ``C`` the damping
-    is that of the product.
+    With ``pairs`` ``H_g`` is held as that many pairs, from ``I``, and so is ``H_a`` with ``limited="both"``. In ``C`` the
+    damping is that of the product.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877, algorithm 1; the authors' code (averages, limits).
     """
@@ -106,7 +106,7 @@ class KronPairs(Compact, Snapshots):
         return "layer"
 
     def largest_side(self, shape: tuple[int, ...]) -> int:
-        """The longer one: a BFGS matrix has no diagonal form."""
+        """The longer side: a BFGS matrix has no diagonal form."""
         return max(shape)
 
     def init(self, frame: Frame) -> State:
@@ -122,21 +122,21 @@ class KronPairs(Compact, Snapshots):
         return state
 
     def _limits(self, side: str) -> bool:
-        """Whether a side is held as pairs."""
+        """Whether the matrix of a side is held as pairs."""
         return self.pairs is not None and (side == "left" or self.limited == "both")
 
     # ---------------------------------------------------------------- updates
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         if isinstance(evidence, Outer):
-            self._take_inputs(state, evidence, fold)
+            self._fold_inputs(state, evidence, fold)
         else:
             assert isinstance(evidence, Pair)
-            self._take_secant(state, evidence.v, evidence.cv)
+            self._fold_secant(state, evidence.v, evidence.cv)
 
-    def _take_inputs(self, state: State, evidence: Outer, fold: Fold) -> None:
+    def _fold_inputs(self, state: State, evidence: Outer, fold: Fold) -> None:
         assert not isinstance(evidence.inputs, OneHot)
-        if fold.mass > 0:  # a step's first evidence
-            self._complete_(state)
+        if fold.mass > 0:  # the first evidence of a step
+            self._update_inputs_(state)
         n, R = evidence.inputs.shape[1:3]
         state["examples"].add_(n)
         state["positions"].add_((R - state["positions"]) * n / state["examples"].clamp(min=1))
@@ -145,8 +145,8 @@ class KronPairs(Compact, Snapshots):
         state["inputs"].add_(evidence.total())
         state["counted"].add_(evidence.counted)
 
-    def _complete_(self, state: State) -> None:
-        """Make the inputs' pair of the step that is over, for members that counted any, and forget what it was made of."""
+    def _update_inputs_(self, state: State) -> None:
+        """Update by the inputs' pair of the step that is over, for members with counted positions, and reset its sums."""
         due = state["counted"] > 0
         first = due & (state["begun"] == 0)
         if not self._limits("right") and bool(first.any()):  # a host read, which is cheaper than an inverse at every step
@@ -161,14 +161,14 @@ class KronPairs(Compact, Snapshots):
             state[name].zero_()
 
     def snapshot(self, state: State) -> State:
-        """The statistic with the pair of the inputs that were measured last."""
+        """The statistic after the update by the inputs that were measured last."""
         if not all(name in state for name in UNDER_WAY):
-            return dict(state)  # is one
+            return dict(state)  # it is one already
         own = {k: v.clone() if k.startswith("right") or k in WRITTEN else v for k, v in state.items()}
-        self._complete_(own)
+        self._update_inputs_(own)
         return {k: v for k, v in own.items() if k not in UNDER_WAY}
 
-    def _take_secant(self, state: State, s: Tensor, y: Tensor) -> None:
+    def _fold_secant(self, state: State, s: Tensor, y: Tensor) -> None:
         for name, new in (("step", s), ("change", y)):
             finite = torch.isfinite(new).all(1, keepdim=True) & torch.isfinite(s + y).all(1, keepdim=True)
             state[name].copy_(torch.where(finite, state[name].lerp(new, 1 - self.memory_decay), state[name]))
@@ -179,7 +179,7 @@ class KronPairs(Compact, Snapshots):
         self._push(state, "left", *damped, torch.ones_like(floor, dtype=torch.bool))
 
     def _push(self, state: State, side: str, s: Tensor, y: Tensor, due: Tensor) -> None:
-        """A BFGS update of the members that are due, where the curvature along ``s`` is finite and far enough from zero."""
+        """Update the members that are due, where the curvature along ``s`` is finite and far enough from zero."""
         sy = member_dots(s, y)
         limit = SMALLEST * member_dots(s, s) * torch.linalg.vector_norm(y, dim=-1, keepdim=True) if side == "left" else 0 * sy
         accepted = ((sy > limit) & torch.isfinite(1 / sy)).squeeze(1)
@@ -191,7 +191,7 @@ class KronPairs(Compact, Snapshots):
         push(_pairs(state, side), s, y, accepted)
 
     def _damped_input(self, state: State) -> Tensor:
-        """``A + sqrt(damping R)``.  # (B, i, i)"""
+        """``A + sqrt(damping R) I``.  # (B, i, i)"""
         return add_ridge(average(state["A"], state["A_mass"]), self._input_ridge(state))
 
     def _input_ridge(self, state: State) -> Tensor:
@@ -221,7 +221,7 @@ class KronPairs(Compact, Snapshots):
         return image
 
     def _formed(self, state: State, side: str) -> Tensor:
-        """``H``.  # (B, d, d)"""
+        """``H`` as a matrix.  # (B, d, d)"""
         if not self._limits(side):
             return state[side]
         S = _pairs(state, side)["s"]
@@ -230,5 +230,5 @@ class KronPairs(Compact, Snapshots):
 
 
 def _pairs(state: State, side: str) -> State:
-    """The memory of one side."""
+    """The pairs of one side, named as in `gradmaker.representations.memory`."""
     return {name: state[f"{side}_{name}"] for name in ("s", "y", "products", "newest")}

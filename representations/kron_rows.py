@@ -1,4 +1,4 @@
-"""SKFAC's state: the Kronecker factors of the newest batch, as rows where these are fewer than a factor's columns."""
+"""SKFAC's statistic: Kronecker factors of the newest batch, held as rows where these are fewer than the columns of a factor."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["KronRows"]
 class KronRows(FactoredAxes, ByExample, Unstacked):
     """`Kron`'s factors of the newest step alone: ``B = Y^T Y`` with the rows ``g``, ``A = X^T X`` with the rows ``a``.
 
-    An average over steps would have no few rows, so the decay does not enter. A factor with as many rows as columns is formed.
-    ``reduction`` says what becomes of weight-sharing positions: ``sum`` takes the mean input and the summed gradient of an
+    An average over steps would have many rows: ``decay`` has no effect. A factor with as many rows as columns is formed.
+    ``reduction`` says how weight-sharing positions enter: ``sum`` takes the mean input and the summed gradient of an
     example (K-FAC-reduce: sums on both sides would be off by the square of the number of positions), ``subsample`` keeps
-    ``positions`` of those that count, evenly spaced, for all that count in this example, ``none`` keeps all as K-FAC-expand.
+    ``positions`` of the counted ones, evenly spaced, to represent all of this example's, ``none`` keeps all (K-FAC-expand).
 
     Reference: Tang et al., CVPR 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature".
     There the positions are drawn; a representation draws no random numbers.
@@ -37,7 +37,7 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
 
     reduction: Literal["sum", "subsample", "none"] = "sum"
     positions: int = 16
-    """Positions of an example that ``subsample`` keeps."""
+    """Positions that ``subsample`` keeps of an example."""
 
     def __post_init__(self) -> None:
         check_choice("reduction", self.reduction, ("sum", "subsample", "none"))
@@ -52,7 +52,7 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
         return self.reduction != "none"
 
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """None: rows are what serves wide axes."""
+        """None: rows serve long axes."""
         return frozenset()
 
     def init(self, frame: Frame) -> State:
@@ -67,8 +67,8 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Outer)
-        if fold.mass > 0:  # a step's first chunk
-            _clear(state)
+        if fold.mass > 0:  # the first evidence of a step
+            _drop_previous(state)
         evidence = self._reduced(evidence)
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
         if evidence.kind == "inputs":
@@ -92,7 +92,7 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
             return evidence
         if self.reduction == "sum":
             return evidence.reduced()
-        return evidence if self.positions >= evidence.inputs.shape[2] else _thinned(evidence, evidence.inputs, self.positions)
+        return evidence if self.positions >= evidence.inputs.shape[2] else _subsample(evidence, evidence.inputs, self.positions)
 
     def to_dense(self, state: State) -> Tensor:
         return kronecker_product(self.factors(state))
@@ -118,11 +118,11 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
         return average(held, state[f"{side}_mass"])
 
     def factors(self, state: State) -> list[Tensor]:
-        """Both.  # (B, o, o), (B, i, i)"""
+        """Both factors, formed.  # (B, o, o), (B, i, i)"""
         return [self.factor(state, 0), self.factor(state, 1)]
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is.  # (B, o, i)"""
+        """The gradient itself.  # (B, o, i)"""
         return g
 
     def order(self, factors: int) -> float:
@@ -130,8 +130,8 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
         return 1
 
 
-def _clear(state: State) -> None:
-    """Forget the step before."""
+def _drop_previous(state: State) -> None:
+    """Drop the factors of the previous step."""
     for side in ("left", "right"):
         held = next(state.pop(f"{side}_{form}") for form in ("rows", "factor", "diagonal") if f"{side}_{form}" in state)
         diagonal = held.ndim == 2
@@ -139,13 +139,13 @@ def _clear(state: State) -> None:
         state[f"{side}_mass"] = torch.zeros_like(state[f"{side}_mass"])
 
 
-def _thinned(evidence: Outer, inputs: Tensor, most: int) -> Outer:
-    """At most so many of the ``c`` counted positions of an example, evenly spaced: each of the ``k`` stands for ``c / k``."""
+def _subsample(evidence: Outer, inputs: Tensor, most: int) -> Outer:
+    """At most ``most`` of the ``c`` counted positions of an example, evenly spaced: each of ``k`` has the weight ``c / k``."""
     _, n, R, _ = inputs.shape
     w = inputs.new_ones(n, R) if evidence.weights is None else evidence.weights.to(inputs)
     c = w.sum(1, keepdim=True)  # (n, 1)
     k = c.clamp(max=most)
-    order = w.argsort(dim=1, descending=True, stable=True)  # those that count, as they come
+    order = w.argsort(dim=1, descending=True, stable=True)  # counted positions first, in their order
     j = torch.arange(most, dtype=w.dtype, device=w.device)
     at = (j * (c - 1) / (k - 1).clamp(min=1)).round().clamp(0, R - 1).long()
     kept = order.gather(1, at)  # (n, k)
@@ -156,14 +156,14 @@ def _thinned(evidence: Outer, inputs: Tensor, most: int) -> Outer:
 
 
 def _add_identity(state: State, side: str, share: float | Tensor) -> None:
-    """``share I``, a mean as the inputs that it comes with are: a factor that needs no rows."""
+    """Add ``share I``, which is a mean over positions as the inputs' factor is: a diagonal, without rows."""
     rows = state.pop(f"{side}_rows", None)
     state[f"{side}_diagonal"] = (state[f"{side}_diagonal"] if rows is None else rows.sum(1)) + share
     state[f"{side}_mass"] += share
 
 
 def _append(state: State, side: str, rows: Tensor) -> None:
-    """More rows of a factor; the factor itself once it has no more columns than rows."""
+    """Add rows to a factor, which is formed once it has as many rows as columns."""
     if f"{side}_factor" in state:
         state[f"{side}_factor"] = state[f"{side}_factor"] + rows.mT @ rows
         return
@@ -173,7 +173,7 @@ def _append(state: State, side: str, rows: Tensor) -> None:
 
 
 def _input_rows(evidence: Outer, inputs: Tensor) -> Tensor:
-    """``X`` with ``X^T X = sum_nr a a^T`` over what counts, the bias as the last column.  # (G, n r, i)"""
+    """``X`` with ``X^T X = sum_nr a a^T`` over the counted positions, the bias as the last column.  # (G, n r, i)"""
     G, n, R, i = inputs.shape
     X = inputs.reshape(G, n * R, i)
     if evidence.bias:

@@ -1,7 +1,7 @@
-"""Kronecker products: an input and an output factor of a layer (KF-io), or one factor for each axis of a tensor (KF-dim).
+"""Kronecker factors: of the inputs and outputs of a layer (KF-io), or one for each axis of a tensor (KF-dim).
 
-A factor is (B, d, d), or (B, d) when only its diagonal is kept, or tiled, see `gradmaker.linalg.factors`. ``vec`` is
-row-major everywhere.
+A factor is a matrix (B, d, d), its diagonal (B, d), or tiled, see `gradmaker.linalg.factors`. ``vec`` is row-major
+everywhere.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _allocate(frame: Frame, axis: int, size: int, longest: int | None = None) ->
 class Kron(FactoredAxes, ByExample):
     """K-FAC's factors of a layer: ``C ~ B (x) A``, ``B = sum_knr g g^T``, ``A = mean_nr a a^T``.
 
-    ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` averages the
-    inputs and sums the gradients of an example first. One-hot inputs stay expanded, so that ``A`` stays diagonal.
+    ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` first averages
+    the inputs and sums the gradients of an example. One-hot inputs stay expanded, so that ``A`` stays diagonal.
     ``wide_sides`` says what is held of the factor of a side over ``max_dim``: its diagonal, or blocks of at most that size.
 
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
@@ -59,7 +59,7 @@ class Kron(FactoredAxes, ByExample):
         return self.sharing == "reduce"
 
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """None with blocks, which serve wide sides."""
+        """The sides over ``max_dim``; none with blocks, which tile them instead."""
         return frozenset() if self.wide_sides == "blocks" else super().long_axes(shape, max_dim)
 
     def init(self, frame: Frame) -> State:
@@ -73,10 +73,10 @@ class Kron(FactoredAxes, ByExample):
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
-        alone = evidence.kind == "inputs"  # the identity is a mean as well: it does not add up
+        inputs_alone = evidence.kind == "inputs"  # the identity is a mean too: it does not add up
         for rows, block in blocks(state[outer]):
-            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.share if alone else fold.alpha)
-        if alone:
+            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.share if inputs_alone else fold.alpha)
+        if inputs_alone:
             fold.weigh_mean_(state[f"{outer}_mass"], evidence.counted)
         else:
             fold.weigh_(state[f"{outer}_mass"])
@@ -97,7 +97,7 @@ class Kron(FactoredAxes, ByExample):
         return [average(state[side], state[f"{side}_mass"]) for side in ("left", "right")]
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is.  # (B, o, i)"""
+        """The gradient itself.  # (B, o, i)"""
         return g
 
     def order(self, factors: int) -> float:
@@ -106,32 +106,32 @@ class Kron(FactoredAxes, ByExample):
 
 
 def _of_outputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
-    """Evidence of some of the outputs alone."""
+    """The evidence of a slice of the outputs."""
     if isinstance(evidence, Factors):
         return replace(evidence, B=_cut(evidence.B, rows))
     return replace(evidence, gradients=evidence.gradients[..., rows])
 
 
 def _of_inputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
-    """Evidence of some of the inputs alone; the bias is the last of them."""
+    """The evidence of a slice of the inputs; the bias is the last input."""
     if isinstance(evidence, Factors):
         return replace(evidence, A=_cut(evidence.A, rows))
-    if isinstance(evidence.inputs, OneHot):  # a diagonal, which is one piece
+    if isinstance(evidence.inputs, OneHot):  # a diagonal, which is never tiled
         return evidence
     kept = evidence.inputs[..., rows]
     return replace(evidence, inputs=kept, bias=evidence.bias and rows.stop > evidence.inputs.shape[-1])
 
 
 def _cut(F: Tensor, rows: slice) -> Tensor:
-    """A block of a factor, or a part of its diagonal.  # (G, d, d) or (G, d)"""
+    """A block of a factor, or a slice of its diagonal.  # (G, d, d) or (G, d)"""
     return F[:, rows, rows] if F.ndim == 3 else F[:, rows]
 
 
 @dataclass(frozen=True)
 class KronDims(FactoredAxes):
-    """Shampoo's factors: one for each axis, ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
+    """Shampoo's factors, one for each axis: ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
 
-    ``C = L (x) R / tr(L)`` (``exponent=1, balanced``) is the better fit of a covariance that is a Kronecker product.
+    ``C = L (x) R / tr(L)`` (``exponent=1, balanced``) fits a covariance that is a Kronecker product better.
 
     Reference: Gupta, Koren, Singer, ICML 2018, arXiv:1802.09568, algorithm 2 and lemma 8; Morwani et al., 2024,
     arXiv:2406.17748 (exponent 1).
@@ -140,9 +140,9 @@ class KronDims(FactoredAxes):
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
 
     exponent: float | None = None
-    """Of each factor in ``C``; None: ``1/m``. Shampoo's exponents are minus half of it."""
+    """Exponent of each factor in ``C``; None: ``1/m``. Shampoo's exponents are minus half of it."""
     balanced: bool = False
-    """Whether ``C`` is divided by ``tr(H)^(m exponent - 1)``: then it has the scale of a covariance whatever the exponent."""
+    """Whether ``C`` is divided by ``tr(H)^(m exponent - 1)``, which gives it the scale of a covariance for any exponent."""
 
     def __post_init__(self) -> None:
         if self.exponent is not None:
@@ -188,7 +188,7 @@ class KronDims(FactoredAxes):
         return _balance(found, 1 - self.order(axes) / axes) if self.balanced else found
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
 
     def order(self, factors: int) -> float:
@@ -197,7 +197,7 @@ class KronDims(FactoredAxes):
 
 
 def _balance(factors: list[Tensor], share: float) -> list[Tensor]:
-    """``H_k / tr(H_k)^share``: all ``H_k`` have one trace, that of the covariance.  # (B, d_k, d_k) or (B, d_k)"""
+    """``H_k / tr(H_k)^share``: the traces of all ``H_k`` are equal, that of the covariance.  # (B, d_k, d_k) or (B, d_k)"""
     traces = [F.sum(-1) if F.ndim == 2 else F.diagonal(dim1=-2, dim2=-1).sum(-1) for F in factors]
     scales = [torch.where(t > 0, t, 1.0) ** share for t in traces]
     return [F / c.view(-1, *[1] * (F.ndim - 1)) for F, c in zip(factors, scales, strict=True)]

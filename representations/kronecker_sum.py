@@ -1,4 +1,4 @@
-"""Kronecker sums: the axes' statistics, averaged as operators instead of multiplied."""
+"""Kronecker sums (CASPR): the factors of the axes are averaged as operators instead of multiplied."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _AXES, _ROOTS = KronDims(), RootKronDims()
 
 
 def axis_mean(roots: Sequence[Tensor], g: Tensor) -> Tensor:
-    """``(1/m) sum_k g x_k X_k``: every factor on its own axis, averaged.  # (B, d_k, d_k) or (B, d_k); (B, d_1, ..., d_m)"""
+    """``(1/m) sum_k g x_k X_k``: the mean over factors, each on its axis.  # (B, d_k, d_k) or (B, d_k); (B, d_1, ..., d_m)"""
     m = len(roots)
     terms = [apply_factors([*[None] * k, X, *[None] * (m - k - 1)], g) for k, X in enumerate(roots)]
     return torch.stack(terms).mean(0)
 
 
 def dense_mean(roots: Sequence[Tensor]) -> Tensor:
-    """``(1/m) sum_k I (x) .. X_k .. (x) I``, formed.  # (B, P, P)"""
+    """``(1/m) sum_k I (x) .. X_k .. (x) I`` as a matrix.  # (B, P, P)"""
     shape = [X.shape[-1] for X in roots]
     eye = torch.eye(torch.Size(shape).numel(), dtype=roots[0].dtype, device=roots[0].device)
     columns = [axis_mean(roots, e.reshape(1, *shape).expand(len(roots[0]), *shape)).flatten(1) for e in eye]
@@ -42,10 +42,10 @@ def dense_mean(roots: Sequence[Tensor]) -> Tensor:
 class KronSum(FactoredAxes):
     """CASPR's curvature: ``C^(-1/2) = [(1/m) sum_k H_k^(-1/2p)]^p``, each ``H_k`` acting on axis ``k`` of the gradient.
 
-    The power means of the axes' inverse roots, from their arithmetic mean (``p = 1``) over CASPR (``p = 2``) to Shampoo, their
-    geometric mean (``p -> inf``, which is `KronDims`); ``p=None`` takes the number of axes. In the Loewner order ``C^(-1/2)``
+    A family of power means of the axes' inverse roots, from the arithmetic mean (``p = 1``) over CASPR (``p = 2``) to the
+    geometric mean of Shampoo (``p -> inf``, `KronDims`); ``p=None`` is the number of axes. In the Loewner order ``C^(-1/2)``
     falls as ``p`` rises, and never exceeds ``sqrt(r)`` times full-matrix AdaGrad's, ``r`` the largest rank of a gradient.
-    Factors share one scale: unlike a product, the mean changes when one is multiplied and the other divided.
+    All factors have one scale: unlike a product, the mean changes when one is multiplied and another divided.
     ``square_roots`` holds ``R_k`` with ``H_k = R_k^T R_k``, as `RootKronDims` does, for float32.
 
     Reference: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, ICLR 2024, "Combining axes preconditioners through Kronecker
@@ -76,7 +76,7 @@ class KronSum(FactoredAxes):
         return _ROOTS if self.square_roots else _AXES
 
     def to_dense(self, state: State) -> Tensor:
-        """Of singular factors, the limit of a vanishing ridge."""
+        """``C``; for singular factors, the limit of a vanishing ridge.  # (B, P, P)"""
         spectra = self._roots(state)
         roots = [torch.diag_embed(r) if Q is None else (Q * r.unsqueeze(-2)) @ Q.mT for r, Q in spectra]
         inverse = torch.linalg.matrix_power(torch.linalg.inv(dense_mean(roots)), 2 * self.passes(len(roots)))
@@ -84,7 +84,7 @@ class KronSum(FactoredAxes):
         return C
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
-        """In the eigenbasis of the factors, where the mean of the roots is diagonal."""
+        """``C v``, in the eigenbasis of the factors, where the mean of the roots is diagonal.  # (B, *shape)"""
         spectra, x = self._roots(state), self.unfold(v)
         m = len(spectra)
         mean = sum(r.reshape(len(x), *[1] * k, -1, *[1] * (m - k - 1)) for k, (r, _) in enumerate(spectra)) / m
@@ -106,13 +106,13 @@ class KronSum(FactoredAxes):
         return self._axes.factors(state)
 
     def summand_roots(self, state: State) -> list[Tensor]:
-        """``R_k``, bias-corrected, where these are held.  # (B, d_k, d_k)"""
+        """``R_k``, bias-corrected, where they are held.  # (B, d_k, d_k)"""
         return _ROOTS.factor_roots(state)
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return _AXES.unfold(g)
 
     def passes(self, factors: int) -> int:
-        """``p``."""
+        """The ``p`` of the formula.  factors: the number of axes"""
         return factors if self.p is None else self.p

@@ -1,8 +1,8 @@
 """PSGD: preconditioners on Lie groups, fitted to pairs ``(v, h)`` by relative gradient steps.
 
 ``c(P) = E[h^T P h + v^T P^-1 v]`` with ``P = Q^T Q`` is least where ``P E[h h^T] P = E[v v^T]``: at ``|H|^-1`` for ``h = H v``
-and unit ``v``, at ``E[g g^T]^(-1/2)`` for ``h = g`` and noise ``v`` that has nothing to do with it. With ``dQ = E Q``, ``E``
-upper triangular, the gradient is ``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``; `geometries` has other coordinates.
+and unit ``v``, at ``E[g g^T]^(-1/2)`` for ``h = g`` and independent noise ``v``. With ``dQ = E Q``, ``E`` upper triangular,
+the gradient is ``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``; `geometries` has other coordinates.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from gradmaker.representations.roles import FactoredAxes, WholeLayers
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
 
 Normaliser: TypeAlias = Literal["slow", "max"]
-"""What a step is divided by: the largest recent size of the two terms (2025), or the largest entry of the gradient (2018)."""
+"""The divisor of a step: the largest recent size of the two terms (2025), or the largest entry of the gradient (2018)."""
 
 MEMORY = 0.9
-"""Of the slow maximum."""
+"""Decay of the running maximum of ``slow``."""
 
 
 def relative_gradient(x: Tensor, z: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ def relative_gradient(x: Tensor, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Fitted(Representation):
-    """``C = P^-1`` with a ``P`` that takes a step a pair: it has a memory of its own, and ``decay`` does not apply.
+    """``C = P^-1`` with ``P`` fitted by one step for each pair: ``rate`` sets its memory, and ``decay`` does not apply.
 
-    A pair that is not finite, or whose ``h`` is zero throughout, says nothing: the members that it is for keep what they have.
+    A pair that is not finite, or whose ``h`` is zero throughout, does not change the members that it is for.
     """
 
     takes: ClassVar[frozenset[Kind]] = kinds(Pair, (Pair, "noise_and_gradient"))
-    inapplicable: ClassVar[dict[str, str]] = {"decay": "what is fitted takes a step a pair and averages none; set rate"}
+    inapplicable: ClassVar[dict[str, str]] = {"decay": "P is fitted by one step for each pair, not averaged; set rate"}
 
     rate: float = 0.1
     normaliser: Normaliser = "slow"
@@ -77,7 +77,7 @@ class _Fitted(Representation):
         state["age"].add_(1)
 
     def gain(self, bound: Tensor, size: Tensor) -> Tensor:
-        """The step on a factor.  bound: its slow maximum, advanced; size: of this pair's terms.  # (B,), (B,) -> (B,)"""
+        """The step on a factor.  bound: its running maximum, updated; size: of this pair's terms.  # (B,), (B,) -> (B,)"""
         if self.normaliser == "slow":
             bound.copy_(torch.maximum(MEMORY * bound + (1 - MEMORY) * size, size))
             size = bound
@@ -85,23 +85,23 @@ class _Fitted(Representation):
 
     @property
     def direct(self) -> bool:
-        """Whether the factors are those of ``P`` itself, not of its ``Q``."""
+        """Whether the factors are those of ``P`` itself, not of ``Q``."""
         return False
 
     @abstractmethod
     def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
-        """One step on every factor, in place.  independent: whether ``v`` has nothing to do with ``h``"""
+        """Take one step on every factor, in place.  independent: whether ``v`` is independent of ``h``"""
 
     @abstractmethod
     def held(self, state: State) -> list[Tensor]:
-        """The factors ``Q_k`` themselves, not copies.  # each (B, d, d), or (B, d) when diagonal"""
+        """The factors ``Q_k`` of the state, not copies.  # each (B, d, d), or (B, d) when diagonal"""
 
     @abstractmethod
     def unfold(self, g: Tensor) -> Tensor:
-        """A block's gradient with one axis per factor.  # (B, d_1, ..., d_m)"""
+        """The gradient of a block with one axis for each factor.  # (B, d_1, ..., d_m)"""
 
     def apply(self, state: State, g: Tensor) -> Tensor:
-        """``Q^T Q g``, or ``P g`` by factors of ``P``.  # (B, *shape)"""
+        """``Q^T Q g``; with factors of ``P`` itself ``P g``.  # (B, *shape)"""
         factors = self.held(state)
         x = apply_factors(factors, self.unfold(g))
         if not self.direct:
@@ -117,7 +117,7 @@ class _Fitted(Representation):
 
 @dataclass(frozen=True)
 class TriangularQ(_Fitted, WholeLayers):
-    """``P = Q^T Q`` of all parameters as one vector, ``Q`` upper triangular.
+    """PSGD's dense preconditioner ``P = Q^T Q``, all parameters as one vector, ``Q`` upper triangular.
 
     ``Q <- Q - (rate / size) triu(a a^T - b b^T) Q``, in ``O(P^2)``: the rows of the product are running sums.
 
@@ -165,12 +165,12 @@ class TriangularQ(_Fitted, WholeLayers):
 
 @dataclass(frozen=True)
 class KronQ(_Fitted, FactoredAxes):
-    """``P = (x)_k Q_k^T Q_k``, one factor for each axis, a diagonal where an axis is long.
+    """PSGD's Kronecker preconditioner ``P = (x)_k Q_k^T Q_k``: one factor for each axis, a diagonal for a long axis.
 
-    ``geometry`` says how a factor moves, by a name of `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
+    ``geometry`` says how a step changes a factor: a name in `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
     ``Q_k <- Q_k - (rate / size_k) triu(A_k A_k^T - Z_k Z_k^T) Q_k`` with the axis ``k`` of ``A = h x_1 Q_1 x_2 Q_2 ...`` and of
-    ``Z = v x_1 Q_1^-T x_2 Q_2^-T ...`` as rows. Then all factors get one largest entry. An axis of length ``d`` of a block with
-    ``n`` elements has a diagonal if ``d > max_dim`` or ``d^2 > max_skew n``.
+    ``Z = v x_1 Q_1^-T x_2 Q_2^-T ...`` as rows. Then the factors are balanced to one largest entry. An axis of length ``d`` of
+    a block with ``n`` elements has a diagonal if ``d > max_dim`` or ``d^2 > max_skew n``.
 
     Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group), section 3; Li, 2024, arXiv:2402.11858 (geometries); psgd_torch
     (2025) for ``max_skew`` and balancing.
@@ -202,7 +202,7 @@ class KronQ(_Fitted, FactoredAxes):
 
     @property
     def direct(self) -> bool:
-        """As the geometry says."""
+        """Whether the geometry has factors of ``P``."""
         return self._geometry.direct
 
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
@@ -245,7 +245,7 @@ class KronQ(_Fitted, FactoredAxes):
 
 
 def _balance(factors: Sequence[Tensor]) -> None:
-    """Scale the factors to one largest entry, which leaves their product."""
+    """Scale the factors to equal largest entries, which keeps their product."""
     largest = torch.stack([Q.abs().flatten(1).amax(1) for Q in factors])
     shares = largest.log().mean(0).exp() / largest
     for Q, share in zip(factors, shares, strict=True):

@@ -1,7 +1,7 @@
-"""Low-rank curvature ``C = J^T J``: what all of its forms share, and rows that are gathered from a stream of gradients.
+"""Low-rank curvature ``C = J^T J``: the shared base of its forms, and rows from a stream of gradients.
 
-``c`` rows are held at a time. Live states: tensors are replaced, never written to, so that a solver's cache may share them.
-They are held in pieces: what a step replaces is the newest of these, and an old one goes when its last row has gone.
+A state holds ``c`` rows. Its tensors are replaced, never written to, so that a solver's cache may share them. The rows are held
+in pieces: a step replaces only the newest piece, and an old one is dropped when its last row has left the window.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gradmaker.representations.roles import Compact, Unstacked, WholeLayers
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]
 
 PIECE = 32
-"""Rows of a stream that lie in one tensor: a window takes at most two pieces more than itself, and two products a piece."""
+"""Rows of a stream in one tensor: a window holds at most two pieces of rows more than its size, with two products a piece."""
 
 COLUMNS = 1 << 16
-"""Entries of a row that are taken to double precision at once."""
+"""Entries of a row that are converted to double precision at once."""
 
 
 def form_rows(representation: LowRank, state: State) -> Tensor:
-    """``J``, formed row by row through ``J^T e_n``: for oracles.  # (B, N, P)"""
+    """``J`` as a matrix, row by row by ``J^T e_n``: for oracles.  # (B, N, P)"""
     K = representation.gram(state)
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device).expand_as(K)
     nothing = representation.combine(state, torch.zeros_like(K[..., 0])).flatten(1)
@@ -39,7 +39,7 @@ def form_rows(representation: LowRank, state: State) -> Tensor:
 
 
 class Spanned(Unstacked, Compact):
-    """``C = J^T J`` behind the three products of `LowRank`."""
+    """``C = J^T J`` given by the three products of `LowRank`."""
 
     inapplicable = NO_LIMIT
 
@@ -64,7 +64,7 @@ class Spanned(Unstacked, Compact):
 
 
 class _Stream(Spanned, WholeLayers):
-    """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; the Gram matrix gains a row a step."""
+    """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; each step adds a row to the Gram matrix."""
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
 
@@ -89,11 +89,11 @@ class _Stream(Spanned, WholeLayers):
 
     @abstractmethod
     def make_room(self, pieces: list[Tensor], gram: Tensor, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The same with fewer rows, if a further one would be too many."""
+        """The pieces, Gram matrix and weights with fewer rows, where one more would be too many."""
 
     @abstractmethod
     def shares(self, state: State) -> Tensor:
-        """``w``.  # (B, c)"""
+        """The weights ``w`` of the rows.  # (B, c)"""
 
     def gram(self, state: State) -> Tensor:
         root = self.shares(state).to(state["gram"].dtype).sqrt()
@@ -119,14 +119,14 @@ def _pieces(state: State) -> list[Tensor]:
 
 
 def _vectors(rows: Tensor) -> Tensor:
-    """Rows of any shape, also of none, as vectors; there may be no row.  # (B, c, *shape) -> (B, c, P)"""
+    """Rows of any shape, or of scalars, as vectors; their number may be zero.  # (B, c, *shape) -> (B, c, P)"""
     return rows.unsqueeze(-1).flatten(2)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products in double precision, a piece of the rows at a time.
+    """Inner products in double precision, over a slice of the columns at a time.
 
-    A Gram matrix has the squares of the rows' singular values: in single precision it would lose those below 3e-4 of the
+    A Gram matrix has the squares of the rows' singular values: single precision would lose those below 3e-4 of the
     largest.  # (B, c, *shape), (B, d, *shape) -> (B, c, d)
     """
     out = x.new_zeros(x.shape[0], x.shape[1], y.shape[1], dtype=torch.float64)
@@ -139,8 +139,8 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 class Window(_Stream):
     """The last ``size`` mini-batch gradients: ``C = (1/z) sum_j beta^age_j r_j r_j^T`` with ``beta`` the decay (None: 1).
 
-    ``scale`` is ``z``: ``size`` divides by the size also while the window fills, as M-FAC does, ``mean`` by the sum of the
-    weights that are held, ``sum`` by nothing.
+    ``scale`` is ``z``: ``size`` divides by the size even before the window is full, as M-FAC does, ``mean`` by the sum of the
+    weights that are held, ``sum`` by one.
 
     Reference: Frantar, Kurtic & Alistarh, NeurIPS 2021, arXiv:2107.03356, section 3.2; Agarwal et al., ICML 2019,
     arXiv:1806.02958, section 2.
@@ -175,10 +175,10 @@ class Window(_Stream):
 
 @dataclass(frozen=True)
 class Truncated(_Stream):
-    """The running average of ``g_t g_t^T``, cut down to its ``rank`` largest eigenpairs whenever ``window`` more have come.
+    """The running average of ``g_t g_t^T``, truncated to its ``rank`` largest eigenpairs after every ``window`` more gradients.
 
     ``X^T X = sum_t w_t g_t g_t^T`` is replaced by ``U^T U`` with ``U = Q_k^T X``, where ``X X^T = Q D Q^T``: its best
-    approximation of rank ``k``. Between the cuts nothing is lost.
+    approximation of rank ``k``. Between truncations it is exact.
 
     Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, "Topmoumoute online natural gradient", section 4.
     """
@@ -201,7 +201,7 @@ class Truncated(_Stream):
             return pieces, gram, weights
         rows = torch.cat(pieces, 1)
         X = weights.sqrt().unsqueeze(-1) * _vectors(rows)
-        s, Q = torch.linalg.eigh(_inner(X, X))  # anew: what was added up over many steps has drifted
+        s, Q = torch.linalg.eigh(_inner(X, X))  # formed anew: the held one has accumulated rounding errors
         U = (Q[..., -self.rank :].mT.to(X.dtype) @ X).reshape(rows.shape[0], self.rank, *rows.shape[2:])
         return [U], torch.diag_embed(s[..., -self.rank :].clamp(min=0)), torch.ones_like(weights[:, : self.rank])
 

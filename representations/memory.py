@@ -1,8 +1,8 @@
-"""Secant pairs of past steps: L-BFGS.
+"""L-BFGS: secant pairs of past steps.
 
-``S, Y`` (B, m, P) hold ``m`` pairs as a ring, ``newest`` (B,) says where the last one is, those after it are ever older.
-``R = triu(S Y^T)`` (B, m, m) has their products, the oldest first. A place that is still empty has zero rows in ``S`` and in
-``Y``, and a row and column of the identity in ``R``. A step reads ``S`` and ``Y`` a few times over and copies neither.
+``S, Y`` (B, m, P) hold ``m`` pairs in a ring buffer, ``newest`` (B,) is the index of the last one; the indices after it are
+ever older. ``R = triu(S Y^T)`` (B, m, m) has their products, the oldest first. An empty place has zero rows in ``S`` and ``Y``
+and a row and column of the identity in ``R``. A step reads ``S`` and ``Y`` a few times and copies neither.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ __all__ = ["Pairs", "multiply", "ordered", "push", "unfilled"]
 
 
 def unfilled(frame: Frame, memory: int, size: int) -> State:
-    """``s``, ``y``, ``products`` and ``newest`` of no pair at all."""
+    """``s``, ``y``, ``products`` and ``newest`` of an empty memory."""
     newest = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
     return {"s": frame.zeros(memory, size), "y": frame.zeros(memory, size), "products": frame.unit(memory), "newest": newest}
 
 
 def _places(pairs: State) -> Tensor:
-    """Where the pairs are, the oldest first; the same again turns that order back.  # (B, m)"""
+    """Indices of the pairs, the oldest first; the same permutation applied again restores the order.  # (B, m)"""
     newest, m = pairs["newest"], pairs["s"].shape[1]
     return (newest.unsqueeze(1) + m - 1 - torch.arange(m, device=newest.device)) % m
 
 
 def _reorder(x: Tensor, places: Tensor) -> Tensor:
-    """Rows by place to rows by age, and back.  # (B, m, c), (B, m) -> (B, m, c)"""
+    """Rows by index to rows by age, and back.  # (B, m, c), (B, m) -> (B, m, c)"""
     return x.gather(1, places.unsqueeze(-1).expand_as(x))
 
 
@@ -50,8 +50,8 @@ def ordered(pairs: State) -> tuple[Tensor, Tensor]:
 def multiply(pairs: State, gamma: Tensor, G: Tensor) -> Tensor:
     """``H G`` for several vectors, with ``H`` the inverse BFGS matrix of the pairs from ``gamma I``.
 
-    ``a = R^-1 S G``, ``Q = G - Y^T a``, ``c = R^-T (diag(R) a - gamma Y Q)``, ``H G = gamma Q + S^T c``: the two loops of
-    Nocedal as substitutions, and the compact form multiplied out.
+    ``a = R^-1 S G``, ``Q = G - Y^T a``, ``c = R^-T (diag(R) a - gamma Y Q)``, ``H G = gamma Q + S^T c``: Nocedal's two-loop
+    recursion as triangular solves, which is the compact representation.
 
     Reference: Nocedal, Math. Comp. 1980, algorithm 2; Byrd, Nocedal, Schnabel, Math. Programming 1994, theorem 2.2.
     # G: (B, P, c)
@@ -69,7 +69,7 @@ def multiply(pairs: State, gamma: Tensor, G: Tensor) -> Tensor:
 
 
 def push(pairs: State, s: Tensor, y: Tensor, accepted: Tensor) -> None:
-    """The newest pair takes the place of the oldest, for the members that accept it.  # (B, P), (B, P), (B,)"""
+    """Write the newest pair over the oldest, for the ``accepted`` members.  # (B, P), (B, P), (B,)"""
     if not _any(accepted):
         return
     m, newest = pairs["s"].shape[1], pairs["newest"]
@@ -84,7 +84,7 @@ def push(pairs: State, s: Tensor, y: Tensor, accepted: Tensor) -> None:
 
 
 def _replace(rows: Tensor, new: Tensor, place: Tensor, here: Tensor) -> None:
-    """Write one row of each member that is marked ``here``.  # (B, m, P), (B, P), (B,), (B, m)"""
+    """Write a row of each member that is marked in ``here``.  # (B, m, P), (B, P), (B,), (B, m)"""
     if rows.device.type == "cpu":
         for member in here.any(1).nonzero().flatten().tolist():
             rows[member, int(place[member])] = new[member]
@@ -93,7 +93,7 @@ def _replace(rows: Tensor, new: Tensor, place: Tensor, here: Tensor) -> None:
 
 
 def _any(members: Tensor) -> bool:
-    """Whether some member is marked: known where that is read for nothing, else taken for true.  # (B,) bool"""
+    """Whether some member is marked; True on devices where reading it would synchronise.  # (B,) bool"""
     return members.device.type != "cpu" or bool(members.any())
 
 
@@ -101,10 +101,10 @@ def _any(members: Tensor) -> bool:
 class Pairs(Compact, Renewed, WholeLayers):
     """``P``, the inverse BFGS matrix of the last ``memory`` pairs, from ``gamma I``, ``gamma = s^T y / y^T y`` of the newest.
 
-    A pair is taken if ``s^T y > acceptance |s|^2``. ``indefinite='damp'`` first moves ``y`` to ``tau y + (1 - tau) s / gamma``
-    where ``s^T y < 0.2 s^T s / gamma``, so that every pair of nonzero ``s`` is taken (Powell). ``damping`` is added to the
-    curvature, ``y + damping s``. Before the first pair ``gamma = min(1, 1 / |g|_1)`` of a gradient, as torch's L-BFGS has it.
-    A gradient with ``g^T P g <= 0`` empties the memory.
+    A pair is accepted if ``s^T y > acceptance |s|^2``. ``indefinite='damp'`` first moves ``y`` to ``tau y + (1 - tau) s/gamma``
+    where ``s^T y < 0.2 s^T s / gamma``, so that every pair with nonzero ``s`` is accepted (Powell). ``damping`` is added to
+    the curvature, ``y + damping s``. Before the first pair ``gamma = min(1, 1 / |g|_1)`` of a gradient, as in torch's LBFGS. A
+    gradient with ``g^T P g <= 0`` clears the memory.
 
     Reference: Liu, Nocedal, Math. Programming 1989; Powell 1978; Nocedal, Wright 2006, procedure 18.2.
     """
@@ -131,7 +131,7 @@ class Pairs(Compact, Renewed, WholeLayers):
 
     @property
     def renewal(self) -> Renewal:
-        """``P`` itself is held, and every step applies it as it is."""
+        """At every step: ``P`` itself is held."""
         return "step"
 
     def init(self, frame: Frame) -> State:
@@ -160,7 +160,7 @@ class Pairs(Compact, Renewed, WholeLayers):
         state["refused"].add_(~accepted)
 
     def _solve(self, state: State, g: Tensor) -> None:
-        """Keep ``P g`` for the solve that follows, and see that it descends.  # (B, P)"""
+        """Keep ``P g`` for the solve that follows, and clear the memory where it does not descend.  # (B, P)"""
         direction = multiply(state, state["gamma"], g.unsqueeze(-1)).squeeze(-1)
         size = torch.linalg.vector_norm(g, 1, dim=1)
         turned = ~(member_dots(g, direction) > 0).squeeze(1) & torch.isfinite(size) & (size > 0) & (state["taken"] > 0)
@@ -176,7 +176,7 @@ class Pairs(Compact, Renewed, WholeLayers):
         state["solved"].fill_(1)
 
     def _reset(self, state: State, turned: Tensor) -> None:
-        """Forget everything where ``g^T P g > 0`` no longer holds, which in exact arithmetic it does.  # (B,)"""
+        """Clear the memory of members without ``g^T P g > 0``, which rounding may violate.  # (B,)"""
         eye = torch.eye(self.memory, dtype=state["products"].dtype, device=turned.device)
         for name, start in (("s", 0.0), ("y", 0.0), ("products", eye), ("newest", 0), ("taken", 0)):
             held = state[name]
@@ -184,14 +184,14 @@ class Pairs(Compact, Renewed, WholeLayers):
         state["resets"].add_(turned)
 
     def apply(self, state: State, g: Tensor) -> Tensor:
-        """``P g``; what `_solve` has kept where it is asked for the same gradient again.  # (B, *shape)"""
+        """``P g``; the one that `_solve` has kept, if the gradient is the same.  # (B, *shape)"""
         flat = g.flatten(1)
         same = g.device.type == "cpu" and bool(state["solved"].all()) and torch.equal(flat, state["gradient"])
         found = state["direction"].clone() if same else multiply(state, state["gamma"], flat.unsqueeze(-1)).squeeze(-1)
         return found.reshape(g.shape)
 
     def to_dense(self, state: State) -> Tensor:
-        """``B <- B - B s s^T B / s^T B s + y y^T / y^T s``, pair by pair: the recursion for ``C`` itself."""
+        """``B <- B - B s s^T B / s^T B s + y y^T / y^T s``, pair by pair: the BFGS recursion of ``C``.  # (B, P, P)"""
         gamma = state["gamma"]
         B = torch.eye(state["s"].shape[-1], dtype=gamma.dtype, device=gamma.device) / gamma[:, None, None]
         for s, y in zip(*(X.unsqueeze(-1).unbind(1) for X in ordered(state)), strict=True):
@@ -201,7 +201,7 @@ class Pairs(Compact, Renewed, WholeLayers):
         return B
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
-        """The same recursion in products."""
+        """``C v`` by the same recursion.  # (B, *shape)"""
         gamma, known = state["gamma"].unsqueeze(1), list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]()
 
         def multiply(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One factor for a matrix: the moment of its rows, every column alike."""
+"""One-sided factors: the second moment of a matrix's rows, the same for every column."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["OneSided", "ZeroHistory"]
 
 @dataclass(frozen=True)
 class OneSided(FactoredAxes):
-    """``C ~ L (x) I`` with ``L = sum G G^T``, ``G`` a tensor with all axes but the first in one.
+    """One-sided Shampoo: ``C ~ L (x) I`` with ``L = sum G G^T``; ``G`` is a tensor with all axes but the first flattened.
 
-    Which side is the first is a matter of the blocks (`gradmaker.capture.shapes.ShapePolicy`). ``C <= r L (x) I`` holds for the
-    true ``C``, ``r`` the largest rank of a gradient.
+    `gradmaker.capture.shapes.ShapePolicy` chooses which side is first. ``C <= r L (x) I`` holds for the true ``C``, with ``r``
+    the largest rank of a gradient.
 
     Reference: Xie et al., 2025, arXiv:2502.10273 (one-sided Shampoo); An et al., 2025, arXiv:2503.20762 (ASGO).
     """
@@ -52,7 +52,7 @@ class OneSided(FactoredAxes):
         return widen(self, state, torch.diag_embed(L) if L.ndim == 2 else L)
 
     def unfactored(self, state: State) -> int:
-        """``n``."""
+        """The number ``n`` of columns.  # of G: (d, n)"""
         return state["columns"].shape[1]
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class OneSided(FactoredAxes):
 
 @dataclass(frozen=True)
 class ZeroHistory(OneSided):
-    """``C = (G G^T) (x) I`` of the newest gradient: one-sided Shampoo without memory, whatever ``decay`` says.
+    """``C = (G G^T) (x) I`` of the newest gradient: one-sided Shampoo without an average, whatever ``decay`` is.
 
     Reference: Bernstein, Newhouse 2024, "Old optimizer, new norm", arXiv:2409.20325, proposition 5.
     """
@@ -84,7 +84,7 @@ class ZeroHistory(OneSided):
     inapplicable = NEWEST_ALONE
 
     def init(self, frame: Frame) -> State:
-        """The gradient itself: a solver may want no matrix of its rows at all."""
+        """The newest gradient itself: a solver may need no matrix of its rows."""
         rows, *rest = frame.shape or (1,)
         wide = frame.zeros(int(0 in frame.diagonal), 0)  # an empty tensor keeps whether a factor is a diagonal
         return {"gradient": frame.zeros(rows, torch.Size(rest).numel()), "wide": wide}

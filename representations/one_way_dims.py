@@ -1,4 +1,4 @@
-"""CASPR-adaptive's factors: each axis is measured after the axes before it are whitened, never the other way round.
+"""CASPR-adaptive's factors: each axis is measured after the axes before it are whitened, and not the other way round.
 
 Letters: ``S_k`` the statistic of axis ``k``, ``X_k`` its inverse square root as of the last refresh, ``d_k`` its length.
 """
@@ -24,23 +24,25 @@ __all__ = ["OneWayDims"]
 
 RIDGE = COLUMNS.index("damping")
 HELD = ("failures", "failing", "diagnosis")
-"""How the last refresh went, beside the roots."""
+"""Entries of the state that describe the last refresh, beside the roots."""
 
 
 @dataclass(frozen=True)
 class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
-    """``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
+    """CASPR-adaptive's factors: ``C ~ S_1 (x) ... (x) S_m`` with one-way whitening.
+
+    ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
 
     ``G_k = G x_1 X_1 ... x_(k-1) X_(k-1)`` with ``X_j = (S_j + damping lambda_max(S_j) I)^(-1/2)`` as of the last refresh,
-    which comes after the gradient of its step. Of a matrix the rows come first, as ``G G^T``, and the columns see whitened
-    rows: a transposed parameter is treated otherwise. A refresh changes what has whitened the history of the axes that follow;
-    ``c_k = prod_(j<k) tr(X_j F_j X_j) / d_j`` carries it over, with ``F_j`` what ``X_j`` was the root of before (``c_k`` is one
-    on steps without a refresh). ``S_1`` starts at ``start I``, the others at ``later I`` and all ``X`` at ``I``; no bias is
-    corrected.
+    which comes after the gradient of its step. For a matrix the rows come first, as ``G G^T``, and the columns are measured in
+    whitened rows: the result for the transposed parameter differs. A refresh changes the whitening that the history of later
+    axes was measured in; ``c_k = prod_(j<k) tr(X_j F_j X_j) / d_j`` rescales it, with ``F_j`` the matrix of which ``X_j`` was
+    the root before (``c_k`` is one on steps without a refresh). ``S_1`` starts at ``start I``, the others at ``later I`` and
+    all ``X`` at ``I``; there is no bias correction.
 
-    Roots of a few gradients, which lack rank, blow up what they whiten, and a sum never forgets that: without ``at_once`` a
-    refresh leaves out the step of the first gradient. A root that fails is refused: the block keeps all of its former ones and
-    ``failures`` counts it. ``root`` says how roots are taken.
+    Roots from a few gradients, which lack rank, amplify what they whiten, and a sum never forgets that: without ``at_once`` the
+    step of the first gradient has no refresh. Where a root fails, the block keeps all roots of the previous refresh, and
+    ``failures`` counts it. ``root`` chooses how roots are computed.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5 (matrices; more axes are ours).
     """
@@ -70,7 +72,7 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
         state = {"failures": none, "failing": none.clone()}
         state["diagnosis"] = frame.zeros(len(shape), len(COLUMNS))
         for axis, size in enumerate(shape):
-            unit = frame.zeros(size) + 1  # 1 x 1 matrices are held as the diagonals that they are
+            unit = frame.zeros(size) + 1  # a 1 x 1 matrix is held as a diagonal
             if size > 1 and axis not in frame.diagonal:
                 unit = frame.unit(size)
             state[f"root_{axis}"] = unit
@@ -97,7 +99,7 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
             self.refresh(state)
 
     def refresh(self, state: State) -> None:
-        """New roots of the statistics as they stand; then the history of later axes is carried over to them."""
+        """Compute the roots of the present statistics; then rescale the history of later axes to them."""
         axes = self._axes(state)
         statistics = [state[f"factor_{axis}"] for axis in axes]
         new = ROOTINGS[self.root](self.damping).prepare_factors(statistics, 1, self.rooted(state))
@@ -106,10 +108,10 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
         for axis in axes:
             S, X = state[f"factor_{axis}"], new[f"root_{axis}"]
             damped = _damped(S, new["diagnosis"][:, axis, RIDGE])
-            S.mul_(_like(change, S))
+            S.mul_(_broadcast(change, S))
             if (before := state.get(f"rooted_{axis}")) is not None:
                 change = torch.where(failed, 1.0, change * _overlap(X, before))
-                before.copy_(torch.where(_like(failed, S), before, damped))
+                before.copy_(torch.where(_broadcast(failed, S), before, damped))
         for name, value in new.items():
             state[name].copy_(value)
 
@@ -117,7 +119,7 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
         return range(sum(name.startswith("root_") for name in state))
 
     def to_dense(self, state: State) -> Tensor:
-        """Of the last refresh, with the ridge; the identity before the first."""
+        """``C`` as of the last refresh, with the ridge; the identity before the first.  # (B, P, P)"""
         return kronecker_product(self._covariances(state))
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
@@ -131,16 +133,16 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
 
     # ---------------------------------------------------------------- Rooted
     def rooted(self, state: State) -> State:
-        """``X_k`` and how their last refresh went.  # root_k: (B, d_k, d_k) or (B, d_k)"""
+        """``X_k`` and the diagnosis of their last refresh.  # root_k: (B, d_k, d_k) or (B, d_k)"""
         return {name: x for name, x in state.items() if name.startswith("root_") or name in HELD}
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
 
 
-def _like(x: Tensor, S: Tensor) -> Tensor:
-    """A number for each member, to be broadcast.  # (B,) -> (B, 1, ...)"""
+def _broadcast(x: Tensor, S: Tensor) -> Tensor:
+    """A number for each member, with axes to broadcast it.  # (B,) -> (B, 1, ...)"""
     return x.view(-1, *[1] * (S.ndim - 1))
 
 
@@ -152,7 +154,7 @@ def _damped(S: Tensor, ridge: Tensor) -> Tensor:
 
 
 def _overlap(X: Tensor, F: Tensor) -> Tensor:
-    """``tr(X F X) / d``, one where ``X = F^(-1/2)``.  # (B,)"""
+    """``tr(X F X) / d``, which is one for ``X = F^(-1/2)``.  # (B,)"""
     if X.ndim == 2:
         return (X.square() * F).mean(-1)
     return ((F @ X) * X).sum((-2, -1)) / X.shape[-1]

@@ -1,4 +1,4 @@
-"""Where the weights are: all that a method may need that sees the curvature through the gradients along its own path."""
+"""The weights of the newest gradient, for methods that need nothing else of the curvature."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from gradmaker.representations.roles import Compact, PerStep
 
 __all__ = ["Placed", "Position"]
 
-_NOW = "the weights move with every step, and so does what is measured of them"
+_NOW = "the weights change with every step, and so does what is measured of them"
 
 
 @runtime_checkable
 class Placed(Multiplies, Protocol):
-    """It is known at which weights the gradient was taken."""
+    """The weights at which the gradient was taken."""
 
     def weights(self, state: State) -> Tensor:
-        """All of them as one vector.  # (1, P)"""
+        """All weights as one vector.  # (1, P)"""
 
 
 @dataclass(frozen=True)
 class Position(PerStep, Compact):
-    """The weights of the newest gradient, as one vector. Of ``C`` nothing is held: taken alone, it stands for ``C = I``."""
+    """The weights of the newest gradient, as one vector. Nothing is held of ``C``: `to_dense` is ``I``."""
 
     takes: ClassVar[frozenset[Kind]] = kinds((Gradient, "located"))
     inapplicable = (
@@ -45,7 +45,7 @@ class Position(PerStep, Compact):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         if not isinstance(evidence, Gradient) or evidence.weights is None:
-            raise TypeError("a position is that of a gradient, and verify() has none to offer")
+            raise TypeError("Position: expected Gradient evidence of the kind 'located'; verify() has none for it")
         state["weights"].copy_(evidence.weights)
 
     def weights(self, state: State) -> Tensor:

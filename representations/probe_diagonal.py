@@ -1,4 +1,4 @@
-"""Diagonals of curvature from probes ``(v, H v)``."""
+"""Diagonals of the curvature from probes ``(v, H v)``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["ProbeDiagonal"]
 
 @dataclass(frozen=True)
 class ProbeDiagonal(Representation):
-    """``|H|`` by its rows' lengths ``sqrt(mean (H v)^2) = sqrt(diag(H^2))`` or by its diagonal ``|mean v * H v| = |diag H|``.
+    """A diagonal from probes: of ``|H|`` by the lengths of rows, ``sqrt(mean (H v)^2)``, or ``|diag H|``, ``|mean v * H v|``.
 
-    The means are over all probes. The absolute value of ``signed`` is taken after averaging: ``E|v * H v|`` is larger.
-    ``spatial`` replaces ``|H v|`` by its mean over the kernel (axes from the third on) before it is squared. All probes of all
-    micro-batches count, by their weight; without a decay they count alike forever.
+    The means are over all probes; ``E (H v)^2 = diag(H^2)``. ``signed`` takes the absolute value after averaging:
+    ``E|v * H v|`` is larger than ``|E[v * H v]|``. ``spatial`` replaces ``|H v|`` by its mean over the kernel (axes from the
+    third on) before the square. All probes of all micro-batches count, by their weight; without a decay all steps count alike.
 
     Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, eq. 10 (squares); Yao et al., AAAI 2021,
     arXiv:2006.00719, eq. 10 (kernels); Bekas, Kokiopoulou, Saad 2007 (signed).

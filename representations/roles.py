@@ -1,4 +1,4 @@
-"""What some representations are or do besides holding ``C``; the library asks for it by these classes and functions."""
+"""Base classes of representations that need more than `init`, `update` and `to_dense`; the library recognises them by these."""
 
 from __future__ import annotations
 
@@ -39,50 +39,50 @@ __all__ = [
 ]
 
 Renewal: TypeAlias = Literal["refresh", "measurement", "step"]
-"""When a solver prepares its cache anew: at a refresh, after every measurement as well, or at every step."""
+"""When a solver prepares its cache: at a refresh, also after every measurement, or at every step."""
 
 
 # ------------------------------------------------------------------ the blocks and their size
 class FactoredAxes(Representation):
-    """Every axis of a block has a factor of its own, which may be a diagonal."""
+    """A representation with one factor for each axis of a block, which may be a diagonal."""
 
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """Axes whose factor is held as a diagonal because they are long."""
+        """Axes whose factor is a diagonal because they are long."""
         return frozenset(axis for axis, d in enumerate(shape) if d > max_dim)
 
     def unfactored(self, state: State) -> int:
-        """Entries along the last axes, where these have the identity and no factor."""
+        """Number of entries along the last axes, where these have the identity and no factor."""
         return 1
 
 
 class Compact(Representation):
-    """It holds less than a matrix of a whole block."""
+    """A representation smaller than a matrix of a whole block."""
 
     def largest_side(self, shape: tuple[int, ...]) -> int:
-        """Of the largest matrix that is held for a block of this shape; zero where there is none."""
+        """Side of the largest matrix that is held for a block of this shape; zero for none."""
         return 0
 
 
 class WholeLayers(Representation):
-    """At granularity ``layer`` all groups of a layer (channels of a norm layer, groups of a convolution) make one block."""
+    """At granularity ``layer`` one block holds all groups of a layer (channels of a norm layer, groups of a convolution)."""
 
 
 class ByExample(Representation):
-    """Its statistic may depend on which rows of a pass are one example's, beyond the sum of their products."""
+    """A representation whose statistic may depend on which rows belong to one example, not only on the sum of products."""
 
     @property
     @abstractmethod
     def groups(self) -> bool:
-        """Whether it does."""
+        """Whether it does depend on them."""
 
 
 def groups_rows(representation: Representation) -> bool:
-    """Whether the statistic depends on which rows are one example's."""
+    """Whether the statistic depends on which rows belong to one example."""
     return isinstance(representation, ByExample) and representation.groups
 
 
 def diagonal_axes(representation: Representation, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-    """Axes of a block that are held as a diagonal. ValueError where a matrix would be too large and that is no way out."""
+    """Axes of a block that have a diagonal. ValueError where a matrix is too large and a diagonal does not replace it."""
     if isinstance(representation, FactoredAxes):
         return representation.long_axes(shape, max_dim)
     if isinstance(representation, Elementwise):
@@ -97,26 +97,26 @@ def diagonal_axes(representation: Representation, shape: tuple[int, ...], max_di
 
 
 def widen(representation: Multiplies, state: State, P: Tensor) -> Tensor:
-    """An operator on the axes that have factors as one on the whole block, ``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
+    """An operator on the axes with factors, as one on the whole block: ``P (x) I``.  # (B, d, d) -> (B, d n, d n)"""
     n = representation.unfactored(state) if isinstance(representation, FactoredAxes) else 1
     return P if n == 1 else kronecker_product([P, torch.eye(n, dtype=P.dtype, device=P.device).expand(len(P), n, n)])
 
 
 # ------------------------------------------------------------------ the state
 class Unstacked(Representation):
-    """Its state is the latest evidence itself, of other shapes or names at every update: members are never stacked."""
+    """A representation whose state has other shapes or names after every update: its members are never stacked."""
 
     def duplicate(self, state: State) -> State:
-        """A copy that `update` may write into, also of the plain dict that a checkpoint has."""
+        """A copy that `update` may change, also of the plain dict of a checkpoint."""
         return _cloned(state)
 
 
 class Snapshots(Representation):
-    """Its state is not what a solver's cache takes over as it is."""
+    """A representation whose state needs a conversion before a solver's cache takes it over."""
 
     @abstractmethod
     def snapshot(self, state: State) -> State:
-        """What is taken over of a state, or once more of a cache: tensors to be replaced, not written to."""
+        """The state, or a cache, in the form of a cache: its tensors are replaced, not written to."""
 
 
 class SlowTensors(Representation):
@@ -141,7 +141,7 @@ def slow(representation: Representation, state: State) -> frozenset[str]:
 
 
 def snapshot(representation: Multiplies, state: State) -> State:
-    """What the cache of a solver that multiplies, or applies, takes over of a statistic: tensors that are not written to."""
+    """What the cache of a solver that calls `matvec` or `apply` takes over of a statistic: tensors that are not written to."""
     return representation.snapshot(state) if isinstance(representation, Snapshots) else dict(state)
 
 
@@ -151,50 +151,50 @@ def _cloned(state: State) -> State:
 
 # ------------------------------------------------------------------ the times
 class Renewed(Representation):
-    """A solver's cache may be prepared anew more often than the statistic is refreshed."""
+    """A representation for which a solver may prepare its cache more often than the statistic is refreshed."""
 
     @property
     @abstractmethod
     def renewal(self) -> Renewal:
-        """How often."""
+        """When the cache is prepared."""
 
 
 class PerStep(Renewed):
-    """Its state is valid for one step only: it is measured at every one, whatever the intervals."""
+    """A representation whose state is valid for one step: it is measured at every step, whatever the intervals."""
 
     @property
     def renewal(self) -> Renewal:
         return "step"
 
     def release(self, state: State) -> None:
-        """Let go of what ends with the step; called at the end of every one."""
+        """Free what is valid until the end of the step; called then."""
 
 
 class OwnOrder(Representation):
-    """The order within a step is its own: `update` calls `refresh`, where `Fold.refresh` says that it is due."""
+    """A representation whose `update` calls `refresh` itself, where `Fold.refresh` says that it is due."""
 
     @property
     def skips_first(self) -> bool:
-        """Whether the step of a block's first evidence is left out: it gets zero, and its average of gradients stands still."""
+        """Whether a block's first step is left out: it gets zero, and its gradient average is not updated."""
         return False
 
 
 def renewal(representation: Multiplies) -> Renewal:
-    """When a solver prepares its cache anew."""
+    """When a solver prepares its cache."""
     return representation.renewal if isinstance(representation, Renewed) else "refresh"
 
 
 def release(representation: Representation, state: State) -> None:
-    """Let go of what ends with a step."""
+    """Free what is valid until the end of a step."""
     if isinstance(representation, PerStep):
         representation.release(state)
 
 
 def skips_first(representation: Representation) -> bool:
-    """Whether the step of a block's first evidence is left out."""
+    """Whether a block's first step is left out."""
     return isinstance(representation, OwnOrder) and representation.skips_first
 
 
 def has_refresh(representation: Representation) -> bool:
-    """Whether the statistic has a part that `refresh` renews."""
+    """Whether `refresh` changes the statistic."""
     return type(representation).refresh is not Representation.refresh

@@ -1,4 +1,4 @@
-"""Shampoo's statistics held by their square roots: half the digits of a condition number are lost, not all."""
+"""Shampoo's factors held by their square roots, which lose half the digits of a condition number, not all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["RootKronDims"]
 
 @dataclass(frozen=True)
 class RootKronDims(KronDims):
-    """`KronDims` with ``H_k = R_k^T R_k``: ``R <- R of QR([sqrt(beta) R; sqrt(alpha) mat_k(G)^T])``, upper triangular.
+    """`KronDims` by square roots, ``H_k = R_k^T R_k``: ``R <- R of QR([sqrt(beta) R; sqrt(alpha) mat_k(G)^T])``.
 
-    ``H_k`` is never formed where a solver takes ``R_k`` (`SvdRoot`): eigenvalues down to ``u^2 lambda_max`` survive in a
-    precision of unit roundoff ``u``, where ``H_k`` itself keeps those above ``u lambda_max``. Axes that are held as a diagonal
-    hold its root.
+    ``R_k`` is upper triangular. ``H_k`` is never formed where a solver takes ``R_k`` (`SvdRoot`): eigenvalues down to
+    ``u^2 lambda_max`` survive in a precision of unit roundoff ``u``, where ``H_k`` itself keeps those above ``u lambda_max``.
+    A diagonal factor is held by its root too.
 
     Reference: Golub & Van Loan, Matrix Computations, section 6.5 (updating a QR factorisation).
     """
@@ -49,7 +49,7 @@ class RootKronDims(KronDims):
         return [R / c for R, c in zip(found, self._lengths(found), strict=True)] if self.balanced else found
 
     def _lengths(self, roots: list[Tensor]) -> list[Tensor]:
-        """``tr(H_k)^(share / 2)``: what balancing divides ``R_k`` by.  # (B, 1, 1) or (B, 1)"""
+        """The divisor of ``R_k`` where factors are balanced, ``tr(H_k)^(share / 2)``.  # (B, 1, 1) or (B, 1)"""
         share = 1 - self.order(len(roots)) / len(roots)
         norms = [torch.linalg.vector_norm(R, dim=tuple(range(1, R.ndim)), keepdim=True) for R in roots]
         return [torch.where(n > 0, n, 1.0) ** share for n in norms]

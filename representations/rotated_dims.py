@@ -1,4 +1,4 @@
-"""SOAP's state: the axes' statistics, their eigenbases, and the second moment of gradients in these bases.
+"""SOAP's statistic: Shampoo's factors, their eigenbases, and the second moment of gradients in these bases.
 
 A basis is part of the statistic, since the moments are measured in it. Letters: ``Q`` bases, ``V`` moments.
 """
@@ -28,20 +28,20 @@ COUNTERS = ("failures", "failing")
 
 @dataclass(frozen=True)
 class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
-    """``C ~ Q diag(V) Q^T``, ``Q`` the Kronecker product of the eigenbases of ``H_k`` of Shampoo, ``V = E (Q^T g)^2``.
+    """SOAP's curvature: ``C ~ Q diag(V) Q^T``, ``V = E (Q^T g)^2``, in the eigenbases ``Q = Q_1 (x) ... (x) Q_m`` of Shampoo.
 
-    ``V`` is the diagonal nearest to ``C`` in its basis. It is not rotated when the basis turns, but follows its columns where
-    they are sorted. A basis is kept from one refresh to the next, and longer while it is within ``tolerance``.
+    ``V`` is the diagonal nearest to ``C`` in its basis. A new basis does not rotate it, but where the columns of the basis are
+    sorted, ``V`` is permuted with them. A basis is kept until the next refresh, or longer while it is within ``tolerance``.
 
-    Of every refresh the state tells, in ``diagnosis``, how far the old basis was from diagonal, and whether there is a new one.
+    After a refresh ``diagnosis`` says how far the old basis was from diagonalising the factor, and whether there is a new one.
 
     - ``sequence="moments_first"``: a gradient enters ``V`` in the basis that earlier gradients made (SOAP);
-    - ``"basis_first"``: the factors take it in first, and the basis may be renewed by it (EShampoo).
+    - ``"basis_first"``: it enters the factors first, and a refresh comes before it enters ``V`` (EShampoo).
 
-    So a refresh comes before the gradient of its step, or in between.
+    So a refresh comes before the gradient of its step, or between its two uses.
 
-    The first gradient is diagonal in its own basis, where a second moment would be rounding noise: ``V`` starts as the same
-    number everywhere, its mean, or, with ``skip_first``, not at all, and the first step is left out.
+    The first gradient is diagonal in its own basis, where a second moment would be rounding noise: all entries of ``V`` start
+    at their mean, or, with ``skip_first``, ``V`` starts with the next gradient, and the first step is left out.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3 (SOAP); Eschenhagen et al., 2025, arXiv:2506.03595
     (eigenvalue-corrected Shampoo, ``tolerance``).
@@ -54,7 +54,7 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
     sequence: Literal["moments_first", "basis_first"] = "moments_first"
     skip_first: bool = False
     vectors: bool = False
-    """Whether a tensor with one axis gets a basis too; otherwise it is Adam's."""
+    """Whether a tensor with one axis gets a basis too; otherwise its moments are Adam's."""
 
     def __post_init__(self) -> None:
         for name, legal in (("tracking", ("power", "qr", "eigh")), ("sequence", ("moments_first", "basis_first"))):
@@ -67,7 +67,7 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
 
     @property
     def renewal(self) -> Renewal:
-        """``V`` is new with every gradient."""
+        """``V`` changes with every gradient."""
         return "measurement"
 
     @property
@@ -140,8 +140,8 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
             right = torch.isfinite(new).all(-1).all(-1)
             stale, failed = stale & right, failed | (stale & ~right)
             Q.copy_(torch.where(stale[:, None, None], new, Q))
-            told, done = state["diagnosis"], stale.to(H.dtype)
-            renew_row(told, axis, ~torch.isfinite(error), error, estimate_largest(H), iterations=done)
+            diagnosis, done = state["diagnosis"], stale.to(H.dtype)
+            renew_row(diagnosis, axis, ~torch.isfinite(error), error, estimate_largest(H), iterations=done)
             if order_new is not None:
                 self._permute(state, axis, torch.where(stale[:, None], order_new, order))
         for name, value in count_failures(failed, state).items():
@@ -176,5 +176,5 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
         return average(state["moments"], state["mass"])
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The evidence itself as a representation: inputs and output gradients of the last batch, multiplied out only where cheaper.
+"""Rows ``J`` of the last batch, held as inputs and output gradients, and multiplied out only where that is cheaper.
 
 Axes as in `gradmaker.curvature.evidence`; ``G = B H``: groups in a block's stack. State of layer ``j`` in chunk ``p`` of a
 step's evidence, each tensor with ``B`` first:
@@ -38,7 +38,7 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer's share of a vector.  # (B, H, rows, columns)"""
+        """Shape of the layer's share of a vector.  # (B, H, rows, columns)"""
         G, o = self.outer.gradients.shape[1], self.outer.gradients.shape[-1]
         a = self.outer.inputs
         i = (a.size if isinstance(a, OneHot) else a.shape[-1]) + self.outer.bias
@@ -50,21 +50,21 @@ class Part:
         return prod(self.shape[1:])
 
     def gram(self, other: Part) -> Tensor:
-        """``J J'^T`` of two chunks of one layer, by whichever of two ways takes less memory.  # (B, N, N')"""
+        """``J J'^T`` of two chunks of one layer, by the way that takes less memory.  # (B, N, N')"""
         N, M = self.outer.count, other.outer.count
         products = N * self.outer.gradients.shape[3] * M * other.outer.gradients.shape[3]
-        if not self._like(other) or products > prod(self.shape[2:]) * (N + M):  # a silent layer is laid out flat
+        if not self._same_layout(other) or products > prod(self.shape[2:]) * (N + M):  # a layer without calls is laid out flat
             J = self.rows()
             return J @ (J if other is self else other.rows()).mT
         return self.outer.gram(other.outer).view(*self.shape[:2], N, M).sum(1)
 
-    def _like(self, other: Part) -> bool:
-        """Whether both are laid out in the same way."""
+    def _same_layout(self, other: Part) -> bool:
+        """Whether both have one layout."""
         mine, its = self.outer, other.outer
         return (self.shape, mine.bias, mine.transposed) == (other.shape, its.bias, its.transposed)
 
     def rows(self) -> Tensor:
-        """``J``, formed.  # (B, N, P)"""
+        """``J`` as a matrix.  # (B, N, P)"""
         return self.outer.rows().reshape(self.outer.count, *self.shape[:2], -1).transpose(0, 1).flatten(2)
 
     def project(self, v: Tensor) -> Tensor:
@@ -79,10 +79,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Rows(Spanned, WholeLayers):
-    """All rows of the latest step: ``C = sum_N vec(J_N) vec(J_N)^T`` exactly, as the evidence that it came as.
+    """All rows of the latest step, held as evidence: ``C = sum_N vec(J_N) vec(J_N)^T`` exactly.
 
-    A running average would add rows without bound, so that ``decay`` does not apply: what came before is dropped. ``full``
-    couples all layers, ``layer`` takes each by itself, with all groups of a convolution and all channels of a norm layer.
+    A running average would add rows without bound, so that ``decay`` does not apply: earlier rows are dropped. ``full`` couples
+    all layers, ``layer`` takes each by itself, with all groups of a convolution and all channels of a norm layer.
 
     Reference: Ren & Goldfarb 2019, arXiv:1906.02353, section 3.
     """
@@ -92,7 +92,7 @@ class Rows(Spanned, WholeLayers):
 
     granularity: Literal["full", "layer"] = "full"
     max_rows: int = 8192
-    """More rows than this are refused: a system of that size is solved, in double precision."""
+    """More rows are refused: a linear system of this size is solved, in double precision."""
 
     def __post_init__(self) -> None:
         check_choice("granularity", self.granularity, ("full", "layer"))
@@ -127,7 +127,7 @@ class Rows(Spanned, WholeLayers):
         self._check_count(state)
 
     def merges(self, parts: Sequence[Evidence]) -> bool:
-        """Whether these are further cotangents for the inputs of the chunk before."""
+        """Whether these are further cotangents for the inputs of the previous chunk."""
         return any(isinstance(part, Outer) and not part.fresh for part in parts)
 
     def _check_count(self, state: State) -> None:
@@ -139,7 +139,7 @@ class Rows(Spanned, WholeLayers):
             )
 
     def lay(self, part: Outer, alpha: float, name: str) -> State:
-        """The state of a layer in a chunk of the evidence, which counts ``alpha``."""
+        """The state of a layer in a chunk of evidence with the weight ``alpha``."""
         g = part.gradients.movedim(1, 0)
         g = g if alpha == 1.0 else g * alpha**0.5
         a = part.inputs.index.unsqueeze(0) if isinstance(part.inputs, OneHot) else part.inputs
@@ -179,17 +179,17 @@ class Rows(Spanned, WholeLayers):
         return out if self.granularity == "full" else out.unflatten(1, shape[1 if shape[1] > 1 else 2 :])
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
-        """A block's vector, layer by layer.  # (B, *shape) -> each (B, H, rows, columns)"""
+        """A block's vector, cut into layers.  # (B, *shape) -> each (B, H, rows, columns)"""
         pieces = v.flatten(1).split([part.size for part in parts], 1)
         return [u.reshape(part.shape) for part, u in zip(parts, pieces, strict=True)]
 
     # ---------------------------------------------------------------- what a sketch changes
     def sketched(self, state: State) -> list[list[Part]]:
-        """The rows as the Gram matrix and projections see them."""
+        """The rows that the Gram matrix and projections use."""
         return chunks(state)
 
     def pick(self, state: State, parts: Sequence[Part], pieces: list[Tensor]) -> list[Tensor]:
-        """Vectors as these rows see them."""
+        """The coordinates of vectors that these rows use."""
         return pieces
 
 
@@ -198,7 +198,7 @@ def _positive(mass: Tensor) -> Tensor:
 
 
 def chunks(state: State) -> list[list[Part]]:
-    """The parts of every chunk, layer by layer."""
+    """The parts of every chunk, by layer."""
     found: list[list[Part]] = []
     while f"{len(found)}.0.layout" in state:
         p, parts = len(found), list[Part]()
@@ -209,7 +209,7 @@ def chunks(state: State) -> list[list[Part]]:
 
 
 def _part(gradients: Tensor, inputs: Tensor, layout: Tensor) -> Part:
-    """A layer's share as it is held.  # (B, H, k, n, r, o), (B, H, n, r, i) or (B, 1, n, r)"""
+    """A layer's share from its tensors in the state.  # (B, H, k, n, r, o), (B, H, n, r, i) or (B, 1, n, r)"""
     B, _, rows, columns, bias, transposed, _ = layout.shape
     a = OneHot(inputs[0, 0], rows if transposed else columns) if inputs.ndim == 4 else inputs.flatten(0, 1)
     return Part(Outer(a, gradients.flatten(0, 1).transpose(0, 1), bool(bias), bool(transposed)), B)

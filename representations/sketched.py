@@ -1,4 +1,4 @@
-"""Rows of layers whose Gram matrix and projections are sketched: SENG."""
+"""SENG: rows of layers with a sketched Gram matrix and sketched projections."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Sketched(Rows):
     - ``positions = r``: each example's output gradients over more than ``r`` positions, ``g_n = U s V^T``, are cut to their
       best rank: ``g_n <- s V^T``, ``[a_n 1] <- U^T [a_n 1]``;
     - ``coordinates = s``: in layers with more than ``above`` weights the products ``a . a'``, ``g . g'`` and ``<J_n, v>`` take
-      ``s`` coordinates a side, drawn anew in every step without replacement, times ``d / s``: unbiased. The bias
-      is always taken. With ``official`` times ``(d / s)^2``, as in the authors' code, which is not.
+      ``s`` coordinates a side, drawn anew in every step without replacement, times ``d / s``: unbiased. The bias is always
+      included. With ``official`` times ``(d / s)^2``, as in the authors' code: biased.
 
-    With sampled coordinates ``J^T`` itself stays whole, so that ``C`` is represented by ``J^T J S``, not symmetric, with
-    ``E[S] = I``. The authors' code also merges all rows of a step into one outer product, which is right for a single row
-    alone; that is left out.
+    With sampled coordinates ``J^T`` itself is not sampled, so that ``C`` is represented by ``J^T J S``, not symmetric, with
+    ``E[S] = I``. The authors' code also merges all rows of a step into one outer product, which is exact for a single row only;
+    that is left out.
 
     Reference: Yang et al. 2021, "Sketch-based empirical natural gradient methods for deep learning", arXiv:2006.05924,
     section 3.
@@ -62,7 +62,7 @@ class Sketched(Rows):
         state.update(self._draw(state, kept) if fold.mass else kept)
 
     def _draw(self, state: State, last: State) -> State:
-        """New coordinates. A tensor without elements counts the draws by its shape, which no device has to be asked for."""
+        """Draw new coordinates. A tensor without elements counts the draws by its shape, which is read without a host sync."""
         mass = state["mass"]
         count = last["sample.count"].shape[1] + 1 if last else 0
         drawn = {"sample.count": mass.new_empty(len(mass), count, 0)}
@@ -83,7 +83,7 @@ class Sketched(Rows):
         return order[: self.coordinates].sort().values
 
     def merges(self, parts: Sequence[Evidence]) -> bool:
-        """Not after a sketch of positions: every cotangent has inputs of its own then."""
+        """Not with a sketch of positions, which gives every cotangent its own inputs."""
         return self.positions is None and super().merges(parts)
 
     def lay(self, part: Outer, alpha: float, name: str) -> State:
@@ -127,7 +127,7 @@ class Sketched(Rows):
         return [self._pick(state, j, part, v) for j, (part, v) in enumerate(zip(parts, pieces, strict=True))]
 
     def _pick(self, state: State, j: int, part: Part, v: Tensor) -> Tensor:
-        """The sampled entries; their scale is split between rows and vector."""
+        """The sampled entries of a vector; their scale is split between rows and vector."""
         own = part.outer
         v = v.mT if own.transposed else v
         if (outputs := state.get(f"sample.{j}.outputs")) is not None:

@@ -1,4 +1,4 @@
-"""TNT's state: the covariance of a tensor-normal distribution of gradients, a factor for each axis."""
+"""TNT's statistic: the covariance of a tensor-normal distribution of gradients, one factor for each axis."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["TensorNormal"]
 
 @dataclass(frozen=True)
 class TensorNormal(FactoredAxes):
-    """``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)`` with ``H_m = sum mat_m(G) mat_m(G)^T``, all of one trace ``z``.
+    """A tensor-normal covariance: ``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)``, ``H_m = sum mat_m(G) mat_m(G)^T`` of trace ``z``.
 
-    Exact where the gradient is tensor-normal; the trace is always that of ``C``. Fed by a gradient of the sampled loss, or by
-    examples (layers only), of which each is one ``G``. `factors` are balanced: all have the mean eigenvalue
-    ``c = (z / prod n)^(1/k)``, and their product is ``C`` itself, unlike Shampoo's, whose root is.
+    Exact where the gradient is tensor-normal; the trace is always that of ``C``. ``G`` is the gradient of the sampled loss, or
+    that of each example (layers only). `factors` are balanced: all have the mean eigenvalue ``c = (z / prod n)^(1/k)``, and
+    their product is ``C`` itself, whereas Shampoo's is the root of it.
 
     Reference: Ren, Goldfarb, NeurIPS 2021, arXiv:2106.02925.
     """
@@ -66,7 +66,7 @@ class TensorNormal(FactoredAxes):
 
     # ---------------------------------------------------------------- Factored: one factor for each axis
     def factors(self, state: State) -> list[Tensor]:
-        """``H_m / (c^(k-1) prod_(j != m) n_j)``, bias-corrected; zero where nothing was seen.  # (B, d_m, d_m)"""
+        """``H_m / (c^(k-1) prod_(j != m) n_j)``, bias-corrected; zero without evidence.  # (B, d_m, d_m)"""
         H = KronDims().factors(state)
         trace = (H[0] if H[0].ndim == 2 else H[0].diagonal(dim1=-2, dim2=-1)).sum(-1)
         sizes, k = [F.shape[-1] for F in H], len(H)
@@ -75,7 +75,7 @@ class TensorNormal(FactoredAxes):
         return [F * n / prod(sizes) / scale.view(-1, *[1] * (F.ndim - 1)) for F, n in zip(H, sizes, strict=True)]
 
     def unfold(self, g: Tensor) -> Tensor:
-        """The gradient as it is; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
+        """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return KronDims().unfold(g)
 
     def order(self, factors: int) -> float:
@@ -122,7 +122,7 @@ def _input_gram(evidence: Outer) -> Tensor:
 
 
 def _with_bias(evidence: Outer) -> Tensor:
-    """Inputs, with the one of the bias.  # (G, n, r, i)"""
+    """The inputs, with a one for the bias.  # (G, n, r, i)"""
     assert isinstance(evidence.inputs, Tensor)
     a = evidence.inputs
     return torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a

@@ -245,7 +245,7 @@ def test_parents_as_a_function_as_a_tuple_and_in_a_mapping() -> None:
         ((*[()] * 10, (11,), (10,)), "entry 10 is an ancestor of itself"),
         ((*[()] * 11, (12,)), "the parents of entry 11"),
         ((*[()] * 11, (1, 1)), "the parents of entry 11"),
-        (((),) * 11, "the parents of 11 entries, and a block of shape \\(3, 4\\) has 12"),
+        (((),) * 11, "expected the parents of the 12 entries of a block \\(3, 4\\), got those of 11"),
     ],
 )
 def test_wrong_parents_are_refused(structure: Any, sentence: str) -> None:

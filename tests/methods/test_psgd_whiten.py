@@ -297,7 +297,7 @@ def test_amplitudes_are_bounded() -> None:
 
 @pytest.mark.parametrize("method", ["psgd", "psgd_kf", "psgd_whiten"])
 def test_a_decay_is_refused(method: str) -> None:
-    with pytest.raises(ValueError, match=r"decay=0.9 would have no effect: what is fitted takes a step a pair"):
+    with pytest.raises(ValueError, match=r"decay=0.9 would have no effect: P is fitted by one step for each pair"):
         METHODS[method].Config(decay=0.9)
 
 

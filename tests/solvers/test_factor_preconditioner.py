@@ -188,7 +188,7 @@ def test_the_factors_keep_a_damping_of_their_own() -> None:
 
 # --- bad input ----------------------------------------------------------------------------------------------------------------
 def test_one_preconditioner() -> None:
-    with pytest.raises(ValueError, match="squares=True and factors=True: choose one"):
+    with pytest.raises(ValueError, match="squares=True, factors=True: expected at most one"):
         GaussNewton(squares=True, factors=True)
     for option in ({"squares": "batch"}, {"preconditioner": 0.5}):
         with pytest.raises(ValueError, match="it goes with factors=False"):
