@@ -6,7 +6,7 @@ from gradmaker.compare.errors import InputError, require_extra
 
 
 def main() -> None:
-    """Run the command; without the extra `compare`, say how to install it."""
+    """Run the command. Without the extra `compare`, print how to install it and exit with status 2."""
     try:
         require_extra()
     except InputError as error:

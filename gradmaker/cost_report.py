@@ -1,7 +1,7 @@
-"""What preconditioning costs, layer by layer: FLOPs, bytes and the predicted overhead of a step.
+"""The cost of preconditioning by layer: FLOPs, bytes and the predicted overhead of a step.
 
-Products are counted by `torch.utils.flop_counter` while a refresh and an application really run on copies; decompositions,
-which it does not know, by the textbook. FLOPs are no seconds: on a GPU a decomposition runs far below the speed of a product.
+`torch.utils.flop_counter` counts matrix products while a refresh and an application run on copies; decompositions, which it
+does not count, have textbook formulas. FLOPs are not seconds: on a GPU a decomposition is far slower per FLOP than a product.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _cubic(factor: float) -> Callable[..., int]:
 
 
 def _product(shape: torch.Size, a: torch.Size, b: torch.Size, **kwargs: Any) -> int:
-    """In-place products, which the counter leaves out.  # (..., n, d), (..., d, m)"""
+    """FLOPs of in-place matrix products, which the counter omits.  # (..., n, d), (..., d, m)"""
     return 2 * prod(a) * b[-1]
 
 
 def _qr(shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """``2 d^2 (n - d / 3)`` of (..., n, d) for ``R`` alone."""
+    """FLOPs of the QR decomposition of (..., n, d), for ``R`` only: ``2 d^2 (n - d / 3)``."""
     *batch, n, d = shape
     return int(prod(batch) * 2 * min(n, d) ** 2 * (max(n, d) - min(n, d) / 3))
 
@@ -63,12 +63,12 @@ COUNTS: dict[Any, Any] = {
     aten.linalg_lu_factor_ex: _cubic(2 / 3),
     aten._linalg_solve_ex: _cubic(2 / 3),
 }
-"""Golub & Van Loan, Matrix Computations, sections 3.2, 4.2, 5.2, 8.3 and 8.6."""
+"""FLOP formulas of operators: Golub & Van Loan, Matrix Computations, sections 3.2, 4.2, 5.2, 8.3 and 8.6."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One site. FLOPs: of forward and backward pass; of one measurement, one refresh, one application; bytes held."""
+    """The costs of one site: FLOPs of forward and backward pass, of a measurement, a refresh, an application; bytes."""
 
     name: str
     step: float
@@ -77,12 +77,12 @@ class LayerCost:
     apply: float
     bytes: int
     overhead: float
-    """Predicted FLOPs of preconditioning in an average step, over those of the passes; infinite where the latter are zero."""
+    """Predicted FLOPs of preconditioning in an average step, over those of the passes; infinite if these are zero."""
 
 
 @dataclass(frozen=True)
 class CostReport:
-    """All layers; prints as a table with a last row for their sum."""
+    """The costs of all layers; prints as a table, with the sum in the last row."""
 
     rows: list[LayerCost]
     overhead: float
@@ -103,15 +103,16 @@ def _cells(row: LayerCost) -> tuple[str, ...]:
 
 
 def cost_report(maker: PreconditionedGradientMaker, batch: Any) -> CostReport:
-    """Costs of the blocks of a maker that has made a step, whose caches are what a refresh is repeated from.
+    """Report the costs of the blocks of a maker after its first step: a refresh is repeated on copies of states and caches.
 
-    The statistic of a layer-wise curvature is estimated: ``2 N d^2`` for a factor of side ``d`` and ``N`` positions, less the
-    passes that it asks for. Everything else is counted. The model is called once, without gradients, and keeps its buffers.
+    The statistic of a layer-wise curvature is estimated: ``2 N d^2`` for a factor of side ``d`` and ``N`` positions, without
+    extra backward passes. All else is counted. The model is called once, without gradients, and its buffers are restored.
+    ValueError for a maker without a finished step.
 
-    batch: what the model is called with, a tensor or a tuple of arguments
+    batch: the input of the model, a tensor or a tuple of arguments
     """
     if not any(block.cache for block in maker.plan.blocks):
-        raise ValueError("cost_report: the maker has not made a step yet, so that there is no statistic to refresh from")
+        raise ValueError("cost_report: the maker has not made a step, and has no statistic to refresh: make a step first")
     passes = _passes(maker, batch)
     rows, spent = [], 0.0
     for block in maker.plan.blocks:
@@ -124,7 +125,7 @@ def cost_report(maker: PreconditionedGradientMaker, batch: Any) -> CostReport:
 
 
 def _passes(maker: PreconditionedGradientMaker, batch: Any) -> dict[str, float]:
-    """FLOPs of a forward and a backward pass of every module, three times those of the forward pass."""
+    """FLOPs of forward and backward pass by module: three times those of the forward pass."""
     arguments = batch if isinstance(batch, tuple) else (batch,)
     counter = FlopCounterMode(display=False, custom_mapping=COUNTS)
     buffers = {k: b.clone() for k, b in maker.model.named_buffers()}
@@ -170,7 +171,7 @@ def _block_rows(maker: PreconditionedGradientMaker, block: Block, passes: dict[s
 
 
 def _step(maker: PreconditionedGradientMaker, site: Site, passes: dict[str, float]) -> float:
-    """A site's share of the passes of the modules that own its parameters, by size."""
+    """FLOPs of the passes of a site: the share of its parameters in the modules that own them, by size."""
     total = 0.0
     for name in site.parameters:
         module = name.rpartition(".")[0]
@@ -180,7 +181,7 @@ def _step(maker: PreconditionedGradientMaker, site: Site, passes: dict[str, floa
 
 
 def _statistic(block: Block, site: Site, g: Tensor, step: float, share: float) -> float:
-    """FLOPs of one measurement of a site, which is this share of a stack."""
+    """FLOPs of one measurement of a site, which has the given share of a stack."""
     representation = block.triple.representation
     if kinds(Gradient) <= representation.takes & block.triple.curvature.gives:
         state = {k: v.clone() for k, v in block.state.items()}

@@ -1,4 +1,4 @@
-"""A sweep of the damping for one statistic: what each solver makes of it, held against float64."""
+"""A damping sweep for one statistic: errors of the inverse roots of each solver, against float64."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ DAMPINGS = tuple(10.0**-k for k in range(1, 13))
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One solver at one damping. What a solver did not manage is infinite."""
+    """One solver at one damping. The error is infinite where the solver failed."""
 
     solver: str
     damping: float
-    """Relative to the largest eigenvalue."""
+    """Damping relative to the largest eigenvalue."""
     kappa: float
-    """Condition of the damped matrix."""
+    """Condition number of the damped matrix."""
     iterations: int
     residual: float
     """``max|A X^p - I|`` of the damped matrix, in the statistic's precision."""
     error: float
-    """Of the root, to the root of the same damped matrix in float64; relative, Frobenius norm."""
+    """Relative error of the root, in the Frobenius norm, against the root of the same damped matrix in float64."""
     bias: float
-    """Of the damping: the exact root of the damped matrix to that of the statistic itself."""
+    """Relative error by the damping: exact root of the damped matrix against exact root of the statistic."""
     retries: int
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All rows; prints as a table."""
+    """The rows of a damping sweep; prints as a table."""
 
     rows: list[SweepRow]
 
@@ -61,15 +61,16 @@ class Sweep:
 def damping_sweep(
     H: Tensor, p: int = 4, dampings: Sequence[float] = DAMPINGS, solvers: Mapping[str, InverseSolver[Dense]] | None = None
 ) -> Sweep:
-    """Root a statistic, ``H^(-1/p)``, by several solvers with relative dampings; reads the host.
+    """Compute ``H^(-1/p)`` of a statistic by several solvers with relative dampings; waits for the device.
 
-    H: symmetric and positive semidefinite, in the dtype in which the library would hold it  # (d, d)
-    solvers: by name; those whose caches hold one root a factor and a diagnosis. Default: all that can do this ``p``.
+    H: symmetric positive semidefinite, in the dtype of the statistic  # (d, d)
+    solvers: by name; their caches must have a root for each factor and a diagnosis. Default: all that can compute ``p``.
+    ValueError for an ``H`` that is not square, floating point and finite.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or not H.is_floating_point():
         raise ValueError(f"damping_sweep: expected a square matrix of floating point numbers, got {tuple(H.shape)}, {H.dtype}")
     if not torch.isfinite(H).all():
-        raise ValueError("damping_sweep: the statistic is not finite")
+        raise ValueError("damping_sweep: H has entries that are not finite: expected a finite matrix")
     H = H if H.dtype == torch.float64 else H.float()
     chosen = _solvers(p) if solvers is None else solvers
     s, Q = torch.linalg.eigh(H.double())
@@ -97,7 +98,7 @@ def _row(name: str, solver: InverseSolver[Dense], H: Tensor, s: Tensor, Q: Tenso
     found = dict(zip(COLUMNS, cache["diagnosis"][0, 0].tolist(), strict=True))
     damped = s + damping * s[-1]
     exact = (Q * damped ** (-1 / p)) @ Q.mT
-    lost = bool(cache["failures"][0])
+    failed = bool(cache["failures"][0])
     root = cache["root_0"][0].double()
     undamped = (Q * s.clamp(min=torch.finfo(torch.float64).tiny) ** (-1 / p)) @ Q.mT
     return SweepRow(
@@ -106,7 +107,7 @@ def _row(name: str, solver: InverseSolver[Dense], H: Tensor, s: Tensor, Q: Tenso
         float(damped[-1] / damped[0]),
         int(found["iterations"]),
         found["residual"],
-        float("inf") if lost else float((root - exact).norm() / exact.norm()),
+        float("inf") if failed else float((root - exact).norm() / exact.norm()),
         float((exact - undamped).norm() / undamped.norm()),
         int(found["retries"]),
     )

@@ -1,8 +1,8 @@
-"""Solvers: how a preconditioned gradient is obtained.
+"""Solvers: how the preconditioned gradient ``P g`` is computed from a representation of the curvature.
 
-One part, one file: a `Solver` names the capability that it needs, prepares a cache from a statistic now and then, applies it to
-gradients at every step, and forms ``P`` from the definition, its oracle. What several solvers share stands in files of its own;
-matrix functions that know no representation are in `gradmaker.linalg`.
+One solver, one file. A `Solver` names the capability that it needs, prepares a cache from a statistic at every refresh, applies
+the cache to the gradient at every step, and forms ``P`` from the definition for tests. Code that several solvers share is in
+files of its own; matrix functions that do not depend on a representation are in `gradmaker.linalg`.
 """
 
 from gradmaker.options.registry import Registry, register

@@ -1,4 +1,4 @@
-"""Solvers of indefinite matrices that are at hand: with absolute eigenvalues, or as they are."""
+"""Direct solvers for dense or diagonal indefinite matrices: with absolute eigenvalues, or with signed ones."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class _DenseSolver(InverseSolver[Factored], Defined[Factored]):
 class AbsoluteEigh(_DenseSolver):
     """``P g = Q ((Q^T g) / (|s| + damping))`` with ``C = Q diag(s) Q^T``: the damping is added after the absolute value.
 
-    ``entries`` keeps of ``|C|`` the diagonal alone, ``P g = g / (diag |C| + damping)``: at least ``|diag C|``, at most
-    ``diag(C^2)^(1/2)``, entry by entry. A block that fails before it ever succeeded gets ``g / damping``.
+    ``entries`` keeps only the diagonal of ``|C|``, ``P g = g / (diag |C| + damping)``: at least ``|diag C|``, at most
+    ``diag(C^2)^(1/2)``, entry by entry. A block whose refreshes have all failed gets ``g / damping``.
 
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (saddle-free Newton, dense).
     """
@@ -58,7 +58,7 @@ class AbsoluteEigh(_DenseSolver):
         return keep_previous(new, ~(ok & finite), previous, default)
 
     def equation(self, representation: Factored, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix is held as it is, so that `operator` is no larger."""
+        """By the dense `operator`, which is no larger than the state."""
         return x, (self.operator(representation, state) @ g.reshape(len(g), -1, 1)).reshape(g.shape)
 
     def operator(self, representation: Factored, state: State) -> Tensor:
@@ -77,16 +77,16 @@ class AbsoluteEigh(_DenseSolver):
 
 
 def _entries(s: Tensor, Q: Tensor) -> Tensor:
-    """``diag(Q |s| Q^T)``, without the matrix.  # (B, P), (B, P, P) -> (B, P)"""
+    """``diag(Q |s| Q^T)``, without forming the matrix.  # (B, P), (B, P, P) -> (B, P)"""
     return (Q.square() @ s.abs().unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LU(_DenseSolver):
-    """``P g = (C + damping I)^-1 g`` of any symmetric matrix: a direction that may ascend where ``C`` is indefinite.
+    """``P g = (C + damping I)^-1 g`` of any symmetric matrix. Where ``C`` is indefinite, the step may ascend.
 
-    Below ``-lambda_min`` of ``C`` a damping leaves directions that ascend, and steps end in saddle points; the default is the
-    first one of Hessian-free optimization. A block that fails before it ever succeeded gets ``g / damping``.
+    With a damping below ``-lambda_min`` of ``C`` some directions ascend, and steps converge to saddle points; the default is
+    the initial one of Hessian-free optimization. A block whose refreshes have all failed gets ``g / damping``.
 
     Reference: Golub & Van Loan, Matrix Computations, section 3.4.
     """
@@ -125,7 +125,7 @@ class _DiagonalSolver(InverseSolver[Elementwise], Defined[Elementwise]):
 
     @abstractmethod
     def _denominator(self, d: Tensor) -> Tensor:
-        """What a gradient is divided by.  # any form"""
+        """The denominator of ``P g``.  # any shape"""
 
     def prepare(self, representation: Elementwise, state: State, previous: State | None) -> State:
         new = self._denominator(representation.diagonal(state))
@@ -148,9 +148,9 @@ class _DiagonalSolver(InverseSolver[Elementwise], Defined[Elementwise]):
 class AbsoluteDivision(_DiagonalSolver):
     """``P g = g / (|d| + damping)`` with the diagonal ``d`` of a matrix that may be indefinite.
 
-    A block that fails before it ever succeeded gets ``g / damping``.
+    A block whose refreshes have all failed gets ``g / damping``.
 
-    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, with the diagonal for the matrix; Becker & LeCun 1988.
+    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, with the diagonal in place of the matrix; Becker & LeCun 1988.
     """
 
     def _denominator(self, d: Tensor) -> Tensor:
@@ -161,8 +161,9 @@ class AbsoluteDivision(_DiagonalSolver):
 class SignedDivision(_DiagonalSolver):
     """``P g = g / (d + damping)`` with the diagonal ``d`` of a matrix that may be indefinite: `LU` of that diagonal.
 
-    Entries ascend where ``d < -damping``, and leap where the two nearly cancel; where they do exactly, the refresh has failed.
-    A block that fails before it ever succeeded gets ``g / damping``.
+    Entries ascend where ``d < -damping`` and are very large where ``d`` is close to ``-damping``; the refresh fails where they
+    are equal.
+    A block whose refreshes have all failed gets ``g / damping``.
 
     Reference: Becker & LeCun 1988, "Improving the convergence of back-propagation learning with second order methods".
     """

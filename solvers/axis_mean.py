@@ -1,4 +1,4 @@
-"""Inverse square roots of Kronecker sums: roots of the axes' factors, averaged, applied several times."""
+"""Solver for inverse square roots of Kronecker sums: the mean of the factors' roots, applied ``p`` times."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["AxisMean"]
 
 @dataclass(frozen=True, kw_only=True)
 class AxisMean(Defined[Summed]):
-    """``P G``: ``p`` times ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
+    """``P G`` by ``p`` iterations of ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
 
-    ``root`` says how factors are rooted, ``svd`` those that are held by their square roots; ``mode`` damps in other units, see
-    `gradmaker.linalg.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
+    ``root`` is the algorithm, ``svd`` for factors that are held by their square roots; ``mode`` is the unit of the damping, see
+    `gradmaker.linalg.damping`. A block whose refreshes have all failed keeps its gradient; with absolute damping it gets
     ``damping^(-1/2) g``.
 
     Reference: Duvvuri et al., ICLR 2024, algorithm 1 (``p = 2``); the factors 1/2, which its code leaves to grafting, are kept.

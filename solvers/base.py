@@ -1,4 +1,4 @@
-"""The solver axis: how ``P g = C^power g`` is obtained from a representation."""
+"""Base classes of solvers: ``P g = C^power g`` from a representation of the curvature ``C``."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ __all__ = ["AnySolver", "Ask", "InverseSolver", "Needed", "PowerSolver", "Solver
 
 
 Ask: TypeAlias = Literal["definite", "steady", "squares", "factors", "search"]
-"""``C`` is positive semidefinite; it is one and the same matrix throughout `Solver.solve`; auxiliary statistics, by their names
-in `Curvature.auxiliary`; the loss and its gradient at displaced weights, for which a batch can be declared."""
+"""What a solver requires or uses: ``definite``, a positive semidefinite ``C``; ``steady``, a ``C`` that is constant in `solve`;
+``squares`` and ``factors``, statistics of `Curvature.auxiliary`; ``search``, the loss and its gradient at displaced weights,
+for which a user can declare a batch of its own."""
 
 Needed = TypeVar("Needed", bound=Multiplies, contravariant=True)
-"""The capability that a solver needs. A solver of less serves a representation of more."""
+"""The capability that a solver needs. Contravariant: a solver of less accepts a representation of more."""
 
 
 class Solver(ABC, Generic[Needed]):
-    """Turns a statistic into a preconditioned gradient: `prepare` now and then, `solve` at every step.
+    """Computes the preconditioned gradient: `prepare` at a refresh of the preconditioner, `solve` at every step.
 
-    Subclasses are frozen dataclasses of ``Solver[Capability]``. No method writes to ``state``. Every tensor of a cache leads
-    with the stack axis. What a check may use besides `operator` is in `gradmaker.solvers.definition`.
+    Subclasses are frozen dataclasses of ``Solver[Capability]``. No method writes to ``state``. The first axis of every cache
+    tensor is the stack axis. Solvers of large matrices also define an equation for checks: `gradmaker.solvers.definition`.
     """
 
     needs: ClassVar[type]
     """The capability, a runtime-checkable protocol: the argument in ``Solver[Capability]``."""
 
     inapplicable: ClassVar[dict[str, str]] = {}
-    """Options of a config that say nothing to this solver, with the reason and a way out: `custom` refuses them."""
+    """Options of a config without effect on this solver, each with a reason and an alternative; `custom` refuses them."""
 
     def __init_subclass__(cls, **options: object) -> None:
-        """Read `needs` off the bases. TypeError where they say none, two, or one that cannot be checked."""
+        """Set `needs` from the base classes. TypeError unless they name one capability that isinstance can check."""
         super().__init_subclass__(**options)
         arguments = {each for base in cls.__dict__.get("__orig_bases__", ()) if _solves(base) for each in get_args(base)}
         given = [each for each in arguments if not isinstance(each, TypeVar)]
         if len(given) > 1 or (not arguments and not hasattr(cls, "needs")):
             said = ", ".join(sorted(each.__name__ for each in given)) or "none"
             raise TypeError(
-                f"{cls.__name__}: its bases name {said} as the capability that it needs; name one, as in "
+                f"{cls.__name__}: expected one capability in its base classes, got {said}: write "
                 f"class {cls.__name__}(Solver[Multiplies])"
             )
         if given:
@@ -56,7 +57,7 @@ class Solver(ABC, Generic[Needed]):
 
     @property
     def asks(self) -> frozenset[Ask]:
-        """What it takes for granted of ``C``, and what it makes use of beside ``C``."""
+        """What the solver requires of ``C``, and what it uses besides ``C``."""
         return frozenset[Ask](("definite", "steady"))
 
     @property
@@ -65,12 +66,12 @@ class Solver(ABC, Generic[Needed]):
         return -1.0
 
     def refuse(self, representation: Needed) -> str | None:
-        """Why this very solver cannot serve a representation that has the capability; None if it can."""
+        """The reason why a representation that has the capability does not fit the options of this solver; None if it fits."""
         return None
 
     @abstractmethod
     def prepare(self, representation: Needed, state: State, previous: State | None) -> State:
-        """Factorise, root or invert. ``previous`` is the last cache: what a failed block falls back to."""
+        """The cache: a factorisation, root or inverse. A block that fails keeps its part of ``previous``, the last cache."""
 
     @abstractmethod
     def solve(self, representation: Needed, cache: State, g: Tensor) -> Tensor:
@@ -78,24 +79,24 @@ class Solver(ABC, Generic[Needed]):
 
     @abstractmethod
     def operator(self, representation: Needed, state: State) -> Tensor:
-        """``P`` itself, formed from the definition with dense matrices: what `prepare` and `solve` are checked against.
+        """The dense matrix ``P`` from the definition, which checks of `prepare` and `solve` compare with.
 
         state: in float64  # (B, P, P)
         """
 
 
 AnySolver: TypeAlias = Solver[NoReturn]
-"""A solver, whatever it needs: what it can be given is known once a `Triple` has checked it."""
+"""A solver that needs any capability; `Triple` checks that the representation has it."""
 
 
 def _solves(base: object) -> bool:
-    """Whether a base, as it is written, is a solver of a named capability."""
+    """Whether a base class, as written, is a parametrised `Solver`."""
     origin = get_origin(base)
     return isinstance(origin, type) and issubclass(origin, Solver)
 
 
 def _checkable(name: str, capability: type) -> type:
-    """The capability. TypeError unless `isinstance` can tell who has it."""
+    """Return the capability. TypeError unless it is a runtime-checkable protocol or a class."""
     try:
         isinstance(None, capability)
     except TypeError:

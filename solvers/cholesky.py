@@ -1,4 +1,4 @@
-"""Inverses of damped factors by Cholesky decomposition."""
+"""Solver for inverses of damped Kronecker factors by Cholesky decomposition."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class _Described(CholeskyInverse):
 class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored]):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
-    ``split`` says how ``damping`` becomes the ridges ``r``: see `gradmaker.linalg.damping`. A block that fails before it ever
-    succeeded gets ``g / damping``, what a zero curvature would give.
+    ``split`` is the rule for the ridges ``r``, see `gradmaker.linalg.damping`. A block whose refreshes have
+    all failed gets ``g / damping``, the result for zero curvature.
 
     Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, sections 4.2 and 6.3.
     """

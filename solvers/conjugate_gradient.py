@@ -1,4 +1,4 @@
-"""Conjugate gradients: the solver of whatever can be multiplied."""
+"""Conjugate gradients: the solver for every representation, by products with vectors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["CG"]
 
 @dataclass(frozen=True, kw_only=True)
 class CG(InverseSolver[Multiplies], Defined[Multiplies]):
-    """``(C + damping I) x = g`` by conjugate gradients from ``x = 0``, each member of the stack stopped by itself.
+    """``(C + damping I) x = g`` by conjugate gradients from ``x = 0``, with a stopping rule for each member of the stack.
 
     Stops at ``|r| <= tolerance |g|``, or where the curvature along the search direction is not positive. The cache is the
-    statistic. A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+    statistic. A block whose refreshes have all failed gets ``g / damping``, the result for zero curvature.
 
     Reference: Hestenes, Stiefel 1952; Martens, ICML 2010, section 4 (Hessian-free optimization).
     """
@@ -45,7 +45,7 @@ class CG(InverseSolver[Multiplies], Defined[Multiplies]):
         finite = torch.stack([torch.isfinite(x).reshape(len(x), x[0].numel()).all(1) for x in state.values()]).all(0)
         cache = snapshot(representation, state)
         nothing = {name: x.new_zeros(()) for name, x in cache.items()}
-        # An unstacked state has other names and shapes each time.
+        # The names and shapes of an unstacked state change from step to step.
         before = None if isinstance(representation, Unstacked) else previous
         cache.update(keep_previous(dict(cache), ~finite, before, nothing, read=before is not None))
         return cache
@@ -64,7 +64,7 @@ class CG(InverseSolver[Multiplies], Defined[Multiplies]):
         goal = rr * self.tolerance**2
         active = rr > goal
         for _ in range(self.iterations):
-            if g.device.type == "cpu" and not bool(active.any()):  # elsewhere the test would wait for the device
+            if g.device.type == "cpu" and not bool(active.any()):  # on another device the test would wait for it
                 break
             Cp = representation.matvec(cache, p) + self.damping * p
             curvature = member_dots(p, Cp)

@@ -1,4 +1,4 @@
-"""CurveBall: one gradient step on the linear system in every iteration."""
+"""CurveBall: one gradient step on the damped linear system at every step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _RATE = 0.999**5
 
 @dataclass(frozen=True, kw_only=True)
 class CurveBall(Defined[MatrixFree]):
-    """``P g = -z``, ``z <- rho z - beta (A z + g)``, ``A = C + lambda I``: a step to ``-A^-1 g`` from where the last ended.
+    """``P g = -z``, ``z <- rho z - beta (A z + g)``, ``A = C + lambda I``: a step to ``-A^-1 g`` from the last ``z``.
 
-    ``rho`` and ``beta`` None are those that minimise ``z^T A z / 2 + g^T z`` over the plane of ``z`` and ``A z + g``. Every
+    ``rho`` and ``beta`` None minimise ``z^T A z / 2 + g^T z`` over the plane of ``z`` and ``A z + g``. Every
     ``interval`` steps ``adapt`` compares the loss at ``theta + z`` with that model and changes ``lambda``.
 
     Reference: Henriques, Ehrhardt, Albanie & Vedaldi, ICCV 2019, arXiv:1805.08095, algorithm 1 and section 3; constants of the
@@ -46,7 +46,7 @@ class CurveBall(Defined[MatrixFree]):
         check_interval("damping", self.damping, 0, inf, closed=True)
         check_interval("interval", self.interval, 1, inf, closed=True)
         if (self.rho is None) != (self.beta is None):
-            raise ValueError(f"rho={self.rho!r}, beta={self.beta!r}: give both, or neither to have them chosen at every step")
+            raise ValueError(f"rho={self.rho!r}, beta={self.beta!r}: give both, or neither to choose them at every step")
         if self.rho is not None and self.beta is not None:
             check_interval("rho", self.rho, 0, 1 + 1e-12, closed=True)
             check_interval("beta", self.beta, 0, inf)
@@ -96,9 +96,9 @@ class CurveBall(Defined[MatrixFree]):
 
 
 def _best(g: Tensor, z: Tensor, delta: Tensor, Az: Tensor, A_delta: Tensor) -> tuple[Tensor, Tensor]:
-    """``rho`` and ``beta`` of the least ``m(rho z - beta delta)``; of parallel vectors the shortest pair.  # (), ()
+    """``rho`` and ``beta`` that minimise ``m(rho z - beta delta)``; for parallel vectors, the pair of least norm.  # (), ()
 
-    Directions of length one, or the smaller would be rounded away.
+    Both vectors are normalised first: a system of unequal scales would lose the smaller one to rounding.
     """
     a, b = (torch.where(v.any(), v.norm(), 1.0) for v in (delta, z))
     cross = double_dot(z / b, A_delta / a)

@@ -1,4 +1,4 @@
-"""Definitions: what ``P g`` is by the formula of a method, for checks beyond the dense matrix of `Solver.operator`."""
+"""Solvers with an equation that defines ``P g``, to check solutions where the dense ``P`` of `Solver.operator` is too large."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ Unfolded = TypeVar("Unfolded", bound=Unfolds, contravariant=True)
 
 
 class Defined(Solver[Needed]):
-    """A solver whose ``P g`` can be checked where `operator` is too large, and up to what accuracy."""
+    """A solver with an equation that ``x = P g`` satisfies, and the accuracy to which `solve` satisfies it."""
 
     linear: ClassVar[bool] = True
-    """Whether `solve` is linear: ``P`` does not depend on the gradient that it is applied to."""
+    """Whether `solve` is linear in the gradient."""
     implicit: ClassVar[bool] = False
-    """Whether `equation` multiplies ``x``, so that it holds up to the rounding of ``x`` times a condition number."""
+    """Whether `equation` multiplies ``x`` by a matrix, so that its error is the rounding of ``x`` times a condition number."""
     rounds_to_limit: ClassVar[int] = 1
-    """Solves of one gradient after which a `limit` is reached."""
+    """Number of calls of `solve` with one gradient after which `limit` has converged."""
 
     @property
     def accuracy(self) -> float:
-        """Relative error of ``P g`` at which its own stopping rule may end; 0 without one."""
+        """Relative error of ``P g`` that the stopping rule allows; 0 for a direct solver."""
         return 0.0
 
     @abstractmethod
     def equation(self, representation: Needed, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Two sides that are equal where ``x = P g``.
+        """Both sides of an equation whose solution is ``x = P g``.
 
-        state, g, x: in float64  # -> any shape, twice
+        state, g, x: in float64  # -> two tensors of one shape
         """
 
     def limit(self) -> Defined[Needed]:
-        """Itself, with options under which a few steps from nothing reach what `operator` and `equation` say."""
+        """The solver with options under which a few steps from an empty cache converge to `operator` and `equation`."""
         return self
 
 
 class DefinedByAxes(Defined[Unfolded]):
-    """A solver whose ``P`` is a Kronecker product of factors on the axes of an unfolded gradient."""
+    """A solver whose ``P`` is a Kronecker product with a factor for each axis of the unfolded gradient."""
 
     @abstractmethod
     def axes(self, representation: Unfolded, state: State) -> list[Tensor]:
-        """The factors of ``P``, from the definition.
+        """The Kronecker factors of ``P``, from the definition.
 
         state: in float64  # each (B, d, d), (B, d) or tiled
         """

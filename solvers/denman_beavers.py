@@ -1,4 +1,4 @@
-"""Inverse square roots, and roots of these, by the Denman-Beavers iteration: an inverse a step, and the smallest error."""
+"""Inverse 2nd, 4th, 8th, ... roots by the Denman-Beavers iteration: one inverse a step, smallest error of the iterations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DenmanBeavers", "denman_beavers"]
 
 
 def denman_beavers(A: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``A^(1/2)``, ``A^(-1/2)``, and the steps.
+    """``A^(1/2)``, ``A^(-1/2)`` and the number of steps.
 
     ``X <- X (I + M^-1) / 2``, ``Y <- Y (I + M^-1) / 2``, ``M <- (I + (M + M^-1) / 2) / 2`` from ``M = X = A / s``, ``Y = I``,
     with ``s`` the average trace.
@@ -29,7 +29,7 @@ def denman_beavers(A: Tensor, iterations: int, tolerance: float) -> tuple[Tensor
 
     def step(k: int, now: Iterate) -> Iterate:
         X, Y, M = now
-        inverse = symmetrise(torch.linalg.inv_ex(M)[0])  # no host read, unlike `inv`
+        inverse = symmetrise(torch.linalg.inv_ex(M)[0])  # `inv` would wait for the device
         T = (eye + inverse) / 2
         return symmetrise(X @ T), symmetrise(Y @ T), (eye + (M + inverse) / 2) / 2
 
@@ -50,7 +50,7 @@ class _DenmanBeavers(IteratedRoot):
 
 @dataclass(frozen=True, kw_only=True)
 class DenmanBeavers(MatrixRoot):
-    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2, 4, 8, ...`` over a whole one.
+    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2^k / b`` with whole ``k, b``.
 
     Fourth and higher roots are square roots of square roots. Scaling and failures as in `MatrixRoot`.
 
@@ -64,7 +64,7 @@ class DenmanBeavers(MatrixRoot):
         return _DenmanBeavers(p, self._limit(d), self.tolerance)
 
     def _limit(self, d: int) -> int:
-        """The eigenvalues of ``M`` are divided by four in every step, from ``d (1 + 1 / damping)``; then as elsewhere."""
+        """Bound on the number of iterations: eigenvalues of ``M`` start below ``d (1 + 1 / damping)`` and fall by 4 a step."""
         if self.least(d) == 0:
             return self.iterations
         return min(self.iterations, ceil(log2(sqrt(d * (1 + 1 / self.least(d))))) + 4 + 8)

@@ -1,4 +1,4 @@
-"""The Neumann series summed along the path of the weights: one gradient a step, at displaced weights."""
+"""The practical Neumann optimizer: a Neumann series summed over steps, from gradients at displaced weights."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from gradmaker.solvers.definition import Defined
 __all__ = ["DisplacedNeumann"]
 
 NEAR = 1e-8
-"""Weights nearer to their average than this, times ``sqrt P``, are not pushed away from it."""
+"""Distance to the average weights, over ``sqrt P``, below which the repulsive term is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacedNeumann(Defined[Placed]):
     """``P g = d - mu m / rate`` with ``m <- mu m - rate d``: a step of the learning rate ``rate`` moves by ``mu m - rate d``.
 
-    ``grad f(w + rate m) = g + rate H m`` to first order, so that gradients at weights that ``m`` has displaced add up to the
-    Neumann series of ``H^-1 g``. With ``v`` the average of the weights, ``v <- w + average (v - w)``, and ``r = |w - v|``:
+    ``grad f(w + rate m) = g + rate H m`` to first order, so that gradients at weights displaced by ``m`` sum to the Neumann
+    series of ``H^-1 g``. With ``v`` the average of the weights, ``v <- w + average (v - w)``, and ``r = |w - v|``:
 
-    - ``d = g + (alpha r^2 - beta / r^2) (w - v) / r``, without the bracket where ``w`` and ``v`` all but coincide;
+    - ``d = g + (alpha r^2 - beta / r^2) (w - v) / r``, without the second term where ``w`` and ``v`` nearly coincide;
     - ``mu_t = min(peak, 1 - 1 / (1 + t))``;
     - a reset at the first step, and again after ``period, 2 period, 4 period, ...`` steps: ``m = -rate g``, ``d = g``.
 
-    Before that, ``plain`` steps are those of the gradient. ``beta`` None is ``1e-5 P``. The weights themselves, without the
-    displacement ``mu m``, are what is evaluated and kept.
+    Before the first reset, ``plain`` steps use the gradient itself. ``beta`` None is ``1e-5 P``. The weights without the
+    displacement ``mu m`` are the result of the method.
 
-    Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, algorithm 2; that weights move at a reset too, and where
-    the periods begin, is not said there.
+    Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, algorithm 2; the paper does not say that weights
+    move at a reset too, nor where the periods begin.
     """
 
     linear: ClassVar[bool] = False
@@ -71,12 +71,12 @@ class DisplacedNeumann(Defined[Placed]):
         return carry(representation, state, previous, {**initial, "reset": count.clone(), "period": count + self.period})
 
     def operator(self, representation: Placed, state: State) -> Tensor:
-        """Of the first step, which is a reset: ``(1 + mu_1) I``."""
+        """``P`` of the first step, which is a reset: ``(1 + mu_1) I``."""
         P: Tensor = (1.0 if self.plain else 1 + min(self.peak, 0.5)) * representation.to_dense(state)
         return P
 
     def equation(self, representation: Placed, state: State, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the first step."""
+        """``P g`` of the first step."""
         return x, (1.0 if self.plain else 1 + min(self.peak, 0.5)) * g
 
     def solve(self, representation: Placed, cache: State, g: Tensor) -> Tensor:
@@ -84,18 +84,18 @@ class DisplacedNeumann(Defined[Placed]):
         begun, reset = t >= 1, t - 1 == cache["reset"]
         cache["average"] = torch.where(t > 1, w + self.average * (cache["average"] - w), w)
         mu = torch.where(begun, (1 - 1 / (1 + t.clamp(min=0)).to(g.dtype)).clamp(max=self.peak), 0.0)
-        d = g + torch.where(reset, torch.zeros_like(g), self._pull(w - cache["average"]))
+        d = g + torch.where(reset, torch.zeros_like(g), self._regularizer(w - cache["average"]))
         cache["m"] = torch.where(begun, torch.where(reset, 0.0, mu) * cache["m"] - self.rate * d, torch.zeros_like(g))
         cache["mu"], cache["count"] = mu, cache["count"] + 1
         cache["reset"] = torch.where(reset, cache["reset"] + cache["period"], cache["reset"])
         cache["period"] = torch.where(reset, 2 * cache["period"], cache["period"])
         return d - mu / self.rate * cache["m"]
 
-    def _pull(self, away: Tensor) -> Tensor:
-        """``(alpha r^2 - beta / r^2) (w - v) / r``.  # (1, P)"""
-        size = away.shape[1]
-        r = away.norm()
+    def _regularizer(self, offset: Tensor) -> Tensor:
+        """``(alpha r^2 - beta / r^2) (w - v) / r`` for the offset ``w - v``.  # (1, P)"""
+        size = offset.shape[1]
+        r = offset.norm()
         apart = r >= NEAR * size**0.5
         r = torch.where(apart, r, 1.0)
         beta = 1e-5 * size if self.beta is None else self.beta
-        return torch.where(apart, (self.alpha * r - beta / r**3) * away, torch.zeros_like(away))
+        return torch.where(apart, (self.alpha * r - beta / r**3) * offset, torch.zeros_like(offset))

@@ -1,4 +1,4 @@
-"""Elementwise division, the solver of diagonal curvature."""
+"""Elementwise division: the solver for a diagonal curvature matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Division"]
 class Division(PowerSolver[Elementwise], Defined[Elementwise]):
     """``P g = g / (d^|power| + damping)``: the damping is added after the root, as Adam and AdaGrad do.
 
-    A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+    A block whose refreshes have all failed gets ``g / damping``, the result for zero curvature.
 
     Reference: Kingma, Ba, ICLR 2015, arXiv:1412.6980, algorithm 1; Duchi, Hazan, Singer, JMLR 2011, figure 1.
     """
@@ -34,7 +34,7 @@ class Division(PowerSolver[Elementwise], Defined[Elementwise]):
         d = representation.diagonal(state)
         root = d.clamp(min=0)
         denominator = (root.sqrt_() if self.power == -0.5 else root.pow_(abs(self.power))).add_(self.damping)
-        failed = ~torch.isfinite(denominator.reshape(d.shape[0], -1).sum(1))  # one pass; a mask of the elements takes three
+        failed = ~torch.isfinite(denominator.reshape(d.shape[0], -1).sum(1))  # one pass; an elementwise mask takes three
         return keep_previous({"denominator": denominator}, failed, previous, {"denominator": d.new_tensor(self.damping)})
 
     def operator(self, representation: Elementwise, state: State) -> Tensor:

@@ -1,4 +1,4 @@
-"""Powers of damped curvature through eigendecompositions of its factors."""
+"""Solver for powers of the damped curvature by eigendecompositions of its factors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Decomposition", "Eigh"]
 
 
 class Decomposition(Factorisation):
-    """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards, where it costs nothing."""
+    """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards."""
 
     larger_ridges = 0
 
@@ -48,13 +48,13 @@ class Decomposition(Factorisation):
 class Eigh(FactorSolver[Factored], Defined[Factored]):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
-    - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step; here
-      ``placement="after"`` damps what is inverted, ``(C^|power| + lambda)^-1``, in units of ``C^|power|``;
-    - ``"pi"``, ``"each"``: ``(F_k + r_k I)^(power/order)``, collapsed to one matrix a factor.
+    - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step;
+      ``placement="after"`` adds the damping to the power, ``(C^|power| + lambda)^-1``, in units of ``C^|power|``;
+    - ``"pi"``, ``"each"``: ``(F_k + r_k I)^(power/order)``, multiplied out to one matrix a factor.
 
-    ``mode`` says what ``damping`` is measured in, see `gradmaker.linalg.damping`: by the spectrum of ``C``, for ``each`` by
-    that of each factor; ``pi`` takes ridges alone. Negative eigenvalues count as zero. A block that fails before it ever
-    succeeded gets ``damping^power g``, what a zero curvature would give; where the mode leaves no scale, it keeps its gradient.
+    ``mode`` is the unit of ``damping``, see `gradmaker.linalg.damping`: from the spectrum of ``C``, with ``each`` from that of
+    each factor; ``pi`` has ridges only. Negative eigenvalues count as zero. A block whose refreshes have
+    all failed gets ``damping^power g``, the result for zero curvature; where the mode gives no scale, it keeps its gradient.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, section 3; Gupta, Koren, Singer 2018, arXiv:1802.09568.
     """
@@ -88,7 +88,7 @@ class Eigh(FactorSolver[Factored], Defined[Factored]):
         return keep_roots(roots, _add_infinite(failed, roots), previous, gain, diagnosis, is_empty(factors))
 
     def _damped(self, factors: Sequence[Tensor], spectra: Sequence[Tensor], order: float) -> tuple[list[Tensor], list[Tensor]]:
-        """What is raised to a power in place of each factor's spectrum, and the ridges, as they are reported."""
+        """The damped spectrum of each factor, and the ridges for the diagnosis."""
         tops = [s.amax(-1) for s in spectra]
         if self.split == "each":
             damped = [damp(s, self.damping, self.mode) for s in spectra]
@@ -131,7 +131,7 @@ class Eigh(FactorSolver[Factored], Defined[Factored]):
         return widen(representation, state, kronecker_product([dense(X) for X in self._axes(representation, state)]))
 
     def _axes(self, representation: Factored, state: State) -> list[Tensor]:
-        """The factors of ``P``, where it is a product."""
+        """The Kronecker factors of ``P``, with ``split`` other than ``exact``."""
         factors = representation.factors(state)
         order = representation.order(len(factors))
         if self.split == "each":
@@ -180,7 +180,7 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
 
 
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Members that overflowed have failed too: no damping on a singular matrix.  # (B,)"""
+    """Also mark members that overflowed: a singular matrix without damping.  # (B,)"""
     for x in tensors:
         failed = failed | ~torch.isfinite(x).flatten(1).all(1)
     return failed

@@ -1,4 +1,4 @@
-"""Solvers that treat every factor by itself: their part that is given the factors, whoever holds them."""
+"""Base class of solvers that apply a power to each Kronecker factor separately."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["FactorSolver"]
 
 @dataclass(frozen=True, kw_only=True)
 class FactorSolver(PowerSolver[Needed]):
-    """``(F_1 (x) ... (x) F_m)^(power / order)`` from factors, or from their square roots, that may be held anywhere."""
+    """``(F_1 (x) ... (x) F_m)^(power / order)`` from factors, or from their square roots, given as a list."""
 
     @abstractmethod
     def prepare_factors(self, held: Sequence[Tensor], order: float, previous: State | None) -> State:
-        """`prepare`, given the factors in the form in which the capability holds them.  # each (B, d, d) or (B, d)"""
+        """`prepare` from the factors, in the form of the capability.  # each (B, d, d) or (B, d)"""
 
     def refuse_order(self, order: float) -> str | None:
-        """Why there is no such power of a factor; None if there is one."""
+        """The reason why the solver has no power ``power / order`` of a factor; None if it has."""
         return None

@@ -1,4 +1,4 @@
-"""Inverses of damped factors by the Woodbury identity, where a factor has fewer rows than columns."""
+"""Solver for inverses of damped Kronecker factors by the Woodbury identity, for factors with few rows."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["FactorWoodbury"]
 class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored]):
     """``P = (B + r_B I)^-1 (x) (A + r_A I)^-1`` with ``(X^T X + r I)^-1 = (I - X^T (r I + X X^T)^-1 X) / r``.
 
-    The matrix that is inverted has the rows' number, not the columns'; a factor that is given whole is inverted by `Cholesky`'s
-    rule. The ridges are those of K-FAC, ``r_A = pi sqrt(damping)``, ``r_B = sqrt(damping) / pi``. The small matrix is inverted
-    in float64: the identity subtracts what nearly cancels when ``r`` is small.
-    A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+    The inverted matrix has a side for each row of ``X`` instead of each column. A factor that is given as a matrix is inverted
+    as by `Cholesky`. The ridges are K-FAC's, ``r_A = pi sqrt(damping)``, ``r_B = sqrt(damping) / pi``. The small matrix is
+    inverted in float64: for a small ``r`` the identity subtracts numbers that nearly cancel.
+    A block whose refreshes have all failed gets ``g / damping``, the result for zero curvature.
 
     Reference: Tang et al., CVPR 2021 (SKFAC); ridges: Martens, Grosse, ICML 2015, arXiv:1503.05671, section 6.3.
     """
@@ -48,7 +48,7 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored]):
         return keep_previous(new, torch.stack(failures).any(0), before, default)
 
     def _zero_curvature(self, name: str, x: Tensor, whole: bool) -> Tensor:
-        """What stands in the cache where the factor is zero: ``1 / sqrt(damping)``."""
+        """Entries of the cache for a zero factor, whose inverse is ``I / sqrt(damping)``."""
         gain = self.damping**-0.5
         if whole:
             unit = x.new_full(x.shape[-1:], gain)
@@ -56,7 +56,7 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored]):
         return x.new_tensor(1 / gain if name == "ridge" else 0.0)
 
     def _ridges(self, representation: RowFactored, state: State) -> list[Tensor]:
-        """As `pi_ridges` of the factors, which need not be formed.  # each (B,)"""
+        """`pi_ridges` of the factors, without forming them.  # each (B,)"""
         traces = []
         for k, X in enumerate(representation.rows(state)):
             traces.append(average_trace(representation.factor(state, k)) if X is None else X.square().sum(1).mean(-1))
@@ -75,7 +75,7 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored]):
 
 
 def _apply(cache: State, k: int) -> Callable[[Tensor], Tensor]:
-    """The inverse of factor ``k``, from the left."""
+    """The function that multiplies by the inverse of factor ``k`` from the left."""
     if f"inverse_{k}" in cache:
         return lambda v: apply_factors([cache[f"inverse_{k}"]], v)
     X, core, r = (cache[f"{name}_{k}"] for name in ("rows", "core", "ridge"))
@@ -83,12 +83,12 @@ def _apply(cache: State, k: int) -> Callable[[Tensor], Tensor]:
 
 
 def _invert(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """``(F + r I)^-1`` and the members for which nothing helped."""
+    """``(F + r I)^-1``, and the members for which all fallbacks failed."""
     factors = scalars([F])
     ((inverse,),), failed = try_all(CholeskyInverse(1), factors, [ridge.to(F.dtype)])
     return inverse.reshape(F.shape), failed
 
 
 def _alike(new: State, previous: State) -> bool:
-    """Whether a block that fails can keep what it had: other batches have other shapes."""
+    """Whether the caches have equal shapes, so that a failed block can keep the last one: shapes depend on the batch."""
     return all(name in previous and previous[name].shape == x.shape for name, x in new.items())

@@ -1,4 +1,4 @@
-"""Powers of low-rank curvature through the small matrix of inner products of its rows."""
+"""Solver for powers of a low-rank curvature ``C = J^T J`` by the Gram matrix ``J J^T`` of its rows."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from gradmaker.solvers.eigh import Decomposition
 __all__ = ["Gram", "Tail"]
 
 Tail = Literal["eps", "none", "sigma_min"]
-"""What becomes of the part of a gradient that no row reaches, see `Gram`."""
+"""The gain of the part of a gradient that is orthogonal to all rows, see `Gram`."""
 
 SMALLEST = 1e-6
 """Singular values of ``J`` below this share of the largest one count as zero."""
 ROUNDOFFS = 10
-"""What the rows leave of a gradient counts as zero below so many roundoffs of it."""
+"""A residual ``r`` of a gradient counts as zero below this many roundoffs of the gradient."""
 LOSS = 1e-3
-"""Share of ``P g`` that Woodbury's subtraction may lose, ``roundoff |K| / damping`` at the worst. Beyond, rows are fitted
-first: two products more with them, and two with their transpose."""
+"""Largest relative error of ``P g`` by cancellation in the Woodbury identity, at worst ``roundoff |K| / damping``. Above it,
+the gradient is first fitted by the rows: two more products with ``J`` and two with ``J^T``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gram(Defined[LowRank]):
-    """``P g = t g + J^T M J g`` with a small symmetric ``M`` from ``K = J J^T = V S V^T``, by the products of `LowRank` alone.
+    """``P g = t g + J^T M J g`` with a small symmetric ``M`` from ``K = J J^T = V S V^T``, by the products of `LowRank`.
 
-    With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is what is left of ``g`` outside of the rows.
+    With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is the part of ``g`` orthogonal to the rows.
 
-    - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury). What the
-      rows span of a gradient is pushed through, ``P J^T y = J^T (K + damping)^-1 y``, where the damping is so small beside
-      ``K`` that Woodbury, which subtracts two numbers ``1 / damping`` times as large as the gradient, would lose its digits;
-    - ``power=-1/2``: ``(C^(1/2) + damping)^-1``, the damping follows the root; ``placement="before"`` puts it under the root,
-      ``(C + damping)^(-1/2)``.
+    - ``power=-1``: ``(C + damping)^-1``, so ``t = 1 / damping`` and ``M = -(K + damping)^-1 / damping`` (Woodbury). Where
+      the damping is so small against ``K`` that this subtraction, of terms ``1 / damping`` times as large as the gradient,
+      would cancel, the part of the gradient in the span of the rows gets ``P J^T y = J^T (K + damping)^-1 y``;
+    - ``power=-1/2``: ``(C^(1/2) + damping)^-1``, with the damping added after the root; ``placement="before"`` adds it before
+      the root, ``(C + damping)^(-1/2)``.
 
-    ``mode="largest"`` measures the damping by the largest eigenvalue of what it is added to. ``tail`` is ``t``: ``eps`` is the
-    formula above; ``none`` drops what the rows do not span; ``sigma_min`` gives it the smallest singular value's gain, in place
-    of the damping. For ``power=-1/2`` only ``eps`` is damped. ``scale_preserving`` returns ``damping P g``.
+    ``mode="largest"`` is a damping relative to the largest eigenvalue of the matrix that it is added to. ``tail`` is ``t``:
+    ``eps`` is the formula above; ``none`` is zero; ``sigma_min`` is the gain of the smallest singular value, in place of the
+    damping. For ``power=-1/2`` only ``eps`` is damped. ``scale_preserving`` returns ``damping P g``.
 
-    All that is small is done in double precision. A block that fails keeps its last cache, with the rows of then; one that
-    fails before it ever succeeded gets what a zero curvature would give, or keeps its gradient where the mode leaves no scale.
+    Small matrices are in double precision. A block that fails keeps its last cache, with the rows of that refresh; one whose
+    refreshes have all failed gets the result for zero curvature, or keeps its gradient where the mode gives no scale.
 
     Reference: Ren & Goldfarb 2019, arXiv:1906.02353, section 3; Agarwal et al., ICML 2019, arXiv:1806.02958, section 2.
     """
@@ -72,7 +72,7 @@ class Gram(Defined[LowRank]):
         check_choice("placement", self.placement, get_args(Placement))
         check_choice("mode", self.mode, ("absolute", "largest"))
         if self.placement == "before" and not (self.power == -0.5 and self.tail == "eps"):
-            raise ValueError("placement='before': expected power=-0.5 and tail='eps', where there is a root that is damped")
+            raise ValueError("placement='before': expected power=-0.5 and tail='eps': only there a root is damped")
         if self.mode == "largest" and (self.tail != "eps" or self.scale_preserving):
             raise ValueError("mode='largest': expected tail='eps', without scale_preserving")
 
@@ -82,13 +82,13 @@ class Gram(Defined[LowRank]):
 
     @property
     def _direct(self) -> bool:
-        """Whether no spectrum is needed."""
+        """Whether ``M`` is an inverse, without an eigendecomposition."""
         return self.power == -1 and self.tail == "eps" and self.mode == "absolute"
 
     def refuse(self, representation: LowRank) -> str | None:
         if not _samples(representation) or self._direct:
             return None
-        return "Gram cannot root what is sampled by coordinates: use power=-1 with tail='eps' and mode='absolute'"
+        return "Gram cannot take a root of rows that are sampled by coordinates: use power=-1, tail='eps', mode='absolute'"
 
     def prepare(self, representation: LowRank, state: State, previous: State | None) -> State:
         K = representation.gram(state).double()
@@ -97,30 +97,30 @@ class Gram(Defined[LowRank]):
         counters = count_failures(failed, previous)
         if not bool(failed.any()):
             return {**state, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
-        if previous is not None:  # with its own rows: they fit together
+        if previous is not None:  # with the rows of the same refresh
             return {**previous, **counters}
         nothing = {name: torch.zeros_like(x) for name, x in {**state, **new}.items()}
         return {**nothing, "gain": unit * torch.where(failed, self._rest(), new["gain"]), **counters}
 
     def _rest(self) -> float:
-        """What a zero curvature would do to a gradient."""
+        """The gain for zero curvature."""
         if not self.damping or self.mode == "largest":
             return 1.0
         return self.damping**-0.5 if self.placement == "before" else 1 / self.damping
 
     def _roundoff(self, representation: LowRank, state: State) -> float | None:
-        """Of products with the rows; None where they are not to fit a gradient.
+        """Roundoff of products with the rows; None where the rows must not fit a gradient.
 
-        By some coordinates of the rows a gradient may be fitted with rows that are far larger than it elsewhere.
+        A fit by sampled coordinates may be far larger than the gradient in the other coordinates.
         """
         if _samples(representation):
             return None
         return max(torch.finfo(x.dtype).eps for x in state.values() if x.is_floating_point())
 
     def _invert(self, K: Tensor, roundoff: float | None) -> tuple[State, Tensor]:
-        """``M`` and ``t``, maybe ``(K + slack |K|)^-1``, and who has failed.  # (B, N, N), (B,), (B, N, N), (B,)"""
+        """``M``, ``t``, where needed ``(K + slack |K|)^-1``, and the failed members.  # (B, N, N), (B,), (B, N, N), (B,)"""
         ridges = [K.new_full(K.shape[:1], self.damping)]
-        size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # not below the largest eigenvalue
+        size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # upper bound of the largest eigenvalue
         if roundoff is not None and bool((roundoff * size > LOSS * self.damping).any()):
             ridges.append(torch.where(size > 0, ROUNDOFFS * roundoff * size, 1.0))
         found, failed = try_all(CholeskyInverse(1), [K] * len(ridges), ridges)
@@ -138,7 +138,7 @@ class Gram(Defined[LowRank]):
         return {"middle": middle, "projector": projector, "gain": tail}, failed | ~torch.isfinite(tail)
 
     def _spectrum(self, sigma: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``P`` does in the directions of the singular values ``sigma`` of ``J``, and to the rest.  # (B, N), (B,)"""
+        """Eigenvalues of ``P`` in the span of the rows, from singular values ``sigma`` of ``J``, and ``t``.  # (B, N), (B,)"""
         safe = torch.where(kept, sigma, 1.0)
         squared = self.power == -1 or self.placement == "before"
         top = sigma.amax(-1, keepdim=True) ** (2 if squared else 1)
@@ -180,37 +180,37 @@ class Gram(Defined[LowRank]):
         return x, unit * (representation.combine(state, z.squeeze(-1)) + tail.view(-1, *[1] * (g.ndim - 1)) * g)
 
     def solve(self, representation: LowRank, cache: State, g: Tensor) -> Tensor:
-        def through(middle: str, z: Tensor) -> Tensor:
+        def combine(middle: str, z: Tensor) -> Tensor:
             weights = (cache[middle] @ z).squeeze(-1)
             spanned: Tensor = representation.combine(cache, weights.to(g.dtype)).to(g.dtype)
             return spanned
 
-        def seen(v: Tensor) -> Tensor:
+        def project(v: Tensor) -> Tensor:
             z: Tensor = representation.project(cache, v).double().unsqueeze(-1)
             return z
 
-        z, rest = seen(g), g
-        if "fit" in cache:  # P g = J^T (K + damping)^-1 y + P (g - J^T y), whatever y is
+        z, rest = project(g), g
+        if "fit" in cache:  # P g = J^T (K + damping)^-1 y + P (g - J^T y) for every y
             y = torch.zeros_like(z)
-            for _ in range(2):  # again, for what the ridge of the fit has left
+            for _ in range(2):  # again, for the error by the ridge of the fit
                 y = y + cache["fit"] @ z
-                rest = _beyond_rounding(rest - through("fit", z), g)
-                z = seen(rest)
+                rest = _beyond_rounding(rest - combine("fit", z), g)
+                z = project(rest)
             z = z - self.damping * y
-        spanned = through("middle", z)
+        spanned = combine("middle", z)
         if "projector" in cache and self.tail != "none":
-            rest = rest - through("projector", z)
-            rest = _beyond_rounding(rest - through("projector", seen(rest)), g)  # again, for rows that are almost parallel
+            rest = rest - combine("projector", z)
+            rest = _beyond_rounding(rest - combine("projector", project(rest)), g)  # again, for rows that are almost parallel
         return torch.addcmul(spanned, cache["gain"].to(g.dtype).view(-1, *[1] * (g.ndim - 1)), rest)
 
 
 def _samples(representation: LowRank) -> bool:
-    """Whether products with rows are those of some coordinates."""
+    """Whether products with rows use sampled coordinates only."""
     return getattr(representation, "coordinates", None) is not None
 
 
 def _beyond_rounding(rest: Tensor, g: Tensor) -> Tensor:
-    """What is left of ``g``, or zero where that is its rounding: its gain may be the inverse of a roundoff.  # (B, *shape)"""
+    """The residual of ``g``, or zero where it is rounding, which a large gain would amplify.  # (B, *shape)"""
     left, whole = (torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1) for x in (rest, g))
     small = left <= ROUNDOFFS * torch.finfo(g.dtype).eps * whole
     return torch.where(small.view(-1, *[1] * (g.ndim - 1)), 0.0, rest)

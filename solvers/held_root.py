@@ -1,4 +1,4 @@
-"""Inverse square roots that a representation has formed already, because it measures through them."""
+"""Solver for representations that hold inverse square roots of their factors, because their statistics need them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["HeldRoot"]
 class HeldRoot(Defined[Rooted]):
     """``C^(-1/2) g = g x_1 X_1 x_2 X_2 ...`` with the ``X_k`` that the representation holds.
 
-    The cache is these themselves. Damping, refreshes and failures are the representation's.
+    The cache refers to the roots. The representation damps and refreshes them and handles failures.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5.
     """

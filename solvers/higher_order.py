@@ -1,4 +1,4 @@
-"""Inverse roots, of fractional order too, by a coupled iteration of higher order."""
+"""Inverse roots, also fractional ones, by a coupled iteration of higher order."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class _CoupledSeries(IteratedRoot):
 class HigherOrder(MatrixRoot):
     """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = order / |power| = a / b``.
 
-    The root ``a`` is iterated for and raised to ``b``: a residual of ``e`` is one of about ``b e``. ``degree`` terms of the
-    series make the iteration of that order. Scaling and failures as in `MatrixRoot`.
+    The iteration gives the root ``a``, which is raised to ``b``: a residual ``e`` becomes about ``b e``. ``degree`` is the
+    number of terms of the series, and the order of the iteration. Scaling and failures as in `MatrixRoot`.
 
     Reference: Shi et al. 2023, arXiv:2309.06497 (Distributed Shampoo, its higher-order coupled iteration).
     """
@@ -82,7 +82,7 @@ class HigherOrder(MatrixRoot):
         return _CoupledSeries(p, self.degree, self._limit(p, d), self.tolerance)
 
     def _limit(self, p: int, d: int) -> int:
-        """As for `NewtonRoot`: the smallest eigenvalue grows by ``(sum_j b_j)^p`` a step from ``damping / d``."""
+        """Most iterations, as for `NewtonRoot`: ``lambda_min`` grows by ``(sum_j b_j)^p`` a step from ``damping / d``."""
         if self.least(d) == 0:
             return self.iterations
         growth = log(d * (1 + 1 / self.least(d))) / (p * log(sum(_coefficients(p, self.degree))))

@@ -1,4 +1,4 @@
-"""Krylov subspaces: the curvature restricted to the span of ``g, C g, C^2 g, ...`` and inverted there."""
+"""Solver in a Krylov subspace: the curvature is restricted to the span of ``g, C g, C^2 g, ...`` and inverted there."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = ["Krylov"]
 
 @dataclass(frozen=True, kw_only=True)
 class Krylov(Defined[MatrixFree]):
-    """``P g = -V^T a`` with orthonormal rows ``V`` (K, P) and ``a`` the least of a model, or of the loss, in their span.
+    """``P g = -V^T a`` with orthonormal rows ``V`` (K, P); ``a`` minimises the quadratic model, or the loss.
 
-    ``v_1`` is ``D^-1 g``, ``v_(k+1)`` is ``D^-1 C v_k`` made orthogonal to all before it, twice, and the last is the previous
-    step. It is shorter where nothing new comes. ``D = max(S, 1e-4 max S)`` with ``precondition``, else one; ``S`` is the mean
-    of the squared gradients of examples where the curvature has measured it (``squares``), else the square of the gradient.
+    ``v_1`` is ``D^-1 g``, ``v_(k+1)`` is ``D^-1 C v_k`` made orthogonal to all before it, twice; the last vector is the
+    previous step. The basis ends early where ``v_(k+1)`` vanishes. ``D = max(S, 1e-4 max S)`` with ``precondition``, else 1;
+    ``S`` is the mean of squared per-example gradients where the curvature measures it (``squares``), else the squared gradient.
 
-    - ``search="model"``: ``a = -(T + lambda)^-1 V g`` with ``T = |V C V^T|``, by absolute eigenvalues: those of a positive
-      semidefinite matrix are the same. Those below ``floor max T`` are raised to it.
-    - ``search="bfgs"``: ``a`` minimises ``L(theta + V^T a) + lambda |a|^2 / 2`` from zero, by `minimise` with that inverse to
-      begin with and at most ``2 K`` iterations; ``L`` is the loss of the search batch, if there is one.
+    - ``search="model"``: ``a = -(T + lambda)^-1 V g`` with ``T = |V C V^T|``, by absolute eigenvalues, which for a positive
+      semidefinite matrix changes nothing. Eigenvalues below ``floor max T`` are raised to it.
+    - ``search="bfgs"``: ``a`` minimises ``L(theta + V^T a) + lambda |a|^2 / 2`` from zero, by `minimise_bfgs` from that
+      inverse with at most ``2 K`` iterations; ``L`` is the loss on the search batch, where one is declared.
 
-    Of a positive semidefinite ``C`` it is Krylov subspace descent; of the Hessian, by its model, saddle-free Newton by Lanczos
-    vectors.
+    With a positive semidefinite ``C`` this is Krylov subspace descent; with the Hessian and ``search="model"`` it is
+    saddle-free Newton in a Lanczos basis.
 
     Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259, sections 3-4; Dauphin et al., NeurIPS 2014, arXiv:1406.2572,
     section 6.
@@ -46,7 +46,7 @@ class Krylov(Defined[MatrixFree]):
     damping: float = 1e-3
     dimension: int = 20
     remember: bool = True
-    """Whether the last step is the last vector."""
+    """Whether the previous step is the last basis vector."""
     precondition: bool = False
     floor: float = 0.0
     search: Literal["model", "bfgs"] = "model"
@@ -66,7 +66,7 @@ class Krylov(Defined[MatrixFree]):
         return carry(representation, state, previous, {"solution": representation.origin(state)})
 
     def operator(self, representation: MatrixFree, state: State) -> Tensor:
-        """The limit of many dimensions."""
+        """``P`` of a subspace that spans everything."""
         C = representation.to_dense(state)
         return torch.stack([self._inverse(member) for member in C])
 
@@ -74,7 +74,7 @@ class Krylov(Defined[MatrixFree]):
         return representation.matvec(state, x) + self.damping * x, g
 
     def limit(self) -> Krylov:
-        """Of a positive semidefinite matrix."""
+        """The limit for a positive semidefinite matrix."""
         floor, dimension = 0.0 if self.damping else self.floor, max(self.dimension, 20)
         return replace(self, search="model", precondition=False, remember=False, floor=floor, dimension=dimension)
 
@@ -93,15 +93,17 @@ class Krylov(Defined[MatrixFree]):
         return x
 
     def _objective(self, representation: MatrixFree, cache: State, V: Tensor, a: Tensor) -> tuple[float, Tensor]:
-        """``L(theta + V^T a) + lambda |a|^2 / 2`` and its gradient.  # (K,) -> , (K,)"""
+        """``L(theta + V^T a) + lambda |a|^2 / 2`` and its gradient in ``a``. RuntimeError without a loss.  # (K,) -> , (K,)"""
         found = representation.loss_and_gradient_at(cache, (a.to(V.dtype) @ V).unsqueeze(0))
         if found is None:
-            raise RuntimeError("Krylov(search='bfgs') needs the loss at displaced weights, and this curvature has none")
+            raise RuntimeError(
+                "Krylov(search='bfgs') needs the loss at displaced weights, which this curvature lacks: use search='model'"
+            )
         loss, gradient = found
         return float(loss) + self.damping * float(a @ a) / 2, (V @ gradient[0]).double() + self.damping * a
 
     def _inverse(self, T: Tensor) -> Tensor:
-        """``(T + damping)^-1`` with raised eigenvalues, NaN where ``T`` is not finite.  # (K, K)"""
+        """``(|T| + damping)^-1`` with eigenvalues of at least the floor; NaN where ``T`` is not finite.  # (K, K)"""
         if not torch.isfinite(T).all():
             return torch.full_like(T, torch.nan)
         s, Q = torch.linalg.eigh((T + T.mT) / 2)
@@ -134,7 +136,7 @@ class Krylov(Defined[MatrixFree]):
 
 
 def _orthonormal(u: Tensor, V: Tensor) -> Tensor | None:
-    """The part of ``u`` that is new, of length one; None if it is rounding. Twice is enough (Kahan).  # (1, P)"""
+    """The part of ``u`` orthogonal to ``V``, normalised; None where it is rounding. Twice is enough (Kahan).  # (1, P)"""
     size = u.norm()
     if not (size > 0 and torch.isfinite(size)):
         return None
@@ -146,6 +148,6 @@ def _orthonormal(u: Tensor, V: Tensor) -> Tensor | None:
 
 
 def _floored(squares: Tensor) -> Tensor:
-    """Vinyals & Povey, section 3.1: the smallest entries are noise."""
+    """Squares of at least 1e-4 of the largest, as in Vinyals & Povey, section 3.1."""
     largest = squares.amax()
     return torch.where(largest > 0, squares.clamp(min=1e-4 * float(largest)), 1.0)

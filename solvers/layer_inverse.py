@@ -1,4 +1,4 @@
-"""The inverse of a Kronecker approximation of the whole curvature, layer by layer: what preconditions conjugate gradients."""
+"""The K-FAC inverse of all layers, as the preconditioner of conjugate gradients."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ Inverse: TypeAlias = tuple[State, tuple[int, ...]]
 class LayerInverse:
     """``v -> M^-1 v`` with ``M = (B + r_B I) (x) (A + r_A I)`` for each layer and ``r_A r_B = lambda``; see `Cholesky`.
 
-    A layer that took no part gets ``v / lambda``.
+    A layer without factors gets ``v / lambda``.
 
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 6.3, for the damping.
     """
 
     def __init__(self, batches: Sequence[tuple[float, Layers]], damping: float) -> None:
-        """batches: factors of micro-batches, with their weights"""
+        """batches: the factors of each micro-batch, with its weight"""
         self.damping, self.solver = damping, Cholesky(damping=damping)
         self.sizes = batches[0][1].sizes
         self.inverses = [self._invert([(w, held.factors[k]) for w, held in batches]) for k in range(len(self.sizes))]
 
     def __call__(self, v: Tensor) -> Tensor:
-        """The image of a vector of all parameters.  # (1, P)"""
+        """``M^-1 v`` for a vector of all parameters.  # (1, P)"""
         pieces = zip(v[0].split(self.sizes), self.inverses, strict=True)
         return torch.cat([self._apply(piece, inverse) for piece, inverse in pieces]).unsqueeze(0)
 
     def _invert(self, batches: Sequence[tuple[float, Factors | None]]) -> Inverse | None:
-        """What the solver prepares for a layer, and the shape of its stack of blocks."""
+        """The cache of the solver for a layer, and the shape of its stack of blocks; None without factors."""
         known = [(w, factors) for w, factors in batches if factors is not None]
         if not known:
             return None

@@ -1,4 +1,4 @@
-"""The rule of Levenberg and Marquardt: damping that follows how well the quadratic model predicts the loss."""
+"""The Levenberg-Marquardt rule: damping adapted by how well the quadratic model predicts the change of the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["AdaptiveDamping", "LevenbergMarquardt"]
 class LevenbergMarquardt:
     """``rho = (L(theta + delta) - L(theta)) / (m(delta) - m(0))``: damping shrinks above ``high`` and grows below ``low``.
 
-    The losses are those of the step's own batch, at the full step ``delta``, whatever the learning rate.
+    Both losses are of the batch of the step; ``delta`` is the full step, whatever the learning rate is.
 
     Reference: Moré 1978; Martens, ICML 2010, section 4.1, for the default constants.
     """
@@ -38,26 +38,26 @@ class LevenbergMarquardt:
         check_interval("most", self.most, self.least, inf)
 
     def adapt(self, damping: Tensor, change: Tensor, predicted: Tensor) -> Tensor:
-        """The next damping. A loss that is not finite, or a model that predicts no decrease, counts as a failure.  # (1,)"""
+        """The next damping. It grows where the loss is not finite or the model predicts no decrease.  # (1,)"""
         rho = self.ratio(change, predicted)
-        one = torch.ones_like(damping)  # of its dtype: a number in `where` would be rounded to float32
+        one = torch.ones_like(damping)  # its dtype: `where` would round a number to float32
         factor = torch.where(rho < self.low, one * self.grow, torch.where(rho > self.high, one * self.shrink, one))
         return (damping * factor).clamp(self.least, self.most)
 
     def ratio(self, change: Tensor, predicted: Tensor) -> Tensor:
-        """``rho``; minus infinity for a failure."""
+        """``rho``; minus infinity where the loss is not finite or no decrease is predicted."""
         usable = torch.isfinite(change) & (predicted < 0)
         return torch.where(usable, change / torch.where(usable, predicted, -1.0), -inf)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveDamping:
-    """Every ``interval`` steps ``lambda`` falls by ``omega^interval`` if ``rho > high`` and rises by it if ``rho < low``.
+    """Every ``interval`` steps ``lambda`` is multiplied by ``omega^interval`` if ``rho > high``, divided if ``rho < low``.
 
-    ``rho = (L(theta + d) - L(theta)) / (g^T d + d^T F d / 2)`` for the step ``d`` that the optimizer has taken, on that step's
-    own batch, with its exact Fisher matrix ``F``. ``penalised`` counts ``lambda |d|^2 / 2`` as a part of the model too.
+    ``rho = (L(theta + d) - L(theta)) / (g^T d + d^T F d / 2)`` for the step ``d`` that the optimizer took, on the batch of
+    that step, with its exact Fisher matrix ``F``. ``penalised`` adds ``lambda |d|^2 / 2`` to the model.
 
-    Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 6.5, for rule and constants; without the penalty as in
+    Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 6.5, for rule and constants; no penalty by default, as in
     kfac-jax.
     """
 
@@ -76,7 +76,7 @@ class AdaptiveDamping:
         self.rule()
 
     def rule(self) -> LevenbergMarquardt:
-        """The rule that is applied once in ``interval`` steps."""
+        """The Levenberg-Marquardt rule that is applied every ``interval`` steps."""
         factor = self.omega**self.interval
         return LevenbergMarquardt(
             low=self.low, high=self.high, grow=1 / factor, shrink=factor, least=self.least, most=self.most

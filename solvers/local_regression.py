@@ -1,4 +1,4 @@
-"""The sparse inverse of a directed Gaussian model, by regressions of every entry on its parents."""
+"""Solver by the sparse inverse of a directed Gaussian model: every entry is regressed on its parents."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["LocalRegression"]
 class LocalRegression(InverseSolver[Graphical], Defined[Graphical]):
     """``P = (I - S)^T diag(1 / d) (I - S)`` with ``S`` and ``d`` the regressions of ``C + damping I`` on the parents.
 
-    Two sparse products a step; an inverse of ``q x q`` for each entry with ``q`` parents a refresh, a division for one parent.
-    A block that fails before it ever succeeded gets ``g / damping``, what a zero curvature would give.
+    Two sparse products a step; a refresh inverts a ``q x q`` matrix for an entry with ``q`` parents, or divides by a number.
+    A block whose refreshes have all failed gets ``g / damping``, the result for zero curvature.
 
     Reference: Grosse & Salakhutdinov, ICML 2015, section 4.2.
     """
@@ -33,14 +33,14 @@ class LocalRegression(InverseSolver[Graphical], Defined[Graphical]):
     def prepare(self, representation: Graphical, state: State, previous: State | None) -> State:
         inner, cross, own = representation.families(state)
         coefficients, failed = self._coefficients(inner, cross)
-        # A Schur complement of C + damping I is at least the damping: less is rounding.
+        # A Schur complement of C + damping I is at least the damping; a smaller value is rounding.
         residual = (own + self.damping - (coefficients * cross).sum(-1)).clamp(min=self.damping)
         finite = torch.isfinite(coefficients).all(-1) & torch.isfinite(residual) & (residual > 0)
         default = {"coefficients": own.new_zeros(()), "residual": own.new_tensor(self.damping or 1.0)}
         return keep_previous({"coefficients": coefficients, "residual": residual}, failed | ~finite.all(1), previous, default)
 
     def _coefficients(self, inner: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """``(C_pa,pa + damping I)^-1 C_pa,i``, and the blocks of which one failed.  # (B, P, q), (B,)"""
+        """``(C_pa,pa + damping I)^-1 C_pa,i``, and the members in which an inverse failed.  # (B, P, q), (B,)"""
         B, P, q, _ = inner.shape
         if q == 1:
             return torch.where(cross == 0, cross, cross / (inner[..., 0] + self.damping)), cross.new_zeros(B, dtype=torch.bool)

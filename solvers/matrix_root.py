@@ -1,4 +1,4 @@
-"""Inverse roots of factors by iterations: what `NewtonRoot`, `HigherOrder`, `NewtonSchulz` and `DenmanBeavers` share."""
+"""Base classes of inverse roots by iterations: `NewtonRoot`, `HigherOrder`, `NewtonSchulz` and `DenmanBeavers`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ from gradmaker.solvers.factor_solver import FactorSolver
 __all__ = ["IteratedRoot", "MatrixRoot", "fraction"]
 
 LARGEST = 64
-"""Of numerators and denominators of fractional roots."""
+"""Largest numerator and denominator of a fractional root."""
 
 
 def fraction(power: float, order: float) -> Fraction:
-    """``p = order / |power|`` such that a factor's ``-1/p`` gives ``C^power``, as a fraction of small integers."""
+    """``p = order / |power|`` such that a factor's ``-1/p`` gives ``C^power``, as a fraction of small integers.
+
+    ValueError where there is none with numbers up to `LARGEST`.
+    """
     p = Fraction(order / abs(power)).limit_denominator(LARGEST)
     if not 0 < p.numerator <= LARGEST or abs(p - order / abs(power)) > 1e-9:
         raise ValueError(
@@ -44,7 +47,7 @@ def fraction(power: float, order: float) -> Fraction:
 
 @dataclass(frozen=True)
 class IteratedRoot(InverseRoot):
-    """`InverseRoot` by an iteration, which is believed where the matrix is positive and the residual small."""
+    """`InverseRoot` by an iteration, accepted where the matrix is positive definite and the residual small."""
 
     described: ClassVar[bool] = True
     larger_ridges = 5
@@ -56,7 +59,7 @@ class IteratedRoot(InverseRoot):
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         damped = add_ridge(A, ridge)
         X, iterations = self.root(damped)
-        positive = torch.linalg.cholesky_ex(damped)[1] == 0  # a negative direction among many would not show in the residual
+        positive = torch.linalg.cholesky_ex(damped)[1] == 0  # the residual can miss one negative eigenvalue among many
         found, tolerance = residual(damped, X, self.p)
         return self.parts(X, iterations, found, ridge), positive & (found <= tolerance)
 
@@ -67,7 +70,7 @@ class MatrixRoot(FactorSolver[Factored], DefinedByAxes[Factored]):
 
     ``mode`` puts the average eigenvalue or 1 in the place of ``lambda_max``, see `gradmaker.linalg.damping`. Factors are
     divided by their average trace first and roots scaled back, so that no scale under- or overflows. A block that fails before
-    it ever succeeded keeps its gradient; with absolute damping it gets ``damping^power g``, what a zero curvature would give.
+    it ever succeeded keeps its gradient; with absolute damping it gets ``damping^power g``, the result for zero curvature.
     """
 
     power: float = -0.5
@@ -87,12 +90,12 @@ class MatrixRoot(FactorSolver[Factored], DefinedByAxes[Factored]):
         return 10 * self.tolerance
 
     def least(self, d: int) -> float:
-        """What share of its largest eigenvalue the ridge of a d x d factor is at least; 0 where nothing is known."""
+        """Lower bound of ridge / lambda_max for a d x d factor; 0 where unknown."""
         return {"largest": self.damping, "trace": self.damping / d}.get(self.mode, 0.0)
 
     @abstractmethod
     def root_and_power(self, order: float) -> tuple[int, int]:
-        """``a``, ``b`` of ``p = a / b``: the root that is iterated for and the power it is raised to. ValueError if none."""
+        """``a``, ``b`` of ``p = a / b``: the root of the iteration and the power that it is raised to. ValueError if none."""
 
     @abstractmethod
     def method(self, p: int, d: int) -> IteratedRoot:

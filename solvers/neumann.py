@@ -1,4 +1,4 @@
-"""The Neumann series of an inverse."""
+"""Solver by the truncated Neumann series of the inverse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradmaker.solvers.definition import Defined
 __all__ = ["Neumann"]
 
 MARGIN = 1.1
-"""Power iteration finds the largest eigenvalue from below."""
+"""Factor on the result of a power iteration, which underestimates the largest eigenvalue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,11 @@ class Neumann(InverseSolver[MatrixFree], Defined[MatrixFree]):
 
     By ``u_0 = g, u_j = g + u_(j-1) - eta C_lambda u_(j-1)``. The limit ``C_lambda^-1 g`` exists for ``0 < eta C_lambda < 2``;
     the truncated series is positive definite also where ``C_lambda`` is not. ``scale`` None takes 1.1 times the largest
-    absolute eigenvalue, by power iteration. A series that grows beyond ten times what a convergent one can is cut, and counted.
+    absolute eigenvalue, by power iteration. A series whose partial sums exceed ten times the bound of a convergent
+    one is truncated there and counted as a failure.
 
-    Of a curvature that draws other examples for every product, ``P g`` is an unbiased estimate of the series with its
-    mean; ``repeats`` estimates are averaged. The power iteration takes the largest of the images that it meets.
+    For a curvature that draws new examples for every product, ``P g`` is an unbiased estimate of the series with the mean
+    curvature; ``repeats`` estimates are averaged. The power iteration then takes the largest norm of all its products.
 
     Reference: Agarwal, Bullins & Hazan, JMLR 2017, arXiv:1602.03943 (LiSSA); Krishnan, Xiao & Saurous, ICLR 2018,
     arXiv:1712.03298 (Neumann optimizer).
@@ -44,7 +45,7 @@ class Neumann(InverseSolver[MatrixFree], Defined[MatrixFree]):
     repeats: int = 1
     scale: float | None = None
     rounds: int = 10
-    """Of power iteration."""
+    """Number of power iterations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +63,7 @@ class Neumann(InverseSolver[MatrixFree], Defined[MatrixFree]):
         return carry(representation, state, previous, {})
 
     def operator(self, representation: MatrixFree, state: State) -> Tensor:
-        """The series, with a power iteration that has converged."""
+        """The truncated series, with ``eta`` from the exact largest eigenvalue."""
         C = representation.to_dense(state)
         eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
         eta = 1 / (self.scale or MARGIN * torch.linalg.eigvalsh(C).abs().amax() + self.damping)
@@ -72,7 +73,7 @@ class Neumann(InverseSolver[MatrixFree], Defined[MatrixFree]):
         return eta * P
 
     def _scale(self, representation: MatrixFree, cache: State, g: Tensor) -> Tensor:
-        """The largest absolute eigenvalue of ``C_lambda`` that the Krylov space of ``g`` meets, with a margin.  # ()"""
+        """Upper estimate of the largest absolute eigenvalue of ``C_lambda``, by power iteration from ``g``.  # ()"""
         v, size = g, g.norm()
         largest = torch.zeros_like(size)
         for _ in range(self.rounds):

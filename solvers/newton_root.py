@@ -1,4 +1,4 @@
-"""Inverse p-th roots by the coupled Newton iteration: products only, as GPUs like it."""
+"""Inverse p-th roots by the coupled Newton iteration: matrix products only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["NewtonRoot", "iterate_newton"]
 
 
 def iterate_newton(A: Tensor, p: int, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """``A^(-1/p)`` and the steps taken: ``T = ((p + 1) I - M) / p``, ``X <- X T``, ``M <- T^p M``.
+    """``A^(-1/p)`` and the number of steps: ``T = ((p + 1) I - M) / p``, ``X <- X T``, ``M <- T^p M``.
 
-    It starts from ``M = z A`` and ``X = z^(1/p) I``; ``X^p A = M -> I``; see `converge` for when it stops.
+    From ``M = z A`` and ``X = z^(1/p) I``; ``X^p A = M -> I``. `converge` has the stopping rule.
 
     Reference: Guo, Higham, SIAM J. Matrix Anal. 2006, 28(3), eq. 3.6; Anil et al. 2020, arXiv:2002.09018, algorithm 2 and
     appendix D (``z``, stopping).  # (B, d, d), (B,)
@@ -61,10 +61,10 @@ class NewtonRoot(MatrixRoot):
         return _CoupledNewton(p, self._limit(p, d), self.tolerance)
 
     def _limit(self, p: int, d: int) -> int:
-        """The number of iterations that the ridge allows to be needed: a device without early exit must not run them all.
+        """Bound on the number of iterations by the ridge, for devices on which the loop has no early exit.
 
-        The smallest eigenvalue grows by ``(1 + 1/p)^p`` a step from ``z lambda_min >= (1 + p) damping / (2 sqrt(d))``; then
-        come four quadratic steps. Eight more are slack for a ridge that rounding has eaten into.
+        The smallest eigenvalue grows by ``(1 + 1/p)^p`` a step from ``z lambda_min >= (1 + p) damping / (2 sqrt(d))``;
+        four quadratic steps follow. Eight more allow for a ridge that rounding has reduced.
         """
         if self.least(d) == 0:
             return self.iterations

@@ -1,4 +1,4 @@
-"""Inverse square roots, and roots of these, by the coupled Newton-Schulz iteration: products only."""
+"""Inverse 2nd, 4th, 8th, ... roots by the coupled Newton-Schulz iteration: matrix products only."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Polynomial: TypeAlias = Literal["cubic", "quintic", "polar_express"]
 CUBIC: Quintic = (3 / 2, -1 / 2, 0.0)
 QUINTIC: Quintic = (15 / 8, -10 / 8, 3 / 8)
 NEAR = 0.9
-"""From here on the plain quintic needs three steps or less: its error is ``5/2`` of the cube."""
+"""Singular values from which three plain quintic steps suffice: a step maps the error ``e`` to ``5/2 e^3``."""
 
 
 @lru_cache(maxsize=64)
-def _opening(lowest: float) -> tuple[Quintic, ...]:
-    """Minimax steps that bring ``[lowest, 1]`` above `NEAR`."""
+def _first_quintics(lowest: float) -> tuple[Quintic, ...]:
+    """Minimax quintics that map ``[lowest, 1]`` above `NEAR`."""
     quintics: tuple[Quintic, ...] = ()
     x = lowest
     while x < NEAR and len(quintics) < 40:
@@ -40,27 +40,27 @@ def _opening(lowest: float) -> tuple[Quintic, ...]:
 def coupled_square_root(
     A: Tensor, polynomial: Polynomial, iterations: int, tolerance: float, lowest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``A^(1/2)``, ``A^(-1/2)``: ``T = a I + b P + c P^2``, ``Y <- Y T``, ``Z <- T Z``, ``P = Z Y``; and the steps.
+    """``A^(1/2)``, ``A^(-1/2)``: ``T = a I + b P + c P^2``, ``Y <- Y T``, ``Z <- T Z``, ``P = Z Y``; and the steps taken.
 
     From ``Y = A / |A|_F``, ``Z = I``. An eigenvalue ``x^2`` of ``P`` becomes ``(a x + b x^3 + c x^5)^2``. ``polar_express``
     takes steps made for ``x >= lowest``, then the plain quintic.
 
     Reference: Higham, Functions of Matrices, SIAM 2008, eq. 6.35; Amsel et al. 2025, arXiv:2505.16932 (coefficients).
     """  # (B, d, d), (B, d, d), (B,)
-    opening = _opening(lowest) if polynomial == "polar_express" else ()
+    first = _first_quintics(lowest) if polynomial == "polar_express" else ()
     rest = CUBIC if polynomial == "cubic" else QUINTIC
     norm = torch.linalg.matrix_norm(A)[:, None, None]
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
 
     def step(k: int, now: Iterate) -> Iterate:
         Y, Z, P = now
-        a, b, c = opening[k] if k < len(opening) else rest
+        a, b, c = first[k] if k < len(first) else rest
         T = a * eye + b * P + (c * (P @ P) if c else 0.0)
         Y, Z = symmetrise(Y @ T), symmetrise(T @ Z)
         return Y, Z, Z @ Y
 
     Y = A / norm
-    (Y, Z, _), count = converge(step, (Y, eye.expand_as(A), Y), len(opening) + iterations, tolerance, len(opening))
+    (Y, Z, _), count = converge(step, (Y, eye.expand_as(A), Y), len(first) + iterations, tolerance, len(first))
     return Y * norm.sqrt(), Z / norm.sqrt(), count
 
 
@@ -69,7 +69,7 @@ class _CoupledSquareRoot(IteratedRoot):
     polynomial: Polynomial
     iterations: int
     tolerance: float
-    share: float  # lambda_min / lambda_max that the ridge guarantees; 0: nothing is known
+    share: float  # lower bound of lambda_min / lambda_max by the ridge; 0: unknown
 
     def root(self, A: Tensor) -> tuple[Tensor, Tensor]:
         known = max(self.share, torch.finfo(A.dtype).eps)
@@ -89,7 +89,7 @@ class _CoupledSquareRoot(IteratedRoot):
 
 
 def binary_root(power: float, order: float) -> tuple[int, int]:
-    """``a, b`` of ``p = order / |power| = a / b`` with ``a`` a power of two, at least 2."""
+    """``a, b`` of ``p = order / |power| = a / b`` with ``a = 2, 4, 8, ...``. ValueError where there are none."""
     p = fraction(power, order)
     a, b = (p.numerator, p.denominator) if p.numerator > 1 else (2, 2 * p.denominator)
     if a & (a - 1):
@@ -102,7 +102,7 @@ def binary_root(power: float, order: float) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonSchulz(MatrixRoot):
-    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2, 4, 8, ...`` over a whole one.
+    """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = 2^k / b`` with whole ``k, b``.
 
     Fourth and higher roots are square roots of square roots. Scaling and failures as in `MatrixRoot`.
 

@@ -1,6 +1,6 @@
-"""The polar factor of a gradient: preconditioning by its own second moment, with no history.
+"""Solver by the polar factor of a gradient: preconditioning by the second moment of this gradient alone.
 
-Polynomials in ``X X^T`` push all singular values towards one; products only.
+Polynomials in ``X X^T`` map all singular values close to one; matrix products only.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from gradmaker.solvers.definition import DefinedByAxes
 __all__ = ["PolarFactor", "Quintic", "polar_express", "polar_factor"]
 
 Quintic = tuple[float, float, float]
-"""``a x + b x^3 + c x^5``."""
+"""Coefficients of ``a x + b x^3 + c x^5``."""
 MUON: Quintic = (3.4445, -4.7750, 2.0315)
-"""Steep at zero; ends between 0.7 and 1.2 and not at one, which does no harm (Jordan et al. 2024)."""
+"""Muon's quintic: steep at zero; maps singular values to [0.7, 1.2], which suffices (Jordan et al. 2024)."""
 CUSHION, SAFETY = 0.02407327424182761, 1.01
 
 
 @lru_cache(maxsize=32)
 def polar_express(lowest: float, steps: int) -> tuple[Quintic, ...]:
-    """Odd quintics whose composition is nearest to one on ``[lowest, 1]``: each is minimax on what the last one left.
+    """Odd quintics whose composition is nearest to one on ``[lowest, 1]``: each is minimax on the range of the one before.
 
-    All but the last are shrunk by 1.01 against rounding beyond one.
+    All but the last are scaled by 1/1.01, so that rounding does not exceed one.
 
     Reference: Amsel, Persson, Musco, Gower, 2025, arXiv:2505.16932, theorem 3.1 and algorithm 1.
     """
@@ -55,7 +55,7 @@ def _value(quintic: Quintic, x: float) -> float:
 
 def _minimax(low: float, high: float) -> Quintic:
     """The odd quintic nearest to one on ``[low, high]``, by Remez' exchange of the two inner extrema."""
-    if low / high > 1 - 5e-6:  # the equations are singular here; Pade's is as good
+    if low / high > 1 - 5e-6:  # the equations are singular here; the Padé quintic is as accurate
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
     nodes, error = [low, (3 * low + high) / 4, (low + 3 * high) / 4, high], inf
     for _ in range(100):
@@ -81,10 +81,10 @@ def polar_factor(G: Tensor, quintics: tuple[Quintic, ...]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PolarFactor(DefinedByAxes[Momentary]):
-    """``P G = gain (G G^T)^(-1/2) G = gain U V^T`` of the very gradient that it is applied to.
+    """``P G = gain (G G^T)^(-1/2) G = gain U V^T``: ``P`` is made of the gradient that it is applied to.
 
     - ``method="quintic"``: Muon's polynomial; ``"polar_express"``: minimax ones for singular values down to ``lowest`` of the
-      norm; ``"svd"``: exactly, with directions below 1e-12 of the norm left out.
+      norm; ``"svd"``: exact, without directions below 1e-12 of the norm.
     - ``nuclear`` scales by the sum of the singular values: steepest descent in the spectral norm.
     - ``half`` iterates in bfloat16.
 
@@ -94,7 +94,7 @@ class PolarFactor(DefinedByAxes[Momentary]):
     linear: ClassVar[bool] = False
     inapplicable: ClassVar[dict[str, str]] = NO_LIMIT | dict.fromkeys(
         ("curvature_interval", "preconditioner_interval", "warmup_steps", "stagger"),
-        "the factor is that of the very gradient, at every step; fewer steps of the iteration make it cheaper",
+        "the polar factor is computed from the gradient of every step; fewer steps of the iteration make it cheaper",
     )
 
     method: Literal["quintic", "polar_express", "svd"] = "quintic"

@@ -1,4 +1,4 @@
-"""Powers of an inverse that is held already: positive roots, which never divide."""
+"""Solver for representations that hold an inverse: positive roots of its factors, without a division."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["PositiveRoot"]
 class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse]):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
-    A block that fails before it ever succeeded keeps its gradient.
+    A block whose refreshes have all failed keeps its gradient.
 
     Reference: Mei, Moreno, Walters 2023, KrADagrad, arXiv:2305.19416, algorithm 2.
     """

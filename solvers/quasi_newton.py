@@ -1,4 +1,4 @@
-"""BFGS in a few dimensions, in double precision: the search of a subspace."""
+"""BFGS in double precision, to minimise a function of a few variables: the coordinates in a subspace."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 __all__ = ["minimise_bfgs"]
 
 Objective: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
-"""A point to the value there and its gradient.  # (K,) -> , (K,)"""
+"""From a point to the value and gradient at it.  # (K,) -> , (K,)"""
 
 DECREASE, CURVATURE = 1e-4, 0.9
-"""Of Wolfe's conditions (Nocedal & Wright 2006, section 3.1)."""
+"""Constants of the Wolfe conditions (Nocedal & Wright 2006, section 3.1)."""
 TRIES = 25
-"""Points that one line search may look at."""
+"""Most evaluations in one line search."""
 DONE = 1e-28
-"""A decrement this much below the first is rounding."""
+"""A decrement ``g^T H g`` below this share of the first counts as rounding."""
 NOISE = 1e-14
-"""Of a value, relative."""
+"""Relative rounding error of a value."""
 
 
 def minimise_bfgs(objective: Objective, H: Tensor, iterations: int) -> Tensor:
-    """A point of lower value, by BFGS from zero with the inverse Hessian ``H`` to begin with.
+    """A point of lower value, by BFGS from zero with the initial inverse Hessian ``H``.
 
-    ``d = -H g``, a step along it that fulfils Wolfe's conditions, ``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``. It ends
-    after ``iterations``, when ``g^T H g`` has become rounding, or when no step lowers the value.
+    ``d = -H g``, a step along it by the Wolfe conditions, ``H <- (I - r s y^T) H (I - r y s^T) + r s s^T``. Ends after
+    ``iterations``, when ``g^T H g`` is rounding, or when no step lowers the value.
 
     Reference: Nocedal & Wright 2006, algorithm 6.1; line search by bisection: Lewis & Overton, Math. Programming 2013.
     # H: (K, K) -> (K,)
@@ -52,9 +52,9 @@ def minimise_bfgs(objective: Objective, H: Tensor, iterations: int) -> Tensor:
 
 
 def _search(objective: Objective, x: Tensor, d: Tensor, f: float, descent: float) -> tuple[float, float, Tensor] | None:
-    """A step length with the value and gradient there; None if nothing is lower.
+    """A step length, and the value and gradient at its end; None if no step lowers the value.
 
-    Values that differ by rounding alone are compared by their slopes (Hager & Zhang, SIAM J. Optim. 2005).
+    Values that differ by rounding are compared by their slopes (Hager & Zhang, SIAM J. Optim. 2005).
     """
     noise = NOISE * abs(f)
     low, high, t = 0.0, inf, 1.0
@@ -74,7 +74,7 @@ def _search(objective: Objective, x: Tensor, d: Tensor, f: float, descent: float
 
 
 def _updated(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """The BFGS update; ``H`` itself for a pair of no curvature."""
+    """The BFGS update of ``H``; unchanged where ``s^T y`` is not positive."""
     sy = s @ y
     if not float(sy) > 1e-12 * float(s.norm() * y.norm()):
         return H

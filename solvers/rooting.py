@@ -1,4 +1,4 @@
-"""The roots by name: which solver forms the inverse roots of factors."""
+"""Solvers for inverse roots of Kronecker factors, by the name of the algorithm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradmaker.solvers.svd_root import SvdRoot
 __all__ = ["Root", "Rooter", "rooting"]
 
 Root: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers", "svd"]
-"""How factors are rooted. ``svd`` needs statistics that are held by their square roots."""
+"""The algorithm for inverse roots. ``svd`` needs statistics that are held by their square roots."""
 
 Rooter: TypeAlias = Eigh | MatrixRoot | SvdRoot
 
@@ -34,9 +34,9 @@ ROOTS: dict[str, Callable[..., Rooter]] = {
 
 
 def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "largest") -> Rooter:
-    """The solver for ``(F_k + damping lambda_max(F_k) I)^power`` of every factor, or as another mode says.
+    """The solver for ``(F_k + damping lambda_max(F_k) I)^power`` of every factor, or as another ``mode`` says.
 
-    ValueError for a root that does not exist, or a mode that needs eigenvalues, of which an iteration has none.
+    ValueError for an unknown root, or for a mode that needs eigenvalues, which iterations do not compute.
     """
     check_choice("root", root, get_args(Root))
     if root == "eigh":

@@ -1,4 +1,4 @@
-"""Inverse roots of statistics that are held by their square roots: singular values instead of eigenvalues."""
+"""Inverse roots of factors ``F = R^T R`` from the SVD of ``R``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["SvdRoot"]
 
 
 class _SingularValues(Factorisation):
-    """Parts ``(s, V)`` of ``R = U diag(s) V^T``, or ``(s,)`` for a diagonal. The damping comes afterwards."""
+    """Parts ``(s, V)`` of ``R = U diag(s) V^T``, or ``(s,)`` for a diagonal. The spectrum is damped afterwards."""
 
     larger_ridges = 0
     symmetric = False
@@ -47,10 +47,10 @@ class _SingularValues(Factorisation):
 
 
 def _decompose(R: Tensor) -> tuple[Tensor, Tensor]:
-    """``s``, ``V``; a member that LAPACK gives up gets what is not a number.  # (B, d), (B, d, d)"""
+    """``s``, ``V``; NaN for a member whose SVD does not converge.  # (B, d), (B, d, d)"""
     try:
         _, s, Vh = torch.linalg.svd(R)
-    except RuntimeError:  # one member fails the whole call: find out which
+    except RuntimeError:  # one member that does not converge fails the call for all
         s, Vh = torch.full_like(R[..., 0], torch.nan), torch.full_like(R, torch.nan)
         for b in range(len(R)):
             try:
@@ -64,10 +64,10 @@ def _decompose(R: Tensor) -> tuple[Tensor, Tensor]:
 class SvdRoot(FactorSolver[RootFactored], DefinedByAxes[RootFactored]):
     """``C^power`` from ``V (S^2 + damping s_max^2)^(power/order) V^T`` of every ``R_k = U S V^T``, where ``F_k = R_k^T R_k``.
 
-    Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are good down to ``u^2 lambda_max``; the damping
-    can be as small (1e-10 in float32). Roots are divided by their norm first. ``mode`` damps in other units, see
-    `gradmaker.linalg.damping`. A block that fails before it ever succeeded keeps its gradient; with absolute damping it gets
-    ``damping^power g``, what a zero curvature would give.
+    Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are accurate to ``u^2 lambda_max``; the damping
+    can be that small (1e-10 in float32). Roots are divided by their norm first. ``mode`` damps in other units, see
+    `gradmaker.linalg.damping`. A block whose refreshes have all failed keeps its gradient; with absolute damping it gets
+    ``damping^power g``, the result for zero curvature.
 
     Reference: Golub & Van Loan, Matrix Computations, section 8.6; Anil et al. 2020, arXiv:2002.09018 (the ridge).
     """
@@ -98,7 +98,7 @@ class SvdRoot(FactorSolver[RootFactored], DefinedByAxes[RootFactored]):
         ridges = [e * ridge_unit(self.mode, s.amax(-1), s.mean(-1)) for s, e in zip(spectra, dampings, strict=True)]
         exponent = self.power / order
         roots = [_root(*each, exponent) for each in zip(results, damped, scales, strict=True)]
-        for X in roots:  # no damping on a singular matrix
+        for X in roots:  # a singular matrix without damping overflows
             failed = failed | ~torch.isfinite(X).flatten(1).all(1)
         found = [singular_residual(*each) for each in zip(normal, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], retries, squares)

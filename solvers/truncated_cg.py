@@ -1,4 +1,4 @@
-"""Truncated conjugate gradients of Hessian-free optimization: warm start, preconditioner, stopping rule, backtracking."""
+"""Truncated, preconditioned conjugate gradients of Hessian-free optimization, with warm start and backtracking."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ __all__ = ["TruncatedCG"]
 GROWTH = 1.3
 """Iterates ``ceil(1.3^j)`` are kept for backtracking (Martens 2010, section 4.6)."""
 SHRINK, SUFFICIENT, TRIES = 0.8, 1e-2, 60
-"""Of the line search (the code of Martens 2010)."""
+"""Constants of the line search (the code of Martens 2010)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedCG(Defined[MatrixFree]):
-    """``P g = x`` with ``(C + lambda I) x = g`` solved as far as it pays, from ``x_0 = warm x_previous``.
+    """``P g = x`` with ``(C + lambda I) x = g`` solved approximately, from ``x_0 = warm x_previous``.
 
     - ``phi(x) = x^T (C + lambda) x / 2 - x^T g``; stops at ``i > k = max(10, i / 10)`` when ``phi_i < 0`` and
       ``(phi_i - phi_(i-k)) / phi_i < k tolerance``, after ``iterations``, or, where ``C`` is indefinite, at the first direction
-      ``p^T (C + lambda) p <= 0`` with what there is (``M^-1 g`` if nothing).
-    - ``M = (D + lambda)^preconditioner``; ``D`` is the mean of the squared gradients of examples (their sum for a sum) where
-      the curvature has measured it (``squares``), else the square of the gradient; 0 takes no preconditioner. Where it has
-      measured Kronecker factors (``factors``), ``M`` is what they make, damped by the greater of ``lambda`` and
+      ``p^T (C + lambda) p <= 0`` with the last iterate (``M^-1 g`` if there is none).
+    - ``M = (D + lambda)^preconditioner``; ``D`` is the mean of squared per-example gradients (the sum, for a loss that is
+      a sum) where the curvature measures it (``squares``), else the squared gradient; 0: no preconditioner. Where the
+      curvature measures Kronecker factors (``factors``), ``M`` is their product, damped by the greater of ``lambda`` and
       ``factor_damping``; see `LayerInverse`.
     - ``backtrack``: from the last iterate ``ceil(1.3^j)`` back to earlier ones as long as ``L(theta - x)`` falls.
-    - ``adapt``: what changes ``lambda`` after every step, None leaves it.
+    - ``adapt``: the rule that changes ``lambda`` after every step; None: constant.
     - ``line_search``: ``P g = eta x`` with the first ``eta`` of 1, 0.8, 0.8^2, ... for which
-      ``L(theta - eta x) <= L(theta) - 0.01 eta g^T x``; none of 60 rejects the step, which is then zero and counted.
+      ``L(theta - eta x) <= L(theta) - 0.01 eta g^T x``; where none of 60 does, the step is zero and counted as rejected.
 
     The last three evaluate the loss on the batch of the step. A warm start that is worse than zero is dropped, so that
-    ``phi(x) < 0`` and ``x`` descends. ``lambda`` follows ``x``, whatever ``eta``; the next start is the last iterate, whichever
-    was taken.
+    ``phi(x) < 0`` and ``x`` descends. ``lambda`` is adapted to ``x``, whatever ``eta`` is; the next warm start is the last
+    iterate, also where backtracking chose another.
 
     Reference: Martens, ICML 2010; Martens & Sutskever, 2012, "Training deep and recurrent networks with Hessian-free
     optimization", sections 20.5 and 20.8; Armijo, Pacific J. Math. 1966.
@@ -85,7 +85,7 @@ class TruncatedCG(Defined[MatrixFree]):
         )
 
     def operator(self, representation: MatrixFree, state: State) -> Tensor:
-        """The limit of many iterations, at the initial damping."""
+        """``P`` of converged conjugate gradients, at the initial damping."""
         C = representation.to_dense(state)
         P: Tensor = torch.linalg.inv(C + self.damping * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         return P
@@ -107,7 +107,7 @@ class TruncatedCG(Defined[MatrixFree]):
         kept = self._iterates(multiply, g, self._preconditioner(representation, cache, g), self.warm * cache["solution"])
         last, chosen = kept[-1], _best(losses, kept) if self.backtrack else kept[-1]
         if not _finite(chosen.x):
-            chosen = _Iterate(g / damping, torch.nan)  # no model predicts its loss: the damping grows
+            chosen = _Iterate(g / damping, torch.nan)  # no predicted decrease: the damping grows
             cache["failures"] = cache["failures"] + 1
         cache["solution"] = last.x if _finite(last.x) else chosen.x
         if self.adapt is not None:
@@ -128,7 +128,7 @@ class TruncatedCG(Defined[MatrixFree]):
     def _iterates(
         self, multiply: Callable[[Tensor], Tensor], g: Tensor, invert: Callable[[Tensor], Tensor], start: Tensor
     ) -> list[_Iterate]:
-        """Those that are kept for backtracking, the last one last."""
+        """The iterates for backtracking, in order, with the final one."""
         kept, values, due = [], [0.0], 1
         now: _Iterate | None = None
         for i, now in enumerate(_conjugate(multiply, g, invert, _improving(multiply, g, start), self.iterations), 1):
@@ -139,7 +139,7 @@ class TruncatedCG(Defined[MatrixFree]):
             k = max(10, ceil(i / 10))
             if i > k and now.phi < 0 and (now.phi - values[i - k]) / now.phi < k * self.tolerance:
                 break
-        if now is None:  # not even the first direction has positive curvature
+        if now is None:  # the first direction has no positive curvature
             x = invert(g)
             now = _Iterate(x, float(double_dot(x, multiply(x)) / 2 - double_dot(x, g)))
         return kept if kept and kept[-1] is now else [*kept, now]
@@ -153,14 +153,14 @@ class TruncatedCG(Defined[MatrixFree]):
 
 
 class _Iterate(NamedTuple):
-    """An iterate and the ``phi`` that conjugate gradients gave it."""
+    """An iterate of conjugate gradients and its ``phi``."""
 
     x: Tensor
     phi: float
 
 
 class _Losses:
-    """Losses of the batch at displaced weights, each evaluated once."""
+    """Losses of the batch at displaced weights; each is evaluated once."""
 
     def __init__(self, representation: MatrixFree, cache: State) -> None:
         self._evaluate: Callable[[Tensor], Tensor | None] = partial(representation.loss_at, cache)
@@ -182,7 +182,7 @@ class _Losses:
 
 
 def _improving(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -> tuple[Tensor, Tensor, float]:
-    """A start, its residual and its ``phi``: the given one where ``phi`` is negative, else zero."""
+    """The start, its residual and its ``phi``: the warm start where its ``phi`` is negative, else zero."""
     if bool(start.any()):
         r = g - multiply(start)
         if (phi := float(-double_dot(start, g + r) / 2)) < 0:
@@ -197,7 +197,7 @@ def _conjugate(
     start: tuple[Tensor, Tensor, float],
     iterations: int,
 ) -> Iterator[_Iterate]:
-    """Preconditioned conjugate gradients: iterates with their ``phi``, until the curvature or the residual is used up."""
+    """Preconditioned conjugate gradients: yields iterates until the curvature is not positive or the residual is zero."""
     x, r, phi = start
     p = z = invert(r)
     rz = double_dot(r, z)
@@ -226,7 +226,7 @@ def _finite(x: Tensor) -> bool:
 
 
 def _best(losses: _Losses, kept: list[_Iterate]) -> _Iterate:
-    """From the last iterate back to earlier ones as long as the loss falls."""
+    """Backtracking: from the last iterate to earlier ones as long as the loss falls."""
     best = kept[-1]
     lowest = losses.at(best.x)
     for each in reversed(kept[:-1]):
@@ -240,7 +240,7 @@ def _best(losses: _Losses, kept: list[_Iterate]) -> _Iterate:
 
 
 def _shortened(losses: _Losses, cache: State, g: Tensor, x: Tensor) -> Tensor:
-    """``eta x`` with Armijo's ``eta``; zero if there is none. All of ``x`` where the loss cannot be evaluated."""
+    """``eta x`` by the Armijo rule; zero if no ``eta`` satisfies it. ``x`` itself where the loss cannot be evaluated."""
     now = losses.now
     if now is None:
         return x

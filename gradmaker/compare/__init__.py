@@ -1,7 +1,7 @@
-"""The comparison: several methods trained from the same start on the same data, and what each one costs and reaches.
+"""The comparison of methods: each is trained from the same parameters on the same data, and its cost and accuracy are reported.
 
-All of `gradmaker compare` and of `compare` is here, from the rows that a user names to the report: data sets, models, trials
-that can be resumed, times and memory, figures. It needs the extra ``compare``.
+This folder implements `compare` and the command `gradmaker compare`: rows, data sets, models, trials that can be resumed, times
+and memory, figures and report. It needs the extra ``compare``.
 """
 
 from gradmaker.compare.comparison import compare

@@ -1,4 +1,4 @@
-"""The command line: `gradmaker compare`."""
+"""The command `gradmaker compare`."""
 
 import shlex
 import sys
@@ -22,12 +22,12 @@ from gradmaker.options.suggestions import did_you_mean
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
 )
-ORDER = ("kfac", "shampoo")  # beside SGD and Adam, where they exist
+ORDER = ("kfac", "shampoo")  # default rows after SGD and Adam, where they are registered
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a data set is trained with unless an option says otherwise."""
+    """Default model and training options for a data set."""
 
     model: str
     hidden: tuple[int, ...]
@@ -37,16 +37,16 @@ class Preset:
 
 
 PRESETS = {
-    "digits": Preset("mlp", (128, 128), 20, 64, threads=1),  # layers this small lose by a second thread
+    "digits": Preset("mlp", (128, 128), 20, 64, threads=1),  # layers this small are slower with a second thread
     "mnist": Preset("mlp", (512, 512), 5, 512),  # the MLP of the case study of Osawa et al. 2023, arXiv:2305.04684
     "cifar10": Preset("conv", (32, 64, 128), 10, 256),
 }
-HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (128, 128), "conv": (32, 64)}  # when --model leaves the preset
+HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (128, 128), "conv": (32, 64)}  # for a --model other than that of the preset
 
 
 @app.callback()
 def root() -> None:
-    """Keeps `compare` a subcommand: typer drops the name of an only command."""
+    """Callback that keeps `compare` a subcommand: typer drops the name of a single command."""
 
 
 @app.command()
@@ -58,14 +58,14 @@ def compare(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with train.parquet and test.parquet, or set GRADMAKER_DATA. Default: the hub.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}. Default: as suits the data.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}. Default: that of the data set.")] = None,
     hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every training.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
     seeds: Annotated[int, typer.Option(help="Trainings at the selected learning rate.")] = 3,
     lr: Annotated[list[float] | None, typer.Option(help="A learning rate of the grid; repeat for more.")] = None,
     momentum: Annotated[
-        float | None, typer.Option(help="Of the SGD on top, in the rows sgd, gradient and shampoo. Default: 0.9.")
+        float | None, typer.Option(help="Momentum of the SGD optimizer, in the rows sgd, gradient and shampoo. Default: 0.9.")
     ] = None,
     schedule: Annotated[str, typer.Option(help="Learning rate over time: constant, linear or cosine.")] = "cosine",
     config: Annotated[Path | None, typer.Option(help="YAML file with a list of methods.")] = None,
@@ -74,19 +74,19 @@ def compare(
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's; 1 for digits.")] = None,
     modules: Annotated[
         list[str] | None,
-        typer.Option("--import", help="Module of your own that registers methods, from this folder or installed; repeatable."),
+        typer.Option("--import", help="Module that registers methods of your own, in this folder or installed; repeatable."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no table.")] = False,
-    list_methods: Annotated[bool, typer.Option("--list", help="List the methods and leave.")] = False,
+    list_methods: Annotated[bool, typer.Option("--list", help="List the methods and exit.")] = False,
 ) -> None:
-    """Train methods from the same start over a learning-rate grid and several seeds, and write a report."""
+    """Train methods from the same parameters, over a learning-rate grid and several seeds, and write a report."""
     try:
         require_extra()
         _import(modules or ())
         if list_methods:
             return _print_methods()
         if data not in PRESETS:
-            raise InputError(f"unknown data {data!r}: {did_you_mean(data, PRESETS)}")
+            raise InputError(f"data={data!r}: {did_you_mean(data, PRESETS)}")
         preset = PRESETS[data]
         _prepare(device, preset.threads if threads is None else threads)
         loaded = load(data, data_dir)
@@ -108,13 +108,13 @@ def compare(
             command=_command_line(),
         )
     except InputError as error:
-        _leave(str(error), 2)
+        _exit(str(error), 2)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Import modules of the user, from the folder of the command too."""
+    """Import modules of the user, also from the working folder. InputError where there is none of that name."""
     if modules and "" not in sys.path:
         sys.path.insert(0, "")
     for name in modules:
@@ -127,7 +127,7 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
-    """What was named on the command line and in the file; else the default rows."""
+    """The methods of the command line and of the file; without any, the default rows."""
     chosen: list[Method] = [*(names or ()), *([config] if config else ())]
     return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
 
@@ -136,25 +136,25 @@ def _prepare(device: str, threads: int | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
     if threads is not None:
         if threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}")
+            raise InputError(f"threads={threads!r}: expected an integer of at least 1")
         torch.set_num_threads(threads)
 
 
 def _print_methods() -> None:
-    """One line each: the name, and the first sentence of the maker."""
+    """Print a line for each method: its name and the first line of the maker's docstring."""
     width = max(map(len, METHODS))
     for name, maker in METHODS.items():
         typer.echo(f"{name:<{width}}  {(maker.__doc__ or '').strip().splitlines()[0] if maker.__doc__ else ''}")
 
 
 def _command_line() -> str:
-    """As it was typed."""
+    """The command line as the user typed it."""
     return shlex.join(["gradmaker", *sys.argv[1:]])
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def _exit(message: str, code: int) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""`compare`: plan the trials, run those that are not on disk yet, choose learning rates, write the report."""
+"""`compare`: plans the trials, runs those that are not on disk yet, selects learning rates and writes the report."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,7 @@ Callback = Callable[[Trial, int, float], None]
 
 @dataclass
 class Runner:
-    """The parts that every trial of one comparison shares."""
+    """Runs the trials of one comparison, which share model, data, loss and setting."""
 
     model: Callable[[], nn.Module]
     parts: Split
@@ -38,19 +38,19 @@ class Runner:
     callback: Callback | None
 
     def trial(self, result: RowResult, learning_rate: float, seed: int) -> Record:
-        """The record of a trial: from disk when it ended there, else trained now and written."""
+        """The record of a trial: read from the store if it was completed before, else trained and stored."""
         trial = Trial(result.row, result.config, learning_rate, seed)
         key = trial.key(self.setting)
         known = self.store.records.get(key)
         if known is None or known.status == "failed":
-            known = self._trained(trial)
+            known = self._train(trial)
             self.store.records[key] = known
             self.store.write()
         self.board.finish()
         return replace(known, label=result.row.label)
 
     def row(self, result: RowResult, seeds: Sequence[int]) -> None:
-        """Search the learning rate with the first seed, then train with all."""
+        """Search the learning rate with the first seed, then train with all seeds."""
         for rate in result.row.learning_rates:
             result.search.append(self.trial(result, rate, seeds[0]))
         best = select(result.search)
@@ -60,7 +60,7 @@ class Runner:
             result.finals.append(self.trial(result, best.learning_rate, seed))
 
     def costs(self, results: Iterable[RowResult]) -> None:
-        """Measure the rows against each other; again only when their set, the model or the machine changed."""
+        """Measure time and memory of all rows; reuse stored costs unless rows, model, setting or machine changed."""
         rows = {digest(result.config): result for result in results}
         machine = {**cost.machine(self.setting.device), "date": ""}
         key = digest([sorted(rows), asdict(replace(self.setting, epochs=0)), machine])
@@ -73,7 +73,7 @@ class Runner:
         for name, result in rows.items():
             result.cost = cost.Cost(**self.store.costs[key][name])
 
-    def _trained(self, trial: Trial) -> Record:
+    def _train(self, trial: Trial) -> Record:
         self.board.start(str(trial), self.setting.epochs * steps_per_epoch(len(self.parts.train[0]), self.setting))
 
         def on_epoch(epoch: int, loss: float) -> None:
@@ -103,20 +103,21 @@ def compare(
     command: str = "",
     callback: Callback | None = None,
 ) -> Comparison:
-    """Train every method from the same starts over its learning rates, and write a report into `out`.
+    """Train every method from the same initial parameters over its learning rates, and write a report into `out`.
 
-    The same call again reads the finished trials from `out` and runs the others. Ctrl-C leaves a report of what is there.
+    A second call with the same arguments reads finished trials from `out` and runs the others. After Ctrl-C, the report has
+    the trials that finished. Returns the comparison. InputError, before any training, for arguments that cannot be used.
 
     Args:
-        model: makes the model; called under the seed, so that all methods start from the same parameters.
+        model: function that returns the model; called under the seed, so that all methods start from the same parameters.
         methods: names of METHODS or of torch.optim, mappings for `from_config` (with the further keys `label`,
             `learning_rates`, `optimizer`), mappings from labels to these, paths of YAML files of them.
-        loss: of outputs and targets, the mean over the batch.
-        learning_rates: the grid of every row that has none of its own; None: `gradmaker.compare.rows.DEFAULTS`.
-        momentum: of the SGD on top; of the rows that have one by default; None: as in `DEFAULTS`.
+        loss: function of outputs and targets; a mean over the batch.
+        learning_rates: the grid for rows without one; None: `gradmaker.compare.rows.DEFAULTS`.
+        momentum: momentum of SGD in the rows that have one by default; None: as in `DEFAULTS`.
         schedule: constant, linear or cosine (to zero over the training).
-        validation: fraction of the training samples that is held out to choose the learning rate.
-        command: the command line for the report.
+        validation: fraction of the training samples held out to select the learning rate.
+        command: command line that the report shows.
         callback: called after every epoch with the trial, the epoch and its mean loss.
     """
     require_extra()
@@ -150,7 +151,7 @@ def compare(
 
 
 def _run(runner: Runner, comparison: Comparison, shown: bool) -> None:
-    """All rows and the costs; what an interruption leaves is reported before it goes on."""
+    """Run all rows and measure costs. On KeyboardInterrupt, write the report of finished trials and raise it again."""
     from gradmaker.compare.progress import print_resume, print_selection
 
     console = runner.board.progress.console
@@ -184,18 +185,18 @@ def _report(comparison: Comparison, store: Store, shown: bool) -> None:
 def _checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     if not chosen:
-        raise InputError(f"give at least one seed, got {seeds}")
+        raise InputError(f"seeds={seeds!r}: expected at least one seed")
     return chosen
 
 
 def _check_numbers(epochs: int, batch_size: int, momentum: float | None, schedule: str) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+            raise InputError(f"{name}={value!r}: expected an integer of at least 1")
     if momentum is not None and not 0 <= momentum < 1:
-        raise InputError(f"momentum must be in [0, 1), got {momentum}")
+        raise InputError(f"momentum={momentum!r}: expected 0 <= momentum < 1")
     if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}: {did_you_mean(schedule, SCHEDULES)}")
+        raise InputError(f"schedule={schedule!r}: {did_you_mean(schedule, SCHEDULES)}")
 
 
 def _setting(
@@ -215,7 +216,7 @@ def _setting(
 
 
 def _resolved(row: Row, model: Callable[[], nn.Module], device: str) -> dict[str, Any]:
-    """The row's whole configuration; building it once finds its errors before any training."""
+    """The whole configuration of a row. Builds the row once, so that InputError comes before any training."""
     network = initial_model(model, 0, device)
     try:
         maker = row.build_maker(network)

@@ -1,4 +1,4 @@
-"""Step time and peak memory of every row as a ratio to plain SGD, on one model, one batch size, in one process."""
+"""Step time and peak memory of every row, and their ratios to plain SGD: one model, one batch size, one process."""
 
 import gc
 import json
@@ -23,14 +23,14 @@ from gradmaker.compare.rows import Row
 from gradmaker.compare.trial import Loss, Session, Setting, batch_order, initial_model, synchronize
 
 ROUNDS = 15
-SECONDS = 4.0  # a row's share of measuring; rounds are cut down to it, to no fewer than three
-BLOCK = (5, 50)  # steps timed together: enough to hold one refresh of the preconditioner, within these limits
-BLOCK_SECONDS = 0.02  # and long enough for the clock and for the scheduler of a busy machine
+SECONDS = 4.0  # measuring time of a row; it bounds the number of rounds, of which there are at least three
+BLOCK = (5, 50)  # least and most steps timed together; a block contains a refresh of the preconditioner where possible
+BLOCK_SECONDS = 0.02  # least duration of a block, against the resolution of the clock and other processes
 WARM_UP = 200
 WARMING = ("start_step", "warmup_steps")
 INTERVALS = ("curvature_interval", "preconditioner_interval")
 REFERENCE = Row(label="plain SGD", maker=None, optimizer="SGD", options={"momentum": 0.9}, learning_rates=(1e-3,))
-RATE = 1e-4  # timed steps should not run away; the time of a step does not depend on it
+RATE = 1e-4  # learning rate of timed steps, small so that they do not diverge
 MEMORY_NOTE = {
     "cpu": "highest sum of live CPU tensor bytes (model, gradients, optimizer and maker state, temporaries; not the data) "
     "from building the model to the end of the measured steps, by torch.profiler's allocation events",
@@ -40,7 +40,7 @@ MEMORY_NOTE = {
 
 @dataclass
 class Cost:
-    """Seconds per step, bytes at the peak, and both as a ratio to plain SGD."""
+    """Seconds per step and peak bytes of a row, and their ratios to plain SGD."""
 
     step_seconds: float
     step_ratio: float
@@ -48,12 +48,12 @@ class Cost:
     memory_ratio: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The fields as plain values, for JSON."""
         return asdict(self)
 
 
 class Bench:
-    """One row ready to be timed: its own copy of the model, the common batches."""
+    """A row that is timed: its own copy of the model, and the batches that all rows share."""
 
     def __init__(self, row: Row, model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting) -> None:
         self.split, self.device = split, setting.device
@@ -62,21 +62,21 @@ class Bench:
         self.order = batch_order(len(split.train[0]), setting.batch_size, 0, 0, setting.device)
         config = getattr(self.session.maker, "config", None)
         intervals = [getattr(config, name, 1) for name in INTERVALS]
-        # an interval that changes with the step is no number: its refreshes are averaged over the longest block
+        # a scheduled interval is no number: its refreshes are averaged over the longest block
         longest = max(every if isinstance(every, int) else BLOCK[1] for every in intervals)
         self.block = min(max(BLOCK[0], longest), BLOCK[1])
         self.warm_up = min(max(self.block, sum(getattr(config, name, 0) for name in WARMING) + 1), WARM_UP)
         self.done = self.rounds = 0
 
     def prepare(self) -> None:
-        """Warm up, then fix the length of a block and the number of rounds by the time of a step."""
+        """Warm up, then set the length of a block and the number of rounds from the time of a step."""
         self.run(self.warm_up)
         step = self.run(self.block)
         self.block = max(self.block, math.ceil(BLOCK_SECONDS / step))
         self.rounds = max(3, min(ROUNDS, round(SECONDS / (step * self.block))))
 
     def run(self, steps: int) -> float:
-        """Seconds per step of the next `steps` steps."""
+        """Run `steps` steps and return the seconds per step."""
         synchronize(self.device)
         start = perf_counter()
         for _ in range(steps):
@@ -95,7 +95,7 @@ def measure(
     setting: Setting,
     tick: Callable[[], None],
 ) -> dict[str, Cost]:
-    """The cost of every row, by its key.
+    """Measure the cost of every row; returns costs by the keys of `rows`.
 
     Args:
         tick: called after each measured row and round.
@@ -110,7 +110,7 @@ def measure(
 
 
 def is_reference(row: Row) -> bool:
-    """Whether the row is itself plain SGD, momentum or not: its ratios are 1 by definition."""
+    """Whether the row is plain SGD, with or without momentum: its ratios are 1 by definition."""
     return row.maker is None and row.optimizer == "SGD"
 
 
@@ -122,7 +122,7 @@ def _timed(
     setting: Setting,
     tick: Callable[[], None],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians over rounds; in each, a row's block stands between two blocks of SGD, so that drift cancels."""
+    """Median seconds and ratios over rounds. In a round, a block of the row is between two blocks of SGD: drift cancels."""
     reference = Bench(REFERENCE, model, split, loss, setting)
     benches = {key: Bench(row, model, split, loss, setting) for key, row in rows.items()}
     for bench in (reference, *benches.values()):
@@ -144,7 +144,7 @@ def _timed(
 
 
 def peak_bytes(row: Row, model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting) -> int | None:
-    """Peak memory of building the row and taking a block of steps, a refresh of the preconditioner among them."""
+    """Peak memory of building the row and running steps with a refresh of the preconditioner; None elsewhere."""
     if is_reference(row):
         row = REFERENCE
     gc.collect()
@@ -168,7 +168,7 @@ def _cuda_peak(work: Callable[[], None]) -> int:
 
 
 def _cpu_peak(work: Callable[[], None]) -> int:
-    """The running sum of the profiler's allocation events; tensors born before the profile do not count."""
+    """Maximum of the running sum of the profiler's allocation events; tensors from before the profile do not count."""
     activity = [torch.profiler.ProfilerActivity.CPU]
     with _quiet_profiler(), torch.profiler.profile(activities=activity, profile_memory=True) as profiler:
         work()
@@ -185,7 +185,7 @@ def _cpu_peak(work: Callable[[], None]) -> int:
 
 @contextmanager
 def _quiet_profiler() -> Iterator[None]:
-    """Without the two lines that kineto, torch's profiler, prints about its own start and stop."""
+    """Context that suppresses the two lines that kineto, torch's profiler, prints at its start and stop."""
     known = os.environ.get("KINETO_LOG_LEVEL")
     os.environ["KINETO_LOG_LEVEL"] = known or "99"
     try:
@@ -196,7 +196,7 @@ def _quiet_profiler() -> Iterator[None]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What ran the comparison, without the machine's name."""
+    """Processor, versions and date for the report, without the name of the machine."""
     facts: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.device(device).type == "cuda":
         facts["device"] = torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""Data sets as four tensors: scikit-learn's digits, and MNIST and CIFAR-10 from the hub or from a local folder."""
+"""Data sets as four tensors: digits of scikit-learn, and MNIST and CIFAR-10 from the hub or a local folder."""
 
 import hashlib
 import io
@@ -13,14 +13,14 @@ from torch import Tensor
 from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.options.suggestions import did_you_mean
 
-SPLIT_SEED = 0  # the splits are part of the data: every run and every method sees the same ones
+SPLIT_SEED = 0  # splits are part of the data: they are the same in every run and for every method
 IMAGES = {"mnist": ("ylecun/mnist", "image"), "cifar10": ("uoft-cs/cifar10", "img")}  # hub name, image column
 NAMES = ("digits", *IMAGES)
 
 
 @dataclass(frozen=True)
 class Data:
-    """A supervised problem. Integer targets are classes (accuracy is reported), floating targets are values."""
+    """Training and test data of a supervised problem. Integer targets are classes; floating targets are regression values."""
 
     name: str
     train_inputs: Tensor
@@ -44,7 +44,7 @@ class Data:
         return Data(self.name, *(tensor.to(device) for tensor in self._tensors()))
 
     def fingerprint(self) -> str:
-        """A hash of every value: two data sets of one name are not confused."""
+        """A hash of all values, which distinguishes data sets of one name."""
         digest = hashlib.blake2b(digest_size=8)
         for tensor in self._tensors():
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -57,7 +57,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Split:
-    """Training, validation (chooses the learning rate) and test (is reported) parts."""
+    """Inputs and targets for training, validation (selects the learning rate) and test (is reported)."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -65,11 +65,11 @@ class Split:
 
 
 def split(data: Data, fraction: float) -> Split:
-    """Hold out a random `fraction` of the training samples, the same ones in every run."""
+    """Hold out a random `fraction` of the training samples, the same in every run. InputError where a part is empty."""
     size = len(data.train_inputs)
     held = max(1, round(fraction * size))
     if not 0 < fraction < 1 or held >= size:
-        raise InputError(f"validation={fraction} of {size} training samples leaves none on one side; give a fraction in (0, 1)")
+        raise InputError(f"validation={fraction}: expected a fraction in (0, 1) that splits {size} samples in two parts")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(SPLIT_SEED)).to(data.train_inputs.device)
     held_out, kept = order[:held], order[held:]
     pick = {name: (data.train_inputs[rows], data.train_targets[rows]) for name, rows in (("train", kept), ("held", held_out))}
@@ -77,14 +77,14 @@ def split(data: Data, fraction: float) -> Split:
 
 
 def load(name: str, folder: str | Path | None = None) -> Data:
-    """A data set by name.
+    """Load a data set by name.
 
     Args:
-        folder: holds train.parquet and test.parquet (or a folder of the data's name that does); default: the
-            environment variable GRADMAKER_DATA, else the Hugging Face hub. Not used by digits.
+        folder: contains train.parquet and test.parquet, or a folder of the data's name with them. Default: the environment
+            variable GRADMAKER_DATA, else the Hugging Face hub. Not used by digits.
     """
     if name not in NAMES:
-        raise InputError(f"unknown data {name!r}: {did_you_mean(name, NAMES)}")
+        raise InputError(f"data={name!r}: {did_you_mean(name, NAMES)}")
     data = digits() if name == "digits" else _images(name, folder or os.environ.get("GRADMAKER_DATA"))
     return _standardised(data)
 
@@ -106,7 +106,7 @@ def _shaped(images: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _standardised(data: Data) -> Data:
-    """Mean 0 and variance 1 per channel, measured on the training images."""
+    """The data with mean 0 and variance 1 per channel, computed on the training images."""
     axes = (0, *range(2, data.train_inputs.dim()))
     deviation, mean = torch.std_mean(data.train_inputs, dim=axes, keepdim=True, correction=0)
     train, test = ((inputs - mean) / deviation for inputs in (data.train_inputs, data.test_inputs))
@@ -126,7 +126,7 @@ def _load_dataset(path: str, **options: Any) -> Any:
     disable_progress_bars()
     try:
         return load_dataset(path, **options)
-    except Exception as error:  # the hub client raises a dozen types for one fact: it could not be read
+    except Exception as error:  # the hub client raises many types for a failed download
         raise InputError(
             f"could not load {path!r} ({type(error).__name__}: {str(error).splitlines()[0][:160]}); check the network, "
             "or name a local folder by --data-dir or GRADMAKER_DATA"
@@ -134,7 +134,7 @@ def _load_dataset(path: str, **options: Any) -> Any:
 
 
 def _parquet_files(name: str, folder: Path) -> dict[str, str]:
-    """The local files, in `folder` itself or in its sub-folder of the data's name."""
+    """The local files, in `folder` or in its sub-folder of the data's name. InputError where one is missing."""
     home = folder / name if (folder / name).is_dir() else folder
     files = {part: home / f"{part}.parquet" for part in ("train", "test")}
     if missing := [file.name for file in files.values() if not file.is_file()]:

@@ -1,4 +1,4 @@
-"""The error of the comparison: something the user gave cannot be used."""
+"""The error of the comparison for input that cannot be used."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -8,10 +8,10 @@ MISSING = "the comparison needs {}: pip install 'gradmaker[compare]'"
 
 
 class InputError(ValueError):
-    """Raised before any training, with one sentence that says what to change."""
+    """The user's input cannot be used. Raised before any training, with one sentence that says what to change."""
 
 
 def require_extra(names: Iterable[str] = EXTRA) -> None:
-    """Raise when the extra `compare` is not installed."""
+    """InputError where packages of the extra `compare` are not installed."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise InputError(MISSING.format(", ".join(missing)))

@@ -1,4 +1,4 @@
-"""The figures: loss against steps and time, accuracy against epochs, the learning-rate search, and all in one picture."""
+"""The figures: loss against steps and time, accuracy against epochs, learning-rate search, and an overview."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from gradmaker.compare.result import Comparison, RowResult
 from gradmaker.compare.trial import Record
 
-# Okabe & Ito, Color Universal Design, 2008: told apart by colour-blind readers; the yellow is left out, too pale for lines.
+# Okabe & Ito, Color Universal Design, 2008: distinguishable with colour blindness; without the yellow, too pale for lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 REFERENCE_COLOUR = "#6E6E6E"
 DASHES = ("-", "--", ":", "-.")
-SMOOTHING = 40  # the running mean of a loss curve spans this fraction of it, 1 / SMOOTHING
+SMOOTHING = 40  # a running mean of a loss curve spans 1 / SMOOTHING of its length
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -42,7 +42,7 @@ Panel = Callable[[Axes, Comparison, dict[str, Look]], None]
 
 
 def write_plots(comparison: Comparison) -> dict[str, Path]:
-    """One PNG per panel, and the overview of the first three; paths by name."""
+    """Write a PNG for each panel, and an overview of the first three; returns paths by name."""
     looks = _looks(comparison)
     files = {name: comparison.out / f"{name}.png" for name in ("overview", *PANELS)}
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def write_plots(comparison: Comparison) -> dict[str, Path]:
 
 
 def _looks(comparison: Comparison) -> dict[str, Look]:
-    """Colour and dash of every row; grey for optimizers without a maker, the palette for the methods."""
+    """Colour and line style of every row: grey for optimizers without a maker, the palette for methods."""
     looks: dict[str, Look] = {}
     plain = made = 0
     for result in comparison.measured:
@@ -69,7 +69,7 @@ def _looks(comparison: Comparison) -> dict[str, Look]:
 def _write(
     panels: Sequence[Panel], comparison: Comparison, looks: dict[str, Look], path: Path, size: tuple[float, float]
 ) -> None:
-    """A row of panels with one legend below."""
+    """Write a figure with a row of panels and one legend below."""
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr, call-arg]
@@ -93,7 +93,7 @@ def _loss_time(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> No
     starts: list[float] = []
     for result in comparison.measured:
         if result.finished:
-            # seeds are compared at equal steps, at the mean of their clocks: a busy moment of the machine shifts no curve
+            # seeds are averaged at equal steps, drawn at their mean time: a pause of one run does not shift its curve
             clock = numpy.mean([_clock(record) for record in result.finished], axis=0)
             _band(axis, [(clock, _loss(r)) for r in result.finished], looks[result.row.label], result)
             starts.append(clock[len(clock) // SMOOTHING])
@@ -115,7 +115,7 @@ def _accuracy(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> Non
         ends += [float(y[len(y) // 4 :].min()) for _, y in curves if len(y)]
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if comparison.classes and ends:
-        # the first quarter of the training may start far below: the figure is about where the curves end
+        # the limit ignores the first quarter of the training, which may be far below the ends of the curves
         low = min(ends)
         axis.set_ylim(bottom=max(0.0, low - 0.35 * (100.2 - low) - 0.2))
     title, label = ("Test accuracy", "test accuracy (%)") if comparison.classes else ("Test loss", "test loss")
@@ -147,7 +147,7 @@ PANELS: dict[str, Panel] = {
 
 
 def _band(axis: Axes, curves: list[tuple[Any, Any]], look: Look, result: RowResult, marker: str | None = None) -> None:
-    """The mean of the seeds' curves, which share their abscissae, and the range between the lowest and the highest."""
+    """Draw the mean of the seeds' curves, which have common abscissae, and the band from lowest to highest."""
     if not curves:
         return
     x, values = curves[0][0], numpy.stack([y for _, y in curves])
@@ -157,13 +157,13 @@ def _band(axis: Axes, curves: list[tuple[Any, Any]], look: Look, result: RowResu
 
 
 def _loss(record: Record) -> Any:
-    """The step losses, each the mean over a window that ends at it."""
+    """Losses by step, each the mean over a window that ends at the step."""
     curve = pandas.Series(record.curve_loss, dtype=float)
     return curve.rolling(max(1, len(curve) // SMOOTHING), min_periods=1).mean().to_numpy()
 
 
 def _clock(record: Record) -> Any:
-    """Training seconds at the steps of the curve; the clock was read at the ends of epochs."""
+    """Training seconds at the steps of the curve, interpolated between the ends of epochs."""
     return numpy.interp(record.curve_steps, [0, *record.epoch_steps], [0.0, *record.epoch_time])
 
 
@@ -177,7 +177,7 @@ def _decorate(axis: Axes, title: str, x: str, y: str, log: bool) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """0.1 and 0.01 rather than powers; minor labels only where the range holds few decades."""
+    """Label ticks as 0.1 and 0.01 rather than powers; minor labels only for a range of few decades."""
     axis.set_major_locator(LogLocator(base=10))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

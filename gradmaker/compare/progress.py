@@ -20,7 +20,7 @@ from gradmaker.compare.result import Comparison, RowResult, count
 
 
 class Board:
-    """Two bars: all trials, and the running one with its loss."""
+    """Two progress bars: one for all trials, one for the running trial with its loss."""
 
     def __init__(self, progress: Progress, trials: int) -> None:
         self.progress = progress
@@ -28,25 +28,25 @@ class Board:
         self.running = progress.add_task("", total=None, visible=False, loss="")
 
     def start(self, name: str, steps: int) -> None:
-        """A trial, or the measuring of the costs, begins."""
+        """Start the bar of a trial, or of the measurement of costs."""
         self.progress.reset(self.running, description=name, total=steps, visible=True, loss="")
 
     def step(self) -> None:
-        """One step of it is done."""
+        """Advance the bar of the running trial by one step."""
         self.progress.advance(self.running)
 
     def note(self, text: str) -> None:
-        """Show a text, the loss, at the end of its bar."""
+        """Show a text, as the loss, at the end of the bar of the running trial."""
         self.progress.update(self.running, loss=text)
 
     def finish(self) -> None:
-        """It is done."""
+        """Complete the running trial and advance the bar of all trials."""
         self.progress.advance(self.total)
 
 
 @contextmanager
 def board(trials: int, shown: bool) -> Iterator[Board]:
-    """A board that lives as long as the context; silent when not `shown`."""
+    """Context with a board of progress bars; without output when not `shown`."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -61,7 +61,7 @@ def board(trials: int, shown: bool) -> Iterator[Board]:
 
 
 def print_selection(console: Console, result: RowResult) -> None:
-    """One line a row, when its rate is chosen."""
+    """Print the selected learning rate of a row and the results of its search."""
     rates = ", ".join(f"{r.learning_rate:g}: {_outcome(result, r.learning_rate)}" for r in result.search)
     console.print(f"[bold]{result.row.label}[/]  lr [bold]{result.learning_rate:g}[/]  [dim]({rates})[/]", highlight=False)
 
@@ -75,7 +75,7 @@ def _outcome(result: RowResult, rate: float) -> str:
 
 
 def print_summary(console: Console, comparison: Comparison) -> None:
-    """The table, its notes, and where the report is."""
+    """Print the summary table, its notes and the path of the report."""
     sizes = count(len(comparison.seeds), "seed"), count(comparison.setting.epochs, "epoch")
     table = Table(title=", ".join((comparison.data["name"], *sizes, *([] if comparison.complete else ["interrupted"]))))
     for column, heading in enumerate(comparison.headings[:-1]):
@@ -86,18 +86,19 @@ def print_summary(console: Console, comparison: Comparison) -> None:
     for result in comparison.measured:
         if note := result.cells()[-1]:
             console.print(f"  {result.row.label}: {note}", highlight=False)
-    console.print(f"  report: {_shown(comparison.files['html'])}", highlight=False, soft_wrap=True)
+    console.print(f"  report: {_relative(comparison.files['html'])}", highlight=False, soft_wrap=True)
     others = ", ".join(path.name for name, path in comparison.files.items() if name != "html")
     console.print(f"  beside it: {others}", style="dim", highlight=False)
 
 
 def print_resume(console: Console, out: Path, command: str) -> None:
-    """What an interrupted run left, and how to go on."""
+    """Print where an interrupted run is stored and how to resume it."""
     again = f"run the same again: {command}" if command else "call compare(...) again with the same arguments"
-    console.print(f"Stopped. Every finished trial is kept in {_shown(out)}; to go on, {again}", highlight=False, soft_wrap=True)
+    text = f"Stopped. Every finished trial is kept in {_relative(out)}; to go on, {again}"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
-def _shown(path: Path) -> str:
-    """Relative to the working folder where it lies inside."""
+def _relative(path: Path) -> str:
+    """The path, relative to the working folder if it is inside."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -26,7 +26,7 @@ CAPTIONS = {
 
 
 def write_report(comparison: Comparison, store: Store) -> None:
-    """Write all files; their paths go to `comparison.files`."""
+    """Write all files and set their paths in `comparison.files`."""
     out = comparison.out
     plots = write_plots(comparison)
     names = {"html": "report.html", "markdown": "report.md", "csv": "results.csv", "json": RESULTS}
@@ -44,7 +44,7 @@ def write_report(comparison: Comparison, store: Store) -> None:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, how it was made, and the picture."""
+    """report.md: summary table, overview figure, notes and settings."""
     headings = comparison.headings
     rows = [headings, ["---", *["---:"] * (len(headings) - 2), "---"], *(result.cells() for result in comparison.measured)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
@@ -57,7 +57,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def html(comparison: Comparison, plots: dict[str, Path]) -> str:
-    """One page that needs nothing beside it."""
+    """report.html: one page with embedded figures."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -80,12 +80,12 @@ def html(comparison: Comparison, plots: dict[str, Path]) -> str:
 
 
 def title_of(comparison: Comparison) -> str:
-    """What was compared on what."""
+    """The title of the report."""
     return f"Gradient preconditioning on {comparison.data['name']}"
 
 
 def facts(comparison: Comparison) -> dict[str, Any]:
-    """What all rows share."""
+    """The settings that all rows share."""
     setting, data = comparison.setting, comparison.data
     return {
         "data": f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test samples",
@@ -101,12 +101,12 @@ def facts(comparison: Comparison) -> dict[str, Any]:
 
 
 def shown_command(command: str) -> str:
-    """The command line without the machine's folders, for a report that travels."""
+    """The command line without folders of the machine."""
     return re.sub(r"(?<![\w.~])[~/][^\s'\"]*/(?=[^\s/])", "", command)
 
 
 def notes_of(comparison: Comparison) -> list[str]:
-    """How to read the table and the figures."""
+    """Notes on how the numbers of table and figures were measured."""
     kind = comparison.setting.device.split(":")[0]
     reference = f"torch.optim.{REFERENCE.optimizer} with momentum {REFERENCE.options['momentum']:g}"
     return [
@@ -136,12 +136,12 @@ def _stated(result: RowResult) -> dict[str, Any]:
 
 
 def _trials(result: RowResult) -> list[list[str]]:
-    """Every training of a row, once."""
+    """Table rows of all trainings of a row, each once."""
     return [_trial(r) for r in {(r.learning_rate, r.seed): r for r in [*result.search, *result.finals]}.values()]
 
 
 def _trial(record: Record) -> list[str]:
-    """Under the headings of the table of trainings in the template."""
+    """Cells of a training, in the order of the headings in the template."""
     loss, test_loss = (_last(record.end(name), ".4g") for name in ("train_loss", "test_loss"))
     validation, test = (_last(100 * record.end(name), ".2f", " %") for name in ("validation_accuracy", "test_accuracy"))
     rate = f"{record.learning_rate:g}"

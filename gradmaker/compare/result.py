@@ -1,4 +1,4 @@
-"""What a comparison found: the selected learning rate of every row, its trials, and the summary table."""
+"""The result of a comparison: selected learning rate and trials of every row, and the summary table."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ HEADINGS = {
 
 @dataclass
 class RowResult:
-    """A row with its trials: `search` over learning rates with the first seed, `finals` over seeds at the selected one."""
+    """A row and its trials: `search` over learning rates with the first seed, `finals` over seeds at the selected rate."""
 
     row: Row
     config: dict[str, Any]
@@ -41,11 +41,11 @@ class RowResult:
 
     @property
     def finished(self) -> list[Record]:
-        """The final trainings that ended well."""
+        """The trainings of `finals` that finished without divergence or failure."""
         return [record for record in self.finals if record.status == "finished"]
 
     def summary(self) -> dict[str, Any]:
-        """One line of results.csv; means over the finished seeds, deviation of the sample."""
+        """A line of results.csv: means and sample standard deviations over finished seeds."""
         accuracy, loss = ([r.end(name) for r in self.finished] for name in ("test_accuracy", "test_loss"))
         return {
             "method": self.row.label,
@@ -66,11 +66,11 @@ class RowResult:
         }
 
     def cells(self) -> list[str]:
-        """The summary as the tables print it, under `HEADINGS`."""
+        """The summary as text, in the order of `HEADINGS`."""
         line = self.summary()
-        test = _spread(line["test_accuracy"], line["test_accuracy_std"], 100, ".2f", " %")
+        test = _deviating(line["test_accuracy"], line["test_accuracy_std"], 100, ".2f", " %")
         if line["test_accuracy"] is None:
-            test = _spread(line["test_loss"], line["test_loss_std"], 1, ".4g", " (loss)")
+            test = _deviating(line["test_loss"], line["test_loss_std"], 1, ".4g", " (loss)")
         if 0 < line["finished"] < line["seeds"]:
             test += f" ({line['finished']}/{line['seeds']})"
         return [
@@ -97,10 +97,10 @@ class RowResult:
 
 @dataclass
 class Comparison:
-    """All rows, how they were trained, and where the report lies.
+    """All rows, their settings, and the paths of the report.
 
     Args:
-        files: path of each output by its name (html, markdown, csv, json and the plots).
+        files: paths of outputs by name (html, markdown, csv, json and the plots).
         complete: False when the run was interrupted.
     """
 
@@ -122,34 +122,34 @@ class Comparison:
 
     @property
     def measured(self) -> list[RowResult]:
-        """The rows whose seeds were trained, at least one."""
+        """The rows with at least one training at the selected learning rate."""
         return [result for result in self.rows if result.finals]
 
     @property
     def headings(self) -> list[str]:
-        """Of the columns that `RowResult.cells` fills."""
+        """Headings of the columns of `RowResult.cells`."""
         return list((HEADINGS if self.classes else {**HEADINGS, "test": "test loss"}).values())
 
 
 def select(search: Sequence[Record]) -> Record:
-    """The record to go on with: by validation alone, see `SELECTION`."""
+    """The record whose learning rate is selected, by validation only: see `SELECTION`."""
     return max(
         search, key=lambda r: (r.status == "finished", _score(r.end("validation_accuracy")), -_cost(r.end("validation_loss")))
     )
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None for no values or for values that are none."""
+    """The mean; None without values or where one is not finite."""
     return fmean(values) if values and all(map(math.isfinite, values)) else None
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Of the sample; None for fewer than two values."""
+    """The sample standard deviation; None for fewer than two values."""
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
 def count(number: int, noun: str) -> str:
-    """1 seed, 3 seeds."""
+    """A number with its noun: 1 seed, 3 seeds."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -165,6 +165,6 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _spread(center: float | None, std: float | None, scale: float, form: str, unit: str) -> str:
-    spread = "" if std is None else f" \u00b1 {std * scale:{form}}"
-    return "-" if center is None else f"{center * scale:{form}}{spread}{unit}"
+def _deviating(center: float | None, std: float | None, scale: float, form: str, unit: str) -> str:
+    deviation = "" if std is None else f" \u00b1 {std * scale:{form}}"
+    return "-" if center is None else f"{center * scale:{form}}{deviation}{unit}"

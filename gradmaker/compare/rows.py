@@ -1,4 +1,4 @@
-"""One row of the comparison: a gradient maker (or none), the torch optimizer on top, its learning rates."""
+"""Rows of the comparison: a gradient maker (or none), a torch optimizer, and learning rates."""
 
 import math
 from collections import Counter
@@ -22,17 +22,17 @@ ROW_KEYS = ("label", "learning_rates", "optimizer")
 
 
 class Default(NamedTuple):
-    """What a row gets when it names no learning rates and no optimizer of its own."""
+    """Learning rates and momentum of SGD for a row that gives none."""
 
     learning_rates: tuple[float, ...]
     momentum: float
 
 
-# Four half decades a row. Their place: Adam, Kingma & Ba 2015, section 2 (1e-3 inside); AdaGrad, torch.optim.Adagrad (1e-2
-# inside); the others: a coarse search on digits. SGD, and Shampoo, which keeps the length of SGD's step by default, run with
-# the customary momentum 0.9. A direction with a momentum of its own, or one scaled by an
-# inverse curvature, gets none: with 0.9 K-FAC diverged on digits at a tenth of these rates. M-FAC
-# has the rate of the authors' code, 1e-3, inside; GGT divides by the root of a sum over its window, of whole gradients.
+# Four learning rates a row, half a decade apart. Sources: Adam, Kingma & Ba 2015, section 2 (includes 1e-3); AdaGrad,
+# torch.optim.Adagrad (includes 1e-2); M-FAC, the authors' code (includes 1e-3); the others, a coarse search on digits. SGD,
+# and Shampoo, which by default has the length of SGD's step, have the usual momentum 0.9. Methods with their own momentum, or
+# scaled by an inverse curvature, have none: with 0.9 K-FAC diverged on digits at a tenth of these rates. GGT divides by the
+# root of a sum over its window, of whole gradients.
 _NATURAL = Default((0.001, 0.003, 0.01, 0.03), 0.0)  # at 0.1 K-FAC diverged on MNIST
 _ADAPTIVE = Default((3e-4, 1e-3, 3e-3, 1e-2), 0.0)
 _MOMENTUM = Default((0.01, 0.03, 0.1, 0.3), 0.9)
@@ -41,8 +41,8 @@ _SUMMING = Default((0.003, 0.01, 0.03, 0.1), 0.0)
 _ROOTED = Default((0.1, 0.3, 1.0, 3.0), 0.0)
 _DAMPED = Default((0.01, 0.03, 0.1, 0.3), 0.0)  # TNT: a damping of 0.1 on every factor makes short steps
 _FITTED = Default((0.01, 0.03, 0.1, 0.3), 0.0)  # AdaHessian: 0.15, the authors' code; K-BFGS: 0.3, the paper
-_WHOLE = Default((0.03, 0.1, 0.3, 1.0), 0.0)  # steps to the minimum of a model of this batch: one is the model's own length
-_STATED = Default((0.1,), 0.0)  # the method has it as an option, `rate`, and a momentum of its own
+_WHOLE = Default((0.03, 0.1, 0.3, 1.0), 0.0)  # steps to the minimum of a quadratic model of the batch: 1 is the full step
+_STATED = Default((0.1,), 0.0)  # equals the option `rate` of the method, which has its own momentum
 DEFAULTS = {
     "gradient": _MOMENTUM,
     "SGD": _MOMENTUM,
@@ -81,7 +81,7 @@ class Row:
     """A configuration to train.
 
     Args:
-        maker: what `from_config` gets; None trains with the optimizer alone.
+        maker: the mapping for `from_config`; None trains with the optimizer alone.
         optimizer: name of a class in torch.optim; `options` are its arguments besides the learning rate.
     """
 
@@ -93,28 +93,28 @@ class Row:
 
     def __post_init__(self) -> None:
         if not self.learning_rates:
-            raise InputError(f"{self.label}: give at least one learning rate")
+            raise InputError(f"{self.label}: learning_rates=(): expected at least one learning rate")
         if bad := [rate for rate in self.learning_rates if not (math.isfinite(rate) and rate > 0)]:
-            raise InputError(f"{self.label}: learning rates must be positive numbers, got {', '.join(map(str, bad))}")
+            raise InputError(f"{self.label}: learning_rates={', '.join(map(str, bad))}: expected positive numbers")
 
     @property
     def method(self) -> str:
-        """The maker's or, without one, the optimizer's name."""
+        """The name of the maker or, without one, of the optimizer."""
         return self.optimizer if self.maker is None else str(self.maker.get("method", "custom"))
 
     def build_maker(self, model: nn.Module) -> Any:
-        """The gradient maker on this model, or None."""
+        """Make the gradient maker on this model; None for a row without one."""
         if self.maker is None:
             return None
         return from_config(model, dict(self.maker))
 
     def build_optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-        """The torch optimizer."""
+        """Make the torch optimizer."""
         kind: Callable[..., torch.optim.Optimizer] = optimizers()[self.optimizer.lower()]
         return kind(model.parameters(), lr=learning_rate, **self.options)
 
     def describe(self, maker: Any = None) -> dict[str, Any]:
-        """The whole configuration as plain values, with the defaults that the maker's config filled in."""
+        """The whole configuration as plain values, with the defaults of the maker's config."""
         config = getattr(maker, "config", None)
         resolved = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else {}
         given = {current_name(type(config), name): value for name, value in (self.maker or {}).items()}
@@ -123,7 +123,7 @@ class Row:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON knows it; classes and modules by name."""
+    """The value in types of JSON; classes and modules become names."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -136,7 +136,7 @@ def plain(value: Any) -> Any:
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """torch.optim classes by lower-case name, less those that need a closure or sparse gradients."""
+    """torch.optim classes by lower-case name, without those that need a closure or sparse gradients."""
     kinds = (kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
     return {kind.__name__.lower(): kind for kind in kinds if kind.__name__ not in ("Optimizer", "LBFGS", "SparseAdam")}
 
@@ -146,11 +146,11 @@ def parse_rows(
     learning_rates: Sequence[float] | None = None,
     momentum: float | None = None,
 ) -> tuple[Row, ...]:
-    """Rows from names, mappings, labelled mappings and YAML paths.
+    """Rows from names, mappings, labelled mappings and YAML paths. InputError for entries that cannot be used.
 
     Args:
-        learning_rates: the grid of every row that names none; None: `DEFAULTS`.
-        momentum: of the SGD on top where a row names no optimizer and `DEFAULTS` gives it one; None: as given there.
+        learning_rates: the grid for rows without one; None: `DEFAULTS`.
+        momentum: momentum of SGD in rows without an optimizer that have one in `DEFAULTS`; None: as given there.
     """
     if isinstance(methods, (str, Path)):
         methods = [methods]
@@ -166,7 +166,7 @@ def _listed(methods: Iterable[Method] | Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _entries(method: Any) -> Iterator[dict[str, Any]]:
-    """Mappings with a `method` or an `optimizer`, out of whatever was given."""
+    """Yield mappings with a `method` or an `optimizer` from any form of entry."""
     if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
         loaded = read_yaml(Path(method))
         for item in loaded if isinstance(loaded, list) else [loaded]:
@@ -190,16 +190,16 @@ def _labelled(method: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _named(name: str) -> dict[str, Any]:
-    """A maker by its name; else an optimizer of torch.optim by its."""
+    """The entry for the name of a method or, else, of a class in torch.optim. InputError for other names."""
     if name in METHODS:
         return {"method": name}
     if name.lower() in optimizers():
         return {"label": name.lower(), "optimizer": optimizers()[name.lower()].__name__}
-    raise InputError(f"unknown method {name!r}: {did_you_mean(name, sorted({*METHODS, *optimizers()}))}")
+    raise InputError(f"method={name!r}: {did_you_mean(name, sorted({*METHODS, *optimizers()}))}")
 
 
 def _labels(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Given labels; else the method's name, with its options where two rows would share it."""
+    """The given labels; else the method's name, with options where two rows would have the same. InputError for duplicates."""
     names = [str(e.get("label") or e.get("method") or _optimizer_name(e["optimizer"]).lower()) for e in entries]
     shared = Counter(names)
     labels = [
@@ -244,11 +244,11 @@ def _numbers(label: str, values: Any) -> tuple[float, ...]:
     try:
         return tuple(dict.fromkeys(float(value) for value in (values if isinstance(values, (list, tuple)) else [values])))
     except (TypeError, ValueError):
-        raise InputError(f"{label}: learning rates must be numbers, got {values!r}") from None
+        raise InputError(f"{label}: learning_rates={values!r}: expected numbers") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """Parsed YAML."""
+    """The parsed YAML file. InputError where it cannot be read or parsed."""
     import yaml
 
     try:

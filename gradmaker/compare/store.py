@@ -1,4 +1,4 @@
-"""results.json: every finished trial, written after each one, read again by a run that resumes."""
+"""results.json: all finished trials, written after each one and read when a run resumes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ RESULTS = "results.json"
 
 
 class Store:
-    """The trials and costs of an output folder, by key; those of other settings are kept but not reported."""
+    """Trials and costs of an output folder, by key; those of other settings are kept but not reported."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / RESULTS
@@ -25,7 +25,7 @@ class Store:
         self.report: dict[str, Any] = content.get("report", {})
 
     def write(self) -> None:
-        """Replace the file in one step, so that an interrupted write leaves the old one."""
+        """Replace the file atomically: an interrupted write keeps the old one."""
         content = {
             "format": FORMAT,
             "report": self.report,

@@ -1,4 +1,4 @@
-"""One training: a row at one learning rate from one seed, and what was measured in it."""
+"""One training of a row at one learning rate from one seed, and its record."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rat
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
-CURVE_POINTS = 2000  # longer loss curves are averaged down to this many points
+CURVE_POINTS = 2000  # longer loss curves are averaged to this many points
 EVALUATION_BATCH = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all trials of a comparison share; a part of the key of a trial."""
+    """The settings that all trials of a comparison share; part of the key of a trial."""
 
     epochs: int
     batch_size: int
@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """A training to run."""
+    """A training to run: row, learning rate and seed."""
 
     row: Row
     config: dict[str, Any]
@@ -50,7 +50,7 @@ class Trial:
     seed: int
 
     def key(self, setting: Setting) -> str:
-        """The same for the same training, whatever the row is called."""
+        """A hash of all that determines the training; it does not depend on the label of the row."""
         return digest({"config": self.config, "rate": self.learning_rate, "seed": self.seed, **asdict(setting)})
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Trial:
 
 @dataclass
 class Record:
-    """What one training measured. Losses are means over samples; times are seconds of training, without evaluation."""
+    """The measurements of one training. Losses are means over samples; times are seconds without evaluation."""
 
     label: str
     method: str
@@ -85,7 +85,7 @@ class Record:
 
 
 class Session:
-    """A model under training: one call of `step` is one update."""
+    """A model with maker, optimizer and scheduler; one call of `step` is one update."""
 
     def __init__(self, row: Row, model: nn.Module, learning_rate: float, loss: Loss, steps: int, schedule: str) -> None:
         self.model, self.loss = model, loss
@@ -95,24 +95,24 @@ class Session:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(min(1.0, step / max(1, steps))))
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Gradient, direction, update; returns the loss without waiting for the device."""
+        """Compute the gradient, precondition it, update the weights; returns the loss without waiting for the device."""
         self.optimizer.zero_grad()
-        value = self._plain(inputs, targets) if self.maker is None else self._made(inputs, targets)
+        value = self._backward(inputs, targets) if self.maker is None else self._make_gradient(inputs, targets)
         self.optimizer.step()
         self.scheduler.step()
         return value
 
     def close(self) -> None:
-        """Unhook the maker."""
+        """Remove the maker and its hooks."""
         if self.maker is not None:
             self.maker.remove()
 
-    def _plain(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         value = self.loss(self.model(inputs), targets)
         value.backward()
         return value.detach()
 
-    def _made(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _make_gradient(self, inputs: Tensor, targets: Tensor) -> Tensor:
         outputs = self.maker.setup_model_call(self.model, inputs)
         self.maker.setup_loss_call(self.loss, outputs, targets)
         _, value = self.maker.forward_and_backward()
@@ -126,7 +126,7 @@ def digest(value: Any) -> str:
 
 @contextmanager
 def seeded(seed: int, device: str) -> Iterator[None]:
-    """Torch's global generators at `seed` inside, as they were outside."""
+    """Context with torch's global generators at `seed`; restores their states afterwards."""
     cuda = [torch.cuda.current_device()] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
@@ -134,20 +134,20 @@ def seeded(seed: int, device: str) -> Iterator[None]:
 
 
 def initial_model(model: Callable[[], nn.Module], seed: int, device: str) -> nn.Module:
-    """The model as every method finds it under this seed."""
+    """The initial model under a seed, the same for every method."""
     with seeded(seed, device):
         return model().to(device)
 
 
 def batch_order(size: int, batch_size: int, seed: int, epoch: int, device: str) -> Tensor:
-    """Sample indices (steps, batch) of one epoch: a function of seed and epoch alone; the last, smaller batch is left out."""
+    """Sample indices (steps, batch) of one epoch: they depend on seed and epoch only; the last, smaller batch is dropped."""
     batch_size = min(batch_size, size)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[: size // batch_size * batch_size].view(-1, batch_size).to(device)
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device, so that a clock read after it is true."""
+    """Wait for the device, before a clock is read."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -161,10 +161,10 @@ def run_trial(
     on_step: Callable[[], None],
     on_epoch: Callable[[int, float], None],
 ) -> Record:
-    """Train; a trial that diverges or raises is recorded as such.
+    """Train and return the record; a trial that diverges or raises has the status diverged or failed.
 
     Args:
-        on_step: called at every step, without the loss: reading it would wait for the device.
+        on_step: called at every step, without the loss, which would wait for the device.
         on_epoch: called with the epoch's number and its mean loss.
     """
     record = Record(trial.row.label, trial.row.method, trial.config, trial.learning_rate, trial.seed)
@@ -172,9 +172,9 @@ def run_trial(
         with seeded(trial.seed, setting.device):
             network = model().to(setting.device)
             _train(record, trial, network, split, loss, setting, on_step, on_epoch)
-    except Exception as error:  # one method's failure must not take the night's other results with it
+    except Exception as error:  # the failure of one method must not end the comparison
         record.status, record.message = "failed", f"{type(error).__name__}: {error}"
-    return _thinned(record)
+    return _downsampled(record)
 
 
 def _train(
@@ -203,14 +203,14 @@ def _train(
 
 
 def steps_per_epoch(size: int, setting: Setting) -> int:
-    """Updates in one epoch."""
+    """Number of updates in one epoch."""
     return size // min(setting.batch_size, size)
 
 
 def _epoch(
     session: Session, split: Split, order: Tensor, device: str, on_step: Callable[[], None]
 ) -> tuple[list[float], float]:
-    """Losses of the steps and the seconds they took: one wait for the device, at the end."""
+    """Train one epoch; returns losses by step and seconds. It waits for the device only at the end."""
     session.model.train()
     losses = []
     synchronize(device)
@@ -255,7 +255,7 @@ def _note(
 
 
 def _diverged(record: Record) -> bool:
-    """Mark a training whose loss is no number, or ends, over the last quarter of the last epoch, above its first step's."""
+    """Set the status; True if a loss is not finite. Also diverged: last quarter of the last epoch above the first step."""
     if None in (*record.curve_loss, record.validation_loss[-1]):
         record.status, record.message = "diverged", f"loss is not finite in epoch {len(record.epoch_steps)}"
         return True
@@ -272,8 +272,8 @@ def _finite(value: float) -> float | None:
     return round(value, 7) if math.isfinite(value) else None
 
 
-def _thinned(record: Record) -> Record:
-    """Average neighbours of a long loss curve: steps are then the middle of each group."""
+def _downsampled(record: Record) -> Record:
+    """Average groups of points of a long loss curve; the step of a group is its middle."""
     group = math.ceil(len(record.curve_loss) / CURVE_POINTS)
     if group > 1 and None not in record.curve_loss:
         for name in ("curve_steps", "curve_loss"):

@@ -1,8 +1,8 @@
-"""Methods: recipes that choose a triple for each site.
+"""Methods: configs that choose curvature, representation and solver for each site of a model.
 
-A file for each paper or family, named as the field names it, with a config (options, their defaults and sources, and `triple`)
-and a maker that registers its name. What several methods share stands in a file beside them; a part that `custom` can name is
-in its own axis' folder. The table below says which module registers which name.
+One file for each paper or family of methods, with a config (options, defaults, their sources, and `triple`) and a maker, which
+registers the name. Code that several methods share is in files beside them; a part that `custom` can name is in the folder of
+its axis. The table below has the module that registers each name.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ METHODS.expect(
 
 
 def from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> GradientMaker:
-    """A maker from a mapping or a YAML file: ``{method: kfac, damping: 1e-3}``.
+    """Make a gradient maker from a mapping or a YAML file: ``{method: kfac, damping: 1e-3}``.
 
-    ValueError on unknown methods and options, with the close match and all that is legal.
+    ValueError for an unknown method or option, with the closest match and all legal names.
     """
     given = read_mapping(config)
     if "method" not in given:

@@ -1,4 +1,4 @@
-"""AdaGrad: a diagonal of the summed squares of mini-batch gradients."""
+"""AdaGrad: the diagonal of the summed outer products of mini-batch gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaHessian: the averaged square of a Hutchinson diagonal."""
+"""AdaHessian: the running average of the squared Hutchinson estimate of the Hessian diagonal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["AdahessianGradientConfig", "AdahessianGradientMaker"]
 class AdahessianGradientConfig(HessianProbeConfig):
     """AdaHessian: ``P g = m / (v^(power / 2) + damping)``, ``v`` the average of ``D^2``, ``D = |H z|`` averaged over kernels.
 
-    ``momentum`` is beta_1, ``decay`` beta_2, ``z`` a vector of signs.
+    ``momentum`` is beta_1, ``decay`` is beta_2, ``z`` is a Rademacher vector.
 
     Reference: Yao et al., AAAI 2021, arXiv:2006.00719, algorithm 1; defaults of the authors' code.
     """
@@ -33,7 +33,7 @@ class AdahessianGradientConfig(HessianProbeConfig):
     decay: float | None = 0.999
     momentum: float = 0.9
     power: float = 1.0
-    """The Hessian power."""
+    """The exponent of the Hessian."""
     spatial: bool = True
     """Whether ``|H z|`` is averaged over the kernel of a convolution."""
     per_tensor: ClassVar[bool] = True

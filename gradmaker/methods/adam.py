@@ -1,4 +1,4 @@
-"""Adam: a diagonal of the averaged second moment of mini-batch gradients."""
+"""Adam: the diagonal of the running second moment of mini-batch gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CASPR: a sum of Kronecker factors."""
+"""CASPR: a Kronecker-sum approximation of full-matrix AdaGrad."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ __all__ = ["CasprGradientConfig", "CasprGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class CasprGradientConfig(RootedGradientConfig):
-    """CASPR: ``P G = (J L + R J) / 2``, ``J = (L G + G R) / 2``, ``L, R`` inverse fourth roots of the axes' statistics.
+    """CASPR: ``P G = (J L + R J) / 2``, ``J = (L G + G R) / 2``, ``L, R`` inverse fourth roots of the statistics of the axes.
 
     ``p`` generalises: ``[(1/m) sum_k H_k^(-1/2p)]^p`` over the axes; ``p=None`` takes their number, ``p='inf'`` is Shampoo.
-    Its code runs on bias-corrected Nesterov averages with the length of NAdam's step, after 101 steps of NAdam itself:
-    ``grafting='adam'``, ``start_step=101``. The weights of these averages sum to one here and to ``(1 - b^(t+1)) / (1 - b^t)``
-    there, ``b = momentum``: a longer step at first. The regret bound is that of ``decay=None``.
+    The authors' code uses bias-corrected Nesterov averages with the length of NAdam's step, after 101 steps of NAdam itself:
+    ``grafting='adam'``, ``start_step=101``. The weights of these averages sum to one here, and to
+    ``(1 - b^(t+1)) / (1 - b^t)``, ``b = momentum``, in that code: a longer step at first. The regret bound needs
+    ``decay=None``.
 
     Reference: Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR 2024, algorithm 1 and section 5 (ridge 1e-6).
     """

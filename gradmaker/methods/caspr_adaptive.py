@@ -1,4 +1,4 @@
-"""CASPR-adaptive: a product of factors that are measured one after the other."""
+"""CASPR-adaptive: Kronecker factors of which the second is measured on gradients preconditioned by the first."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["CasprAdaptiveGradientConfig", "CasprAdaptiveGradientMaker"]
 class CasprAdaptiveGradientConfig(AxesGradientConfig):
     """CASPR-adaptive: ``P G = L^(-1/2) M R^(-1/2)``, ``L = E[G G^T]``, ``R = E[K^T K] / m`` with ``K = L^(-1/2) G``.
 
-    No Kronecker sum, in spite of its name: KL-Shampoo in one direction. ``M`` is a Nesterov average of gradients, the length
-    that of NAdam's step for each block; vectors, and tensors with a merged axis over ``max_dim``, take NAdam's step itself, and
-    so does everything before ``start_step``. Roots are renewed every ``preconditioner_interval`` steps, one step later than in
-    the release, not at the first unless there are ``warmup_steps``: roots of few gradients, which lack rank, spoil ``R``. The
-    weights of Nesterov averages sum to one here and to ``(1 - b^(t+1)) / (1 - b^t)`` in the release, ``b = momentum``.
+    Not a Kronecker sum, despite the name: KL-Shampoo in one direction. ``M`` is a Nesterov average of gradients; the step of
+    each block has the length of NAdam's. Vectors, tensors with a merged axis over ``max_dim``, and all before ``start_step``
+    take NAdam's step itself. Roots are refreshed every ``preconditioner_interval`` steps, one step later than in the release,
+    and not at the first step without ``warmup_steps``: roots of few gradients lack rank and distort ``R``. The weights of
+    Nesterov averages sum to one here, and to ``(1 - b^(t+1)) / (1 - b^t)``, ``b = momentum``, in the release.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5, external tuning.
     """
@@ -50,9 +50,9 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
     preconditioner_interval: int | Schedule = 20
     stagger: bool = False
     start: float = 1e-6
-    """What ``L`` starts from, times the identity; ``R`` starts from the identity."""
+    """``L`` starts as this multiple of the identity; ``R`` starts as the identity."""
     root: FactorRoot = "eigh"
-    """How roots are taken; the release has ``newton``."""
+    """The algorithm for inverse roots; the release uses ``newton``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
         self._state()
 
     def _state(self) -> OneWayDims:
-        always = self.preconditioner_interval == 1  # then the release counts its first step as one after a refresh
+        always = self.preconditioner_interval == 1  # with interval 1 the release treats its first step as one after a refresh
         later = self.start * (1 + self.damping) if always else 1.0
         return OneWayDims(always or self.warmup_steps > 0, self.damping, self.start, later, self.root)
 

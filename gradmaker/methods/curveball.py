@@ -1,4 +1,4 @@
-"""CurveBall: a momentum that follows the solution of a damped Gauss-Newton system."""
+"""CurveBall: a momentum that tracks the solution of the damped Gauss-Newton system."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class CurveballGradientConfig(MatrixFreeConfig):
     """
 
     damping: float = 1.0
-    """The first ``lambda``."""
+    """The initial ``lambda``."""
     rho: float | None = None
     beta: float | None = None
-    """With ``rho``: fixed, as 0.9 and 0.1; None: the best at every step."""
+    """``rho`` and ``beta``: both constant, as 0.9 and 0.1, or both None: optimal at every step."""
     adapt: bool = True
 
     def _triple(self) -> Triple:

@@ -1,4 +1,4 @@
-"""Any legal triple as a method without a name."""
+"""Any legal triple of curvature, representation and solver, as a method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CustomGradientConfig(GradientConfig):
     """A free triple: ``{method: custom, curvature: {...}, representation: {...}, solver: {...}}``."""
 
     damping: float | None = None
-    """Replaces that of the solver."""
+    """Replaces the damping of the solver; None keeps it."""
     inapplicable = COVERS_ALL
 
     curvature: Curvature = BatchGradient()
@@ -31,7 +31,7 @@ class CustomGradientConfig(GradientConfig):
 
     @property
     def per_tensor(self) -> bool:  # type: ignore[override]
-        """Whether parameter tensors are treated one by one."""
+        """Whether each parameter tensor is a site of its own."""
         return self.representation.grain == "tensor"
 
     def __post_init__(self) -> None:
@@ -41,12 +41,12 @@ class CustomGradientConfig(GradientConfig):
         Triple(self.curvature, self.representation, self.solver)
 
     def inapplicable_options(self) -> dict[str, str]:
-        """Also what the granularity and the solver leave without a meaning."""
+        """Also the options without effect at this granularity or with this solver."""
         found = super().inapplicable_options() | (ONE_BLOCK if self.representation.grain == "full" else {})
         if not hasattr(self.solver, "damping"):
             found["damping"] = f"{type(self.solver).__name__} has none; set that of the representation or of the curvature"
         if self.decay == 0 and found.items() >= NEWEST_ALONE.items():
-            del found["decay"]  # which is what it does
+            del found["decay"]  # zero means the newest batch alone, as this representation does
         return found
 
     def triple(self, site: Site) -> Triple | None:

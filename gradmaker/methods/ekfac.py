@@ -1,4 +1,4 @@
-"""EKFAC: second moments in the eigenbasis of K-FAC's factors."""
+"""EKFAC: second moments of gradients in the eigenbasis of K-FAC's factors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["EkfacGradientConfig", "EkfacGradientMaker"]
 class EkfacGradientConfig(SharingGradientConfig):
     """EKFAC: ``P = Q (D + damping)^-1 Q^T``, ``Q`` the eigenbasis of K-FAC's factors, ``D`` the gradients' second moment there.
 
-    The moments follow the curvature at every measurement, at the cost of products; the decomposition is every
-    ``preconditioner_interval`` steps. Moments go along into a new basis.
+    The moments are updated at every measurement, at the cost of matrix products; the eigendecomposition is every
+    ``preconditioner_interval`` steps. The moments are carried over to a new basis.
 
     Reference: George et al., NeurIPS 2018, arXiv:1806.03884, algorithm 1 (EKFAC).
     """

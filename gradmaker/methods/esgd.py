@@ -24,9 +24,9 @@ __all__ = ["EsgdGradientConfig", "EsgdGradientMaker"]
 class EsgdGradientConfig(HessianProbeConfig):
     """Equilibrated SGD: ``P g = g / (sqrt(mean (H v)^2) + damping)``, the mean over all probes so far, ``v`` normal.
 
-    A ``decay`` forgets: with it, and probes at every step, this is AdaHessian without momentum and kernels. Weights behind
-    units that were off have no curvature until a probe finds some, and are divided by ``damping`` alone: with ReLU units and
-    few probes it wants to be 1e-2 rather than the published value.
+    With a ``decay``, and probes at every step, this is AdaHessian without momentum and without averages over kernels. Weights
+    of ReLU units that were inactive at all probes have zero curvature and are divided by ``damping`` alone: with few probes,
+    take 1e-2 rather than the published value.
 
     Reference: Dauphin, de Vries, Bengio, NeurIPS 2015, arXiv:1502.04390, algorithm 1 (one probe in 20 steps, damping 1e-4).
     """
@@ -39,7 +39,7 @@ class EsgdGradientConfig(HessianProbeConfig):
     preconditioner_interval: int | Schedule = 20
     stagger: bool = False
     samples: int = 1
-    """Probes a measurement."""
+    """Probes per measurement."""
     per_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

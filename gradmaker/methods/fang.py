@@ -1,4 +1,4 @@
-"""FANG: a sparse inverse of the Fisher matrix, by local regressions."""
+"""FANG: a sparse approximation of the inverse Fisher matrix, by local regressions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["FangGradientConfig", "FangGradientMaker"]
 class FangGradientConfig(GradientConfig):
     """FANG: ``P = (I - S)^T diag(1 / d) (I - S)``, the inverse of a directed Gaussian model of each layer's gradients.
 
-    With ``structure="bias"``, the default, every weight is regressed on the bias of its unit: that is the quasi-diagonal
-    natural gradient of Ollivier, which needs no second name here. ``"full"`` is `layer_ng`; for parents of your own see
-    `GaussianGraph`. Units without a bias and parameters that are in no layer get the diagonal.
+    With ``structure="bias"``, the default, every weight is regressed on the bias of its unit: this is the
+    quasi-diagonal natural gradient of Ollivier, which has no other name here. ``"full"`` is `layer_ng`; for other parents see
+    `GaussianGraph`. Units without a bias, and parameters that are in no layer, get the diagonal.
 
     Reference: Grosse & Salakhutdinov, ICML 2015, section 4; Ollivier, Information and Inference 2015, arXiv:1303.0818,
     section 2.2.
@@ -35,7 +35,7 @@ class FangGradientConfig(GradientConfig):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact or FisherEmp."""
+    """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
     structure: Literal["bias", "full"] | Parents | Callable[[tuple[int, ...]], Sequence[Sequence[int]]] = "bias"
     """The parents of every entry of a layer's block, see `GaussianGraph`."""
 
@@ -44,7 +44,7 @@ class FangGradientConfig(GradientConfig):
         GaussianGraph(self.structure)
 
     def inapplicable_options(self) -> dict[str, str]:
-        """Also what the structure leaves without a meaning."""
+        """Also the options without effect for this structure."""
         return super().inapplicable_options() | GaussianGraph(self.structure).inapplicable
 
     def triple(self, site: Site) -> Triple | None:

@@ -1,4 +1,4 @@
-"""Full-matrix AdaGrad."""
+"""Full-matrix AdaGrad: the inverse square root of the summed outer products of gradients."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["FullAdagradGradientConfig", "FullAdagradGradientMaker"]
 class FullAdagradGradientConfig(AxesGradientConfig):
     """Full-matrix AdaGrad: ``P g = (sum_t g_t g_t^T + damping lambda_max I)^(-1/2) g`` for each tensor.
 
-    ``window`` sums over the last so many gradients, with their inner products in place of a matrix of the tensor's size (GGT);
-    of a ``decay`` it takes the mean over those that it holds. ``placement="after"`` damps the root, ``(A^(1/2) + damping
+    ``window`` sums over this many last gradients, with their Gram matrix in place of a matrix of the tensor's size (GGT); with
+    a ``decay`` it is a mean over the gradients in the window. ``placement="after"`` damps the root, ``(A^(1/2) + damping
     lambda_max(A^(1/2)) I)^-1``; ``mode="absolute"`` takes the damping as it is. ``block_size`` cuts tensors whose matrix would
     be too large.
 
@@ -37,9 +37,9 @@ class FullAdagradGradientConfig(AxesGradientConfig):
     max_dim: int = 4096
     window: int | None = None
     placement: Literal["before", "after"] = "before"
-    """Whether the damping comes before or after the root."""
+    """Whether the damping is added before or after the root."""
     mode: Literal["absolute", "largest"] = "largest"
-    """What the damping is measured in: nothing, or the largest eigenvalue of what it is added to."""
+    """The unit of the damping: absolute, or the largest eigenvalue of the matrix that it is added to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class FullAdagradGradientConfig(AxesGradientConfig):
         self._triple()
 
     def inapplicable_options(self) -> dict[str, str]:
-        """A window holds no matrix of the tensor's size."""
+        """Also the options without effect with a window, which holds no matrix of the tensor's size."""
         return super().inapplicable_options() | ({} if self.window is None else Window.inapplicable)
 
     def _triple(self) -> Triple:

@@ -1,4 +1,4 @@
-"""GGT: full-matrix AdaGrad on a window of gradients."""
+"""GGT: full-matrix AdaGrad on a window of the last gradients."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["GgtGradientConfig", "GgtGradientMaker"]
 class GgtGradientConfig(GradientConfig):
     """GGT: ``P m = (C^(1/2) + damping)^-1 m``, ``C = sum_j beta_2^age_j g_j g_j^T`` over the last ``window`` gradients.
 
-    ``momentum`` is beta_1 and ``decay`` beta_2 (None: 1). ``tail`` is what the part of ``m`` outside of the window gets: see
-    `gradmaker.solvers.Gram`.
+    ``momentum`` is beta_1 and ``decay`` beta_2 (None: 1). ``tail`` is the gain of the part of ``m`` that is orthogonal to the
+    window: see `gradmaker.solvers.Gram`.
 
     Reference: Agarwal et al., ICML 2019, arXiv:1806.02958, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""Hessian-free optimization: truncated CG on products with the Gauss-Newton matrix."""
+"""Hessian-free optimization: truncated conjugate gradients on Gauss-Newton-vector products."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["HessianFreeGradientConfig", "HessianFreeGradientMaker"]
 class HessianFreeGradientConfig(MatrixFreeConfig):
     """Hessian-free optimization: ``(G + lambda I) P g = g`` by truncated, preconditioned CG; see `TruncatedCG`.
 
-    The last solution is where the next one starts, the best of the stored iterates is taken, its length is found by a line
-    search, and ``lambda`` follows the rule of Levenberg and Marquardt: for a step of the learning rate 1.
+    CG starts from the last solution; backtracking takes the best stored iterate, a line search scales it, and ``lambda``
+    follows the Levenberg-Marquardt rule. The learning rate should be 1.
 
     Reference: Martens, ICML 2010; Martens & Sutskever, 2012.
     """
@@ -36,17 +36,17 @@ class HessianFreeGradientConfig(MatrixFreeConfig):
     }
 
     damping: float = 1.0
-    """The first ``lambda``."""
+    """The initial ``lambda``."""
     iterations: int = 250
     tolerance: float = 5e-4
     warm: float = 0.95
     preconditioner: float = 0.75
     squares: Literal["examples", "batch"] = "examples"
-    """What the preconditioner is made of: squared gradients of examples, or the square of the batch's, which costs nothing."""
+    """The diagonal of the preconditioner: squared per-example gradients, or the squared batch gradient, which is free."""
     factors: bool = False
-    """Whether it is made of K-FAC's factors of the batch instead, with targets drawn by the model: fewer iterations."""
+    """Whether CG is preconditioned by K-FAC of the batch, with sampled targets, instead: fewer iterations."""
     factor_damping: float = 1e-2
-    """The factors' damping once ``lambda`` is smaller."""
+    """Lower bound of the damping of these factors; above it they take ``lambda``."""
     backtrack: bool = True
     line_search: bool = True
     adapt: bool = True

@@ -1,4 +1,4 @@
-"""What methods on probes of the Hessian have in common."""
+"""Options of methods that probe the Hessian with random vectors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["HessianProbeConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class HessianProbeConfig(GradientConfig):
-    """What methods on probes of the Hessian have in common."""
+    """Options of methods that probe the Hessian with random vectors."""
 
     mode: Mode = "reverse"
-    """How a product is taken: backwards twice, or forwards over backwards where that is not supported; by ``forward`` at once,
-    by ``difference`` from two gradients, for models without second derivatives."""
+    """How Hessian-vector products are computed: reverse over reverse mode, or forward over reverse where that is not supported;
+    ``forward``: always forward over reverse; ``difference``: from two gradients, for models without second derivatives."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""K-BFGS and K-BFGS(L): BFGS on both Kronecker factors of a layer."""
+"""K-BFGS and K-BFGS(L): BFGS updates of the inverses of both Kronecker factors of a layer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ __all__ = ["KbfgsGradientConfig", "KbfgsGradientMaker", "KbfgsLGradientConfig", 
 class KbfgsGradientConfig(GradientConfig):
     """K-BFGS: ``P G = H_g G H_a`` for each layer, both by BFGS: ``H_a`` on the input moment, ``H_g`` on the layer's secants.
 
-    ``decay`` is that of the inputs' moment, ``momentum`` that of gradients, ``secant_decay`` that of the secants;
-    ``output_damping`` the second part of the double damping. What is not a linear map or a convolution gets ``fallback``.
+    ``decay`` is for the second moment of the inputs, ``momentum`` for gradients, ``secant_decay`` for secants;
+    ``output_damping`` is the second part of the double damping. Other layers than linear maps and convolutions get
+    ``fallback``.
 
     Reference: Goldfarb, Ren, Bahamou, NeurIPS 2020, arXiv:2006.08877; defaults of the authors' code.
     """
@@ -34,7 +35,7 @@ class KbfgsGradientConfig(GradientConfig):
     decay: float | None = 0.9
     momentum: float = 0.9
     secant_decay: float = 0.9
-    """Weight of the OLD secants, at a measurement: ``curvature_interval=k`` makes their average span ``k`` times the steps."""
+    """Weight of the OLD secants at a measurement: with ``curvature_interval=k`` their average spans ``k`` times the steps."""
     output_damping: Literal["powell", "shift"] = "powell"
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class KbfgsLGradientConfig(KbfgsGradientConfig):
 
     pairs: int = 100
     limited: Literal["outputs", "both"] = "outputs"
-    """What is held as pairs: ``H_g``, or ``H_a`` as well, which then starts from the identity too."""
+    """Which factors are held as pairs: ``H_g``, or also ``H_a``, which then starts from the identity too."""
 
     def __post_init__(self) -> None:
         check_choice("limited", self.limited, ["outputs", "both"])

@@ -21,8 +21,8 @@ __all__ = ["KfacGradientConfig", "KfacGradientMaker"]
 class KfacGradientConfig(SharingGradientConfig):
     """K-FAC: ``P = (B (x) A + damping)^-1`` for each layer, ``A`` of its inputs, ``B`` of its output gradients.
 
-    ``split='pi'`` damps the two factors apart, ``A + pi sqrt(damping)`` and ``B + sqrt(damping) / pi``; ``'exact'`` damps the
-    product through eigenbases.
+    ``split='pi'`` damps the two factors separately, ``A + pi sqrt(damping)`` and ``B + sqrt(damping) / pi``; ``'exact'`` damps
+    the product in its eigenbasis.
 
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, sections 3, 5 and 6.3; convolutions: Grosse & Martens, ICML
     2016, arXiv:1602.01407; weight sharing (expand, reduce): Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.

@@ -1,4 +1,4 @@
-"""What K-FAC and its relatives have in common: the Fisher matrix, biases, norm layers, the schedule."""
+"""Options that the methods of the K-FAC family share: Fisher matrix, biases, norm layers, intervals."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["KroneckerGradientConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerGradientConfig(TrustRegionGradientConfig, ABC):
-    """Options of K-FAC and its relatives. Norm layers get their exact 2 x 2 blocks, what is not a layer ``fallback``."""
+    """Options of the K-FAC family. Norm layers get exact 2 x 2 blocks; parameters outside of layers get ``fallback``."""
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact, FisherEmp, FisherForward; the last one leaves out the output factors (FOOF)."""
+    """FisherMC, FisherExact, FisherEmp, or FisherForward, which has no output factors (FOOF)."""
     bias: Literal["joint", "separate"] = "joint"
-    """Whether a bias is one more input of its layer's block, or a block of its own."""
+    """Whether the bias is one more input in the block of its layer, or a block of its own."""
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
-    """What is held of the factor of a side over ``max_dim``: its diagonal, or blocks of at most that size along it."""
+    """The form of a factor with a side over ``max_dim``: diagonal, or block diagonal with blocks of at most that size."""
     curvature_interval: int | Schedule = 10
     preconditioner_interval: int | Schedule = 10
     warmup_steps: int = 100
-    """Fresh factors while they change fast: with stale ones the tenfold learning rate diverges on small problems."""
+    """Factors change fast at first: with stale ones a tenfold learning rate diverges on small problems."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,10 +46,10 @@ class KroneckerGradientConfig(TrustRegionGradientConfig, ABC):
 
     @abstractmethod
     def layer(self, site: Site) -> Triple:
-        """The parts for a linear map or a lookup table."""
+        """The triple for a linear layer, a convolution or an embedding."""
 
     def unit_wise(self, site: Site) -> bool:
-        """Whether a site gets its exact blocks: a norm layer, where the Fisher matrix has rows."""
+        """Whether a site gets exact 2 x 2 blocks: a norm layer, where the Fisher matrix gives per-example rows."""
         return site.kind == "scale" and {*self.fisher.gives} <= {*Dense.takes}
 
     def triple(self, site: Site) -> Triple | None:

@@ -16,7 +16,7 @@ __all__ = ["KflrGradientConfig", "KflrGradientMaker"]
 class KflrGradientConfig(KfacGradientConfig):
     """KFLR: K-FAC with the exact Fisher, ``B = (1/M) sum_mk g_mk g_mk^T`` over the columns of a factor of ``Lambda_m``.
 
-    Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662; the running average and the schedule are those of K-FAC.
+    Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662; running average and intervals as in K-FAC.
     """
 
     fisher: Curvature = FisherExact()

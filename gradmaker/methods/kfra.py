@@ -1,4 +1,4 @@
-"""KFRA: K-FAC with output factors by an averaged recursion."""
+"""KFRA: K-FAC with output factors by a recursion over the layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["KfraGradientConfig", "KfraGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class KfraGradientConfig(KroneckerGradientConfig):
-    """KFRA: K-FAC's ``A`` with the output factor of an averaged recursion, ``B_l = (W^T B_(l+1) W) * E[phi' phi'^T]``.
+    """KFRA: K-FAC's ``A`` with output factors by a recursion of batch averages, ``B_l = (W^T B_(l+1) W) * E[phi' phi'^T]``.
 
     For feed-forward chains of linear and element-wise layers only; any other model is refused.
 
-    Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3; average and schedule are those of K-FAC.
+    Reference: Botev, Ritter & Barber, ICML 2017, arXiv:1706.03662, section 3; average and intervals as in K-FAC.
     """
 
     inapplicable = COVERS_ALL

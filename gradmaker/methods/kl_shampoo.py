@@ -1,4 +1,4 @@
-"""KL-Shampoo: Kronecker factors that are measured through the inverses of the others."""
+"""KL-Shampoo: Kronecker factors, each measured on gradients preconditioned by the inverses of the others."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ __all__ = ["KlShampooGradientConfig", "KlShampooGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class KlShampooGradientConfig(AxesGradientConfig):
-    """KL-Shampoo: ``P G = S_1^(-1/2) M S_2^(-1/2)``, ``S_1 = E[G S_2^-1 G^T] / n`` and ``S_2 = E[G^T S_1^-1 G] / m`` at rest.
+    """KL-Shampoo: ``P G = S_1^(-1/2) M S_2^(-1/2)``, ``S_1 = E[G S_2^-1 G^T] / n`` and ``S_2 = E[G^T S_1^-1 G] / m``.
 
-    ``damping`` is the least eigenvalue that is inverted. The result has the scale of a whitened gradient; no grafting.
+    Both equations hold at the fixed point. ``damping`` is a lower bound of the eigenvalues before inversion. The result has the
+    scale of a whitened gradient; no grafting.
 
     Reference: Lin et al. 2025, arXiv:2509.03378.
     """

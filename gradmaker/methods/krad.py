@@ -1,4 +1,4 @@
-"""KrADagrad and KrADagrad*: inverse Kronecker factors, updated directly."""
+"""KrADagrad and KrADagrad*: Kronecker factors of the inverse statistic, updated without inversion."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["KradagradGradientConfig", "KradagradGradientMaker", "KradagradStarGr
 
 
 def _take_published(config: Any, values: dict[str, Any]) -> None:
-    """Give a config with ``compat='kradagrad'`` the authors' values. ValueError where others were asked for."""
+    """Set the authors' values in a config with ``compat='kradagrad'``. ValueError where the user gave others."""
     check_choice("compat", config.compat, ["none", "kradagrad"])
     if config.compat == "kradagrad":
         for name, value in values.items():
             if getattr(config, name) not in (value, getattr(type(config), name)):
-                raise ValueError(f"{name}={getattr(config, name)!r}: compat='kradagrad' has {value!r}; leave one of them out")
+                raise ValueError(f"{name}={getattr(config, name)!r}: compat='kradagrad' sets {value!r}: leave one of them out")
             object.__setattr__(config, name, value)
 
 
@@ -37,9 +37,9 @@ class KradagradStarGradientConfig(HeldRootsGradientConfig):
     """KrADagrad*: ``P G = G x_1 L_1^(1/2k) ... x_k L_k^(1/2k)``, ``L_m`` the inverse of Shampoo's statistic, updated directly.
 
     ``damping`` is the ridge that ``L`` starts from, relative to the first gradient's statistic. ``denominator='exact'`` is an
-    array update that equals Shampoo in exact arithmetic and keeps its digits in float32; ``tr``, ``fro``, ``op`` and ``d-tr``
-    are the scalar forms. ``compat='kradagrad'`` reproduces the authors' release: ``d-tr``, an absolute ridge, gradients at
-    weight one, the length of the gradient, a ridge of 1e-8 under the root.
+    array update that equals Shampoo in exact arithmetic and is accurate in float32; ``tr``, ``fro``, ``op`` and ``d-tr`` are
+    the scalar forms. ``compat='kradagrad'`` reproduces the authors' release: ``d-tr``, an absolute ridge, gradients of weight
+    one, the length of the gradient, a ridge of 1e-8 before the root.
 
     Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416; the array form: their update before its
     denominator is bounded by a scalar (square-root Woodbury).
@@ -75,12 +75,12 @@ class KradagradStarGradientMaker(Preconditioned[KradagradStarGradientConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class KradagradGradientConfig(AxesGradientConfig):
-    """KrADagrad: ``P G = G x_1 L_1^(1/2) ... x_k L_k^(1/2)``, ``L_m`` jointly the inverse covariance, one updated a step.
+    """KrADagrad: ``P G = G x_1 L_1^(1/2) ... x_k L_k^(1/2)``, ``L_m`` jointly the inverse covariance, one updated per step.
 
-    ``preconditioner_interval`` is that of the roots; ``start`` the variance, in mean squares of the first gradient, that the
-    inverse starts from (None: one, as published). ``compat='kradagrad'`` reproduces the authors' release: that start, a
-    damping that may overshoot, other axes' roots as they were before a refresh, and before ``start_step`` a gradient that is
-    preconditioned on them already. Of several blocks the release renews the roots of one; here all are.
+    ``preconditioner_interval`` is that of the roots; ``start`` is the initial variance, in units of the mean square of the
+    first gradient (None: one, as published). ``compat='kradagrad'`` reproduces the authors' release: that start, a damping that
+    may overshoot, roots of the other axes from before the refresh, and before ``start_step`` a gradient that is already
+    preconditioned on these axes. With several blocks the release refreshes the roots of one; here all are.
 
     Reference: Mei, Moreno, Walters 2023, arXiv:2305.19416.
     """
@@ -103,7 +103,7 @@ class KradagradGradientConfig(AxesGradientConfig):
 
     @property
     def first_step(self) -> int:
-        """In the release the start is one of the axis in turn alone."""
+        """The first step that is preconditioned; in the release ``start_step`` applies only to the axis that is updated."""
         return 0 if self.compat == "kradagrad" else self.start_step
 
     def _state(self) -> AlternatingInverse:

@@ -1,4 +1,4 @@
-"""Krylov subspace descent."""
+"""Krylov subspace descent: the loss minimised in a Krylov space of the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["KsdGradientConfig", "KsdGradientMaker"]
 class KsdGradientConfig(MatrixFreeConfig):
     """Krylov subspace descent: the least loss in the span of ``g, G g, ..., G^(K-1) g`` and the last step; see `Krylov`.
 
-    The space is made with the diagonal ``D`` of squared gradients, ``D^-1 g, D^-1 G D^-1 g, ...``, and searched by BFGS, on the
-    batch of the step or on one of its own (``setup_search_call``): for a step of the learning rate 1.
+    The space is preconditioned by the diagonal ``D`` of squared gradients, ``D^-1 g, D^-1 G D^-1 g, ...``, and searched by BFGS
+    on the batch of the step or on a separate one (``setup_search_call``). The learning rate should be 1.
 
     Reference: Vinyals & Povey, AISTATS 2012, arXiv:1111.4259, sections 3-4.
     """
@@ -34,12 +34,12 @@ class KsdGradientConfig(MatrixFreeConfig):
     """Added to the loss as ``damping |step|^2 / 2``; the paper has none."""
     dimension: int = 20
     search: Literal["bfgs", "model"] = "bfgs"
-    """bfgs: of the loss, at most 2 K iterations; model: of the quadratic model, without further evaluations of the loss."""
+    """bfgs: minimise the loss, at most 2 K iterations; model: minimise the quadratic model, without evaluating the loss."""
     precondition: bool = True
     squares: Literal["examples", "batch"] = "examples"
-    """What ``D`` is made of: squared gradients of examples, or the square of the batch's, which costs nothing."""
+    """The entries of ``D``: squared per-example gradients, or the squared batch gradient, which is free."""
     floor: float = 1e-4
-    """Eigenvalues in the space are at least this part of the largest."""
+    """Lower bound of eigenvalues in the space, relative to the largest."""
 
     def __post_init__(self) -> None:
         check_choice("squares", self.squares, ["examples", "batch"])

@@ -1,4 +1,4 @@
-"""L-BFGS on secants of consistent batches."""
+"""L-BFGS with secant pairs of consistent batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["LbfgsGradientConfig", "LbfgsGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class LbfgsGradientConfig(GradientConfig):
-    """L-BFGS: ``P g`` by the two loops over the last ``memory`` pairs, each of one batch before and after its step.
+    """L-BFGS: ``P g`` by the two-loop recursion on the last ``memory`` pairs, each of one batch before and after its step.
 
-    One more forward and backward pass a step; no line search. Averages do not apply (``decay``); ``damping`` is added to the
-    curvature of every pair. The first step has the length of torch's.
+    One more forward and backward pass per step; no line search. ``decay`` does not apply; ``damping`` is added to the curvature
+    of every pair. The first step has the length of that of `torch.optim.LBFGS`.
 
     Reference: Liu, Nocedal, Math. Programming 1989; consistent batches: Schraudolph, Yu, Guenter, AISTATS 2007.
     """
@@ -33,7 +33,7 @@ class LbfgsGradientConfig(GradientConfig):
     damping: float = 0.0
     memory: int = 10
     indefinite: Literal["skip", "damp"] = "skip"
-    """Pairs of negative curvature: left out, or damped as by Powell."""
+    """Treatment of pairs of negative curvature: skipped, or damped as by Powell."""
     acceptance: float = 1e-8
 
     def __post_init__(self) -> None:

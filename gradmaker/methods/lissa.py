@@ -1,4 +1,4 @@
-"""LiSSA: a Neumann series of the inverse on examples drawn for each term."""
+"""LiSSA: a Neumann series of the inverse curvature, with examples drawn for each term."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["LissaGradientConfig", "LissaGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class LissaGradientConfig(MatrixFreeConfig):
-    """LiSSA: ``P g = eta sum_(j=0..terms) (I - eta (G_j + damping))^j g``, each ``G_j`` on examples drawn for it alone.
+    """LiSSA: ``P g = eta sum_(j=0..terms) (I - eta (G_j + damping))^j g``, each ``G_j`` on newly drawn examples.
 
-    ``curvature_examples`` says how many; without it all ``G_j`` are that of the whole batch. It is an unbiased estimate of the
-    series with the batch's own matrix, and the mean of ``repeats`` of them: ``S_2`` and ``S_1`` of the paper. ``1 / eta``
-    has to bound every ``G_j``.
+    ``curvature_examples`` is their number; None: all ``G_j`` are that of the whole batch. ``P g`` is an unbiased estimate of
+    the series with the matrix of the batch; ``repeats`` estimates are averaged (``terms`` and ``repeats`` are ``S_2`` and
+    ``S_1`` of the paper). ``1 / eta`` has to bound every ``G_j``.
 
     Reference: Agarwal, Bullins & Hazan, JMLR 2017, arXiv:1602.03943, algorithm 1.
     """
@@ -32,7 +32,7 @@ class LissaGradientConfig(MatrixFreeConfig):
     terms: int = 50
     repeats: int = 1
     scale: float | None = None
-    """``1 / eta``; None: 1.1 times the largest eigenvalue that a power iteration meets."""
+    """``1 / eta``; None: 1.1 times the largest eigenvalue found by a power iteration."""
 
     def _triple(self) -> Triple:
         solver = Neumann(damping=self.damping, terms=self.terms, repeats=self.repeats, scale=self.scale)

@@ -1,7 +1,7 @@
-"""Newton's method and its matrix-free relatives: Hessian or Gauss-Newton matrix, by products with vectors.
+"""Options of matrix-free methods, which use the Hessian or the Gauss-Newton matrix by products with vectors.
 
-All of them repeat or differentiate the declared loss, so that they do not `attach`. The matrix-free ones measure and solve at
-every step, whatever the intervals: a product ends with the graph of its step.
+They evaluate or differentiate the declared loss again, so that they cannot `attach`. They measure and solve at every step,
+whatever the intervals are: a product needs the graph of its step.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["MatrixFreeConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFreeConfig(GradientConfig):
-    """What methods on products with a curvature have in common."""
+    """Options of methods that use curvature-vector products."""
 
     inapplicable = Implicit.inapplicable | COVERS_ALL | ONE_BLOCK
 
     damping: float = 1e-3
     decay: float | None = 0.0
-    """Without effect: a product ends with its step."""
+    """Without effect: a product is valid only in its step."""
     curvature: Curvature = GaussNewton()
-    """GaussNewton or Hessian."""
+    """The matrix: GaussNewton or Hessian."""
     curvature_examples: int | None = None
-    """Products on so many examples, drawn anew at every step; None: on all. `setup_curvature_call` gives them other data."""
+    """Number of examples for products, drawn at every step; None: all. `setup_curvature_call` declares other data for them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,19 +42,19 @@ class MatrixFreeConfig(GradientConfig):
         self._triple()
 
     def inapplicable_options(self) -> dict[str, str]:
-        """Of the curvature as it is measured."""
+        """Also the options without effect on the curvature, as `measured` configures it."""
         own, measured = self.curvature.inapplicable, self._triple().curvature.inapplicable
         return {name: why for name, why in super().inapplicable_options().items() if name not in own or name in measured}
 
     def measured(self, **options: Any) -> Curvature:
-        """The curvature with what the method wants of it.  options: fields of `Products`"""
+        """The curvature with the options that the method sets.  options: fields of `Products`"""
         if self.curvature_examples is not None:
             options["examples"] = self.curvature_examples
         return replace(self.curvature, **options) if options and isinstance(self.curvature, Products) else self.curvature
 
     @abstractmethod
     def _triple(self) -> Triple:
-        """The parts, the same for every site."""
+        """The triple, the same for every site."""
 
     def triple(self, site: Site) -> Triple | None:
         return self._triple()

@@ -22,7 +22,7 @@ __all__ = ["MfacGradientConfig", "MfacGradientMaker"]
 class MfacGradientConfig(GradientConfig):
     """M-FAC: ``P g = (damping + (1/m) sum_j r_j r_j^T)^-1 g`` over the last ``m = window`` mini-batch gradients ``r_j``.
 
-    ``warmup='size'`` divides by ``m`` also while the window fills, as published; ``'mean'`` by the number of gradients held.
+    ``warmup='size'`` divides by ``m`` also while the window fills, as published; ``'mean'`` by the number of gradients in it.
 
     Reference: Frantar, Kurtic & Alistarh, NeurIPS 2021, arXiv:2107.03356, section 3.2; defaults of the authors' code.
     """

@@ -1,4 +1,4 @@
-"""Muon and spectral descent: the polar factor of an averaged gradient."""
+"""Muon and spectral descent: the polar factor of a momentum average of gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MuonGradientConfig(AxesGradientConfig):
 
     ``iteration`` is Muon's polynomial, Polar Express or the SVD. ``scale``: ``aspect`` sqrt(max(1, rows / columns)), ``rms``
     0.2 sqrt(max(rows, columns)) (Moonlight), ``nuclear`` the sum of the singular values (spectral descent), or ``none``.
-    Parameters that match ``elementwise`` get Adam too, as embeddings and heads should; ``decay`` and ``damping`` are Adam's.
+    Parameters that match ``elementwise``, as embeddings and heads, get Adam too; ``decay`` and ``damping`` are those of Adam.
 
     Reference: Jordan et al. 2024, Muon; Liu et al. 2025, arXiv:2502.16982 (rms); Carlson et al., AISTATS 2015 (nuclear).
     """

@@ -1,4 +1,4 @@
-"""Natural gradients with dense blocks, of units, layers or the whole model, and with the diagonal alone."""
+"""Natural gradient with dense Fisher blocks (units, layers, or the whole model), or with the diagonal."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
 class UnitNaturalGradientConfig(GradientConfig):
     """Unit-wise natural gradient: ``P g_u = (F_u + damping)^-1 g_u`` for the incoming weights and bias of each unit ``u``.
 
-    A unit of an embedding is the row of a token. Other parameters are units of one number each. The quasi-diagonal form, of
-    three numbers a weight, is `fang` with its default structure.
+    A unit of an embedding is the row of a token. Every entry of other parameters is a unit. The quasi-diagonal form, with three
+    numbers for each weight, is `fang` with its default structure.
 
     Reference: Ollivier, Information and Inference 2015, arXiv:1303.0818, section 2.2.
     """
@@ -39,7 +39,7 @@ class UnitNaturalGradientConfig(GradientConfig):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact or FisherEmp."""
+    """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping))
@@ -63,7 +63,7 @@ class FullNaturalGradientConfig(GradientConfig):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact or FisherEmp."""
+    """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.fisher, Dense(granularity="full"), Cholesky(damping=self.damping))
@@ -88,7 +88,7 @@ class LayerNaturalGradientConfig(GradientConfig):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact or FisherEmp."""
+    """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.fisher, Dense(granularity="layer"), Cholesky(damping=self.damping))
@@ -103,7 +103,7 @@ class LayerNaturalGradientMaker(Preconditioned[LayerNaturalGradientConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalNaturalGradientConfig(GradientConfig):
-    """Diagonal natural gradient: ``P g = g / (diag(F) + damping)``, of the squares of each example's gradient.
+    """Diagonal natural gradient: ``P g = g / (diag(F) + damping)``, ``diag(F)`` from squared per-example gradients.
 
     Reference: Becker & LeCun 1988 for the diagonal Gauss-Newton matrix; Martens, JMLR 2020, arXiv:1412.1193, section 11.
     """
@@ -112,7 +112,7 @@ class DiagonalNaturalGradientConfig(GradientConfig):
 
     damping: float = 1e-3
     fisher: Curvature = FisherMC(samples=1)
-    """FisherMC, FisherExact or FisherEmp."""
+    """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(self.fisher, Diagonal(granularity="layer"), Division(power=-1.0, damping=self.damping))

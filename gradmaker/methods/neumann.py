@@ -1,4 +1,4 @@
-"""The Neumann optimizer in its idealised and its practical form."""
+"""The Neumann optimizer in its idealised and its practical form (Krishnan, Xiao & Saurous 2018)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["NeumannGradientConfig", "NeumannGradientMaker", "NeumannPracticalGra
 class NeumannGradientConfig(MatrixFreeConfig):
     """Neumann optimizer, idealised: ``P g = -eta m_K``, ``m_k = (I - eta H) m_(k-1) - g``, ``m_0 = -g``, without damping.
 
-    The paper's gradients at displaced weights, ``g + eta H m`` to first order, are products with the Hessian here.
+    Here Hessian-vector products replace the paper's gradients at displaced weights, ``g + eta H m`` to first order.
 
     Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, algorithm 1.
     """
@@ -54,11 +54,11 @@ class NeumannGradientMaker(Preconditioned[NeumannGradientConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class NeumannPracticalGradientConfig(GradientConfig):
-    """Neumann optimizer, practical: one gradient a step, at weights that are displaced by ``mu m``; see `DisplacedNeumann`.
+    """Neumann optimizer, practical: one gradient per step, at weights displaced by ``mu m``; see `DisplacedNeumann`.
 
-    It needs gradients alone, and an optimizer without a momentum of its own at the learning rate ``rate``: SGD. Between steps
-    the model has the displaced weights; `NeumannPracticalGradientMaker.undisplaced` gives those that the method returns.
-    The paper's first ``period`` is 10 epochs, after ``plain`` steps of 5.
+    It needs only gradients, and SGD without momentum at the learning rate ``rate``. Between steps the model has the displaced
+    weights; inside `NeumannPracticalGradientMaker.undisplaced` it has the weights of the method. In the paper the first
+    ``period`` is 10 epochs, after ``plain`` steps for 5 epochs.
 
     Reference: Krishnan, Xiao & Saurous, ICLR 2018, arXiv:1712.03298, algorithm 2 and section 4.
     """
@@ -77,15 +77,15 @@ class NeumannPracticalGradientConfig(GradientConfig):
     """The learning rate of the optimizer."""
     alpha: float = 1e-7
     beta: float | None = None
-    """Of the pull to, and the push away from, the average of the weights; beta None: 1e-5 for every parameter."""
+    """Coefficients of the cubic and the repulsive regularizer about the average weights; beta None: 1e-5 times their number."""
     average: float = 0.99
-    """The weight of the old in that average."""
+    """Weight of the OLD average of the weights."""
     peak: float = 0.9
-    """Where ``mu`` ends, which starts from 1/2."""
+    """Final value of ``mu``, which starts at 1/2."""
     period: int = 1000
-    """Steps from the first reset to the second; the next ones are twice, four times, ... as far apart."""
+    """Steps from the first reset to the second; the following distances are 2, 4, ... times as long."""
     plain: int = 0
-    """Steps of the plain gradient that come first."""
+    """Number of first steps that use the gradient itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +114,7 @@ class NeumannPracticalGradientMaker(Preconditioned[NeumannPracticalGradientConfi
 
     @contextmanager
     def undisplaced(self) -> Iterator[None]:
-        """Inside, the model has the weights ``w - mu m`` of the method: to evaluate, and to save the model in the end."""
+        """Context in which the model has the undisplaced weights ``w - mu m``: to evaluate or save it."""
         blocks = [b for b in self.plan.blocks if "m" in b.cache]
         kept = {p: p.detach().clone() for b in blocks for s in b.sites for p in s.parameters.values()}
         try:

@@ -26,7 +26,7 @@ __all__ = ["NewtonGradientConfig", "NewtonGradientMaker"]
 class NewtonGradientConfig(GradientConfig):
     """Newton: ``P g = (|H| + damping)^-1 g``, or ``(H + damping)^-1 g``, with the Hessian of the batch or its running average.
 
-    As many products with the Hessian in a step as the model has parameters.
+    A step takes one Hessian-vector product for each parameter of the model.
 
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5, for the absolute value; Becker & LeCun 1988
     for the diagonal.
@@ -37,18 +37,18 @@ class NewtonGradientConfig(GradientConfig):
     damping: float = 1e-2
     decay: float | None = 0.0
     granularity: str = "full"
-    """full, layer or diagonal."""
+    """The blocks: full, layer or diagonal."""
     absolute: bool = True
-    """Whether eigenvalues (or diagonal entries) count by their absolute value; else a step may ascend."""
+    """Whether to take absolute values of eigenvalues (or of diagonal entries); else a step may ascend."""
     curvature: Curvature = Hessian()
-    """Hessian or GaussNewton."""
+    """The matrix: Hessian or GaussNewton."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("granularity", self.granularity, ["full", "layer", "diagonal"])
 
     def inapplicable_options(self) -> dict[str, str]:
-        """Also what the granularity leaves without a meaning."""
+        """Also the options without effect at this granularity."""
         held = {"full": ONE_BLOCK, "diagonal": Diagonal.inapplicable}
         return super().inapplicable_options() | held.get(self.granularity, {})
 

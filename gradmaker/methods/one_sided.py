@@ -1,4 +1,4 @@
-"""One-sided Shampoo, ASGO: the factor of one axis."""
+"""One-sided Shampoo (ASGO): Shampoo with a factor on one axis of a matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["OneSidedGradientConfig", "OneSidedGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class OneSidedGradientConfig(RootedGradientConfig):
-    """One-sided Shampoo, ASGO: ``P G = (sum_t G_t G_t^T + damping lambda_max I)^(-1/2) G``, or its mirror from the right.
+    """One-sided Shampoo, ASGO: ``P G = (sum_t G_t G_t^T + damping lambda_max I)^(-1/2) G``, or from the right.
 
     Reference: Xie et al., 2025, arXiv:2502.10273; An et al., 2025, arXiv:2503.20762, algorithm 1.
     """
@@ -34,7 +34,7 @@ class OneSidedGradientConfig(RootedGradientConfig):
     warmup_steps: int = 5
     merge: Merge = "to_2d"
     side: Literal["short", "left", "right"] = "short"
-    """The axis that has a factor: the shorter one, the rows (outputs), or the columns (inputs)."""
+    """The axis with a factor: the shorter one, the rows (outputs), or the columns (inputs)."""
     root: FactorRoot = "eigh"
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class OneSidedGradientConfig(RootedGradientConfig):
 
     @property
     def shapes(self) -> ShapePolicy:  # type: ignore[override]
-        """Blocks whose first axis is the one with a factor."""
+        """The rule that cuts tensors into blocks whose first axis has the factor."""
         return ShapePolicy(self.merge, self.block_size, self.side, self.split)
 
     def triple(self, site: Site) -> Triple | None:

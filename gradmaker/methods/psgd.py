@@ -1,4 +1,4 @@
-"""PSGD: a preconditioner fitted to pairs of probes and products, or to gradients."""
+"""PSGD: a preconditioner fitted to pairs of probes and Hessian-vector products, or to gradients."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ __all__ = [
 class PsgdGradientConfig(HessianProbeConfig):
     """PSGD: ``P = Q^T Q``, one upper triangular matrix for all parameters, fitted to ``|H|^-1`` on Hessian-vector pairs.
 
-    ``rate`` is that of the fit, which has no average, so that ``decay`` does not apply; ``damping`` is the noise that is added
-    to ``H v``: ``P`` stays below its inverse. ``whiten=True`` fits ``E[g g^T]^(-1/2)`` on gradients instead, without a Hessian.
+    ``rate`` is the learning rate of the fit, which has no running average: ``decay`` does not apply. ``damping`` is the noise
+    added to ``H v``, which bounds ``P`` by its inverse. ``whiten=True`` fits ``E[g g^T]^(-1/2)`` on gradients instead, without
+    a Hessian.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202, section 4; defaults of the author's psgd_torch.
     """
@@ -45,7 +46,7 @@ class PsgdGradientConfig(HessianProbeConfig):
     decay: float | None = None
     rate: float = 0.1
     normaliser: Normaliser = "slow"
-    """What a step of the fit is divided by: ``slow`` maximum of the terms' sizes (2025), or ``max``imal entry (2018)."""
+    """Normaliser of a step of the fit: ``slow``, a decaying maximum of norms (2025), or ``max``, the largest entry (2018)."""
     whiten: bool = False
 
     def __post_init__(self) -> None:
@@ -73,10 +74,10 @@ class PsgdGradientMaker(Preconditioned[PsgdGradientConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class PsgdKfGradientConfig(PsgdGradientConfig):
-    """PSGD-KF: ``P G = Q_l^T Q_l G Q_r^T Q_r`` for the weight and bias of each layer, options as PSGD's.
+    """PSGD-KF: ``P G = Q_l^T Q_l G Q_r^T Q_r`` for the weight and bias of each layer, options as of PSGD.
 
-    One product with the Hessian of all layers serves them all: what other layers contribute to ``H v`` acts as damping.
-    ``max_skew`` gives an axis with ``d^2 > max_skew n`` (``n`` elements) a diagonal; None none but those over ``max_dim``.
+    All layers use one Hessian-vector product of the whole model: the contribution of other layers to ``H v`` acts as damping.
+    An axis with ``d^2 > max_skew n`` (``n`` elements) has a diagonal factor; None: only axes over ``max_dim``.
 
     Reference: Li, 2018, arXiv:1802.06132 (the Kronecker group); defaults of psgd_torch, but for ``max_skew``, there 1, and
     ``geometry``.
@@ -86,7 +87,7 @@ class PsgdKfGradientConfig(PsgdGradientConfig):
 
     max_skew: float | None = None
     geometry: str = "EQ"
-    """How a factor moves: EQ (triangular), QEP, QEQ, Q0.5EQ1.5, QUAD, QUAD4P or PRO4P."""
+    """The update of a factor: EQ (triangular), QEP, QEQ, Q0.5EQ1.5, QUAD, QUAD4P or PRO4P."""
 
     def _representation(self) -> TriangularQ | KronQ:
         return KronQ(self.rate, self.normaliser, "layer", self.max_skew, self.geometry)
@@ -103,10 +104,10 @@ class PsgdKfGradientMaker(Preconditioned[PsgdKfGradientConfig]):
 class PsgdWhitenGradientConfig(AxesGradientConfig):
     """PSGD-Kron, whitening: ``P = (x)_k Q_k^T Q_k``, a factor for each axis of a tensor, fitted to ``E[g g^T]^(-1/2)``.
 
-    Options as of `PsgdKfGradientConfig`. ``grafting='amplitude'`` bounds what is left of outliers; a whitened gradient has
-    entries of about one, so that learning rates are Adam's. ``momentum`` is preconditioned by what whitens the gradient.
-    Differs from psgd_torch in small things: an average of gradients with Adam's bias correction, a first ``P`` for each tensor
-    by itself, balanced factors at every step, and no update from a gradient that is zero throughout.
+    Options as of `PsgdKfGradientConfig`. ``grafting='amplitude'`` bounds the entries that are still outliers; a whitened
+    gradient has entries of about one, so that learning rates are those of Adam. ``P`` whitens the gradient and is applied to
+    ``momentum``. Differences to psgd_torch: the average of gradients has Adam's bias correction, each tensor has its own
+    initial ``P``, factors are balanced at every step, and a gradient of zeros does not update ``P``.
 
     Reference: Li, 2024, arXiv:2402.11858; Pooladzandi, Li, 2024, arXiv:2402.04553; defaults of psgd_torch (2025).
     """
@@ -120,7 +121,7 @@ class PsgdWhitenGradientConfig(AxesGradientConfig):
     rate: float = 0.1
     max_skew: float | None = 1.0
     geometry: str = "Q0.5EQ1.5"
-    """How a factor moves: Q0.5EQ1.5, EQ (triangular), QEP, QEQ, QUAD, QUAD4P or PRO4P."""
+    """The update of a factor: Q0.5EQ1.5, EQ (triangular), QEP, QEQ, QUAD, QUAD4P or PRO4P."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Saddle-free Newton: the absolute Hessian in a Krylov space, or its diagonal by probes."""
+"""Saddle-free Newton: the inverse of the absolute Hessian in a Krylov space."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["SaddleFreeGradientConfig", "SaddleFreeGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class SaddleFreeGradientConfig(MatrixFreeConfig):
-    """Saddle-free Newton: ``P g = (|H| + damping)^-1 g`` in a Krylov space of the Hessian and the last step.
+    """Saddle-free Newton: ``P g = (|H| + damping)^-1 g`` in the span of a Krylov space of the Hessian and the last step.
 
-    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 6; its dense form is ``newton``.
+    Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 6; ``newton`` is the dense form.
     """
 
     damping: float = 1e-2

@@ -1,4 +1,4 @@
-"""Saddle-free Newton of the diagonal of the Hessian."""
+"""Saddle-free Newton with the diagonal of the Hessian."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["SaddleFreeDiagonalGradientConfig", "SaddleFreeDiagonalGradientMaker"
 
 @dataclass(frozen=True, kw_only=True)
 class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
-    """Saddle-free Newton of the diagonal: ``P g = g / (|mean v * H v| + damping)``, an average that estimates ``diag H``.
+    """Diagonal saddle-free Newton: ``P g = g / (|mean v * H v| + damping)``, where the mean estimates ``diag H``.
 
-    A probe of signs misses entry ``i`` by a variance of ``sum_(j != i) H_ij^2``, which the average has to bring down.
-    ``entries`` measures without probes, by a product for each parameter: ``hessian`` takes ``|diag H|`` itself, ``absolute``
+    A Rademacher probe estimates entry ``i`` with the variance ``sum_(j != i) H_ij^2``, which the average reduces. Other
+    ``entries`` take one product for each parameter in place of probes: ``hessian`` gives the exact ``|diag H|``, ``absolute``
     the diagonal of ``|H|``, for which the matrix of all parameters is held.
 
     Reference: Dauphin et al., NeurIPS 2014, arXiv:1406.2572, section 5 (absolute values); Bekas, Kokiopoulou, Saad 2007
@@ -37,7 +37,7 @@ class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
     damping: float = 1e-3
     decay: float | None = 0.95
     samples: int = 1
-    """Probes a measurement."""
+    """Probes per measurement."""
     entries: Literal["probes", "hessian", "absolute"] = "probes"
     per_tensor: ClassVar[bool] = True
 
@@ -48,7 +48,7 @@ class SaddleFreeDiagonalGradientConfig(HessianProbeConfig):
         check_count("samples", self.samples, 1)
 
     def inapplicable_options(self) -> dict[str, str]:
-        """Also what the way of measuring leaves without a meaning."""
+        """Also the options without effect for this choice of ``entries``."""
         exact = Hessian().inapplicable
         held = {"probes": ProbeDiagonal.inapplicable, "hessian": exact | Diagonal.inapplicable, "absolute": exact | ONE_BLOCK}
         return super().inapplicable_options() | held[self.entries]

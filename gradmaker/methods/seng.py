@@ -1,4 +1,4 @@
-"""SENG: the empirical Fisher matrix of a batch for each layer, sketched."""
+"""SENG: layer-wise natural gradient with a sketched empirical Fisher matrix of one batch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["SengGradientConfig", "SengGradientMaker"]
 
 @dataclass(frozen=True, kw_only=True)
 class SengGradientConfig(GradientConfig):
-    """SENG: ``P g = (F + damping)^-1 g`` for each layer, with the empirical Fisher of a batch now and then.
+    """SENG: ``P g = (F + damping)^-1 g`` for each layer, with the empirical Fisher matrix of the batch of a refresh.
 
-    The sketches are off, and then this is exact; the authors' are ``positions=16, coordinates=256, official=True``: see
-    `gradmaker.representations.Sketched`. What is not a layer gets ``fallback``.
+    Without sketches, the default, this is exact; the authors use ``positions=16, coordinates=256, official=True``, see
+    `gradmaker.representations.Sketched`. Parameters outside of layers get ``fallback``.
 
     Reference: Yang et al. 2021, "Sketch-based empirical natural gradient methods for deep learning", arXiv:2006.05924; defaults
     of the authors' code for CIFAR.
@@ -35,11 +35,11 @@ class SengGradientConfig(GradientConfig):
 
     damping: float = 0.05
     decay: float | None = 0.0
-    """Zero: rows of past batches would add up without bound."""
+    """Only 0: rows of past batches would accumulate without bound."""
     curvature_interval: int | Schedule = 200
     preconditioner_interval: int | Schedule = 200
     fisher: Curvature = FisherEmp()
-    """FisherEmp, FisherMC or FisherExact."""
+    """Which Fisher matrix: FisherEmp, FisherMC or FisherExact."""
     positions: int | None = None
     coordinates: int | None = None
     official: bool = False
@@ -51,7 +51,7 @@ class SengGradientConfig(GradientConfig):
                 check_count(name, getattr(self, name), 1)
 
     def inapplicable_options(self) -> dict[str, str]:
-        """A seed is that of the coordinates too."""
+        """The seed has an effect where coordinates are sampled."""
         found = super().inapplicable_options()
         return {name: reason for name, reason in found.items() if self.coordinates is None or name != "seed"}
 

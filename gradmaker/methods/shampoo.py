@@ -22,7 +22,7 @@ class ShampooGradientConfig(RootedGradientConfig):
     """Shampoo: ``P G = G x_1 H_1^(-1/2k) ... x_k H_k^(-1/2k)`` with ``H_m`` the statistic of axis ``m`` of the gradient.
 
     ``damping`` is a ridge relative to each factor's largest eigenvalue. Vectors get full-matrix AdaGrad, which is Shampoo of
-    order one. ``decay=None`` sums, as first published; ``grafting`` grafts.
+    order one. ``decay=None`` sums, as first published; ``grafting`` sets the length of the result.
 
     Reference: Gupta, Koren & Singer, ICML 2018, arXiv:1802.09568, algorithms 1 and 2; average, ridge and grafting: Anil et
     al., 2020, arXiv:2002.09018.
@@ -38,7 +38,7 @@ class ShampooGradientConfig(RootedGradientConfig):
     exponent: float | None = None
     """``e`` of ``H^(-e)`` on every axis, instead of ``1/2k``; 1/2 fits better (Morwani et al. 2024, arXiv:2406.17748)."""
     balanced: bool = False
-    """Whether the result has the scale of ``1/2k`` at any exponent: ``tr(L)^(1/2) L^(-1/2) G R^(-1/2)`` for a matrix."""
+    """Whether the scale is that of the exponent ``1/2k`` at any exponent: ``tr(L)^(1/2) L^(-1/2) G R^(-1/2)`` for a matrix."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

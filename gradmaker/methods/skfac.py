@@ -1,4 +1,4 @@
-"""SKFAC: K-FAC's factors of the newest batch, inverted by the Woodbury identity."""
+"""SKFAC: K-FAC with factors of the newest batch, inverted by the Woodbury identity."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["SkfacGradientConfig", "SkfacGradientMaker"]
 class SkfacGradientConfig(KroneckerGradientConfig):
     """SKFAC: K-FAC's factors of the newest batch alone, inverted by the Woodbury identity from their few rows.
 
-    ``reduction`` thins out weight-sharing positions first; see `KronRows`. Norm layers forget likewise.
+    ``reduction`` reduces the weight-sharing positions first; see `KronRows`. Norm layers use the newest batch alone too.
 
     Reference: Tang et al., CVPR 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature".
     """
 
-    inapplicable = NO_LIMIT | {"wide_sides": "rows are what serves wide sides"}
+    inapplicable = NO_LIMIT | {"wide_sides": "wide factors are held by their rows"}
     only_with: ClassVar[dict[str, dict[str, Any]]] = {"positions": {"reduction": "subsample"}}
 
     decay: float | None = 0.0
@@ -36,7 +36,7 @@ class SkfacGradientConfig(KroneckerGradientConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay != 0.0:
-            raise ValueError(f"decay={self.decay!r}: SKFAC keeps the newest batch alone, so only 0.0 is legal; kfac averages")
+            raise ValueError(f"decay={self.decay!r}: SKFAC uses the newest batch alone: expected 0.0; kfac averages")
 
     def layer(self, site: Site) -> Triple:
         representation = KronRows(reduction=self.reduction, positions=self.positions)

@@ -1,4 +1,4 @@
-"""SMW-NG and SMW-GN: the Fisher or Gauss-Newton matrix of one batch, by Woodbury's identity."""
+"""SMW-NG and SMW-GN: the Fisher or Gauss-Newton matrix of one batch, inverted by the Woodbury identity."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["SmwGaussNewtonGradientConfig", "SmwGaussNewtonGradientMaker", "SmwNa
 
 @dataclass(frozen=True, kw_only=True)
 class SmwNaturalGradientConfig(GradientConfig):
-    """SMW-NG: ``P g = (F + damping)^-1 g`` with the empirical Fisher of the batch, all layers coupled, by Woodbury's identity.
+    """SMW-NG: ``P g = (F + damping)^-1 g`` with the empirical Fisher matrix of the batch, in one block for all layers.
 
-    ``P g = (g - J^T (J J^T + damping)^-1 J g) / damping``, where ``J J^T`` comes from inputs and output gradients. What is
-    not a layer gets ``fallback``.
+    ``P g = (g - J^T (J J^T + damping)^-1 J g) / damping``, the Woodbury identity, where ``J J^T`` comes from inputs and
+    output gradients. Parameters outside of layers get ``fallback``.
 
     Reference: Ren & Goldfarb 2019, "Efficient subsampled Gauss-Newton and natural gradient methods for training neural
     networks", arXiv:1906.02353, section 3.
@@ -31,13 +31,13 @@ class SmwNaturalGradientConfig(GradientConfig):
     inapplicable = Rows.inapplicable | ONE_BLOCK
 
     damping: float = 1e-3
-    """Of order one where the loss is; the authors adapt it, which is left to the user."""
+    """Of order one for a loss of order one. The authors adapt it; here the user can."""
     decay: float | None = 0.0
-    """Zero: rows of past batches would add up without bound."""
+    """Only 0: rows of past batches would accumulate without bound."""
     fisher: Curvature = FisherEmp()
-    """FisherEmp, FisherMC or FisherExact."""
+    """Which Fisher matrix: FisherEmp, FisherMC or FisherExact."""
     max_rows: int = 8192
-    """More rows (examples times cotangents) than this are refused."""
+    """Most rows (examples times cotangents) of a batch; more are an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Adam in the eigenbasis of Shampoo's factors: SOAP, eigenvalue-corrected Shampoo."""
+"""SOAP and eigenvalue-corrected Shampoo: Adam in the eigenbasis of Shampoo's factors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["EshampooGradientConfig", "EshampooGradientMaker", "SoapGradientConfi
 class SoapGradientConfig(AxesGradientConfig):
     """SOAP: ``P g = Q [(Q^T m) / (sqrt(v) + damping)]``, Adam in the eigenbasis ``Q`` of Shampoo's factors.
 
-    ``preconditioner_interval`` is the interval of the slow part, ``Q``, which is renewed before the gradient of its step comes;
-    the second moment ``v`` is new at every step. The reference leaves the first step out (``skip_first``); here it has the
-    moment's mean for a moment. Vectors get Adam.
+    ``preconditioner_interval`` is the interval of the basis ``Q``, which is refreshed before the gradient of its step is used;
+    the second moment ``v`` is updated at every step. The reference skips the first step (``skip_first``); here the first ``v``
+    has its mean in every entry. Vectors get Adam.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3; defaults of its code.
     """
@@ -65,12 +65,12 @@ class SoapGradientMaker(Preconditioned[SoapGradientConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class EshampooGradientConfig(AxesGradientConfig):
-    """Eigenvalue-corrected Shampoo: ``P g = Q [(Q^T m) / (v^exponent + damping)]``, the basis renewed before ``v`` is.
+    """Eigenvalue-corrected Shampoo: ``P g = Q [(Q^T m) / (v^exponent + damping)]``, the basis refreshed before ``v``.
 
-    A basis is renewed every ``preconditioner_interval`` steps unless it is still within ``tolerance`` of diagonal.
+    The basis is refreshed every ``preconditioner_interval`` steps, unless the factors in it are diagonal within ``tolerance``.
 
-    Reference: Eschenhagen et al., 2025, arXiv:2506.03595; the order and the criterion of
-    a renewal are those of Meta's Distributed Shampoo, whose epsilon is 1e-12 and whose statistics are sums by default.
+    Reference: Eschenhagen et al., 2025, arXiv:2506.03595; order and criterion of a refresh as in
+    Meta's Distributed Shampoo, whose epsilon is 1e-12 and whose statistics are sums by default.
     """
 
     renamed_options = BASIS_INTERVAL

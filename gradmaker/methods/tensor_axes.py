@@ -1,4 +1,4 @@
-"""What methods on the axes of a tensor share: how tensors are merged and cut into blocks."""
+"""Options of methods with a factor for each axis of a tensor: merged axes, blocks, roots."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ APPLIED = {"bfloat16": torch.bfloat16, **DTYPES}
 
 @dataclass(frozen=True, kw_only=True)
 class AxesGradientConfig(GradientConfig):
-    """Every parameter tensor, or block of it, by itself, with a factor for each of its axes."""
+    """Options of methods with a factor for each axis of every parameter tensor, or of every block of it."""
 
     inapplicable = BatchGradient.inapplicable | COVERS_ALL
 
     merge: Merge = "none"
-    """Axes that become one: none, squeeze (those of size one go), to_2d (all but the first), balanced (to a matrix as square as
-    can be), greedy (as many as fit into ``block_size``)."""
+    """Which axes are merged: none, squeeze (drops those of size one), to_2d (all but the first), balanced (to the most square
+    matrix), greedy (as many as fit into ``block_size``)."""
     block_size: int | None = None
-    """Longest side of a block; every block has factors, roots and a grafted length of its own. None does not cut."""
+    """Longest side of a block; every block has its own factors, roots and grafted length. None: tensors are not cut."""
     split: Split = ()
-    """Into how many equal parts the first axis of a tensor falls, each a block of its own: ``{"*.qkv": 3}``, by rules as those
-    of ``ignore``; ``"layers"`` knows gates, projections and groups of torch's layers."""
+    """Number of equal parts of the first axis of a tensor, each a block of its own: ``{"*.qkv": 3}``, with rules as in
+    ``ignore``; ``"layers"``: the gates, projections and groups of torch's layers."""
     per_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -50,18 +50,18 @@ class AxesGradientConfig(GradientConfig):
 
     @property
     def shapes(self) -> ShapePolicy:  # type: ignore[override]
-        """The blocks of a tensor."""
+        """The rule that merges axes and cuts tensors into blocks."""
         return ShapePolicy(self.merge, self.block_size, split=self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldRootsGradientConfig(AxesGradientConfig):
-    """Roots that a refresh takes of every axis' statistic and that are held until the next: at precisions of their own."""
+    """Options of methods that hold a root for each axis between refreshes: the precisions of the roots."""
 
     root_dtype: str | torch.dtype | None = None
-    """At which roots are taken: float32 or float64, which loses no digit of a float32 statistic; None: the statistic's."""
+    """Precision in which roots are computed: float32 or float64 (no rounding of float32 statistics); None: the statistic's."""
     apply_dtype: str | torch.dtype | None = None
-    """At which roots are held and multiplied with gradients: bfloat16, float32 or float64; None: the statistic's."""
+    """Precision in which roots are held and applied: bfloat16, float32 or float64; None: the statistic's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,16 +74,16 @@ class HeldRootsGradientConfig(AxesGradientConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RootedGradientConfig(HeldRootsGradientConfig):
-    """Inverse roots of running statistics of the gradient's axes: Shampoo, one-sided Shampoo, CASPR."""
+    """Options of methods by inverse roots of the statistics of each axis: Shampoo, one-sided Shampoo, CASPR."""
 
     damping: float = 1e-6
     root: Root = "eigh"
-    """How factors are rooted, see docs/roots.md. ``svd`` holds statistics by their square roots, for float32."""
+    """The algorithm for inverse roots, see docs/roots.md. ``svd`` holds statistics by their square roots, for float32."""
     mode: Mode = "largest"
-    """What ``damping`` is measured in, see docs/conventions.md: iterations have absolute, largest, trace alone."""
+    """The unit of ``damping``, see docs/conventions.md; iterations have only absolute, largest and trace."""
     averaging: Averaging = "corrected"  # type: ignore[misc]
-    """Of a ``decay`` d: ``S <- d S + (1 - d) E`` over ``1 - d^t``, plain without that, or raw, ``S <- d S + E``. Only the scale
-    of ``S`` differs, which relative damping and a grafted length take away."""
+    """With ``decay`` d: corrected, ``S <- d S + (1 - d) E`` over ``1 - d^t``; plain, undivided; raw, ``S <- d S + E``.
+    Only the scale of ``S`` differs, which relative damping and grafting cancel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,16 +91,16 @@ class RootedGradientConfig(HeldRootsGradientConfig):
         self.rooter()
 
     def inapplicable_options(self) -> dict[str, str]:
-        """A sum has no average."""
+        """Also ``averaging``, where the statistic is a sum."""
         summed = {"averaging": "the statistic is a sum; set decay"} if self.decay is None else {}
         return super().inapplicable_options() | summed
 
     def rooter(self) -> Rooter:
-        """What roots the factors. ValueError for a mode that the root does not have."""
+        """The solver for the roots of factors. ValueError for a mode that ``root`` does not have."""
         return rooting(self.root, self.damping, mode=self.mode)
 
     def check_root(self, order: float) -> None:
-        """ValueError where the iteration has no such root: not every order has every one."""
+        """ValueError where the iteration ``root`` cannot compute the inverse root of a Kronecker product of this order."""
         solver = self.rooter()
         if isinstance(solver, MatrixRoot):
             solver.root_and_power(order)

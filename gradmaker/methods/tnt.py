@@ -1,4 +1,4 @@
-"""TNT: a tensor-normal distribution of gradients of the sampled loss."""
+"""TNT: a tensor-normal model of gradients at sampled targets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["TntGradientConfig", "TntGradientMaker"]
 class TntGradientConfig(GradientConfig):
     """TNT: ``P = (H_1 + damping)^-1 (x) ... (x) (H_k + damping)^-1`` with the balanced factors of a tensor-normal gradient.
 
-    A layer is the matrix ``[W b]``, a convolution's filters are its rows; ``damping`` is added to every factor. Norm layers
-    get their 2 x 2 blocks, what is not a layer ``fallback``. ``fisher`` may also give examples (FisherMC, ...), each of which
-    is then a gradient of its own: exact for a single example, but no longer one contraction a batch.
+    A layer is the matrix ``[W b]``, with a row for each filter of a convolution; ``damping`` is added to every factor. Norm
+    layers get 2 x 2 blocks, parameters outside of layers ``fallback``. ``fisher`` may also give per-example gradients
+    (FisherMC, ...): exact for a single example, but more than one contraction for a batch.
 
-    Reference: Ren & Goldfarb, NeurIPS 2021, arXiv:2106.02925, algorithm 2; decay and intervals are those of its MLPs.
+    Reference: Ren & Goldfarb, NeurIPS 2021, arXiv:2106.02925, algorithm 2; decay and intervals as for its MLPs.
     """
 
     damping: float = 0.1
@@ -33,7 +33,7 @@ class TntGradientConfig(GradientConfig):
     fisher: Curvature = SampledGradient(samples=1)
     preconditioner_interval: int | Schedule = 20
     warmup_steps: int = 100
-    """Fresh inverses while the average is young: a gradient a batch has few of the directions."""
+    """Inverses at every step while the average has few gradients: each batch adds one."""
 
     def triple(self, site: Site) -> Triple | None:
         if site.kind == "generic":

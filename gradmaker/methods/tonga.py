@@ -32,7 +32,7 @@ class TongaGradientConfig(GradientConfig):
     rank: int = 10
     window: int = 50
     scale_preserving: bool = False
-    """Return ``damping P g``, as in the paper, which is ``g`` where the curvature is small."""
+    """Whether to return ``damping P g``, as in the paper, which is close to ``g`` where the curvature is small."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class TongaGradientMaker(Preconditioned[TongaGradientConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class TongaUnitGradientConfig(TongaGradientConfig):
-    """TONGA for the incoming weights and bias of each unit by itself.
+    """Unit-wise TONGA: a block for the incoming weights and bias of each unit.
 
     Reference: Le Roux, Manzagol & Bengio, NeurIPS 2007, section 5 (block-diagonal version, rank 5).
     """

@@ -1,4 +1,4 @@
-"""The trust region of K-FAC's family: how far a step is trusted, by the divergence it predicts or by what it has brought."""
+"""Options of the trust region of the K-FAC family: KL clip, adaptive damping, and rescaling by the quadratic model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class TrustRegionGradientConfig(GradientConfig):
 
     The KL clip is ``P g <- nu P g``, ``nu = min(1, sqrt(clip / (eta^2 sum g . P g)))`` with one sum for the model:
     ``eta^2 g . P g`` is twice the KL divergence between the model before and after a step of length ``eta``, to second order.
-    Plain gradients neither enter the sum nor are scaled.
+    Gradients that are not preconditioned are neither in the sum nor scaled.
 
     Reference: Ba, Grosse, Martens, ICLR 2017 (distributed K-FAC); Pauloski et al., SC 2020, arXiv:2007.00784, whose code has
     ``clip = 1e-3``.
     """
 
     clip: float | None = None
-    """kappa; None does not clip."""
+    """kappa, the bound of the KL clip; None: no clip."""
     clip_learning_rate: float | None = None
-    """eta, the learning rate that follows: needed with ``clip``. A schedule sets the maker's attribute of this name."""
+    """eta, the optimizer's learning rate, needed with ``clip``. With a schedule, set the maker's attribute of this name."""
     adaptive_damping: AdaptiveDamping | None = None
-    """How ``damping``, the first ``lambda``, follows the loss: see `AdaptiveDamping`. A block takes it at its next refresh."""
+    """The rule that adapts ``damping``, the initial ``lambda``; see `AdaptiveDamping`. A block uses it at its next refresh."""
     rescale: Literal["none", "length", "momentum"] = "none"
-    """Whether the exact Fisher matrix of the batch, damped, chooses the length of the step, or that and the share of the last
-    step: for SGD with a learning rate of 1. See `rescaled`."""
+    """Whether the damped exact Fisher matrix of the batch sets the length of the step, or length and momentum: for SGD with a
+    learning rate of 1. See `rescaled`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class TrustRegionGradientConfig(GradientConfig):
             raise ValueError(f"damping={self.damping!r}: adaptive_damping multiplies it, so that it has to be positive")
 
     def damped(self, damping: float) -> TrustRegionGradientConfig:
-        """The same with another ``lambda``."""
+        """The config with another ``damping``."""
         return replace(self, damping=damping)
 
     def trust_region(self, model: nn.Module) -> TrustRegion:

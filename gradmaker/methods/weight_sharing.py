@@ -1,4 +1,4 @@
-"""How weight-sharing positions enter the Kronecker factors: one way for all layers, or layer by layer."""
+"""Option of K-FAC-expand or K-FAC-reduce for weight-sharing positions: for all layers, or layer by layer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Sharing: TypeAlias = Literal["expand", "reduce"]
 
 @dataclass(frozen=True, kw_only=True)
 class SharingGradientConfig(KroneckerGradientConfig, ABC):
-    """K-FAC-expand and K-FAC-reduce (Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636), for all layers or for some."""
+    """K-FAC-expand and K-FAC-reduce (Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636), for all layers, or layer by layer."""
 
     sharing: Sharing | Mapping[Rule, Sharing] | tuple[tuple[Rule, Sharing], ...] = "expand"
-    """expand, reduce, or a mapping from layers, named as by ``ignore``, to these: the first rule decides, the rest expand."""
+    """expand, reduce, or a mapping from layers, named as in ``ignore``, to these: the first rule decides, the rest expand."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +39,7 @@ class SharingGradientConfig(KroneckerGradientConfig, ABC):
                 raise ValueError(f"sharing: {rule!r} names no layer with an input and an output factor: {hint}")
 
     def _shares(self, site: Site) -> bool:
-        """Whether the choice makes a difference: one-hot inputs are always expanded."""
+        """Whether the choice has an effect on a site: one-hot inputs are always expanded."""
         return not self.unit_wise(site) and site.kind not in ("generic", "embedding")
 
     def sharing_of(self, site: Site) -> Sharing:
@@ -49,12 +49,12 @@ class SharingGradientConfig(KroneckerGradientConfig, ABC):
         return next((how for rule, how in self._pairs() if site.named_by(rule)), "expand")
 
     def _pairs(self) -> tuple[tuple[Rule, Sharing], ...]:
-        """Rules and choices; none where all layers have one way."""
+        """Pairs of a rule and a choice; empty where all layers have the same."""
         return self.sharing if isinstance(self.sharing, tuple) else ()
 
 
 def _read(given: Any) -> Sharing | tuple[tuple[Rule, Sharing], ...]:
-    """A word, or pairs, which can be hashed."""
+    """The option as a word, or as a tuple of pairs, which is hashable. ValueError where it is neither."""
     legal = list(get_args(Sharing))
     if isinstance(given, str):
         if given not in legal:

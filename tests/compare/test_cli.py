@@ -65,7 +65,7 @@ def test_methods_of_a_module_of_the_user(tmp_path: Path, monkeypatch: pytest.Mon
         "    'Adam under another name.'\n"
     )
     refused = invoke("mine", *SHORT)
-    assert refused.exit_code == 2 and "unknown method 'mine'" in refused.output
+    assert refused.exit_code == 2 and "method='mine'" in refused.output
     missing = invoke("mine", "--import", "no_methods", *SHORT)
     assert missing.exit_code == 2 and "--import no_methods: no such module here or installed" in missing.output
     result = invoke("mine", "sgd", "--import", "my_methods", *SHORT, "--quiet", "--out", "out")
@@ -87,12 +87,12 @@ def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         (["kfacc"], "did you mean 'kfac'"),
         (["--data", "mnits"], "did you mean 'mnist'"),
         (["--model", "mpl"], "did you mean 'mlp'"),
-        (["--lr", "0"], "must be positive"),
-        (["--lr", "-1"], "must be positive"),
+        (["--lr", "0"], "expected positive numbers"),
+        (["--lr", "-1"], "expected positive numbers"),
         (["--seeds", "0"], "at least one seed"),
-        (["--epochs", "0"], "epochs must be at least 1"),
-        (["--hidden", "0"], "must be positive"),
-        (["--threads", "0"], "threads must be at least 1"),
+        (["--epochs", "0"], "epochs=0: expected an integer of at least 1"),
+        (["--hidden", "0"], "hidden=[0]: expected widths of at least 1"),
+        (["--threads", "0"], "threads=0: expected an integer of at least 1"),
         (["--device", "abacus"], "cannot be used"),
         (["--config", "absent.yaml"], "cannot read"),
         (["--model", "conv", *["--hidden", "4"] * 5], "too many"),
