@@ -16,7 +16,7 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
     __path__ = [str(_root / "gradmaker"), str(_root)]
 del _root
 
-if TYPE_CHECKING:  # what a checker and an editor see; at run time makers and configs are found through `METHODS`
+if TYPE_CHECKING:  # for type checkers and editors; at run time makers and configs are found through `METHODS`
     from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare
     from gradmaker.config import GradientConfig as GradientConfig
     from gradmaker.cost_report import cost_report as cost_report
@@ -179,7 +179,7 @@ _MODULES = {
     "legality": "triple",
     "register": "options.registry",
 }
-"""The module of each public name that is no method's."""
+"""The module of each public name that belongs to no method."""
 
 
 def _of_methods() -> dict[str, object]:
@@ -195,7 +195,7 @@ def _public() -> list[str]:
 
 
 def _find(name: str) -> object:
-    """A public name, or a submodule, imported. AttributeError if there is none."""
+    """A public name, or a submodule, imported on demand. AttributeError if there is none."""
     if name in _MODULES:
         return getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
     if name == "__all__":
@@ -226,7 +226,7 @@ def __dir__() -> list[str]:
 
 class _Package(_ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
-        """Leaves out submodules that bear the name of a public function, which the import system would put in its place."""
+        """Ignore a submodule with the name of a public function, for which the import system would replace the function."""
         if not (name in _MODULES and isinstance(value, _ModuleType)):
             super().__setattr__(name, value)
 
@@ -235,11 +235,11 @@ _sys.modules[__name__].__class__ = _Package
 
 
 class _Moved:
-    """Finds modules under their earlier names; asked where nothing else finds one."""
+    """A finder of modules by their earlier names; the last one in the import system."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> object:
-        """The spec of a module that has moved; None for any other."""
+        """The spec of a module that was moved; None for any other."""
         if name.partition(".")[0] != __name__:
             return None
         from gradmaker.options.deprecations import moved_module

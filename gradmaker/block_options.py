@@ -1,4 +1,4 @@
-"""What a method says of its blocks, beside their parts."""
+"""The options of a block, beside its parts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["BlockOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions:
-    """The options of a config that a block reads, see `GradientConfig`. Blocks of equal options may share a stack."""
+    """The options of a config that a block reads; see `GradientConfig`. Blocks with equal options may share a stack."""
 
     method: str = "method"
-    """In the plan: blocks of different methods have clocks of their own."""
+    """Name of the method in the plan: each method has its own clocks."""
     decay: float | None = None
     averaging: str = "corrected"
     momentum: float = 0.0
@@ -27,4 +27,4 @@ class BlockOptions:
     dtype: torch.dtype | None = None
     precision: Precision = Precision()
     slow_part: bool = False
-    """Whether the refresh clock is that of a slow part of statistics, and blocks without one follow every measurement."""
+    """Whether the refresh clock is for a slow part of statistics, and blocks without one refresh at every measurement."""

@@ -1,4 +1,4 @@
-"""Blocks: stacks of equal sites that are represented, prepared and solved together."""
+"""Blocks: stacks of equal sites that share one call of the representation and one of the solver."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ __all__ = ["Block"]
 class Block:
     """A stack of equal blocks.
 
-    What it holds changes at the end of a step alone: until then a step works on copies, `writable`, and verbs return what
-    the block would hold.
+    Its statistic and cache change only at the end of a step: until then a step works on copies, `writable`, and methods
+    return what the block would hold.
     """
 
     def __init__(self, placements: list[Placement]) -> None:
@@ -50,10 +50,10 @@ class Block:
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
         self.held = self.empty()
-        self.share = 0.0  # where in a period its refresh falls
+        self.share = 0.0  # offset of its refresh, as a share of the interval
 
     def empty(self) -> Held:
-        """What it holds before any evidence."""
+        """What the block holds before any evidence."""
         momentum, grafting = self.options.momentum, self.options.grafting
         average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if momentum else {}
         grafting_state = grafting.init(self.frame) if grafting else {}
@@ -61,12 +61,12 @@ class Block:
 
     @property
     def state(self) -> State:
-        """The statistic."""
+        """The statistic of the curvature."""
         return self.held.state
 
     @property
     def cache(self) -> State:
-        """What the last refresh has made of the statistic; empty before the first."""
+        """The cache of the last refresh; empty before the first."""
         return self.held.cache
 
     @property
@@ -76,12 +76,12 @@ class Block:
 
     @property
     def grafting_state(self) -> State:
-        """What the grafting rule remembers."""
+        """The state of the grafting rule."""
         return self.held.grafting_state
 
     @property
     def ready(self) -> frozenset[str]:
-        """Sites for which the cache holds more than an empty statistic."""
+        """Sites for which the cache was computed from a statistic that is not empty."""
         return self.held.ready
 
     @property
@@ -94,13 +94,13 @@ class Block:
         return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
 
     def holds_like(self, other: Block) -> bool:
-        """Whether a member of this block has the statistic that one of another block would have."""
+        """Whether a member of this block has a statistic of the same form as one of another block."""
         own, given = self.triple, other.triple
         same = (own.curvature, own.representation) == (given.curvature, given.representation)
         return same and self.frame.shape == other.frame.shape
 
     def members(self) -> list[str]:
-        """Names of the members of the stack: of the site, with a number where it has several."""
+        """Names of the members of the stack: that of the site, with an index where it has several."""
         if self.full:
             return [self.name]
         counts = [slot.stop - slot.start for slot in self.slots]
@@ -111,7 +111,7 @@ class Block:
     def fold(self, weight: float, refresh: bool = False, index: int = 0) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic.
 
-        refresh: whether the statistic's refresh is due in this step; index: how many measured steps came before
+        refresh: whether the statistic is to be refreshed in this step; index: number of measured steps before it
         """
         decay = self.options.decay
         if decay is None:
@@ -124,7 +124,7 @@ class Block:
         return replace(own, refresh=refresh, index=index)
 
     def writable(self, held: Held, refresh: bool = True) -> Held:
-        """The same, with a copy of the statistic that `update` may write to.  refresh: whether a refresh may, too"""
+        """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
         return replace(held, state=duplicate(self.triple.representation, held.state, refresh))
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
@@ -136,9 +136,9 @@ class Block:
     ) -> None:
         """Fold one chunk of a step's evidence into a statistic, in place.
 
-        held: `writable`
-        reached: names whose first evidence of this step has been folded in before; extended here.
-        known: names that had given evidence before this step.
+        held: from `writable`.
+        reached: names of sites whose first evidence of this step is in the statistic already; extended here.
+        known: names of sites with evidence from before this step.
         """
 
         def of(piece: Piece) -> Fold:
@@ -162,7 +162,7 @@ class Block:
         return self.layout.read()
 
     def assign(self, held: Held, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
-        """What ``.grad`` will be, by parameter, of a preconditioned gradient; nothing is written to ``.grad``."""
+        """Add the ``.grad`` that a preconditioned gradient will give each parameter to ``into``; ``.grad`` itself stays."""
         for site, slot in zip(self.sites, self.slots, strict=True):
             if self.full or site.name in held.ready:
                 piece = value[0, slot] if self.full else value[slot]
@@ -172,7 +172,7 @@ class Block:
         """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum.
 
         With ``nesterov`` this gradient enters it twice: ``(momentum m + (1 - momentum) g) / (1 - momentum^(t + 1))``.
-        Comes with what the average is from now on.
+        Also returns the new state of the average.
         """
         momentum = self.options.momentum
         if not momentum:
@@ -187,12 +187,12 @@ class Block:
     def prepare(
         self, held: Held, measured: Set[str], due: bool = True, evidence: Set[str] = frozenset(), own: bool = False
     ) -> tuple[Held, bool]:
-        """Refresh the statistic, and from it the cache; where that is not due, only for sites that were never in it.
+        """Refresh the statistic, and from it the cache; where no refresh is due, only for sites that are not in the cache yet.
 
-        Returns what is held then, and whether anything of the cache was renewed.
+        Returns what the block then holds, and whether any of the cache has changed.
 
-        measured: names of the sites that have given evidence at all; evidence: in this step.
-        own: whether the statistic may be written to.
+        measured: names of all sites with evidence so far; evidence: of those with evidence in this step.
+        own: whether the statistic may be changed in place.
         """
         known = frozenset(s.name for s in self.sites if s.name in measured)
         representation, new = self.triple.representation, known - held.ready
@@ -215,17 +215,17 @@ class Block:
 
     @property
     def follows_measurements(self) -> bool:
-        """Whether the cache is renewed after every measurement, and the refresh clock is that of the statistic's slow part."""
+        """Whether the cache is refreshed at every measurement, and the refresh clock is for a slow part of the statistic."""
         representation = self.triple.representation
         return renewal(representation) == "measurement" or (self.options.slow_part and not has_refresh(representation))
 
     def _renewed(self, held: State, names: Set[str], own: bool) -> State:
-        """The statistic after a refresh of these members.  own: whether it may be written to"""
+        """The statistic with these members refreshed.  own: whether it may be changed in place"""
         representation = self.triple.representation
         if not names or not has_refresh(representation):
             return held
         members = zip(self.sites, self.slots, strict=True)
-        slots = [t for s, t in members if s.name in names and not s.frozen]  # what is frozen rests
+        slots = [t for s, t in members if s.name in names and not s.frozen]  # frozen sites are not refreshed
         if not slots:
             return held
         state, slots = held if own else duplicate(representation, held), [slice(None)] if self.full else slots
@@ -235,16 +235,16 @@ class Block:
         return state
 
     def refreshed(self, state: State, previous: State | None) -> State:
-        """What a refresh makes of statistics of some members."""
+        """Refreshed statistics of some members."""
         return self.options.precision.prepare(self.triple, state, previous, self.frame.dtype)
 
     @property
     def late(self) -> bool:
-        """Whether names and shapes of its tensors are known only when it has been measured."""
+        """Whether the names and shapes of its tensors are known only after a measurement."""
         return isinstance(self.triple.representation, Unstacked) and not isinstance(self.triple.representation, PerStep)
 
     def empty_cache(self) -> State:
-        """The names and shapes of a cache, all zero; none where these are not known yet."""
+        """A cache of zeros; empty where names and shapes are not known yet."""
         if self.late:
             return {}
         one = self.triple.representation.init(self.frame if self.full else replace(self.frame, stack=1))
@@ -256,7 +256,7 @@ class Block:
         return self.options.precision.solve(self.triple, cache, g)
 
     def _prepared(self, state: State, names: Set[str], before: State | None) -> tuple[list[slice], State]:
-        """A refreshed cache of some members, and where these are.  before: the cache that they are in, if they are"""
+        """A refreshed cache of some members, and their slices.  before: the cache that holds them, if any"""
         slots = [slot for site, slot in zip(self.sites, self.slots, strict=True) if site.name in names]
         if not slots:
             return [], {}
@@ -266,7 +266,7 @@ class Block:
         return slots, self.refreshed(picked(state, slots), None if before is None else picked(before, slots))
 
     def _placed(self, cache: State, slots: list[slice], new: State) -> State:
-        """The cache with refreshed members in it; the former one is not written to."""
+        """A copy of the cache with the refreshed members in it."""
         if not slots or len(slots) == len(self.slots):
             return new if slots else cache
         made = {k: cache[k].clone() if cache else v.new_zeros(self.frame.stack, *v.shape[1:]) for k, v in new.items()}
@@ -277,9 +277,9 @@ class Block:
         return made
 
     def solve(self, held: Held, raw: Tensor, started: bool = True) -> tuple[Tensor, Held]:
-        """The preconditioned gradient, averaged and rescaled as configured, and what is held then.
+        """The preconditioned gradient, averaged and rescaled as configured, and what the block then holds.
 
-        raw: this step's gradient; started: False for what `grafting` takes the length from, instead
+        raw: this step's gradient; started: False for the step of the grafted method, instead
         """
         (g, average), cache = self.averaged(held.average, raw), snapshot(self.triple.representation, held.cache)
         value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
@@ -292,7 +292,7 @@ class Block:
         return value, replace(held, cache=cache, average=average, grafting_state=grafting_state)
 
     def _without_gradient(self, held: Held) -> list[slice]:
-        """Members of the stack that have no gradient or no statistic: their averages stand still, as if they were alone."""
+        """Members of the stack without a gradient or a statistic: their averages do not change, as in a stack of their own."""
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)

@@ -1,7 +1,7 @@
-"""What a maker saves: keyed by site name, unstacked, so that it does not depend on how sites are grouped.
+"""The saved state of a maker: keyed by site name and unstacked, so that it does not depend on how sites are stacked.
 
-A fresh maker shows every key of its state, since torch's distributed checkpoints fill no more than they are shown; ``holds``
-lists the tensors that were saved, so that one which was not filled is noticed.
+A fresh maker has every key of its state, since torch's distributed checkpoints fill only the keys that they get; ``holds``
+lists the tensors that were saved, so that one which was not filled is found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PARTS = ("state", "cache", "average", "grafting_state")
 
 
 def dump(maker: SavedMaker) -> dict[str, Any]:
-    """Copies of all tensors, and counters."""
+    """The state of a maker: copies of all tensors, and counters."""
     now = maker.step_state.saved()
     sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, now.ever).items()}
     trust = maker.trust_region
@@ -71,7 +71,7 @@ def _counters(maker: SavedMaker, now: Facts) -> dict[str, Any]:
 
 
 def _dump_gradients(maker: SavedMaker, now: Facts) -> dict[str, State]:
-    """Of a step that is under way: what its micro-batches have brought, and what was there before them; by parameter."""
+    """Gradients of an unfinished step, by parameter: those of its micro-batches, and those from before them."""
     names = {p: name for name, p in maker.model.named_parameters()}
     before = now.gradients or ()
     pairs = {"step": [(p, p.grad) for p, _ in before], "before": before}
@@ -79,7 +79,7 @@ def _dump_gradients(maker: SavedMaker, now: Facts) -> dict[str, State]:
 
 
 def _held(state: Any, path: str = "") -> list[str]:
-    """Path and shape of every tensor."""
+    """Path and shape of every tensor in a state."""
     if isinstance(state, Tensor):
         return [f"{path} {tuple(state.shape)}"]
     if not isinstance(state, dict):
@@ -91,7 +91,7 @@ def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
     cache = block.cache or block.empty_cache()
     if block.full:
         whole = _dump_slot(block, slice(None), cache, bool(block.ready))
-        found = {block.name: {**whole, "ready": sorted(block.ready)}}  # of the sites that were measured by its last refresh
+        found = {block.name: {**whole, "ready": sorted(block.ready)}}  # sites measured before its last refresh
     else:
         members = zip(block.sites, block.slots, strict=True)
         found = {site.name: _dump_slot(block, slot, cache, site.name in block.ready) for site, slot in members}
@@ -101,14 +101,14 @@ def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
 
 
 def _dump_slot(block: Block, slot: slice, cache: State, ready: bool) -> dict[str, Any]:
-    """One member of a stack.  ready: whether the cache holds it; it has a place there in any case"""
+    """The state of one member of a stack.  ready: whether the cache holds it; the cache has a slot for it in any case"""
     parts = {part: {k: v[slot].clone() for k, v in getattr(block, part).items()} for part in _PARTS if part != "cache"}
     own = {k: v[slot].clone() if ready else torch.zeros_like(v[slot]) for k, v in cache.items()}
     return {"parts": _kind(block), "ready": ready, **parts, "cache": own}
 
 
 def _dump_statistic(block: Block, held: Held) -> dict[str, State]:
-    """Of a step that is under way, by site."""
+    """Statistics of an unfinished step, by site."""
     places = zip(_names(block), [slice(None)] if block.full else block.slots, strict=True)
     return {name: {k: v[slot].clone() for k, v in held.state.items()} for name, slot in places}
 
@@ -119,7 +119,7 @@ def _kind(block: Block) -> str:
 
 
 def load(maker: SavedMaker, saved: dict[str, Any]) -> None:
-    """Check everything, then copy everything."""
+    """Check the whole state, then copy it. ValueError for a state that does not fit."""
     check_format(saved, "a preconditioned maker")
     unseen = frozenset(saved.get("unseen", ()))
     if unseen == maker.unseen or not unseen <= {name for name, _ in maker.model.named_parameters()}:
@@ -187,7 +187,7 @@ def _facts(maker: SavedMaker, saved: dict[str, Any], work: Work, region: Region 
 
 
 def _gather_work(blocks: list[Block], loaded: dict[Block, Held], saved: dict[str, Any]) -> Work:
-    """What the micro-batches of a step that is under way have brought."""
+    """Changes of the blocks by the micro-batches of an unfinished step. ValueError for unknown or missing names."""
     statistics, held = saved["pass"]["statistics"], dict[Block, Held]()
     known = {name for block in blocks for name in _names(block)}
     if unknown := sorted(set(statistics) - known):
@@ -202,7 +202,7 @@ def _gather_work(blocks: list[Block], loaded: dict[Block, Held], saved: dict[str
 
 
 def _gather_gradients(maker: SavedMaker, saved: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
-    """Parameters, with their gradients of a step that is under way and from before it; none of a state between steps."""
+    """Parameters, with their gradients of an unfinished step and from before it; none for a state between steps."""
     if saved["pass"]["phase"] == Phase.BETWEEN.name:
         return []
     own = {name: p for name, p in maker.model.named_parameters() if p.requires_grad}
@@ -220,7 +220,7 @@ def _gather_gradients(maker: SavedMaker, saved: dict[str, Any]) -> list[tuple[An
 
 
 def _check_held(saved: dict[str, Any]) -> None:
-    """ValueError for tensors that were saved and are not there."""
+    """ValueError for tensors that were saved and are missing."""
     found = set(_held({key: value for key, value in saved.items() if key != "holds"}))
     if lost := [entry for entry in saved["holds"] if entry not in found]:
         raise ValueError(
@@ -261,11 +261,11 @@ def _gather(block: Block, sites: dict[str, Any]) -> Held:
 
 
 def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
-    """The stacked cache; none where no member is in it."""
+    """The stacked cache; empty where it holds no member."""
     if not ready:
         return {}
     if isinstance(block.triple.representation, Unstacked):
-        return _gather_live(block, "cache", members[0], {}, None)
+        return _gather_unstacked(block, "cache", members[0], {}, None)
     return _gather_part(block, "cache", members, block.empty_cache())
 
 
@@ -274,7 +274,7 @@ def _gather_part(block: Block, part: str, members: list[State], like: State | No
     if part == "state" and isinstance(block.triple.representation, Unstacked):
         if block.late and not members[0]:
             return block.triple.representation.init(block.frame)
-        return _gather_live(block, part, members[0], own, block.frame.dtype)
+        return _gather_unstacked(block, part, members[0], own, block.frame.dtype)
     slots = [slice(None)] if block.full else block.slots
     for name, slot, member in zip(_names(block), slots, members, strict=True):
         _check_names(f"{name}: {part}: ", member, own)
@@ -283,10 +283,10 @@ def _gather_part(block: Block, part: str, members: list[State], like: State | No
     return {key: torch.cat([m[key].to(value.device, value.dtype) for m in members]) for key, value in own.items()}
 
 
-def _gather_live(block: Block, part: str, member: State, like: State, other: torch.dtype | None) -> State:
-    """The state or cache of an unstacked representation: only its own `update` knows names and shapes, beyond the first axis.
+def _gather_unstacked(block: Block, part: str, member: State, like: State, other: torch.dtype | None) -> State:
+    """State or cache of an unstacked representation: beyond the first axis, only its `update` determines names and shapes.
 
-    other: dtype of the floating tensors that ``like`` does not have; None leaves it
+    other: dtype of the floating tensors that ``like`` does not have; None keeps theirs
     """
     loaded = {}
     for key, value in member.items():

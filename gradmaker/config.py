@@ -1,4 +1,4 @@
-"""Configuration: one frozen dataclass a method, and its spelling as a mapping or a YAML file."""
+"""Configuration of a method: a frozen dataclass, which a mapping or a YAML file can spell."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignor
 ONE_BLOCK = {"stagger": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
 INTERVALS = ("curvature_interval", "preconditioner_interval", "warmup_steps", "stagger")
 OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "grafting", "grafting_decay", *INTERVALS)
-"""Options that a fallback has values of its own for; the others are shared with it."""
+"""Options for which a fallback keeps its own values; it shares all others with the method."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig(metaclass=RenamedOptions):
-    """What every method has; a method adds its own fields and says by `triple` how it treats each site."""
+    """Options that every method has; a method adds its own fields, and chooses the parts for a site by `triple`."""
 
     damping: float | None = 1e-3
-    """Tikhonov damping in units of the curvature, or the ridge or epsilon that the method's formula has."""
+    """Tikhonov damping in units of the curvature, or the ridge or epsilon of the method's formula."""
     decay: float | None = 0.95
     """Weight of the OLD statistic in the running average; 0 keeps the current batch only, None sums."""
     momentum: float = 0.0
@@ -61,52 +61,52 @@ class GradientConfig(metaclass=RenamedOptions):
     preconditioner_interval: int | Schedule = 1
     """Steps between refreshes of the preconditioner."""
     warmup_steps: int = 0
-    """Before this step both happen at every step."""
+    """Before this step, every step measures the curvature and refreshes the preconditioner."""
     start_step: int = 0
-    """Before this step statistics are gathered, and ``.grad`` stays plain, or is the step of a grafted method."""
+    """Before this step statistics accumulate, and ``.grad`` keeps the plain gradient, or gets the step of a grafted method."""
     stagger: bool = True
     """Whether the refreshes of different blocks are staggered over the interval, instead of all at one step."""
     ignore: tuple[Rule, ...] = ()
     """Modules, classes and name patterns (``'head.*'``) that keep their plain gradient."""
     fallback: str = "gradient"
-    """The method, by name, of parameters that this one does not cover."""
+    """Name of the method for parameters that this one does not cover."""
     grafting: str = "none"
-    """Length of the result for each block: none (as it comes), keep (the gradient's), or a name of `GRAFTINGS` (grafting)."""
+    """Length of each block's result: none (unchanged), keep (the gradient's), or a name of `GRAFTINGS` (grafting)."""
     grafting_decay: float = 0.999
     """Weight of the OLD second moment of a grafted Adam or RMSProp (Google and Meta: 0.999, but 0.99 for Meta's RMSProp)."""
     max_dim: int = 8192
     """Axes longer than this get a diagonal factor; a dense block larger than this is refused."""
     dtype: str | torch.dtype | None = None
-    """Of statistics and solves: float32 or float64; None takes the parameters', at least float32."""
+    """dtype of statistics and solves: float32 or float64; None: that of the parameters, at least float32."""
     failures_allowed: int | None = 3
-    """How many refreshes of a block may fail in a row, each keeping its last good root, before an error; None for any."""
+    """How many refreshes of a block may fail in a row before an error, each keeping the last good root; None: any number."""
     seed: int = 0
-    """Of sampled targets and probes."""
+    """Seed of sampled targets and probes."""
     likelihood: Likelihood | None = None
-    """What the outputs parametrise, where the loss itself cannot be recognised."""
+    """Likelihood of the model's outputs, for a loss that is not recognised."""
     loss_reduction: str = "mean"
-    """How an unrecognised loss reduces over examples: mean or sum (the empirical Fisher needs to know)."""
+    """How an unrecognised loss reduces over examples: mean or sum (needed by the empirical Fisher)."""
 
     batch_axis: int = 0
     """The axis of the model's first tensor argument that holds the examples: 0, or 1 where time comes first."""
     self_check: str = "fallback"
-    """What becomes of a layer that a self-check finds wrong: fallback (measured in a slower, right way), error, or off."""
+    """On a layer that fails a self-check: fallback (measure it correctly, more slowly), error, or off (no checks)."""
 
     per_tensor: ClassVar[bool] = False
-    """Whether the method treats every parameter tensor on its own, instead of layers."""
+    """Whether the method preconditions each parameter tensor alone, instead of layers."""
     joint_bias: ClassVar[bool] = True
     averaging: ClassVar[str] = "corrected"
-    """What running averages of statistics are: see `RootedGradientConfig`, where it is an option."""
+    """Form of the running averages of statistics; an option of `RootedGradientConfig`."""
     slow_part: ClassVar[bool] = False
-    """Whether `preconditioner_interval` is that of a slow part of statistics; blocks without one follow every measurement."""
+    """Whether `preconditioner_interval` is for a slow part of statistics; blocks without one refresh at every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
-    """How `per_tensor` methods cut tensors into blocks; None keeps them whole."""
+    """How `per_tensor` methods cut tensors into blocks; None leaves them whole."""
     renamed_options: ClassVar[dict[str, str]] = {}
-    """Today's name of an option of this method by its earlier one, beside those of all methods."""
+    """Earlier names of options of this method, with their present names, beside those of all methods."""
     inapplicable: ClassVar[dict[str, str]] = {}
-    """Options that say nothing to this method, with the reason and a way out: only their defaults are accepted."""
+    """Options without effect in this method, with the reason and a way out: only their defaults are accepted."""
     only_with: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Options that say something only beside a value of another, or one of several, or, with ``bool``, where it is set."""
+    """Options with an effect only beside one value of another, or one of several, or, with ``bool``, where it is set."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.name in PARTS):
@@ -139,21 +139,21 @@ class GradientConfig(metaclass=RenamedOptions):
             if (new := RENAMED_OPTIONS.get(old)) is not None and hasattr(cls, new):
                 raise TypeError(f"{cls.__name__}.{old}: this option is {new!r} now; set {new}")
 
-    if not TYPE_CHECKING:  # a checker is to find wrong names
+    if not TYPE_CHECKING:  # a type checker should report wrong names
 
         def __getattr__(self, name: str) -> Any:
-            """An option by its earlier name."""
+            """An option by its earlier name. AttributeError for any other name."""
             if (new := current_name(type(self), name)) == name:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
             warn_of(name, new)
             return getattr(self, new)
 
     def grafting_rule(self) -> Grafting | None:
-        """The rule of `grafting`, with `grafting_decay`."""
+        """The grafting rule that `grafting` names, with `grafting_decay`."""
         return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)
 
     def block_options(self, method: str, common: GradientConfig) -> BlockOptions:
-        """What its blocks are told.  method: its name in the plan; common: the config whose options a fallback shares"""
+        """The options that its blocks read.  method: its name in the plan; common: the config whose options fallbacks share"""
         return BlockOptions(
             method=method,
             decay=self.decay,
@@ -169,10 +169,10 @@ class GradientConfig(metaclass=RenamedOptions):
 
     @abstractmethod
     def triple(self, site: Site) -> Triple | None:
-        """The parts for a site; None if the method does not cover it."""
+        """The triple for a site; None if the method does not cover it."""
 
     def inapplicable_options(self) -> dict[str, str]:
-        """`inapplicable` of the method and of the parts that it was given."""
+        """Options without effect, with the reason: those of the method and those of the parts that it was given."""
         parts = [getattr(self, f.name) for f in fields(self) if f.name in ("curvature", "fisher", "representation", "solver")]
         found = {name: reason for part in (self, *parts) for name, reason in part.inapplicable.items()}
         if self.nesterov and not self.momentum:
@@ -191,7 +191,7 @@ class GradientConfig(metaclass=RenamedOptions):
         return found
 
     def _refuse_inapplicable(self) -> None:
-        """ValueError for an option that was given and would be ignored."""
+        """ValueError for an option that was given and would have no effect."""
         defaults = {f.name: f.default for f in fields(self)}
         plain = self.fallback == defaults["fallback"]
         for name, reason in self.inapplicable_options().items():
@@ -200,28 +200,28 @@ class GradientConfig(metaclass=RenamedOptions):
                 raise ValueError(f"{name}={value!r} would have no effect: {reason}")
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        """ValueError for an option that speaks of layers which the model does not have."""
+        """ValueError for an option about layers that the model does not have."""
 
     def statistics_dtype(self) -> torch.dtype | None:
-        """`dtype` as torch's."""
+        """`dtype` as a torch.dtype."""
         return as_dtype("dtype", self.dtype, DTYPES)
 
     @property
     def first_step(self) -> int:
-        """From which step on ``.grad`` holds ``P g``."""
+        """The first step whose ``.grad`` becomes ``P g``."""
         return self.start_step
 
     def precision(self) -> Precision:
-        """Of refreshes and of what is applied, where they are not those of the statistic."""
+        """dtypes of the refresh and of the application, where they differ from that of the statistic."""
         return Precision()
 
     def trust_region(self, model: nn.Module) -> TrustRegion | None:
-        """What bounds the steps of a maker of this model, for methods that have options of it."""
+        """The trust region of a maker of this model; None for methods without options of one."""
         return None
 
 
 def _rules(ignore: Any) -> tuple[Any, ...]:
-    """The rules of ``ignore`` as a tuple. ValueError for what is none."""
+    """The rules of ``ignore`` as a tuple. ValueError for what is not a sequence of rules."""
     if not isinstance(ignore, (tuple, list)):
         raise ValueError(f"ignore={ignore!r}: expected a sequence, as in ignore=({ignore!r},)")
     for rule in ignore:
@@ -230,7 +230,7 @@ def _rules(ignore: Any) -> tuple[Any, ...]:
 
 
 def as_dtype(name: str, value: str | torch.dtype | None, legal: Mapping[str, torch.dtype]) -> torch.dtype | None:
-    """A dtype from its name or from itself. ValueError for one that is not in the mapping."""
+    """A torch.dtype from its name or itself. ValueError for one that is not in the mapping."""
     if value is None or value in legal.values():
         return value  # type: ignore[return-value]
     if value not in legal:
@@ -253,7 +253,7 @@ PARTS: dict[str, tuple[Mapping[str, Any], Any]] = {
 
 
 def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
-    """Make a dataclass from a mapping. ValueError on an unknown key, with the close match and all legal keys."""
+    """Make a dataclass from a mapping. ValueError for an unknown key, with the closest match and all legal keys."""
     legal = [f.name for f in fields(make)]
     for key in given:
         if current_name(make, key) not in legal:
@@ -266,7 +266,7 @@ def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
 
 
 def _part(key: str, value: Any) -> Any:
-    """A part from itself, from its name, or from its name with options."""
+    """A part from an instance, its name, or its name with options. ValueError for an unknown name or option."""
     registry, kind = PARTS[key]
     if isinstance(value, kind):
         return value
@@ -281,7 +281,7 @@ def _part(key: str, value: Any) -> Any:
 
 
 def read_mapping(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """A mapping from itself or from a YAML file."""
+    """A mapping from a mapping or a YAML file. FileNotFoundError, or ValueError for a file that holds none."""
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)

@@ -1,4 +1,4 @@
-"""Refreshes that fail again and again: counted where they happen, read when that costs nothing, an error past a limit."""
+"""Failed refreshes in a row: counted on the device, read without waiting for it, an error beyond a limit."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["Failures", "Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Counters on their way to the host."""
+    """Counters that are being copied to the host."""
 
     blocks: list[Block]
     sizes: list[int]
-    counters: Tensor  # in a row, and in all  # (2, members)
-    arrived: torch.Event | None  # None: they are there
+    counters: Tensor  # failures in a row, and in all  # (2, members)
+    arrived: torch.Event | None  # None: the copy is complete
     step: int
 
 
 class Failures:
     """Raises when the refresh of a block has failed more than ``allowed`` times in a row; its last good root stays in use.
 
-    Counters are copied to the host after a refresh, without waiting for them: on a CPU they are judged at once, on an
+    Counters are copied to the host after a refresh, without waiting: on a CPU they are checked at once, on an
     accelerator by the first step that finds the copy complete. ``allowed=None`` never raises.
 
     Reference: Distributed Shampoo (Shi et al. 2023, arXiv:2309.06497), whose tolerated failures these are.
@@ -39,7 +39,7 @@ class Failures:
         self.allowed = allowed
 
     def count(self, refreshed: Sequence[tuple[Block, Held]], step: int) -> tuple[Report, ...]:
-        """Start the copy of the counters of blocks that have been refreshed."""
+        """Start to copy the counters of refreshed blocks to the host."""
         if self.allowed is None:
             return ()
         counted = [(b, c) for b, held in refreshed for c in (held.state, held.cache) if "failing" in c]
@@ -47,7 +47,7 @@ class Failures:
         return tuple(_report([(b, c) for b, c in counted if b.frame.device == device], device, step) for device in devices)
 
     def check(self, reports: tuple[Report, ...]) -> tuple[Report, ...]:
-        """Those that are still on their way. RuntimeError for a block that is past the limit, if that is known by now."""
+        """Check the reports that have arrived, return the others. RuntimeError for a block beyond the limit."""
         for number, report in enumerate(reports):
             if report.arrived is not None and not report.arrived.query():
                 return reports[number:]
@@ -64,9 +64,9 @@ class Failures:
         parts = (block.triple.curvature, block.triple.representation, block.triple.solver)
         raise RuntimeError(
             f"{name} ({' x '.join(type(part).__name__ for part in parts)}): at step {report.step} its refresh failed for the "
-            f"{in_a_row[worst]}. time in a row, {in_all[worst]} times in all. It still has the last root that was good; the "
+            f"{in_a_row[worst]}. time in a row, {in_all[worst]} times in all. It keeps its last good root; the "
             f"statistic is not finite, indefinite or too ill-conditioned: a larger damping or dtype='float64' may help. "
-            f"failures_allowed={self.allowed}; None goes on"
+            f"failures_allowed={self.allowed}; None sets no limit"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the members of a block bring together: evidence in as few pieces as possible, gradients in one tensor and back."""
+"""Stacking of the evidence and the gradients of the members of a block, and unstacking of gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradmaker.representations.base import Fold, Frame
 __all__ = ["STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
 
 STACK_LIMIT = 128
-"""Blocks with a longer axis are not stacked, nor is evidence of more than ``STACK_LIMIT^2`` entries a member.
+"""Blocks with a longer axis are not stacked, nor is evidence with more than ``STACK_LIMIT^2`` entries a member.
 
 On one core of a CPU, 48 members together take 0.02 to 0.3 of the time of 48 calls at side 64 and below, 0.6 to 0.9 at 128 and
 1.0 to 1.6 beyond; factors of 48 layers from 512 rows each, where operands are copied to be stacked, 0.5 at 16 k entries a
@@ -30,32 +30,32 @@ member and 0.6 to 1.4 beyond, with the memory of all operands at once.
 class Piece:
     """Evidence of some members of a block."""
 
-    names: tuple[str, ...]  # of their sites
-    slots: tuple[slice, ...]  # of each
+    names: tuple[str, ...]  # names of their sites
+    slots: tuple[slice, ...]  # slice of the stack of each site
     evidence: Evidence
 
     @property
     def count(self) -> int:
-        """How many members."""
+        """The number of members."""
         return sum(slot.stop - slot.start for slot in self.slots)
 
 
 # ------------------------------------------------------------------ parts of a stack
 def run_of(slots: Sequence[slice]) -> slice | None:
-    """The one slice that these are, in order; None if there are gaps."""
+    """Adjacent slices, in order, as one; None if there are gaps."""
     adjoin = all(a.stop == b.start for a, b in pairwise(slots))
     return slice(slots[0].start, slots[-1].stop) if adjoin else None
 
 
 def picked(state: Mapping[str, Tensor], slots: Sequence[slice]) -> dict[str, Tensor]:
-    """Some members of a stack: views where they lie side by side, copies otherwise."""
+    """Some members of a stack: views where they are adjacent, copies otherwise."""
     if (run := run_of(slots)) is not None:
         return {key: value[run] for key, value in state.items()}
     return {key: torch.cat([value[slot] for slot in slots]) for key, value in state.items()}
 
 
 def placed(state: Mapping[str, Tensor], slots: Sequence[slice], part: Mapping[str, Tensor]) -> None:
-    """Put back, in place, what `picked` has copied."""
+    """Write what `picked` has copied back, in place."""
     if run_of(slots) is None:
         for key, value in part.items():
             pieces = value.split([slot.stop - slot.start for slot in slots])
@@ -65,9 +65,9 @@ def placed(state: Mapping[str, Tensor], slots: Sequence[slice], part: Mapping[st
 
 # ------------------------------------------------------------------ stacking evidence
 def stacked(pieces: Iterable[Piece], fold: Callable[[Piece], Fold]) -> Iterator[tuple[Piece, Fold]]:
-    """The same evidence in as few pieces as possible: of one fold, in operands that are stacked along the axis of members.
+    """The same evidence in as few pieces as possible: pieces of one fold have their operands stacked along the member axis.
 
-    Large operands stay alone, and are let go of before the next are made.
+    Large operands are not stacked, and are released before the next are formed.
     """
     waiting: dict[tuple[Fold, tuple[object, ...]], list[Piece]] = {}
     for piece in pieces:
@@ -77,18 +77,18 @@ def stacked(pieces: Iterable[Piece], fold: Callable[[Piece], Fold]) -> Iterator[
         else:
             waiting.setdefault((own, signature), []).append(piece)
         del piece
-    yield from ((_one(group), own) for (own, _), group in waiting.items())
+    yield from ((_merged(group), own) for (own, _), group in waiting.items())
 
 
-def _one(group: list[Piece]) -> Piece:
+def _merged(group: list[Piece]) -> Piece:
     if len(group) == 1:
         return group[0]
     names, slots = (tuple(x for piece in group for x in getattr(piece, part)) for part in ("names", "slots"))
-    return Piece(names, slots, _together([piece.evidence for piece in group]))
+    return Piece(names, slots, _concatenated([piece.evidence for piece in group]))
 
 
 def _operands(evidence: Evidence) -> dict[str, int]:
-    """The tensors that tell members apart, and the axis along which they do; none of evidence that is never stacked."""
+    """The tensors that have a member axis, with that axis; none for evidence that is never stacked."""
     if isinstance(evidence, Outer):
         return {"inputs": 0, "gradients": 1} if isinstance(evidence.inputs, Tensor) else {}
     if isinstance(evidence, Factors):
@@ -101,7 +101,7 @@ def _operands(evidence: Evidence) -> dict[str, int]:
 
 
 def _signature(evidence: Evidence) -> tuple[object, ...] | None:
-    """What has to agree in evidence that is stacked; None where it is not to be."""
+    """What has to be equal in evidence that is stacked; None for evidence that is not."""
     axes = _operands(evidence)
     operands = {name: getattr(evidence, name) for name in axes}
     if not axes or sum(x.numel() // max(1, x.shape[axes[k]]) for k, x in operands.items()) > STACK_LIMIT**2:
@@ -111,7 +111,7 @@ def _signature(evidence: Evidence) -> tuple[object, ...] | None:
     return type(evidence), *shapes, *(id(x) if isinstance(x, Tensor) else x for x in shared)
 
 
-def _together(evidence: Sequence[Evidence]) -> Evidence:
+def _concatenated(evidence: Sequence[Evidence]) -> Evidence:
     axes = _operands(evidence[0])
     operands = {name: torch.cat([getattr(e, name) for e in evidence], axis) for name, axis in axes.items()}
     return replace(evidence[0], **operands)  # type: ignore[type-var]
@@ -120,7 +120,7 @@ def _together(evidence: Sequence[Evidence]) -> Evidence:
 # ------------------------------------------------------------------ the members of a block
 @dataclass(frozen=True)
 class Members:
-    """The sites of a block, and where each stands in its stack."""
+    """The sites of a block, and their slices of its stack."""
 
     sites: list[Site]
     slots: list[slice]
@@ -130,7 +130,7 @@ class Members:
 
     # ---------------------------------------------------------------- evidence
     def evidence(self, chunk: Mapping[str, Evidence]) -> Iterator[Piece]:
-        """The evidence of a chunk, site by site or of all as one."""
+        """The evidence of a chunk: a piece for each site, or one for all of them."""
         names = tuple(s.name for s in self.sites if s.name in chunk)
         if self.full:
             if WHOLE in chunk:
@@ -151,17 +151,17 @@ class Members:
             yield from stacked(pieces, fold)
 
     def _of_block(self, evidence: Evidence) -> Evidence:
-        """What is said of the groups of a layer, of all as one block where they are one.  # (G, o, i) -> (1, G, o, i)"""
+        """Evidence of the groups of a layer, as one block where they are one.  # (G, o, i) -> (1, G, o, i)"""
         if not self.joins_groups:
             return evidence
         if isinstance(evidence, Gradient):
             return replace(evidence, gradient=evidence.gradient.unsqueeze(0))
         if isinstance(evidence, Pair):
             return replace(evidence, v=evidence.v.unsqueeze(0), cv=evidence.cv.unsqueeze(0))
-        return evidence  # rows and products speak of the layer as it is
+        return evidence  # rows and products are of the whole layer already
 
     def _joined(self, chunk: Mapping[str, Evidence]) -> Evidence:
-        """All layers as one piece of evidence; a layer that took no part contributes zeros."""
+        """All layers as one piece of evidence; a layer without evidence contributes zeros."""
         known = [chunk.get(s.name) for s in self.sites]
         like = next(e for e in known if e is not None)
         if isinstance(like, Gradient):
@@ -173,18 +173,18 @@ class Members:
         assert isinstance(like, Outer)
         k, _, n = like.gradients.shape[:3]
         return Joint(
-            tuple(e if isinstance(e, Outer) else self._silent(s, k, n) for s, e in zip(self.sites, known, strict=True))
+            tuple(e if isinstance(e, Outer) else self._zero_rows(s, k, n) for s, e in zip(self.sites, known, strict=True))
         )
 
     def _flat(self, pieces: Sequence[Tensor | None]) -> Tensor:
-        """One vector of a tensor for each site, zeros where there is none.  # (1, P)"""
+        """The concatenated tensors of all sites, zeros where there is none.  # (1, P)"""
         full = [self._zeros(s) if x is None else x.reshape(-1) for s, x in zip(self.sites, pieces, strict=True)]
         return torch.cat(full).unsqueeze(0)
 
     def _zeros(self, site: Site) -> Tensor:
         return torch.zeros(prod(site.shape), dtype=self.frame.dtype, device=self.frame.device)
 
-    def _silent(self, site: Site, k: int, n: int) -> Outer:
+    def _zero_rows(self, site: Site, k: int, n: int) -> Outer:
         empty = torch.zeros(1, n, 1, 0, dtype=self.frame.dtype, device=self.frame.device)
         return Outer(empty, empty.new_zeros(k, 1, n, 1, prod(site.shape)), bias=True)
 
@@ -207,7 +207,7 @@ class Members:
         return out
 
     def _as_blocks(self, piece: Tensor) -> Tensor:
-        """Of some columns of a site, each block's own.  # (B, ..., columns)"""
+        """Some columns of a site, split by block.  # (B, ..., columns)"""
         shape = self.frame.shape
         return piece.reshape(-1, *shape[:-1], piece.shape[-1]) if shape else piece.reshape(-1)
 

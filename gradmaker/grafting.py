@@ -1,4 +1,4 @@
-"""What length a preconditioned gradient is given: its own, up to a bound, the gradient's, or another method's (grafting)."""
+"""Grafting: the length of a preconditioned gradient is bounded, or taken from the gradient or another method's step."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Grafting(ABC):
     """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``, unless it says otherwise."""
 
     leads: ClassVar[bool] = False
-    """Whether ``V`` itself is the gradient before ``start_step``; otherwise the plain one stays."""
+    """Whether ``.grad`` holds ``V`` before ``start_step``; otherwise it keeps the plain gradient."""
 
     @property
     def decays(self) -> bool:
-        """Whether it has a running average, of which the decay can be chosen."""
+        """Whether the rule has a running average with a decay to choose."""
         return False
 
     def decaying(self, decay: float) -> Grafting:
-        """The rule with this decay; itself where there is none."""
+        """The rule with this decay; unchanged where it has none."""
         return self
 
     def init(self, frame: Frame) -> State:
-        """Whatever the rule has to remember."""
+        """The state of the rule before the first step."""
         return {}
 
     @abstractmethod
     def target(self, state: State, g: Tensor, raw: Tensor) -> Tensor:
-        """``V``: what the length is taken from.  # (B, *shape)"""
+        """``V``, whose length the result gets.  # (B, *shape)"""
 
     def rescale(self, state: State, value: Tensor, g: Tensor, raw: Tensor) -> Tensor:
         """``U |V| / |U|`` for each block; a zero gradient stays zero."""
@@ -63,7 +63,7 @@ class Graft(Grafting):
     """The length of an element-wise method's step: AdaGrad (``decay=None``), Adam, or RMSProp (not ``corrected``).
 
     ``normalised`` divides each block's gradient by its length before it enters the second moment and the step.
-    Before ``start_step`` the element-wise step itself is what ``.grad`` holds.
+    Before ``start_step``, ``.grad`` holds the element-wise step itself.
 
     Reference: Agarwal et al., 2020, arXiv:2002.11803; Anil et al., 2020, arXiv:2002.09018, section 3.
     """
@@ -123,7 +123,7 @@ class Amplitude(Grafting):
 
 
 def _unit(g: Tensor) -> Tensor:
-    """Each block over its length; zero stays zero.  # (B, *shape)"""
+    """Each block divided by its length; zero stays zero.  # (B, *shape)"""
     length = torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1)
     return g / torch.where(length > 0, length, 1.0).reshape(-1, *[1] * (g.ndim - 1))
 

@@ -1,4 +1,4 @@
-"""The protocol: declare the forward pass and the loss, then ask for both passes at once."""
+"""The protocol of makers: declare the forward pass and the loss, then run both passes in one call."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["GradientMaker", "PlainGradientConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlainGradientConfig:
-    """The plain gradient has no options."""
+    """Options of the plain gradient, which has none."""
 
 
 @register("gradient")
 class GradientMaker:
-    """The plain gradient, by the same protocol as every preconditioned one.
+    """A maker of the plain gradient, with the protocol of all makers.
 
-    Declaring the calls instead of making them lets a maker record the forward pass, run further passes, or repeat the step:
+    Calls are declared, not made, so that a maker can record the forward pass, run further passes, or repeat the step:
 
         y = maker.setup_model_call(model, x)
         maker.setup_loss_call(F.cross_entropy, y, t)
@@ -52,37 +52,37 @@ class GradientMaker:
             raise ValueError(reason)
         self.model, self.config = model, config
         self.step_state = StepState()
-        self._declared: dict[str, Declared] = {}  # by purpose; that of the pass itself is ""
+        self._declared: dict[str, Declared] = {}  # by purpose; "" is the forward pass of the step
 
     @property
     def step(self) -> int:
-        """The index of the step: how many have ended."""
+        """The index of the step: the number of steps that have ended."""
         return self.step_state.now.index
 
     @classmethod
     def refuse(cls, model: nn.Module) -> str | None:
-        """Why this method cannot serve a model, whatever the batch; None if it can. A maker of such a model is a ValueError."""
+        """Why this method cannot serve a model with any batch; None if it can. A maker of a refused model is a ValueError."""
         return None
 
     # ---------------------------------------------------------------- setup
     def setup_model_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
-        """Declare the forward pass; returns a stand-in for its result. Forgets an earlier loss.
+        """Declare the forward pass. Returns a stand-in for its result, and forgets an earlier loss.
 
-        function: usually the model; anything callable that uses it.
+        function: usually the model, or any callable that uses it.
         """
         call = _deferred("setup_model_call", function, args, kwargs)
         self._declared = {"": Declared(call)}
         return call
 
     def setup_curvature_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
-        """Declare a further batch for products with the curvature; the gradient stays that of `setup_model_call`.
+        """Declare a second batch for products with the curvature; the gradient stays that of `setup_model_call`.
 
-        It comes after that, and goes with the next one. A loss that is declared on its result is the loss of the products.
+        Call it after that; the next `setup_model_call` forgets it. A loss declared on its result is the loss of the products.
         """
         return self._declare("curvature", function, args, kwargs)
 
     def setup_search_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
-        """Declare a further batch for a search among displaced weights, in the same way as `setup_curvature_call`."""
+        """Declare a second batch for a search among displaced weights, in the same way as `setup_curvature_call`."""
         return self._declare("search", function, args, kwargs)
 
     def _declare(self, purpose: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
@@ -90,16 +90,16 @@ class GradientMaker:
         if self._call is None:
             raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
         if purpose not in self.purposes():
-            raise ValueError(f"{verb}: {type(self).__name__} with this config does not use a batch of its own for this")
+            raise ValueError(f"{verb}: {type(self).__name__} with this config has no use for a second batch")
         self._declared[purpose] = Declared(_deferred(verb, function, args, kwargs))
         return self._declared[purpose].call
 
     def purposes(self) -> frozenset[str]:
-        """What a batch of its own can be declared for: ``curvature``, ``search``."""
+        """Purposes for which a second batch can be declared: ``curvature``, ``search``."""
         return frozenset()
 
     def setup_loss_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred:
-        """Declare the loss as a call on parts of the model's result; returns a stand-in for it."""
+        """Declare the loss as a call on parts of the model's result. Returns a stand-in; TypeError for what is not callable."""
         if not callable(function):
             raise TypeError(f"setup_loss_call: expected a callable first, got {type(function).__name__}")
         if isinstance(function, Deferred):  # a part of the model's result
@@ -119,7 +119,7 @@ class GradientMaker:
         self._owner("setup_logits_repr", logits).logits = logits
 
     def _owner(self, verb: str, part: Any) -> Declared:
-        """The call that a part is computed from."""
+        """The declared call that computes a part. RuntimeError before any call, ValueError for a part of an earlier one."""
         if self._call is None:
             raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
         for declared in self._declared.values():
@@ -141,11 +141,11 @@ class GradientMaker:
 
     @property
     def declared(self) -> bool:
-        """Whether a forward pass and its loss are."""
+        """Whether a forward pass and its loss are declared."""
         return self._call is not None and self._loss is not None
 
     def evaluate(self) -> tuple[Any, Tensor, Tensor | None]:
-        """The declared calls: the model's result, the loss, and the logits if they are declared."""
+        """Run the declared calls. Returns the model's result, the loss, and the logits if they are declared."""
         known: dict[int, Any] = {}
         output, loss = self._forward(known)
         return output, loss, None if self._logits is None else resolve(self._logits, known)
@@ -154,7 +154,8 @@ class GradientMaker:
     def forward_and_backward(self, weight: float = 1.0) -> tuple[Any, Tensor]:
         """Run both passes; ``.grad`` gains the (preconditioned) gradient. Returns the model's result and the loss.
 
-        weight: share of this batch where `accumulate` took in others before: the step's loss is ``sum_j weight_j L_j``.
+        weight: share of this batch after the micro-batches of `accumulate`: the step's loss is ``sum_j weight_j L_j``.
+        RuntimeError where no model call or no loss is declared; after any exception the step is as it was.
         """
         self._begin_again()
         undo, fresh = self._mark(), self.step_state.now.gradients is None
@@ -171,7 +172,7 @@ class GradientMaker:
         return result
 
     def accumulate(self, weight: float = 1.0) -> tuple[Any, Tensor]:
-        """Run both passes of a micro-batch: its gradient and statistics are accumulated, nothing is preconditioned yet.
+        """Run both passes of a micro-batch: its gradient and statistics are accumulated, and nothing is preconditioned yet.
 
         weight: its share of the step's loss ``sum_j weight_j L_j``: ``n_j / n`` for means over examples, 1 for sums.
         """
@@ -179,7 +180,7 @@ class GradientMaker:
         return self._accumulate(weight, in_place=True)
 
     def _accumulate(self, weight: float, in_place: bool) -> tuple[Any, Tensor]:
-        """in_place: whether gradients of earlier micro-batches may be added to; else they can be put back"""
+        """in_place: whether to add to the gradients of earlier micro-batches in place; otherwise they can be restored"""
         if self._call is None or self._loss is None:
             missing = "setup_model_call" if self._call is None else "setup_loss_call (or setup_loss_repr)"
             raise RuntimeError(f"nothing to run: {missing} has not been called")
@@ -189,7 +190,7 @@ class GradientMaker:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         several = ranks() > 1  # a reducer may hold .grad as views of its buffers, and write into them
         before = [(p, p.grad.clone() if several and p.grad is not None else p.grad) for p in parameters]
-        # What was not reduced yet, as under no_sync(), is so together with what comes.
+        # Gradients that were not reduced yet, as under no_sync(), are reduced together with those of this pass.
         joined = several and self.step_state.now.gradients is not None
         undo = self._mark()
         try:
@@ -208,16 +209,16 @@ class GradientMaker:
         return output, loss.detach()
 
     def _merge(self, before: list[tuple[nn.Parameter, Tensor | None]], in_place: bool) -> None:
-        """Keep what was in ``.grad`` before the step apart; add up what the micro-batches of the step bring."""
+        """Separate what was in ``.grad`` before the step from the step's gradient, and sum that over the micro-batches."""
         if self.step_state.now.gradients is None:
             self.step_state.keep_apart(tuple(before))
             return
         _add_into((p, g if in_place or g is None else g.clone()) for p, g in before)
 
     def precondition(self) -> None:
-        """End the step: ``.grad <- P .grad`` for what this step has brought, and add it to what was there before it.
+        """End the step: ``.grad <- P .grad`` for the gradient of this step, plus what was in ``.grad`` before it.
 
-        An exception leaves everything as it was: it may be called again, or the step begins again with a first pass.
+        An exception changes nothing: it may be called again, or a first pass begins the step again.
         """
         self._check_parameters()
         before = self.step_state.now
@@ -230,13 +231,13 @@ class GradientMaker:
             raise
 
     def _begin_again(self) -> None:
-        """After an exception in `precondition`: put back ``.grad`` as it was before the step, unless it was changed since."""
+        """After an exception in `precondition`: restore ``.grad`` from before the step, unless it was changed since."""
         if self.step_state.now.phase is Phase.FAILED:
             for p, before in self.step_state.begin_again():
                 p.grad = before
 
     def _mark(self) -> Callable[[], None]:
-        """What takes the step, and torch's global generators, back to where they are now: for a call that fails."""
+        """Returns a function that restores the present step and torch's global generators, for a call that fails."""
         now = self.step_state.now
         indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
         devices = {i: torch.cuda.get_rng_state(i) for i in indices}
@@ -252,14 +253,14 @@ class GradientMaker:
 
     # ---------------------------------------------------------------- for subclasses
     def _check_parameters(self) -> None:
-        """Refuse a step on a model that is not what the maker was made for."""
+        """Raise if the model's parameters have changed since the maker was made."""
 
     def _undo(self, before: Facts) -> None:
-        """Take the step back to an earlier moment."""
+        """Restore an earlier state of the step."""
         self.step_state.undo(before)
 
     def _blocks(self) -> list[Block]:
-        """What holds statistics."""
+        """The blocks, which hold the statistics."""
         return []
 
     def _run(self, weight: float) -> tuple[Any, Tensor]:
@@ -270,7 +271,7 @@ class GradientMaker:
         return output, loss
 
     def _forward(self, known: dict[int, Any]) -> tuple[Any, Tensor]:
-        """Evaluate the declared calls.  known: filled with the values of all deferred parts"""
+        """Run the declared calls. ValueError unless the loss has one element.  known: gets the values of all deferred parts"""
         output = resolve(self._call, known)
         loss = resolve(self._loss, known)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -279,25 +280,25 @@ class GradientMaker:
         return output, loss
 
     def _end(self) -> End:
-        """What is to be written and kept at the end of the step; the plain maker leaves its gradient."""
+        """What the end of the step writes and keeps; the plain maker leaves its gradient unchanged."""
         return End()
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on: tensors, numbers and names only."""
+        """The state to resume from: tensors, numbers and names only. RuntimeError while micro-batches are in ``.grad``."""
         if self.step_state.now.gradients is not None:
             raise RuntimeError("state_dict: micro-batches of this step are in .grad, which is not saved: save between steps")
         return {"format": FORMAT, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`. ValueError for one of another kind of maker."""
         check_format(state, "a plain GradientMaker")
         if set(state) != {"format", "step"}:
             raise ValueError("load_state_dict: expected what state_dict() of a plain GradientMaker returned")
         self.step_state.load(Facts(index=int(state["step"])))
 
     def remove(self) -> None:
-        """Take every hook off the model and the optimizer."""
+        """Remove all hooks from the model and the optimizer."""
 
 
 def _deferred(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:

@@ -1,4 +1,4 @@
-"""A maker's passes: what is recorded of them, what is proven of it, and what curvatures are measured on it."""
+"""The passes of a maker: recording, self-checks, and measurement of curvatures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MeasuringMaker(PlannedMaker):
             make = partial(Graph, self.model, loss, terms, logits)
             kept = checked or tape.joint or not self.checks.arrangement.plain
             graph, output_gradients = self._backward(tape, make, loss, weight, batches, kept)
-            if graph is not None and self._guesses(graph) and self._all_finite(loss):
+            if graph is not None and self._needs_outputs(graph) and self._all_finite(loss):
                 self.whole.products(tape, graph, head)
             if self._explains(tape, head, checked) and self._all_finite(loss):
                 bare = Head.of(loss, output if logits is None else logits, [], recorder)
@@ -69,7 +69,7 @@ class MeasuringMaker(PlannedMaker):
                 terms, checked = head.terms, self.is_to_be_checked(tape, head)
             if checked and self._all_finite(loss):
                 self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
-            terms = head.terms or terms  # in the order of rows that was found
+            terms = head.terms or terms  # with rows in the order that the self-checks found
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
             draft = self.step_state.draft()
             self.measure_pass(draft, tape, terms, weight, [loss], head=head, extra=extra)
@@ -90,7 +90,7 @@ class MeasuringMaker(PlannedMaker):
     def _backward(
         self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None, kept: bool
     ) -> tuple[Graph | None, OutputGradients]:
-        """The backward pass, with its output gradients; and the graph for products, of this pass or of a batch of their own."""
+        """The backward pass, with its output gradients; and the graph for products, of this pass or of a second batch."""
         products = self.plan.asks("graph", self._due)
         shared = products and (batches is None or batches.shared)
         made: list[Graph] = []
@@ -113,22 +113,22 @@ class MeasuringMaker(PlannedMaker):
 
     # ---------------------------------------------------------------- self-checks
     def recorded_sites(self) -> list[Site]:
-        """The sites that are measured by their calls."""
+        """The sites that are measured by the calls of their layers."""
         recorded = [c for c in self._curvatures() if "calls" in c.needs]
         return [s for c in recorded for s in self.plan.sites(c, self._due, self.served) if not s.frozen]
 
     def is_to_be_checked(self, tape: Tape, head: Head) -> bool:
-        """Whether a pass is the first of its kind."""
+        """Whether a pass is the first of its structure, and has to be checked."""
         structure = self.checks.arrange(tape, head)
         return bool(self.recorded_sites()) and self.checks.due(structure, head)
 
-    def _guesses(self, graph: Graph) -> bool:
-        """Whether products need outputs that nobody has named."""
+    def _needs_outputs(self, graph: Graph) -> bool:
+        """Whether products need outputs that were not declared."""
         asked = any("outputs" in c.needs for c in self._curvatures()) and self.config.self_check == "fallback"
         return asked and not graph.outputs and self.config.likelihood is None
 
     def _explains(self, tape: Tape, head: Head, checked: bool) -> bool:
-        """Whether it is to be seen to that the terms of a pass are all of a loss, of which nothing is declared."""
+        """Whether to prove that the terms of a pass make up the whole loss, where no likelihood is declared."""
         own = any(c.needs & {"calls", "main_backward"} == {"calls"} for c in self._curvatures())
         if self.config.self_check != "fallback" or not own:
             return False
@@ -137,18 +137,18 @@ class MeasuringMaker(PlannedMaker):
         return not head.declared and (checked or tape.structure(head.outputs) in self.checks.arrangement.whole)
 
     def explain(self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, checked: bool) -> Head:
-        """The head of a pass whose terms are all of the loss; see `Whole.explain`."""
+        """The head of a pass, with terms that make up the whole loss; see `Whole.explain`."""
         with plain_arithmetic(self.model), borrowing():
             return self.whole.explain(tape, head, bare, output_gradients, checked)
 
     def check(self, tape: Tape, head: Head, output_gradients: OutputGradients | None, weight: float = 0.0) -> None:
-        """Make the self-checks on a pass, and measure by their verdict from here on.
+        """Run the self-checks on a pass; later measurements follow their findings.
 
-        output_gradients: of the whole loss, where they are known. weight: of it in ``.grad``; 0: others are in there
+        output_gradients: of the whole loss, if known. weight: share of it in ``.grad``; 0: other losses are in there too
         """
         curvatures = [c for c in self._curvatures() if "calls" in c.needs]
         owned = any("main_backward" not in c.needs for c in curvatures) and not head.declared
-        explained = owned and self.config.self_check == "error"  # else `explain` has seen to it
+        explained = owned and self.config.self_check == "error"  # otherwise `explain` has checked it
         own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
         costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
         shares = any("main_backward" in c.needs and "loss_reduction" not in c.inapplicable for c in curvatures)  # of examples
@@ -174,10 +174,10 @@ class MeasuringMaker(PlannedMaker):
         extra: Extra = NOTHING,
         scale: float = 1.0,
     ) -> None:
-        """Measure the curvatures of a recorded pass into a draft, if all is finite.
+        """Measure the curvatures of a recorded pass into a draft, if all tensors are finite.
 
-        output_gradients: of the backward pass, for those that need just these; the others are measured without.
-        scale: factor of the loss that was differentiated, besides its weight (that of a GradScaler).
+        output_gradients: of the backward pass, for curvatures that need just these; the others are measured without.
+        scale: factor of the loss that was differentiated, beside its weight (that of a GradScaler).
         """
         masked, empty = self._note_finite(check, terms)
         empty |= tape.sized and not tape.batch
@@ -199,7 +199,7 @@ class MeasuringMaker(PlannedMaker):
     def _take(
         self, draft: Draft, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, pooled: bool = True
     ) -> None:
-        """pooled: whether what is `Pooled` waits for the end of the step"""
+        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step"""
         if isinstance(curvature, Pooled) and pooled:
             draft.pool(curvature, chunks, weight)
             return
@@ -213,9 +213,9 @@ class MeasuringMaker(PlannedMaker):
 
     @torch.no_grad()
     def _note_finite(self, check: list[Tensor], terms: list[Terms]) -> tuple[bool, bool]:
-        """Record whether these tensors and the gradients are finite; returns whether the loss left out terms, and all of them.
+        """Record whether these tensors and the gradients are finite. Returns whether the loss masks terms, and whether all.
 
-        One host read, and only on steps on which a statistic would take them in.
+        One host read, and only on steps that could add them to a statistic.
         """
         if not (self._due or any(b.options.momentum or b.grafting_state for b in self.plan.blocks)):
             return False, False

@@ -1,4 +1,4 @@
-"""The parameters that a plan was made for, and whether the model still has them."""
+"""Checks that a model still has the parameters for which a plan was made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradmaker.blocks import Block
 __all__ = ["OwnParameters"]
 
 PLAIN, UNKNOWN = ("plain",), ()
-ANEW = "the maker was made for the model as it was: make it anew, after the change"
+ANEW = "the maker was made for the model as it was: make a new one after the change"
 
 
 _Place: TypeAlias = tuple[str, nn.Module, str, nn.Parameter]
@@ -22,7 +22,7 @@ _Place: TypeAlias = tuple[str, nn.Module, str, nn.Parameter]
 
 @dataclass(frozen=True)
 class _Slot:
-    """One place that holds a parameter."""
+    """A module's attribute that holds a parameter."""
 
     name: str
     owner: nn.Module
@@ -34,22 +34,22 @@ class _Slot:
 
 
 class OwnParameters:
-    """What the model held when the plan was made: parameters by identity, with dtype, device and ``requires_grad``.
+    """The parameters of a model when the plan was made, by identity, with dtype, device and ``requires_grad``.
 
-    A step on other parameters would leave these with a plain gradient, or with the curvature of something else.
+    A step after a change would leave some parameters with a plain gradient, or with the curvature of others.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Block], plain: Set[str]) -> None:
-        """plain: names of parameters that keep their plain gradient, whatever becomes of them"""
+        """plain: names of parameters that keep their plain gradient, with any change"""
         self.model, self.blocks, self.plain = model, blocks, plain
         self._slots = [_Slot(*each, each[-1].dtype, each[-1].device, each[-1].requires_grad) for each in _held(model)]
         self._places: dict[tuple[int, str], tuple[Any, ...]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:  # places go by identity, which a copy does not share
+    def __getstate__(self) -> dict[str, Any]:  # slots are compared by identity, which a copy does not share
         return {**vars(self), "_places": {}}
 
     def check(self) -> bool:
-        """Whether any parameter of a block trains. ValueError, with its name, for one that is not as it was planned."""
+        """Whether any parameter of a block requires gradients. ValueError, with its name, for one that has changed."""
         if not self._unchanged():
             now = _held(self.model)
             self._check_places(now)
@@ -61,7 +61,7 @@ class OwnParameters:
         return not all(s.frozen for block in self.blocks for s in block.sites)
 
     def called(self) -> bool:
-        """As `check`, at a call of the model; False where other tensors stand in for its parameters, as in `torch.func`."""
+        """`check` at a call of the model; False where other tensors replace its parameters, as in `torch.func`."""
         if not self._unchanged():
             now = {(id(owner), key): p for _, owner, key, p in _held(self.model)}
             if any(not isinstance(now.get((id(s.owner), s.key), s.parameter), nn.Parameter) for s in self._slots):
@@ -69,7 +69,7 @@ class OwnParameters:
         return self.check()
 
     def _unchanged(self) -> bool:
-        """Whether all is as planned, in well under a millisecond for 1000 parameters."""
+        """Whether nothing has changed, in well under a millisecond for 1000 parameters."""
         places, found = self._places, 0
         for module in _modules(self.model):
             for key, p in module._parameters.items():
@@ -100,12 +100,12 @@ class OwnParameters:
             raise ValueError(f"{slot.name} {what}; {ANEW}")
 
     def _check_new(self, now: list[_Place]) -> None:
-        """Trainable parameters that no block holds and that were not left out by name."""
+        """ValueError for a trainable parameter that is in no block and was not left out by name."""
         planned = {(id(s.owner), s.key) for s in self._slots}
         for name, owner, key, p in now:
             known = name in self.plain or (id(owner), key) in planned
             if p.requires_grad and not known and p.numel():
-                raise ValueError(f"{name} came to the model when the maker had been made, so that no block holds it; {ANEW}")
+                raise ValueError(f"{name} was added to the model after the maker was made, so that no block holds it; {ANEW}")
 
     def _check_kind(self, slot: _Slot) -> None:
         p = slot.parameter
@@ -118,7 +118,7 @@ class OwnParameters:
             raise ValueError(f"{slot.name} was frozen when the maker was made and trains now, but no block holds it; {ANEW}")
 
     def _check_frozen(self) -> None:
-        """A site whose parameters are all frozen rests; one of which a part is frozen is another site."""
+        """ValueError for a site of which only some parameters are frozen; a site that is frozen as a whole is not measured."""
         for block in self.blocks:
             groups: list[Mapping[str, nn.Parameter]] = [s.parameters for s in block.sites]
             if block.full:
@@ -134,7 +134,7 @@ class OwnParameters:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Each once; `nn.Module.modules` also makes their names."""
+    """Each module once; `nn.Module.modules` also forms their names."""
     waiting, seen = [model], {id(model)}
     while waiting:
         module = waiting.pop()
@@ -146,7 +146,7 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _held(model: nn.Module) -> list[_Place]:
-    """Every place that holds a parameter: full name, owner, key, parameter."""
+    """Every attribute that holds a parameter: full name, owner, key, parameter."""
     return [
         (f"{prefix}.{key}" if prefix else key, owner, key, p)
         for prefix, owner in model.named_modules()

@@ -1,4 +1,4 @@
-"""Placements: which parts a method has chosen for a site."""
+"""Placements: sites with the triple that a method has chosen for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Placement"]
 
 @dataclass(frozen=True)
 class Placement:
-    """A site with the parts that were chosen for it."""
+    """A site with its triple and the options of its blocks."""
 
     site: Site
     triple: Triple
@@ -25,7 +25,7 @@ class Placement:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one block."""
+        """The shape of one block."""
         grain = self.triple.representation.grain
         if grain == "unit":
             return self.site.shape[-1:]
@@ -35,7 +35,7 @@ class Placement:
 
     @property
     def count(self) -> int:
-        """How many blocks the site gives."""
+        """The number of blocks of the site."""
         grain = self.triple.representation.grain
         if grain == "unit":
             return prod(self.site.shape[:-1])
@@ -43,12 +43,12 @@ class Placement:
 
     @property
     def joins_groups(self) -> bool:
-        """Whether the groups of a layer are one block of shape (G, o, i); parts that a tensor was cut into never are."""
+        """Whether the groups of a layer are one block of shape (G, o, i); pieces of a cut tensor never are."""
         representation, grouped = self.triple.representation, self.site.view is None and self.site.shape[0] > 1
         return grouped and isinstance(representation, WholeLayers) and representation.grain == "layer"
 
     def frame(self) -> Frame:
-        """What its representation is allocated for."""
+        """The frame for which its representation allocates a statistic."""
         like = next(iter(self.site.parameters.values()))
         dtype = self.options.dtype or real_dtype(like)
         diagonal = diagonal_axes(self.triple.representation, self.shape, self.options.max_dim)

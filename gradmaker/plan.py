@@ -1,4 +1,4 @@
-"""The plan: which parts treat which parameters of a model."""
+"""The plan: the parts for each parameter of a model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["Plan", "make_plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks, and the sites that keep their plain gradient with the reason.
+    """The blocks of a model, and the parameters that keep their plain gradient, with the reason.
 
-    What is measured at a step is asked for with ``due``, the methods whose turn it is; None means all.
+    due, of its methods: names of the methods that measure in a step; None means all.
     """
 
     blocks: list[Block]
-    plain: dict[str, str]  # name of a parameter: why its gradient is left alone
+    plain: dict[str, str]  # name of a parameter: why it keeps its plain gradient
     methods: dict[str, GradientConfig]  # what `Block.method` names: "method", and "fallback" if that has blocks
     own: OwnParameters
 
@@ -45,22 +45,22 @@ class Plan:
     def sites(
         self, curvature: Curvature, due: Collection[str] | None = None, served: Set[nn.Parameter] | None = None
     ) -> list[Site]:
-        """The sites whose blocks ask for a curvature.  due: of these methods; served: of these parameters; None: of all"""
+        """The sites whose blocks use a curvature.  due: of these methods; served: with these parameters; None: all"""
         found = [s for b in self.measured(due) if b.triple.curvature == curvature for s in b.sites]
         return found if served is None else [s for s in found if not served.isdisjoint(s.parameters.values())]
 
     def curvatures(self, of_passes: bool, due: Collection[str] | None = None) -> list[Curvature]:
-        """The distinct curvatures to be measured: with every pass, or once a step."""
+        """The distinct curvatures that are measured with every pass, or once a step."""
         found = dict.fromkeys(b.triple.curvature for b in self.measured(due))
         return [c for c in found if c.of_passes == of_passes]
 
     @property
     def per_step(self) -> frozenset[Curvature]:
-        """Those whose evidence ends with the step: they are measured at every one."""
+        """Curvatures whose evidence is valid in its step alone: they are measured at every step."""
         return frozenset(b.triple.curvature for b in self.blocks if isinstance(b.triple.representation, PerStep))
 
     def purposes(self) -> frozenset[str]:
-        """What a batch of its own can be declared for."""
+        """Purposes for which a separate batch can be declared."""
         found = {
             "curvature": self.asks("graph") or self.asks("replay"),
             "search": any("search" in b.triple.solver.asks for b in self.blocks),
@@ -68,21 +68,21 @@ class Plan:
         return frozenset(purpose for purpose, legal in found.items() if legal)
 
     def refuse_ranks(self) -> None:
-        """RuntimeError where several processes would measure different curvatures."""
+        """RuntimeError for curvatures that several processes would measure differently."""
         if passes := self.curvatures(of_passes=True):
             refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
     def asks(self, what: Need, due: Collection[str] | None = None) -> bool:
-        """Whether any curvature needs this."""
+        """Whether any curvature has this need."""
         return any(what in b.triple.curvature.needs for b in self.measured(due))
 
 
 def make_plan(
     model: nn.Module, config: GradientConfig, methods: Mapping[str, type[Method]], unseen: Set[str] = frozenset()
 ) -> Plan:
-    """Assign every trainable parameter once: to the method, to its fallback, or to the plain gradient.
+    """Assign every trainable parameter once: to the method, its fallback, or the plain gradient. ValueError if none is covered.
 
-    unseen: names of parameters with uses that calls of their layers do not show
+    unseen: names of parameters with uses outside of the calls of their layers
     """
     check_model(model)
     ignored = {p for rule in config.ignore for p in _matches(model, rule)}
@@ -100,7 +100,7 @@ def make_plan(
         kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
         raise ValueError(
             f"{type(config).__name__} covers no parameter of this model (modules with trainable parameters: {kinds}"
-            f"{'; with uses beside the calls of their layers: ' + ', '.join(sorted(unseen)) if unseen else ''}). "
+            f"{'; with uses outside of the calls of their layers: ' + ', '.join(sorted(unseen)) if unseen else ''}). "
             "Methods for any parameter: adam, adagrad, shampoo, unit_ng"
         )
     fallback = _fallback(config, methods)
@@ -119,12 +119,12 @@ def make_plan(
 
 
 def _reason(name: str, unseen: Set[str], config: GradientConfig) -> str:
-    seen = "has uses that its layer does not show" if name in unseen else "not covered"
+    seen = "has uses outside of its layer's calls" if name in unseen else "not covered"
     return f"{seen}, fallback {config.fallback!r}"
 
 
 def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
-    """The parameters that a rule of ``ignore`` names, or that lie in a module that it names."""
+    """The parameters that a rule of ``ignore`` matches, by name or by a module that holds them. ValueError if none does."""
     own: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         own.setdefault(p, []).append(name)
@@ -140,7 +140,7 @@ def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
 
 
 def _place(sites: list[Site], name: str, method: GradientConfig, common: GradientConfig) -> tuple[list[Placement], list[Site]]:
-    """Sites with the parts that a method gives them, and those that it does not cover.  name: of the method in the plan"""
+    """Placements of the sites that a method covers, and the other sites.  name: of the method in the plan"""
     placements, rest, options = [], [], method.block_options(name, common)
     for site in tensor_sites(sites, method.shapes) if method.per_tensor else sites:
         triple = method.triple(site)

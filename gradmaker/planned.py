@@ -1,4 +1,4 @@
-"""A maker with a plan: which methods are due, what a pass records for them, what a curvature is told of it."""
+"""A maker with a plan: the methods that are due, the tape that they need, and the `Step` of each curvature."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["PlannedMaker"]
 
 
 class PlannedMaker(GradientMaker):
-    """A maker whose plan says which curvature of which parameters is measured."""
+    """A maker with a plan, which says which curvature of which parameters is measured."""
 
     Config: ClassVar[type[GradientConfig]]
     config: GradientConfig
@@ -39,27 +39,27 @@ class PlannedMaker(GradientMaker):
     def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
         super().__init__(model, config)
         self.plan = make_plan(model, self.config, METHODS)
-        self._unseen: frozenset[str] = frozenset()  # parameters with uses that their layers do not show
+        self._unseen: frozenset[str] = frozenset()  # parameters with uses outside of the calls of their layers
         self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
         self.whole = Whole(self.checks, self.config.loss_reduction)
-        self.served: frozenset[nn.Parameter] | None = None  # those that the attached optimizer holds; None: all
+        self.served: frozenset[nn.Parameter] | None = None  # parameters of the attached optimizer; None: all
         self.trust_region = self.config.trust_region(model)
         region = None if self.trust_region is None else self.trust_region.start()
         self.step_state = StepState(PlanClocks(self.plan.methods), region)
         self._damp_plan()
 
     def serve(self, parameters: frozenset[nn.Parameter] | None) -> None:
-        """Measure and precondition these alone, which an attached optimizer holds; None: all."""
+        """Measure and precondition only these parameters, those of an attached optimizer; None: all."""
         self.served = parameters
 
     @property
     def unseen(self) -> frozenset[str]:
-        """Parameters with uses that their layers do not show, which the plan leaves to others."""
+        """Parameters with uses outside of the calls of their layers, which the plan assigns elsewhere."""
         return self._unseen
 
     @property
     def arrangement(self) -> Arrangement:
-        """What the self-checks have found out about the examples of its passes."""
+        """Where the passes have their examples, as found by the self-checks."""
         return self.checks.arrangement
 
     def purposes(self) -> frozenset[str]:
@@ -67,12 +67,12 @@ class PlannedMaker(GradientMaker):
 
     # ---------------------------------------------------------------- passes
     def begin_pass(self) -> bool:
-        """Whether the coming pass is to be recorded. After an exception at the end of a step it begins the step again."""
+        """Whether the coming pass is to be recorded. After an exception at the end of a step, begins the step again."""
         self._begin_again()
         return self._asks_passes(self.step_state.ask(self.plan.blocks))
 
     def passes_are_due(self) -> bool:
-        """Whether this step is to measure its passes; changes nothing."""
+        """Whether this step measures its passes; changes nothing."""
         return self._asks_passes(self.step_state.would_ask(self.plan.blocks))
 
     def _asks_passes(self, due: frozenset[str]) -> bool:
@@ -84,11 +84,11 @@ class PlannedMaker(GradientMaker):
         return self.step_state.now.due or frozenset()
 
     def _curvatures(self) -> list[Curvature]:
-        """Those that are measured on the passes of this step."""
+        """The curvatures that are measured on the passes of this step."""
         return self.plan.curvatures(of_passes=True, due=self._due)
 
     def new_tape(self, everything: bool = False) -> Tape:
-        """A tape of the modules that this step's curvatures speak of and need besides; or those of ``everything``."""
+        """A tape of the modules that the curvatures of this step need; of all modules if ``everything``."""
         due = None if everything else self._due
         recorded = [c for c in self.plan.curvatures(of_passes=True, due=due) if "calls" in c.needs]
         own = (m for c in recorded for s in self.plan.sites(c, due, self.served) for m in s.modules)
@@ -99,38 +99,38 @@ class PlannedMaker(GradientMaker):
 
     # ---------------------------------------------------------------- another plan
     def plan_again(self, unseen: frozenset[str]) -> None:
-        """Leave the layers of some parameters to what measures them rightly; all others keep what they hold."""
+        """Make a new plan, in which other rules measure the layers of these parameters; all other sites keep their tensors."""
         plan = make_plan(self.model, self.config, METHODS, unseen)
         carry([(b, b.held) for b in self.plan.blocks], [(b, b.held) for b in plan.blocks])
         self.adopt(plan, unseen)
 
     def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
-        """Go on with another plan, whose blocks have taken over what those of the former hold."""
+        """Replace the plan by one whose blocks hold what those of the old plan held."""
         self.plan, self._unseen = plan, unseen
         self.checks.arrangement.direct |= unseen
         self.step_state.move(plan.blocks, plan.methods)
         self._damp_plan()
 
     def _undo(self, before: Facts) -> None:
-        """Take the step back; a plan that has been made since stays, as what the self-checks have found does."""
+        """Restore an earlier state of the step; a newer plan is kept, as the findings of the self-checks are."""
         self.step_state.undo(before)
         if not all(block in self.plan.blocks for block in before.work.held):
             self.step_state.move(self.plan.blocks, self.plan.methods)
         self._damp()
 
     def _damp_plan(self) -> None:
-        """The blocks are new ones."""
+        """Damp the blocks of a new plan."""
         region = self.step_state.now.region
         if self.trust_region is not None and region is not None:
             self.trust_region.serve(self.plan.blocks, region)
 
     def _damp(self) -> None:
-        """The damping may have changed."""
+        """Damp the blocks with the present damping."""
         region = self.step_state.now.region
         if self.trust_region is not None and region is not None:
             self.trust_region.damp(region)
 
-    # ---------------------------------------------------------------- what a curvature is told
+    # ---------------------------------------------------------------- the step of a curvature
     def _whole(self, curvature: Curvature) -> bool:
         return any(b.full for b in self.plan.blocks if b.triple.curvature == curvature)
 
@@ -146,7 +146,7 @@ class PlannedMaker(GradientMaker):
         head: Head | None = None,
         extra: Extra = NOTHING,
     ) -> Step:
-        """What a curvature may know; without a tape when the passes are over.  due: methods whose sites it speaks of"""
+        """The `Step` of a curvature; without a tape after the passes.  due: methods whose sites it measures"""
         c = self.config
         return Step(
             index=self.step,
@@ -170,14 +170,14 @@ class PlannedMaker(GradientMaker):
 
     # ---------------------------------------------------------------- secants
     def _complete(self) -> None:
-        """Evaluate the last measured step at the weights as they are now, once, and let go of its batch."""
+        """Evaluate the last measured step once at the present weights, and release its batch."""
         now = self.step_state.now
         previous = incomplete(now, self.plan.asks("previous", self._due))
         if previous is not None:
             self.step_state.complete({**previous.older, **self.secants(previous)})
 
     def secants(self, previous: Previous) -> dict[str, Evidence]:
-        """By site, of a step whose weights have moved since."""
+        """The secants of a step after which the weights have moved, by site."""
         found: dict[str, Evidence] = {}
         for curvature in self.plan.curvatures(of_passes=True):
             if isinstance(curvature, OfSecants):

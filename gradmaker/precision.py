@@ -1,4 +1,4 @@
-"""The precisions of a block: of its statistic, of the roots taken from it, and of their products with gradients."""
+"""The dtypes of a block: of its statistic, of the roots of it, and of their products with gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gradmaker.triple import Triple
 __all__ = ["Precision"]
 
 REPORTS = ("diagnosis",)
-"""What a cache tells of a refresh, beside what is applied: kept at the statistic's precision."""
+"""Entries of a cache that report on the refresh and are not applied: they keep the statistic's dtype."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """dtypes of the refresh and of the application; None leaves them that of the statistic, which is never changed.
+    """dtypes of the refresh and of the application; None: that of the statistic, which itself is never changed.
 
     A float32 statistic knows its eigenvalues to ``u lambda_max``, ``u = 6e-8``; a root that is taken in float64 loses no more.
     What is applied may be coarser, at an error of up to ``u kappa^(1/p)`` for the root ``p`` of a statistic of condition
@@ -47,7 +47,7 @@ class Precision:
         return triple.solver.solve(triple.representation, cache, g.to(self.application)).to(g.dtype)
 
     def coarsest(self, held: torch.dtype) -> torch.dtype:
-        """The dtype that limits the digits of ``P g``.  held: of the statistic"""
+        """The dtype that limits the accuracy of ``P g``.  held: dtype of the statistic"""
         used = (held, self.roots or held, self.application or held)
         return max(used, key=lambda dtype: torch.finfo(dtype).eps)
 

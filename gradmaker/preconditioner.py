@@ -1,4 +1,4 @@
-"""The step of every preconditioned gradient: capture, curvature, preconditioner, gradient."""
+"""The maker of preconditioned gradients: record, measure, refresh, solve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ C = TypeVar("C", bound=GradientConfig)
 
 
 class PreconditionedGradientMaker(MeasuringMaker):
-    """A gradient maker that writes ``P g`` into ``.grad``; methods differ by their config alone."""
+    """A maker that writes ``P g`` into ``.grad``; methods differ only in their configs."""
 
     def __init__(self, model: nn.Module, config: GradientConfig | None = None) -> None:
         super().__init__(model, config)
@@ -44,7 +44,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     @property
     def skipped(self) -> int:
-        """Steps whose loss or gradients were not finite: no statistic took them in, ``.grad`` was left as it was."""
+        """Number of steps whose loss or gradients were not finite: they changed no statistic, and left ``.grad`` as it was."""
         return self.step_state.now.skipped
 
     # ---------------------------------------------------------------- the step
@@ -86,7 +86,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return End(draft.work(), found, clocks, reports, region)
 
     def _measure_gradient(self, draft: Draft) -> None:
-        """Fold in what is measured once a step: from its gradient, or of what its micro-batches make together."""
+        """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches."""
         now = self.step_state.now
         with plain_arithmetic(self.model), borrowing():
             for curvature in self.plan.curvatures(of_passes=False, due=self._due):
@@ -101,9 +101,9 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return self.step >= self.config.first_step
 
     def _refresh(self, draft: Draft) -> tuple[PlanClocks, tuple[Report, ...]]:
-        """Refresh the blocks whose turn it is; returns the clocks and the reports of failures then."""
+        """Refresh the blocks that are due. Returns the clocks after this, and the reports of failures."""
         now = self.step_state.now
-        reports = self._failures.check(now.reports)  # what was on its way from a device
+        reports = self._failures.check(now.reports)  # reports of earlier steps, copied to the host since
         clocks, turns = self.step_state.refreshes(self.plan.blocks)
         measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
         for block, due in turns:
@@ -135,12 +135,12 @@ class PreconditionedGradientMaker(MeasuringMaker):
         result = super()._run(weight)
         if batch is not None:
             trial = QuadraticModel.at(self.model) if state.now.part == 1 else state.now.trial
-            if trial is not None:  # else the step began before a checkpoint, which holds no batches
+            if trial is not None:  # otherwise the step began before a checkpoint, which holds no batches
                 state.attempt(trial.plus(batch, weight))
         return result
 
     def _limited(self, found: dict[nn.Parameter, Tensor]) -> tuple[dict[nn.Parameter, Tensor], Region | None]:
-        """Preconditioned gradients of the length that the trust region allows, and what it knows then."""
+        """Preconditioned gradients of the length that the trust region allows, and its state after this."""
         trust, now = self.trust_region, self.step_state.now
         if trust is None or now.region is None:
             return found, None
@@ -149,7 +149,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return found, trust.ended(region, now.trial, self.step)
 
     def _trusting(self, name: str) -> tuple[TrustRegion, Region]:
-        """AttributeError for a method without these options."""
+        """The trust region and its state. AttributeError for a method without these options."""
         region = self.step_state.now.region
         if self.trust_region is None or region is None:
             raise AttributeError(f"{type(self).__name__} has no {name}: {type(self.config).__name__} has no trust region")
@@ -157,18 +157,18 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     @property
     def damping(self) -> float | None:
-        """``lambda`` as it is now, for methods with `adaptive_damping`."""
+        """The present ``lambda``, for methods with `adaptive_damping`."""
         trust, region = self._trusting("damping")
         return trust.damping(region)
 
     @property
     def damping_ratio(self) -> float | None:
-        """``rho`` of the last step that `damping` was judged by."""
+        """The reduction ratio ``rho`` of the last step that adapted `damping`."""
         return self._trusting("damping_ratio")[1].ratio
 
     @property
     def clip_learning_rate(self) -> float | None:
-        """Replaces that of the config, for methods with a `clip`: a schedule sets it."""
+        """The learning rate of the `clip`, in place of the config's; to be set from a schedule."""
         return self._trusting("clip_learning_rate")[0].learning_rate
 
     @clip_learning_rate.setter
@@ -183,11 +183,12 @@ class PreconditionedGradientMaker(MeasuringMaker):
         accumulation: int = 1,
         scaler: torch.amp.GradScaler | None = None,
     ) -> PreconditionedGradientMaker:
-        """Precondition inside ``optimizer.step()`` of a loop that is not ours. Returns the maker: its hooks go with it.
+        """Precondition inside ``optimizer.step()`` of another training loop. Returns the maker; its hooks are removed with it.
 
-        likelihood: what the model's output parametrises, for methods that need more than the gradient.
-        accumulation: backward passes for each step of the optimizer, each with ``1 / accumulation`` of the loss.
-        scaler: the loop's gradient scaler, if it has one; what is captured during its backward pass is unscaled.
+        likelihood: that of the model's output, for methods that need more than the gradient.
+        accumulation: backward passes for each step of the optimizer, each of ``1 / accumulation`` of the loss.
+        scaler: the loop's gradient scaler, if any; what is recorded in its backward pass is unscaled.
+        ValueError for an optimizer or a method that cannot be attached.
         """
         if self.trust_region is not None:
             self.trust_region.refuse_loop()
@@ -198,12 +199,12 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return self
 
     def remove(self) -> None:
-        """Take every hook off the model and the optimizer."""
+        """Remove all hooks from the model and the optimizer."""
         remove_all(self._attachments)
         self.serve(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not attached."""
+        """The attributes of a copy, which is not attached."""
         return {**vars(self), "_attachments": [], "served": None}
 
     # ---------------------------------------------------------------- looking inside
@@ -212,21 +213,21 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return summarise(self.plan, self.step_state.now.measured, self.checks)
 
     def verify(self) -> Verification:
-        """Check every block against a dense oracle on the model and batch that were last set up."""
+        """Check every block against a dense oracle, on the model and batch that were declared last."""
         self.plan.own.check()
         return verify(self)
 
     def silent(self) -> list[str]:
-        """Names of the sites that no pass has reached so far."""
+        """Names of the sites without evidence so far."""
         return [s.name for b in self.plan.blocks for s in b.sites if s.name not in self.step_state.now.measured]
 
     # ---------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on, by site name, unstacked: tensors, numbers and names only."""
+        """The state to resume from, by site name, unstacked: tensors, numbers and names only."""
         return dump(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on, bitwise, from a `state_dict`. ValueError that names what is missing, unknown or of another shape."""
+        """Restore a `state_dict`, bitwise. ValueError that names what is missing, unknown or of another shape."""
         load(self, state)
         self._damp()
         for attachment in self._attachments:

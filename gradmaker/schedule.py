@@ -1,4 +1,4 @@
-"""Schedules: at which steps curvature is measured and preconditioners are refreshed. Integers only."""
+"""Schedules and clocks of measurements and refreshes. Integers only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Stepped(Schedule):
-    """The interval of the latest milestone that was reached: ``{0: 1, 100: 10}``."""
+    """The interval of the latest milestone: ``{0: 1, 100: 10}``."""
 
     milestones: Mapping[int, int]
 
@@ -72,7 +72,7 @@ SCHEDULES: dict[str, type[Schedule]] = {"Linear": Linear, "Stepped": Stepped}
 
 
 def as_schedule(name: str, value: int | Schedule) -> Schedule:
-    """A schedule from a number or from itself."""
+    """A schedule from a number or a schedule."""
     if isinstance(value, Schedule):
         return value
     check_count(name, value, 1)
@@ -80,15 +80,15 @@ def as_schedule(name: str, value: int | Schedule) -> Schedule:
 
 
 class Clock:
-    """Tells when an update is due: at step 0, at every step before ``warmup``, then after each interval."""
+    """A clock of updates: due at step 0, at every step before ``warmup``, then after each interval."""
 
     def __init__(self, schedule: Schedule, warmup: int) -> None:
         self.schedule, self.warmup = schedule, warmup
-        self.begun, self.next = 0, 0  # the current period is [begun, next)
-        self.ticks = 0  # how often an update was due
+        self.begun, self.next = 0, 0  # the current interval is [begun, next)
+        self.ticks = 0  # number of updates that were due
 
     def tick(self, step: int) -> bool:
-        """Whether an update is due at ``step``; to be asked once for each step, in order."""
+        """Whether an update is due at ``step``; to be called once for each step, in order."""
         if step < self.next:
             return False
         self.begun, self.ticks = step, self.ticks + 1
@@ -96,33 +96,33 @@ class Clock:
         return True
 
     def retry(self, step: int) -> None:
-        """An update at ``step`` is due after all: an earlier one came to nothing."""
+        """Make an update due at ``step``: an earlier one brought no evidence."""
         self.next = step
 
     def due(self, step: int, share: float) -> bool:
-        """Whether ``step`` is the one, in the current period, of a part that comes at ``share`` (0 <= share < 1) of it."""
+        """Whether ``step`` is the one at offset ``share`` (0 <= share < 1) of the current interval."""
         return step < self.warmup or step == self.begun + int(share * (self.next - self.begun))
 
 
 class Clocks:
-    """When one method of a plan measures its curvature, and when it refreshes its preconditioners."""
+    """The clocks of one method of a plan: of its measurements and of its refreshes."""
 
     def __init__(self, curvature: int | Schedule, preconditioner: int | Schedule, warmup: int) -> None:
         self.measure = Clock(as_schedule("", curvature), warmup)
         self.refresh = Clock(as_schedule("", preconditioner), warmup)
 
     def copy(self) -> Clocks:
-        """Clocks that show the same."""
+        """A copy of both clocks."""
         made = copy.copy(self)
         made.measure, made.refresh = copy.copy(self.measure), copy.copy(self.refresh)
         return made
 
     def dump(self) -> dict[str, dict[str, int]]:
-        """Their periods."""
+        """The state of both clocks."""
         named = {"measure": self.measure, "refresh": self.refresh}
         return {name: {"begun": clock.begun, "next": clock.next, "ticks": clock.ticks} for name, clock in named.items()}
 
     def load(self, saved: Mapping[str, Mapping[str, int]]) -> None:
-        """Go on from `dump`."""
+        """Restore the state that `dump` returned."""
         for clock, period in ((self.measure, saved["measure"]), (self.refresh, saved["refresh"])):
             clock.begun, clock.next, clock.ticks = (int(period[key]) for key in ("begun", "next", "ticks"))

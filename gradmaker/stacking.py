@@ -1,4 +1,4 @@
-"""Which sites share a block, when in a period each is refreshed, and what new blocks take over from old ones."""
+"""Grouping of sites into blocks, the stagger of their refreshes, and transfer of their tensors to the blocks of a new plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["build_blocks", "carry"]
 
 
 def build_blocks(placements: list[Placement]) -> list[Block]:
-    """Group placements into blocks: everything for granularity ``full``, equal small shapes otherwise."""
+    """Group placements into blocks: one block for granularity ``full``, equal small shapes in a stack otherwise."""
     groups: dict[object, list[Placement]] = {}
     for p in placements:
         frame = p.frame() if p.triple.representation.grain != "full" else None
@@ -32,7 +32,7 @@ def build_blocks(placements: list[Placement]) -> list[Block]:
 
 
 def _share(blocks: list[Block]) -> None:
-    """Spread the refreshes of a method's blocks over its period, by their cost."""
+    """Stagger the refreshes of a method's blocks over its interval, by their cost."""
     total, before = sum(b.cost for b in blocks), 0.0
     for block in blocks:
         block.share = before / total
@@ -44,7 +44,7 @@ def carry(
     new: Iterable[tuple[Block, Held]],
     parts: Sequence[str] = ("state", "average", "grafting_state"),
 ) -> None:
-    """Write what earlier blocks hold into new ones, for sites that are the same in both.  new: tensors of their own"""
+    """Copy the tensors of old blocks into new ones, for sites that are in both.  new: with tensors of their own"""
     members = [
         (block, held, *pair) for block, held in old if not block.full for pair in zip(block.sites, block.slots, strict=True)
     ]

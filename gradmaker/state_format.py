@@ -1,4 +1,4 @@
-"""The format of a saved state, by its number."""
+"""The format number of saved states."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 __all__ = ["FORMAT", "check_format"]
 
 FORMAT = 3
-"""Raised with every change of keys or of their meaning. The first format had no number."""
+"""Incremented with every change of keys or of their meaning. The first format had no number."""
 
 
 def check_format(saved: Any, kind: str) -> None:
-    """ValueError for what is no state, or one of another format.  kind: of maker"""
+    """ValueError for what is not a state of this format.  kind: of maker"""
     if not isinstance(saved, dict) or "step" not in saved:
         raise ValueError(f"load_state_dict: expected what state_dict() of {kind} returned")
     if saved.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""A method as a triple of parts, and which triples are legal."""
+"""Triples: a method as curvature x representation x solver, and which triples are legal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Part = TypeVar("Part")
 
 
 class TripleError(ValueError):
-    """Parts that do not fit together."""
+    """The parts of a triple do not fit together."""
 
 
 @dataclass(frozen=True, init=False)
 class Triple:
-    """Curvature x representation x solver, checked when it is made."""
+    """Curvature x representation x solver. TripleError at construction if they do not fit."""
 
     curvature: Curvature
     representation: Representation
@@ -43,12 +43,12 @@ class Triple:
 
 
 def _paired(representation: Representation, solver: AnySolver) -> Solver[Representation] | None:
-    """A solver that serves this representation, which has the capability that it needs; None if that has not."""
+    """The solver, typed for this representation; None if the representation lacks the capability that it needs."""
     return cast("Solver[Representation]", solver) if isinstance(representation, solver.needs) else None
 
 
 def refusal(curvature: Curvature, representation: Representation, solver: AnySolver) -> str | None:
-    """Why three parts do not fit, with what would; None if they do."""
+    """Why three parts do not fit, and the parts that would; None if they fit."""
     c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
     if not _feeds(curvature, representation):
         gives, takes = (", ".join(sorted(map(str, kinds))) for kinds in (curvature.gives, representation.takes))
@@ -69,7 +69,7 @@ def refusal(curvature: Curvature, representation: Representation, solver: AnySol
 
 
 def _unsolvable(curvature: Curvature, representation: Representation, solver: AnySolver) -> str | None:
-    """Why a solver cannot serve; None if it can."""
+    """Why a solver cannot solve with this curvature in this representation; None if it can."""
     c, r, s = (type(part).__name__ for part in (curvature, representation, solver))
     paired = _paired(representation, solver)
     if paired is None:
@@ -90,7 +90,7 @@ def _feeds(curvature: Curvature | type[Curvature], representation: Representatio
 
 
 def _places(curvature: Curvature | type[Curvature], representation: Representation) -> bool:
-    """Whether what is measured by layers is held by layers."""
+    """Whether a curvature that is measured by layers meets a representation of layers."""
     return not (curvature.layerwise and representation.grain == "tensor")
 
 

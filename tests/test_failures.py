@@ -74,7 +74,7 @@ def test_one_failure_more_than_allowed_is_an_error(config: dict[str, Any], allow
     block = maker.plan.blocks[0]
     assert text.startswith("w.1 (BatchGradient x ") and type(block.triple.solver).__name__ in text
     assert f"at step {allowed + 1} its refresh failed for the {allowed + 1}. time in a row, {allowed + 1} times in all" in text
-    assert f"failures_allowed={allowed}; None goes on" in text
+    assert f"failures_allowed={allowed}; None sets no limit" in text
     assert before.keys() and all(torch.equal(x, before[k]) for k, x in roots(maker).items())  # what was good is still held
     assert block.cache["failing"].tolist() == block.cache["failures"].tolist() == [0, allowed]  # the last one is undone
 

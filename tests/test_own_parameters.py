@@ -146,8 +146,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "device": (elsewhere, "first.weight was replaced"),
     "tied": (tied, "second.weight was replaced"),
     "thawed": (thawed, "still.weight was frozen when the maker was made and trains now"),
-    "further module": (further, "adapter.weight came to the model"),
-    "further parameter": (further_parameter, "first.gate came to the model"),
+    "further module": (further, "adapter.weight was added to the model"),
+    "further parameter": (further_parameter, "first.gate was added to the model"),
     "taken out": (taken_out, "second.weight is no part of the model"),
     "bias taken out": (no_bias, "first.bias is no part of the model"),
     "half frozen": (half_frozen, "first.weight does not require gradients any more, and first.bias"),
@@ -168,7 +168,7 @@ def test_the_next_step_names_the_parameter_that_is_another(change: str, loop: st
     how(model)
     with pytest.raises(ValueError, match=sentence.replace(".", r"\.")) as error:
         ride.step()
-    assert "make it anew" in str(error.value)
+    assert "make a new one" in str(error.value)
     after = ride.maker.state_dict()
     assert str(after) == str(state)
 

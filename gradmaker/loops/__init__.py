@@ -1,4 +1,4 @@
-"""Loops that are not ours: hooks on the model's call and on ``optimizer.step``, and which passes are part of a step.
+"""Training loops that do not call the maker: hooks on the model's call and on ``optimizer.step``, and the passes of a step.
 
-What belongs here knows a foreign loop by its traces alone: calls, arriving gradients, and what became of ``.grad``.
+Such a loop is known only by model calls, gradients that arrive, and later changes of ``.grad``.
 """

@@ -1,4 +1,4 @@
-"""Riding a loop that is not ours: hooks on the model's call and on ``optimizer.step``."""
+"""Attachment of a maker to a training loop that does not call it: hooks on the model's call and on ``optimizer.step``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gradmaker.step.protocol import RecordingMaker
 __all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
 
 LOOKS = 3
-"""Steps at which changes of ``.grad`` are looked for, besides those that measure passes."""
+"""Steps at which ``.grad`` is checked for changes, besides those that measure passes."""
 
 
 class ChangedGradientWarning(UserWarning):
@@ -31,7 +31,7 @@ class ChangedGradientWarning(UserWarning):
 
 
 class _Hook:
-    """Calls a method of an attachment that may be gone; a copied or pickled model gets one that does nothing."""
+    """A hook that calls a method of an attachment, if that is alive; in a copied or pickled model it does nothing."""
 
     def __init__(self, owner: Attachment | None = None, verb: str = "") -> None:
         self.owner, self.verb = (None if owner is None else weakref.ref(owner)), verb
@@ -45,13 +45,13 @@ class _Hook:
 
 
 class Attachment:
-    """One maker on one optimizer.
+    """One maker attached to one optimizer.
 
-    Extra passes run from a hook on the model's output (or on the loss that it calls), at the moment when its gradient arrives:
-    the graph below is still whole then. What is found is work of the step until ``optimizer.step()``, where ``.grad``
-    tells whether the pass is part of the step: it is not if its backward pass wrote no gradient, or one that was zeroed or
-    replaced since. One forward pass goes with one backward pass: a new one takes the place of a pass that was not
-    differentiated, and differentiating that later is an error.
+    Extra passes run from a hook on the model's output (or on the loss that it calls), when its gradient arrives: the graph
+    below is not freed yet. Their evidence stays in a draft until ``optimizer.step()``, where ``.grad`` tells whether the
+    pass is part of the step: it is not if its backward pass wrote no gradient, or one that was zeroed or replaced since.
+    One forward pass has one backward pass: a new forward pass replaces one that was not differentiated, and differentiating
+    that later is an error.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Attachment:
         self.weight, self.scaler = 1.0 / accumulation, scaler
         self._current: LoopPass | None = None
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
-        self._called = False  # whether the model was, since the last step
+        self._called = False  # whether the model was called since the last step
         self._watched: Sequence[str] = ()
         self._looks, self._told = LOOKS, False
         self._served = served
@@ -83,7 +83,7 @@ class Attachment:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         if self._current is not None:
             self._current.unwatch()
         self._leave()
@@ -91,13 +91,13 @@ class Attachment:
             handle.remove()
 
     def forget(self) -> None:
-        """The step begins anew, from other statistics."""
+        """Forget the passes of a step that begins again, from other statistics."""
         self._leave()
         self._marks = None
 
     # ---------------------------------------------------------------- the forward pass
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
-        """Start recording a pass that may be differentiated, on steps that measure curvature."""
+        """Record a pass that may be differentiated, on steps that measure curvature."""
         maker = self.maker()
         if maker is None or model is not maker.model or not is_pass() or not maker.plan.own.called():
             return
@@ -114,7 +114,7 @@ class Attachment:
             self._current.begin(model, args, kwargs)
 
     def after_forward(self, model: Any, args: Any, output: Any = None) -> None:
-        """Wait for gradients."""
+        """Put hooks on the outputs, for their gradients. ValueError for an output without logits."""
         current = self._current
         if current is None or not current.inside:
             return
@@ -131,14 +131,14 @@ class Attachment:
             self._watched = current.watched
 
     def _leave(self) -> None:
-        """Let go of a pass that was not differentiated, or of whose forward pass an exception made an end."""
+        """Release a pass that was not differentiated, or whose forward pass raised an exception."""
         if self._current is not None:
             self._current.close()
             self._current = None
 
     # ---------------------------------------------------------------- the backward pass
     def arrive(self, current: LoopPass, place: str, gradient: Tensor) -> None:
-        """A gradient is there: measure, the first time in a backward pass."""
+        """Handle the gradient of an output: measure at the first one of a backward pass."""
         maker = self.maker()
         if maker is None or current is not self._current:
             return
@@ -176,18 +176,18 @@ class Attachment:
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
                 maker.check(tape, head, None)
-            current.terms = head.terms  # in the order of rows that was found
+            current.terms = head.terms  # with rows in the order that the self-checks found
             current.draft = maker.step_state.draft()
             maker.measure_pass(current.draft, tape, current.terms, self.weight, [value, gradient], head=head)
 
     def arrive_again(self) -> None:
-        """A pass is differentiated once more: an error if that reaches ``.grad``."""
+        """Handle a second backward pass through the same graph: an error if it reaches ``.grad``."""
         maker = self.maker()
         if maker is not None:
             at_the_end(partial(refuse_second, Marks(self._parameters(maker))))
 
     def _end_backward(self, reference: weakref.ref[LoopPass]) -> None:
-        """Take what came with the backward pass; drop everything where it wrote no gradient, as `torch.autograd.grad`."""
+        """Add the pass to the step, or drop it if its backward pass wrote no gradient, as `torch.autograd.grad`."""
         maker, current = self.maker(), reference()
         if maker is None or current is None or current is not self._current:
             return
@@ -210,7 +210,7 @@ class Attachment:
 
     # ---------------------------------------------------------------- the step
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """End the step: fold in what the backward passes brought, and precondition; with a closure, when it has run."""
+        """End the step: fold in the evidence of its passes, and precondition; with a closure, after it has run."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._end()
@@ -241,14 +241,14 @@ class Attachment:
         self._called = False
 
     def _kept(self, maker: RecordingMaker) -> bool:
-        """Whether passes were measured in this step whose gradient is still in ``.grad``; others are forgotten."""
+        """Whether the gradient of the measured passes of this step is still in ``.grad``; otherwise they are dropped."""
         state = maker.step_state
         if state.now.part and (self._marks is None or not self._marks.alive()):
             state.drop()
         return state.now.part > 0
 
     def _goes_without(self, maker: RecordingMaker) -> bool:
-        """Whether there is a step to be made though no pass was measured. RuntimeError where one had to be."""
+        """Whether to make a step although no pass was measured. RuntimeError if a measurement is due."""
         due = maker.passes_are_due()
         if not due and self._called:
             return True
@@ -259,15 +259,15 @@ class Attachment:
         return True
 
     def _look(self) -> None:
-        """Say once that ``.grad`` was changed after the backward pass."""
+        """Warn once if ``.grad`` was changed after the backward pass."""
         self._looks = max(0, self._looks - 1)
         if self._marks is not None and not self._told and self._marks.changed():
             self._told, self._looks = True, 0
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 
-    # ---------------------------------------------------------------- what is served
+    # ---------------------------------------------------------------- parameters of the optimizer
     def _serve(self, maker: RecordingMaker) -> None:
-        """Follow the groups of the optimizer."""
+        """Follow changes of the parameter groups of the optimizer."""
         optimizer = self.optimizer()
         if optimizer is not None and (served := checks.held_by(optimizer)) != self._served:
             checks.check_parts(maker, served)
@@ -279,19 +279,19 @@ class Attachment:
 
 
 def remove_all(attachments: list[Attachment]) -> None:
-    """Take the hooks of all off."""
+    """Remove the hooks of all attachments."""
     while attachments:
         attachments.pop().remove()
 
 
 def refuse_again(attachments: Sequence[Attachment]) -> None:
-    """ValueError for a maker that is attached."""
+    """ValueError for a maker that is attached already."""
     if attachments:
         raise ValueError("attach: this maker is attached already: make one maker for each optimizer, or call remove() first")
 
 
 def refuse_attached(attachments: Sequence[Attachment]) -> None:
-    """RuntimeError for declared calls of a maker that is attached to a loop."""
+    """RuntimeError for a declared call of a maker that is attached to a loop."""
     if attachments:
         raise RuntimeError(
             "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "

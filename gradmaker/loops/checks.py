@@ -1,4 +1,4 @@
-"""What an attachment cannot serve, said when it is made or at the step that would be wrong."""
+"""What an attachment cannot serve, refused when it is made or at the step that would be wrong."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ CHANGED = (
     "limit the step instead, by its learning rate or the options of the method"
 )
 SCALE = 2.0**12
-"""A power of two from here on is taken for the scale of a `torch.amp.GradScaler` that was not named."""
+"""A power of two from here on is taken to be the scale of a `torch.amp.GradScaler` that was not given."""
 _WRAPPED = ("optimizer", "base_optimizer", "base", "_optimizer")
 
 
 def inner_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer whose `step` calls hooks: itself, or the one that a wrapper holds."""
+    """The optimizer whose `step` calls hooks: the given one, or one that it wraps. TypeError if there is none."""
     found, seen = optimizer, list[str]()
     while not isinstance(found, Optimizer) or "_optimizer_step_pre_hooks" not in vars(found):
         name = next((k for k in _WRAPPED if isinstance(getattr(found, k, None), Optimizer)), None)
@@ -71,19 +71,19 @@ def inner_optimizer(optimizer: Any) -> Optimizer:
 
 
 def held_by(optimizer: Optimizer) -> frozenset[nn.Parameter]:
-    """The parameters of all groups, as they are now."""
+    """The present parameters of all groups."""
     return frozenset(p for group in optimizer.param_groups for p in group["params"])
 
 
 def read_likelihood(likelihood: str | Likelihood | None) -> Likelihood | None:
-    """By name, classes are on the last axis, as models of tokens have them; an object says its axis itself."""
+    """A likelihood from its name, with classes on the last axis, as models of tokens have them, or from itself."""
     if likelihood is None:
         return None
     return Categorical(axis=-1) if likelihood == "categorical" else find_likelihood(likelihood)
 
 
 def check(maker: RecordingMaker, optimizer: Optimizer, likelihood: Any, accumulation: Any) -> None:
-    """ValueError for what can be seen from the start."""
+    """ValueError for a maker, optimizer or option that cannot be attached."""
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
         raise ValueError(f"accumulation={accumulation!r}: expected an integer of at least 1")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -92,18 +92,18 @@ def check(maker: RecordingMaker, optimizer: Optimizer, likelihood: Any, accumula
     repeating = [type(c).__name__ for c in passes if c.needs & {"graph", "replay", "previous"}]
     if repeating:
         raise ValueError(
-            f"attach: {', '.join(repeating)} has to differentiate or repeat the loss, which is out of sight here: declare it "
+            f"attach: {', '.join(repeating)} has to differentiate or repeat the loss, which attach() does not see: declare it "
             "with setup_model_call and setup_loss_call"
         )
     if passes and likelihood is None:
         raise ValueError(
             f"attach: {', '.join(type(c).__name__ for c in passes)} needs to know what the model's output parametrises, and "
-            f"the loss is out of sight here: give likelihood= one of {', '.join(LIKELIHOODS)}"
+            f"attach() does not see the loss: give likelihood= one of {', '.join(LIKELIHOODS)}"
         )
 
 
 def check_parts(maker: RecordingMaker, served: frozenset[nn.Parameter]) -> None:
-    """ValueError for an optimizer that holds none of the maker's parameters, or a block only in part."""
+    """ValueError for an optimizer that holds no parameter of the maker, or only some parameters of a block."""
     sites = [s for block in maker.plan.blocks for s in block.sites]
     if not any(served.intersection(s.parameters.values()) for s in sites):
         raise ValueError(
@@ -122,7 +122,7 @@ def check_parts(maker: RecordingMaker, served: frozenset[nn.Parameter]) -> None:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The model's logits: its output, its part of that name, or its first tensor."""
+    """The model's logits: its output, the part of that named ``logits``, or its first tensor; None without a tensor."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -135,7 +135,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def missing(called: bool, watched: Iterable[str]) -> str:
-    """Why a measurement that is due has not come.  watched: what gradients were waited for, of the last pass"""
+    """Why a due measurement has not been made.  watched: outputs of the last pass whose gradients were expected"""
     if not called:
         return (
             "attach: a measurement of the curvature is due, and no forward pass of the model was seen in this step: hooks do "
@@ -152,7 +152,7 @@ def missing(called: bool, watched: Iterable[str]) -> str:
 
 
 def refuse_scale(gradient: Tensor, weight: float) -> None:
-    """RuntimeError where a loss enters the backward pass with what looks like the factor of a scaler."""
+    """RuntimeError where the factor of a loss in the backward pass looks like the scale of a GradScaler."""
     largest = float(gradient.abs().max()) / weight if gradient.numel() else 0.0
     if SCALE <= largest < math.inf and math.frexp(largest)[0] == 0.5:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""One forward pass of a loop, from the call of the model to the end of its backward pass."""
+"""One forward pass of a training loop, from the call of the model to the end of its backward pass."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ Arrived = Callable[["LoopPass", str, Tensor], None]
 
 
 class LoopPass:
-    """What is recorded of a pass, and where its gradient is waited for.
+    """The recording of a pass, and the hooks on its outputs.
 
-    A loss that is called inside of the model is seen: its gradient comes before that of its logits, and shows the factor with
-    which it enters the loop's loss. The hooks on the modules are gone when the model has returned, unless a
+    A loss that is called inside of the model is recorded: its gradient comes before that of its logits, and is the factor
+    with which it enters the loop's loss. The hooks on the modules are removed when the model has returned, unless a
     reentrant checkpoint will call them again.
     """
 
     def __init__(self, tape: Tape | None, finish: Callable[..., Any]) -> None:
-        """tape: None for a pass of which only the end of its backward pass is wanted.  finish: the model's forward hook"""
+        """tape: None for a pass of which only the end of the backward pass is needed.  finish: the model's forward hook"""
         self.tape, self._finish = tape, finish
-        self.depth = 0  # calls of the model inside of its own
+        self.depth = 0  # nested calls of the model
         self.inside = True
         self.recorder = LossRecorder() if tape is not None else None
-        self.losses: dict[str, LossCall] = {}  # that were called inside of the model, by place
+        self.losses: dict[str, LossCall] = {}  # called inside of the model, by place
         self.logits: Tensor | None = None
-        self.at: str | None = None  # what it was measured at, in the backward pass that is under way
+        self.at: str | None = None  # the place whose gradient it was measured at, in this backward pass
         self.before: Marks | None = None  # gradients at that moment
-        self.draft: Draft | None = None  # what was found
+        self.draft: Draft | None = None  # its evidence
         self.terms: list[Terms] = []
         self.expected: Tensor | None = None  # gradient of the logits by the loss inside alone
         self.scale = 1.0
@@ -52,7 +52,7 @@ class LoopPass:
         self._calls, self._record, self._handles = ExitStack(), ExitStack(), ExitStack()
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """From the model's pre-hook."""
+        """Begin to record, in the model's forward pre-hook."""
         if self.tape is not None and self.recorder is not None:
             self.tape.note_examples(model, args, kwargs)
             self._record.enter_context(self.tape.recording(sized=True))
@@ -61,14 +61,14 @@ class LoopPass:
         self._calls.callback(model.register_forward_hook(self._finish, always_call=True).remove)
 
     def leave(self, output: Any) -> None:
-        """The model has returned.  output: None after an exception"""
+        """Stop recording when the model has returned.  output: None after an exception"""
         self.inside = False
         self._calls.close()
         if self.tape is not None:
             self.tape.end_forward([] if output is None else list(tensors(output)))
 
     def watch(self, output: Any, owner: Any, arrived: str) -> bool:
-        """Wait for gradients; False where there is nothing to wait for.  owner, arrived: the method of an object to call"""
+        """Put hooks on the outputs; False if none needs a gradient.  owner, arrived: the object and method that they call"""
         if self.tape is None or self.recorder is None:
             values = [v for v in tensors(output, logits_of(output)) if v.requires_grad]
             self._wait({f"{j}": v for j, v in enumerate(values)}, owner, arrived)
@@ -90,7 +90,7 @@ class LoopPass:
             self._handles.callback(value.register_hook(_Arrival(owner, arrived, self, name)).remove)
 
     def terms_inside(self, gradient: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the terms of the loss inside, with their exact weights; returns its output and ``dL/dz`` there.
+        """Find the terms of the loss inside, with their exact weights. Returns its output and ``dL/dz`` there.
 
         gradient: of its output, as it arrived; factor: the same without the scales of the loop
         """
@@ -104,7 +104,7 @@ class LoopPass:
         return value, torch.autograd.grad(value, w.z, factor, retain_graph=True)[0]
 
     def compare(self, place: str, gradient: Tensor) -> None:
-        """RuntimeError where the loop's loss reaches the logits by other ways than the loss inside of the model."""
+        """RuntimeError if the loop's loss depends on the logits in other ways than by the loss inside of the model."""
         same = False
         if place not in self.losses and self.expected is not None:
             tolerance = 1e-5 if gradient.dtype in (torch.float32, torch.float64) else 1e-2
@@ -113,14 +113,14 @@ class LoopPass:
             raise RuntimeError(TWO_LOSSES)
 
     def again(self) -> None:
-        """Its backward pass was of no step: wait for another."""
+        """Expect another backward pass: this one was part of no step."""
         self.at = self.before = self.draft = self.expected = None
         if self.tape is not None:
             self.tape.harvest()
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Gradients of outputs that have arrived are kept; calls that checkpoints repeat inside are forgotten."""
+        """Keep output gradients that have arrived; ignore calls that checkpoints repeat inside."""
         assert self.tape is not None
         calls = {module: [(call, list(call.gradients)) for call in found] for module, found in self.tape.calls.items()}
         with torch.no_grad(), borrowing():
@@ -131,31 +131,31 @@ class LoopPass:
                 call.gradients = gradients
 
     def end(self) -> None:
-        """All is measured: let go of the graph."""
+        """Release the graph after the measurement."""
         self.trace.done = True
         self.close()
 
     def close(self) -> None:
-        """Take the hooks off the modules and let go of the graph. Those on outputs stay, to tell of a late gradient."""
+        """Remove the hooks from the modules and release the graph. Hooks on outputs stay, to report a late gradient."""
         self._calls.close()
         self._record.close()
         self.tape = self.logits = self.recorder = self.expected = None
         self.losses = {}
 
     def unwatch(self) -> None:
-        """Take the hooks off the outputs."""
+        """Remove the hooks from the outputs."""
         self._handles.close()
 
 
 class Trace:
-    """What the hooks in a graph remember of a pass that is gone."""
+    """What the hooks in a graph keep of a pass that was released."""
 
     def __init__(self, recorded: bool) -> None:
         self.recorded, self.done = recorded, False
 
 
 class _Arrival:
-    """Passes the gradient of an output on. Weak on both sides: the graph holds this hook, and the pass holds the graph."""
+    """A hook on an output, which passes its gradient on. Both references are weak: the graph holds it, the pass the graph."""
 
     def __init__(self, owner: Any, verb: str, current: LoopPass, place: str) -> None:
         self.owner, self.verb, self.current = weakref.ref(owner), verb, weakref.ref(current)
@@ -174,7 +174,7 @@ class _Arrival:
 
 
 def at_the_end(function: Callable[[], None]) -> None:
-    """Call a function at the very end of the backward pass that is under way: after reducers, which queue themselves."""
+    """Call a function at the end of the running backward pass, after reducers, which queue callbacks themselves."""
     queue: Any = torch.autograd.Variable._execution_engine.queue_callback
     queue(lambda: queue(function))
 

@@ -48,8 +48,8 @@ def hvp(model: nn.Module, loss: Loss, vector: Tensor, mode: Mode = "reverse") ->
 def ggnvp(model: nn.Module, loss: Loss, vector: Tensor, outputs: Callable[[], Tensor] | None = None) -> Tensor:
     """``J^T Lambda J v``, ``Lambda`` the Hessian of the loss in the model's outputs.  # (P,) -> (P,)
 
-    Without ``outputs`` it is that of the recognised parts of the loss.
-    outputs: for any other convex loss: the outputs, of which ``loss`` then is a function, ``loss(outputs)``.
+    Without ``outputs``, ``Lambda`` is that of the recognised terms of the loss.
+    outputs: for any other convex loss: the outputs of which ``loss`` is then a function, ``loss(outputs)``.
     Reference: Schraudolph, Neural Computation 2002.
     """
     return _Curvature(model, loss, outputs).gauss_newton(vector)
@@ -90,7 +90,7 @@ def eigenpairs(
     """The eigenvalues largest in absolute value, in falling order, and their eigenvectors as rows.  # (count,), (count, P)
 
     lanczos: Ritz pairs of ``iterations`` vectors, all of which are held. power: ``iterations`` products for every pair, with
-    those that are known projected out, which holds ``count`` vectors. mode: of products with the Hessian, as in `hvp`.
+    the pairs found before projected out, which holds ``count`` vectors. mode: of products with the Hessian, as in `hvp`.
     Reference: Golub & Van Loan, Matrix Computations, chapter 10; Yao et al., 2020, arXiv:1912.07145 (PyHessian).
     """
     curvature = _Curvature(model, loss)
@@ -149,14 +149,14 @@ def _sampled(model: nn.Module, loss: Loss, samples: int) -> _Curvature:
 class Density:
     """A spectrum as point masses: ``weights`` sum to one, and their mean is the trace over ``P``.
 
-    ``smooth(grid, width)`` is the density with a Gaussian of this width in the place of every point.
+    ``smooth(grid, width)`` is the density with every point replaced by a Gaussian of this width.
     """
 
     nodes: Tensor  # (m,)
     weights: Tensor  # (m,)
 
     def smooth(self, grid: Tensor, width: float) -> Tensor:
-        """The density on a grid.  # like grid"""
+        """The density at the points of a grid.  # like grid"""
         distance = (grid.unsqueeze(-1) - self.nodes) / width
         density: Tensor = (self.weights * (-distance.square() / 2).exp()).sum(-1) / (width * (2 * pi) ** 0.5)
         return density
@@ -192,7 +192,7 @@ def spectral_density(
 
 # ------------------------------------------------------------------ the curvature of one batch
 class _Curvature:
-    """The graph of one evaluation of the loss, and products with flat vectors."""
+    """The graph of one evaluation of the loss, and products of its curvature with flat vectors."""
 
     def __init__(self, model: nn.Module, loss: Loss | Callable[[Tensor], Tensor], outputs: Callable[[], Tensor] | None = None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -215,7 +215,7 @@ class _Curvature:
             self.graph = Graph(model, value, self.terms, declared[0] if declared else None)
 
     def matvec(self, matrix: Matrix, mode: Mode) -> Matvec:
-        """The product with a matrix by its name."""
+        """The product with a matrix, by its name. ValueError for a mode of another matrix."""
         check_choice("matrix", matrix, get_args(Matrix))
         if mode != "reverse" and matrix != "hessian":
             raise ValueError(f"mode={mode!r} would have no effect: it is of products with the Hessian, and matrix={matrix!r}")
@@ -237,7 +237,7 @@ class _Curvature:
 
     @torch.enable_grad()
     def fisher(self, v: Tensor, kind: Kind = "exact", samples: int = 1, seed: int = 0) -> Tensor:
-        """``F v``: ``Lambda_m (J v)_m`` of every loss term ``m`` pulled back, with ``sum_k c_mk c_mk^T`` for ``Lambda_m``."""
+        """``F v``: the vjp of ``Lambda_m (J v)_m`` of every loss term ``m``, with ``sum_k c_mk c_mk^T`` for ``Lambda_m``."""
         check_choice("kind", kind, get_args(Kind))
         if not self.terms:
             raise ValueError(
@@ -259,7 +259,7 @@ class _Curvature:
         return self._flat(dict(zip(self.parameters, found, strict=True)))
 
     def _cotangents(self, index: int, terms: Terms, kind: Kind, samples: int, seed: int) -> Tensor:
-        """``c``.  # (k, *z.shape)"""
+        """The vectors ``c`` of a loss term.  # (k, *z.shape)"""
         if kind == "mc":
             return terms.sample(samples, torch.Generator(terms.z.device).manual_seed(seed + 7919 * index))
         (loss_gradient,) = torch.autograd.grad(self.graph.loss, terms.z, retain_graph=True)
@@ -298,7 +298,7 @@ def _weigh(terms: Terms, u: Tensor, c: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ linear algebra
 def _power(matvec: Matvec, start: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor]:
-    """Power iteration of ``C^2`` with deflation; pairs of opposite eigenvalues are parted at the end by Rayleigh-Ritz."""
+    """Power iteration of ``C^2`` with deflation; a final Rayleigh-Ritz step separates pairs of opposite eigenvalues."""
     found = start.new_zeros(0, len(start))
     for _ in range(count):
         v = _without(start, found)
@@ -311,9 +311,9 @@ def _power(matvec: Matvec, start: Tensor, count: int, iterations: int) -> tuple[
 
 
 def _lanczos(matvec: Matvec, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """``T = V C V^T`` and orthonormal rows ``V``, orthogonalised twice against all; shorter when the space is used up.
+    """``T = V C V^T`` and orthonormal rows ``V``, orthogonalised twice against all; shorter if the Krylov space is exhausted.
 
-    Where it is used up early, the part of ``C`` that it has met is exact.  # (m, m) float64, (m, P)
+    In that case the part of ``C`` in this space is exact.  # (m, m) float64, (m, P)
     """
     V, T = start.new_empty(steps, len(start)), start.new_zeros(steps, steps, dtype=torch.float64)
     u, size, m = start, start.norm(), 0
@@ -331,7 +331,7 @@ def _lanczos(matvec: Matvec, start: Tensor, steps: int) -> tuple[Tensor, Tensor]
 
 
 def _without(u: Tensor, V: Tensor) -> Tensor:
-    """``u`` less its part in the span of the rows of ``V``."""
+    """``u`` minus its projection on the span of the rows of ``V``."""
     for _ in range(2):
         u = u - (V @ u) @ V
     return u

@@ -1,4 +1,4 @@
-"""A table of what treats which parameters."""
+"""`summary`: a table of the parts that precondition each parameter."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ HEADER = ("parameters", "block", "curvature", "representation", "solver", "bytes
 class Summary:
     """Rows of (parameters, block, curvature, representation, solver, bytes); prints as a table.
 
-    ``refreshes`` tell how the last refresh of every factor went: its name, `gradmaker.linalg.diagnosis.COLUMNS`, and how often
-    its block has failed. ``unchecked`` tells what the self-checks could not prove, and why; ``notes`` what they
+    ``refreshes`` has a row for the last refresh of every factor: its name, `gradmaker.linalg.diagnosis.COLUMNS`, and the number
+    of failures of its block. ``unchecked`` says what the self-checks could not prove, and why; ``notes`` what they
     found of the loss.
     """
 
@@ -36,7 +36,7 @@ class Summary:
 
     @property
     def bytes(self) -> int:
-        """All statistics and caches."""
+        """Bytes of all statistics and caches."""
         return sum(row[-1] for row in self.rows)
 
     def __str__(self) -> str:
@@ -50,16 +50,16 @@ class Summary:
 
 
 def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, the first row underlined."""
+    """Lines of aligned columns, the first row underlined."""
     widths = [max(len(row[j]) for row in cells) for j in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
-    """One row for each site and each plain parameter.
+    """One row for each site and each parameter that keeps its plain gradient.
 
-    Sites that no pass has reached are marked once passes have been made, and those that are not measured through their layer.
+    Once passes have been made, sites without evidence are marked; so are sites that are not measured through their layer.
     """
     rows = []
     for block in plan.blocks:
@@ -79,7 +79,7 @@ def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
 
 
 def _way(block: Block, site: Site, checks: SelfChecks) -> str:
-    """How a site is measured, where that is not through its layer for all examples at once."""
+    """How a site is measured, if that is not through its layer for all examples at once."""
     own = checks.arrangement
     if "calls" not in block.triple.curvature.needs:
         return ""
@@ -90,7 +90,7 @@ def _way(block: Block, site: Site, checks: SelfChecks) -> str:
 
 
 def _unchecked(plan: Plan, reached: Set[str], checks: SelfChecks) -> dict[str, str]:
-    """What the self-checks could not prove."""
+    """What the self-checks could not prove, with the reason."""
     found, own = {}, checks.arrangement
     for block in plan.blocks:
         for site in block.sites if "calls" in block.triple.curvature.needs else ():
@@ -108,12 +108,12 @@ def _unchecked(plan: Plan, reached: Set[str], checks: SelfChecks) -> dict[str, s
 
 
 def _notes(checks: SelfChecks) -> dict[str, str]:
-    """What is measured of the loss, where that is not all of it or not by its recognised terms."""
+    """How the loss is measured, if not by its recognised terms or not as a whole."""
     return {name: checks.arrangement.notes[name] for name in (WHOLE, OUTSIDE) if name in checks.arrangement.notes}
 
 
 def _refreshes(blocks: Sequence[Block]) -> list[tuple[str, int, float, float, float, int, int]]:
-    """What the caches tell about their last refresh, with one host read."""
+    """Diagnoses of the last refresh in the caches, with one host read."""
     names, found = [], []
     for block in blocks:
         if "diagnosis" not in block.cache:

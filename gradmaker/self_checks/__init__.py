@@ -1,7 +1,7 @@
-"""Checks that a maker makes by itself: whether what it measures on is what the model and the loss really do.
+"""Self-checks of a maker: whether recorded calls and recognised loss terms are all that the model and the loss compute.
 
-A file for each question: uses of parameters, examples, groups, the loss, the rest of the gradient. `checks` says when they run
-and what follows, `findings` what is said of it.
+One file for each question: uses of parameters, examples, groups, the loss, the rest of the gradient. `checks` says when they
+run and what follows, `findings` holds and reports what they find.
 """
 
 from gradmaker.self_checks.checks import SelfChecks

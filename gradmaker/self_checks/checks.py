@@ -1,4 +1,4 @@
-"""When the checks run, on what, and what follows from them."""
+"""When the self-checks run, on which passes, and what follows from them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from gradmaker.self_checks.uses import check_uses
 __all__ = ["OUTSIDE", "WHOLE", "SelfChecks"]
 
 WHOLE, OUTSIDE = "loss by autograd", "outside of the curvature"
-"""What notes are about."""
+"""Keys of notes about the loss."""
 
 TRIES = 3
-"""Measurements at which a structure is checked while some of its layers have no gradient, as behind weights that are zero."""
+"""Passes of one structure that are checked while some layers have no gradient, as behind weights that are zero."""
 PROVEN = TRIES + 1
 SELECTING = (
     "IndexBackward",
@@ -40,11 +40,11 @@ SELECTING = (
     "ScatterBackward",
     "TakeBackward",
 )
-"""Nodes that move rows by their data: with them equal sizes prove nothing of the next batch."""
+"""Autograd nodes that move rows by data: behind them, equal sizes prove nothing for the next batch."""
 
 
 class SelfChecks:
-    """The checks of one maker, and the arrangement that they prove."""
+    """The self-checks of one maker, and the arrangement of examples that they prove."""
 
     def __init__(self, model: nn.Module, mode: str, seed: int) -> None:
         """mode: ``fallback``, ``error`` or ``off``"""
@@ -54,7 +54,7 @@ class SelfChecks:
         self._said: set[str] = set()
 
     def arrange(self, tape: Tape, head: Head) -> Structure:
-        """Take over what is known of passes like this one; returns what kind of pass it is."""
+        """Apply what is known of passes of this structure to a tape and a head. Returns the structure."""
         structure = tape.structure(head.outputs)
         if (structure in self.arrangement.last) != (head.order == "last"):
             head.turn()
@@ -64,19 +64,19 @@ class SelfChecks:
         return structure
 
     def proven(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether some modules have been seen in a pass that is checked to the end, or in a call whose examples were found."""
+        """Whether some of these modules were in a pass that is checked completely, or in a call whose examples were found."""
         own = self.arrangement
         done = [key for structure, tries in own.checked.items() if tries >= PROVEN for key in structure]
         return any(isinstance(key, tuple) and key[0] == m for key in (*own.orders, *done) for m in modules)
 
     def due(self, structure: Structure, head: Head) -> bool:
-        """Whether passes of this kind are still to be checked."""
+        """Whether passes of this structure are to be checked."""
         if self.mode == "off" or not head.outputs:
             return False
         return self.arrangement.checked.get(structure, 0) < TRIES or _selects(head.outputs)
 
     def say(self, key: str, text: str) -> None:
-        """Warn, once for each key, and keep it for the summary."""
+        """Warn once for each key, and keep the text for the summary."""
         if key not in self._said:
             self._said.add(key)
             warnings.warn(f"self-check: {text}", SelfCheckWarning, stacklevel=2)
@@ -93,9 +93,9 @@ class SelfChecks:
         inputs: Inputs | None = None,
         written: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> set[str]:
-        """Check a pass; returns names of parameters whose layers do not show all of their uses.
+        """Check a pass. Returns the names of parameters with uses outside of the calls of their layers.
 
-        output_gradients: of the whole loss, if they are known. explained: whether the loss has to be that of its terms.
+        output_gradients: of the whole loss, if known. explained: whether the terms have to make up the whole loss.
         costly: whether examples that mix are measured with a pass for each. inputs: the model's call, where something that is
         measured groups the rows of examples. written: gradients of the whole loss, where its terms have to explain them
         """
@@ -116,7 +116,7 @@ class SelfChecks:
     def _check_examples(
         self, tape: Tape, sites: Sequence[Site], head: Head, inputs: Inputs | None, generator: torch.Generator, found: Findings
     ) -> None:
-        """Where the examples are, with the rows of the outputs in the order that fits the layers, and the inputs."""
+        """Find the examples in every call, the order of the rows of outputs that fits the layers, and that of the inputs."""
 
         def orders() -> dict[Key, Order | None]:
             made = Findings()
@@ -144,7 +144,7 @@ class SelfChecks:
     def _turned(
         self, head: Head, orders: Callable[[], dict[Key, Order | None]], before: dict[Key, Order | None]
     ) -> dict[Key, Order | None]:
-        """The other order of rows, if more calls keep their examples apart by it."""
+        """The other order of rows, if it keeps the examples apart in more calls."""
         head.turn()
         other = orders()
         if _unplaced(other) < _unplaced(before):
@@ -196,7 +196,7 @@ class SelfChecks:
                 check_rest(tape, sites, head, plain, output_gradients, found)
 
     def _record(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
-        """Make the findings those of the maker."""
+        """Keep the findings in the maker's arrangement."""
         names = {m: name for name, m in self.model.named_modules()}
         tell(found, names, costly, self.mode == "error", self._said)
         own = self.arrangement
@@ -216,14 +216,14 @@ class SelfChecks:
 
 
 def _unplaced(orders: dict[Key, Order | None]) -> int:
-    """How many kinds of calls keep no example apart."""
+    """The number of kinds of calls in which examples mix."""
     return sum(order is None for order in orders.values())
 
 
 def _note_outside(
     sites: Sequence[Site], through: Mapping[nn.Parameter, Tensor], written: Mapping[nn.Parameter, Tensor], found: Findings
 ) -> None:
-    """A part of the loss that does not go through its outputs, as a penalty of weights, is seen in the gradient alone."""
+    """Note a part of the loss that depends on weights without its outputs, as a penalty: only the gradient shows it."""
     named = {p: name for site in sites for name, p in site.parameters.items()}
     size = max((_norm(written[p]) for p in named if p in written), default=0.0)
     apart = [
@@ -245,7 +245,7 @@ def _rounding(p: Tensor) -> float:
 
 
 def _selects(outputs: Sequence[Tensor]) -> bool:
-    """Whether rows were chosen or added up by data on the way to some outputs."""
+    """Whether rows were selected or added up by data in the graph of some outputs."""
     for node in nodes(outputs):
         if node.name().startswith(SELECTING):
             sources = [f for f, _ in node.next_functions if f is not None]

@@ -1,7 +1,7 @@
-"""Check of examples: are they where they are believed to be, and do they keep apart?
+"""Check of examples: are they on the axis where they are expected, and independent of each other?
 
 The gradient at the outputs is scaled by a power of two for each example. Then the rows of this example, and no others, have to
-scale in every layer. Powers of two commute with rounding, so that right models give the same numbers.
+scale in every layer. Powers of two commute with rounding, so that correct models give the same numbers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gradmaker.self_checks.findings import Findings
 __all__ = ["Pair", "check_examples", "vjp_pair"]
 
 LEVELS = 8
-"""Powers of two: examples that are taken for each other escape one check in so many, and checks are drawn anew."""
+"""Number of powers of two: confused examples escape one check in so many, and each check draws anew."""
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Relative to the largest entry of a call. Right models: 0 (float16: 4e-4, from underflow); wrong ones: 3e-2 and more."""
+"""Relative to the largest entry of a call. Correct models: 0 (float16: 4e-4, from underflow); wrong ones: 3e-2 and more."""
 
 Pair = tuple[OutputGradients, OutputGradients]
 
@@ -37,7 +37,7 @@ def levels(n: int, generator: torch.Generator) -> Tensor:
 
 
 def vjp_pair(tape: Tape, head: Head, generator: torch.Generator) -> tuple[Pair, Tensor]:
-    """Output gradients for a random gradient at the outputs, and for the scaled one; and the scales.  # ..., (n,)"""
+    """Output gradients for a random gradient at the outputs and for the scaled one, and the scales.  # ..., (n,)"""
     n = tape.batch
     c, first, second = levels(n, generator), [], []
     for z, owner, counted in zip(head.outputs, head.owners(n), head.counted(), strict=True):
@@ -50,7 +50,7 @@ def vjp_pair(tape: Tape, head: Head, generator: torch.Generator) -> tuple[Pair, 
 
 @torch.no_grad()
 def check_examples(tape: Tape, sites: Sequence[Site], pair: Pair, c: Tensor, found: Findings) -> None:
-    """Which order of examples every call has; None where none fits."""
+    """Find the order of examples in every call; None where none fits."""
     for key, calls in _by_key(tape, sites).items():
         module = key[0]
         rules = list(dict.fromkeys(s.rule for s in sites if module in s.modules and s.rule is not None))
@@ -80,7 +80,7 @@ def _gradients(tape: Tape, calls: Sequence[Call], pair: Pair) -> Iterable[tuple[
 
 
 def _order(rules: Sequence[LayerRule], used: Sequence[tuple[Call, list[Tensor], list[Tensor]]], c: Tensor) -> Order | None:
-    """The first order in which the rows of every example scale as it does."""
+    """The first order in which the rows of every example scale like the example."""
     for order in ORDERS:
         layout = Layout(len(c), order)
         if all(_scales(rule, call, a[0], b[0], layout, c) for rule in rules for call, a, b in used):
@@ -91,13 +91,13 @@ def _order(rules: Sequence[LayerRule], used: Sequence[tuple[Call, list[Tensor], 
 def _scales(rule: LayerRule, call: Call, a: Tensor, b: Tensor, layout: Layout, c: Tensor) -> bool:
     try:
         rows, scaled = (rule.gradients(call.module, call, g, layout) for g in (a, b))  # (1, G, n, r, o)
-    except ValueError:  # the sizes do not allow this order
+    except ValueError:  # the shapes do not allow this order
         return False
     return _same(scaled, rows * c.to(rows).view(1, 1, -1, 1, 1), call.dtype)
 
 
 def _axis(used: Sequence[tuple[Call, list[Tensor], list[Tensor]]], c: Tensor) -> Order | None:
-    """Of a call without a rule: whether every output has an axis of examples, which `example_axis` finds."""
+    """The order of a call without a rule: whether every output has an axis of examples that `example_axis` finds."""
     n = len(c)
     for call, a, b in used:
         for j, (x, y) in enumerate(zip(a, b, strict=True)):

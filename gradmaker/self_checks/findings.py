@@ -1,4 +1,4 @@
-"""What the self-checks find, and how it is said."""
+"""The findings of the self-checks, and their errors and warnings."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ __all__ = ["Findings", "tell"]
 
 @dataclass
 class Findings:
-    """Of one run of the checks."""
+    """The findings of one run of the checks."""
 
     orders: dict[Key, Order | None] = field(default_factory=dict)  # None: examples mix in this call, or have no axis
     unseen: dict[str, str] = field(
         default_factory=dict
-    )  # parameters of layers with uses that no call shows, and what was found
-    direct: dict[str, str] = field(default_factory=dict)  # other parameters that a repeated call does not show rightly
-    dark: set[str] = field(default_factory=set)  # parameters without a gradient here: nothing could be proven
+    )  # parameters with uses outside of the calls of their layers, and what was found
+    direct: dict[str, str] = field(default_factory=dict)  # parameters without a rule whose repeated call gives another gradient
+    dark: set[str] = field(default_factory=set)  # parameters without a gradient in this pass, which proves nothing
     notes: dict[str, str] = field(default_factory=dict)
-    undivided: int = 0  # the number of examples, if what the loss is a function of does not fall into as many equal parts
-    ungrouped: bool = False  # whether the rows of examples in the calls are not those of the inputs
+    undivided: int = 0  # the number of examples, if the outputs do not fall into as many equal parts
+    ungrouped: bool = False  # whether the rows of an example in the calls are not those of an example of the inputs
 
     @property
     def joint(self) -> bool:
-        """Whether no call keeps examples apart."""
+        """Whether examples mix in every call."""
         return bool(self.orders) and all(order is None for order in self.orders.values())
 
     def grouped(self, right: bool | None, strict: bool) -> None:
-        """Take in whether rows are grouped as the examples of the inputs are; None: unchecked. SelfCheckError if ``strict``."""
+        """Record whether rows are grouped like the examples of the inputs; None: unchecked. SelfCheckError if ``strict``."""
         if right is None:
             self.notes["groups"] = "which rows are those of one example could not be checked against the inputs"
         self.ungrouped = right is False
         if self.ungrouped and strict:
             raise SelfCheckError(
-                "the rows that would be taken for one example's are not computed from one example of the inputs, as where "
+                "the rows that would count as one example are not computed from one example of the inputs, as where "
                 "positions or views are laid out before the examples: lay the outputs and the layers out with the examples "
                 "first (or all time first), say by batch_axis= where they are in the inputs, or choose sharing='expand', "
                 "which does not group rows"
@@ -48,9 +48,9 @@ class Findings:
 
 
 def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool, said: set[str]) -> None:
-    """Say it: as an error if ``strict``, else once as a warning where it costs time or changes who treats a parameter.
+    """Report findings: an error if ``strict``, else a warning, once, if they cost time or change how a parameter is measured.
 
-    names: of modules. costly: whether examples that mix are measured with a pass for each. said: what was said before
+    names: of modules. costly: whether examples that mix are measured with a pass for each. said: earlier lines; extended here
     """
     apart = sorted({names.get(key[0], type(key[0]).__name__) for key, order in findings.orders.items() if order is None})
     lines = [f"{name}: {found}" for name, found in {**findings.unseen, **findings.direct}.items()]
@@ -62,7 +62,7 @@ def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: 
         lines += [f"{name}: no axis of its outputs holds the examples, or they depend on each other" for name in apart]
     if findings.undivided:
         lines.append(
-            f"what the loss is a function of does not fall into {findings.undivided} equal parts, one for each example: the "
+            f"the outputs that enter the loss do not fall into {findings.undivided} equal parts, one for each example: the "
             "batch is measured as one example"
         )
     if not lines:

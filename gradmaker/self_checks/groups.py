@@ -1,8 +1,8 @@
-"""Check of groups: are the rows that belong together computed from one example of the inputs?
+"""Check of groups: are rows that are grouped computed from one example of the inputs?
 
 `gradmaker.self_checks.examples` compares layers with the outputs. Where rows are independent, layers and outputs may agree on
-groups that no example of the inputs has. So two examples are run alone: what goes into a layer for them has to be what their
-rows in the batch are.
+groups that are no examples of the inputs. So two examples are evaluated alone: the inputs of a layer for them have to equal
+their rows in the batch.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from gradmaker.triple import Triple
 __all__ = ["Inputs", "check_groups"]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Relative to the largest entry: products of other sizes round otherwise."""
+"""Relative to the largest entry: products of other sizes are rounded differently."""
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError)
-"""What a call raises that cannot be made on one example."""
+"""Exceptions of a call that cannot be evaluated on one example."""
 PIECE = 1 << 22
-"""Distances that are held at once."""
+"""Distances computed at once."""
 
 Calls = dict[nn.Module, list[Call]]
 
 
 @dataclass
 class Inputs:
-    """The call of the model, to be made again on some of its examples."""
+    """The call of the model, to be repeated on one of its examples."""
 
     model: nn.Module
     call: Deferred
     axis: int  # of the examples, in the first tensor of the call
-    strict: bool  # whether a statistic groups rows itself, so that nothing can take its place
+    strict: bool  # whether a statistic groups rows itself, so that there is no fallback
 
     @classmethod
     def of(cls, model: nn.Module, call: Deferred | None, tape: Tape, triples: Sequence[Triple], axis: int) -> Inputs | None:
-        """None where nothing that is measured by the calls groups rows, or the call is out of sight."""
+        """None if nothing that is measured by the calls groups rows, or if the call was not recorded."""
         strict = any(groups_rows(t.representation) for t in triples)
         if not strict and not any("examples" in t.curvature.needs for t in triples):
             return None
@@ -57,7 +57,7 @@ class Inputs:
         return None if call is None else cls(model, call, axis, strict)
 
     def run(self, tape: Tape, example: int | None) -> Calls:
-        """The calls of layers for one example, or for all of them."""
+        """The calls of layers for one example, or for all."""
         call = self.call if example is None else Declared(self.call).part(torch.tensor([example]), self.axis, tape.batch).call
         known: dict[int, object] = {}
         made = Tape(tape.root, dict.fromkeys(tape.calls), tape.arrangement)
@@ -69,10 +69,10 @@ class Inputs:
 
 
 def check_groups(tape: Tape, sites: Sequence[Site], inputs: Inputs, generator: torch.Generator) -> bool | None:
-    """Whether rows of examples are those of the inputs; None where nothing tells, as where examples alone cannot be run.
+    """Whether the rows of examples are those of the inputs; None if undecided, as where single examples cannot be evaluated.
 
-    With dropout or batch norm a layer of the recorded pass may get other inputs than for an example alone: what can not be told
-    from it is looked for in evaluation mode.
+    With dropout or batch norm a layer of the recorded pass may get other inputs than for an example alone: what this pass
+    cannot decide is repeated in evaluation mode.
     """
     pair = [int(e) for e in torch.randperm(tape.batch, generator=generator)[:2]]
     found = None
@@ -90,9 +90,9 @@ def check_groups(tape: Tape, sites: Sequence[Site], inputs: Inputs, generator: t
 
 @torch.no_grad()
 def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Calls], pair: Sequence[int]) -> bool | None:
-    """By the first call that tells, of those with several rows an example; of the others where there are none.
+    """The answer of the first decisive call among those with several rows an example, or of the others if there are none.
 
-    Only calls tell that were compared with the outputs, which takes a gradient.
+    Only calls count that were compared with the outputs, which takes a gradient.
     """
     found: dict[bool, list[bool | None]] = {}
     for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding") for m in s.modules):
@@ -113,9 +113,9 @@ def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Ca
 def _same_rows(
     x: Tensor, single: Sequence[Tensor], layout: Layout, module: nn.Module, pair: Sequence[int]
 ) -> tuple[bool, bool | None]:
-    """Whether an example has several rows, and whether those of two are what they are alone.
+    """Whether an example has several rows, and whether the rows of two examples equal those of the examples alone.
 
-    None if not, but what they are alone is nowhere in the batch, or if nothing tells them from each other.
+    None if they do not, but the rows of the examples alone are nowhere in the batch, or if the two examples are equal.
     """
     axes = max(1, getattr(module, "weight", x.new_zeros(1, 1)).ndim - 1) if x.is_floating_point() else 0
     try:
@@ -130,7 +130,7 @@ def _same_rows(
     rows, own = rows.double().reshape(*rows.shape[:2], size), [y.double().reshape(len(y), size) for y in own]
     limit = TOLERANCES.get(x.dtype, 1e-3 if x.is_floating_point() else 0.0) * float(rows.abs().max())
     if all(len(y) == rows.shape[1] and _near(rows[e], y, limit) for e, y in zip(pair, own, strict=True)):
-        return several, None if _near(own[0], own[1], limit) else True  # examples that are alike
+        return several, None if _near(own[0], own[1], limit) else True  # equal examples
     everything = rows.flatten(0, 1)
     return several, False if all(_contained(y, everything, limit) for y in own) else None
 
@@ -140,7 +140,7 @@ def _near(a: Tensor, b: Tensor, limit: float) -> bool:
 
 
 def _contained(own: Tensor, everything: Tensor, limit: float) -> bool:
-    """Whether every row is one of the others."""
+    """Whether every row occurs in the others."""
     step = max(1, PIECE // max(1, everything.numel()))
     for piece in own.split(step):
         if bool(((piece.unsqueeze(1) - everything).abs().amax(-1).amin(1) > limit).any()):

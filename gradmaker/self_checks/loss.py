@@ -1,4 +1,4 @@
-"""Check of the loss: do the recognised terms make up all of its gradient and its curvature at the outputs?"""
+"""Check of the loss: do the recognised terms make up its whole gradient, and its curvature at the outputs?"""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ ADVICE = (
 )
 
 LINEAR = (F.nll_loss, F.kl_div)
-"""Losses of log-probabilities: all of their curvature is that of the log-softmax before them."""
+"""Losses that take log-probabilities: all of their curvature is that of the log-softmax before them."""
 
 
 def half(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is in half precision."""
+    """Whether any of the tensors is in half precision."""
     return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
 
 
 @torch.no_grad()
 def check_gradient(head: Head, vjps: OutputGradients, output_gradients: OutputGradients) -> None:
-    """SelfCheckError unless the vector-Jacobian products of the terms are the gradients of the whole loss in every layer."""
+    """SelfCheckError unless the vector-Jacobian products of the terms are the output gradients of the whole loss."""
     error, limit = gradient_error(vjps, output_gradients)
     if error > limit:
         raise SelfCheckError(
@@ -43,7 +43,7 @@ def check_gradient(head: Head, vjps: OutputGradients, output_gradients: OutputGr
 
 @torch.no_grad()
 def gradient_error(vjps: OutputGradients, output_gradients: OutputGradients) -> tuple[float, float]:
-    """How far these products are from the layers' gradients of the whole loss, in their size; and what rounding makes of it."""
+    """The relative difference of these products from the output gradients of the whole loss, and the limit from rounding."""
     difference = size = 0.0
     for module, calls in output_gradients.items():
         for own, all_of in zip(vjps[module], calls, strict=True):
@@ -60,16 +60,16 @@ def _names(head: Head) -> str:
 
 
 def check_curvature(head: Head, generator: torch.Generator) -> str | None:
-    """Compare one product with the Hessian of the loss at the outputs; why that could not be done, if so. SelfCheckError."""
+    """Compare a product with the Hessian of the loss at the outputs: SelfCheckError if it differs; why it was not compared."""
     loss, outputs = head.loss, list({id(z): z for z in head.outputs}.values())
     if loss is None or not head.terms or not loss.requires_grad:
-        return "the loss is out of sight"
+        return "the loss was not recorded"
     _check_normalised(head)
     v = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in outputs]
     classes = _log_probabilities(head)
     try:
         if len(outputs) > 1 and len(ends(outputs)) < len(outputs):
-            return "one output of the loss is made of another"
+            return "one output of the loss is computed from another"
         loss_gradients = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
         moved = [centred(z, classes[id(z)], w) if id(z) in classes else w for z, w in zip(outputs, v, strict=True)]
         found = hessian_products(loss_gradients, outputs, moved)
@@ -94,7 +94,7 @@ def check_curvature(head: Head, generator: torch.Generator) -> str | None:
 
 
 def ends(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Those that no other one is made of."""
+    """The outputs from which no other one is computed."""
     inner: set[int] = set()
     for z in outputs:
         others = [w for w in outputs if w is not z]
@@ -105,7 +105,7 @@ def ends(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _log_probabilities(head: Head) -> dict[int, int]:
-    """Outputs that a loss takes as log-probabilities, of which it is linear: the axis of the classes, by identity."""
+    """Outputs that a loss takes as log-probabilities, and is linear in: the axis of the classes, by identity."""
     calls = [] if head.recorder is None else head.recorder.calls
     named = [call for call in calls if call.function in LINEAR and call.output.requires_grad]
     return {id(call.arguments["input"]): class_axis(call) for call in named}
@@ -113,7 +113,7 @@ def _log_probabilities(head: Head) -> dict[int, int]:
 
 @torch.no_grad()
 def _check_normalised(head: Head) -> None:
-    """`F.nll_loss` and `F.kl_div` take log-probabilities: of other numbers the loss is linear, without curvature."""
+    """SelfCheckError for `F.nll_loss` or `F.kl_div` of other numbers than log-probabilities: they have no curvature there."""
     for call in head.recorder.calls if head.recorder else ():
         if call.function not in LINEAR or not call.arguments["input"].requires_grad:
             continue

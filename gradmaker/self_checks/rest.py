@@ -1,4 +1,4 @@
-"""Check of gradients of the whole loss: does each example's share come through the calls that were recorded?"""
+"""Check of the rest: do the recorded calls give the share of each example in the gradient of the whole loss?"""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gradmaker.self_checks.uses import check_uses
 __all__ = ["check_rest"]
 
 AGAIN = "BackwardBackward"
-"""In the names of nodes that differentiate a derivative, as of a gradient penalty."""
+"""In the names of autograd nodes that differentiate a derivative, as for a gradient penalty."""
 
 
 def check_rest(
     tape: Tape, sites: Sequence[Site], head: Head, vjps: OutputGradients, output_gradients: OutputGradients, found: Findings
 ) -> None:
-    """SelfCheckError where a part of the loss that is not among its terms would be missing from gradients of examples.
+    """SelfCheckError if per-example gradients would miss a part of the loss that is not among its terms.
 
-    vjps: output gradients of the terms; output_gradients: of the whole loss; found: what the other checks have found
+    vjps: output gradients of the terms; output_gradients: of the whole loss; found: findings of the other checks
     """
     if not head.terms or not _differ(head, vjps, output_gradients):
         return
@@ -53,7 +53,7 @@ def _differ(head: Head, vjps: OutputGradients, output_gradients: OutputGradients
 
 
 def _beside(tape: Tape, sites: Sequence[Site], loss: torch.Tensor, output_gradients: OutputGradients) -> dict[str, str]:
-    """Parameters whose calls do not add up to the gradient of the loss."""
+    """Parameters whose recorded calls do not add up to the gradient of the loss."""
     own = [s for s in sites if s.rule is not None]
     parameters: list[nn.Parameter] = list(dict.fromkeys(p for s in own for p in s.parameters.values()))
     if not parameters:

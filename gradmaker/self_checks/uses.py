@@ -18,18 +18,18 @@ from gradmaker.self_checks.findings import Findings
 __all__ = ["check_uses"]
 
 HALF = 0.06
-"""Tolerance in half precision: right models differ by up to 1.5e-2."""
+"""Tolerance in half precision: correct models differ by up to 1.5e-2."""
 FACTOR = 10.0
-"""Tolerance in units of ``eps sqrt(rows)``: right models differ by at most 0.9."""
+"""Tolerance in units of ``eps sqrt(rows)``: correct models differ by at most 0.9."""
 REPEATED = 100.0, 1e-10
-"""The same for calls that are repeated, and the least tolerance: a norm of small numbers magnifies rounding."""
+"""The same for repeated calls, and the least tolerance: the norm of small numbers magnifies rounding."""
 
 
 @torch.no_grad()
 def check_uses(
     tape: Tape, sites: Sequence[Site], gradients: OutputGradients, truth: dict[nn.Parameter, Tensor], found: Findings
 ) -> None:
-    """Compare sums over the calls of every site with ``J^T u`` by autograd.
+    """Compare the sum over the calls of every site with ``J^T u`` by autograd.
 
     gradients: output gradients for a cotangent ``u``; truth: ``J^T u`` of every parameter
     """
@@ -54,7 +54,7 @@ def _note(found: Findings, site: Site, text: str) -> None:
 
 
 def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[nn.Parameter, Tensor]) -> tuple[float, float]:
-    """The error in units of the tolerance, and the size of what is compared."""
+    """The error in units of the tolerance, and the size of the compared gradient."""
     values: dict[nn.Parameter, Tensor | None] = {p: truth[p] for p in site.parameters.values()}
     expected = site.lay_out(values)
     dtype = torch.promote_types(expected.dtype, torch.float32)
@@ -67,18 +67,18 @@ def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[
     size = max(float(expected.norm()), scale)
     eps = max(torch.finfo(dtype).eps, site.rule.rounding if site.rule else 0.0)
     half = any(_half(c) for m in site.modules for c in tape.calls[m])
-    factor, floor = (FACTOR, 0.0) if site.rule is not None else REPEATED  # whose rounding is another
+    factor, floor = (FACTOR, 0.0) if site.rule is not None else REPEATED  # repeated calls are rounded differently
     tolerance = HALF if half else max(factor * eps * max(rows, 1) ** 0.5, floor)
     return float((total.reshape(expected.shape) - expected).norm()) / (tolerance * size) if size else 0.0, size
 
 
 def _repeats(error: Exception) -> bool:
-    """Whether an error is one of a repeated call, which the parameter's own derivative can do without."""
+    """Whether an error comes from a repeated call, which the parameter's own derivative does not need."""
     return "scale_grad_by_freq" not in str(error)
 
 
 def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtype) -> tuple[Tensor, float, int]:
-    """The sum of a site's calls, the size that rounding is relative to, and the number of rows.  # (G, o, i)"""
+    """The sum over the calls of a site, the size to which rounding is relative, and the number of rows.  # (G, o, i)"""
     if site.rule is None:
         own = outer(site, tape, VJPs(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
         return own.sum(0), float(own.norm()), len(own)
@@ -91,7 +91,7 @@ def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtyp
 
 
 def _size(evidence: Outer) -> float:
-    """Root of the sum of the squares of all row products, as if inputs had one length."""
+    """Root of the sum of squares of all row products, as if all inputs had the same length."""
     g = float(evidence.gradients.norm())
     if not isinstance(evidence.inputs, Tensor):
         return g
@@ -100,7 +100,7 @@ def _size(evidence: Outer) -> float:
 
 
 def _by_kernel(tape: Tape, site: Site, gradients: OutputGradients) -> tuple[Tensor, float, int] | None:
-    """As `_total` by the layer's own kernels, where it has one."""
+    """`_total` by the layer's own kernels, for layers that have them."""
     if not site.weighted:
         return None
     rule = site.rule
@@ -123,10 +123,10 @@ def _by_kernel(tape: Tape, site: Site, gradients: OutputGradients) -> tuple[Tens
 
 
 def _rank(module: nn.Module) -> int:
-    """Axes of space of a convolution."""
+    """The number of spatial axes of a convolution."""
     return len(getattr(module, "kernel_size", ()))
 
 
 def _half(call: Call) -> bool:
-    """Whether a call computes in half precision, itself or inside."""
+    """Whether a call computes in half precision, by its dtype or by autocast."""
     return call.autocast is not None or call.dtype in (torch.float16, torch.bfloat16)

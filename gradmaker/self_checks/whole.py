@@ -1,4 +1,4 @@
-"""The curvature of a whole loss at its outputs, where the recognised terms are not all of it or there are none."""
+"""The curvature of a whole loss at its outputs, for losses with other terms than the recognised ones, or none of these."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COST = "one product with the Hessian of the loss, without the model, for each en
 
 
 class Whole:
-    """Gives a pass the head that explains its loss, and remembers for passes of its kind which outputs are right."""
+    """Gives a pass the head that explains its whole loss, and keeps for each structure which outputs these are."""
 
     def __init__(self, checks: SelfChecks, reduction: str) -> None:
         """reduction: of a loss that is not recognised"""
@@ -32,9 +32,9 @@ class Whole:
         self._runs = 0
 
     def explain(self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, checked: bool) -> Head:
-        """The head itself, or one of the whole loss. SelfCheckError where that cannot be formed.
+        """The given head, or one of the whole loss. SelfCheckError if that cannot be formed.
 
-        bare: without the recognised terms. output_gradients: of the whole loss. checked: whether this is a pass to check
+        bare: without the recognised terms. output_gradients: of the whole loss. checked: whether to check this pass
         """
         structure = tape.structure(head.outputs)
         known = self.checks.arrangement.whole.get(structure)
@@ -44,7 +44,7 @@ class Whole:
         return head if reason is None else self._found(tape, head, bare, output_gradients, structure, reason)
 
     def products(self, tape: Tape, graph: Graph, bare: Head) -> None:
-        """Products of an unrecognised loss are those at the outputs of the model. SelfCheckError where they cannot be."""
+        """Require that products with an unrecognised loss can be formed at the outputs of the model. SelfCheckError if not."""
         try:
             found = self._made(tape, bare)
         except SelfCheckError as error:
@@ -56,7 +56,7 @@ class Whole:
         self._say(NONE, found)
 
     def _missing(self, tape: Tape, head: Head, output_gradients: OutputGradients) -> str | None:
-        """What the recognised terms leave out."""
+        """What the recognised terms miss of the loss; None if nothing."""
         generator = self._generator()
         try:
             check_gradient(head, tape.vjp(head.outputs, [s.unsqueeze(0) for s in head.loss_gradients]), output_gradients)
@@ -70,7 +70,7 @@ class Whole:
     def _found(
         self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, structure: Structure, reason: str
     ) -> Head:
-        """At the outputs of the recognised terms, else at those of the model."""
+        """The head of the whole loss at the outputs of the recognised terms, or else at those of the model."""
         failures = []
         for name, source in (("terms", head), ("outputs", bare)):
             if not source.outputs or (name == "terms" and not head.terms):
@@ -85,10 +85,10 @@ class Whole:
             self._say(reason, found)
             return found
         tried = "; ".join(dict.fromkeys(failures)) or "the model returns no output that it could be a function of"
-        raise SelfCheckError(f"{reason}. Nor is it known what else to measure, since {tried}: {ADVICE}")
+        raise SelfCheckError(f"{reason}. No other outputs serve, since {tried}: {ADVICE}")
 
     def _made(self, tape: Tape, source: Head) -> Head:
-        """With the terms of the whole loss at the outputs of a head."""
+        """A head with the terms of the whole loss at the outputs of another."""
         assert source.loss is not None
         axes: dict[int, list[int]] = {}
         for t in source.terms:
@@ -118,7 +118,7 @@ class Whole:
 
 
 def _ends_of(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Those outputs that the loss depends on, but not only through others."""
+    """The outputs on which the loss depends other than through further outputs."""
     if not outputs:
         return []
     loss_gradients = torch.autograd.grad(loss, list(outputs), retain_graph=True, allow_unused=True)
@@ -127,7 +127,7 @@ def _ends_of(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def _prove(tape: Tape, head: Head, output_gradients: OutputGradients) -> None:
-    """SelfCheckError unless the loss acts on the layers through these outputs alone, and has a curvature there."""
+    """SelfCheckError unless the loss acts on the layers only through these outputs, and has a curvature in them."""
     error, limit = gradient_error(tape.vjp(head.outputs, [s.unsqueeze(0) for s in head.loss_gradients]), output_gradients)
     if error > limit:
         shapes = ", ".join(str(tuple(z.shape)) for z in head.outputs)

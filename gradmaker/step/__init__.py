@@ -1,6 +1,6 @@
-"""The step under way: what it knows of itself, what its passes have brought, and the copies in which blocks are changed.
+"""The step under way: its state, its clocks, and drafts of the blocks that it changes.
 
-`StepState` is the one owner; nothing that a block holds changes before the step ends without an exception.
+`StepState` is the one owner; no tensor of a block changes before the step ends without an exception.
 """
 
 from gradmaker.options.deprecations import moved_names

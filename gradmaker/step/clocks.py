@@ -18,32 +18,32 @@ __all__ = ["PlanClocks"]
 
 
 class PlanClocks:
-    """A pair of clocks for each method of a plan: the intervals of one say nothing to the other."""
+    """A pair of clocks for each method of a plan; the intervals of methods are independent."""
 
     def __init__(self, methods: Mapping[str, GradientConfig]) -> None:
         self.methods = dict(methods)
         self.of = {name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps) for name, c in methods.items()}
 
     def copy(self) -> PlanClocks:
-        """Clocks that show the same."""
+        """A copy of all clocks."""
         made = copy.copy(self)
         made.of = {name: clocks.copy() for name, clocks in self.of.items()}
         return made
 
     def serving(self, methods: Mapping[str, GradientConfig]) -> PlanClocks:
-        """The same clocks for another plan; a method that is new there begins at once."""
+        """Clocks for another plan: copies for methods in both, new ones for new methods."""
         made = PlanClocks(methods)
         made.of |= {name: clocks.copy() for name, clocks in self.of.items() if name in made.of}
         return made
 
     def measure(self, step: int, blocks: Iterable[Block], among: Collection[str] | None = None) -> frozenset[str]:
-        """The methods that are to be measured; to be asked once for each step.  among: the methods that are asked; None: all"""
+        """The methods that measure at this step; to be called once for each step.  among: methods to consider; None: all"""
         ending = {b.options.method for b in blocks if isinstance(b.triple.representation, PerStep)}
         asked = [(name, clocks) for name, clocks in self.of.items() if among is None or name in among]
         return frozenset(name for name, clocks in asked if clocks.measure.tick(step) | (name in ending))
 
     def retry(self, due: Collection[str], reached: Collection[str], step: int, blocks: Collection[Block]) -> None:
-        """What came to nothing is to be measured at ``step``.  reached: sites that gave evidence"""
+        """Make measurements that brought no evidence due again at ``step``.  reached: sites with evidence"""
         for name in due:
             if not any(s.name in reached for b in blocks if b.options.method == name for s in b.sites):
                 self.of[name].measure.retry(step)
@@ -64,7 +64,7 @@ class PlanClocks:
         return self.of[name].refresh.due(step, block.share if self.methods[name].stagger else 0.0)
 
     def refreshes(self, step: int, blocks: Collection[Block]) -> Iterator[tuple[Block, bool]]:
-        """Every block, and whether it is to be refreshed; may be asked again for the same step."""
+        """Every block, and whether it is to be refreshed; may be called again for the same step."""
         for name, clocks in self.of.items():
             clocks.refresh.tick(step)
             for block in blocks:
@@ -72,10 +72,10 @@ class PlanClocks:
                     yield block, self._is_due(block, step)
 
     def dump(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Their periods, by method."""
+        """The state of all clocks, by method."""
         return {name: clocks.dump() for name, clocks in self.of.items()}
 
     def load(self, saved: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
-        """Go on from `dump`."""
+        """Restore the state that `dump` returned."""
         for name, clocks in self.of.items():
             clocks.load(saved[name])

@@ -1,4 +1,4 @@
-"""What passes bring, beside what the blocks hold: nothing there changes before it is known to be part of the step."""
+"""Drafts: the changes of a step to blocks, which stay unchanged until the step ends."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["Draft", "Work"]
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has brought so far; never written to."""
+    """The changes of a step to its blocks so far; immutable."""
 
-    held: Mapping[Block, Held] = field(default_factory=dict)  # of the blocks that it has changed
-    reached: frozenset[str] = frozenset()  # sites that have given evidence in this step
+    held: Mapping[Block, Held] = field(default_factory=dict)  # by block that the step has changed
+    reached: frozenset[str] = frozenset()  # sites with evidence in this step
     pooled: PooledEvidence = field(default_factory=dict)
 
     def moved(self, blocks: Iterable[Block]) -> Work:
-        """The same for the blocks of another plan, which have taken over what the former blocks hold."""
+        """The same changes for the blocks of another plan, which hold what the old blocks held."""
         if not self.held:
             return self
         fresh = {block: block.writable(block.held) for block in blocks}
@@ -38,27 +38,27 @@ class Work:
 
 
 class Draft:
-    """More work on that of a step, until it is part of it: a block is copied when it is first changed here."""
+    """Changes that are not part of the step yet: a block is copied when it is first changed here."""
 
     def __init__(self, base: Work, part: int) -> None:
-        """part: which micro-batch of the step is measured"""
+        """part: index of the micro-batch that is measured"""
         self.base, self.part = base, part
         self._held, self._reached, self._pooled = dict(base.held), set(base.reached), base.pooled
-        self._own: dict[Block, bool] = {}  # whose statistic is a copy of this draft's; whether it is so with what is slow in it
+        self._own: dict[Block, bool] = {}  # blocks with a statistic of this draft's own; whether its slow tensors are, too
 
     def look(self, block: Block) -> Held:
-        """What a block holds here; not to be written to."""
+        """What a block holds in this draft; read-only."""
         return self._held.get(block, block.held)
 
     def writable(self, block: Block, refresh: bool = True) -> Held:
-        """The same, with a statistic that may be written to.  refresh: by a refresh, too"""
+        """The same, with a statistic that may be changed in place.  refresh: by a refresh, too"""
         if block not in self._own or (refresh and not self._own[block]):
             self._held[block] = block.writable(self.look(block), refresh)
             self._own[block] = refresh or not isinstance(block.triple.representation, SlowTensors)
         return self._held[block]
 
     def put(self, block: Block, held: Held) -> None:
-        """What a block holds from here on: with the statistic that it has here."""
+        """Replace what a block holds in this draft."""
         if held is not self.look(block):
             self._held[block] = held
 
@@ -66,7 +66,7 @@ class Draft:
     def fold(self, chunks: Iterable[Mapping[str, Evidence]], folds: Mapping[Block, Fold], known: Set[str]) -> None:
         """Fold evidence into statistics.
 
-        folds: how it enters that of each block of its curvature; known: sites that had given evidence before this step
+        folds: how it enters that of each block of its curvature; known: sites with evidence from before this step
         """
         for chunk in chunks:
             for block, fold in folds.items():
@@ -74,18 +74,18 @@ class Draft:
                 block.update(held, chunk, fold, self._reached, known)
 
     def owns(self, block: Block) -> bool:
-        """Whether the statistic that it holds here may be written to by a refresh."""
+        """Whether the statistic of a block in this draft may be changed in place by a refresh."""
         return self._own.get(block, False)
 
     def pool(self, curvature: Pooled, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> None:
-        """Keep evidence for the end of the step."""
+        """Keep evidence of a pooled curvature for the end of the step."""
         self._pooled = pool.add(self._pooled, curvature, list(chunks), weight)
 
     @property
     def reached(self) -> frozenset[str]:
-        """Sites that have given evidence in this step."""
+        """Sites with evidence in this step."""
         return frozenset(self._reached)
 
     def work(self) -> Work:
-        """What the step has brought, with this in it."""
+        """The changes of the step, those of this draft included."""
         return Work(dict(self._held), self.reached, self._pooled)

@@ -1,4 +1,4 @@
-"""What a block holds."""
+"""The tensors of a block."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Held"]
 
 @dataclass(frozen=True)
 class Held:
-    """Statistic, cache, average of gradients, state of the grafting rule: of one block, each with the stack axis first."""
+    """Statistic, cache, average of gradients and state of the grafting rule of one block, each with the stack axis first."""
 
     state: State
     cache: State = field(default_factory=dict)
     average: State = field(default_factory=dict)
     grafting_state: State = field(default_factory=dict)
-    ready: frozenset[str] = frozenset()  # sites for which the cache holds more than an empty statistic
-    fresh: frozenset[str] = frozenset()  # sites whose first step this is and is left out
+    ready: frozenset[str] = frozenset()  # sites for which the cache is of a statistic with evidence
+    fresh: frozenset[str] = frozenset()  # sites in their first step, which is left out

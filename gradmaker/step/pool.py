@@ -1,6 +1,6 @@
-"""Evidence that the micro-batches of a step make together: ``(v, sum_j weight_j H_j v)``, before any statistic has it.
+"""Evidence pooled over the micro-batches of a step before it is folded: ``(v, sum_j weight_j H_j v)``.
 
-For curvatures that are `Pooled`. No tensor and no container is written to once it is held.
+For `Pooled` curvatures. Tensors and containers are never changed once they are held.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gradmaker.curvature.roles import Pooled
 __all__ = ["PooledEvidence", "add", "dump", "load"]
 
 PooledEvidence: TypeAlias = Mapping[Pooled, Sequence[Mapping[str, Pair]]]
-"""By curvature, chunk and site."""
+"""Pairs by curvature, chunk and site."""
 
 
 def add(pooled: PooledEvidence, curvature: Pooled, chunks: Iterable[Mapping[str, Evidence]], weight: float) -> PooledEvidence:
-    """With one more micro-batch.  weight: of its loss in that of the step"""
+    """Add one more micro-batch.  weight: share of its loss in that of the step"""
     fresh = [{name: _pair(e) for name, e in chunk.items()} for chunk in chunks]
     before = pooled.get(curvature, [{} for _ in fresh])
     return {**pooled, curvature: [_sum(old, new, weight) for old, new in zip(before, fresh, strict=True)]}
@@ -34,14 +34,14 @@ def _pair(evidence: Evidence) -> Pair:
 
 
 def _sum(old: Mapping[str, Pair], new: Mapping[str, Pair], weight: float) -> dict[str, Pair]:
-    """Images add, of vectors that are the same; a site that one of the micro-batches did not reach has none there."""
+    """Sum the images of equal vectors; a micro-batch adds nothing to sites that it did not reach."""
     scaled = {name: replace(pair, cv=pair.cv * weight) for name, pair in new.items()}
     both = {name: replace(pair, cv=old[name].cv + pair.cv) for name, pair in scaled.items() if name in old}
     return {**old, **scaled, **both}
 
 
 def dump(pooled: PooledEvidence) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """By site and chunk: tensors alone."""
+    """The tensors, by site and chunk."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for chunks in pooled.values():
         for index, chunk in enumerate(chunks):
@@ -51,7 +51,7 @@ def dump(pooled: PooledEvidence) -> dict[str, dict[str, dict[str, Tensor]]]:
 
 
 def load(saved: Mapping[str, Mapping[str, Mapping[str, Any]]], blocks: Iterable[Block]) -> PooledEvidence:
-    """Go on from `dump`."""
+    """Restore what `dump` returned."""
     held: dict[Pooled, list[dict[str, Pair]]] = {}
     for block in blocks:
         curvature = block.triple.curvature

@@ -1,4 +1,4 @@
-"""What attachments, reports and checkpoints know of a maker."""
+"""Protocols: what attachments, reports and checkpoints use of a maker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MakerOfSteps(Protocol):
 
 
 class RecordingMaker(MakerOfSteps, Protocol):
-    """One whose passes are made by another loop."""
+    """A maker whose passes another loop runs."""
 
     def serve(self, parameters: frozenset[nn.Parameter] | None) -> None: ...
     def begin_pass(self) -> bool: ...
@@ -61,7 +61,7 @@ class RecordingMaker(MakerOfSteps, Protocol):
 
 
 class CheckedMaker(MakerOfSteps, Protocol):
-    """One whose declared pass is repeated for a report."""
+    """A maker whose declared pass a report repeats."""
 
     @property
     def arrangement(self) -> Arrangement: ...
@@ -72,7 +72,7 @@ class CheckedMaker(MakerOfSteps, Protocol):
 
 
 class SavedMaker(MakerOfSteps, Protocol):
-    """One that can be saved."""
+    """A maker with a state to save."""
 
     @property
     def trust_region(self) -> TrustRegion | None: ...

@@ -1,4 +1,4 @@
-"""The last measured step, seen again when the weights have moved: what secants are made of, and how they are saved."""
+"""The last measured step, kept for secants: its evaluation at new weights, and its saved state."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ __all__ = ["dump_secants", "incomplete", "load_secants", "remembered"]
 
 
 def remembered(now: Facts, model: nn.Module, made: Pass, blocks: Iterable[Block]) -> Previous:
-    """The step that is under way, with the pass that has just been measured.  blocks: those that measure in this step"""
+    """The step under way, with the pass that was measured last.  blocks: those that measure in this step"""
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = {p: p.grad.clone() for p in parameters if p.grad is not None}
     before = now.previous
     if before is None or before.index != now.index:
         weights = {p: p.detach().clone() for p in parameters}
-        return Previous([made], weights, gradients, now.index, older=_waiting(before, blocks))
+        return Previous([made], weights, gradients, now.index, older=_pending(before, blocks))
     for p, g in before.gradients.items():
         gradients[p] = g + gradients[p] if p in gradients else g
     return Previous([*before.passes, made], before.weights, gradients, now.index, older=before.older)
 
 
-def _waiting(before: Previous | None, blocks: Iterable[Block]) -> dict[str, Evidence]:
-    """Pairs of methods whose own interval has not passed yet."""
+def _pending(before: Previous | None, blocks: Iterable[Block]) -> dict[str, Evidence]:
+    """Pairs for methods whose own interval has not ended yet."""
     measured = {s.name for b in blocks for s in b.sites}
     pairs = {} if before is None or before.pairs is None else before.pairs
     return {name: pair for name, pair in pairs.items() if name not in measured}
 
 
 def incomplete(now: Facts, asked: bool) -> Previous | None:
-    """The last measured step, if its secants are to be made at the weights as they are now.
+    """The last measured step, if its secants are to be measured at the present weights.
 
-    RuntimeError in a step whose first micro-batches are not known.  asked: whether secants are measured in this step
+    RuntimeError in a step whose first micro-batches are unknown.  asked: whether secants are measured in this step
     """
     previous = now.previous
     if now.part and now.finite and asked and (previous is None or previous.index != now.index or not previous.passes):
@@ -53,9 +53,9 @@ def incomplete(now: Facts, asked: bool) -> Previous | None:
 
 
 def dump_secants(now: Facts, blocks: Iterable[Block], secants: Callable[[Previous], Mapping[str, Evidence]]) -> dict[str, Any]:
-    """The pairs of the last measured step, with a place for every site that may have one.
+    """The pairs of the last measured step, with an entry for every site that may have one.
 
-    Its batch cannot be saved: if the weights have not moved yet, there are none.
+    Its batch cannot be saved: if the weights have not moved yet, there are no pairs.
     """
     previous = now.previous
     pairs: Mapping[str, Evidence] | None = None if previous is None else previous.pairs
@@ -86,7 +86,7 @@ def _moved(weights: Mapping[nn.Parameter, Tensor]) -> bool:
 
 
 def load_secants(saved: Mapping[str, Any], blocks: Iterable[Block]) -> Previous | None:
-    """Go on from `dump_secants`."""
+    """Restore what `dump_secants` returned."""
     if saved["index"] < 0:
         return None
     places, pairs = _places(blocks), dict[str, Evidence]()

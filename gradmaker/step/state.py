@@ -1,4 +1,4 @@
-"""The one owner of a step: what it knows of itself, and the legal transitions between its phases."""
+"""The state of a step, and the legal transitions between its phases."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["End", "Facts", "Phase", "StepState"]
 
 Gradients: TypeAlias = tuple[tuple[nn.Parameter, Tensor | None], ...]
-"""``.grad`` by parameter: the tensors themselves."""
+"""``.grad`` by parameter: the tensors themselves, not copies."""
 
 
 class Phase(Enum):
-    """Where a step is."""
+    """Phases of a step."""
 
     BETWEEN = "between steps"
     PASSES = "passes under way"
@@ -40,26 +40,26 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Facts:
-    """All that is known at one moment. Nothing in it is written to, so that it is its own copy."""
+    """The state of a step at one moment; immutable, so that it needs no copies."""
 
     index: int = 0
     phase: Phase = Phase.BETWEEN
     clocks: PlanClocks = field(default_factory=lambda: PlanClocks({}))
     skipped: int = 0  # steps whose loss or gradients were not finite
-    ever: frozenset[str] = frozenset()  # sites that have given evidence at all
-    previous: Previous | None = None  # the last measured step, for secants; of this one, once a pass of it was measured
-    region: Region | None = None  # what a trust region knows
-    reports: tuple[Report, ...] = ()  # of failed refreshes, on their way to the host
+    ever: frozenset[str] = frozenset()  # sites with evidence so far
+    previous: Previous | None = None  # the last measured step, for secants; this one, once a pass of it was measured
+    region: Region | None = None  # state of the trust region
+    reports: tuple[Report, ...] = ()  # of failed refreshes, being copied to the host
     # --- of the step under way
-    due: frozenset[str] | None = None  # methods that measure their curvature in it; None: the clocks were not asked yet
+    due: frozenset[str] | None = None  # methods that measure their curvature in it; None: the clocks were not read yet
     finite: bool = True
-    checked: bool = False  # whether anything was checked for being finite
-    shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: not known
+    checked: bool = False  # whether any tensor was checked for non-finite values
+    shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: unknown
     work: Work = Work()
     trial: QuadraticModel | None = None
     gradients: Gradients | None = None  # from before it; None: `.grad` is not the maker's
-    left: tuple[tuple[nn.Parameter, Tensor | None, int], ...] = ()  # gradients that its end has left, with their versions
-    begun: Facts | None = None  # as it was before its first micro-batch
+    left: tuple[tuple[nn.Parameter, Tensor | None, int], ...] = ()  # `.grad` after its end has failed, with version counters
+    begun: Facts | None = None  # the state before its first micro-batch
 
     @property
     def part(self) -> int:
@@ -68,15 +68,15 @@ class Facts:
 
     @property
     def measured(self) -> frozenset[str]:
-        """Sites that have given evidence at all, those of this step among them."""
+        """Sites with evidence so far, including those of this step."""
         return self.ever | self.work.reached
 
 
 @dataclass(frozen=True)
 class End:
-    """What the end of a step has computed."""
+    """The results of the end of a step."""
 
-    work: Work | None = None  # None: nothing is to be kept, as nothing was finite
+    work: Work | None = None  # None: nothing to keep, since the step was not finite
     gradients: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)  # to be written to `.grad`
     clocks: PlanClocks | None = None
     reports: tuple[Report, ...] = ()
@@ -84,14 +84,14 @@ class End:
 
 
 class StepState:
-    """Owns the `Facts` of a maker's step; a method for each legal transition, a RuntimeError for every other."""
+    """The owner of the `Facts` of a maker's step; a method for each legal transition, a RuntimeError for every other."""
 
     def __init__(self, clocks: PlanClocks | None = None, region: Region | None = None) -> None:
         self._now = Facts(clocks=clocks or PlanClocks({}), region=region)
 
     @property
     def now(self) -> Facts:
-        """What is known; also what `undo` takes back to."""
+        """The present state, to which `undo` can return."""
         return self._now
 
     def _check(self, transition: str, *legal: Phase) -> Facts:
@@ -103,14 +103,14 @@ class StepState:
         return self._now
 
     def undo(self, before: Facts) -> None:
-        """Take everything back to an earlier moment of the same step."""
+        """Restore an earlier state of the same step. RuntimeError for one of another step."""
         if before.index != self._now.index:
-            raise RuntimeError(f"step {self._now.index}: undo leads to a moment of another step, {before.index}")
+            raise RuntimeError(f"step {self._now.index}: undo: expected a state of this step, got one of step {before.index}")
         self._now = before
 
     # ---------------------------------------------------------------- passes
     def ask(self, blocks: Collection[Block]) -> frozenset[str]:
-        """The methods that measure in this step: asks the clocks, once a step."""
+        """The methods that measure in this step; reads the clocks once a step."""
         now = self._check("ask", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
         if now.due is None:
             clocks, due = self._asked(blocks)
@@ -123,7 +123,7 @@ class StepState:
         return clocks, clocks.measure(self._now.index, blocks)
 
     def would_ask(self, blocks: Collection[Block]) -> frozenset[str]:
-        """What `ask` would say; changes nothing."""
+        """What `ask` would return; changes nothing."""
         return self._asked(blocks)[1] if self._now.due is None else self._now.due
 
     def folds(self, blocks: Collection[Block], weight: float) -> dict[Block, Fold]:
@@ -131,12 +131,12 @@ class StepState:
         return self._now.clocks.folds(self._now.index, blocks, weight)
 
     def note(self, finite: bool) -> None:
-        """The loss or the gradients were checked."""
+        """Record a check of the loss or the gradients."""
         now = self._check("note", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
         self._now = replace(now, finite=now.finite and finite, checked=True)
 
     def judge_anew(self) -> None:
-        """Whether an earlier pass was finite shows in ``.grad`` at the end of the step."""
+        """Forget whether earlier passes were finite: the end of the step finds it in ``.grad``."""
         now = self._check("judge_anew", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         self._now = _unjudged(now)
 
@@ -145,68 +145,68 @@ class StepState:
         return Draft(self._now.work, self._now.part)
 
     def accumulate(self, weight: float, examples: int, draft: Draft | None = None) -> None:
-        """A micro-batch is part of the step.  draft: what it brings, if it was measured"""
+        """Add a micro-batch to the step.  draft: its changes, if it was measured"""
         now = self._check("accumulate", Phase.BETWEEN, Phase.PASSES)
         if draft is not None and draft.base is not now.work:
-            raise RuntimeError(f"step {now.index}: accumulate: another micro-batch has come since the measurement began")
+            raise RuntimeError(f"step {now.index}: accumulate: another micro-batch was added since the measurement began")
         begun = _unjudged(now) if now.phase is Phase.BETWEEN else now.begun
         work = now.work if draft is None else draft.work()
         self._now = replace(now, phase=Phase.PASSES, shares=(*now.shares, (weight, examples)), work=work, begun=begun)
 
     def keep_apart(self, before: Gradients) -> None:
-        """What was in ``.grad`` before the first micro-batch."""
+        """Keep the ``.grad`` from before the first micro-batch. RuntimeError if it is kept already."""
         now = self._check("keep_apart", Phase.PASSES)
         if now.gradients is not None:
-            raise RuntimeError(f"step {now.index}: keep_apart: the gradients from before it are known")
+            raise RuntimeError(f"step {now.index}: keep_apart: the gradients from before the step are kept already")
         self._now = replace(now, gradients=before)
 
     def drop(self) -> None:
-        """The micro-batches so far are part of no step: the gradients of a loop that is not the maker's are gone."""
+        """Remove the micro-batches from the step: their gradients, in a loop that is not the maker's, are gone."""
         now = self._check("drop", Phase.PASSES, Phase.FAILED)
         if now.gradients is not None:
-            raise RuntimeError(f"step {now.index}: drop: its gradients are the maker's")
+            raise RuntimeError(f"step {now.index}: drop: only micro-batches of another loop can be removed")
         self._now = replace(now.begun or now, phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
 
     # ---------------------------------------------------------------- what is kept of the last step
     def remember(self, previous: Previous) -> None:
-        """This step, with the pass that was measured last."""
+        """Keep this step for secants, with the pass that was measured last."""
         self._now = replace(self._check("remember", Phase.PASSES), previous=previous)
 
     def complete(self, pairs: dict[str, Evidence]) -> None:
-        """The secants of the last measured step are known: let go of its batch."""
+        """Keep the secants of the last measured step, and release its batch."""
         now = self._check("complete", Phase.BETWEEN, Phase.PASSES)
         assert now.previous is not None
         self._now = replace(now, previous=Previous([], {}, {}, now.previous.index, pairs))
 
     def judge(self, region: Region) -> None:
-        """What a trust region knows at the beginning of a pass."""
+        """Set the state of the trust region at the beginning of a pass."""
         self._now = replace(self._check("judge", Phase.BETWEEN, Phase.PASSES), region=region)
 
     def attempt(self, trial: QuadraticModel) -> None:
-        """The quadratic model of this step, with the pass that was made last."""
+        """Set the quadratic model of this step, with the pass that was made last."""
         self._now = replace(self._check("attempt", Phase.PASSES), trial=trial)
 
     # ---------------------------------------------------------------- the end
     def end(self) -> None:
-        """Begin to end the step; after an exception, again."""
+        """Begin the end of the step; after an exception, again."""
         now = self._check("end", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         self._now = replace(now, phase=Phase.ENDING)
 
     def refreshes(self, blocks: Collection[Block]) -> tuple[PlanClocks, Iterator[tuple[Block, bool]]]:
-        """Every block and whether it is to be refreshed, with the clocks that are to be kept then."""
+        """Every block and whether it is to be refreshed, with the clocks after this."""
         clocks = self._check("refreshes", Phase.ENDING).clocks.copy()
         return clocks, clocks.refreshes(self._now.index, blocks)
 
     def fail(self, before: Facts) -> None:
-        """The end was an exception: it may be called again, or the step may begin again.  before: as it was before `end`"""
+        """Record an exception in the end: it may be called again, or the step begins again.  before: the state before `end`"""
         self._check("fail", Phase.ENDING)
         left = tuple((p, p.grad, -1 if p.grad is None else p.grad._version) for p, _ in before.gradients or ())
         self._now = replace(before, phase=Phase.FAILED, left=left)
 
     def begin_again(self) -> Gradients:
-        """After an exception at its end the step begins anew; returns ``.grad`` as it was before it, if that still counts.
+        """Begin the step again after an exception at its end. Returns ``.grad`` from before it, if it is unchanged since.
 
-        Micro-batches of another loop stay: it is told by ``.grad`` whether they are part of the step, see `drop`.
+        Micro-batches of another loop stay: ``.grad`` tells whether they are part of the step, see `drop`.
         """
         now = self._check("begin_again", Phase.FAILED)
         if now.gradients is None:
@@ -217,9 +217,9 @@ class StepState:
         return now.gradients if untouched else ()
 
     def finish(self, end: End, blocks: Collection[Block], write: Callable[[], None]) -> None:
-        """The step is done: its gradients are written, and the blocks hold what it has brought.
+        """End the step: write its gradients, and put its changes into the blocks.
 
-        blocks: of the plan.  write: puts the gradients into ``.grad``; the last that may raise
+        blocks: of the plan.  write: writes the gradients into ``.grad``; the last action that may raise
         """
         now = self._check("finish", Phase.ENDING)
         clocks, work = (end.clocks or now.clocks).copy(), end.work or Work()
@@ -242,22 +242,22 @@ class StepState:
 
     # ---------------------------------------------------------------- another plan, another state
     def move(self, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> None:
-        """Go on with the blocks of another plan, which have taken over what the former hold."""
+        """Replace the blocks by those of another plan, which hold what the old ones held."""
         now = self._check("move", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         begun = None if now.begun is None else _served(now.begun, blocks, methods)
         self._now = replace(_served(now, blocks, methods), work=now.work.moved(blocks), begun=begun)
 
     def saved(self) -> Facts:
-        """What is to be saved: of a loop that is not the maker's, whose gradients are not saved, none of its micro-batches."""
+        """The state to save, without micro-batches of a loop that is not the maker's, whose gradients are not saved."""
         now = self._check("saved", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         if now.gradients is not None or now.phase is Phase.BETWEEN:
             return now
         return replace(now.begun or now, phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
 
     def load(self, facts: Facts) -> None:
-        """Go on from another moment, of any step."""
+        """Replace the state by one of any step. RuntimeError while a step ends."""
         if facts.phase is Phase.ENDING:
-            raise RuntimeError("load: a step cannot be gone on with in the middle of its end")
+            raise RuntimeError("load: a state cannot be loaded while a step ends: load it before or after")
         self._now = facts
 
 
@@ -266,10 +266,10 @@ def _unjudged(facts: Facts) -> Facts:
 
 
 def _served(facts: Facts, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> Facts:
-    """With the clocks of another plan. What is new there and measured once a step is due in the step under way, too."""
+    """The state with the clocks of another plan. Its new methods that measure once a step are due in this step, too."""
     clocks = facts.clocks.serving(methods)
     if facts.due is None:
         return replace(facts, clocks=clocks)
-    recorded = {b.options.method for b in blocks if b.triple.curvature.of_passes}  # the pass showing it is recorded for others
+    recorded = {b.options.method for b in blocks if b.triple.curvature.of_passes}  # this pass was not recorded for them
     new = [name for name in methods if name not in facts.clocks.of and name not in recorded]
     return replace(facts, clocks=clocks, due=facts.due | clocks.measure(facts.index, blocks, new))

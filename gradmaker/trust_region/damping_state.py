@@ -1,4 +1,4 @@
-"""Damping that follows the loss: the rule of Levenberg and Marquardt on steps that the optimizer has taken."""
+"""Adaptive damping: the rule of Levenberg and Marquardt, applied to steps that the optimizer has taken."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["due", "judged"]
 
 
 def due(rule: AdaptiveDamping, step: int) -> bool:
-    """Whether a step is the last of an interval, by which the rule goes."""
+    """Whether a step is the last of an interval, and adapts the damping."""
     return (step + 1) % rule.interval == 0
 
 
 def judged(rule: AdaptiveDamping, region: Region, step: int) -> Region:
-    """At the beginning of a step: with ``lambda`` by the one that is waiting. One host read, and none without one."""
+    """The region at the beginning of a step, with ``lambda`` adapted by a pending step. One host read, none without one."""
     if region.waiting is None or region.index == step:
         return region
     value, ratio = _judged(rule, region, region.waiting)
@@ -27,7 +27,7 @@ def judged(rule: AdaptiveDamping, region: Region, step: int) -> Region:
 
 
 def _judged(rule: AdaptiveDamping, region: Region, trial: QuadraticModel) -> tuple[float, float | None]:
-    """The next ``lambda``, with ``rho``; as they are if the weights have not moved."""
+    """The next ``lambda``, with ``rho``; both unchanged if the weights have not moved."""
     d = trial.displacement()
     loss, derivatives, F = trial.expand([d])
     size = inner(d, d)

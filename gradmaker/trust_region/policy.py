@@ -1,4 +1,4 @@
-"""The trust region of a maker: how far a step is trusted, by the divergence it predicts or by what it has brought."""
+"""The trust region of a maker: bounds on a step by its predicted divergence or by the reduction of the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["TrustRegion", "TrustRegionOptions", "clip_factor"]
 
 
 class TrustRegionOptions(Protocol):
-    """The part of a config that a trust region reads."""
+    """The options of a config that a trust region reads."""
 
     @property
     def damping(self) -> float | None: ...
@@ -41,28 +41,28 @@ class TrustRegionOptions(Protocol):
 
 
 class TrustRegion:
-    """Adaptive damping, KL clip and rescaling, of a maker whose config has these options; what it knows is a `Region`."""
+    """Adaptive damping, KL clip and rescaling, for a maker whose config has these options; its state is a `Region`."""
 
     def __init__(self, model: nn.Module, options: TrustRegionOptions) -> None:
         self.model, self.options = model, options
         self.learning_rate: float | None = None
-        """Of the clip; replaces that of the config."""
+        """Learning rate of the clip, in place of the config's."""
         self._names = {p: name for name, p in model.named_parameters()}
-        self._own: list[Block] = []  # not those of the fallback, whose damping is their own
+        self._own: list[Block] = []  # not those of the fallback, which has its own damping
 
     def start(self) -> Region:
-        """What is known before the first step."""
+        """The state before the first step."""
         return Region(float(self.options.damping or 0.0))
 
     def damping(self, region: Region) -> float | None:
-        """``lambda`` as it is now."""
+        """The present ``lambda``."""
         return self.options.damping if self.options.adaptive_damping is None else region.damping
 
     def refuse_loop(self) -> None:
-        """ValueError where the loss has to be repeated, which another loop does not declare."""
+        """ValueError for options that repeat the loss, which an attached loop does not declare."""
         if self.options.adaptive_damping is not None or self._rescales:
             raise ValueError(
-                "attach: adaptive_damping and rescale have to repeat the loss, which is out of sight here: declare it with "
+                "attach: adaptive_damping and rescale have to repeat the loss, which attach() does not see: declare it with "
                 "setup_model_call and setup_loss_call, or leave them out (adaptive_damping=None, rescale='none')"
             )
 
@@ -72,39 +72,39 @@ class TrustRegion:
 
     # ---------------------------------------------------------------- damping that follows the loss
     def serve(self, blocks: Iterable[Block], region: Region) -> None:
-        """Damp the blocks of a plan that has just been made."""
+        """Damp the blocks of a new plan."""
         if self.options.adaptive_damping is not None:
             self._own = [b for b in blocks if b.triple == self.options.triple(b.sites[0])]
             self.damp(region)
 
     def damp(self, region: Region) -> None:
-        """Make the parts of the blocks with the ``lambda`` of now."""
+        """Rebuild the triples of the blocks with the present ``lambda``."""
         if self._own:
             options = self.options.damped(region.damping)
             for block in self._own:
                 block.triple = options.triple(block.sites[0]) or block.triple
 
     def judged(self, region: Region, step: int) -> Region:
-        """At the beginning of a pass: with ``lambda`` by the step that is waiting for it."""
+        """The region at the beginning of a pass, with ``lambda`` adapted by a pending step."""
         rule = self.options.adaptive_damping
         return region if rule is None else judged(rule, region, step)
 
     def tries(self, step: int) -> bool:
-        """Whether a quadratic model of this step will be asked for."""
+        """Whether the end of this step needs its quadratic model."""
         rule = self.options.adaptive_damping
         return ((rule is not None and due(rule, step)) or self._rescales) and step >= self.options.start_step
 
     def check(self, step: int, trial: QuadraticModel | None) -> None:
-        """RuntimeError at the end of a step whose quadratic model is needed and not known."""
+        """RuntimeError at the end of a step that needs its quadratic model and has none."""
         if trial is None and self.tries(step):
             raise RuntimeError(
-                "precondition: adaptive_damping or rescale goes by this step, and its forward passes were not recorded, or not "
+                "precondition: adaptive_damping or rescale needs this step, and its forward passes were not recorded, or not "
                 "all by this maker: declare the calls (setup_model_call, setup_loss_call, forward_and_backward), and save "
                 "between steps"
             )
 
     def ended(self, region: Region, trial: QuadraticModel | None, step: int) -> Region:
-        """At the end of a step that was finite: judge by it, as soon as another begins."""
+        """The region at the end of a finite step, which is pending until another step begins."""
         rule = self.options.adaptive_damping
         if rule is None or trial is None or not due(rule, step):
             return region
@@ -119,9 +119,9 @@ class TrustRegion:
         covered: Collection[nn.Parameter],
         found: dict[nn.Parameter, Tensor],
     ) -> tuple[dict[nn.Parameter, Tensor], Region]:
-        """Preconditioned gradients of another length.
+        """Preconditioned gradients of the length that the clip or the rescaling gives, and the region after this.
 
-        covered: parameters of the plan; found: what their ``.grad`` will be, where it changes
+        covered: parameters of the plan; found: their next ``.grad``, where it changes
         """
         clip, rate = self.options.clip, self.learning_rate or self.options.clip_learning_rate
         if step < self.options.start_step or (clip is None and not self._rescales):
@@ -146,9 +146,9 @@ class TrustRegion:
 
     # ---------------------------------------------------------------- state
     def dump(self, region: Region, step: int) -> dict[str, Any]:
-        """The damping that is adapted, and the last step with a place for every parameter that may have one.
+        """The adapted damping, and the last step, with an entry for every parameter that may have one.
 
-        A batch cannot be saved: a step that is waiting is judged for it, if the weights have moved.
+        A batch cannot be saved: a pending step adapts the saved damping, if the weights have moved.
         """
         found: dict[str, Any] = {}
         if self.options.adaptive_damping is not None:
@@ -161,7 +161,7 @@ class TrustRegion:
         return found
 
     def load(self, saved: Mapping[str, Any]) -> Region:
-        """What `dump` has saved. ValueError for names or shapes that the model does not have."""
+        """The region that `dump` has saved. ValueError for names or shapes that the model does not have."""
         wanted = self.dump(self.start(), 0)
         if missing := [key for key in wanted if key not in saved]:
             raise ValueError(f"load_state_dict: missing {missing}: it was saved without adaptive_damping, or without rescale")
@@ -180,7 +180,7 @@ class TrustRegion:
 
 
 def clip_factor(gradients: list[Tensor], solved: list[Tensor], clip: float, rate: float) -> Tensor:
-    """``nu``, on the device; 1 where the sum is not positive, as momentum can make it.  # ()"""
+    """``nu``, on the device; 1 where the sum is not positive, which momentum can cause.  # ()"""
     wide = [(g.to(torch.promote_types(g.dtype, torch.float32)), v) for g, v in zip(gradients, solved, strict=True)]
     if not wide:
         return torch.ones(())

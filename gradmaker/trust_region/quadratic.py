@@ -26,7 +26,7 @@ Displacement: TypeAlias = Mapping[nn.Parameter, Tensor]
 
 @dataclass(frozen=True)
 class QuadraticModel:
-    """``m(d) = g^T d + d^T F d / 2``, ``F = sum_m J_m^T Lambda_m J_m``, around the weights that a step had.
+    """``m(d) = g^T d + d^T F d / 2``, ``F = sum_m J_m^T Lambda_m J_m``, around the weights of a step.
 
     A direction costs one forward-mode pass over each batch of the step, with the random numbers of the step; no matrix and no
     further gradient is formed. The batches are held, the activations are not.
@@ -34,16 +34,16 @@ class QuadraticModel:
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, section 6.4 and appendix C.
     """
 
-    weights: dict[nn.Parameter, Tensor]  # as they were
-    passes: tuple[tuple[Batch, float], ...] = ()  # with the share of each in the loss of the step
+    weights: dict[nn.Parameter, Tensor]  # of the step
+    passes: tuple[tuple[Batch, float], ...] = ()  # each with its share in the loss of the step
 
     @classmethod
     def at(cls, model: nn.Module) -> QuadraticModel:
-        """Around the weights of now."""
+        """The model around the present weights."""
         return cls({p: p.detach().clone() for p in model.parameters() if p.requires_grad})
 
     def plus(self, batch: Batch, weight: float) -> QuadraticModel:
-        """With one more pass of the step."""
+        """The model with one more pass of the step."""
         return replace(self, passes=(*self.passes, (batch, weight)))
 
     def expand(self, directions: Sequence[Displacement]) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +66,7 @@ class QuadraticModel:
 
     @torch.enable_grad()
     def _jvp(self, batch: Batch, direction: Displacement) -> tuple[Tensor, Tensor, list[Tensor], list[Terms]]:
-        """``L``, ``g^T d``, and ``J d`` of every loss call, with its terms."""
+        """``L``, ``g^T d``, and ``J d`` of every loss call, with its terms. RuntimeError or ValueError without these."""
         try:
             with forward.dual_level(), LossRecorder() as recorder:
                 duals = {p: forward.make_dual(w.detach().requires_grad_(), direction[p]) for p, w in self.weights.items()}
@@ -93,12 +93,12 @@ class QuadraticModel:
 
     @torch.no_grad()
     def loss_now(self) -> Tensor:
-        """The loss of the step at the weights that the model has now.  # ()"""
+        """The loss of the step at the present weights.  # ()"""
         return torch.stack([_number(batch.replay.run()[1]) * weight for batch, weight in self.passes]).sum()
 
     @torch.no_grad()
     def displacement(self) -> dict[nn.Parameter, Tensor]:
-        """How far the weights have moved."""
+        """The displacement of the weights since the step."""
         return {p: p.detach() - w for p, w in self.weights.items()}
 
 

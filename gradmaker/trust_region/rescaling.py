@@ -1,4 +1,4 @@
-"""The length of a step, and how much of the last one goes into it: those that the quadratic model likes best."""
+"""Rescaling of a step: its length, and the share of the last step in it, at the minimum of the quadratic model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradmaker.trust_region.quadratic import Displacement, QuadraticModel, inner
 __all__ = ["minimise", "rescaled"]
 
 PARALLEL = 1e-10
-"""Squared sine of an angle, in the metric of the model, below which two directions count as one."""
+"""Squared sine of an angle, in the metric of the model, below which two directions count as parallel."""
 
 
 def rescaled(model: QuadraticModel, proposed: Displacement, last: Displacement, damping: float) -> dict[nn.Parameter, Tensor]:
@@ -18,7 +18,7 @@ def rescaled(model: QuadraticModel, proposed: Displacement, last: Displacement, 
 
     Reference: Martens & Grosse, ICML 2015, arXiv:1503.05671, sections 6.4 and 7.
 
-    proposed: of the parameters that take part; last: of those that took part then, empty where it has no share
+    proposed: of the preconditioned parameters; last: of those of the last step, empty where it has no share
     """
     before = {p: last[p] for p in proposed if p in last}
     directions = [_whole(model, d) for d in ([proposed, before] if before else [proposed])]
@@ -34,9 +34,9 @@ def _whole(model: QuadraticModel, direction: Displacement) -> dict[nn.Parameter,
 
 
 def minimise(b: Tensor, A: Tensor) -> Tensor:
-    """The ``w`` of the least ``b^T w + w^T A w / 2`` for one or two unknowns, without a host read.  # (k,), (k, k) -> (k,)
+    """The minimiser ``w`` of ``b^T w + w^T A w / 2`` for one or two unknowns, without a host read.  # (k,), (k, k) -> (k,)
 
-    The second direction is left out where it is zero or parallel to the first; a first one without curvature keeps length one.
+    The second direction is dropped where it is zero or parallel to the first; a first one without curvature keeps length one.
     """
     diagonal = A.diagonal()
     usable = torch.isfinite(A).all() & torch.isfinite(b).all() & (diagonal[0] > 0)

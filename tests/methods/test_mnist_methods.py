@@ -156,7 +156,7 @@ def test_attached_is_as_declared_or_refused(method: str) -> None:
     expected, _ = trajectory(method, attached=False)
     assert not all(torch.allclose(p, q) for p, q in zip(expected, start, strict=True))
     if method in SECOND_EVALUATION:
-        with pytest.raises(ValueError, match="differentiate or repeat the loss, which is out of sight here: declare it"):
+        with pytest.raises(ValueError, match=r"differentiate or repeat the loss, which attach\(\) does not see: declare it"):
             trajectory(method, attached=True)
         return
     found, maker = trajectory(method, attached=True)

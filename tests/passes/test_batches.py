@@ -160,7 +160,7 @@ def test_what_is_declared_wrongly_is_refused() -> None:
         maker.forward_and_backward()
     maker.setup_loss_call(case.loss, z, case.t[:2])
     maker.forward_and_backward()
-    with pytest.raises(ValueError, match=r"setup_search_call: .* does not use"):
+    with pytest.raises(ValueError, match=r"setup_search_call: .* has no use for a second batch"):
         maker.setup_search_call(case.model, case.x)
     maker.setup_model_call(case.model, case.x)
     with pytest.raises(ValueError, match="is not computed from the latest"):
@@ -172,7 +172,7 @@ def test_methods_without_products_refuse_it(method: str) -> None:
     case = models.mlp()
     maker: Any = GradientMaker(case.model) if method == "gradient" else from_config(case.model, {"method": method})
     maker.setup_model_call(case.model, case.x)
-    with pytest.raises(ValueError, match="does not use a batch of its own"):
+    with pytest.raises(ValueError, match="has no use for a second batch"):
         maker.setup_curvature_call(case.model, case.x)
 
 

@@ -183,7 +183,7 @@ def test_a_loss_that_cannot_be_checked_is_noted() -> None:
     maker = maker_of(case, loss=twice)
     found = maker.verify()
     assert found.passed and found.complete
-    assert "unchecked" in found.notes["loss"] and "made of another" in str(found)
+    assert "unchecked" in found.notes["loss"] and "computed from another" in str(found)
     assert not maker.summary().unchecked and "unchecked" not in str(maker.summary())
     maker.forward_and_backward()
     assert list(maker.summary().unchecked) == ["loss"] and "unchecked, loss: one output" in str(maker.summary())

@@ -130,7 +130,7 @@ def test_the_summary_says_who_treats_what() -> None:
     with pytest.warns(SelfCheckWarning):
         kfac_step(maker, optimizer, case)
     text = str(maker.summary())
-    assert "has uses that its layer does not show, fallback 'gradient'" in text
+    assert "has uses outside of its layer's calls, fallback 'gradient'" in text
     assert "body.weight, body.bias (measured apart)" in text
     off: Any = KfacGradientMaker(case.model, KfacGradientConfig(self_check="off"))
     kfac_step(off, optimizer, case)

@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_all_in_sight_is_refused(name: str) -> None:
     is_an_error(PLANTED[name], "error")
 
 
-@pytest.mark.filterwarnings("ignore:self-check. what the loss is a function of does not fall:gradmaker.errors.SelfCheckWarning")
+@pytest.mark.filterwarnings("ignore:self-check. the outputs that enter the loss do not fall:gradmaker.errors.SelfCheckWarning")
 @pytest.mark.parametrize("name", PLANTED)
 def test_or_the_whole_of_it_is_measured_and_said(name: str) -> None:
     planted = PLANTED[name]

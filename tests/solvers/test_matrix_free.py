@@ -477,7 +477,7 @@ def test_too_many_products_are_refused() -> None:
 def test_attach_is_refused(method: str) -> None:
     model = nn.Linear(3, 2)
     maker = from_config(model, {"method": method})
-    with pytest.raises(ValueError, match=r"attach: .* has to differentiate or repeat the loss, which is out of sight here"):
+    with pytest.raises(ValueError, match=r"attach: .* has to differentiate or repeat the loss, which attach\(\) does not see"):
         maker.attach(torch.optim.SGD(model.parameters(), 0.1), likelihood="categorical")  # type: ignore[attr-defined]
 
 

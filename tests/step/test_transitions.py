@@ -94,7 +94,7 @@ def test_a_measurement_that_was_overtaken_is_refused() -> None:
     state = between()
     draft = state.draft()
     state.accumulate(0.5, 3, state.draft())
-    with pytest.raises(RuntimeError, match="another micro-batch has come"):
+    with pytest.raises(RuntimeError, match="another micro-batch was added"):
         state.accumulate(0.5, 3, draft)
     assert state.now.part == 1
 
@@ -107,7 +107,7 @@ def test_undo_is_the_copy_and_stays_in_the_step() -> None:
     assert state.now is before and state.now.phase is Phase.BETWEEN
     state.end()
     state.finish(End(), [], lambda: None)
-    with pytest.raises(RuntimeError, match="moment of another step, 0"):
+    with pytest.raises(RuntimeError, match="expected a state of this step, got one of step 0"):
         state.undo(before)
 
 

@@ -170,7 +170,7 @@ def test_other_states_are_refused() -> None:
 def test_attach_cannot_repeat_the_loss(method: str) -> None:
     case = network()
     optimizer = torch.optim.SGD(case.model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"attach: adaptive_damping .* repeat the loss, which is out of sight"):
+    with pytest.raises(ValueError, match=r"attach: adaptive_damping .* repeat the loss, which attach\(\) does not see"):
         maker_of(case, method, damping=0.1).attach(optimizer, "categorical")
 
 
@@ -183,7 +183,7 @@ def test_passes_of_ones_own_cannot_be_judged() -> None:
             passes(maker, case)
         else:
             case.run().backward()
-            with pytest.raises(RuntimeError, match="precondition: adaptive_damping or rescale goes by this step"):
+            with pytest.raises(RuntimeError, match="precondition: adaptive_damping or rescale needs this step"):
                 maker.precondition()
     passes(maker, case)  # the step can be taken all the same
 

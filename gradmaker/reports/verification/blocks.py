@@ -1,6 +1,6 @@
-"""What a block represents and what is solved with it, for a statistic that is made of one piece of evidence.
+"""Checks of a block's representation and of its solve, with a statistic of one piece of evidence.
 
-By matrices that are formed in float64 where a block is small enough, else by products with a few random vectors.
+By float64 matrices where a block is small enough, otherwise by products with a few random vectors.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from gradmaker.solvers.definition import Defined
 __all__ = ["check_block"]
 
 DENSE_LIMIT = 2048
-"""Blocks with more parameters are checked by products."""
+"""Blocks with more parameters are checked by products with vectors."""
 ENTRIES = 1 << 25
-"""Entries of float64 tensors that are formed at once: of a longer stack a few members are checked."""
+"""Entries of float64 tensors formed at once: of a longer stack only some members are checked."""
 PROBES = 3
-"""Members of a stack, or vectors of a single one, that products are compared for."""
+"""Members of a stack, or vectors of a single block, for which products are compared."""
 
 
 def check_block(block: Block, found: Measured) -> list[Check]:
-    """One check for each of its sites; its statistics stay."""
+    """One check for each site of a block, whose statistics do not change."""
     own = copy.copy(block)
     own.held = block.writable(block.empty())
     scratch = Scratch(own, found)
@@ -70,7 +70,7 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
             unchecked |= dict.fromkeys(("solve", "approximation"), "the layer was not called in this pass")
             solve = approximation = None
     elif block.triple.curvature.layerwise and site.name not in found.errors:
-        unchecked["gradients"] = "the loss is a function of nothing that could be seen"
+        unchecked["gradients"] = "no tensor was recorded that the loss is a function of"
     dtype = block.options.precision.coarsest(block.frame.dtype)
     how, failure = " ".join(sorted(scratch.how)), found.failures.get(site.name)
     error = found.errors.get(site.name) if block.triple.curvature.layerwise else None
@@ -81,11 +81,11 @@ def _check(scratch: Scratch, site: Site, solve: float | None, approximation: flo
 
 # ------------------------------------------------------------------ the solve
 def _solve_error(scratch: Scratch) -> float | None:
-    """``P g`` as it is solved, against its definition."""
+    """Relative error of ``P g`` as solved, against its definition."""
     block, solver, representation = scratch.block, scratch.triple.solver, scratch.triple.representation
     g = scratch.draw(block.frame.stack, *block.frame.shape)
     defined = solver if isinstance(solver, Defined) else None
-    if defined and not defined.linear and kinds(Gradient) <= representation.takes:  # P is that of the very gradient
+    if defined and not defined.linear and kinds(Gradient) <= representation.takes:  # P is computed from this gradient
         representation.update(block.state, Gradient(g), ONCE)
     found = _solved(scratch, g)
     members = _members(scratch)
@@ -107,7 +107,7 @@ def _solve_error(scratch: Scratch) -> float | None:
 
 
 def _solved(scratch: Scratch, g: Tensor) -> Tensor:
-    """``P g``.  # (B, *shape)"""
+    """``P g`` by the solver.  # (B, *shape)"""
     block, representation = scratch.block, scratch.triple.representation
     if not isinstance(representation, PerStep):
         block.held, _ = block.prepare(block.held, {s.name for s in block.sites if s.name in scratch.evidence})
@@ -123,7 +123,7 @@ def _solved(scratch: Scratch, g: Tensor) -> Tensor:
 
 
 def _members(scratch: Scratch) -> Tensor | None:
-    """Members of the stack that are checked, all that have a statistic if memory allows it; None: the whole stack."""
+    """Members of the stack to check: all with a statistic, if memory allows; None: the whole stack."""
     block = scratch.block
     if block.full or isinstance(block.triple.representation, Unstacked):
         return None
@@ -131,19 +131,19 @@ def _members(scratch: Scratch) -> Tensor | None:
     known = [b for slot in slots for b in range(slot.start, slot.stop)]
     held = sum(v[0].numel() for v in block.state.values())
     each = max(held, scratch.size**2 if scratch.size <= DENSE_LIMIT else scratch.size)
-    return torch.tensor(_spread(known, max(PROBES, ENTRIES // max(1, each))), device=block.frame.device)
+    return torch.tensor(_evenly_spaced(known, max(PROBES, ENTRIES // max(1, each))), device=block.frame.device)
 
 
-def _spread(known: list[int], most: int) -> list[int]:
-    """So many of them at most, the first and the last among them."""
+def _evenly_spaced(known: list[int], most: int) -> list[int]:
+    """At most so many members, evenly spaced, with the first and the last."""
     if len(known) <= most:
         return known
     return [known[j * (len(known) - 1) // (most - 1)] for j in range(most)]
 
 
 def _doubled(representation: Representation, state: State, members: Tensor | None) -> State:
-    """A statistic in float64, of some members."""
-    if isinstance(representation, PerStep):  # a product goes by the dtype of its vector
+    """The statistic of some members, in float64."""
+    if isinstance(representation, PerStep):  # a product has the dtype of its vector
         return state
     picked = state if members is None else {k: v[members] for k, v in state.items()}
     return {k: v.double() if v.is_floating_point() else v for k, v in picked.items()}
@@ -151,11 +151,11 @@ def _doubled(representation: Representation, state: State, members: Tensor | Non
 
 # ------------------------------------------------------------------ the representation
 def _approximation(scratch: Scratch) -> float | None:
-    """``|C_represented - C| / |C|``, in the Frobenius norm, or that of products with random vectors."""
+    """``|C_represented - C| / |C|``, in the Frobenius norm, or of products with random vectors."""
     block, representation = scratch.block, scratch.triple.representation
     if (
         isinstance(representation, PerStep) or kinds((Pair, "output_secant")) <= scratch.triple.curvature.gives
-    ):  # it is the measurement itself; no matrix
+    ):  # the statistic is the evidence itself, no matrix
         return None
     pieces = list(block.layout.evidence(scratch.evidence))
     if all(not isinstance(e, (Pair, Product)) for e in [piece.evidence for piece in pieces]) and _small(scratch, pieces):
@@ -170,7 +170,7 @@ def _approximation(scratch: Scratch) -> float | None:
 
 
 def _small(scratch: Scratch, pieces: list[Piece]) -> bool:
-    """Whether the rows and the matrices can be formed."""
+    """Whether the rows and the matrices fit into memory."""
     evidence = [piece.evidence for piece in pieces]
     counts = [e.count if isinstance(e, Outer) else e.parts[0].count if isinstance(e, Joint) else 1 for e in evidence]
     stack = scratch.block.frame.stack
@@ -201,7 +201,7 @@ def _probe_error(scratch: Scratch, pieces: list[Piece]) -> float:
 
 
 def _products(scratch: Scratch, piece: Piece) -> Iterator[tuple[int | slice, Tensor, Tensor]]:
-    """For a few vectors: the member that they belong to, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
+    """For a few vectors: their member of the stack, and ``C v`` as represented and as measured.  # , (b, *shape) twice"""
     block, representation, evidence, (slot,) = scratch.block, scratch.triple.representation, piece.evidence, piece.slots
     whole = block.full or isinstance(representation, Unstacked)
     rows = None if whole else torch.arange(slot.start, slot.stop, device=block.frame.device)
@@ -213,7 +213,7 @@ def _products(scratch: Scratch, piece: Piece) -> Iterator[tuple[int | slice, Ten
         return
     own = _as_double(evidence)
     sites = [s for s in block.sites if s.name in piece.names] if not block.full else block.sites
-    members = _spread(list(range(count)), PROBES)
+    members = _evenly_spaced(list(range(count)), PROBES)
     for member in (members * PROBES)[:PROBES]:
         v = torch.zeros(count, *block.frame.shape, dtype=torch.float64, device=block.frame.device)
         v[member] = scratch.draw(*block.frame.shape, dtype=torch.float64)
@@ -230,7 +230,7 @@ def _as_double(evidence: Evidence) -> Evidence:
 
 
 def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
-    """``C v`` by the evidence's own products.  # (b, *shape)"""
+    """``C v`` by the products of the evidence.  # (b, *shape)"""
     if isinstance(evidence, Outer) and evidence.kind == "inputs":
         return _input_product(evidence, v)
     if isinstance(evidence, Outer):
@@ -249,7 +249,7 @@ def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
 
 
 def _input_product(evidence: Outer, v: Tensor) -> Tensor:
-    """``v A``, ``A`` the mean of ``a a^T``.  # (G, o, i)"""
+    """``v A``, with ``A`` the mean of ``a a^T``.  # (G, o, i)"""
     a = evidence.inputs if isinstance(evidence.inputs, Tensor) else evidence.inputs.dense(v.dtype)
     a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if evidence.bias else a
     share = a.new_ones(a.shape[1:3]) if evidence.weights is None else evidence.weights.to(a.dtype)

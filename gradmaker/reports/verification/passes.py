@@ -1,4 +1,4 @@
-"""One recorded pass of the declared batch: self-checks, evidence, and gradients of single examples by autograd."""
+"""One recorded pass of the declared batch: self-checks, evidence, and per-example gradients by autograd."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from gradmaker.step.protocol import CheckedMaker
 
 __all__ = ["Measured", "measure", "relative"]
 
-DIRECTLY = "by derivatives of its own, whatever call it is used in"
+DIRECTLY = "by derivatives of the parameter itself, in all of its uses"
 APART = "apart, with a pass for each example: they depend on each other in this layer, or have no axis of their own"
-RULE = "its outputs keep the examples apart, and what the rule for this kind of layer makes of them does not"
+RULE = "its outputs keep the examples apart, but the rows that the rule for this type of layer makes of them do not"
 HALVES = {torch.float16, torch.bfloat16}
-UNSEEN = "its layer does not show all of its uses"
+UNSEEN = "it has uses outside of the calls of its layer"
 ROWS = 4
-"""Gradients at random cotangents: what a product is made of where a curvature has no rows."""
+"""Gradients at random cotangents: the matrix of products of a curvature that has no rows."""
 
 
 @dataclass
 class Measured:
-    """Of one pass."""
+    """The measurements of one pass."""
 
     evidence: dict[str, Outer] = field(default_factory=dict)  # by site, for one random cotangent an example
-    errors: dict[str, float] = field(default_factory=dict)  # of its rows
+    errors: dict[str, float] = field(default_factory=dict)  # relative errors of its rows
     half: bool = False  # whether a layer ran in half precision
-    rounding: float = 0.0  # the largest unit roundoff that a layer's rule names, whatever the dtype of the model
+    rounding: float = 0.0  # the largest unit roundoff that a layer rule declares, whatever the dtype of the model
     silent: set[str] = field(default_factory=set)  # sites that were not called
     gradients: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)  # of the loss
     rows: list[dict[nn.Parameter, Tensor | None]] = field(default_factory=list)  # at random cotangents
@@ -55,13 +55,13 @@ class Measured:
 
 
 def relative(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """``|found - expected| / |expected|``.  least: what the size is at least"""
+    """``|found - expected| / |expected|``.  least: lower bound of the denominator"""
     difference, size = (found.double() - expected.double()).norm(), max(float(expected.double().norm()), least)
     return float(difference) / size if size > 0 else float(difference)
 
 
 def measure(maker: CheckedMaker) -> Measured:
-    """Repeat the declared forward pass, recorded, and measure it."""
+    """Record the declared forward pass again, and measure it."""
     tape = maker.new_tape(everything=True)
     with tape.recording():
         with LossRecorder() as recorder:
@@ -74,7 +74,7 @@ def measure(maker: CheckedMaker) -> Measured:
 
 
 class _Pass:
-    """A pass that was recorded."""
+    """A recorded pass."""
 
     def __init__(self, maker: CheckedMaker, tape: Tape, head: Head, bare: Head, loss: Tensor) -> None:
         self.maker, self.tape, self.head, self.bare, self.loss = maker, tape, head, bare, loss
@@ -109,7 +109,7 @@ class _Pass:
 
     # ---------------------------------------------------------------- self-checks
     def _check(self) -> None:
-        """Make them on a copy of what the maker knows, and measure as the maker would."""
+        """Run the self-checks on a copy of the maker's findings, and arrange the pass as the maker would."""
         own, mode = self.maker.arrangement, self.maker.config.self_check
         scratch = SelfChecks(self.maker.model, "fallback", self.maker.config.seed)
         scratch.arrangement = self.tape.arrangement = replace(
@@ -127,7 +127,7 @@ class _Pass:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SelfCheckWarning)
                 unseen |= scratch.run(self.tape, self.sites, self.head, None, explained=False, costly=False)
-        scratch.arrangement.direct -= unseen - own.direct  # they are measured through their layers still
+        scratch.arrangement.direct -= unseen - own.direct  # these are still measured through their layers
         self.found.notes = dict(scratch.arrangement.notes)
         self._judge(unseen, mode != "fallback")
         if mode == "off":
@@ -137,7 +137,7 @@ class _Pass:
         self._check_loss()
 
     def _judge(self, unseen: set[str], strict: bool) -> None:
-        """Which sites have failed; what is measured in another way is only noted, unless ``strict``.  unseen: parameters"""
+        """Collect the sites that failed; another way of measuring is a failure only if ``strict``.  unseen: parameters"""
         new = self.tape.arrangement.direct - self.maker.arrangement.direct
         for block in self.maker.plan.blocks:
             for site in block.sites:
@@ -181,13 +181,13 @@ class _Pass:
             output_gradients = self.tape.vjp([self.loss], [torch.ones_like(self.loss).unsqueeze(0)])
             self._explain_loss(output_gradients)
         except SelfCheckError as error:
-            if mode == "off":  # it was accepted
+            if mode == "off":  # the user has accepted it
                 self.found.notes["loss"] = str(error)
                 return
             self.found.failures |= {s.name: f"loss: {error}" for c in curvatures for s in self.maker.plan.sites(c)}
 
     def _explain_loss(self, output_gradients: OutputGradients) -> None:
-        """SelfCheckError where the maker would not measure all of the loss, or would have to do so by autograd."""
+        """SelfCheckError if the maker would not measure the whole loss, or only by autograd."""
         config, notes = self.maker.config, self.found.notes
         if config.self_check != "fallback":
             check_gradient(
@@ -228,7 +228,7 @@ class _Pass:
             self._compare(sites, truth, j)
 
     def _chosen(self, n: int) -> list[int]:
-        """The first, the middle, the last, and two more."""
+        """Indices of the first, the middle, the last, and two more examples."""
         return sorted({0, n // 2, n - 1, *torch.randint(n, (2,), generator=self.generator).tolist()})
 
     def _compare(self, sites: Sequence[Site], truth: Mapping[nn.Parameter, Tensor | None], j: int) -> None:
@@ -251,7 +251,7 @@ def _scales(first: Tensor, second: Tensor, c: Tensor, dtype: torch.dtype) -> boo
 
 
 def _row(outer: Outer, j: int) -> Outer:
-    """One of the rows."""
+    """One row of the evidence."""
     k, e = divmod(j, outer.gradients.shape[2])
     one = slice(e, e + 1)
     inputs = outer.inputs
@@ -261,7 +261,7 @@ def _row(outer: Outer, j: int) -> Outer:
 
 
 def _size(row: Outer) -> float:
-    """Root of the sum of the squared products of all positions, which may cancel."""
+    """Root of the sum over positions of ``|a|^2 |g|^2``: the size without cancellation between positions."""
     squares = row.gradients[0].double().square().sum(-1)  # (G, 1, r)
     if isinstance(row.inputs, OneHot):
         return float(squares.sum().sqrt())

@@ -1,4 +1,4 @@
-"""A copy of a block, with a statistic of its own made of one piece of evidence."""
+"""A scratch copy of a block, with a statistic of one piece of evidence."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gradmaker.representations.roles import PerStep
 __all__ = ["ONCE", "Scratch", "fill"]
 
 ONCE = Fold(1.0, 1.0, 1.0)
-"""How the evidence enters an empty statistic. A decay of zero is refused by some."""
+"""How the evidence enters an empty statistic. Some representations refuse a decay of zero."""
 
 
 PAIRS: tuple[PairKind, ...] = ("probe", "secant", "noise_and_gradient")
-"""Kinds of pairs of whole blocks."""
+"""Kinds of pairs that are of whole blocks."""
 
 
 @dataclass
 class Scratch:
-    """A copy of a block with a statistic of its own, and what has been found."""
+    """A copy of a block with its own statistic, and the findings on it."""
 
     block: Block
     found: Measured
@@ -42,13 +42,13 @@ class Scratch:
         self.size = prod(self.block.frame.shape)
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers."""
+        """Standard normal numbers."""
         frame = self.block.frame
         return torch.randn(*shape, dtype=dtype or frame.dtype, device=frame.device, generator=self.generator)
 
 
 def fill(scratch: Scratch) -> None:
-    """Fold evidence into the statistic."""
+    """Fold evidence into the empty statistic."""
     block, gives = scratch.block, scratch.triple.curvature.gives
     evidence = {s.name: e for s in block.sites if (e := _evidence(scratch, s)) is not None}
     if isinstance(block.triple.representation, PerStep) and evidence:
@@ -56,13 +56,13 @@ def fill(scratch: Scratch) -> None:
     scratch.evidence = evidence
     if evidence:
         block.update(block.held, evidence, ONCE, set())
-    if kinds((Pair, "output_secant")) <= gives and evidence:  # a secant of outputs comes after the inputs
+    if kinds((Pair, "output_secant")) <= gives and evidence:  # a secant of outputs is folded after the inputs
         v = {s.name: scratch.draw(*s.shape[:2]) for s in block.sites if s.name in evidence}
         block.update(block.held, {k: Pair(x, 2 * x, "output_secant") for k, x in v.items()}, ONCE, set())
 
 
 def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
-    """Of a site; None if the pass does not reach it."""
+    """Evidence of a site; None if the pass does not reach it."""
     gives, takes = scratch.triple.curvature.gives, scratch.triple.representation.takes
     kind = next((k for k in PAIRS if kinds((Pair, k)) <= gives), None)
     if kind is not None:
@@ -77,7 +77,7 @@ def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
 
 
 def _of_kind(scratch: Scratch, outer: Outer) -> Evidence:
-    """As the curvature gives it, with a mean diagonal of one: what the damping adds is neither lost in rounding nor all."""
+    """Evidence of the curvature's kind, with a mean diagonal of one: damping is then neither rounded away nor dominant."""
     gives = scratch.triple.curvature.gives
     if kinds((Outer, "inputs")) <= gives:
         return outer.inputs_alone()
@@ -90,14 +90,14 @@ def _of_kind(scratch: Scratch, outer: Outer) -> Evidence:
 
 
 def _gradient(scratch: Scratch, site: Site) -> Tensor:
-    """That of the loss, with a mean square of one; random where there is none.  # (G, *shape)"""
+    """The gradient of the loss, with a mean square of one; random where there is none.  # (G, *shape)"""
     g = site.lay_out(scratch.found.gradients).to(scratch.block.frame.dtype)
     mean = g.square().mean()
     return g / mean.sqrt() if bool(torch.isfinite(1 / mean)) else scratch.draw(*g.shape)
 
 
 def _rows(scratch: Scratch, sites: list[Site]) -> Tensor:
-    """A few gradients at random cotangents, as rows of length one.  # (k, P)"""
+    """A few gradients at random cotangents, as unit rows.  # (k, P)"""
     found = [torch.cat([s.lay_out(row).reshape(-1) for s in sites]) for row in scratch.found.rows]
     J = torch.stack(found).to(scratch.block.frame.dtype)
     return J / torch.where(J.any(1), J.norm(dim=1), 1.0).unsqueeze(1)
@@ -105,7 +105,7 @@ def _rows(scratch: Scratch, sites: list[Site]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """``v -> J^T J v``."""
+    """The product ``v -> J^T J v``."""
 
     J: Tensor  # (k, P)
 
@@ -115,7 +115,7 @@ class _Rows:
 
 
 def _whole(scratch: Scratch) -> Evidence:
-    """Of all sites as one vector, for what lasts one step only."""
+    """Evidence of all sites as one vector, for representations that last one step."""
     block = scratch.block
     if kinds(Product) <= block.triple.representation.takes:
         return Product(_Rows(_rows(scratch, block.sites)))

@@ -1,4 +1,4 @@
-"""`maker.verify()`: nothing of the model or the maker changes."""
+"""`maker.verify()`: the checks of all blocks; the model and the maker do not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ __all__ = ["verify"]
 
 
 def verify(maker: CheckedMaker) -> Verification:
-    """Repeat the declared forward pass and check every block; weights, gradients, buffers, RNG and statistics stay."""
+    """Check every block on the declared batch; weights, gradients, buffers, RNG and statistics stay.
+
+    RuntimeError if no batch is declared.
+    """
     if not maker.declared:
         raise RuntimeError("verify: declare a batch first, by setup_model_call and setup_loss_call")
     frozen = [name for name, module in maker.model.named_modules() if mixes(module)]
@@ -33,13 +36,13 @@ def verify(maker: CheckedMaker) -> Verification:
 
 
 def _left(model: nn.Module, name: str, failure: str) -> Check:
-    """Of a parameter that the method had to leave to the plain gradient."""
+    """A failed check of a parameter that the method had to leave to the plain gradient."""
     return Check(name, real_dtype(model.get_parameter(name)), None, None, None, failure=failure)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers and the global random state are put back."""
+    """Restore buffers and the global random state at the end."""
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
