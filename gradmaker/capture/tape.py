@@ -120,7 +120,7 @@ class Tape:
             self._record(parts[part], (x,), {}, y)
 
     def _remove_output_hooks(self) -> None:
-        """Break a cycle that no garbage collector sees: a hook holds its call, the call the graph, the graph the hook."""
+        """Break a cycle outside of garbage collection: a hook holds its call, the call the graph, the graph the hook."""
         while self._output_hooks:
             self._output_hooks.pop().remove()
 

@@ -12,7 +12,7 @@ __all__ = ["check_choice", "check_count", "check_interval", "check_kind"]
 def check_interval(name: str, value: object, low: float, high: float, *, closed: bool = False, hint: str = "") -> None:
     """ValueError unless a number with ``low < value < high``, or ``low <= value < high`` where it is ``closed``.
 
-    hint: what is legal beside these numbers, with its comma, as in ``', or None'``
+    hint: further legal values, with a comma, as in ``', or None'``
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (low <= value if closed else low < value) or not value < high:  # type: ignore[operator]

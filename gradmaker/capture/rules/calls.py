@@ -137,7 +137,7 @@ class LayerRule(ABC):
     weight_name: ClassVar[str] = "weight"
     transposed: ClassVar[bool] = False  # the weight is stored as (i, o), and so is the block
     inputs_first: ClassVar[bool] = False  # the weight is stored as (i, o), and the block is (o, i) all the same
-    rounding: ClassVar[float] = 0.0  # unit roundoff of what a layer computes in, whatever the dtype of its parameters
+    rounding: ClassVar[float] = 0.0  # unit roundoff of the layer's arithmetic, if coarser than that of its parameters
     bias_rule: ClassVar[LayerRule | None] = None  # for a bias that is not one more input column: its block is separate
 
     def knows(self, module: nn.Module) -> bool:
