@@ -1,11 +1,11 @@
-"""Errors and warnings of gradmaker that are no builtins."""
+"""Exception classes of gradmaker: an error and a warning of the self-checks."""
 
 __all__ = ["SelfCheckError", "SelfCheckWarning"]
 
 
 class SelfCheckWarning(UserWarning):
-    """A layer is measured in a slower way, since the fast one would have been wrong; said once."""
+    """A layer is measured in a slower way, as the fast one would be wrong. Given once."""
 
 
 class SelfCheckError(ValueError):
-    """What a method would measure is not what the model or the loss does."""
+    """The measurement of a method would not agree with the model or the loss."""

@@ -1,4 +1,4 @@
-"""What hides weights from derivatives, in silence: reentrant checkpoints and scripted code."""
+"""Checks for reentrant checkpoints and scripted code, which silently make derivatives in weights zero."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ __all__ = ["nodes", "reenters", "refuse_reentrant", "refuse_scripted"]
 
 
 def nodes(values: Iterable[Tensor]) -> Iterator[Any]:
-    """The nodes of the graph behind some tensors, each once."""
-    waiting = [v.grad_fn for v in values if v.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
+    """Yields the nodes of the autograd graph of some tensors, each once."""
+    stack = [v.grad_fn for v in values if v.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
         yield node
         following = {f for f, _ in node.next_functions if f is not None} - seen
         seen |= following
-        waiting.extend(following)
+        stack.extend(following)
 
 
 def reenters(value: Tensor) -> bool:
-    """Whether a part of a computation lies in a checkpoint with ``use_reentrant=True``.
+    """Whether the computation of a tensor contains a checkpoint with ``use_reentrant=True``.
 
-    To the graph it is one node, of the inputs alone: `torch.autograd.grad` finds no way to the weights inside, takes them for
-    constants, and says nothing as long as others are reached.
+    In the graph the checkpoint is one node that depends on its inputs alone: `torch.autograd.grad` treats the weights inside
+    as constants, without an error as long as other weights are reached.
     """
     return any(node.name().startswith("CheckpointFunction") for node in nodes([value]))
 
 
 def refuse_reentrant(value: Tensor) -> None:
-    """RuntimeError for such a computation, where more than a backward pass is needed."""
+    """RuntimeError for such a computation, where derivatives other than those of a backward pass are needed."""
     if reenters(value):
         raise RuntimeError(
             "the forward pass has a checkpoint with use_reentrant=True, which allows nothing but a whole backward pass, and "
@@ -42,10 +42,13 @@ def refuse_reentrant(value: Tensor) -> None:
 
 
 def refuse_scripted(model: nn.Module, what: str) -> None:
-    """RuntimeError where derivatives have to go forwards: torch takes those of scripted code for zero."""
+    """RuntimeError for scripted code where forward-mode derivatives are needed: torch returns zeros there.
+
+    what: the derivatives, as the error names them
+    """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise RuntimeError(
-                f"{what} by forward mode goes through {name or 'the model'} ({type(module).__name__}), whose derivatives torch "
-                "takes for zero there: use the module that it was made from, or mode='reverse' or 'difference'"
+                f"{what} by forward mode goes through {name or 'the model'} ({type(module).__name__}), for which torch returns "
+                "zeros: use the module that it was made from, or mode='reverse' or 'difference'"
             )

@@ -1,4 +1,4 @@
-"""The tensors of nested arguments and results."""
+"""Iteration over the tensors in nested arguments and outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["tensors"]
 
 
 def tensors(*trees: Any) -> Iterator[Tensor]:
-    """Every tensor, in order; a packed sequence is opened, which torch 2.6 takes for one value."""
+    """Yields every tensor, in order, also those inside of packed sequences, which are leaves in torch 2.6."""
     for leaf in tree_leaves(trees):
         if isinstance(leaf, PackedSequence):
             yield from (v for v in leaf if isinstance(v, Tensor))

@@ -1,4 +1,4 @@
-"""The arrangement of a model: what its passes have proven of where examples and uses of parameters are."""
+"""Arrangement of a model: where examples and uses of parameters are, as self-checks of its passes have verified it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gradmaker.capture.rules.calls import Call, Layout, Order
 __all__ = ["APART", "Arrangement", "Key", "Structure", "key_of", "pattern"]
 
 Key: TypeAlias = tuple[nn.Module, bool, tuple[str, ...]]
-"""A module, whether it trains, and the `pattern` of what went in and came out."""
+"""A module, its training mode, and the `pattern` of its input and output shapes."""
 Structure: TypeAlias = frozenset[object]
-"""What passes of one kind have in common: the keys of their calls, and the patterns of what the loss is a function of."""
+"""Key of a kind of pass: the keys of its calls, and the patterns of the outputs that the loss is a function of."""
 
 APART = Layout(1, "first")
-"""Of a call in which no example has a place of its own: all of it is one."""
+"""Layout of a call without an axis of examples: the whole batch counts as one example."""
 
 
 def pattern(shapes: Sequence[torch.Size], n: int) -> tuple[str, ...]:
-    """Ranks and coincidences with the number of examples: all of a shape that may decide where examples are."""
+    """Ranks of shapes, and which sizes are 1, ``n`` or a multiple of ``n``: all that can determine the axis of examples."""
     return tuple("".join(_mark(size, n, axis) for axis, size in enumerate(shape)) for shape in shapes)
 
 
@@ -35,7 +35,7 @@ def _mark(size: int, n: int, axis: int) -> str:
 
 
 def key_of(call: Call, n: int) -> Key:
-    """What an order is proven for; made once for a call."""
+    """The `Key` under which the order of a call is stored; computed once for each call."""
     if call.key is None:
         call.key = (call.module, call.training, pattern([*call.tensor_shapes, *call.shapes], max(n, 1)))
     return call.key
@@ -43,25 +43,25 @@ def key_of(call: Call, n: int) -> Key:
 
 @dataclass
 class Arrangement:
-    """Verdicts of the self-checks. Empty: orders are read off sizes, and every parameter is seen through its layer."""
+    """Results of the self-checks. If empty, orders are inferred from sizes, and every parameter is measured by its layer."""
 
-    orders: dict[Key, Order | None] = field(default_factory=dict)  # None: no order fits, the call is measured apart
-    direct: set[str] = field(default_factory=set)  # parameters that are measured by their own derivatives, without any call
-    joint: set[Structure] = field(default_factory=set)  # where no call keeps examples apart: the batch is one example
-    last: set[Structure] = field(default_factory=set)  # where in the rows of the outputs examples run fastest
-    ungrouped: set[Structure] = field(default_factory=set)  # where rows of examples are not where they seem to be
-    checked: dict[Structure, int] = field(default_factory=dict)  # how often; see `SelfChecks`
-    whole: dict[Structure, str] = field(default_factory=dict)  # where all of the loss is differentiated twice: at which outputs
-    notes: dict[str, str] = field(default_factory=dict)  # by parameter or site: what was found
+    orders: dict[Key, Order | None] = field(default_factory=dict)  # None: no order fits, every example gets its own vjp
+    direct: set[str] = field(default_factory=set)  # parameters that are measured by their own derivatives, not by a layer call
+    joint: set[Structure] = field(default_factory=set)  # without an axis of examples in any call: the batch is one example
+    last: set[Structure] = field(default_factory=set)  # with the example as the fastest index of the output rows
+    ungrouped: set[Structure] = field(default_factory=set)  # with output rows that could not be assigned to examples
+    checked: dict[Structure, int] = field(default_factory=dict)  # number of checks; see `SelfChecks`
+    whole: dict[Structure, str] = field(default_factory=dict)  # outputs in which the whole loss is differentiated twice
+    notes: dict[str, str] = field(default_factory=dict)  # findings, by parameter or site
 
     @property
     def plain(self) -> bool:
-        """Whether one backward pass shows all that is known to be needed."""
+        """Whether one backward pass gives all gradients that are known to be needed."""
         return not (self.direct or self.joint or None in self.orders.values())
 
     @contextmanager
     def supposing(self, orders: Mapping[Key, Order | None]) -> Iterator[None]:
-        """Inside, these orders hold as well."""
+        """Context in which these orders hold as well."""
         known = self.orders
         self.orders = {**known, **orders}
         try:
@@ -70,7 +70,7 @@ class Arrangement:
             self.orders = known
 
     def layout(self, call: Call, n: int) -> Layout:
-        """Where the examples of a call are."""
+        """The position of the examples in the tensors of a call."""
         if not self.orders:
             return Layout(n)
         order = self.orders.get(key_of(call, n), "first")

@@ -1,4 +1,4 @@
-"""Batch norms in training mode: their mean and variance as constants, so that the gradients of examples do not mix."""
+"""Batch norm in training mode with mean and variance as constants, so that the gradients of examples do not mix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mixes(module: nn.Module) -> bool:
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance that a batch norm takes of its input, at least in float32.  # (n, c, ...) -> (c,), (c,)"""
+    """Mean and variance of each channel, as batch norm computes them, at least in float32.  # (n, c, ...) -> (c,), (c,)"""
     rows = x.detach().movedim(1, -1).flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
     return rows.mean(0), rows.var(0, correction=0)
 
@@ -27,22 +27,22 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class FrozenNorms:
     """Gradients through batch norms with statistics held fixed: ``dx = dy * weight / sqrt(variance + eps)``.
 
-    Hooks on the nodes of the graph exchange what a batch norm passes on, while `held` is entered; otherwise they do nothing.
+    Hooks on the autograd nodes of batch norms replace the input gradient inside of `held`; elsewhere they do nothing.
     """
 
     def __init__(self) -> None:
         self._held = False
-        self.seen = False  # whether any was called
+        self.seen = False  # whether any batch norm was called
 
     def watch(self, root: nn.Module, stack: ExitStack) -> None:
-        """Follow all batch norms that mix until the stack is closed."""
+        """Hook all batch norms that use batch statistics, until the stack is closed."""
         for module in root.modules():
             if mixes(module):
                 stack.callback(module.register_forward_hook(self._called).remove)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, statistics are constants."""
+        """Context in which batch statistics are constants."""
         before, self._held = self._held, True
         try:
             yield

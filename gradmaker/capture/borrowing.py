@@ -1,4 +1,4 @@
-"""Calls of the model that the library makes for itself, which are no passes of anybody's loop."""
+"""Marks the model calls and differentiations that the library makes for itself: hooks do not take them for the loop's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 __all__ = ["borrowed", "borrowing", "foreign", "is_pass"]
 
 _inside: ContextVar[bool] = ContextVar("borrowing", default=False)
-_open = 0  # contexts of all threads
+_open = 0  # number of open contexts, of all threads
 
 
 @contextmanager
 def borrowing() -> Iterator[None]:
-    """Around every call and every differentiation that a maker makes to measure, to repeat or to verify."""
+    """Context for every model call and every differentiation that a maker makes to measure, to repeat or to verify."""
     global _open
     token, _open = _inside.set(True), _open + 1
     try:
@@ -28,14 +28,14 @@ def borrowing() -> Iterator[None]:
 
 
 def borrowed() -> bool:
-    """Whether what runs now is borrowed. Autograd runs the hooks of an accelerator in a thread of its own."""
+    """Whether the running code is inside of `borrowing`. Autograd runs the hooks of an accelerator in a thread of its own."""
     return _inside.get() or (_open > 0 and _differentiating())
 
 
 def is_pass() -> bool:
-    """Whether a call of a model may be a forward pass that its loop will differentiate.
+    """Whether a call of a model may be a forward pass that the training loop will differentiate.
 
-    Repetitions inside of a backward pass, by checkpoints, are none, nor are calls under transforms or while they are traced.
+    Not so: recomputations by checkpoints during a backward pass, calls under functorch transforms, and tracing.
     """
     if not torch.is_grad_enabled() or _inside.get() or _differentiating():
         return False
@@ -43,7 +43,7 @@ def is_pass() -> bool:
 
 
 def foreign(gradient: Tensor) -> bool:
-    """Whether a gradient that a hook is given is none of a loop's backward pass: borrowed, or of several cotangents at once."""
+    """Whether the gradient in a hook is not that of the loop's backward pass: of `borrowing`, or of batched cotangents."""
     kinds = torch._C._functorch
     return borrowed() or kinds.is_legacy_batchedtensor(gradient) or kinds.is_batchedtensor(gradient)
 

@@ -1,4 +1,4 @@
-"""Other tensors in the place of a module's own, for calls that leave no trace on it."""
+"""Temporary replacement of the tensors of a module, for calls that leave the module unchanged."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from torch.nn.utils import parametrize
 __all__ = ["call_with", "copies", "exchanged"]
 
 BOOKKEEPING = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
-"""What torch itself keeps on modules: hooks and modes, which a call may change for good."""
+"""Attributes that torch itself keeps on modules: hooks and modes, which a call may change for good."""
 CONTAINERS = (dict, OrderedDict, list)
-NUMBERS = (int, float, bool)  # counters of calls go on
+NUMBERS = (int, float, bool)  # not restored: they may count calls
 
 
 @contextmanager
 def exchanged(module: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Wherever the modules inside hold one of these tensors, under whatever name, they hold the other one in its place.
+    """Context in which a module and its submodules hold replacements for some tensors, under whatever attribute.
 
-    Afterwards, also after an exception, they hold the very objects that they held before: parameters, buffers, submodules,
-    other attributes but numbers, and what is in their lists and dictionaries. `torch.func.functional_call` goes by names, and
-    a module that has two of them is given back with plain tensors for its parameters.
+    Afterwards, also after an exception, they hold the same objects as before: parameters, buffers, submodules, other
+    attributes except numbers, and the contents of lists and dictionaries. `torch.func.functional_call` replaces by name, and
+    leaves plain tensors for the parameters of a module that has two names.
+
+    tensors: replacement by original
     """
     held = [_Held(m) for m in module.modules()]
-    cache = vars(parametrize).get("_cache")  # of `parametrize.cached`: what it knows belongs to other tensors
+    cache = vars(parametrize).get("_cache")  # of `parametrize.cached`: its entries were computed from the originals
     try:
         vars(parametrize)["_cache"] = {}
         for each in held:
@@ -41,29 +43,29 @@ def exchanged(module: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[N
 
 
 def call_with(module: nn.Module, tensors: Mapping[Tensor, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module returns with other tensors in the place of its own."""
+    """The output of a module that is called with replacements for its tensors."""
     with exchanged(module, tensors):
         return module(*args, **kwargs)
 
 
 def copies(module: nn.Module) -> dict[Tensor, Tensor]:
-    """Buffers for a call to change."""
+    """A copy of each buffer, for a call that may change it."""
     return {b: b.clone() for b in module.buffers()}
 
 
 class _Held:
-    """What one module holds."""
+    """The attributes of one module, to be replaced and restored."""
 
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
         self.attributes = {k: v for k, v in self.own.items() if k not in BOOKKEEPING}
         self.containers = [(v, v.copy()) for v in self.attributes.values() if type(v) in CONTAINERS]
-        scripted = isinstance(module, torch.jit.ScriptModule)  # whose tables are views of what lies outside of Python
+        scripted = isinstance(module, torch.jit.ScriptModule)  # its tables are views of C++ objects
         tables: tuple[Any, ...] = (module._parameters, module._buffers) if scripted else ()
         self.views = [(v, dict(v.items())) for v in tables]
 
     def exchange(self, tensors: Mapping[Tensor, Tensor]) -> None:
-        """Put other tensors in place."""
+        """Put the replacements in place."""
         for container, before in (*self.containers, *self.views):
             if before:
                 for key, value in before.items() if isinstance(before, dict) else enumerate(before):
@@ -76,7 +78,7 @@ class _Held:
                 self.own[key] = tuple(tensors.get(v, v) if isinstance(v, Tensor) else v for v in value)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the original objects."""
         for key in [k for k in self.own if k not in self.attributes and k not in BOOKKEEPING]:
             del self.own[key]
         kept = {k: v for k, v in self.attributes.items() if type(v) not in NUMBERS}

@@ -1,4 +1,4 @@
-"""Hooks that a copy of a model does not take along."""
+"""Module hooks that do nothing in a copy of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["ModuleHook"]
 
 
 class ModuleHook:
-    """Calls a function; a copied or pickled one does nothing, and holds nothing."""
+    """A hook that calls a function; a copied or pickled one does nothing and holds no reference."""
 
     def __init__(self, function: Callable[..., Any] | None = None) -> None:
         self.function = function

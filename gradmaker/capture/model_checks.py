@@ -1,4 +1,4 @@
-"""What no maker can be made for: models and parameters that are refused by name, at construction."""
+"""Checks of models and parameters at construction: those that no maker supports are refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNSCRIPTED = "use the module that it was made from"
 
 
 def check_model(model: nn.Module) -> None:
-    """ValueError for a model that no method takes."""
+    """ValueError for a model that no method supports."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"the model is a {type(model).__name__}, on which torch allows no hooks: {UNSCRIPTED}, or put it inside of an "
@@ -30,9 +30,9 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_parameters(model: nn.Module, ignored: Set[nn.Parameter] = frozenset()) -> None:
-    """ValueError for a trainable parameter, not ignored, that no method can treat.
+    """ValueError for a trainable parameter that no method supports.
 
-    ignored: parameters that keep their plain gradient, whatever they are
+    ignored: parameters that keep their plain gradient and are not checked
     """
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(p, (UninitializedParameter, UninitializedBuffer)) and p not in ignored:
@@ -45,17 +45,17 @@ def check_parameters(model: nn.Module, ignored: Set[nn.Parameter] = frozenset())
             continue
         if _sharded(p):
             raise ValueError(
-                f"{name} is a DTensor, one that fully_shard (FSDP2) or tensor parallelism has spread over processes: sharded "
+                f"{name} is a DTensor, which fully_shard (FSDP2) or tensor parallelism has sharded over processes: sharded "
                 "parameters are not supported; use DistributedDataParallel, or leave it out with ignore="
             )
 
 
 def check_watched(sites: Iterable[Site]) -> None:
-    """ValueError for a site whose module would have to be watched and cannot be."""
+    """ValueError for a site whose curvature is measured at its module's calls, where the module or a parameter forbids it."""
     for site in sites:
         if complex_ := next((k for k, p in site.parameters.items() if p.is_complex()), None):
             raise ValueError(
-                f"{complex_} is complex, and this curvature is that of layers of real numbers: hold it as a real parameter, "
+                f"{complex_} is complex, and this curvature is defined for real layers: hold it as a real parameter, "
                 "view_as_real(w), and read it by view_as_complex in forward, or leave it out with ignore=; methods of the "
                 "gradient alone, as adam or shampoo, take it as its real pairs"
             )
@@ -69,4 +69,4 @@ def check_watched(sites: Iterable[Site]) -> None:
 
 
 def _sharded(p: nn.Parameter) -> bool:
-    return any(kind.__name__ == "DTensor" for kind in type(p).__mro__)  # to import it takes longer than all the rest
+    return any(kind.__name__ == "DTensor" for kind in type(p).__mro__)  # importing DTensor takes longer than all other checks

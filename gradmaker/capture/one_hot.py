@@ -1,4 +1,4 @@
-"""One-hot inputs of lookup tables, which are never formed."""
+"""One-hot inputs of embedding layers, stored as indices."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["OneHot"]
 
 @dataclass(frozen=True)
 class OneHot:
-    """One-hot inputs kept as their indices: an embedding never forms a ``V``-wide tensor."""
+    """One-hot inputs stored as indices: an embedding never forms a ``V``-wide tensor."""
 
     index: Tensor  # (n, r), integer
     size: int  # V
-    padding: int | None = None  # an index that stands for no input at all
+    padding: int | None = None  # index whose one-hot row is zero
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The one-hot rows, formed.  # (1, n, r, V)"""
+        """The one-hot rows as a dense tensor.  # (1, n, r, V)"""
         rows = torch.nn.functional.one_hot(self.index, self.size).to(dtype).unsqueeze(0)
         if self.padding is not None:
             rows[..., self.padding] = 0

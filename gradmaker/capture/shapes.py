@@ -1,4 +1,4 @@
-"""Shapes: how a tensor is cut into the blocks that methods with one factor for each axis see."""
+"""Shape policies: how a tensor is reshaped and cut into the blocks of methods with one Kronecker factor for each axis."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Merge", "ShapePolicy", "Split", "View", "as_split"]
 
 Merge: TypeAlias = Literal["none", "squeeze", "to_2d", "balanced", "greedy"]
 Split: TypeAlias = Literal["layers"] | tuple[tuple[Rule, int], ...]
-"""Tensors that are several maps side by side: as layer types have it, or by rules for names, the first that fits."""
+"""How tensors that hold several linear maps are split: by layer type, or into numbers by name rules, the first that matches."""
 GREEDY_LIMIT = 1024
-"""Product of merged axes where no block size says otherwise."""
+"""Largest product of merged axes where no block size is given."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class View:
     merged: tuple[int, ...]  # shape of a part, axes merged
     chunk: tuple[slice, ...]  # one slice for each merged axis
     transposed: bool = False  # of a matrix: its columns are the rows of the block
-    parts: int = 1  # into which the first axis falls
+    parts: int = 1  # number of equal parts of the first axis
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How many blocks, and of which shape."""
+        """The number of blocks, and the shape of each.  # (parts, d_1, ..., d_m)"""
         sizes = tuple(s.stop - s.start for s in self.chunk)
         return (self.parts, *(sizes[::-1] if self.transposed else sizes))
 
     @property
     def label(self) -> str:
-        """What tells this block from the others of its tensor; empty for a whole tensor."""
+        """Suffix for the name of the block, the slices of its chunk; empty for a whole tensor."""
         whole = all((s.start, s.stop) == (0, d) for s, d in zip(self.chunk, self.merged, strict=True))
         return "" if whole else "[" + ",".join(f"{s.start}:{s.stop}" for s in self.chunk) + "]"
 
@@ -50,36 +50,36 @@ class View:
 
     @cached_property
     def whole(self) -> bool:
-        """Whether the blocks are all of the tensor."""
+        """Whether the blocks cover the tensor."""
         return not self.label
 
     def turned(self, blocks: Tensor) -> Tensor:
-        """The blocks in the order of the tensor's axes."""
+        """The blocks with the axes in the order of the tensor."""
         return blocks.mT if self.transposed else blocks
 
     def write(self, tensor: Tensor, blocks: Tensor) -> None:
-        """Put the blocks back into the storage of the tensor, whatever its strides."""
+        """Write the blocks into the storage of the tensor, whatever its strides."""
         whole = tensor.reshape(self.parts, *self.merged)
         whole[(slice(None), *self.chunk)] = self.turned(blocks)
-        if whole.data_ptr() != tensor.data_ptr():  # axes that do not lie next to each other were copied: channels_last
+        if whole.data_ptr() != tensor.data_ptr():  # the strides allow no view, as of channels_last
             tensor.copy_(whole.reshape(tensor.shape))
 
 
 @dataclass(frozen=True)
 class ShapePolicy:
-    """First the first axis falls into parts, then axes are merged, then each is cut into chunks of ``block_size``.
+    """Blocks of a tensor: the first axis is split into parts, axes are merged, and each is cut into chunks of ``block_size``.
 
     - ``merge="none"`` keeps a tensor as it is: a convolution has order four or five;
     - ``"squeeze"``: size-1 axes dropped;
     - ``"to_2d"``: size-1 axes dropped, then all but the first in one, ``(O, I H W)``;
     - ``"balanced"``: size-1 axes dropped, then two groups of neighbours, as nearly square as can be: ``(h, k, d)`` of attention
       becomes ``(h k, d)`` and ``(d, h, k)`` becomes ``(d, h k)``, and a convolution stays ``(O, I H W)``;
-    - ``"greedy"``: size-1 axes dropped, then from the left as many in one as ``block_size`` (1024 without one) allows. A small
-      matrix becomes a vector by it, and Shampoo full-matrix AdaGrad: 12 x 7 is 84 below 128.
+    - ``"greedy"``: size-1 axes dropped, then from the left as many merged as ``block_size`` (1024 without one) allows. A small
+      matrix becomes a vector, for which Shampoo is full-matrix AdaGrad: 12 x 7 is 84 below 128.
 
-    Every block is a tensor of its own: factors, roots and the length of grafting. ``rows`` transposes matrices: ``"short"``
-    makes the shorter side the rows, ``"right"`` always. ``split`` says into how many parts a tensor falls: ``"layers"`` by the
-    type of its layer (gates of an LSTM or GRU, the projections of attention, the groups of a convolution); rules by name.
+    Every block has its own factors, roots and grafting norm. ``rows`` transposes matrices: ``"short"`` if that makes the
+    shorter side the rows, ``"right"`` always. ``split`` gives the number of parts: ``"layers"`` by the type of the layer (gates
+    of an LSTM or GRU, the projections of attention, the groups of a convolution), or rules by name.
 
     Reference: Anil et al., 2020, arXiv:2002.09018 (greedy merging, blocks); Jordan et al., Muon, 2024 (to_2d); Duvvuri et al.,
     CASPR, ICLR 2024 (attention).
@@ -91,12 +91,12 @@ class ShapePolicy:
     split: Split = ()
 
     def views(self, shape: tuple[int, ...], parts: int = 1) -> list[View]:
-        """The blocks of a tensor, row-major over the grid of chunks; the tensor itself is one view of its own shape.
+        """The blocks of a tensor, row-major over the grid of chunks; by the default policy one whole view.
 
-        parts: into which the first axis falls; ValueError if they are not equal
+        parts: number of equal parts of the first axis; ValueError if it does not divide
         """
         if parts > 1 and (not shape or shape[0] % parts):
-            raise ValueError(f"a tensor of shape {shape} does not fall into {parts} equal parts along its first axis")
+            raise ValueError(f"a tensor of shape {shape} does not divide into {parts} equal parts along its first axis")
         part = (shape[0] // parts, *shape[1:]) if parts > 1 else shape
         merged = self._merged(part, whole=parts == 1)
         size = self.block_size
@@ -122,7 +122,7 @@ class ShapePolicy:
 
 
 def as_split(given: Any) -> Split:
-    """A `Split` from itself or from a mapping. ValueError for what is none."""
+    """A `Split` from itself or from a mapping. ValueError for anything else."""
     if given == "layers":
         return "layers"
     pairs = list(given.items()) if isinstance(given, Mapping) else given
@@ -140,7 +140,7 @@ def _two(shape: tuple[int, ...], cut: int) -> tuple[int, ...]:
 
 
 def _most_square(shape: tuple[int, ...]) -> int:
-    """Where to cut so that the products of both sides are nearest to each other."""
+    """The position of the cut for which the products of both sides are closest."""
     return min(range(1, len(shape)), key=lambda cut: abs(log(prod(shape[:cut]) / prod(shape[cut:]))))
 
 

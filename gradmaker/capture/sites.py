@@ -1,4 +1,4 @@
-"""Sites: the parameters of a model, each claimed exactly once, in the form in which curvature sees them."""
+"""Sites: the parameters of a model as the blocks of a curvature matrix, each parameter assigned once."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Parameters that form one block: a layer's weight and bias as ``G`` matrices (o, i), or one tensor as it is."""
+    """Parameters that form one block: a layer's weight and bias as ``G`` matrices (o, i), or one tensor in its own shape."""
 
     name: str
     kind: Kind
     parameters: dict[str, nn.Parameter]  # by full name, weight first
     shape: tuple[int, ...]  # (G, o, i) with the bias column, or (1, *tensor)
-    modules: tuple[nn.Module, ...] = ()  # that are called with these parameters
+    modules: tuple[nn.Module, ...] = ()  # whose calls use these parameters
     rule: LayerRule | None = None
-    weighted: bool = True  # False: only a bias is trained here
+    weighted: bool = True  # False: the block is that of a bias alone
     bias: bool = False  # the last column is a bias
     module_names: tuple[str, ...] = field(default=())
-    rows: Mapping[str, slice] = field(default_factory=dict)  # of parameters that are only in part in this block
-    view: View | None = None  # the part of the one parameter that this site is; None: all of it
-    path: Path = field(default_factory=dict)  # the modules that hold its parameters
+    rows: Mapping[str, slice] = field(default_factory=dict)  # of parameters that lie only partly in this block
+    view: View | None = None  # the part of its one parameter that lies in this site; None: all of it
+    path: Path = field(default_factory=dict)  # the modules that contain its parameters, by name
 
     @property
     def one_hot_axis(self) -> int | None:
-        """The axis of a block whose factor is diagonal by nature."""
+        """The axis whose Kronecker factor is diagonal, as inputs there are one-hot; None if there is none."""
         return 0 if self.kind == "embedding" else None
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing of it trains at present."""
+        """Whether none of its parameters requires a gradient at present."""
         return not any(p.requires_grad for p in self.parameters.values())
 
     def named_by(self, rule: Rule) -> bool:
-        """Whether a rule, as of ``ignore``, names this site or a module that it lies in."""
+        """Whether a rule, as of ``ignore``, names this site or a module that contains it."""
         return names(rule, self.path, (self.name, *self.parameters))
 
     # ---------------------------------------------------------------- gradients
     def read(self) -> Tensor | None:
-        """The gradient as blocks; None if no backward pass reached these parameters.  # (G, o, i) or (1, *tensor)"""
+        """The gradient as blocks; None if no backward pass has reached these parameters.  # (G, o, i) or (1, *tensor)"""
         return self.lay_out(self._gradients()) if self.has_gradient else None
 
     @property
@@ -73,7 +73,7 @@ class Site:
         return {p: p.grad if p.requires_grad else None for p in self.parameters.values()}
 
     def lay_out(self, values: Mapping[nn.Parameter, Tensor | None]) -> Tensor:
-        """Tensors in the shapes of the parameters, as blocks; zeros for None.  # (G, o, i) or (1, *tensor)"""
+        """Tensors in the shapes of the parameters, laid out as blocks; zeros for None.  # (G, o, i) or (1, *tensor)"""
         pieces = self._lay_out_each(values)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
@@ -88,9 +88,10 @@ class Site:
         return [self.part(k, g).reshape(self.shape[0], *piece) for (k, g), piece in parts]
 
     def assign(self, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
-        """What ``.grad`` will be, by parameter, with these blocks in it; unless they are frozen: theirs belongs to no step.
+        """Write blocks into the new gradients of the parameters, except frozen ones, whose ``.grad`` belongs to no step.
 
-        into: for all sites; a parameter that is only in part in a site keeps what is there of others, or of its gradient
+        into: new gradients of all sites; where a parameter lies only partly in this site, the other entries are kept: those of
+        other sites, or of ``.grad``
         """
         sizes = [piece[-1] for piece in self.piece_shapes()] if len(self.parameters) > 1 else None
         pieces = value.split(sizes, -1) if sizes else (value,)
@@ -108,34 +109,34 @@ class Site:
                 write_real(self.part(name, into[p]), piece)
 
     def _as_gradient(self, name: str, like: Tensor, piece: Tensor) -> Tensor:
-        """All of a parameter's gradient, from its piece of the blocks."""
+        """The whole gradient of a parameter, from its piece of the blocks."""
         if self.view is not None:
             return real_as(like, self.view.turned(piece))
         return self._turned(real_as(self.part(name, like), piece))
 
     def part(self, name: str, value: Tensor, lead: int = 0) -> Tensor:
-        """What of a tensor in a parameter's shape lies in this block, outputs first: a view.  # (*lead, *parameter)"""
+        """The part in this block of a tensor in a parameter's shape, outputs first: a view.  # (*lead, *parameter)"""
         return self._turned(value[(*[slice(None)] * lead, self.rows.get(name, ...))], lead)
 
     def _turned(self, value: Tensor, lead: int = 0) -> Tensor:
-        """A matrix with its outputs first, from one that its layer holds with its inputs first, and back."""
+        """A weight with its outputs first, from one that the layer stores with its inputs first, and the reverse."""
         return value.mT if self.rule is not None and self.rule.inputs_first and value.ndim == lead + 2 else value
 
     def piece_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the parameters inside one block."""
+        """The shape of each parameter inside of one block."""
         if len(self.parameters) == 1:
             return [self.shape[1:]]
         return [(*self.shape[1:-1], self.shape[-1] - 1), (*self.shape[1:-1], 1)]
 
     # ---------------------------------------------------------------- passes
     def fired(self, tape: Tape) -> bool:
-        """Whether this site took part in the pass, as far as is known."""
+        """Whether the pass used this site, as far as is known."""
         return self.direct(tape) or any(tape.fired(m) for m in self.modules)
 
     def direct(self, tape: Tape) -> bool:
-        """Whether its parameters are measured by their own derivatives, whatever call they are used in."""
+        """Whether its parameters are measured by their own derivatives, not by calls of a layer."""
         if any(name in tape.arrangement.direct for name in self.parameters):
-            return True  # whatever was recorded: the parts of an attention module may have been, and not the module
+            return True  # whatever was recorded: calls of the projections of an attention module do not count
         return self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules))
 
 
@@ -146,9 +147,9 @@ def layer_sites(
     ignored: Set[nn.Parameter] = frozenset(),
     unseen: Set[nn.Parameter] = frozenset(),
 ) -> list[Site]:
-    """Every trainable parameter of a model, once: as part of a layer that a rule knows, else on its own.
+    """The sites of all trainable parameters: one for each layer that a rule knows, and one for each other parameter.
 
-    unseen: parameters with uses that calls of their layers do not show, which are on their own
+    unseen: parameters with uses outside of their layers' calls, which get sites of their own
     """
     claimed: dict[nn.Parameter, str] = {}
     owners = _owners(model)
@@ -180,7 +181,7 @@ def layer_sites(
 
 
 def tensor_sites(sites: list[Site], policy: ShapePolicy | None = None) -> list[Site]:
-    """The same parameters, each tensor on its own and in its own shape, or cut into blocks by a policy."""
+    """The same parameters with one site for each tensor in its own shape, or for each block of a shape policy."""
     if policy is not None:
         wholes = tensor_sites(sites)
         _check_rules(wholes, policy)
@@ -197,7 +198,7 @@ def tensor_sites(sites: list[Site], policy: ShapePolicy | None = None) -> list[S
 
 
 def _cut(site: Site, policy: ShapePolicy) -> list[Site]:
-    """The blocks of a tensor: each chunk is a site of its own, with a block for each part."""
+    """The sites of a tensor under a policy, one for each chunk, with a block for each part. ValueError for unequal parts."""
     try:
         views = policy.views(site.shape[1:], _parts(site, policy))
     except ValueError as error:
@@ -245,7 +246,7 @@ def _sharers(
 
 
 def _sites_of(base: Site, weight: dict[str, nn.Parameter], bias: dict[str, nn.Parameter], joint_bias: bool) -> Iterator[Site]:
-    """A layer's blocks.  base: all that they have in common"""
+    """The sites of a layer.  base: the fields that they have in common"""
     module, rule, name = base.modules[0], base.rule, base.name
     assert rule is not None
     G, o, i = rule.shape(module)
@@ -257,8 +258,8 @@ def _sites_of(base: Site, weight: dict[str, nn.Parameter], bias: dict[str, nn.Pa
     if bias:
         own = rule.bias_rule or rule
         G, o, _ = own.shape(module)
-        alone = replace(base, rule=own, weighted=False, bias=True)
-        yield replace(alone, name=_join_name(name, "bias"), parameters=bias, shape=(G, o, 1))
+        bias_site = replace(base, rule=own, weighted=False, bias=True)
+        yield replace(bias_site, name=_join_name(name, "bias"), parameters=bias, shape=(G, o, 1))
 
 
 def _attention_sites(
@@ -268,7 +269,7 @@ def _attention_sites(
     joint_bias: bool,
     ignored: Set[nn.Parameter],
 ) -> Iterator[Site]:
-    """The linear maps inside of an attention module; weights that it shares with others are left to the generic path."""
+    """The sites of an attention module's linear maps; weights that it shares with other modules get generic sites."""
     named = dict(attention.named_parameters())
     free = {k: p for k, p in named.items() if p.requires_grad and p not in ignored and len(owners[p]) == 1}
     for projection in projections(attention):
@@ -283,7 +284,7 @@ def _attention_sites(
 def _generic_site(
     model: nn.Module, name: str, parameter: nn.Parameter, owners: dict[nn.Parameter, list[tuple[str, nn.Module]]]
 ) -> Site:
-    """A parameter that no rule knows, seen through the smallest module whose call contains all of its uses."""
+    """The site of a parameter without a rule, measured at the smallest module whose call contains all of its uses."""
     paths = [_calling_path(model, path).split(".") for path, _ in owners[parameter]]
     shared = paths[0]
     for path in paths[1:]:
@@ -295,7 +296,10 @@ def _generic_site(
 
 
 def _calling_path(model: nn.Module, path: str) -> str:
-    """The module whose call uses a parameter at ``path``: no parametrization, container, or child of an opaque module."""
+    """Name of the module whose call uses a parameter: no parametrization, container, or child of an opaque module.
+
+    path: name of the module that holds the parameter
+    """
     path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
     path = "" if path.startswith("parametrizations") else path
     parts = path.split(".") if path else []

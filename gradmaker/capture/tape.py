@@ -1,8 +1,8 @@
-"""The tape: which modules were called with what, and the gradients of their outputs.
+"""The tape: records the calls of modules in one forward pass, and the gradients of their outputs.
 
-Output gradients come from gradient edges, not from module backward hooks: in-place changes of an output do not disturb
-them, no weight gradient is computed on the way, and ``.grad`` is left alone. Hooks exist only while a pass is recorded, so
-that a model is never left changed.
+Output gradients are taken at gradient edges, not by module backward hooks: in-place changes of an output do not affect
+them, no weight gradient is computed, and ``.grad`` is not touched. Hooks exist only while a pass is recorded, so that the
+model is unchanged afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradmaker.capture.arrangement import APART, Arrangement, Structure, key_of,
 from gradmaker.capture.batch_norms import FrozenNorms
 from gradmaker.capture.borrowing import borrowed, foreign
 from gradmaker.capture.hooks import ModuleHook
-from gradmaker.capture.rules.attention import Listener, Projection
+from gradmaker.capture.rules.attention import Projection, ProjectionHooks
 from gradmaker.capture.rules.calls import Call, Layout
 from gradmaker.reentrant import reenters
 from gradmaker.trees import tensors
@@ -42,44 +42,44 @@ class Tape:
         self.calls: dict[nn.Module, list[Call]] = {m: [] for m in modules}
         self.batch = 0  # batch size: the axis ``batch_axis`` of the model's first tensor argument
         self.batch_axis = batch_axis
-        self.sized = False  # whether that is known: there may be none
-        self._called_with = False  # whether it is read off a call of the model
+        self.sized = False  # whether the batch size is known: there may be none
+        self._called_with = False  # whether it was read from a call of the model
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the model's first call
         self.joint = False  # whether the batch is measured as one example
-        self.ungrouped = False  # whether that is since the rows of examples were not found
+        self.ungrouped = False  # whether the reason is that output rows could not be assigned to examples
         self.norms = FrozenNorms()
-        self.collecting = False  # whether output gradients of a backward pass of the loop are kept
-        self._own = False  # whether those of a backward pass that the tape runs itself are
-        self._inside = False  # whether that one is borrowed
+        self.collecting = False  # whether output gradients of the loop's backward passes are stored
+        self._own = False  # whether the tape itself runs a backward pass at present
+        self._inside = False  # whether it does so inside of `borrowing`
         self._repeating = False
         self._reentrant = False
         self._paused = False
-        self._hooks = ExitStack()  # takes those off the modules
-        self._keepers: list[Any] = []  # handles of the hooks on outputs
-        # Calls made without gradients. A reentrant checkpoint makes its calls so and repeats them during backward.
+        self._hooks = ExitStack()  # removes the hooks from the modules
+        self._output_hooks: list[Any] = []  # their handles
+        # Number of calls without gradients: a reentrant checkpoint makes these, and repeats them during the backward pass.
         self._late: dict[nn.Module, int] = {}
 
     @property
     def examples(self) -> int:
-        """How many the evidence keeps apart: those of the batch, or one where they mix everywhere."""
+        """Number of examples with evidence of their own: the batch size, or 1 where they mix everywhere."""
         return 1 if self.joint or not self.batch else self.batch
 
     def layout(self, call: Call) -> Layout:
-        """Where the examples of a call are."""
+        """The position of the examples in the tensors of a call."""
         return APART if self.joint else self.arrangement.layout(call, self.examples)
 
     def apart(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether any call of some modules keeps no example apart, where others do."""
+        """Whether a call of these modules has no axis of examples, while other calls of the pass have one."""
         return not self.joint and any(self.layout(c) is APART for m in modules for c in self.calls[m])
 
     def again(self, modules: Iterable[nn.Module]) -> Tape:
-        """A tape for another pass of the same kind."""
+        """An empty tape for another pass of the same kind."""
         made = Tape(self.root, dict.fromkeys(modules), self.arrangement, self.batch_axis)
         made.joint, made.ungrouped = self.joint, self.ungrouped
         return made
 
     def structure(self, outputs: Sequence[Tensor]) -> Structure:
-        """What this pass has in common with others of its kind.  outputs: what the loss is a function of"""
+        """The key of this kind of pass.  outputs: those that the loss is a function of"""
         n = self.batch
         keys = (key_of(call, n) for calls in self.calls.values() for call in calls)
         return frozenset([*keys, *(("output", pattern([z.shape], max(n, 1))) for z in outputs)])
@@ -87,9 +87,9 @@ class Tape:
     # ---------------------------------------------------------------- recording
     @contextmanager
     def recording(self, sized: bool = False) -> Iterator[None]:
-        """Record the calls made inside. Hooks are gone afterwards, whatever happens.  sized: the batch size is known"""
+        """Context that records calls; its hooks are removed also after an exception.  sized: whether the batch size is known"""
         with ExitStack() as stack:
-            stack.callback(self._let_go)
+            stack.callback(self._remove_output_hooks)
             stack.callback(self.unhook)
             if not sized:
                 self._hooks.callback(self.root.register_forward_pre_hook(self.note_examples, with_kwargs=True).remove)
@@ -97,36 +97,36 @@ class Tape:
             for module in self.calls:
                 if not isinstance(module, Projection):
                     self._hooks.callback(module.register_forward_hook(ModuleHook(self._called), with_kwargs=True).remove)
-            self._listen(self._hooks)
+            self._hook_attention(self._hooks)
             yield
 
     def unhook(self) -> None:
-        """Take the hooks off the modules."""
+        """Remove the hooks from the modules."""
         self._hooks.close()
 
-    def _listen(self, stack: ExitStack) -> None:
-        """Record the linear maps inside of attention modules, which no layer is called for."""
+    def _hook_attention(self, stack: ExitStack) -> None:
+        """Record the linear maps inside of attention modules, which are no calls of layers."""
         inside: dict[nn.Module, dict[str, Projection]] = {}
         for module in self.calls:
             if isinstance(module, Projection):
                 inside.setdefault(module.attention[0], {})[module.part] = module
         for attention, parts in inside.items():
-            listener = Listener(partial(self._overheard, parts))
-            stack.callback(attention.register_forward_pre_hook(ModuleHook(listener.enter)).remove)
-            stack.callback(attention.register_forward_hook(ModuleHook(listener.leave), always_call=True).remove)
+            hooks = ProjectionHooks(partial(self._record_projection, parts))
+            stack.callback(attention.register_forward_pre_hook(ModuleHook(hooks.enter)).remove)
+            stack.callback(attention.register_forward_hook(ModuleHook(hooks.leave), always_call=True).remove)
 
-    def _overheard(self, parts: dict[str, Projection], part: str, x: Tensor, y: Tensor) -> None:
+    def _record_projection(self, parts: dict[str, Projection], part: str, x: Tensor, y: Tensor) -> None:
         if part in parts and not self._paused:
             self._record(parts[part], (x,), {}, y)
 
-    def _let_go(self) -> None:
-        """A hook holds its call, which holds the graph, which holds the hook: no collector would find this cycle."""
-        while self._keepers:
-            self._keepers.pop().remove()
+    def _remove_output_hooks(self) -> None:
+        """Break a cycle outside of garbage collection: a hook holds its call, the call the graph, the graph the hook."""
+        while self._output_hooks:
+            self._output_hooks.pop().remove()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls made inside are none of the recorded pass."""
+        """Context whose calls are not recorded."""
         self._paused = True
         try:
             yield
@@ -134,9 +134,9 @@ class Tape:
             self._paused = False
 
     def end_forward(self, outputs: Sequence[Tensor]) -> None:
-        """From here on a call is the repetition of an earlier one, by a checkpoint; without one there is none.
+        """End the forward pass: later calls are recomputations by a checkpoint.
 
-        outputs: of the pass, which show a reentrant checkpoint. Without one, calls without gradients are no part of the pass.
+        outputs: of the pass; their graph shows a reentrant checkpoint. Without one, calls without gradients are discarded.
         """
         self._repeating = True
         self._reentrant = any(reenters(z) for z in outputs)
@@ -146,12 +146,12 @@ class Tape:
             self.unhook()
 
     def assume(self, examples: int | None) -> None:
-        """The batch size where the model itself is not called, only layers of it: that of the declared call."""
+        """Set the batch size to that of the declared call, which may call layers of the model, not the model itself."""
         if examples is not None:
             self.batch, self.sized = examples, True
 
     def note_examples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the batch size off the arguments of the model's call."""
+        """Read the batch size from the arguments of the model's call. ValueError without the axis ``batch_axis``."""
         first = next((v for v in tensors(args, kwargs) if v.ndim > 0), None)
         if self._called_with or first is None:
             return
@@ -159,17 +159,17 @@ class Tape:
         if not self.batch_axis < first.ndim:
             raise ValueError(
                 f"batch_axis={self.batch_axis}: the first tensor that goes into the model has shape {tuple(first.shape)}, "
-                "which has no such axis: say on which axis of it the examples are"
+                "which has no such axis: give the axis of its examples"
             )
         self.batch, self.sized, self._called_with = first.shape[self.batch_axis], True, True
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Record a call; what it returns stays what it is."""
+        """Forward hook: record a call, leave its output unchanged."""
         if not self._paused:
             self._record(module, args, kwargs, output)
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._repeating and module not in self._late:  # a non-reentrant checkpoint recomputes what was recorded
+        if self._repeating and module not in self._late:  # recomputation by a non-reentrant checkpoint
             return
         outputs = [v for v in tensors(output) if v.requires_grad]
         if outputs:
@@ -186,28 +186,28 @@ class Tape:
         call = Call(module, args, kwargs, module.training, edges, shapes, outputs[0].dtype, empty, autocast)
         self.calls[module].append(call)
         for index, value in enumerate(outputs):
-            self._keepers.append(value.register_hook(self._keeper(call, index)))
+            self._output_hooks.append(value.register_hook(self._output_hook(call, index)))
 
-    def _keeper(self, call: Call, index: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            own = self._own and foreign(gradient) == self._inside  # not of what another maker differentiates in between
+    def _output_hook(self, call: Call, index: int) -> Callable[[Tensor], None]:
+        def store(gradient: Tensor) -> None:
+            own = self._own and foreign(gradient) == self._inside  # no backward pass of another maker in between
             if own or (self.collecting and not foreign(gradient)):
                 call.gradients[index] = gradient.detach()
 
-        return keep
+        return store
 
     # ---------------------------------------------------------------- gradients of outputs
     def fired(self, module: nn.Module) -> bool:
-        """Whether a module took part in the recorded pass."""
+        """Whether a module was called in the recorded pass."""
         return bool(self.calls[module]) or module in self._late
 
     def forget_late(self) -> None:
-        """A backward pass begins, in which a reentrant checkpoint makes its calls again."""
+        """Before a backward pass: drop the recorded calls that a reentrant checkpoint is about to repeat."""
         for module in self._late:
             self.calls[module].clear()
 
     def collect(self, backward: Callable[[], None]) -> OutputGradients:
-        """Output gradients of a backward pass that runs anyway, with a cotangent axis of one."""
+        """Run a backward pass and return its output gradients, with a cotangent axis of one."""
         self.forget_late()
         self._own, self._inside = True, borrowed()
         try:
@@ -217,7 +217,7 @@ class Tape:
         return self.harvest()
 
     def harvest(self) -> OutputGradients:
-        """The output gradients that were kept since the last harvest."""
+        """The output gradients stored since the last call, zeros where none arrived."""
         found: OutputGradients = {m: [] for m in self.calls}
         for module, calls in self.calls.items():
             for call in calls:
@@ -229,9 +229,9 @@ class Tape:
     def vjp(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], modules: Iterable[nn.Module] | None = None
     ) -> OutputGradients:
-        """Output gradients for given cotangents of outputs; keeps the graph.  cotangents: each (k, *output)
+        """Vector-Jacobian products with cotangents of outputs, at the outputs of layers; keeps the graph.
 
-        modules: whose calls; None: of all
+        cotangents: each (k, *output); modules: those whose calls are wanted, None: all
         """
         chosen = self.calls if modules is None else {m: self.calls[m] for m in modules}
         if self._reentrant:
@@ -245,7 +245,7 @@ class Tape:
         }
 
     def _vjp_by_backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> OutputGradients:
-        """As `vjp`, where a reentrant checkpoint allows nothing but a whole backward pass; ``.grad`` is put back."""
+        """`vjp` by whole backward passes, as a reentrant checkpoint allows nothing else; ``.grad`` is restored."""
         with self.gradients_apart():
             passes = [self.collect(lambda c=c: _backward(outputs, c)) for c in zip(*cotangents, strict=True)]  # type: ignore[misc]
         return {
@@ -258,7 +258,7 @@ class Tape:
     def vjp_parameters(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
-        """``J^T u`` for some parameters; keeps the graph, and ``.grad``.  cotangents: like the outputs"""
+        """``J^T u`` for some parameters; keeps the graph and ``.grad``.  cotangents: like the outputs"""
         if not self._reentrant:
             with self.paused():  # a checkpoint repeats its calls
                 found = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
@@ -270,7 +270,7 @@ class Tape:
     def vjp_rows(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor]:
-        """As `vjp_parameters` for several cotangents, in one batched pass where that can be.  (k, *output) -> (k, *p)"""
+        """`vjp_parameters` for several cotangents, in one batched pass where possible.  # (k, *output) -> (k, *p)"""
         if not self._reentrant:
             with self.paused():
                 found = vector_jacobian(outputs, list(parameters), cotangents)
@@ -281,7 +281,7 @@ class Tape:
 
     @contextmanager
     def gradients_apart(self) -> Iterator[None]:
-        """No parameter and no recorded output has a gradient inside; afterwards they are as they were."""
+        """Context without gradients of parameters and recorded outputs; those from before are restored."""
         parameters = list(self.root.parameters())
         kept = [p.grad for p in parameters]
         outputs = [(call, list(call.gradients)) for calls in self.calls.values() for call in calls]

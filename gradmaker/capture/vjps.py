@@ -1,4 +1,4 @@
-"""What one chunk of cotangents gives: output gradients of layers, and where no call keeps examples apart, more passes."""
+"""Vector-Jacobian products for a chunk of cotangents, with a pass for each example where the calls of a layer mix them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from gradmaker.capture.tape import OutputGradients, Tape
 __all__ = ["Source", "VJPs", "bytes_of_vjp", "vjps_of"]
 
 AT_ONCE = 1 << 24
-"""Entries of the cotangents that are formed at once where every example has passes of its own."""
+"""Entries of the cotangents that are formed at once where every example gets a pass of its own."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Cotangents at one output, and which example every entry of it belongs to."""
+    """Cotangents at one output, and the example that each entry of the output belongs to."""
 
     z: Tensor
     cotangents: Tensor  # (k, *z)
-    owner: Tensor  # like z, integer; or () of one example
+    owner: Tensor  # like z, integer; or () for a single example
 
 
 @dataclass(frozen=True)
 class VJPs:
-    """Gradients for ``k`` cotangents of ``n`` examples."""
+    """Vector-Jacobian products for ``k`` cotangents of ``n`` examples."""
 
     together: OutputGradients  # (k, *output), all examples in one pass
-    apart: OutputGradients = field(default_factory=dict)  # (k n, *output), a pass for each, of modules that mix them
+    apart: OutputGradients = field(default_factory=dict)  # (k n, *output), a pass for each example, of modules that mix them
     direct: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # (k n, *parameter), or (k, *parameter) summed
 
 
@@ -44,10 +44,10 @@ def vjps_of(
     together: OutputGradients | None = None,
     frozen: bool = True,
 ) -> VJPs:
-    """All that some sites need.
+    """The vector-Jacobian products that some sites need.
 
-    split: whether examples that mix get passes of their own; else they count as one, which is unbiased for cotangents that are
-    drawn independently, with mean zero. together: output gradients that are known. frozen: as of `FrozenNorms`
+    split: whether examples that mix get a pass each; else they count as one, which is unbiased for cotangents that are drawn
+    independently with mean zero. together: output gradients, if known. frozen: batch statistics as constants, by `FrozenNorms`
     """
     outputs, cotangents = [s.z for s in sources], [s.cotangents for s in sources]
     direct = list(dict.fromkeys(p for site in sites if site.direct(tape) for p in site.parameters.values()))
@@ -75,7 +75,7 @@ def vjps_of(
 
 
 def bytes_of_vjp(tape: Tape, sites: Sequence[Site]) -> int:
-    """What the gradients of one cotangent take: each call's output once, and what has a pass for each example as often."""
+    """Memory of the gradients of one cotangent: every call's output once, times the examples where each gets a pass."""
     calls = [call for calls in tape.calls.values() for call in calls]
     total = sum(shape.numel() * call.dtype.itemsize for call in calls for shape in call.shapes)
     for site in sites:
@@ -88,7 +88,7 @@ def bytes_of_vjp(tape: Tape, sites: Sequence[Site]) -> int:
 
 
 def _each(sources: Sequence[Source], n: int) -> Iterator[list[Tensor]]:
-    """Cotangents of single examples, those of one cotangent after another, as many at once as memory has room for."""
+    """Cotangents restricted to one example each, by cotangent, then example, in chunks of about `AT_ONCE` entries."""
     k = len(sources[0].cotangents)
     step = max(1, AT_ONCE // max(1, sum(s.z.numel() for s in sources)))
     pairs = [(j, e) for j in range(k) for e in range(n)]

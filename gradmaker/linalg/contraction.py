@@ -1,4 +1,4 @@
-"""Sums of products of three and more tensors, in the order that takes the fewest operations for their sizes."""
+"""Contractions of three or more tensors, in the order that takes the fewest operations for their sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["contract"]
 
 
 def contract(equation: str, *operands: Tensor) -> Tensor:
-    """`torch.einsum`, whose order of products is searched once for each equation and shapes.
+    """`torch.einsum` with the order of products optimised once for each equation and shapes.
 
-    It costs about 60 us a call more than `torch.einsum` (CPU), so that it is for what may be done in several orders: products
-    of two tensors, and mode products with square factors, have one cost in any order.
+    A call takes about 60 us more than `torch.einsum` (CPU). Use it where the order matters: products of two tensors, and mode
+    products with square factors, cost the same in any order.
 
     Reference: Smith, Gray, JOSS 2018 (opt_einsum).
     """

@@ -1,4 +1,4 @@
-"""Coupled iterations: several matrices go on together until the last of them is the identity."""
+"""Coupled iterations for matrix roots: several matrices are updated together until the last is the identity."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 __all__ = ["Half", "Iterate", "compose", "converge"]
 
 Iterate: TypeAlias = tuple[Tensor, ...]
-"""Matrices, each (B, d, d), of which the last goes to the identity."""
+"""Matrices, each (B, d, d), of which the last converges to the identity."""
 Half: TypeAlias = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-"""``A^(1/2)``, ``A^(-1/2)`` and the iterations, of ``A`` and of the number of roots that were taken before."""
+"""Function of ``A`` and the number of earlier roots; returns ``A^(1/2)``, ``A^(-1/2)`` and the number of iterations."""
 
 
 def converge(
     step: Callable[[int, Iterate], Iterate], start: Iterate, iterations: int, tolerance: float, patience: int = 0
 ) -> tuple[Iterate, Tensor]:
-    """Repeat ``step``: the last iterate of every member, and how many steps it took.  # (B,)
+    """Iterate ``step`` to convergence: the last iterate of every member, and its number of steps.  # (B,)
 
     A member is frozen once ``max|M - I| <= tolerance``, when the error grows by a fifth, or when it stalls.
 
-    patience: first steps that are taken whatever they do to the error
+    patience: number of first steps in which the error may grow
     """
     now, eye = start, torch.eye(start[0].shape[-1], dtype=start[0].dtype, device=start[0].device)
     # The first step may raise the largest entry by any factor (5/8 to 0.9 for a uniform vector of rank one); from then on
@@ -47,11 +47,10 @@ def converge(
 
 
 def compose(half: Half, A: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """``A^(-1/p)`` for ``p = 2, 4, 8, ...`` as roots of ``A^(-1/2)``, and all iterations.  # (B, d, d), (B,)
+    """``A^(-1/p)`` for ``p = 2, 4, 8, ...`` as roots of ``A^(-1/2)``, and the total number of iterations.  # (B, d, d), (B,)
 
-    The other way, ``(A^(1/2))^(-1/2)``, starts again from the small eigenvalues of ``A``, of which ``A^(1/2)`` has lost more
-    than its inverse: at a condition of 1e7 in float32 Denman and Beavers' ``A^(-1/4)`` is off by 2e-2 then, and by 7e-3 this
-    way.
+    The alternative, ``(A^(1/2))^(-1/2)``, depends on the small eigenvalues of ``A``, which ``A^(1/2)`` has less precisely than
+    its inverse: at a condition of 1e7 in float32, Denman and Beavers' ``A^(-1/4)`` has an error of 2e-2 then, and 7e-3 here.
     """
     _, X, total = half(A, 0)
     for stage in range(1, p.bit_length() - 1):

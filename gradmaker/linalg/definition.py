@@ -1,6 +1,6 @@
-"""Powers of factors and their products with gradients, straight from the definition: what large blocks are checked against.
+"""Powers of factors and their products with gradients by definition: the reference for checks of large blocks.
 
-Slow and in float64, by `torch.linalg` alone; nothing here is used in a step.
+Slow and in float64, by `torch.linalg` alone; no step uses these functions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def axis_spectrum(F: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def axis_power(F: Tensor, damping: float | Tensor, exponent: float, mode: str = "absolute") -> Tensor:
-    """``(F + damping I)^exponent``, or as another `Mode` says, in the form of the factor."""
-    if exponent == -1 and mode == "absolute" and F.ndim == 3 and not is_tiled(F):  # ten times as fast as a decomposition
+    """``(F + damping I)^exponent``, or damped by another `Mode`, in the form of the factor."""
+    if exponent == -1 and mode == "absolute" and F.ndim == 3 and not is_tiled(F):  # ten times faster than a decomposition
         ridge = torch.as_tensor(damping, dtype=F.dtype, device=F.device).reshape(-1, 1, 1)
         X, info = torch.linalg.inv_ex(F + ridge * torch.eye(F.shape[-1], dtype=F.dtype, device=F.device))
         if not bool(info.any()):
@@ -41,7 +41,7 @@ def axis_power(F: Tensor, damping: float | Tensor, exponent: float, mode: str = 
 
 
 def along_axes(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
-    """``g x_1 F_1 x_2 F_2 ...``, axis by axis; None leaves an axis alone.  # (B, d_1, ..., d_m)"""
+    """Mode products ``g x_1 F_1 x_2 F_2 ...``, axis by axis; None for the identity.  # (B, d_1, ..., d_m)"""
     for axis, F in enumerate(factors, start=1):
         if F is not None:
             g = _moved(F, g.movedim(axis, -1)).movedim(-1, axis)
@@ -49,7 +49,7 @@ def along_axes(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
 
 
 def _moved(F: Tensor, x: Tensor) -> Tensor:
-    """``F`` over the last axis.  # (B, ..., d)"""
+    """The product with ``F`` along the last axis.  # (B, ..., d)"""
     if F.ndim == 2:
         return torch.einsum("b...j,bj->b...j", x, F)
     return torch.cat([torch.einsum("b...j,bij->b...i", x[..., rows], block) for rows, block in blocks(F)], -1)

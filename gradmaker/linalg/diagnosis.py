@@ -1,4 +1,4 @@
-"""What a refresh says about itself: one tensor in the cache, written without a host read, read when somebody asks."""
+"""Diagnosis of a refresh: iterations, residuals, ridges of every factor, in one tensor of the cache, without a host read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = [
 ]
 
 COLUMNS = ("iterations", "residual", "lambda_max", "damping", "retries")
-"""Of ``cache["diagnosis"]`` (B, m, 5), one row for each factor: iterations of the attempt that was accepted (0: direct);
-residual of ``A X^p - I`` with the damped ``A``; largest eigenvalue; ridge that was added, in units of the statistic; fallbacks
-that were tried. A member that failed keeps the row of the root that it keeps. Of a tracked basis the residual is what was
-off-diagonal in the old one, and an iteration says that there is a new one."""
+"""Columns of ``cache["diagnosis"]`` (B, m, 5), one row for each factor: iterations of the accepted attempt (0: direct);
+residual of ``A X^p - I`` with the damped ``A``; largest eigenvalue; ridge that was added, in units of the statistic; number of
+fallbacks tried. A member that failed keeps its earlier root and row. For a tracked eigenbasis, the residual is the off-diagonal
+part in the old basis, and a positive number of iterations means a new basis."""
 
 
 def diagnose(
@@ -34,7 +34,7 @@ def diagnose(
     """The rows of `COLUMNS`.  # (B, m, 5)
 
     infos: iterations, residual, ridge for each factor, each (B, 3); largest: each (B,); retries: (m, B)
-    scales: what the factors were divided by before, each (B,)
+    scales: divisors of the factors before the factorisation, each (B,)
     """
     rows = []
     for k, (info, top) in enumerate(zip(infos, largest, strict=True)):
@@ -59,7 +59,7 @@ def renew_row(
     iterations: Tensor | float = 0.0,
     retries: Tensor | float = 0.0,
 ) -> None:
-    """Write a factor's row of a table that a statistic holds, in place, but for members that keep what they have.
+    """Write a factor's row of a statistic's table in place, except for members that keep their row.
 
     table: (B, m, 5); kept: (B,); all else: (B,), or one number for all
     """
@@ -68,16 +68,16 @@ def renew_row(
 
 
 def unknown(diagnosis: Tensor) -> Tensor:
-    """The row of a member that never succeeded: the residual is infinite.  # (5,)"""
+    """The row of a member whose factorisation never succeeded: the residual is infinite.  # (5,)"""
     row = torch.zeros(len(COLUMNS), dtype=diagnosis.dtype, device=diagnosis.device)
     row[COLUMNS.index("residual")] = torch.inf
     return row
 
 
 def spectral_residual(F: Tensor, parts: Parts, damped: Tensor | None) -> Tensor:
-    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: that of ``A X^p`` for any real ``p``.  # (B,)
+    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: the residual of ``A X^p`` for real ``p``.  # (B,)
 
-    Where no factor has a root of its own, ``max|Q^T F Q - S| / max S``.
+    If ``damped`` is None, as no factor has a root of its own: ``max|Q^T F Q - S| / max S``.
     """
     return F.new_zeros(F.shape[:1]) if len(parts) == 1 else widest(_error, F, *parts, damped)
 
@@ -88,18 +88,18 @@ def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
     if damped is None:
         error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
         return (error / s.amax(-1)).nan_to_num(0.0)
-    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
+    taken = torch.isfinite(damped)  # infinite for directions that a pseudo-inverse drops
     w = damped.rsqrt()
     whole = product + torch.diag_embed(torch.where(taken, damped - s, 0.0))
     return (w.unsqueeze(-1) * whole * w.unsqueeze(-2) - torch.diag_embed(taken.to(w.dtype))).abs().amax((-2, -1))
 
 
 def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
-    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, and ``R^T R`` is not formed.  # (B,)"""
+    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, without forming ``R^T R``.  # (B,)"""
     if len(parts) == 1:
         return R.new_zeros(R.shape[:1])
     s, V = parts
-    taken = torch.isfinite(damped)  # a pseudo-inverse leaves directions out
+    taken = torch.isfinite(damped)  # infinite for directions that a pseudo-inverse drops
     w = damped.rsqrt()
     RW = (R @ V) * w.unsqueeze(-2)
     rest = torch.diag_embed(torch.where(taken, damped - s.square(), 0.0) * w.square() - taken.to(w.dtype))
@@ -107,9 +107,9 @@ def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
 
 
 def estimate_largest(F: Tensor) -> Tensor:
-    """``lambda_max`` from below, by eight steps of power iteration from the largest column: for a report, not for a ridge.
+    """Lower bound of ``lambda_max`` by eight power iterations from the largest column: for a report, not for a ridge.
 
-    Matrix-vector products only, for those solvers that do not need it otherwise.  # any form -> (B,)
+    It takes matrix-vector products only, for solvers that do not need the eigenvalue otherwise.  # any form -> (B,)
     """
     return F.amax(-1) if F.ndim == 2 else widest(_iterate, F)
 

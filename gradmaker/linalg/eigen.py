@@ -1,4 +1,4 @@
-"""Spectra of stacks of symmetric matrices: decomposition that survives a failed member, largest eigenvalue."""
+"""Eigendecomposition of stacks of symmetric matrices with failures by member, and the largest eigenvalue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOISE = 1e-2
 
 
 def symmetrise(A: Tensor) -> Tensor:
-    """``(A + A^T) / 2``, symmetric to the last bit.  # (B, d, d)"""
+    """``(A + A^T) / 2``, bitwise symmetric.  # (B, d, d)"""
     return (A + A.mT) / 2
 
 
@@ -29,14 +29,14 @@ def is_definite(s: Tensor) -> Tensor:
 
 
 def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``A = Q diag(s) Q^T`` and whether it holds: spectrum, basis, accepted.  # (B, d), (B, d, d), (B,)
+    """Eigendecomposition ``A = Q diag(s) Q^T``: spectrum, basis, accepted members.  # (B, d), (B, d, d), (B,)
 
-    LAPACK and cuSOLVER may raise on finite input (pytorch#94772, #105359) and may also be silently wrong, so the result is
-    checked: ``A Q = Q diag(s)`` and ``Q^T Q = I`` to 1e4 roundoffs.
+    LAPACK and cuSOLVER may raise on finite input (pytorch#94772, #105359) and may be silently wrong, so the result is checked:
+    ``A Q = Q diag(s)`` and ``Q^T Q = I`` to 1e4 roundoffs.
     """
     try:
         s, Q = torch.linalg.eigh(A)
-    except RuntimeError:  # one member fails the whole call: find out which
+    except RuntimeError:  # one member fails the whole call
         s, Q = _decompose_one_by_one(A)
     tolerance = 1e4 * torch.finfo(A.dtype).eps
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -46,9 +46,9 @@ def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decompose_again(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`decompose`, in float64 for members that fail; and how often they did.  # (B, d), (B, d, d), (B,), (B,)
+    """`decompose`, again in float64 for members that fail, and the number of retries.  # (B, d), (B, d, d), (B,), (B,)
 
-    For statistics that hold their own bases. One host read: whether all succeeded.
+    For statistics that hold their eigenbases. One host read: whether all members succeeded.
     """
     s, Q, ok = decompose(A)
     if A.dtype == torch.float64 or bool(ok.all()):
@@ -72,8 +72,9 @@ def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor]:
 def largest_eigenvalue(A: Tensor) -> Tensor:
     """``lambda_max`` of positive semidefinite matrices by repeated squaring: ``tr(A^256 A) / tr(A^256)``.  # (B, d, d) -> (B,)
 
-    A mean of the spectrum with weights ``s^256``: from below, within a few per cent even for a flat top. Good enough for a
-    ridge, never as a bound for convergence. Eight products, and no start vector that could miss the top eigenvector.
+    The mean of the spectrum with weights ``s^256``: a lower bound, within a few per cent also if many eigenvalues are close to
+    the largest. It serves for a ridge, not as a bound for convergence. Eight products, and no start vector that could be
+    orthogonal to the leading eigenvector.
     """
     M = A
     for _ in range(8):

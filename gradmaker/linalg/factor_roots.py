@@ -1,4 +1,4 @@
-"""How factors are rooted, by name. What forms the roots are solvers, which enter themselves here when they are imported."""
+"""Methods for inverse roots of factors, by name. Solvers form the roots; they register here when they are imported."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gradmaker.linalg.state import State
 __all__ = ["ROOTINGS", "FactorRoot", "Rooting"]
 
 FactorRoot: TypeAlias = Literal["eigh", "newton", "higher_order", "newton_schulz", "denman_beavers"]
-"""How factors are rooted that are held as they are."""
+"""Method for the inverse roots of factors that are held as matrices."""
 
 
 class Rooting(Protocol):
-    """Forms inverse square roots."""
+    """Method for inverse roots of factors, as representations use it."""
 
     def prepare_factors(self, held: Sequence[Tensor], order: float, previous: State | None) -> State:
-        """``root_k = (F_k + damping lambda_max(F_k) I)^(-1 / (2 order))``, with failures counted and a diagnosis.
+        """``root_k = (F_k + damping lambda_max(F_k) I)^(-1 / (2 order))``, with counts of failures and a diagnosis.
 
         # each (B, d, d) or (B, d)
         """
 
 
 ROOTINGS: dict[FactorRoot, Callable[[float], Rooting]] = {}
-"""From a damping, by name: filled by `gradmaker.solvers`."""
+"""Constructors by name, each from a damping; filled by `gradmaker.solvers`."""

@@ -1,7 +1,7 @@
-"""Factors of an axis in their three forms: dense (B, d, d), diagonal (B, d), or tiled: square blocks along the diagonal.
+"""Kronecker factors in three forms: dense (B, d, d), diagonal (B, d), or tiled, with square blocks along the diagonal.
 
-A tiled factor is (B, d, b) with ``b < d``: row ``i`` holds its row of the block that it lies in, which begins at ``i - i % b``.
-The last block may be smaller; what is to the right of it is zero. So a side of any length costs ``d b`` entries.
+A tiled factor is (B, d, b) with ``b < d``: row ``i`` holds the row of its block, which begins at ``i - i % b``. The last block
+may be smaller; entries to its right are zero. A side of length ``d`` takes ``d b`` entries.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = [
 
 
 def is_tiled(F: Tensor) -> bool:
-    """Whether a factor is held in blocks."""
+    """Whether a factor is held in tiled form."""
     return F.ndim == 3 and F.shape[1] > F.shape[2]
 
 
 def tile_width(size: int, limit: int | None) -> int:
-    """The width of as few, nearly equal blocks of a side as the limit allows; the side itself where it is within."""
+    """Block width that cuts a side into the fewest, nearly equal blocks within the limit; the side itself if it is within."""
     return size if limit is None or size <= limit else -(-size // -(-size // limit))
 
 
 def blocks(F: Tensor) -> list[tuple[slice, Tensor]]:
-    """The rows of every block, and a view of it; of a dense factor or a diagonal, the whole.  # (B, b, b) or (B, d)"""
+    """The rows and a view of every block; for a dense or diagonal factor, one block.  # (B, b, b) or (B, d)"""
     if not is_tiled(F):
         return [(slice(0, F.shape[1]), F)]
     d, b = F.shape[1:]
@@ -53,7 +53,7 @@ def blocks(F: Tensor) -> list[tuple[slice, Tensor]]:
 
 # ------------------------------------------------------------------ tiled factors as stacks of square matrices, and back
 def split(F: Tensor) -> list[Tensor]:
-    """The full blocks as one stack, member by member, and the smaller one if there is one.  # (B m, b, b), (B, r, r)"""
+    """A tiled factor as a stack of its full blocks, member by member, and the smaller one if any.  # (B m, b, b), (B, r, r)"""
     B, d, b = F.shape
     m, r = divmod(d, b)
     rest = [F[:, m * b :, :r]] if r else []
@@ -61,7 +61,7 @@ def split(F: Tensor) -> list[Tensor]:
 
 
 def join(pieces: Sequence[Tensor], d: int) -> Tensor:
-    """The converse of `split`.  # (B, d, b)"""
+    """The inverse of `split`.  # (B, d, b)"""
     full, *rest = pieces
     b = full.shape[-1]
     B = len(full) // (d // b)
@@ -70,24 +70,24 @@ def join(pieces: Sequence[Tensor], d: int) -> Tensor:
 
 
 def split_vector(v: Tensor, F: Tensor) -> list[Tensor]:
-    """A vector of the axis as the blocks of ``F`` see it.  # (B, d) -> (B m, b), (B, r)"""
+    """A vector of the axis, cut as the blocks of ``F``.  # (B, d) -> (B m, b), (B, r)"""
     B, d, b = F.shape
     m, r = divmod(d, b)
     return [v[:, : m * b].reshape(B * m, b), *([v[:, m * b :]] if r else [])]
 
 
 def join_vector(pieces: Sequence[Tensor], B: int) -> Tensor:
-    """The converse of `split_vector`.  # (B, d)"""
+    """The inverse of `split_vector`.  # (B, d)"""
     return torch.cat([x.reshape(B, -1) for x in pieces], 1)
 
 
 def map_blocks(function: Callable[[Tensor], Tensor], F: Tensor) -> Tensor:
-    """A function of square matrices, block by block.  # (B, d, d) or tiled"""
+    """Apply a function of square matrices to every block.  # (B, d, d) or tiled"""
     return join([function(x) for x in split(F)], F.shape[1]) if is_tiled(F) else function(F)
 
 
 def widest(function: Callable[..., Tensor], F: Tensor, *vectors: Tensor | None) -> Tensor:
-    """The largest value, over the blocks of each member, of a function of square matrices and vectors of the axis.  # (B,)"""
+    """The maximum over the blocks of each member of a function of square matrices and vectors of the axis.  # (B,)"""
     if not is_tiled(F):
         return function(F, *vectors)
     cut = [[None] * len(split(F)) if v is None else (split(v) if v.ndim == 3 else split_vector(v, F)) for v in vectors]
@@ -95,9 +95,9 @@ def widest(function: Callable[..., Tensor], F: Tensor, *vectors: Tensor | None) 
     return torch.stack(found).amax(0)
 
 
-# ------------------------------------------------------------------ what every form can do
+# ------------------------------------------------------------------ operations on every form
 def dense(F: Tensor) -> Tensor:
-    """Formed.  # (B, d, d)"""
+    """The factor as a dense matrix.  # (B, d, d)"""
     if F.ndim == 2:
         return torch.diag_embed(F)
     if not is_tiled(F):
@@ -145,14 +145,14 @@ def conjugate(Q: Tensor, v: Tensor) -> Tensor:
 
 
 def rayleigh(F: Tensor, Q: Tensor) -> Tensor:
-    """``diag(Q^T F Q)``, both in one form.  # (B, d)"""
+    """Rayleigh quotients ``diag(Q^T F Q)``; F and Q in the same form.  # (B, d)"""
     if not is_tiled(F):
         return (Q * (F @ Q)).sum(-2)
     return torch.cat([(q * (f @ q)).sum(-2) for (_, f), (_, q) in zip(blocks(F), blocks(Q), strict=True)], 1)
 
 
 def turn(x: Tensor, Q: Tensor) -> Tensor:
-    """``x Q`` over the last axis; coordinates that ``x`` lacks at its end count as zero.  # (G, ..., i), (G, d, d) or tiled"""
+    """``x Q`` along the last axis; coordinates that ``x`` lacks at its end are zero.  # (G, ..., i), (G, d, d) or tiled"""
     flat, i = x.flatten(1, -2), x.shape[-1]
     found = [flat[..., rows] @ block[:, : max(min(rows.stop, i) - rows.start, 0)] for rows, block in blocks(Q)]
     return torch.cat(found, -1).reshape(*x.shape[:-1], Q.shape[1])

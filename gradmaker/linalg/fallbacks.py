@@ -1,11 +1,11 @@
-"""Retries of a failed factorisation, and what a block falls back to when all of them fail.
+"""Fallbacks of a failed factorisation: retries, then the previous cache of the block.
 
-In this order: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the
-block's previous cache, counted in ``cache["failures"]``, and in ``cache["failing"]`` as long as it goes on. Only members that
+The order: the solver's own method; the same with the ridge times 10, 100, ...; the same in float64; `eigh` in float64; the
+block's previous cache. ``cache["failures"]`` counts all failures, ``cache["failing"]`` the consecutive ones. Only members that
 failed are tried again, and the others keep their bits. One host read in a `prepare`: which members failed.
 
-All of it works on copies in the dtype of the statistic (float32 as a rule). No global flag is touched: whoever runs a step on
-a GPU decides about TF32 around it.
+All attempts use copies in the dtype of the statistic (float32 as a rule). No global flag is set: the caller of a step on a GPU
+decides about TF32.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from gradmaker.linalg.state import State
 __all__ = ["Factorisation", "Parts", "count_failures", "factorise", "is_empty", "keep_previous", "scalars", "try_all"]
 
 Parts: TypeAlias = tuple[Tensor, ...]
-"""What a factorisation makes of a stack of factors, each (B, ...)."""
+"""The tensors of a factorised stack of factors, each (B, ...), as eigenvalues and eigenvectors."""
 
 Attempt: TypeAlias = Callable[[Tensor, Tensor], tuple[Parts, Tensor]]
 
 
 class Factorisation(ABC):
-    """What a solver does to one stack of factors. Each method also says which members it accepts, by a residual."""
+    """Factorisation of a stack of factors by a solver. Each method also returns the members it accepts, by a residual."""
 
     larger_ridges: ClassVar[int]
-    """How often the ridge is multiplied by ten."""
+    """Number of retries that multiply the ridge by ten."""
 
     @property
     def summaries(self) -> int:
-        """How many parts, at the end, say something of a whole matrix, instead of its coordinates."""
+        """Number of parts, the last ones, that describe a whole matrix and not its coordinates."""
         return 0
 
     symmetric: ClassVar[bool] = True
-    """Whether factors are symmetric up to rounding, and made so."""
+    """Whether factors are symmetric up to rounding, and are symmetrised."""
 
     @abstractmethod
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
-        """The first choice.  # (B, d, d), (B,) -> parts, (B,)"""
+        """The solver's own method.  # (B, d, d), (B,) -> parts, (B,)"""
 
     @abstractmethod
     def diagonal(self, a: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
@@ -53,11 +53,11 @@ class Factorisation(ABC):
 
     @abstractmethod
     def last_resort(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
-        """By `eigh`.  # (B, d, d), (B,) -> parts, (B,)"""
+        """The last fallback, by `eigh`.  # (B, d, d), (B,) -> parts, (B,)"""
 
 
 def scalars(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors, with 1 x 1 matrices as the diagonals that they are.  # (B, 1, 1) -> (B, 1)"""
+    """The factors, with 1 x 1 matrices in diagonal form.  # (B, 1, 1) -> (B, 1)"""
     return [F.reshape(-1, 1) if F.shape[1:] == (1, 1) else F for F in factors]
 
 
@@ -68,7 +68,7 @@ def try_all(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[T
 
 
 def factorise(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]) -> tuple[list[Parts], Tensor, Tensor]:
-    """`try_all`, and after how many retries every factor succeeded, 0 for the first choice.  # m of parts, (B,), (m, B)"""
+    """`try_all`, and the number of retries of every factor, 0 without a fallback.  # m of parts, (B,), (m, B)"""
     if any(is_tiled(F) for F in factors):
         return _factorise_tiled(method, factors, ridges)
     safe = [_sanitise(F, ridge, method.symmetric) for F, ridge in zip(factors, ridges, strict=True)]
@@ -93,7 +93,7 @@ def factorise(method: Factorisation, factors: Sequence[Tensor], ridges: Sequence
 def _factorise_tiled(
     method: Factorisation, factors: Sequence[Tensor], ridges: Sequence[Tensor]
 ) -> tuple[list[Parts], Tensor, Tensor]:
-    """`factorise` where a factor has several blocks, each of which is tried by itself: a member has failed with any of them."""
+    """`factorise` of tiled factors, each block on its own; a member fails if one of its blocks does."""
     results, failed, retries = [], [], []
     for F, ridge in zip(factors, ridges, strict=True):
         pieces = split(F) if is_tiled(F) else [F]
@@ -107,7 +107,7 @@ def _factorise_tiled(
 
 
 def _joined(method: Factorisation, parts: list[Parts], F: Tensor) -> Parts:
-    """The parts of all blocks of a factor, as those of the factor."""
+    """The parts of a factor, joined from those of its blocks."""
     B, d = F.shape[:2]
     joined = []
     columns = list(zip(*parts, strict=True))
@@ -120,7 +120,7 @@ def _joined(method: Factorisation, parts: list[Parts], F: Tensor) -> Parts:
 
 
 def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A symmetric copy in which members that are not finite are replaced: `eigh` raises for them.  # F, ridge, finite (B,)"""
+    """A symmetric copy with the identity for members that are not finite, as `eigh` raises there.  # F, ridge, finite (B,)"""
     finite = torch.isfinite(F).flatten(1).all(1) & torch.isfinite(ridge)
     if F.ndim == 2:
         return torch.where(finite.unsqueeze(-1), F, 1.0), torch.where(finite, ridge, 1.0), finite
@@ -130,16 +130,19 @@ def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor
 
 
 def _retry(method: Factorisation, A: Tensor, ridge: Tensor, parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Try the fallbacks on failed members and write what succeeds into ``parts``: who did, and after how many.  # (b,), (b,)"""
+    """Try the fallbacks on failed members and write successes into ``parts``; returns who succeeded, and the number of tries.
+
+    # (b,), (b,)
+    """
     done = torch.zeros_like(ridge, dtype=torch.bool)
     count = torch.zeros_like(ridge, dtype=torch.int64)
     for attempt, A_tried, ridge_tried in _fallbacks(method, A, ridge):
-        if A.device.type == "cpu" and bool(done.all()):  # a host read costs nothing here, a try does
+        if A.device.type == "cpu" and bool(done.all()):  # on the CPU a host read is cheaper than an attempt
             break
         candidates, ok = attempt(A_tried, ridge_tried)
         for part, candidate in zip(parts, candidates, strict=True):
             new = candidate.to(part.dtype)
-            ok = ok & torch.isfinite(new).flatten(1).all(1)  # a float64 root may be too large for the statistic's dtype
+            ok = ok & torch.isfinite(new).flatten(1).all(1)  # a float64 root may overflow in the statistic's dtype
         ok = ok & ~done
         count = count + ~done
         for part, candidate in zip(parts, candidates, strict=True):
@@ -164,13 +167,13 @@ def _fallbacks(method: Factorisation, A: Tensor, ridge: Tensor) -> Iterator[tupl
 def keep_previous(
     new: State, failed: Tensor, previous: State | None, default: State, empty: Tensor | None = None, read: bool = False
 ) -> State:
-    """The cache: failed members keep what they had (``default``, broadcast, if there was nothing) and are counted.
+    """The new cache: failed members keep their previous entries (``default``, broadcast, without any) and are counted.
 
-    Where none has failed, it holds the new tensors themselves, which nobody writes to. ``failures`` counts in all, ``failing``
-    in a row, for `gradmaker.failures`.
+    Without a failure it refers to the new tensors, which are read-only. ``failures`` counts all failures, ``failing`` the
+    consecutive ones, for `gradmaker.failures`.
 
-    empty: members without a root because their statistic is zero, as that of a layer without gradients is: no sign of harm,
-    so that they are no failures in a row  # (B,)
+    empty: members without a root because their statistic is zero, as for a layer without gradients; they do not count as
+    consecutive failures  # (B,)
     read: whether an accelerator is waited for to know that none has failed, which saves a copy; a CPU always is
     """
     before = default if previous is None else previous
@@ -188,14 +191,14 @@ def _some(failed: Tensor, read: bool) -> bool:
 
 
 def count_failures(failed: Tensor, previous: State | None, empty: Tensor | None = None) -> State:
-    """The counters after a refresh in which these members failed; see `keep_previous`.  # each (B,)"""
+    """The failure counters after a refresh in which these members failed; see `keep_previous`.  # each (B,)"""
     once = failed.to(torch.int64)
     harmed = once if empty is None else (failed & ~empty).to(torch.int64)
     if previous is None:
-        return {"failures": once, "failing": harmed.clone()}  # never one tensor: caches are updated in place
+        return {"failures": once, "failing": harmed.clone()}  # two tensors, as caches are updated in place
     return {"failures": previous["failures"] + once, "failing": (previous["failing"] + 1) * harmed}
 
 
 def is_empty(factors: Sequence[Tensor]) -> Tensor:
-    """Members of which a factor is zero throughout.  # any form -> (B,)"""
+    """Members that have a zero factor.  # any form -> (B,)"""
     return torch.stack([(F == 0).flatten(1).all(1) for F in factors]).any(0)

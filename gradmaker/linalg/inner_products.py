@@ -1,4 +1,4 @@
-"""Inner products of stacks and of whole blocks."""
+"""Inner products of the members of stacks, and of whole tensors in double precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["double_dot", "member_dots"]
 
 
 def member_dots(a: Tensor, b: Tensor) -> Tensor:
-    """``<a_B, b_B>`` of every member, ready to broadcast.  # (B, *shape) -> (B, 1, ...)"""
+    """``<a_B, b_B>`` of every member, in a shape that broadcasts.  # (B, *shape) -> (B, 1, ...)"""
     return (a * b).reshape(a.shape[0], -1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
 

@@ -1,4 +1,4 @@
-"""A matrix that is known by its products, formed column by column."""
+"""Blocks and diagonal of a matrix that is given by its products with vectors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 __all__ = ["form_blocks", "form_diagonal"]
 
 CHUNK = 64
-"""Columns for which products are taken at once: a bound on memory."""
+"""Number of columns whose products are computed at once: a bound on memory."""
 
 LIMIT = 20_000
-"""More products than this for one matrix are refused."""
+"""Largest number of products for one matrix."""
 
 Matvec = Callable[[Tensor], Tensor]
 
 
 def form_blocks(matvec: Matvec, like: Tensor) -> Tensor:
-    """The blocks on the diagonal of ``C``, symmetric to the last bit.  # (B P -> B P), like (B, P, P) -> (B, P, P)"""
+    """The blocks on the diagonal of ``C``, bitwise symmetric.  # (B P -> B P), like (B, P, P) -> (B, P, P)"""
     B, P = like.shape[:2]
     out = torch.empty(B * P, P, dtype=like.dtype, device=like.device)
     for rows, images in _images(matvec, B * P, like):
@@ -38,11 +38,11 @@ def form_diagonal(matvec: Matvec, like: Tensor) -> Tensor:
 
 
 def _images(matvec: Matvec, size: int, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices of columns, and the columns as rows.  # (k,), (k, size)"""
+    """Chunks of column indices, and these columns as rows. ValueError for more than `LIMIT`.  # (k,), (k, size)"""
     if size > LIMIT:
         raise ValueError(
-            f"a block of {size} parameters takes {size} products with the curvature in every step, and {LIMIT} are the most "
-            "that are allowed: leave the layer out with ignore=, or use a matrix-free method (hessian_free, ksd)"
+            f"a block of {size} parameters takes {size} products with the curvature in every step, and at most {LIMIT} are "
+            "allowed: leave the layer out with ignore=, or use a matrix-free method (hessian_free, ksd)"
         )
     for start in range(0, size, CHUNK):
         rows = torch.arange(start, min(start + CHUNK, size), device=like.device)

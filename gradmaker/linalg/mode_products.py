@@ -1,4 +1,4 @@
-"""Products along the axes of stacks of tensors: mode products with one factor for each axis, unfoldings, Kronecker products.
+"""Mode products of stacks of tensors with one factor for each axis, unfoldings, Kronecker products.
 
 A factor is (B, d, d), or (B, d) when only its diagonal is kept, or tiled, see `gradmaker.linalg.factors`. ``vec`` is
 row-major everywhere.
@@ -19,14 +19,14 @@ from gradmaker.linalg.factors import blocks, dense, is_tiled
 __all__ = ["apply_factors", "kronecker_product", "mode_matrix"]
 
 NARROW = 32
-"""Columns below which a batch of products is slower than moving the axis in front and taking one: 2 to 4 times for the axes of
-3 of a convolution (CPU)."""
+"""Number of columns below which a batch of products is slower than one product with the axis moved to the front: 2 to 4 times
+for the axes of 3 of a convolution (CPU)."""
 
 
 def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
-    """Mode products ``g x_1 F_1 x_2 F_2 ...``, the same as ``(F_1 (x) F_2 (x) ...) vec(g)``; None leaves its axis alone.
+    """Mode products ``g x_1 F_1 x_2 F_2 ...``, the same as ``(F_1 (x) F_2 (x) ...) vec(g)``; None stands for the identity.
 
-    The axes one after another: factors are square, so that every order takes ``D sum_k d_k`` multiplications.
+    Axis by axis: factors are square, so that every order takes ``D sum_k d_k`` multiplications.
 
     factors: (B, d_m, d_m), (B, d_m) or tiled; g: (B, d_1, ..., d_m) -> the same shape
     """
@@ -37,7 +37,7 @@ def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
 
 
 def mode_matrix(g: Tensor, axis: int) -> Tensor:
-    """``mat_k(g)``: the axis as rows, all others as columns.  # (B, d_1, ..., d_m) -> (B, d_k, D / d_k)"""
+    """The unfolding ``mat_k(g)``: an axis as rows, all others as columns.  # (B, d_1, ..., d_m) -> (B, d_k, D / d_k)"""
     return g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
 
 
@@ -48,7 +48,7 @@ def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
     if F.ndim == 2:
         return g * F.view(B, *[1] * (axis - 1), -1, *[1] * (g.ndim - axis - 1))
     before, d, after = prod(shape[1:axis]), shape[axis], prod(shape[axis + 1 :])
-    if after == 1 and d >= NARROW:  # from the right; batched, these would be products of matrices with vectors
+    if after == 1 and d >= NARROW:  # from the right: from the left these would be matrix-vector products
         return (g.reshape(B, -1, d) @ F.mT).reshape(shape)
     x = g.reshape(B, before, d, after)
     if before == 1 or after >= NARROW:
@@ -57,7 +57,7 @@ def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:
 
 
 def kronecker_product(factors: Sequence[Tensor]) -> Tensor:
-    """``F_1 (x) F_2 (x) ...``, formed.  # (B, P, P)"""
+    """The dense Kronecker product ``F_1 (x) F_2 (x) ...``.  # (B, P, P)"""
     out, *rest = [dense(F) for F in factors]
     for F in rest:
         out = torch.einsum("bij,bkl->bikjl", out, F).reshape(F.shape[0], out.shape[1] * F.shape[1], -1)

@@ -1,6 +1,6 @@
-"""Tracking an eigenbasis: one step of orthogonal iteration, or of the QR algorithm, instead of a decomposition.
+"""Tracking of an eigenbasis by a step of orthogonal iteration, or of the QR algorithm, in place of a decomposition.
 
-Pure and batched: ``A`` symmetric, ``Q`` orthogonal, both (B, d, d).
+Batched functions of ``A`` symmetric and ``Q`` orthogonal, both (B, d, d).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["off_diagonal", "power_step", "qr_steps", "sorted_eigenvectors"]
 
 
 def sorted_eigenvectors(A: Tensor) -> Tensor:
-    """Eigenvectors of ``A``, the largest eigenvalue first; not a number where the decomposition failed.  # (B, d, d)"""
+    """Eigenvectors of ``A``, the largest eigenvalue first; NaN where the decomposition failed.  # (B, d, d)"""
     _, Q, ok, _ = decompose_again(symmetrise(A))
     return torch.where(ok[:, None, None], Q, torch.nan).flip(-1)
 
 
 def off_diagonal(A: Tensor, Q: Tensor) -> Tensor:
-    """``|B - diag B|_F / |B|_F`` of ``B = Q^T A Q``: the relative error of ``Q diag(B) Q^T`` as an ``A``.  # (B,)"""
+    """``|B - diag B|_F / |B|_F`` of ``B = Q^T A Q``: the relative error of ``A ~ Q diag(B) Q^T``.  # (B,)"""
     B = Q.mT @ A @ Q
     diagonal = torch.diag_embed(B.diagonal(dim1=-2, dim2=-1))
     size = torch.linalg.matrix_norm(B)
@@ -29,7 +29,7 @@ def off_diagonal(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def power_step(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """``Q <- qr(A Q)`` with the columns sorted by ``diag(Q^T A Q)`` first, and the order: what is held in ``Q`` has to follow.
+    """``Q <- qr(A Q)`` after a sort of columns by ``diag(Q^T A Q)``, and that order, for statistics that are held in ``Q``.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 4.  # (B, d, d), (B, d)
     """
@@ -39,9 +39,9 @@ def power_step(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def qr_steps(A: Tensor, Q: Tensor, tolerance: float, steps: int = 1) -> Tensor:
-    """``B = Q^T A Q = Q_1 R_1``, ``Q <- Q Q_1``, ``B <- R_1 Q_1``, while ``B`` is further than ``tolerance`` from diagonal.
+    """``B = Q^T A Q = Q_1 R_1``, ``Q <- Q Q_1``, ``B <- R_1 Q_1``, while `off_diagonal` of ``B`` exceeds the tolerance.
 
-    Each member of the stack stops by itself.
+    Each member of the stack stops on its own.
 
     Reference: Eschenhagen et al., 2025, arXiv:2506.03595, section 4 (the criterion).  # (B, d, d)
     """

@@ -1,4 +1,4 @@
-"""Inverse roots of factors, held as matrices: ``X = (A + ridge I)^(-1/p)``. What all solvers share that form them."""
+"""Inverse roots of factors, held as matrices, ``X = (A + ridge I)^(-1/p)``: residual, cache, application."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roo
 
 
 def integer_root(power: float, order: float) -> int:
-    """``p`` such that a factor's ``-1/p`` gives ``C^power``: ``p = order / |power|``."""
+    """``p = order / |power|``: the power ``-1/p`` of each factor gives ``C^power``. ValueError if it is not whole."""
     p = order / abs(power)
     if round(p) < 1 or abs(p - round(p)) > 1e-9:
         raise ValueError(f"power={power!r} needs the inverse root p = {p:g} of a factor: expected a whole p; use Eigh")
@@ -30,11 +30,11 @@ def integer_root(power: float, order: float) -> int:
 def residual(A: Tensor, X: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """``max|X^h A X^(p-h) - I|``, ``h = floor(p / 2)``, and its tolerance ``50 u kappa``, within 1e-5 (float32: 6e-4) and 0.45.
 
-    This is ``A X^p - I`` of the matrix itself, since ``X`` commutes with ``A``: the coupled iterate of Newton's method reads
-    2e-7 where the root is off by 3e-3. Split in halves it measures the root and not its own rounding: in float32, for a
-    rank-deficient ``A`` with the customary ridge of 1e-6 ``lambda_max``, it reads 0.03-0.1 (p = 1: 0.1-0.35) where the root is
-    good to 0.002-0.07, and ``A X^p`` up to 1.0. A root that is off by a factor of two reads 0.5 or more. A single wrong
-    direction shows in the entries by only about ``1/d``, so whoever calls this also makes sure that ``A`` is positive.
+    It equals ``A X^p - I``, since ``X`` commutes with ``A``. The coupled iterate of Newton's method is no substitute: it shows
+    2e-7 where the root has an error of 3e-3. The power is split in halves so that rounding does not dominate: in float32, for
+    a rank-deficient ``A`` with the customary ridge of 1e-6 ``lambda_max``, the residual is 0.03-0.1 (p = 1: 0.1-0.35) for a
+    root with an error of 0.002-0.07, and that of ``A X^p`` up to 1.0. A root that is wrong by a factor of two gives 0.5 or
+    more. A single wrong direction changes entries by about ``1/d`` only, so the caller also checks that ``A`` is positive.
     """  # (B, d, d), (B, d, d) -> (B,), (B,)
     u = torch.finfo(A.dtype).eps / 2
     right = torch.linalg.matrix_power(X, p - p // 2)
@@ -53,9 +53,9 @@ def _norm(A: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InverseRoot(Factorisation):
-    """``(A + ridge I)^(-1/p)``; parts are one tensor, (B, d, d) or (B, d).
+    """Inverse root ``(A + ridge I)^(-1/p)``; parts are one tensor, (B, d, d) or (B, d).
 
-    Where it is ``described`` a second part (B, 3) holds iterations, residual and ridge of the attempt.
+    If ``described``, a second part (B, 3) holds iterations, residual and ridge of the attempt.
     """
 
     p: int
@@ -90,7 +90,10 @@ def keep_roots(
     diagnosis: Tensor | None = None,
     empty: Tensor | None = None,
 ) -> State:
-    """A cache of one root for each factor. A failed member without a past gets ``P = gain I``.  empty: as in `keep_previous`"""
+    """A cache with one root for each factor. A failed member without a previous one gets ``P = gain I``.
+
+    empty: as in `keep_previous`
+    """
     new = {f"root_{k}": X for k, X in enumerate(roots)}
     share = gain ** (1 / len(roots))
     default = {name: share * identity(X) for name, X in new.items()}
@@ -105,5 +108,5 @@ def held_roots(cache: State) -> list[Tensor]:
 
 
 def apply_roots(cache: State, g: Tensor) -> Tensor:
-    """``g x_1 X_1 x_2 X_2 ...`` of an unfolded gradient.  # (B, d_1, ..., d_m)"""
+    """``g x_1 X_1 x_2 X_2 ...`` with the roots in a cache.  # (B, d_1, ..., d_m)"""
     return apply_factors(held_roots(cache), g)

@@ -1,4 +1,4 @@
-"""The state of a part: tensors by name, every one with the stack axis ``B`` first."""
+"""The type of a part's state: tensors by name, each with the stack axis ``B`` first."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from torch import Tensor
 __all__ = ["State"]
 
 State: TypeAlias = dict[str, Tensor]
-"""Tensors only."""
+"""State of a representation (a statistic) or of a solver (a cache): tensors only."""

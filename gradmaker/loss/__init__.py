@@ -1,6 +1,6 @@
-"""Losses: recorded calls, their terms as likelihoods, and the outputs that they are functions of.
+"""Losses: recorded calls, their terms as likelihoods, and the outputs that a loss is a function of.
 
-The recorder sees torch's losses wherever they are called; a likelihood gives the Hessian of a term in the outputs, its factors
-and samples of targets; what is not recognised is differentiated. Reductions, masks, class weights and smoothing are known here
-and nowhere else.
+The recorder sees every call of torch's losses. A likelihood gives the Hessian of a loss term in the outputs, factors of it, and
+sampled targets. The Hessian of other losses is formed by autograd. Reductions, masks, class weights and label smoothing are
+known here and nowhere else.
 """

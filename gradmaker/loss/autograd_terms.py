@@ -1,12 +1,11 @@
-"""Terms of a loss that is not the sum of recognised ones: its Hessian in the outputs, by autograd.
+"""Loss terms by autograd, for a loss that is not a sum of recognised ones: its Hessian in the outputs.
 
-``Lambda_m = d^2 L / dz_m^2`` is formed by products with the Hessian of the loss in ``z`` alone, which never enter the model.
-Which entries of ``z`` belong together is found and not assumed: single elements, rows along an axis, examples, or all of the
-batch, whichever first gives the product of the whole Hessian with a random vector.
+``Lambda_m = d^2 L / dz_m^2`` is formed by products with the Hessian of the loss in ``z``, without the model. The block
+structure of the Hessian is tested, not assumed: single elements, rows along an axis, examples, or the whole batch, the first
+with which the blocks reproduce the product of the Hessian with a random vector.
 
 Where ``z = log softmax(y)``, ``Lambda`` is the Hessian in the logits ``y``: with ``J = I - 1 p^T`` and ``s = dL/dz``,
-``d^2 L / dy^2 = J^T (d^2 L / dz^2) J - (sum_k s_k) (diag p - p p^T)``; differentiated through ``J`` once more it
-stays what it is.
+``d^2 L / dy^2 = J^T (d^2 L / dz^2) J - (sum_k s_k) (diag p - p p^T)``. A second product with ``J`` does not change it.
 
 Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation 2002.
 """
@@ -27,31 +26,31 @@ from gradmaker.reentrant import nodes
 __all__ = ["WIDEST", "AutogradTerms", "Output", "autograd_terms", "centred", "hessian_products", "of_logits"]
 
 WIDEST = 256
-"""Entries of an output that depend on each other in the loss: each costs a product, and a block has this many rows."""
+"""Most rows of a block, the entries of an output that depend on each other in the loss: each row costs a product."""
 MOST = 2**27
-"""Numbers in the blocks of an output together, of eight bytes each."""
+"""Most numbers, of eight bytes each, in all blocks of an output."""
 CLIPPED = 1e-3
-"""What the negative eigenvalues may make of the sum of the positive ones, and are set to zero; more is no convex loss."""
+"""Largest ratio of the negative to the positive eigenvalues, by their sums, at which the loss counts as convex."""
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-5}
-"""Of the product with a random vector, in its size."""
+"""Relative error of a product with a random vector, up to which a block structure is accepted."""
 
 Apply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a loss is a function of."""
+    """An output that the loss is a function of."""
 
     z: Tensor  # in the graph
-    axes: tuple[int, ...]  # that may hold the coordinates of a term, the likelier first
+    axes: tuple[int, ...]  # candidates for the axis of a term's coordinates, the likelier first
 
 
 @dataclass(frozen=True, eq=False)
 class AutogradTerms(Terms):
-    """``Lambda = S S^T`` by blocks, columns ``S e_c``; sampled gradients are ``S`` times standard normal numbers."""
+    """Terms with ``Lambda = S S^T`` by blocks, columns ``S e_c``; sampled gradients are ``S`` times standard normal vectors."""
 
     factor: Tensor  # (m, C, C), S
-    parts: int | None = None  # equal parts of z along its first axis that are one term each; None: ``axis`` says
+    parts: int | None = None  # equal parts of z along its first axis, one term each; None: terms by ``axis``
 
     def spread(self, values: Tensor) -> Tensor:
         if self.parts is None:
@@ -88,7 +87,7 @@ class AutogradTerms(Terms):
 
 # -------------------------------------------------------------------- products at the outputs
 def hessian_products(loss_gradients: Sequence[Tensor | None], outputs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
-    """``H v`` by the gradient of ``<dL/dz, v>``.  loss_gradients: in the graph  # like z each"""
+    """``H v`` as the gradient of ``<dL/dz, v>``.  loss_gradients: in the graph  # like z each"""
     pairs = [(s, w) for s, w in zip(loss_gradients, v, strict=True) if s is not None and s.requires_grad]
     if not pairs:
         return [torch.zeros_like(z) for z in outputs]
@@ -100,7 +99,7 @@ def hessian_products(loss_gradients: Sequence[Tensor | None], outputs: Sequence[
 
 @torch.no_grad()
 def in_logits(z: Tensor, axis: int, loss_gradient: Tensor, apply: Apply) -> Apply:
-    """Products with the Hessian in the logits of log-probabilities, by those with the one in the log-probabilities."""
+    """Products with the Hessian in the logits, from ``apply``, those with the Hessian in the log-probabilities ``z``."""
 
     def product(v: Tensor) -> Tensor:
         return of_logits(z, axis, loss_gradient, v, apply(centred(z, axis, v)))
@@ -109,12 +108,12 @@ def in_logits(z: Tensor, axis: int, loss_gradient: Tensor, apply: Apply) -> Appl
 
 
 def centred(z: Tensor, axis: int, v: Tensor) -> Tensor:
-    """``J v``: how log-probabilities move with logits."""
+    """``J v`` with the Jacobian of log-probabilities in logits."""
     return v - (z.detach().exp() * v).sum(axis, keepdim=True)
 
 
 def of_logits(z: Tensor, axis: int, loss_gradient: Tensor, v: Tensor, image: Tensor) -> Tensor:
-    """The product with the Hessian in the logits, where ``image`` is that with the one in the log-probabilities of ``J v``."""
+    """The product of the Hessian in the logits with ``v``.  image: of the Hessian in the log-probabilities with ``J v``"""
     p, mass = z.detach().exp(), -loss_gradient.detach().sum(axis, keepdim=True)
     return image - p * image.sum(axis, keepdim=True) + mass * p * centred(z, axis, v)
 
@@ -122,21 +121,21 @@ def of_logits(z: Tensor, axis: int, loss_gradient: Tensor, v: Tensor, image: Ten
 # -------------------------------------------------------------------- one output
 @dataclass
 class _Block:
-    """The Hessian in one output, by products with it."""
+    """The Hessian of the loss in one output, known by its products."""
 
     z: Tensor
     loss_gradient: Tensor
     axes: Sequence[int]
     apply: Apply
     v: Tensor  # random
-    image: Tensor  # of it
+    image: Tensor  # H v
     examples: int
     M: Tensor
     classes: int | None = None  # the axis of log-probabilities
-    wide: list[int] = field(default_factory=list)  # widths of blocks that were not tried
+    wide: list[int] = field(default_factory=list)  # widths of blocks that are too large
 
     def terms(self) -> Terms:
-        """The first layout that explains the product with a random vector. SelfCheckError if none does."""
+        """Terms by the first block structure that reproduces the product with a random vector. SelfCheckError if none does."""
         found = self._diagonal() if self.classes is None else self._categorical()
         for axis in () if found is not None else dict.fromkeys((*self.axes, *range(1, self.z.ndim))):
             found = self._blocks(axis, None, self.z.shape[axis])
@@ -160,7 +159,7 @@ class _Block:
         return float((image - self.image).double().norm()) <= limit * float(self.image.double().norm())
 
     def _counted(self, rows: Callable[[Tensor], Tensor], curvature: Tensor) -> Tensor:
-        """One for each term that has a part in the loss.  curvature: (m, *)"""
+        """1 for each term that contributes to the loss, else 0.  curvature: (m, *)"""
         used = rows(self.loss_gradient).ne(0).any(-1) | curvature.flatten(1).ne(0).any(-1)
         return used.to(compute(self.z).dtype)
 
@@ -175,7 +174,7 @@ class _Block:
         return GaussianTerms(self.z, axis, omega, self.M, curvature.clamp(min=0), assumed=omega / self.M.to(omega))
 
     def _categorical(self) -> Terms | None:
-        """Where nothing but the gradients of log-probabilities is left, of which the loss is linear."""
+        """Terms of a loss that is linear in log-probabilities; None if it is not."""
         assert self.classes is not None
         mass = -rows_of(self.loss_gradient, self.classes).sum(-1)
         p = rows_of(self.z, self.classes).exp()
@@ -215,7 +214,7 @@ class _Block:
 
 
 def _check_convex(z: Tensor, eigenvalues: Tensor) -> None:
-    """SelfCheckError if the negative ones are more than rounding, or than can be left out."""
+    """SelfCheckError if the negative eigenvalues are more than rounding, and more than `CLIPPED` allows."""
     below, above = (float(x.clamp(min=0).double().sum()) for x in (-eigenvalues, eigenvalues))
     half = z.dtype in (torch.float16, torch.bfloat16)
     if below > (3e-2 if half else CLIPPED) * above:
@@ -231,12 +230,13 @@ def _check_convex(z: Tensor, eigenvalues: Tensor) -> None:
 def autograd_terms(
     loss: Tensor, outputs: Sequence[Output], examples: int, M: Tensor, generator: torch.Generator
 ) -> tuple[list[Terms], list[Tensor]]:
-    """The terms of a loss that is a function of these outputs, none of which is made of another; and ``dL/dz`` of each.
+    """The terms of a loss that is a function of these outputs, none of them computed from another, and ``dL/dz`` of each.
 
-    SelfCheckError where it has no second derivative, is not convex, or has no block that is small enough.  M: the denominator
+    M: the denominator of the empirical Fisher matrix. SelfCheckError where the loss has no second derivative, is not convex in
+    an output, couples outputs, or has blocks that are too large.
     """
     zs = [o.z for o in outputs]
-    seed = torch.ones_like(loss).requires_grad_()  # in the graph, so that what has one derivative only cannot pass for linear
+    seed = torch.ones_like(loss).requires_grad_()  # in the graph: else an operation with one derivative only would seem linear
     with torch.enable_grad():
         loss_gradients = torch.autograd.grad(loss, zs, seed, create_graph=True, materialize_grads=True)
     if any(node.name() == "torch::autograd::Error" for node in nodes([s for s in loss_gradients if s.requires_grad])):
@@ -251,7 +251,7 @@ def autograd_terms(
     size = sum(float(x.double().square().sum()) for x in together) ** 0.5
     for x, y in zip(together, alone, strict=True):
         if float((x - y).double().norm()) > TOLERANCES.get(x.dtype, 5e-2) * size:
-            raise SelfCheckError("outputs of the model depend on each other in the loss, which is no sum of losses of each")
+            raise SelfCheckError("the loss couples outputs of the model: it is not a sum of a loss of each")
     found: list[Terms] = []
     for o, loss_gradient, apply, w, image in zip(outputs, loss_gradients, applies, v, alone, strict=True):
         classes = log_axis(o.z, o.axes)
@@ -259,7 +259,7 @@ def autograd_terms(
             apply = in_logits(o.z, classes, loss_gradient, apply)
             image = apply(w)
         likely = o.axes if classes is None else (classes, *o.axes)
-        axes = [axis for axis in likely if axis > 0]  # along the first, a row would hold several examples
+        axes = [axis for axis in likely if axis > 0]  # along the first axis a row would mix examples
         found.append(_Block(o.z, loss_gradient.detach(), axes, apply, w, image, examples, M, classes).terms())
     return found, [s.detach() for s in loss_gradients]
 

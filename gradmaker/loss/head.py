@@ -1,4 +1,4 @@
-"""The head of a pass: the outputs that the loss is a function of, as far as is known."""
+"""The head of a pass: the outputs that the loss is a function of, with their loss gradients."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["Head"]
 
 @dataclass
 class Head:
-    """Outputs ``z`` of one pass, those of the recognised loss terms or else of the model, and ``dL/dz`` there.
+    """Outputs ``z`` of one pass, those of the recognised loss terms or else of the model, and ``dL/dz``.
 
-    A gradient is that of the output's own part of the loss: an output that is made of another one is not counted there again.
+    The gradient in an output is that of its own loss term: where another output is computed from it, that path is left out.
     """
 
     outputs: list[Tensor]
     terms: list[Terms] = field(default_factory=list)  # one for each output; none where the loss is not recognised
-    loss: Tensor | None = None  # None: out of sight
+    loss: Tensor | None = None  # None: not known
     recorder: LossRecorder | None = None
-    known: list[Tensor] | None = None  # gradients that are known already
-    order: Literal["first", "last"] = "first"  # of the rows of outputs: examples one after another, or running fastest
-    whole: bool = False  # whether the terms are those of all of the loss, by autograd
+    known: list[Tensor] | None = None  # loss gradients, if they are known already
+    order: Literal["first", "last"] = "first"  # of output rows: example by example, or the example runs fastest
+    whole: bool = False  # whether the terms are those of the whole loss, by autograd
 
     @classmethod
     def of(cls, loss: Tensor, output: Any, terms: Sequence[Terms], recorder: LossRecorder) -> Head:
-        """Of a declared loss."""
+        """The head of a declared loss.  output: of the model"""
         if terms:
             return cls([t.z for t in terms], list(terms), loss, recorder)
         found = (v for v in tensors(output) if v.requires_grad and v.is_floating_point())
@@ -50,11 +50,11 @@ class Head:
 
     @property
     def loss_gradients(self) -> list[Tensor]:
-        """``dL/dz`` of each output. SelfCheckError where the loss does not depend on what was declared as the logits."""
+        """``dL/dz`` of each output. SelfCheckError where the loss does not depend on the declared logits."""
         found = [s for s in self._found if s is not None]
         if len(found) < len(self.outputs):
             raise SelfCheckError(
-                "the loss does not depend on what setup_logits_repr names: name the very tensor that goes into the loss, not "
+                "the loss does not depend on what setup_logits_repr names: name the same tensor that goes into the loss, not "
                 "another view of it"
             )
         return found
@@ -72,37 +72,37 @@ class Head:
         return [torch.zeros_like(z) if s is None else s for z, s in zip(self.outputs, found, strict=True)]
 
     def probes(self, generator: torch.Generator) -> list[Tensor]:
-        """The gradients of the loss; random numbers where they are not known.  # like z each"""
+        """Cotangents for self-checks: the loss gradients, or random numbers where there are none.  # like z each"""
         return [
             torch.randn(z.shape, generator=generator).to(z) if s is None else s
             for z, s in zip(self.outputs, self._found, strict=True)
         ]
 
     def divides(self, n: int) -> bool:
-        """Whether every output falls into ``n`` equal parts."""
+        """Whether the rows of every output divide into ``n`` equal parts."""
         if self.terms:
             return all(t.omega.numel() % n == 0 for t in self.terms)
         return all(z.ndim > 0 and z.shape[0] % n == 0 for z in self.outputs)
 
     def owners(self, n: int) -> list[Tensor]:
-        """Which of ``n`` examples every entry of an output belongs to: its first axis holds them in `order`.  # like z each"""
+        """The index of the example that each entry of an output belongs to, by `order`.  # like z each"""
         if self.terms:
             return [t.owners(n) for t in self.terms]
         return [_owners(z, n, self.order) for z in self.outputs]
 
     def repeats(self, n: int) -> bool:
-        """Whether an output that divides has several rows for each of ``n`` examples."""
+        """Whether an output has several rows for each of ``n`` examples."""
         if self.terms:
             return any(t.omega.numel() > n for t in self.terms)
         return any(len(z) > n for z in self.outputs)
 
     def turn(self) -> None:
-        """Read the rows of all outputs in the other order."""
+        """Switch to the other order of output rows."""
         self.order = "last" if self.order == "first" else "first"
         self.terms = [t.turned() for t in self.terms]
 
     def counted(self) -> list[Tensor]:
-        """One where an entry of an output has a part in the loss, else zero.  # like z each"""
+        """1 where an entry of an output contributes to the loss, else 0.  # like z each"""
         if not self.terms:
             return [torch.ones_like(z) for z in self.outputs]
         return [t.spread(t.valid().to(t.omega.dtype)) for t in self.terms]

@@ -1,6 +1,6 @@
-"""Losses as likelihoods: the one place that knows reductions, masks, class weights, smoothing, soft labels and loss factors.
+"""Likelihoods: losses as negative log-likelihoods, with reductions, masks, class weights, smoothing and loss factors.
 
-The terms themselves, and the factors of their curvature, are in `gradmaker.loss.terms`.
+The terms, and the factors of their curvature, are in `gradmaker.loss.terms`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ __all__ = [
 
 # -------------------------------------------------------------------- from weights to terms
 def _reduced(weight: Tensor, w: Weighting) -> Tensor:
-    """``omega``; an empty mean divides by 1: all of its terms are masked, so they stay 0 instead of NaN."""
+    """``omega``. A mean over nothing divides by 1: all of its terms are masked, and stay 0 instead of NaN."""
     return weight / torch.where(w.total > 0, w.total, 1.0) if w.reduction == "mean" else weight
 
 
 # -------------------------------------------------------------------- likelihoods
 @dataclass(frozen=True, kw_only=True)
 class Likelihood(ABC):
-    """What a loss is the negative log of; declared by the user where the loss itself is not recognised."""
+    """A distribution whose negative log is the loss; declared by the user where the loss is not recognised."""
 
     reduction: str = "mean"  # over the valid terms
 
@@ -47,7 +47,10 @@ class Likelihood(ABC):
         check_choice(f"{type(self).__name__}.reduction", self.reduction, ("mean", "sum"), hint=", as the loss does")
 
     def terms(self, z: Tensor, factor: float | Tensor = 1.0, valid: Tensor | None = None) -> Terms:
-        """The terms of ``factor * reduction_m l_m(z_m)``.  factor: a number, () or one for each term; valid: None for all"""
+        """The terms of ``factor * reduction_m l_m(z_m)``. ValueError where ``valid`` is not one number for each term.
+
+        factor: a number, () or one for each term; valid: which terms count, None for all
+        """
         rows = rows_of(z, self.axis_of(z))
         kept = rows.new_ones(len(rows)) if valid is None else valid.detach().reshape(-1).to(rows)
         if len(kept) != len(rows):
@@ -60,7 +63,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def axis_of(self, z: Tensor) -> int | None:
-        """The axis of z that holds the coordinates of a term; None: every element is a term."""
+        """The axis of z that holds the coordinates of a term; None: every element is a term. ValueError without it."""
 
     @abstractmethod
     def read(self, w: Weighting) -> Terms:
@@ -68,7 +71,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def _spread(self, weight: Tensor, z: Tensor) -> Tensor:
-        """Weights of terms as `Weighting` wants them.  weight: (m,)"""
+        """Weights of terms in the shape that `Weighting` has.  weight: (m,)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +82,14 @@ class Categorical(Likelihood):
 
     def axis_of(self, z: Tensor) -> int:
         if z.ndim > 1 and not -z.ndim <= self.axis < z.ndim:
-            raise ValueError(f"z of shape {tuple(z.shape)} has no class axis {self.axis}: give Categorical an axis that it has")
+            raise ValueError(f"z of shape {tuple(z.shape)} has no class axis {self.axis}: give Categorical(axis=) an axis of z")
         return self.axis % z.ndim if z.ndim > 1 else 0
 
     def read(self, w: Weighting) -> Terms:
         axis = self.axis_of(w.z) if w.axis is None else w.axis
         z = rows_of(w.z, axis)
         omega = _reduced(w.weight.reshape(-1).to(z.dtype).clamp(min=0), w)
-        # logits of masked rows may be anything, NaN included
+        # logits of masked rows are arbitrary, possibly NaN
         p = torch.where((omega != 0).unsqueeze(-1), z.softmax(-1), 1.0 / z.shape[-1])
         return CategoricalTerms(w.z, axis, omega, effective_number([omega]), p)
 
@@ -95,7 +98,7 @@ class Categorical(Likelihood):
 
 
 class Independent(Likelihood):
-    """Likelihoods whose coordinates are independent: the last axis of z holds a term, a vector holds one term an element."""
+    """A likelihood with independent coordinates: a term is a row along the last axis of z, or an element of a vector."""
 
     def axis_of(self, z: Tensor) -> int | None:
         return z.ndim - 1 if z.ndim > 1 else None
@@ -104,7 +107,7 @@ class Independent(Likelihood):
         return weight.unsqueeze(-1).expand_as(rows_of(z, self.axis_of(z))).reshape(z.shape)
 
     def _scale(self, w: Weighting) -> tuple[Tensor, Tensor, Tensor]:
-        """A term is the sum of its elements, whatever the loss makes of it: one loss has one ``omega`` in all its spellings.
+        """Weights of elements and terms. A term is the sum of its elements, so that equal losses have one ``omega``.
 
         Returns the scale of each element (m, C), omega (m,), which is their mean, and ``M`` ().
         """
@@ -129,7 +132,7 @@ class Bernoulli(Independent):
     def read(self, w: Weighting) -> Terms:
         scale, omega, M = self._scale(w)
         axis = self.axis_of(w.z)
-        z = torch.where(scale != 0, rows_of(w.z, axis), 0.0)  # logits of masked elements may be anything
+        z = torch.where(scale != 0, rows_of(w.z, axis), 0.0)  # logits of masked elements are arbitrary
         sigma = z.sigmoid()
         return BernoulliTerms(w.z, axis, omega, M, scale * sigma * (-z).sigmoid(), scale, sigma)
 
@@ -138,27 +141,26 @@ LIKELIHOODS: Mapping[str, type[Likelihood]] = {"categorical": Categorical, "gaus
 
 
 def find_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """The likelihood of this name, or the given one."""
+    """The likelihood of this name, or the given one. ValueError for an unknown name."""
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(f"likelihood {likelihood!r} is unknown: choose from {sorted(LIKELIHOODS)}, or give a Likelihood")
+    check_choice("likelihood", likelihood, LIKELIHOODS, hint=", or a Likelihood")
     return LIKELIHOODS[likelihood]()
 
 
 def terms_from_gradient(likelihood: str | Likelihood, z: Tensor, gradient: Tensor) -> Terms:
-    """Terms in a loop that we do not own: all that is seen is z and ``dL/dz``.
+    """Terms of a loss that is not recorded, of which z and ``dL/dz`` are known.
 
-    A term whose gradient is exactly zero is taken as masked. Factors of the loss cannot be seen and are taken as 1.
+    A term whose gradient is exactly zero counts as masked. Factors of the loss are not known, and taken as 1.
     """
     likelihood = find_likelihood(likelihood)
     return likelihood.terms(z, valid=rows_of(gradient, likelihood.axis_of(z)).any(-1))
 
 
 def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
-    """The terms of each recorded call that the user's loss depends on, with ``dL/d(output)`` folded in: ``0.5 * ce + mse``.
+    """The terms of all recorded calls that the loss depends on, with the factor ``dL/d(output)``, as in ``0.5 * ce + mse``.
 
-    Calls outside the loss, or without a graph, are left out; the graph is kept.
+    Calls that the loss does not depend on, or without a graph, are left out; the graph is kept.
     """
     terms = [LIKELIHOODS[w.likelihood]().read(w) for _, _, w in _weighted(recorder, loss)]
     if len(terms) < 2:
@@ -168,9 +170,9 @@ def read_terms(recorder: LossRecorder, loss: Tensor) -> list[Terms]:
 
 
 def loss_gradients_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) -> list[Tensor | None]:
-    """``dL/dz`` of each term as of its own call alone: where ``z`` is made into another one, not through that.
+    """``dL/dz`` of the terms, each of its own call alone: a path from ``z`` through another output is left out.
 
-    None where the loss does not depend on what was declared as the logits.  # like z each
+    None where the loss does not depend on the declared logits.  # like z each
     """
     calls = [(call.output, factor) for call, factor, _ in _weighted(recorder, loss)]
     if len(calls) != len(terms):  # a likelihood that was declared for all of the loss
@@ -180,7 +182,7 @@ def loss_gradients_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) 
 
 
 def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tensor, Weighting]]:
-    """Calls of the loss, ``dL/d(output)`` and their weights."""
+    """The recorded calls that the loss depends on, each with ``dL/d(output)`` and its weights."""
     calls = [call for call in recorder.calls if call.output.requires_grad]
     pairs = zip(calls, _factors(calls, loss), strict=True)
     found = [(call, factor, call.weigh(factor)) for call, factor in pairs if factor is not None]
@@ -188,7 +190,7 @@ def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tens
 
 
 def _factors(calls: list[LossCall], loss: Tensor) -> tuple[Tensor | None, ...]:
-    """``dL/d(output)`` of each call, None where L does not depend on it."""
+    """``dL/d(output)`` of each call; None where L does not depend on it."""
     if len(calls) == 1 and calls[0].is_all_of(loss):
         return (torch.ones_like(loss),)
     outputs = [call.output for call in calls]

@@ -1,6 +1,6 @@
-"""Sees the loss wherever the user calls it, and reads the arguments of torch's losses as weights of loss terms.
+"""The loss recorder: records calls of torch's losses, and reads their arguments as weights of loss terms.
 
-A function, a module, a lambda, a partial, or a call inside the model: all end in the same `torch.nn.functional` call.
+A function, a module, a lambda, a partial, or a call inside of the model: all end in the same `torch.nn.functional` call.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["LossCall", "LossRecorder", "Weighting", "class_axis", "compute", "lo
 
 @dataclass(frozen=True, eq=False)
 class Weighting:
-    """``L = sum_m weight_m l_m(z_m) + const``, over ``total`` when the reduction is a mean."""
+    """Weights of loss terms: ``L = sum_m weight_m l_m(z_m) + const``, divided by ``total`` if the reduction is a mean."""
 
     likelihood: str
     z: Tensor  # in the graph
     weight: Tensor  # one per term: z without its class axis; one per element where coordinates are independent: like z
-    total: Tensor  # (), what a mean divides by
+    total: Tensor  # (), divisor of a mean
     reduction: str
-    axis: int | None = None  # of the classes, where it is not the one that torch's losses have
+    axis: int | None = None  # of the classes, where it is not that of torch's losses
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +37,15 @@ class LossCall:
     function: Callable[..., Tensor]
     arguments: Mapping[str, Any]
     output: Tensor
-    given: Tensor  # what the caller has of it: a copy, which ``loss *= 2`` may change
+    given: Tensor  # the copy that the caller gets, which ``loss *= 2`` may change
 
     def is_all_of(self, loss: Tensor) -> bool:
-        """Whether a loss is the output of this call, as it was."""
+        """Whether a loss is the unchanged output of this call."""
         return self.given is loss and loss._version == 0
 
     @property
     def reduction(self) -> str:
-        """The reduction in force: the deprecated ``size_average`` and ``reduce`` override ``reduction``, as in torch."""
+        """The effective reduction: the deprecated ``size_average`` and ``reduce`` override ``reduction``, as in torch."""
         size_average, reduce = self.arguments["size_average"], self.arguments["reduce"]
         if size_average is None and reduce is None:
             return str(self.arguments["reduction"])
@@ -60,7 +60,7 @@ class LossCall:
 
 
 class LossRecorder(TorchFunctionMode):
-    """Records every call of a loss that is known here and is made inside the context, on this thread only."""
+    """Context that records the calls of recognised losses on the current thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,10 +89,13 @@ class LossRecorder(TorchFunctionMode):
 
 
 def _of_difference(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor]:
-    """``F.mse_loss(a, b)`` as that of ``z = a - b`` and zeros, bitwise the same: a function of one tensor in the graph."""
+    """``F.mse_loss(a, b)`` as the loss of ``z = a - b`` and zeros, bitwise equal: a function of one tensor in the graph.
+
+    ValueError where the two are broadcast and weighted.
+    """
     a, b, weight = arguments["input"], arguments["target"], arguments.get("weight")
     if torch.is_autocast_enabled(a.device.type):
-        a, b = compute(a), compute(b)  # as it does before the difference
+        a, b = compute(a), compute(b)  # as torch casts before the difference
     z = torch.sub(*torch.broadcast_tensors(a, b))  # in this order, for the roundings of the gradients
     if weight is not None and a.shape != z.shape:
         raise ValueError(
@@ -107,16 +110,16 @@ def _of_difference(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], Ten
 
 # -------------------------------------------------------------------- the meaning of the arguments, loss by loss
 def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
-    """A term weighs ``sum_k q_k w_k`` with the smoothed target ``q``: the curvature ``diag p - p p^T`` holds no target.
+    """The weight of a term is ``sum_k q_k w_k`` with the smoothed target ``q``; ``diag p - p p^T`` does not depend on targets.
 
-    Soft targets that are in the graph themselves are held fixed: the Gauss-Newton matrix is that of the logits alone.
-    `F.nll_loss` takes log-probabilities, which are logits of the same distribution, with the same GGN.
+    Soft targets that are in the graph are held fixed: the Gauss-Newton matrix is that of the logits alone. `F.nll_loss` takes
+    log-probabilities, which are logits of the same distribution, with the same GGN.
     """
     arguments = call.arguments
     z, target, smoothing = arguments["input"], arguments["target"], arguments.get("label_smoothing", 0.0)
     axis = min(1, z.ndim - 1)
     w = _given(arguments["weight"], z.new_ones(z.shape[axis]))
-    if target.shape == z.shape:  # probabilities: torch's mean divides by the number of rows, whatever they weigh
+    if target.shape == z.shape:  # probabilities: torch's mean divides by the number of rows, not by their weights
         q = (1 - smoothing) * target + smoothing / z.shape[axis]
         weight = (q * w.reshape(-1, *[1] * (z.ndim - axis - 1))).sum(axis)
         total = weight.new_full((), weight.numel())
@@ -141,13 +144,13 @@ def _kl_div(call: LossCall, factor: Tensor) -> Weighting:
 
 
 def class_axis(call: LossCall) -> int:
-    """Where the classes of a categorical loss are: on the axis that torch says, or on which log-probabilities add up to one."""
+    """The class axis of a categorical loss: that of torch's losses, or the one on which probabilities add up to one."""
     x: Tensor = call.arguments["input"]
     return min(1, x.ndim - 1) if call.function is not F.kl_div else log_axis(x, [x.ndim - 1, min(1, x.ndim - 1)]) or x.ndim - 1
 
 
 def log_axis(x: Tensor, axes: Iterable[int]) -> int | None:
-    """The axis on which numbers are normalised log-probabilities; None if there is none."""
+    """The axis along which a tensor holds normalised log-probabilities; None if there is none."""
     limit = 5e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-4
     for axis in dict.fromkeys(axes):
         if x.ndim and x.numel() and x.shape[axis] > 1 and bool((compute(x.detach()).logsumexp(axis).abs() <= limit).all()):
@@ -156,7 +159,7 @@ def log_axis(x: Tensor, axes: Iterable[int]) -> int | None:
 
 
 def _mse(call: LossCall, factor: Tensor) -> Weighting:
-    """The loss is symmetric, so that z is whichever side is in the graph; if both are, it is their difference."""
+    """Weights of squared errors. z is the argument in the graph, as the loss is symmetric; if both are, their difference."""
     z, target, w = call.arguments["input"], call.arguments["target"], call.arguments.get("weight")
     z = z if z.requires_grad else target
     shape = torch.broadcast_shapes(call.arguments["input"].shape, target.shape)
@@ -166,7 +169,7 @@ def _mse(call: LossCall, factor: Tensor) -> Weighting:
 
 
 def _bce(call: LossCall, factor: Tensor) -> Weighting:
-    """A positive label weighs ``pos_weight``, a soft one in proportion: ``1 - y + pos_weight y``."""
+    """A positive label has the weight ``pos_weight``, a soft one in proportion: ``1 - y + pos_weight y``."""
     arguments = call.arguments
     z, y = arguments["input"], arguments["target"]
     one = factor.new_ones(()).expand(z.shape)  # with a shape, so that half-precision labels do not set the dtype
@@ -175,7 +178,7 @@ def _bce(call: LossCall, factor: Tensor) -> Weighting:
 
 
 def _elements(likelihood: str, call: LossCall, z: Tensor, weight: Tensor, total: Tensor) -> Weighting:
-    """Where z was broadcast against the target, the weights of its copies add."""
+    """Weights of elements. Where z was broadcast against the target, the weights of its copies add."""
     return Weighting(likelihood, z, weight.sum_to_size(z.shape), total, call.reduction)
 
 
@@ -184,7 +187,7 @@ def _given(weight: Tensor | None, default: Tensor) -> Tensor:
 
 
 def compute(x: Tensor) -> Tensor:
-    """Single precision or better.  # like x"""
+    """The tensor in float32 or better.  # like x"""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

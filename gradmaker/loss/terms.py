@@ -1,8 +1,8 @@
-"""Terms of a loss, and the factors of their curvature.
+"""Loss terms and the factors of their Hessians in the outputs.
 
 Every recognised loss is ``L = sum_m omega_m l_m(z_m) + const``, and its generalised Gauss-Newton matrix is
-``G = sum_m J_m^T Lambda_m J_m`` with ``Lambda_m = omega_m d^2 l_m / dz_m^2 = sum_k s_mk s_mk^T``. The cotangents ``s`` carry
-every scale of the loss: nothing is left to fold in afterwards.
+``G = sum_m J_m^T Lambda_m J_m`` with ``Lambda_m = omega_m d^2 l_m / dz_m^2 = sum_k s_mk s_mk^T``. The cotangents ``s`` contain
+every scale of the loss: none is applied afterwards.
 
 Letters: ``m`` loss terms (rows), ``C`` coordinates of a term, ``n`` examples, ``R`` positions per example (``m = n R``, the
 position runs fastest, or the example, as of time-first outputs: `Terms.order`), ``k`` columns, ``M`` the effective number of
@@ -28,17 +28,17 @@ __all__ = ["BernoulliTerms", "CategoricalTerms", "GaussianTerms", "Terms", "effe
 
 
 def rows_of(x: Tensor, axis: int | None) -> Tensor:
-    """Terms as rows, detached, in single precision or better.  # (m, C)"""
+    """A tensor like z with terms as rows, detached, in float32 or better.  # (m, C)"""
     x = compute(x.detach())
     return x.reshape(-1, 1) if axis is None else x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
 def effective_number(weights: Sequence[Tensor]) -> Tensor:
-    """``M = sum omega / sum omega^2``: of ``M`` equal terms that a mean is taken of; 1 for a sum, and where nothing counts.
+    """``M = sum omega / sum omega^2``: the number of equal terms that a mean is taken of; 1 for a sum, and if all are masked.
 
     It makes ``M sum_n g_n g_n^T``, with the gradients ``g_n`` of the loss itself, linear in a factor of the loss.  # ()
     """
-    wide = [w.double().reshape(-1) for w in weights]  # a square of single precision may be too small for it
+    wide = [w.double().reshape(-1) for w in weights]  # squares may underflow in float32
     total, squares = (torch.stack([x.sum() for x in each]).sum() for each in (wide, [w.square() for w in wide]))
     return torch.where(squares > 0, total / torch.where(squares > 0, squares, 1.0), 1.0)
 
@@ -47,35 +47,35 @@ def effective_number(weights: Sequence[Tensor]) -> Tensor:
 class Terms(ABC):
     """The terms of one loss call: ``L = sum_m omega_m l_m(z_m) + const``.
 
-    ``denominator`` is the ``M`` of the empirical Fisher matrix, see `effective_number`: of all terms of the loss, those of its
-    other calls among them. A term of independent elements is their sum, each with a weight of its own.
-    A term that the user subtracts has no semidefinite curvature: its omega is 0.
+    ``denominator`` is the ``M`` of the empirical Fisher matrix, see `effective_number`: over all terms of the loss, also those
+    of other calls. A term of independent elements is their sum, each with its own weight. A term that the user subtracts has
+    no semidefinite curvature: its omega is 0.
     """
 
-    z: Tensor  # as given to the loss, in the graph
-    axis: int | None  # of z, the one that holds the C coordinates; None: every element is a term
+    z: Tensor  # argument of the loss, in the graph
+    axis: int | None  # of z, along which the C coordinates of a term lie; None: every element is a term
     omega: Tensor  # (m,) dL/dl_m, detached; the mean over the elements of a term
     denominator: Tensor  # ()
-    order: Literal["first", "last"] = field(default="first", kw_only=True)  # last: row ``m`` is of example ``m % n``
-    assumed: Tensor | None = field(default=None, kw_only=True)  # (m,) weights in the loss, where its curvature tells none
+    order: Literal["first", "last"] = field(default="first", kw_only=True)  # last: row ``m`` belongs to example ``m % n``
+    assumed: Tensor | None = field(default=None, kw_only=True)  # (m,) weights, where the loss does not show them
 
     def weights(self) -> Tensor:
-        """What each term weighs in the loss, or each of its elements where they are independent.  # (m,) or (m, C)"""
+        """The weight of each term in the loss, or of each of its independent elements.  # (m,) or (m, C)"""
         return self._weights() if self.assumed is None else self.assumed
 
     def _weights(self) -> Tensor:
         return self.omega
 
     def valid(self) -> Tensor:
-        """Whether a term counts at all.  # (m,) bool"""
+        """Whether each term contributes to the loss.  # (m,) bool"""
         return self.omega != 0
 
     def masked(self) -> Tensor:
-        """Whether any term does not count.  # () bool"""
+        """Whether any term is masked.  # () bool"""
         return ~self.valid().all()
 
     def positions(self, examples: int) -> int:
-        """Loss terms per example, ``R``."""
+        """Number ``R`` of loss terms per example. ValueError if they do not divide."""
         terms = self.omega.numel()
         if examples < 1 or terms % examples:
             raise ValueError(
@@ -85,23 +85,23 @@ class Terms(ABC):
         return terms // examples
 
     def owners(self, examples: int) -> Tensor:
-        """Which example every entry of z belongs to.  # like z, integer"""
+        """The index of the example that each entry of z belongs to.  # like z, integer"""
         R, rows = self.positions(examples), torch.arange(self.omega.numel(), device=self.omega.device)
         return self.spread(rows // R if self.order == "first" else rows % examples)
 
     def by_example(self, values: Tensor, examples: int) -> Tensor:
-        """One value for each term, laid out as examples and positions.  # (m, ...) -> (n, R, ...)"""
+        """Values of terms, laid out as examples and positions.  # (m, ...) -> (n, R, ...)"""
         R = self.positions(examples)
         if self.order == "first":
             return values.reshape(examples, R, *values.shape[1:])
         return values.reshape(R, examples, *values.shape[1:]).transpose(0, 1)
 
     def turned(self) -> Terms:
-        """The same terms, read in the other order of rows."""
+        """The same terms with the other order of rows."""
         return replace(self, order="last" if self.order == "first" else "first")
 
     def spread(self, values: Tensor) -> Tensor:
-        """One value for each term, at all of its coordinates.  # (m,) -> like z"""
+        """Values of terms, broadcast to all coordinates of each.  # (m,) -> like z"""
         shape = list(self.z.shape)
         if self.axis is None:
             return values.reshape(shape)
@@ -113,13 +113,13 @@ class Terms(ABC):
         return self.positions(examples) * self._width
 
     def exact(self, examples: int, chunk: int | None = None) -> Iterator[Tensor]:
-        """Cotangents whose outer products sum to the GGN of each example; column ``(t, c)`` lives at position ``t`` only.
+        """Cotangents whose outer products sum to the GGN of each example; column ``(t, c)`` is zero except at position ``t``.
 
-        One position at a time keeps cross terms between positions out of ``sum_k (J^T s_k)(J^T s_k)^T``.
-        At most ``chunk`` columns are formed at once.  # yields (k, *z.shape)
+        So ``sum_k (J^T s_k)(J^T s_k)^T`` has no cross terms between positions. At most ``chunk`` columns are formed at once.
+        ValueError for a chunk below 1.  # yields (k, *z.shape)
         """
         if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk={chunk} columns cannot be formed: give 1 or more, or None for all at once")
+            raise ValueError(f"chunk={chunk}: expected an integer of at least 1, or None for all columns at once")
         total = self.columns(examples)
         size = max(1, total if chunk is None else chunk)
         for start in range(0, total, size):
@@ -127,17 +127,18 @@ class Terms(ABC):
 
     @torch.no_grad()
     def sample(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Gradients at labels drawn from the model, over ``sqrt(samples)``: ``E sum_k s_k s_k^T = Lambda``.
+        """Gradients at targets drawn from the model, divided by ``sqrt(samples)``: ``E sum_k s_k s_k^T = Lambda``.
 
-        Labels of different terms are independent; the user's labels, smoothed or not, do not enter.  # (samples, *z.shape)
+        Targets of different terms are independent; the user's targets are not used. ValueError for samples below 1.
+        # (samples, *z.shape)
         """
         if samples < 1:
-            raise ValueError(f"samples={samples} cannot be drawn: give 1 or more")
+            raise ValueError(f"samples={samples}: expected an integer of at least 1")
         return self._restore(self._draw(samples, generator) / samples**0.5)
 
     @torch.no_grad()
     def empirical(self, gradient: Tensor, examples: int, root: Tensor) -> Tensor:
-        """The gradient of the loss itself, terms apart: ``sqrt(M) dL/dz`` at position ``t``, zero elsewhere, for each ``t``.
+        """The loss gradient by positions: for each position ``t``, ``sqrt(M) dL/dz`` there and zero elsewhere.
 
         gradient: like z; root: ``sqrt(M)`` of each position (n, R)  # (R, *z.shape)
         """
@@ -152,18 +153,18 @@ class Terms(ABC):
     @torch.no_grad()
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """``sum_m u_m^T Lambda_m v_m``: the inner product of two displacements of the outputs.  u, v: like z  # ()"""
-        kept = self.valid().unsqueeze(-1)  # logits of masked rows may be anything, and so may be their displacements
+        kept = self.valid().unsqueeze(-1)  # logits of masked rows, and their displacements, are arbitrary
         return self._inner(*(torch.where(kept, self._rows(x), 0.0) for x in (u, v)))
 
     @torch.no_grad()
     def multiply(self, u: Tensor) -> Tensor:
-        """``Lambda_m u_m`` for every term, at once and without columns.  # like z -> like z"""
+        """``Lambda_m u_m`` for all terms, without forming columns.  # like z -> like z"""
         kept = self.valid().unsqueeze(-1)  # as in `inner`
         image = self._multiply(torch.where(kept, self._rows(u), 0.0))
         return self._restore(torch.where(kept, image, 0.0).unsqueeze(0)).squeeze(0)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Something like z, by terms.  # like z -> (m, C)"""
+        """A tensor like z with terms as rows.  # like z -> (m, C)"""
         return rows_of(x, self.axis)
 
     @property
@@ -195,20 +196,20 @@ class Terms(ABC):
 
     @abstractmethod
     def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Gradients at sampled labels.  # (samples, m, C)"""
+        """Gradients at sampled targets.  # (samples, m, C)"""
 
     @abstractmethod
     def _inner(self, u: Tensor, v: Tensor) -> Tensor:
-        """`inner` of rows.  # (m, C), (m, C) -> ()"""
+        """`inner`, on rows.  # (m, C), (m, C) -> ()"""
 
     @abstractmethod
     def _multiply(self, u: Tensor) -> Tensor:
-        """`multiply` of rows.  # (m, C) -> (m, C)"""
+        """`multiply`, on rows.  # (m, C) -> (m, C)"""
 
 
 @dataclass(frozen=True, eq=False)
 class CategoricalTerms(Terms):
-    """``Lambda = omega (diag p - p p^T)``, columns ``sqrt(omega p_c) (p - e_c)``."""
+    """Softmax terms: ``Lambda = omega (diag p - p p^T)``, columns ``sqrt(omega p_c) (p - e_c)``."""
 
     p: Tensor  # (m, C)
 
@@ -219,7 +220,7 @@ class CategoricalTerms(Terms):
         return out.mul_(scale.sqrt().unsqueeze(-1))
 
     def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        # by the inverse of the cumulative sum: torch.multinomial reads back to the host when one sample is asked for
+        # by the inverse of the cumulative sum: torch.multinomial synchronises with the host for a single sample
         m, C = self.p.shape
         total = self.p.cumsum(-1)
         u = torch.rand(m, samples, generator=generator, dtype=self.p.dtype, device=self.p.device)
@@ -229,7 +230,7 @@ class CategoricalTerms(Terms):
         return out.mul_(self.omega.sqrt().unsqueeze(-1))
 
     def _inner(self, u: Tensor, v: Tensor) -> Tensor:
-        """A covariance under ``p``, of centred factors: the difference of two moments would cancel."""
+        """The covariance under ``p`` by centred vectors: the difference of two moments would cancel."""
         centred = (x - (self.p * x).sum(-1, keepdim=True) for x in (u, v))
         return (self.omega.unsqueeze(-1) * self.p * torch.stack(list(centred)).prod(0)).sum()
 
@@ -239,7 +240,7 @@ class CategoricalTerms(Terms):
 
 @dataclass(frozen=True, eq=False)
 class GaussianTerms(Terms):
-    """``Lambda`` diagonal; the gradient at a sampled label is normal."""
+    """Normal terms: ``Lambda`` is diagonal, the gradient at a sampled target is normal."""
 
     curvature: Tensor  # (m, C), the diagonal of Lambda
 
@@ -264,7 +265,7 @@ class GaussianTerms(Terms):
 
 @dataclass(frozen=True, eq=False)
 class BernoulliTerms(GaussianTerms):
-    """``Lambda = diag(scale sigma (1 - sigma))``; the gradient at a sampled label is ``sqrt(scale) (sigma - y)``."""
+    """Sigmoid terms: ``Lambda = diag(scale sigma (1 - sigma))``, gradient at a sampled target ``sqrt(scale) (sigma - y)``."""
 
     scale: Tensor  # (m, C)
     sigma: Tensor  # (m, C)

@@ -1,4 +1,4 @@
-"""What examples and positions weigh in a loss, for the empirical Fisher matrix."""
+"""Weights of examples and positions in a loss, for the empirical Fisher matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["numbers", "together"]
 
 
 def together(terms: Sequence[Terms]) -> list[tuple[Terms, Tensor]]:
-    """Weights of terms; those of one likelihood on the same logits add, as of mixed labels: ``a l_m + b l_m`` is one term."""
+    """Weights of terms; those of one likelihood at the same logits add, as for mixed labels: ``a l_m + b l_m`` is one term."""
     found: dict[object, tuple[Terms, Tensor]] = {}
     for t in terms:
         base = t.z if t.z._base is None else t.z._base
@@ -24,10 +24,10 @@ def together(terms: Sequence[Terms]) -> list[tuple[Terms, Tensor]]:
 
 @torch.no_grad()
 def numbers(terms: Sequence[Terms], examples: int, positions: int = 1) -> Tensor:
-    """``M = sum omega / sum omega^2`` over the terms of each example, or of each position of it; 1 where none counts.
+    """``M = sum omega / sum omega^2`` over the terms of each example, or of each of its positions; 1 if all are masked.
 
-    ``1 / M`` is the weight of one where all of its terms weigh the same. Of single examples: it does not depend on what else
-    is in the batch, so that the matrices of micro-batches add up.  # (n positions,)
+    ``1 / M`` is the weight of a term where all have the same. As it does not depend on the other examples of the batch, the
+    matrices of micro-batches add up.  # (n positions,)
     """
     laid = [t.by_example(w, examples).reshape(examples * positions, -1).double() for t, w in together(terms)]
     total, squares = (torch.stack([x.sum(1) for x in each]).sum(0) for each in (laid, [x.square() for x in laid]))

@@ -1,5 +1,4 @@
-"""What is read from a user.
+"""Reading of options: checks of values, rules that name layers, YAML, earlier names, registries.
 
-Checks of values, close matches for wrong names, rules that name layers, numbers in YAML, earlier names, and the registries that
-`register` fills. Nothing here knows what an option means.
+Also close matches for wrong names. The registries are filled by `register`. What an option means is not known here.
 """

@@ -13,7 +13,7 @@ __all__ = ["check_choice", "check_count", "check_interval", "check_kind"]
 def check_interval(name: str, value: object, low: float, high: float, *, closed: bool = False, hint: str = "") -> None:
     """ValueError unless a number with ``low < value < high``, or ``low <= value < high`` where it is ``closed``.
 
-    hint: what is legal beside these numbers, with its comma, as in ``', or None'``
+    hint: further legal values, with a comma, as in ``', or None'``
     """
     x: float = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not ((low <= x if closed else low < x) and x < high):

@@ -1,4 +1,4 @@
-"""Options and modules under their earlier names, which are read for one version more."""
+"""Deprecated names of options and modules, which are accepted for one more version."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ RENAMED_OPTIONS = {
     "norm_decay": "grafting_decay",
     "spread": "stagger",
 }
-"""Today's name of an option by its earlier one. It holds for what has the one as a field and not the other."""
+"""Current names of options by their earlier names, for classes that have the current one as a field and not the earlier one."""
 
 BASIS_INTERVAL = {"basis_interval": "preconditioner_interval"}
-"""The same, for the methods that had it: theirs are `GradientConfig.renamed_options`."""
+"""The same, for the methods that had this option, by `GradientConfig.renamed_options`."""
 
 MOVED_MODULES = {
     "gradmaker.layers": "gradmaker.capture.rules.layers",
@@ -42,16 +42,16 @@ MOVED_MODULES = {
     "gradmaker.step": "gradmaker.curvature.step",
     "gradmaker.verification": "gradmaker.reports.verification",
 }
-"""Today's module by its earlier path, of those that the pages of the version before named."""
+"""Current modules by their earlier paths, for those in the docs of the previous version."""
 
 LIBRARY = ("gradmaker", "dataclasses", "importlib")
 """Packages whose frames stand between the user of an earlier name and the warning."""
 
 
 class RenamedOptions(ABCMeta):
-    """Metaclass of configs: they are made with earlier names too, with a DeprecationWarning for each."""
+    """Metaclass of configs that also accept earlier names of options, with a DeprecationWarning for each."""
 
-    if not TYPE_CHECKING:  # a checker sees the dataclass's own signature
+    if not TYPE_CHECKING:  # type checkers use the dataclass's own signature
 
         def __call__(cls, *args: Any, **given: Any) -> Any:
             return super().__call__(*args, **_renamed(cls, given))
@@ -63,7 +63,7 @@ class RenamedOptions(ABCMeta):
 
 
 def current_name(made: Any, name: str) -> str:
-    """The name that an option of a dataclass has today: the given one where it is no earlier name."""
+    """The current name of an option of a dataclass: the given one unless it is an earlier name."""
     names = {f.name for f in fields(made)} if is_dataclass(made) else set()
     new = (RENAMED_OPTIONS | getattr(made, "renamed_options", {})).get(name, name)
     return new if new in names and name not in names else name
@@ -75,7 +75,7 @@ def warn_of(old: str, new: str) -> None:
 
 
 def _warn(message: str) -> None:
-    """A DeprecationWarning that points to the line of a user."""
+    """A DeprecationWarning that points to the user's line."""
     depth, frame = 1, inspect.currentframe()
     while frame is not None and (name := frame.f_globals.get("__name__", "")).split(".")[0] in LIBRARY:
         depth += not name.startswith("importlib._bootstrap")  # frames that `warnings.warn` itself leaves out
@@ -84,12 +84,12 @@ def _warn(message: str) -> None:
 
 
 def _renamed(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options by their names of today. ValueError for one that is given by both."""
+    """The options by their current names. ValueError for an option that is given by both names."""
     values = dict(given)
     for old in given:
         if (new := current_name(made, old)) == old:
             continue
-        # `dataclasses.replace` adds every field that is not changed; what is changed is what was given by its earlier name.
+        # `dataclasses.replace` adds every unchanged field by its current name; the earlier name is the change.
         whole = all(f.name in given for f in fields(made) if f.init)
         if new in given and not whole:
             raise ValueError(
@@ -102,7 +102,7 @@ def _renamed(made: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_steps(made: Any, value: Any, given: Mapping[str, Any]) -> Any:
-    """``basis_interval`` counted measurements. ValueError where these have no one interval."""
+    """``basis_interval``, which counted measurements, in steps. ValueError where measurements have no fixed interval."""
     between = given.get("curvature_interval", getattr(made, "curvature_interval", 1))
     if not isinstance(between, int):
         raise ValueError(
@@ -113,12 +113,12 @@ def _in_steps(made: Any, value: Any, given: Mapping[str, Any]) -> Any:
 
 
 CONVERTED: dict[str, Callable[[Any, Any, Mapping[str, Any]], Any]] = {"basis_interval": _in_steps}
-"""What the value of an earlier option is today, where it is another."""
+"""Conversions of values by the earlier name of the option, where the value has another meaning now."""
 
 
 # ------------------------------------------------------------------ modules
 class _Alias(Loader):
-    """Loader that puts a module in the place of its earlier name: one module, two names."""
+    """Loader that imports a module under its earlier name: one module with two names."""
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -130,12 +130,12 @@ class _Alias(Loader):
 
 
 def moved_module(name: str) -> ModuleSpec | None:
-    """The spec of a module that is asked for by its earlier name; None for any other."""
+    """The spec of a module that is imported by its earlier name; None for any other name."""
     return ModuleSpec(name, _Alias()) if name in MOVED_MODULES else None
 
 
 def moved_names(old: str) -> Callable[[str], Any]:
-    """``__getattr__`` of a module that bears the earlier name of another one: what that has is found here too."""
+    """``__getattr__`` for a module with the earlier name of another one: finds the attributes of that one."""
 
     def find(name: str) -> Any:
         new = MOVED_MODULES[old]

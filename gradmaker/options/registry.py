@@ -1,4 +1,4 @@
-"""Registries: what bears a name in configs and YAML, in comparisons and in tests over all of a kind, filled by `register`."""
+"""Registries of methods, parts, layer rules and grafting rules by name, filled by `register`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """What is registered of one kind, by name, in the order of registration."""
+    """The registered entries of one kind by name, in the order of registration."""
 
     known: ClassVar[list[Registry[Any]]] = []
 
@@ -26,10 +26,10 @@ class Registry(Mapping[str, T]):
         """An empty registry, which `register` fills with what derives from ``base``.
 
         Args:
-            kind: what errors call an entry, as in ``a solver``.
-            base: class of what is registered.
-            named: whether a name is given; else it is that of the class, by which configs are spelt and printed.
-            instances: whether entries are instances, made of a class without arguments; else they are classes.
+            kind: noun for an entry in errors, as in ``a solver``.
+            base: base class of entries.
+            named: whether `register` gets a name; else it is that of the class, as configs are written and printed.
+            instances: whether entries are instances, for a class made without arguments; else they are classes.
         """
         self.kind, self.base, self.named, self.instances = kind, base, named, instances
         self.entries: dict[str, T] = {}
@@ -48,7 +48,7 @@ class Registry(Mapping[str, T]):
         return f"{type(self).__name__}({self.kind}: {', '.join(self)})"
 
     def find(self, option: str, name: object) -> T:
-        """The entry that an option names. ValueError for an unknown name, with a close one and all that are legal."""
+        """The entry that an option names. ValueError for an unknown name, with all legal names and a close one."""
         if not isinstance(name, str) or name not in self:
             raise ValueError(f"{option}={name!r}: {did_you_mean(name, self)}")
         return self[name]
@@ -59,7 +59,7 @@ class Registry(Mapping[str, T]):
         return derived or (self.instances and isinstance(given, self.base))
 
     def add(self, name: str | None, given: Any) -> None:
-        """Register an object of this kind. ValueError for what could not be used by its name, or for a name that is taken."""
+        """Register an object of this kind. ValueError for an object that its name could not make, or a name that is taken."""
         own = given.__name__ if isinstance(given, type) else type(given).__name__
         if name is None and self.named:
             raise ValueError(f"register: a {self.kind} is registered by a name: register('...', {own})")
@@ -88,13 +88,13 @@ class Registry(Mapping[str, T]):
 
 
 def _made_again(old: Any, new: Any) -> bool:
-    """Whether one and the same definition was run once more, as in a notebook."""
+    """Whether the same definition was executed again, as in a notebook."""
     makes = [thing if isinstance(thing, type) else type(thing) for thing in (old, new)]
     return len({(made.__module__, made.__qualname__) for made in makes}) == 1
 
 
 class Method(Protocol):
-    """What a method is to those that make it by its name: a plan for ``fallback``, `from_config`, the comparison."""
+    """Interface of a method that is made by its name: for ``fallback``, `from_config` and `compare`."""
 
     Config: ClassVar[Any]
 
@@ -120,12 +120,12 @@ class Methods(Registry[type[Method]]):
         self.modules: dict[str, str] | None = None
 
     def expect(self, modules: Mapping[str, str]) -> None:
-        """Names in their order, and the modules that register them when they are imported."""
+        """Declare names, in order, and the modules that register them when they are imported."""
         self.modules = dict(modules)
 
     @property
     def expected(self) -> Mapping[str, str]:
-        """As `expect` was told."""
+        """Names and modules that `expect` was given."""
         if self.modules is None:
             import_module(self.home)
         return self.modules or {}
@@ -169,10 +169,10 @@ def register(name: str, given: T) -> T: ...
 @overload
 def register(name: type[T]) -> type[T]: ...
 def register(name: Any, given: Any = None) -> Any:
-    """Give a name to a method or a part of your own: it is then legal wherever the library's own are.
+    """Register a method or a part of your own by name: it is then legal wherever the library's own are.
 
-    That is in `from_config` and YAML files, as a ``fallback``, in the rows of `compare`, in errors that list what would fit
-    and in tests over all of a kind. A call or a decorator::
+    That is in `from_config` and YAML files, as a ``fallback``, in the rows of `compare`, in errors that list legal names,
+    and in the generated tests. A call or a decorator::
 
         @register("mine")
         class MineGradientMaker(Preconditioned[MineGradientConfig]):
@@ -185,15 +185,15 @@ def register(name: Any, given: Any = None) -> Any:
         register("half", Half())
 
     Args:
-        name: of a method or a grafting rule. Curvatures, representations, solvers and layer rules bear that of their class.
+        name: of a method or a grafting rule. Curvatures, representations, solvers and layer rules have that of their class.
         given: a maker class, a class of parts, a layer rule, or an instance of a grafting rule.
 
     Returns:
         What was given, or, with a name alone, a decorator.
 
     Raises:
-        ValueError: for a name that is taken, or for something that could not be used by its name.
-        TypeError: for something of no kind that is registered.
+        ValueError: for a name that is taken, or an object that its name could not make.
+        TypeError: for an object of no registered kind.
     """
     if isinstance(name, str) and given is None:
 
@@ -217,7 +217,7 @@ def _add(name: str | None, given: Any) -> None:
 
 @contextmanager
 def temporary_registrations() -> Iterator[None]:
-    """Inside, registrations hold until the end: for tests."""
+    """Context whose registrations are undone at its end: for tests."""
     before = [(registry, dict(registry.entries)) for registry in Registry.known]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rules that name layers: a module, a class of modules, or a name pattern; a layer inside of a named module is named too."""
+"""Name rules, which select layers: a module, a class of modules, or a name pattern; each also selects the layers inside."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Path", "Rule", "check_rule", "names", "paths"]
 Rule: TypeAlias = nn.Module | type[nn.Module] | str
 
 Path: TypeAlias = Mapping[str, nn.Module]
-"""Every module that holds a parameter, by name, from the model (``''``) down to its owner; of a shared one, all of them."""
+"""The modules that contain a parameter, by name, from the model (``''``) to its owner; for a shared one, all paths."""
 
 
 def check_rule(option: str, rule: Any) -> None:
-    """ValueError for what is no rule."""
+    """ValueError for anything but a rule."""
     if not isinstance(rule, (str, nn.Module)) and not (isinstance(rule, type) and issubclass(rule, nn.Module)):
-        raise ValueError(f"{option}: {rule!r} is neither a module, a class of modules nor a name pattern")
+        raise ValueError(f"{option}={rule!r}: expected a module, a class of modules or a name pattern")
 
 
 def paths(model: nn.Module) -> dict[nn.Parameter, dict[str, nn.Module]]:
-    """The modules that hold each parameter."""
+    """The modules that contain each parameter."""
     known = dict(model.named_modules(remove_duplicate=False))
     found: dict[nn.Parameter, dict[str, nn.Module]] = {}
     for name, module in known.items():
@@ -35,7 +35,7 @@ def paths(model: nn.Module) -> dict[nn.Parameter, dict[str, nn.Module]]:
 
 
 def names(rule: Rule, path: Path, own: Iterable[str]) -> bool:
-    """Whether a rule names what lies at the end of a path.  own: its own names, besides those of the modules"""
+    """Whether a rule selects the site at the end of a path.  own: names of the site and its parameters"""
     if isinstance(rule, str):
         return any(fnmatch(name, rule) for name in (*path, *own) if name)
     return any(module is rule or (isinstance(rule, type) and isinstance(module, rule)) for module in path.values())

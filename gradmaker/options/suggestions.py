@@ -1,4 +1,4 @@
-"""What an error says of a name that is none of the legal ones."""
+"""Text of an error for an unknown name: the legal names, and a close one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["did_you_mean"]
 
 
 def did_you_mean(given: object, legal: Iterable[str], hint: str = "") -> str:
-    """``expected a, b, c; did you mean 'b'?``, without the question where nothing is close.
+    """``expected a, b, c; did you mean 'b'?``, without the question if no name is close.
 
-    hint: what is legal beside the names, with its comma, as in ``', or None'``
+    hint: further legal values, with a comma, as in ``', or None'``
     """
     names = list(legal)
     by_lower_case = {name.lower(): name for name in names}

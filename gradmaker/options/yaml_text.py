@@ -1,4 +1,4 @@
-"""YAML in which ``1e-3`` is a number: PyYAML follows YAML 1.1, which asks for ``1.0e-3`` and takes the rest for text."""
+"""YAML parser in which ``1e-3`` is a number: PyYAML follows YAML 1.1, which requires ``1.0e-3`` and reads others as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds. ImportError without PyYAML, its YAMLError for a text that is none."""
+    """The value of a YAML text. ImportError without PyYAML, its YAMLError for invalid text."""
     try:
         import yaml
     except ImportError:

@@ -1,4 +1,4 @@
-"""Batches that were declared: evaluated again, differentiated twice, cut down to some of their examples."""
+"""Declared batches: evaluated again, differentiated twice, or restricted to some of their examples."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ __all__ = ["Batch", "Batches", "Declared", "Reading", "terms_of"]
 
 
 class Reading(Protocol):
-    """How a batch is read: the options of a config that say so."""
+    """Options of a config that say how a batch is read."""
 
     @property
     def batch_axis(self) -> int:
-        """The axis of the examples, in the first tensor of the call."""
+        """The axis of the examples in the first tensor argument of the call."""
 
     @property
     def likelihood(self) -> Likelihood | None:
-        """What the outputs parametrise, where the loss does not show it."""
+        """The distribution that the outputs parametrise, where the loss does not show it."""
 
     @property
     def loss_reduction(self) -> str:
-        """Of a loss that was not recognised: ``mean`` or ``sum``."""
+        """Reduction of a loss that is not recognised: ``mean`` or ``sum``."""
 
 
 @dataclass
 class Declared:
-    """A forward pass and what it is for: the loss, and the logits where the loss does not show them."""
+    """A declared forward pass with its loss, and with the logits where the loss does not show them."""
 
     call: Deferred
     loss: Deferred | None = None
     logits: Deferred | None = None
 
     def counted(self, axis: int) -> int | None:
-        """Size of an axis of the first tensor that goes into the call; None without one that has it."""
+        """Size of an axis of the first tensor argument of the call; None if there is no such axis."""
         first = next((v for v in tensors(*arguments(self.call)) if v.ndim > 0), None)
         return None if first is None or first.ndim <= axis else first.shape[axis]
 
     def tensors(self) -> list[Tensor]:
-        """All that go into the calls and carry a count of their changes, which those of the inference mode do not."""
+        """All tensor arguments of the calls that have a version counter; inference tensors have none."""
         found: list[Any] = []
         known = dict[int, Deferred]()
         for part in (self.call, self.loss, self.logits):
@@ -58,7 +58,7 @@ class Declared:
         return [v for v in found if isinstance(v, Tensor) and not v.is_inference()]
 
     def cut(self, rows: Tensor, axis: int, n: int) -> Declared:
-        """The same calls on some of ``n`` examples: of every tensor with the examples on ``axis``, or else on the first."""
+        """The same calls on some of ``n`` examples: rows of every tensor with ``n`` entries on ``axis``, or else on axis 0."""
         known = dict[int, Deferred]()
 
         def pick(value: Any) -> Any:
@@ -71,47 +71,47 @@ class Declared:
         return Declared(call, loss, logits)
 
     def part(self, rows: Tensor, axis: int, n: int) -> Declared:
-        """As `cut`. ValueError where that does not leave as many examples in the call."""
+        """`cut`, with a check. ValueError where the call then has another number of examples."""
         made = self.cut(rows, axis, n)
         first = next((v for v in tensors(*arguments(made.call)) if v.ndim > 0), None)
         if first is None or first.ndim <= axis or first.shape[axis] != len(rows):
-            raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples")
+            raise ValueError(f"{self.call!r} cannot be cut to {len(rows)} of {n} examples: pass the data as its arguments")
         return made
 
 
 def terms_of(recorder: LossRecorder, loss: Tensor, logits: Tensor | None, likelihood: Likelihood | None) -> list[Terms]:
-    """The terms of a loss: read off its calls, else those of the likelihood that was declared."""
+    """The terms of a loss: those of its recognised calls, else those of the declared likelihood."""
     terms = read_terms(recorder, loss)
     return terms if terms or likelihood is None or logits is None else [likelihood.terms(logits)]
 
 
 def mass_of(terms: list[Terms]) -> Tensor | None:
-    """What the loss terms weigh together; None of a loss that was not recognised.  # ()"""
+    """The sum of the weights of the loss terms; None for a loss that is not recognised.  # ()"""
     return torch.stack([t.omega.sum().double() for t in terms]).sum() if terms else None
 
 
 class Batch:
-    """A declared batch, with the random numbers of the moment when this was made."""
+    """A declared batch, evaluated with the random state at its construction."""
 
     def __init__(self, model: nn.Module, declared: Declared, reading: Reading, whole: Batch | None = None) -> None:
-        """whole: what this was cut from"""
+        """whole: the batch of which this is a subset"""
         self.model, self.declared, self.reading, self.whole = model, declared, reading, whole
         self.replay = Replay(model, _evaluation(model, declared), declared.counted(reading.batch_axis))
-        self.mass: Tensor | None = None  # of its loss terms, once they are known
-        self.known = False  # whether they are
+        self.mass: Tensor | None = None  # the weight of its loss terms, once these are known
+        self.known = False  # whether its loss terms are known
 
     @property
     def examples(self) -> int:
-        """How many go into the call; 0 where no tensor does."""
+        """Number of examples in the call; 0 without a tensor argument."""
         return self.declared.counted(self.reading.batch_axis) or 0
 
     def note(self, terms: list[Terms]) -> None:
-        """Remember what the loss terms weigh."""
+        """Store the weight of the loss terms."""
         self.mass, self.known = mass_of(terms), True
 
     @torch.enable_grad()
     def graph(self) -> Graph:
-        """The graph of a fresh evaluation, which leaves no trace."""
+        """The autograd graph of a new evaluation, which changes no state. ValueError where the calls fail on a subset."""
         try:
             logits, loss, terms = self._run()
         except (RuntimeError, ValueError, IndexError) as error:
@@ -119,8 +119,8 @@ class Batch:
                 raise
             n, k = self.whole.examples, self.examples
             raise ValueError(
-                f"the declared calls failed on {k} of the {n} examples: {error}. What is cut is every tensor among their "
-                f"arguments with {n} entries on the axis of examples; a function that holds its data itself cannot be cut. "
+                f"the declared calls failed on {k} of the {n} examples: {error}. Every tensor among their arguments with {n} "
+                "entries on the axis of examples is cut; a function that holds its data itself cannot be cut. "
                 "Pass the data as arguments, or declare a batch for the products by setup_curvature_call"
             ) from error
         return Graph(self.model, loss, terms, logits)
@@ -134,12 +134,12 @@ class Batch:
         return logits, loss, terms
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """Some of its examples, drawn without replacement; itself if there are no more."""
+        """A subset drawn without replacement; the batch itself if it has no more examples. ValueError if it has none."""
         n = self.examples
         if not n:
             raise ValueError(
-                f"no examples can be drawn from {self.declared.call!r}: it takes no tensor, so pass the data as arguments "
-                "of the declared calls"
+                f"no examples can be drawn from {self.declared.call!r}: it has no tensor among its arguments; pass the data as "
+                "arguments of the declared calls"
             )
         if size >= n:
             return self
@@ -147,19 +147,19 @@ class Batch:
         return Batch(self.model, self.declared.cut(rows, self.reading.batch_axis, n), self.reading, self)
 
     def part(self, rows: Tensor, n: int) -> Batch:
-        """Some of the ``n`` examples. ValueError where the declared call is not cut with them."""
+        """A subset of the ``n`` examples. ValueError where the declared call cannot be restricted to it."""
         return Batch(self.model, self.declared.part(rows, self.reading.batch_axis, n), self.reading, self)
 
     @torch.enable_grad()
     def evaluate(self) -> tuple[Tensor, list[Terms]]:
-        """The loss and its terms, by a fresh evaluation."""
+        """The loss and its terms, by a new evaluation."""
         _, loss, terms = self._run()
         return loss, terms
 
     def scale(self) -> Tensor | float:
-        """What makes the loss of a sample an unbiased estimate of that of the whole: 1 for means, ``n / k`` for sums.
+        """Factor that makes the loss of a subset an unbiased estimate of the whole batch's: 1 for means, ``n / k`` for sums.
 
-        Read off the weights of the loss terms; of a loss that was not recognised, by ``loss_reduction``.
+        It is the ratio of the weights of the loss terms; for a loss that is not recognised, ``loss_reduction`` decides.
         """
         if self.whole is None:
             return 1.0
@@ -174,12 +174,12 @@ class Batch:
 
 
 def _evaluation(model: nn.Module, declared: Declared) -> Callable[[], tuple[Tensor | None, Tensor]]:
-    """Logits, where they are declared, and the loss; of other data than at first a RuntimeError."""
+    """A function that returns the logits, if declared, and the loss; RuntimeError if an argument was changed since."""
     own = {*model.parameters(), *model.buffers()}  # which a step may change
-    then = [(v, v._version) for v in declared.tensors() if v not in own]
+    versions = [(v, v._version) for v in declared.tensors() if v not in own]
 
     def evaluate() -> tuple[Tensor | None, Tensor]:
-        if any(v._version != version for v, version in then):
+        if any(v._version != version for v, version in versions):
             raise RuntimeError(
                 f"a tensor among the arguments of {declared.loss!r} was changed in place, by its pass or since, and this "
                 "method evaluates that batch again: declare a copy of it, by clone()"
@@ -194,7 +194,7 @@ def _evaluation(model: nn.Module, declared: Declared) -> Callable[[], tuple[Tens
 
 @dataclass(frozen=True)
 class Batches:
-    """What a pass is measured on: its own batch, and those that may have been declared besides."""
+    """The batches that a pass is measured on: its own, and others if they were declared."""
 
     own: Batch
     curvature: Batch  # for products with the curvature
@@ -202,7 +202,7 @@ class Batches:
 
     @property
     def shared(self) -> bool:
-        """Whether products are those of the pass itself."""
+        """Whether products with the curvature use the batch of the pass itself."""
         return self.curvature is self.own
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Deferred values: what `setup_model_call` hands out before the model has run."""
+"""Deferred values: what `setup_model_call` returns before the model has run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SLOTS = ("_function", "_args", "_kwargs", "_text")
 
 
 class Deferred:
-    """The result of a call that is still to be made; what is done to it is recorded and replayed later.
+    """The result of a call that runs later; operations on it are recorded, and evaluated with it.
 
-    Items, attributes, calls, arithmetic, comparisons and torch functions record: ``y[0]``, ``y.logits``, ``y.view(-1, 10)``,
-    ``y / 2``, ``y == t``, ``torch.relu(y)``. Python needs a value for ``bool``, ``len`` and iteration: these raise `TypeError`.
+    Recorded are items, attributes, calls, arithmetic, comparisons and torch functions: ``y[0]``, ``y.logits``,
+    ``y.view(-1, 10)``, ``y / 2``, ``y == t``, ``torch.relu(y)``. ``bool``, ``len`` and iteration need a value: `TypeError`.
     """
 
     __slots__ = _SLOTS
@@ -52,10 +52,10 @@ class Deferred:
     def __bool__(self) -> bool:
         self._needs_value("the truth value")
 
-    def __hash__(self) -> int:  # by identity, as tensors do: ``==`` records
+    def __hash__(self) -> int:  # by identity, as tensors: ``==`` is recorded
         return id(self)
 
-    def __copy__(self) -> Deferred:  # a twin would be a second call of the model
+    def __copy__(self) -> Deferred:  # a copy would be a second call of the model
         return self
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ for _name, _symbol in {"neg": "-", "pos": "+", "abs": "abs", "invert": "~"}.item
 
 
 def short(value: Any) -> str:
-    """A few characters that stand for a value in a representation."""
+    """A short text for a value, for ``repr``."""
     if isinstance(value, Deferred):
         return value._text
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -115,29 +115,29 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def arguments(value: Deferred) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a deferred call is made with."""
+    """The arguments of a deferred call."""
     return value._args, value._kwargs
 
 
 def resolve(value: Any, known: dict[int, Any]) -> Any:
-    """The value of a tree that may hold deferred parts.
+    """The value of a nested structure that may hold deferred values.
 
-    known: values by ``id`` of the deferred object; filled as parts are evaluated, so that each is evaluated once.
+    known: values by ``id`` of the deferred object; filled here, so that each is evaluated once.
     """
     if isinstance(value, Deferred):
         if id(value) not in known:
             args, kwargs = resolve(value._args, known), resolve(value._kwargs, known)
             known[id(value)] = value._function(*args, **kwargs)
         return known[id(value)]
-    if not any(isinstance(v, Deferred) for v in _leaves(value)):  # the very object, whatever its type
+    if not any(isinstance(v, Deferred) for v in _leaves(value)):  # the same object, whatever its type
         return value
     return _rebuilt(value, lambda v: resolve(v, known))
 
 
 def exchange(value: Any, leaf: Callable[[Any], Any], known: dict[int, Deferred]) -> Any:
-    """A tree, deferred calls and their arguments included, with every leaf replaced by what ``leaf`` makes of it.
+    """A nested structure with every leaf mapped by ``leaf``, also in the arguments of deferred calls.
 
-    known: the new deferred objects by ``id`` of the old ones; filled, so that parts of one call stay parts of one call.
+    known: the new deferred objects by ``id`` of the old ones; filled here, so that each is replaced by one object.
     """
     if isinstance(value, Deferred):
         if id(value) not in known:
@@ -154,7 +154,7 @@ def _rebuilt(value: Any, member: Callable[[Any], Any]) -> Any:
     if isinstance(value, slice):
         return slice(*(member(v) for v in (value.start, value.stop, value.step)))
     if isinstance(value, Mapping):
-        rebuilt: Any = copy(value)  # keeps what a subclass of dict knows besides its items
+        rebuilt: Any = copy(value)  # keeps the other attributes of a subclass of dict
         rebuilt.update({k: member(v) for k, v in value.items()})
         return rebuilt
     members = [member(v) for v in value]
@@ -162,14 +162,14 @@ def _rebuilt(value: Any, member: Callable[[Any], Any]) -> Any:
 
 
 def depends_on(value: Any, root: Deferred) -> bool:
-    """Whether a tree of values holds, at any depth, a part that is computed from ``root``."""
+    """Whether a nested structure holds, at any depth, a value that is computed from ``root``."""
     if isinstance(value, Deferred):
         return value is root or depends_on(value._args, root) or depends_on(value._kwargs, root)
     return any(depends_on(v, root) for v in _leaves(value) if isinstance(v, Deferred))
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What a tree of tuples, lists, mappings and slices holds."""
+    """The leaves of nested tuples, lists, mappings and slices."""
     if isinstance(value, slice):
         value = (value.start, value.stop, value.step)
     if isinstance(value, (tuple, list, Mapping)):

@@ -1,4 +1,4 @@
-"""Products with second derivatives of a step's loss, through the graph of its forward pass."""
+"""Hessian-vector and Gauss-Newton products of a step's loss, through the autograd graph of its forward pass."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gradmaker.reentrant import nodes, refuse_reentrant
 __all__ = ["Graph", "Vectors"]
 
 Vectors: TypeAlias = Mapping[nn.Parameter, Tensor]
-"""One tensor for each parameter, in its shape; parameters that are left out count as zero."""
+"""A vector of the parameter space, as one tensor for each parameter; parameters without one count as zero."""
 
 
 class Graph:
-    """The graph of a loss, kept until it is dropped.
+    """Autograd graph of a loss, for products with its second derivatives.
 
     Double backward: Pearlmutter, Neural Computation 1994; Gauss-Newton products: Schraudolph, Neural Computation 2002.
     """
 
     def __init__(self, model: nn.Module, loss: Tensor, terms: Sequence[Terms], logits: Tensor | None = None) -> None:
-        """logits: what all of the loss is a convex function of, where that was declared; else it is the sum of its terms."""
+        """logits: declared output of which the whole loss is a convex function; None: the loss is the sum of its terms."""
         refuse_reentrant(loss)
         self.outputs = [t.z for t in terms] if logits is None else [logits]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -33,15 +33,15 @@ class Graph:
         found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         self.gradients = dict(zip(self.parameters, found, strict=True))  # in the graph; None where the loss does not reach
         self._known_vjp: tuple[list[Tensor], list[nn.Parameter], list[Tensor], Sequence[Tensor | None]] | None = None
-        self._sound = True  # whether what was differentiated met no operation that cannot be differentiated twice
+        self._sound = True  # whether all operations of the last vjp can be differentiated twice
 
     def write_gradients(self, weight: float) -> None:
-        """``.grad`` as a backward pass of ``weight * loss`` would leave it where there was none."""
+        """Set ``.grad`` to the gradient of ``weight * loss``, as a backward pass from None would."""
         for p, g in self.gradients.items():
             p.grad = None if g is None else (g.detach() * weight if weight != 1.0 else g.detach().clone())
 
     def hessian(self, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-        """``H v``: the gradient of ``<grad L, v>``."""
+        """Hessian-vector product ``H v``: the gradient of ``<grad L, v>``. RuntimeError if L is differentiable only once."""
         _refuse(self._cut)
         pairs = [(g, vectors[p]) for p, g in self.gradients.items() if g is not None and g.requires_grad and p in vectors]
         return self._differentiate([g for g, _ in pairs], [v for _, v in pairs])
@@ -51,21 +51,29 @@ class Graph:
         return _ends_early(g for g in self.gradients.values() if g is not None)
 
     def gauss_newton(self, vectors: Vectors) -> dict[nn.Parameter, Tensor]:
-        """``sum_t J_t^T Lambda_t J_t v`` over the terms of the loss, or ``J^T H_L J v`` with its Hessian in the logits."""
+        """Gauss-Newton product ``sum_t J_t^T Lambda_t J_t v`` over the loss terms, or ``J^T H_L J v`` with declared logits.
+
+        ValueError where no outputs are known of which the loss is a convex function.
+        """
         self.check_outputs()
         jvps = self.jvp(self.outputs, vectors)
         if self.logits is None:
             return self._differentiate(self.outputs, [t.multiply(u) for t, u in zip(self.terms, jvps, strict=True)])
         (loss_gradient,) = torch.autograd.grad(self.loss, self.logits, create_graph=True, allow_unused=True)
         if loss_gradient is None:
-            raise ValueError("the loss does not depend on what setup_logits_repr names as the logits")
+            raise ValueError(
+                "the loss does not depend on what setup_logits_repr names as the logits: name the tensor that enters the loss"
+            )
         if not loss_gradient.requires_grad:
             return self._differentiate([], [])
         curved = torch.autograd.grad(loss_gradient, self.logits, jvps, retain_graph=True, allow_unused=True)
         return self._differentiate([self.logits], list(curved)) if curved[0] is not None else self._differentiate([], [])
 
     def take(self, terms: Sequence[Terms], loss_gradients: Sequence[Tensor]) -> float:
-        """The terms of all of the loss, with ``dL/dz``; returns how much of its gradient does not go through them."""
+        """Set the terms of the whole loss, with ``dL/dz``.
+
+        Returns the relative norm of the part of the gradient that does not go through them.
+        """
         self.terms, self.outputs = list(terms), [t.z for t in terms]
         through = self._differentiate(self.outputs, list(loss_gradients))
         pairs = [(torch.zeros_like(p) if g is None else g.detach(), through[p]) for p, g in self.gradients.items()]
@@ -76,16 +84,16 @@ class Graph:
         return float(difference / size) if size > 0 else 0.0
 
     def check_outputs(self) -> None:
-        """ValueError unless it is known what the loss is a convex function of."""
+        """ValueError where no outputs are known of which the loss is a convex function."""
         if not self.outputs:
             raise ValueError(
                 "Gauss-Newton products need a recognised loss (F.cross_entropy, F.nll_loss, F.mse_loss or "
-                "F.binary_cross_entropy_with_logits, as functions or modules), or setup_logits_repr to name what the loss is a "
-                "convex function of"
+                "F.binary_cross_entropy_with_logits, as functions or modules), or setup_logits_repr to name the "
+                "outputs in which the loss is convex"
             )
 
     def jvp(self, outputs: Sequence[Tensor], vectors: Vectors) -> list[Tensor]:
-        """``J v`` for several outputs: the derivative of ``u -> J^T u`` in the direction ``v``."""
+        """Jacobian-vector products ``J v`` of outputs: the derivative of ``u -> J^T u`` in the direction ``v``."""
         moved = [p for p in self.parameters if p in vectors]
         duals, vjps = self._vjp(outputs, moved)
         pairs = [(g, vectors[p]) for g, p in zip(vjps, moved, strict=True) if g is not None]
@@ -95,7 +103,7 @@ class Graph:
         return [torch.zeros_like(z) if u is None else u for u, z in zip(found, outputs, strict=True)]
 
     def _vjp(self, outputs: Sequence[Tensor], moved: list[nn.Parameter]) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-        """``u`` and ``J^T u`` in the graph, the same for every vector; that of the last call is kept."""
+        """``u`` and ``J^T u`` in the graph, which serve every vector; those of the last call are cached."""
         known = self._known_vjp
         if known is None or not (_same(known[0], outputs) and _same(known[1], moved)):
             duals = [torch.zeros_like(z, requires_grad=True) for z in outputs]
@@ -115,14 +123,17 @@ class Graph:
 # ------------------------------------------------------------------ operations that are differentiable once
 def _refuse(cut: bool) -> None:
     if cut:
-        raise RuntimeError("the gradient of an operation that was marked with @once_differentiable cannot be differentiated")
+        raise RuntimeError(
+            "the gradient of an operation that was marked with @once_differentiable cannot be differentiated: replace the "
+            "operation, or use a method without second derivatives"
+        )
 
 
 def _ends_early(gradients: Iterable[Tensor]) -> bool:
-    """Whether the gradients pass through an operation that is marked as differentiable once.
+    """Whether the gradients pass through an operation that is marked with ``@once_differentiable``.
 
-    Torch ends such a gradient in a node that raises. It has leaves of its own, so that derivatives in other tensors never reach
-    it: without a look at the graph they would take the gradient for a constant, in silence.
+    Torch ends such a gradient in a node that raises. Derivatives in other tensors do not reach that node: without this check
+    they would silently treat the gradient as a constant.
     """
     return any(node.name() == "torch::autograd::Error" for node in nodes(gradients))
 

@@ -1,4 +1,4 @@
-"""The declared calls of a step, evaluated again: at other weights, on the same batch, with the same random numbers."""
+"""Replay of the declared calls of a step: at other weights, on the same batch, with the same random numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Replay", "in_modes"]
 
 @contextmanager
 def in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Modules train or evaluate as they are told, or did: a step may be seen again after an evaluation in between."""
+    """Context in which modules have the given training modes: a step may be replayed after ``eval()``."""
     now = {m: m.training for m in modes}
     try:
         for m, training in modes.items():
@@ -30,12 +30,12 @@ def in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
 
 
 class Replay:
-    """A forward pass that can be repeated without a trace: weights, buffers and random numbers stay as they are."""
+    """A forward pass that can be repeated: weights, buffers and the random state stay unchanged."""
 
     def __init__(self, model: nn.Module, function: Callable[[], tuple[Any, Tensor]], examples: int | None = None) -> None:
-        """function: returns the model's result and the loss; it is repeated with the random state of this moment.
+        """function: returns the model's output and the loss; it is repeated with the present random state and training modes.
 
-        examples: how many go into the function, where that is known
+        examples: number of examples in the function's batch, if known
         """
         self.model, self.function, self.examples = model, function, examples
         indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -45,7 +45,7 @@ class Replay:
         self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._devices]
 
     def run(self, tensors: Mapping[nn.Parameter, Tensor] | None = None) -> tuple[Any, Tensor]:
-        """The model's result and the loss, in the graph, with ``tensors`` in the place of parameters."""
+        """The model's output and the loss, in the graph, with ``tensors`` in place of parameters."""
         other: dict[Any, Tensor] = {**copies(self.model), **(tensors or {})}
         with torch.random.fork_rng(devices=self._devices), in_modes(self._modes), borrowing(), exchanged(self.model, other):
             torch.set_rng_state(self._cpu_state)
@@ -69,5 +69,5 @@ class Replay:
         return loss.detach(), {p: torch.zeros_like(p) if g is None else g for p, g in zip(moved, found, strict=True)}
 
     def gradient_at(self, displacement: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The loss' gradient at ``theta + displacement``."""
+        """The gradient of the loss at ``theta + displacement``."""
         return self.loss_and_gradient_at(displacement)[1]

@@ -1,4 +1,4 @@
-"""Between the vectors of blocks and the tensors of parameters: many vectors at once."""
+"""Conversion of vectors over sites to tensors of parameters and back, many vectors at once."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ __all__ = ["Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Sites as one vector, one after another, each row-major. ``k`` vectors are the rows of a matrix."""
+    """Layout of a vector: sites one after another, each row-major. ``k`` vectors are the rows of a matrix."""
 
     sites: Sequence[Site]
 
     @property
     def size(self) -> int:
-        """``P``."""
+        """Length ``P`` of a vector."""
         return sum(prod(site.shape) for site in self.sites)
 
     def spread(self, vectors: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Vectors as tensors of parameters; what belongs to no site is zero.  # (k, P) -> each (k, *parameter)"""
+        """Vectors as tensors of parameters; entries in no site are zero.  # (k, P) -> each (k, *parameter)"""
         k = len(vectors)
         parameters = dict.fromkeys(p for site in self.sites for p in site.parameters.values())
         out = {p: torch.zeros(k, *p.shape, dtype=p.dtype, device=p.device) for p in parameters}
         pieces = vectors.reshape(k, -1).split([prod(site.shape) for site in self.sites], 1)
         for site, piece in zip(self.sites, pieces, strict=True):
-            _spread_site(site, piece.reshape(k, *site.shape), out)
+            _write_site(site, piece.reshape(k, *site.shape), out)
         return out
 
     def gather(self, values: Mapping[nn.Parameter, Tensor], dtype: torch.dtype) -> Tensor:
-        """The converse.  # each (k, *parameter) -> (k, P)"""
-        return torch.cat([_gather_site(site, values).to(dtype) for site in self.sites], 1)
+        """Tensors of parameters as vectors.  # each (k, *parameter) -> (k, P)"""
+        return torch.cat([_read_site(site, values).to(dtype) for site in self.sites], 1)
 
 
-def _spread_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> None:
-    """value: (k, G, o, i) or (k, parts, *tensor)"""
+def _write_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> None:
+    """Write the blocks of a site into tensors of parameters.  value: (k, G, o, i) or (k, parts, *tensor)"""
     sizes = [piece[-1] for piece in site.piece_shapes()] if len(site.parameters) > 1 else None
     pieces = value.split(sizes, -1) if sizes else (value,)
     for (name, p), piece in zip(site.parameters.items(), pieces, strict=True):
@@ -53,7 +53,7 @@ def _spread_site(site: Site, value: Tensor, out: dict[nn.Parameter, Tensor]) -> 
             write_real(site.part(name, out[p], lead=1), piece)
 
 
-def _gather_site(site: Site, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+def _read_site(site: Site, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """The site's part of every vector.  # (k, P_site)"""
     if site.view is not None:
         (p,) = site.parameters.values()

@@ -332,10 +332,10 @@ def test_rules_are_those_of_ignore() -> None:
         (3, "expected 'layers'"),
         ({"qkv": 0}, "0 parts for 'qkv': expected an integer of at least 1"),
         ({"qkv": 2.0}, "2.0 parts"),
-        ({3: 2}, "split: 3 is neither a module"),
+        ({3: 2}, "split=3: expected a module"),
         ({"kqv": 3}, "split: 'kqv' matches none of heads, position, scale, lstm.weight_ih_l0"),
-        ({"qkv": 5}, r"split: qkv.weight: a tensor of shape \(12, 4\) does not fall into 5 equal parts"),
-        ({"scale": 2}, r"split: scale: a tensor of shape \(\) does not fall into 2"),
+        ({"qkv": 5}, r"split: qkv.weight: a tensor of shape \(12, 4\) does not divide into 5 equal parts"),
+        ({"scale": 2}, r"split: scale: a tensor of shape \(\) does not divide into 2"),
     ],
 )
 def test_wrong_splits_are_refused(split: Any, match: str) -> None:

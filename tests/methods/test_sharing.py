@@ -172,7 +172,7 @@ def test_an_embedding_is_expanded_whatever_is_said() -> None:
     [
         ("exband", "sharing='exband': expected expand, reduce, or a mapping.*; did you mean 'expand'"),
         ({"head": "reduced"}, r"sharing\['head'\]='reduced': expected expand, reduce; did you mean 'reduce'"),
-        ({3: "reduce"}, "sharing: 3 is neither a module, a class of modules nor a name pattern"),
+        ({3: "reduce"}, "sharing=3: expected a module, a class of modules or a name pattern"),
         ({}, "expected expand, reduce, or a mapping as in"),
         (None, "expected expand, reduce, or a mapping as in"),
         (["reduce"], "expected expand, reduce, or a mapping as in"),

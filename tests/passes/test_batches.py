@@ -282,7 +282,7 @@ def test_data_that_cannot_be_cut() -> None:
     with pytest.raises(ValueError, match=r"failed on 2 of the 6 examples: .*setup_curvature_call"):
         maker.forward_and_backward()
     maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(lambda: case.model(case.x)), case.t)
-    with pytest.raises(ValueError, match="takes no tensor"):
+    with pytest.raises(ValueError, match="no tensor among its arguments"):
         maker.forward_and_backward()
     for bad in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="examples"):

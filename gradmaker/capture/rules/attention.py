@@ -1,8 +1,8 @@
-"""Attention: `nn.MultiheadAttention` as its four linear maps.
+"""Layer rule of `nn.MultiheadAttention`, as its four linear maps.
 
-The module multiplies by its weights without calling a layer, so hooks see nothing of them. While a pass is recorded, torch's
-own code for it runs with its calls of linear maps replaced: the same calls, which also tell what went in and what came out.
-Values and random numbers are those of an ordinary pass, bit for bit.
+The module multiplies by its weights without calling a layer, so that module hooks do not see these products. While a pass is
+recorded, torch's own implementation runs with its linear maps replaced by the same maps that also record their inputs and
+outputs. Values and random numbers are those of an ordinary pass, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, batch_first
 
-__all__ = ["Listener", "Projection", "ProjectionRule", "projections"]
+__all__ = ["Projection", "ProjectionHooks", "ProjectionRule", "projections"]
 
-Tell: TypeAlias = Callable[[str, Tensor, Tensor], None]
-"""What to do with (name of the projection, its input, its output)."""
+Record: TypeAlias = Callable[[str, Tensor, Tensor], None]
+"""Function of (name of a projection, its input, its output) that records the call."""
 
 
 class Projection(nn.Module):
-    """One linear map inside of an attention module: never called, it stands for the map where others have a layer."""
+    """One linear map inside of an attention module; takes the place of a layer, and is never called."""
 
     def __init__(self, attention: nn.MultiheadAttention, part: str, width: int, rows: dict[str, slice | None]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Projection(nn.Module):
         self.rows = rows  # by parameter of the attention: the rows that belong to this map, None for all
 
     def __eq__(self, other: object) -> bool:
-        """The same map, of whatever plan: a tape that was made for one plan is read by the next."""
+        """The same map, also of another plan: a tape that was made for one plan is read by the next."""
         return isinstance(other, Projection) and self.attention[0] is other.attention[0] and self.part == other.part
 
     def __hash__(self) -> int:
@@ -43,7 +43,7 @@ class Projection(nn.Module):
 
 
 def projections(attention: nn.MultiheadAttention) -> Iterator[Projection]:
-    """The maps of queries, keys, values and of the heads' outputs."""
+    """The linear maps of queries, keys, values and of the concatenated heads."""
     d = attention.embed_dim
     packed = attention.in_proj_weight is not None
     widths = {"query": d, "key": attention.kdim, "value": attention.vdim}
@@ -55,7 +55,7 @@ def projections(attention: nn.MultiheadAttention) -> Iterator[Projection]:
 
 
 class ProjectionRule(LayerRule):
-    """Linear maps of tokens that lie as (position, batch), as inside of `F.multi_head_attention_forward`."""
+    """Rule of these linear maps, whose tokens lie as (position, batch) inside of `F.multi_head_attention_forward`."""
 
     types = (Projection,)
 
@@ -70,53 +70,53 @@ class ProjectionRule(LayerRule):
         return batch_first(tokens, layout, axes=1, lead=1).unsqueeze(1)
 
 
-# ------------------------------------------------------------------ listening to a call
-class Listener:
-    """Hooks on an attention module, between which its projections are recorded."""
+# ------------------------------------------------------------------ recording a call
+class ProjectionHooks:
+    """Hooks before and after the call of an attention module, between which its linear maps are recorded."""
 
-    def __init__(self, tell: Tell) -> None:
-        self.tell = tell
-        self._modes: list[_Overhearing] = []
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._modes: list[_RecordingMode] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Before the call."""
-        self._modes.append(_Overhearing(self.tell))
+        """Forward pre-hook."""
+        self._modes.append(_RecordingMode(self.record))
         self._modes[-1].__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the call, also after one that raised."""
+        """Forward hook, called also after an exception."""
         if self._modes:
             self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-class _Overhearing(TorchFunctionMode):
-    """Runs `F.multi_head_attention_forward` with projections that tell."""
+class _RecordingMode(TorchFunctionMode):
+    """Runs `F.multi_head_attention_forward` with linear maps that are recorded."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, record: Record) -> None:
         super().__init__()
-        self.tell = tell
+        self.record = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.multi_head_attention_forward:
-            func = _telling(self.tell)
+            func = _recording_attention(self.record)
         return func(*args, **(kwargs or {}))
 
 
-def _telling(tell: Tell) -> Any:
-    """torch's function with other globals: whatever it computes, masks, biases and dropout included, is torch's."""
-    batch = 1  # of the call under way; the last map sees positions and batch as one axis
+def _recording_attention(record: Record) -> Any:
+    """torch's function with other globals: all that it computes, with masks, biases and dropout, stays torch's."""
+    batch = 1  # of the current call; the last map gets positions and batch as one axis
 
     def project(call: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
         nonlocal batch
         inputs, outputs = args[:3], call(*args)
         batch = inputs[0].shape[1]
         for part, x, y in zip(("query", "key", "value"), inputs, outputs, strict=True):
-            tell(part, x, y)
+            record(part, x, y)
         return outputs
 
     def out(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(x, weight, bias)
-        tell("out", x.unflatten(0, (-1, batch)), y)
+        record("out", x.unflatten(0, (-1, batch)), y)
         return y
 
     functional: Any = F
@@ -126,7 +126,7 @@ def _telling(tell: Tell) -> Any:
         "_in_projection_packed": partial(project, functional._in_projection_packed),
         "_in_projection": partial(project, functional._in_projection),
         "linear": out,
-        "has_torch_function": lambda tensors: False,  # that question was asked and led here
+        "has_torch_function": lambda tensors: False,  # its answer led to this function already
     }
     made = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
     made.__kwdefaults__ = original.__kwdefaults__

@@ -1,4 +1,4 @@
-"""Calls of layers, and what a rule must say of them: inputs ``a`` and output gradients ``g`` with ``dL/dW = sum g a^T``."""
+"""Calls of layers, and the interface of layer rules: inputs ``a`` and output gradients ``g`` with ``dL/dW = sum g a^T``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Kind: TypeAlias = Literal["matrix", "embedding", "scale", "generic", "tensor"]
-"""What a block of parameters is: a linear map, a lookup table, a norm layer's affine map, anything else, a bare tensor."""
+"""Type of a parameter block: a linear map, an embedding, a norm layer's affine map, a parameter without a rule, a tensor."""
 
 
 @dataclass
@@ -42,18 +42,18 @@ class Call:
     edges: list[Any]  # one gradient edge for each differentiable output tensor
     shapes: list[torch.Size]
     dtype: torch.dtype
-    gradients: list[Tensor | None] = field(default_factory=list)  # filled while a backward pass is collected
-    autocast: torch.dtype | None = None  # in which it was made
-    key: tuple[nn.Module, bool, tuple[str, ...]] | None = None  # what is proven of it is proven of its like
+    gradients: list[Tensor | None] = field(default_factory=list)  # filled by hooks during a backward pass
+    autocast: torch.dtype | None = None  # its dtype, where the call ran under autocast
+    key: tuple[nn.Module, bool, tuple[str, ...]] | None = None  # by which self-checks of equal calls are found
 
     @property
     def tensor_shapes(self) -> list[torch.Size]:
-        """Of all tensor arguments."""
+        """Shapes of all tensor arguments."""
         return [v.shape for v in tensors(self.args, self.kwargs)]
 
     @property
     def input(self) -> Tensor:
-        """The first tensor argument."""
+        """The first tensor argument. ValueError if there is none."""
         found = next(tensors(self.args, self.kwargs), None)
         if found is None:
             raise ValueError("a layer was called without a tensor among its arguments: leave it out with ignore=")
@@ -61,13 +61,13 @@ class Call:
 
 
 Order: TypeAlias = Literal["first", "second", "last"]
-"""The axis of a call's examples: the first, alone or times positions; the second; the first, where they run fastest."""
+"""Position of a call's examples: first axis, alone or times positions; second axis; first axis, examples running fastest."""
 ORDERS: tuple[Order, ...] = ("first", "second", "last")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many examples a call holds, and where; ``order`` None reads it off the sizes, which may coincide."""
+    """Number and position of the examples in a call; ``order`` None infers it from the sizes, which may coincide."""
 
     count: int
     order: Order | None = None
@@ -95,7 +95,7 @@ def _guess(n: int, middle: Sequence[int]) -> Order:
 
 
 def batch_first(x: Tensor, layout: Layout, axes: int, lead: int = 0) -> Tensor:
-    """As `to_examples`, where the first axis is known to hold the batch: examples, or examples times windows."""
+    """`to_examples` where the first axis is the batch: examples, or examples times windows. ValueError if it is not."""
     if x.shape[lead] % layout.count or layout.order == "second":
         raise ValueError(
             f"cannot find {layout.count} examples in a batch of {x.shape[lead]}: the first axis of the model's first argument "
@@ -105,7 +105,7 @@ def batch_first(x: Tensor, layout: Layout, axes: int, lead: int = 0) -> Tensor:
 
 
 def example_axis(call: Call, value: Any, n: int, first: bool) -> int | None:
-    """The axis of the examples in something that goes in or out of a call (first: before all others); None if it has none."""
+    """The axis of examples in an argument or output of a call (first: the first of them); None if it has none."""
     if not isinstance(value, Tensor):
         return None
     module = call.module
@@ -121,7 +121,7 @@ def example_axis(call: Call, value: Any, n: int, first: bool) -> int | None:
 
 
 def check_lookup(module: nn.Module) -> None:
-    """ValueError where what a lookup table finds in ``.grad`` is the gradient of no loss."""
+    """ValueError for an embedding whose ``.grad`` is not the gradient of a loss."""
     if getattr(module, "scale_grad_by_freq", False):
         raise ValueError(
             f"{type(module).__name__}(scale_grad_by_freq=True) divides .grad by how often a token is in the batch: that is no "
@@ -130,26 +130,26 @@ def check_lookup(module: nn.Module) -> None:
 
 
 class LayerRule(ABC):
-    """How layers of some types enter the curvature."""
+    """Layer rule: how layers of some types enter the curvature, as ``G`` linear maps (o, i)."""
 
     types: ClassVar[tuple[type[nn.Module], ...]]
     kind: ClassVar[Kind] = "matrix"
     weight_name: ClassVar[str] = "weight"
     transposed: ClassVar[bool] = False  # the weight is stored as (i, o), and so is the block
     inputs_first: ClassVar[bool] = False  # the weight is stored as (i, o), and the block is (o, i) all the same
-    rounding: ClassVar[float] = 0.0  # unit roundoff of what a layer computes in, whatever the dtype of its parameters
-    bias_rule: ClassVar[LayerRule | None] = None  # of a bias that is no further input: it forms a block of its own
+    rounding: ClassVar[float] = 0.0  # unit roundoff of the layer's arithmetic, if coarser than that of its parameters
+    bias_rule: ClassVar[LayerRule | None] = None  # for a bias that is not one more input column: its block is separate
 
     def knows(self, module: nn.Module) -> bool:
-        """Whether a module is of these types: a subclass with a ``forward`` of its own is not what it inherits from."""
+        """Whether a module is of these types; a subclass with a ``forward`` of its own is not."""
         return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in self.types)
 
     def accepts(self, module: nn.Module) -> bool:
-        """Whether this very module behaves as its type says."""
+        """Whether this instance behaves as its type says."""
         return True
 
     def weight_gradient(self, module: Any, call: Call, g: Tensor) -> Tensor | None:
-        """``dL/dW`` of a call by the layer's own kernel, where `inputs` takes much memory; None: by `inputs`.  g: (*output)"""
+        """``dL/dW`` of a call by torch's kernel, where `inputs` takes much memory; None: by `inputs`.  g: (*output)"""
         return None
 
     @abstractmethod
@@ -158,8 +158,8 @@ class LayerRule(ABC):
 
     @abstractmethod
     def inputs(self, module: Any, call: Call, layout: Layout) -> Tensor | OneHot:
-        """``a``.  # (G, n, r, i)"""
+        """Layer inputs ``a``.  # (G, n, r, i)"""
 
     @abstractmethod
     def gradients(self, module: Any, call: Call, g: Tensor, layout: Layout) -> Tensor:
-        """``g`` from the gradient of the layer's output (k, *output) .  # (k, G, n, r, o)"""
+        """Output gradients ``g``, from the gradient of the layer's output (k, *output).  # (k, G, n, r, o)"""

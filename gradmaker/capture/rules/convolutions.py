@@ -1,4 +1,4 @@
-"""Rules of convolutions and transposed convolutions: linear maps of patches, one group a matrix."""
+"""Layer rules of convolutions and transposed convolutions: linear maps of patches, one matrix for each group."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ConvRule", "ConvTransposeRule"]
 
 
 def _batched(module: Any, x: Tensor, lead: int = 0) -> Tensor:
-    """With a batch axis, which a convolution lets its caller leave out.  # (*lead, N, C, *space)"""
+    """The tensor with a batch axis, which torch's convolutions make optional.  # (*lead, N, C, *space)"""
     return x if x.ndim == lead + 2 + len(module.kernel_size) else x.unsqueeze(lead)
 
 
 def _patches(module: Any, x: Tensor, lead: int = 0) -> Tensor:
-    """What a kernel sees at each of its positions.  # (*lead, N, C, *positions, *kernel)"""
+    """The patch under the kernel at each position.  # (*lead, N, C, *positions, *kernel)"""
     steps = zip(module.kernel_size, module.stride, module.dilation, strict=True)
     for axis, (size, stride, gap) in enumerate(steps, start=lead + 2):
         x = x.unfold(axis, (size - 1) * gap + 1, stride)[..., ::gap]
@@ -52,7 +52,7 @@ def _as_gradients(grouped: Tensor, layout: Layout) -> Tensor:
 
 
 def _weight_gradient(module: Any, x: Tensor, g: Tensor, padding: list[int], extra: list[int] | None) -> Tensor:
-    """By torch's kernel.  extra: the output padding of a transposed convolution; None: not transposed"""
+    """``dL/dW`` by torch's kernel.  extra: the output padding of a transposed convolution; None: not transposed"""
     d = len(module.kernel_size)
     found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
         g, x.to(g.dtype), module.weight.detach().to(g.dtype), None, list(module.stride), padding, list(module.dilation),
@@ -62,7 +62,7 @@ def _weight_gradient(module: Any, x: Tensor, g: Tensor, padding: list[int], extr
 
 
 class ConvRule(LayerRule):
-    """Convolutions as linear maps of patches, one group a matrix (Grosse & Martens 2016, arXiv:1602.01407, section 3)."""
+    """Convolutions as linear maps of patches, one matrix a group (Grosse & Martens 2016, arXiv:1602.01407, section 3)."""
 
     types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,7 +85,7 @@ class ConvRule(LayerRule):
 
 
 class ChannelRule(LayerRule):
-    """The bias of a transposed convolution: one number a channel, added at every position of the output."""
+    """The bias of a transposed convolution: one number for each channel, added at every position of the output."""
 
     types = ()
 
@@ -104,8 +104,8 @@ class ChannelRule(LayerRule):
 class ConvTransposeRule(LayerRule):
     """Transposed convolutions: `ConvRule` with its sides swapped, as the layer is a convolution's transpose.
 
-    An input position is a vector ``a`` of channels, and ``g`` is the patch of output gradients that it reaches, channels times
-    kernel. Blocks are laid out as the weight is, (i, o): units are input channels.
+    The input ``a`` of a position is its vector of channels, and ``g`` the patch of output gradients that it reaches, channels
+    times kernel. Blocks have the layout of the weight, (i, o): units are input channels.
     """
 
     types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -132,6 +132,6 @@ class ConvTransposeRule(LayerRule):
         padded = F.pad(_batched(module, g, lead=1), module._reversed_padding_repeated_twice)
         patches = _patches(module, padded, lead=1)
         space = _batched(module, call.input).shape[2:]
-        for axis, size in enumerate(space, start=3):  # output padding may leave room for windows of no input position
+        for axis, size in enumerate(space, start=3):  # output padding may add patches without an input position
             patches = patches.narrow(axis, 0, size)
         return _as_gradients(_grouped(module, patches, lead=1), layout)

@@ -26,10 +26,10 @@ __all__ = ["per_example_rows"]
 
 
 def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tensor:
-    """``J_kn`` of a parameter, by repeating its module's call one example at a time (vmapped where possible).
+    """Per-example gradients ``J_kn`` of a parameter: its module's call repeated for single examples, by vmap where possible.
 
-    Modules that draw random numbers inside that call, as dropout, draw afresh. Batch norms in training mode keep the statistics
-    of the batch, as in their own rule.  # (k, n, P)
+    Modules that draw random numbers in that call, as dropout, draw new ones. Batch norms in training mode use the statistics
+    of the batch, as in their own rule. ValueError where the examples of a call cannot be told apart.  # (k, n, P)
     """
     (module,) = site.modules
     total: Tensor | None = None
@@ -45,7 +45,7 @@ def per_example_rows(site: Site, tape: Tape, gradients: OutputGradients) -> Tens
 
 @contextmanager
 def _held_spectra(module: nn.Module) -> Iterator[None]:
-    """A spectral norm in training mode moves its singular vectors at every use: a repeated call is to keep them."""
+    """Context in which spectral norms keep their singular vectors, which each use in training mode would update."""
     moving = [m for m in module.modules() if isinstance(m, _SpectralNorm) and m.training]
     for m in moving:
         m.eval()
@@ -58,15 +58,15 @@ def _held_spectra(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _held_statistics(module: nn.Module, call: Call) -> Iterator[None]:
-    """Batch norms that mix examples normalise by the mean and variance of the whole batch, as constants."""
+    """Context in which batch norms use the mean and variance of the whole batch, as constants."""
     norms = [m for m in module.modules() if mixes(m)]
     if not norms:
         yield
         return
     seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {m: [] for m in norms}
-    turn: dict[nn.Module, int] = {}  # which of its calls a norm is in
+    turn: dict[nn.Module, int] = {}  # index of the current call of each norm
 
-    def look(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def observe(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         mean, variance = batch_moments(args[0])
         seen[norm].append((mean.to(args[0].dtype), variance.to(args[0].dtype)))
 
@@ -77,20 +77,20 @@ def _held_statistics(module: nn.Module, call: Call) -> Iterator[None]:
 
     with ExitStack() as stack:
         for norm in norms:
-            stack.callback(norm.register_forward_hook(look).remove)
-        with torch.enable_grad():  # without, a reentrant checkpoint would warn
+            stack.callback(norm.register_forward_hook(observe).remove)
+        with torch.enable_grad():  # without gradients a reentrant checkpoint would warn
             call_with(module, copies(module), call.args, call.kwargs)
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(lambda *_: turn.clear()).remove)
         for norm in norms:
             stack.callback(norm.register_forward_hook(normalise).remove)
             stack.callback(norm.train, norm.training)
-            norm.eval()  # else it would refuse a single value a channel
+            norm.eval()  # in training mode it raises for a single value per channel
         yield
 
 
 def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers that are drawn inside are not missed outside."""
+    """Context that restores the random state afterwards."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
@@ -100,7 +100,10 @@ def _rows_of_call(site: Site, module: nn.Module, call: Call, outputs: list[Tenso
     ((name, parameter),), n = site.parameters.items(), tape.examples
     check_lookup(module)
     if isinstance(module, nn.EmbeddingBag) and call.input.ndim == 1:
-        raise ValueError("EmbeddingBag was called with all bags in one axis, in which examples cannot be told apart")
+        raise ValueError(
+            "EmbeddingBag was called with all bags in one axis, in which examples cannot be told apart: give indices with one "
+            "row a bag, or leave the layer out with ignore="
+        )
     leaves, spec = tree_flatten((call.args, call.kwargs))
     axes = [example_axis(call, v, n, j == 0) for j, v in enumerate(leaves)]
     g_axes = [example_axis(call, g[0], n, j == 0) for j, g in enumerate(outputs)]
@@ -143,7 +146,7 @@ def _floating(out: Any, count: int) -> list[Tensor]:
 
 
 def _over_examples(ways: tuple[Any, Any], values: list[Any], axes: list[int | None], n: int) -> Tensor:
-    """By `torch.func`, else by a backward pass for each example: torch.func enters no checkpoint."""
+    """Rows of all examples by vmap, else in a loop, else by a backward pass for each: torch.func rejects checkpoints."""
     function, by_backward = ways
     try:
         mapped: Tensor = vmap(function, in_dims=tuple(axes), randomness="different")(*values)

@@ -1,8 +1,8 @@
-"""Layer rules: how one call of a layer becomes inputs ``a`` and output gradients ``g`` with ``dL/dW = sum g a^T``.
+"""Layer rules of linear layers and embeddings, and the registry of all rules.
 
-This is the only place that knows layer types. A rule writes a layer's weight as ``G`` matrices ``(o, i)``; a bias is one more
-column. Norm layers are ``C`` groups of one output with the normalised input as their one feature. To add a layer, write a
-rule and `register` it (one of a library that is not imported: in `gradmaker.capture.rules.named`);
+A rule turns a call into inputs ``a`` and output gradients ``g`` with ``dL/dW = sum g a^T``. It writes a layer's weight as ``G``
+matrices ``(o, i)``; a bias is one more column. Norm layers are ``C`` groups of one output whose one input is the normalised
+feature. To add a layer, write a rule and `register` it (one of a library that is not imported: as in `.named`);
 `tests/capture/test_layers.py` checks every rule against single-example loops.
 """
 
@@ -40,10 +40,10 @@ class LinearRule(LayerRule):
 
 
 class EmbeddingRule(LayerRule):
-    """Lookup tables as linear maps of one-hot inputs that are never formed.
+    """Embeddings as linear maps of one-hot inputs, which are never formed.
 
-    With ``max_norm`` the call itself shortens the rows that it looks up, before it reads them: the curvature is that at the
-    shortened rows, as the gradient is.
+    With ``max_norm`` the call itself rescales the rows that it looks up, before it reads them: the curvature, as the gradient,
+    is that at the rescaled rows.
     """
 
     types = (nn.Embedding,)
@@ -82,10 +82,10 @@ for _rule in _OWN:
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a module, the latest that fits; None for a subclass with a ``forward`` of its own, which is another layer."""
+    """The rule of a module, the last registered that fits; None without one, as for a subclass with its own ``forward``."""
     return next((rule for rule in reversed([*RULES.values()]) if rule.knows(module) and rule.accepts(module)), None)
 
 
 def attends(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether a module is torch's attention, whose linear maps are blocks; one with a ``forward`` of its own is not."""
+    """Whether a module is torch's attention, whose linear maps are sites; a subclass with its own ``forward`` is not."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward

@@ -1,7 +1,7 @@
-"""Layers of libraries that are not imported here: known by the name of the class that defines their ``forward``.
+"""Layer rules of libraries that are not imported here: layers are found by the name of the class that defines ``forward``.
 
-A qualified name stands for one class. A part of a name, as ``RMSNorm``, stands for a family; a module belongs to it if runs on
-random numbers prove its output affine in its weight and bias, channel by channel.
+A qualified name stands for one class. A part of a name, as ``RMSNorm``, stands for a family; a module belongs to it if calls
+on random inputs show that its output is affine in weight and bias, channel by channel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SINGLE = torch.finfo(torch.float32).eps
 
 
 def _definer(module: nn.Module) -> type:
-    """The class whose ``forward`` a module has; `nn.Module` where the module has one of its own."""
+    """The class that defines a module's ``forward``; `nn.Module` where the instance has a ``forward`` of its own."""
     if "forward" in vars(module):
         return nn.Module
     return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
@@ -53,8 +53,8 @@ class Conv1DRule(LayerRule):
 class NamedNormRule(NormRule):
     """Norm layers of any library: ``x_hat = y(weight=1, bias=0) - y(weight=0, bias=0)`` of the layer's own ``forward``.
 
-    Its arithmetic is the layer's, roundings to float32 inside included, and it is the same for ``weight x_hat`` (Llama, T5) as
-    for ``(1 + weight) x_hat`` (Gemma). A layer without this form has no rule.
+    The arithmetic is the layer's own, with its roundings to float32, and the same for ``weight x_hat`` (Llama, T5) as for
+    ``(1 + weight) x_hat`` (Gemma). A layer without this form has no rule.
     """
 
     types = ()
@@ -77,15 +77,15 @@ class NamedNormRule(NormRule):
             return False
 
     def _proven(self, module: Any) -> bool:
-        """Whether random parameters give ``y(0, 0) + weight x_hat + bias`` on a random input, which stays as it is."""
+        """Whether random parameters give ``y(0, 0) + weight x_hat + bias`` on a random input, and leave it unchanged."""
         p, random = module.get_parameter(self.weight_name), torch.Generator().manual_seed(0)
         C = len(p)
-        a, b = (2, 3) if C > 3 else (4, 5)  # no other axis is as long as that of the channels
+        a, b = (2, 3) if C > 3 else (4, 5)  # no other axis has the length of the channel axis
         shape = (a, C, a, b) if self.channel_first else (a, b, C)
         x, weight, bias = (torch.randn(s, generator=random).to(p) for s in (shape, (C,), (C,)))
         given = x.clone()
         zero, one, found = (self._output(module, (given,), {}, *w) for w in ((0.0, 0.0), (1.0, 0.0), (weight, bias)))
-        if found.shape != x.shape or not torch.equal(given, x):  # an input that is overwritten is not there to be seen again
+        if found.shape != x.shape or not torch.equal(given, x):  # an overwritten input cannot be used again
             return False
         lined = (C, 1, 1) if self.channel_first else (C,)
         expected = zero + weight.reshape(lined) * (one - zero)
@@ -109,7 +109,7 @@ class NamedNormRule(NormRule):
     def _output(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor | float, bias: Tensor | float
     ) -> Tensor:
-        """What a module returns with other parameters; no hook sees it."""
+        """The output of a module with other parameters, by its ``forward``, so that no hook runs."""
         pairs = (module.get_parameter(self.weight_name), weight), (getattr(module, "bias", None), bias)
         with exchanged(module, {p: torch.zeros_like(p) + value for p, value in pairs if p is not None}):
             out: Tensor = module.forward(*args, **kwargs)
@@ -117,13 +117,13 @@ class NamedNormRule(NormRule):
 
 
 class NamedImageNormRule(NamedNormRule):
-    """The same with the channels on the second axis."""
+    """`NamedNormRule` with the channels on the second axis."""
 
     channel_first = True
 
 
 class LayerScaleRule(NamedNormRule):
-    """``gamma x`` of timm's vision transformers, as a norm layer's scale."""
+    """LayerScale of timm's vision transformers, ``gamma x``, as the scale of a norm layer."""
 
     names = ("LayerScale",)
     weight_name = "gamma"
@@ -133,7 +133,7 @@ class LayerScaleRule(NamedNormRule):
 
 
 class ImageLayerScaleRule(LayerScaleRule):
-    """The same with the channels on the second axis."""
+    """`LayerScaleRule` with the channels on the second axis."""
 
     channel_first = True
 

@@ -1,4 +1,4 @@
-"""Rules of norm layers: their affine map, channel by channel."""
+"""Layer rules of norm layers: their affine map, channel by channel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["BatchNormRule", "GroupNormRule", "LayerNormRule", "RMSNormRule"]
 
 
 class NormRule(LayerRule):
-    """Affine maps behind a normalisation: channel ``c`` is a group with the one input ``x_hat_c``.
+    """Affine map after a normalisation: channel ``c`` is a group with the one input ``x_hat_c``.
 
-    ``x_hat`` is recomputed from the layer's input, never from its output: a zero scale or an in-place change of the output
-    would spoil it. In training mode batch statistics are held fixed, as is usual for per-example quantities.
+    ``x_hat`` is recomputed from the layer's input, not from its output: a zero scale or an in-place change of the output
+    would make that wrong. In training mode batch statistics are held fixed, as is usual for per-example gradients.
     """
 
     kind = "scale"
@@ -25,10 +25,10 @@ class NormRule(LayerRule):
 
     @abstractmethod
     def normalise(self, module: Any, call: Call) -> Tensor:
-        """The layer's output without scale and bias."""
+        """The normalised input ``x_hat``: the layer's output without scale and bias."""
 
     def channels(self, module: Any) -> int:
-        """``C``: entries of the scale."""
+        """Number of channels ``C``, the entries of the scale."""
         own = module.weight if module.weight is not None else module.bias
         return int(own.numel())
 
@@ -60,7 +60,7 @@ def _flatten_channels(x: Tensor, C: int) -> Tensor:
 
 
 class BatchNormRule(NormRule):
-    """Over the batch, or by running statistics."""
+    """Batch norm: statistics of the batch, or running averages."""
 
     types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -71,7 +71,7 @@ class BatchNormRule(NormRule):
 
 
 class GroupNormRule(NormRule):
-    """Over groups of channels."""
+    """Group norm: statistics over groups of channels."""
 
     types = (nn.GroupNorm,)
 
@@ -80,7 +80,7 @@ class GroupNormRule(NormRule):
 
 
 class LayerNormRule(NormRule):
-    """Over the last axes."""
+    """Layer norm: statistics over the last axes."""
 
     types = (nn.LayerNorm,)
     channel_first = False
@@ -90,7 +90,7 @@ class LayerNormRule(NormRule):
 
 
 class RMSNormRule(NormRule):
-    """Over the last axes, without a mean."""
+    """RMS norm: mean square over the last axes."""
 
     types = (nn.RMSNorm,)
     channel_first = False

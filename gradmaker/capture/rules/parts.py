@@ -17,7 +17,7 @@ OF_GATES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def natural_parts(path: Path, parameter: nn.Parameter) -> int:
-    """How many equal maps lie along a parameter's first axis; 1 where its owners say nothing, or not the same."""
+    """Number of equal maps along a parameter's first axis; 1 where the modules that own it give none, or different numbers."""
     owned = [
         (module, name)
         for module in path.values()
@@ -29,7 +29,7 @@ def natural_parts(path: Path, parameter: nn.Parameter) -> int:
 
 
 def _parts(module: nn.Module, name: str) -> int:
-    """Of a parameter of this very module, by its own name."""
+    """Number of maps in a parameter that this module itself owns, by its name there."""
     for kind, gates in GATES.items():
         if isinstance(module, kind):
             return gates if name.startswith(OF_GATES) else 1
