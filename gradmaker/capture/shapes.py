@@ -17,7 +17,7 @@ __all__ = ["Merge", "ShapePolicy", "Split", "View", "as_split"]
 
 Merge: TypeAlias = Literal["none", "squeeze", "to_2d", "balanced", "greedy"]
 Split: TypeAlias = Literal["layers"] | tuple[tuple[Rule, int], ...]
-"""How tensors that hold several linear maps are split: by layer type, or into numbers by name rules, the first that matches."""
+"""Split of tensors that hold several linear maps: by layer type, or by pairs of name rule and number, the first match."""
 GREEDY_LIMIT = 1024
 """Largest product of merged axes where no block size is given."""
 

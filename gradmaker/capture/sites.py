@@ -136,7 +136,7 @@ class Site:
     def direct(self, tape: Tape) -> bool:
         """Whether its parameters are measured by their own derivatives, not by calls of a layer."""
         if any(name in tape.arrangement.direct for name in self.parameters):
-            return True  # whatever was recorded: calls of the projections of an attention module do not count
+            return True  # calls may be recorded all the same: those of the projections of an attention module
         return self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules))
 
 

@@ -46,7 +46,7 @@ class Tape:
         self._called_with = False  # whether it was read from a call of the model
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the model's first call
         self.joint = False  # whether the batch is measured as one example
-        self.ungrouped = False  # whether the reason is that output rows could not be assigned to examples
+        self.ungrouped = False  # whether that is because output rows could not be assigned to examples
         self.norms = FrozenNorms()
         self.collecting = False  # whether output gradients of the loop's backward passes are stored
         self._own = False  # whether the tape itself runs a backward pass at present
@@ -55,7 +55,7 @@ class Tape:
         self._reentrant = False
         self._paused = False
         self._hooks = ExitStack()  # removes the hooks from the modules
-        self._output_hooks: list[Any] = []  # their handles
+        self._output_hooks: list[Any] = []  # handles of the hooks on outputs
         # Number of calls without gradients: a reentrant checkpoint makes these, and repeats them during the backward pass.
         self._late: dict[nn.Module, int] = {}
 
@@ -190,7 +190,7 @@ class Tape:
 
     def _output_hook(self, call: Call, index: int) -> Callable[[Tensor], None]:
         def store(gradient: Tensor) -> None:
-            own = self._own and foreign(gradient) == self._inside  # no backward pass of another maker in between
+            own = self._own and foreign(gradient) == self._inside  # excludes a backward pass of another maker in between
             if own or (self.collecting and not foreign(gradient)):
                 call.gradients[index] = gradient.detach()
 

@@ -121,7 +121,7 @@ def of_logits(z: Tensor, axis: int, loss_gradient: Tensor, v: Tensor, image: Ten
 # -------------------------------------------------------------------- one output
 @dataclass
 class _Block:
-    """The Hessian of the loss in one output, known by its products."""
+    """The Hessian of the loss in one output, given by its products."""
 
     z: Tensor
     loss_gradient: Tensor

@@ -71,7 +71,7 @@ def current_name(made: Any, name: str) -> str:
 
 def warn_of(old: str, new: str) -> None:
     """A DeprecationWarning for the caller of the library that used an earlier name of an option."""
-    _warn(f"the option {old!r} is {new!r} now; the earlier name goes with the next version")
+    _warn(f"the option {old!r} is {new!r} now; the earlier name is removed in the next version")
 
 
 def _warn(message: str) -> None:
@@ -125,7 +125,7 @@ class _Alias(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED_MODULES[module.__name__]
-        _warn(f"the module {module.__name__} is {new} now; the earlier name goes with the next version")
+        _warn(f"the module {module.__name__} is {new} now; the earlier name is removed in the next version")
         sys.modules[module.__name__] = import_module(new)
 
 
@@ -141,7 +141,7 @@ def moved_names(old: str) -> Callable[[str], Any]:
         new = MOVED_MODULES[old]
         if name.startswith("_") or not hasattr(found := import_module(new), name):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
-        _warn(f"{old}.{name} is {new}.{name} now; the earlier name goes with the next version")
+        _warn(f"{old}.{name} is {new}.{name} now; the earlier name is removed in the next version")
         value = vars(sys.modules[old])[name] = getattr(found, name)  # a ``from`` import asks twice, and gets one warning
         return value
 

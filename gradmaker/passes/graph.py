@@ -31,7 +31,7 @@ class Graph:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss, self.terms, self.logits = loss, list(terms), logits
         found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        self.gradients = dict(zip(self.parameters, found, strict=True))  # in the graph; None where the loss does not reach
+        self.gradients = dict(zip(self.parameters, found, strict=True))  # in the graph; None where L does not depend on p
         self._known_vjp: tuple[list[Tensor], list[nn.Parameter], list[Tensor], Sequence[Tensor | None]] | None = None
         self._sound = True  # whether all operations of the last vjp can be differentiated twice
 

@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], str]] = {
     "not convex": (lambda z: z.cos().sum(), [(N, C)], "not convex"),
     "not convex rows": (lambda z: -F.cross_entropy(z, y), [(N, C)], "not convex"),
     "too wide": (lambda z: z.logsumexp(1).sum(), [(2, WIDEST + 1)], str(WIDEST)),
-    "outputs that depend on each other": (lambda a, b: (a * b).exp().sum(), [(N, C), (N, C)], "depend on each other"),
+    "outputs that depend on each other": (lambda a, b: (a * b).exp().sum(), [(N, C), (N, C)], "couples outputs"),
     "once": (lambda z: Once.apply(z), [(N, C)], "only once"),
 }
 

@@ -70,7 +70,7 @@ def net(use: Callable[[Net, Tensor], Any], loss: Callable[[Any, Tensor], Tensor]
 def test_what_cannot_be_told_apart_is_refused(use: Callable[[Net, Tensor], Any], mode: str) -> None:
     case = net(use)
     maker = maker_of(case, "layer", FisherEmp(), self_check=mode)
-    sentence = CANNOT if mode == "fallback" or use is penalised else "depend on each other|do not add up"
+    sentence = CANNOT if mode == "fallback" or use is penalised else "couples outputs|do not add up"
     with left_alone(case.model, maker), pytest.raises(SelfCheckError, match=f"{CANNOT}|{sentence}"):
         step(maker, case)
 
