@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import Mode
-from gradmaker.linalg.definition import along_axes, axis_power
 from gradmaker.linalg.factors import dense
+from gradmaker.linalg.powers import along_axes, axis_power
 from gradmaker.linalg.roots import held_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval

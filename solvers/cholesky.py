@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import equal_ridges, pi_ridges
-from gradmaker.linalg.definition import axis_power, balanced_ridges
 from gradmaker.linalg.diagnosis import diagnose, estimate_largest
 from gradmaker.linalg.eigen import add_ridge, symmetrise
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
+from gradmaker.linalg.powers import axis_power, balanced_ridges
 from gradmaker.linalg.roots import InverseRoot, apply_roots, integer_root, keep_roots, residual
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice

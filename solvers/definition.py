@@ -7,9 +7,9 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.factors import dense
 from gradmaker.linalg.mode_products import kronecker_product
+from gradmaker.linalg.powers import along_axes
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Unfolds
 from gradmaker.representations.roles import widen

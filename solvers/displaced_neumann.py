@@ -19,7 +19,7 @@ from gradmaker.solvers.definition import Defined
 __all__ = ["DisplacedNeumann"]
 
 NEAR = 1e-8
-"""Distance to the average weights, over ``sqrt P``, below which the repulsive term is zero."""
+"""Distance to the average weights, over ``sqrt P``, below which the regularizer is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)

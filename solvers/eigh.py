@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, damp, pi_ridges, ridge_unit
-from gradmaker.linalg.definition import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.linalg.eigen import decompose, is_definite
 from gradmaker.linalg.factors import conjugate, dense, identity, transpose
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
+from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice

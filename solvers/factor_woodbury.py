@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.definition import axis_power, balanced_ridges
 from gradmaker.linalg.factors import average_trace
 from gradmaker.linalg.fallbacks import keep_previous, scalars, try_all
 from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.linalg.powers import axis_power, balanced_ridges
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import RowFactored
 from gradmaker.solvers.base import InverseSolver
@@ -44,7 +44,7 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored]):
             new.update({f"{name}_{k}": x for name, x in share.items()})
             default.update({f"{name}_{k}": self._zero_curvature(name, x, whole) for name, x in share.items()})
             failures.append(failed)
-        before = previous if previous is not None and _alike(new, previous) else None
+        before = previous if previous is not None and _same_shapes(new, previous) else None
         return keep_previous(new, torch.stack(failures).any(0), before, default)
 
     def _zero_curvature(self, name: str, x: Tensor, whole: bool) -> Tensor:
@@ -89,6 +89,6 @@ def _invert(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     return inverse.reshape(F.shape), failed
 
 
-def _alike(new: State, previous: State) -> bool:
+def _same_shapes(new: State, previous: State) -> bool:
     """Whether the caches have equal shapes, so that a failed block can keep the last one: shapes depend on the batch."""
     return all(name in previous and previous[name].shape == x.shape for name, x in new.items())

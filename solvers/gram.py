@@ -86,7 +86,7 @@ class Gram(Defined[LowRank]):
         return self.power == -1 and self.tail == "eps" and self.mode == "absolute"
 
     def refuse(self, representation: LowRank) -> str | None:
-        if not _samples(representation) or self._direct:
+        if not _sampled(representation) or self._direct:
             return None
         return "Gram cannot take a root of rows that are sampled by coordinates: use power=-1, tail='eps', mode='absolute'"
 
@@ -100,9 +100,9 @@ class Gram(Defined[LowRank]):
         if previous is not None:  # with the rows of the same refresh
             return {**previous, **counters}
         nothing = {name: torch.zeros_like(x) for name, x in {**state, **new}.items()}
-        return {**nothing, "gain": unit * torch.where(failed, self._rest(), new["gain"]), **counters}
+        return {**nothing, "gain": unit * torch.where(failed, self._default_gain(), new["gain"]), **counters}
 
-    def _rest(self) -> float:
+    def _default_gain(self) -> float:
         """The gain for zero curvature."""
         if not self.damping or self.mode == "largest":
             return 1.0
@@ -113,7 +113,7 @@ class Gram(Defined[LowRank]):
 
         A fit by sampled coordinates may be far larger than the gradient in the other coordinates.
         """
-        if _samples(representation):
+        if _sampled(representation):
             return None
         return max(torch.finfo(x.dtype).eps for x in state.values() if x.is_floating_point())
 
@@ -204,7 +204,7 @@ class Gram(Defined[LowRank]):
         return torch.addcmul(spanned, cache["gain"].to(g.dtype).view(-1, *[1] * (g.ndim - 1)), rest)
 
 
-def _samples(representation: LowRank) -> bool:
+def _sampled(representation: LowRank) -> bool:
     """Whether products with rows use sampled coordinates only."""
     return getattr(representation, "coordinates", None) is not None
 

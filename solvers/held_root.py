@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradmaker.linalg.definition import along_axes
+from gradmaker.linalg.powers import along_axes
 from gradmaker.linalg.roots import apply_roots, held_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rooted

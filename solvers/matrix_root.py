@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import RIDGES, ridge_unit
-from gradmaker.linalg.definition import axis_power
 from gradmaker.linalg.diagnosis import diagnose
 from gradmaker.linalg.eigen import add_ridge, largest_eigenvalue
 from gradmaker.linalg.factors import average_trace, map_blocks, widest
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
+from gradmaker.linalg.powers import axis_power
 from gradmaker.linalg.roots import InverseRoot, apply_roots, keep_roots, residual
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval

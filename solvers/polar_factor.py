@@ -32,7 +32,7 @@ CUSHION, SAFETY = 0.02407327424182761, 1.01
 def polar_express(lowest: float, steps: int) -> tuple[Quintic, ...]:
     """Odd quintics whose composition is nearest to one on ``[lowest, 1]``: each is minimax on the range of the one before.
 
-    All but the last are scaled by 1/1.01, so that rounding does not exceed one.
+    All but the last divide their argument by 1.01, so that rounding does not lead beyond one.
 
     Reference: Amsel, Persson, Musco, Gower, 2025, arXiv:2505.16932, theorem 3.1 and algorithm 1.
     """

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.definition import along_axes
 from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.factors import identity, transpose
 from gradmaker.linalg.fallbacks import keep_previous
 from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.linalg.powers import along_axes
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
 from gradmaker.solvers.base import PowerSolver, spectral_power

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import Mode, damp, ridge_unit
-from gradmaker.linalg.definition import axis_power
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
+from gradmaker.linalg.powers import axis_power
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice

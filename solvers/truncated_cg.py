@@ -131,7 +131,7 @@ class TruncatedCG(Defined[MatrixFree]):
         """The iterates for backtracking, in order, with the final one."""
         kept, values, due = [], [0.0], 1
         now: _Iterate | None = None
-        for i, now in enumerate(_conjugate(multiply, g, invert, _improving(multiply, g, start), self.iterations), 1):
+        for i, now in enumerate(_conjugate(multiply, g, invert, _initial(multiply, g, start), self.iterations), 1):
             values.append(now.phi)
             if i >= due:
                 kept.append(now)
@@ -181,7 +181,7 @@ class _Losses:
         return self._known[-1][1]
 
 
-def _improving(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -> tuple[Tensor, Tensor, float]:
+def _initial(multiply: Callable[[Tensor], Tensor], g: Tensor, start: Tensor) -> tuple[Tensor, Tensor, float]:
     """The start, its residual and its ``phi``: the warm start where its ``phi`` is negative, else zero."""
     if bool(start.any()):
         r = g - multiply(start)

@@ -82,6 +82,8 @@ def load(name: str, folder: str | Path | None = None) -> Data:
     Args:
         folder: contains train.parquet and test.parquet, or a folder of the data's name with them. Default: the environment
             variable GRADMAKER_DATA, else the Hugging Face hub. Not used by digits.
+
+    InputError for an unknown name, or files that cannot be read.
     """
     if name not in NAMES:
         raise InputError(f"data={name!r}: {did_you_mean(name, NAMES)}")
@@ -143,7 +145,7 @@ def _parquet_files(name: str, folder: Path) -> dict[str, str]:
 
 
 def _decoded(part: Any, column: str) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] as (n, channels, height, width) and labels, from a split in the Hugging Face schema."""
+    """Images in [0, 1] as (n, channels, height, width) and labels of a Hugging Face split. InputError without a column."""
     import numpy
     from datasets import Image
     from PIL import Image as Pillow

@@ -19,7 +19,10 @@ def mlp(data: Data, hidden: Sequence[int]) -> nn.Module:
 
 
 def conv(data: Data, hidden: Sequence[int]) -> nn.Module:
-    """3x3 convolutions with `hidden` channels, each with ReLU and 2x2 pooling, then a linear layer."""
+    """3x3 convolutions with `hidden` channels, each with ReLU and 2x2 pooling, then a linear layer.
+
+    InputError where the images are too small for the poolings.
+    """
     channels, height, width = data.train_inputs.shape[1:]
     if min(height, width) >> len(hidden) < 1:
         raise InputError(f"hidden={list(hidden)!r}: too many pooling layers for {height}x{width} images: give fewer")
@@ -34,7 +37,7 @@ MODELS: dict[str, Callable[[Data, Sequence[int]], nn.Module]] = {"mlp": mlp, "co
 
 
 def factory(name: str, data: Data, hidden: Sequence[int]) -> Callable[[], nn.Module]:
-    """A function without arguments that makes the named model for the shapes of the data."""
+    """A function without arguments that makes the named model for the data. InputError for unknown names or widths below 1."""
     if name not in MODELS:
         raise InputError(f"model={name!r}: {did_you_mean(name, MODELS)}")
     if any(size < 1 for size in hidden):

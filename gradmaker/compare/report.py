@@ -72,7 +72,7 @@ def html(comparison: Comparison, plots: dict[str, Path]) -> str:
         notes=notes_of(comparison),
         facts=facts(comparison),
         machine=comparison.machine,
-        configs=[(result.row.label, json.dumps(_stated(result), indent=2)) for result in comparison.measured],
+        configs=[(result.row.label, json.dumps(_configuration(result), indent=2)) for result in comparison.measured],
         trials=[trial for result in comparison.rows for trial in _trials(result)],
         model=comparison.model,
         command=shown_command(comparison.command),
@@ -131,7 +131,7 @@ def _sizes(comparison: Comparison) -> list[str]:
     return [*(count(number, noun) for number, noun in counts), f"batch size {setting.batch_size}"]
 
 
-def _stated(result: RowResult) -> dict[str, Any]:
+def _configuration(result: RowResult) -> dict[str, Any]:
     return {**result.config, "learning_rates": list(result.row.learning_rates), "selected": result.learning_rate}
 
 

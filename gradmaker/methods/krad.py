@@ -22,7 +22,7 @@ from gradmaker.triple import Triple
 __all__ = ["KradagradGradientConfig", "KradagradGradientMaker", "KradagradStarGradientConfig", "KradagradStarGradientMaker"]
 
 
-def _take_published(config: Any, values: dict[str, Any]) -> None:
+def _set_published(config: Any, values: dict[str, Any]) -> None:
     """Set the authors' values in a config with ``compat='kradagrad'``. ValueError where the user gave others."""
     check_choice("compat", config.compat, ["none", "kradagrad"])
     if config.compat == "kradagrad":
@@ -54,7 +54,7 @@ class KradagradStarGradientConfig(HeldRootsGradientConfig):
     compat: Literal["none", "kradagrad"] = "none"
 
     def __post_init__(self) -> None:
-        _take_published(self, {"denominator": "d-tr", "grafting": "keep"})
+        _set_published(self, {"denominator": "d-tr", "grafting": "keep"})
         super().__post_init__()
         self._state()
 
@@ -95,7 +95,7 @@ class KradagradGradientConfig(AxesGradientConfig):
     compat: Literal["none", "kradagrad"] = "none"
 
     def __post_init__(self) -> None:
-        _take_published(self, {"start": None, "grafting": "none"})
+        _set_published(self, {"start": None, "grafting": "none"})
         super().__post_init__()
         if self.decay == 0:
             raise ValueError(ONE_AXIS)
