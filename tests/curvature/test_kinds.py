@@ -57,9 +57,9 @@ def test_what_is_given_is_what_is_declared(name: str, monkeypatch: pytest.Monkey
     seen: set[Kind] = set()
     update = Block.update
 
-    def watch(self: Block, chunk: Any, *rest: Any) -> None:
+    def watch(self: Block, held: Any, chunk: Any, *rest: Any) -> None:
         seen.update(Kind(type(chunk[key]), chunk[key].kind) for key in chunk)
-        update(self, chunk, *rest)
+        update(self, held, chunk, *rest)
 
     monkeypatch.setattr(Block, "update", watch)
     case = models.mlp()

@@ -473,9 +473,11 @@ def test_forward_only_by_rows_is_that_of_the_newest_factors(name: str, reduction
 @pytest.mark.parametrize("name", FORWARD)
 @pytest.mark.parametrize("preconditioner_interval", [1, 9])
 @pytest.mark.parametrize("decay", [0.8, None])
-def test_forward_only_in_an_eigenbasis_is_the_diagonal_there(name: str, basis_interval: int, decay: float | None) -> None:
+def test_forward_only_in_an_eigenbasis_is_the_diagonal_there(
+    name: str, preconditioner_interval: int, decay: float | None
+) -> None:
     """``D = diag(Q^T (I (x) A) Q)`` with the average ``A``, also in the basis of an earlier one."""
-    options = {"preconditioner_interval": basis_interval, "decay": decay}
+    options = {"preconditioner_interval": preconditioner_interval, "decay": decay}
     _, maker = run_of("ekfac", FORWARD[name], **options)
     _, exact = run_of("kfac", FORWARD[name], split="exact", decay=decay)
     for block, other in zip(maker.plan.blocks, exact.plan.blocks, strict=True):
@@ -486,7 +488,7 @@ def test_forward_only_in_an_eigenbasis_is_the_diagonal_there(name: str, basis_in
         D = block.triple.representation.spectrum(block.state).flatten(1)
         assert oracles.relative_error(D, (Q.mT @ C @ Q).diagonal(dim1=-2, dim2=-1)) < 1e-10
     assert maker.verify().passed
-    if name != "tagger" and basis_interval == 9:  # a basis of the first step is that of its first micro-batches
+    if name != "tagger" and preconditioner_interval == 9:  # a basis of the first step is that of its first micro-batches
         _, parts = run_of("ekfac", FORWARD[name], 2, **options)
         for block, other in zip(maker.plan.blocks, parts.plan.blocks, strict=True):
             traces = (b.triple.representation.spectrum(b.state).flatten(1).sum(1) for b in (block, other))
