@@ -177,9 +177,9 @@ def keep_previous(
     read: whether an accelerator is waited for to know that none has failed, which saves a copy; a CPU always is
     """
     before = default if previous is None else previous
-    cache = dict(new)
+    cache = {name: x.contiguous() for name, x in new.items()}  # as a loaded one is: a product rounds by the layout
     if _some(failed, read):
-        changed = {name: x for name, x in new.items() if x is not before[name]}
+        changed = {name: x for name, x in cache.items() if x is not before[name]}
         cache |= {name: torch.where(failed.view(-1, *[1] * (x.ndim - 1)), before[name], x) for name, x in changed.items()}
     return cache | count_failures(failed, previous, empty)
 

@@ -46,6 +46,8 @@ def test_what_has_not_failed_is_held_as_it_is() -> None:
     new = {"root_0": torch.rand(3, 2), "root_1": torch.rand(3, 2)}
     cache = keep_previous(new, torch.tensor([F, F, F]), None, dict.fromkeys(new, torch.tensor(1.0)))
     assert all(cache[k] is x for k, x in new.items())
+    turned = torch.rand(3, 4, 2).mT
+    assert keep_previous({"root_0": turned}, torch.tensor([F, F, F]), None, {})["root_0"].is_contiguous()  # as a loaded one is
     other = {"root_0": cache["root_0"], "root_1": torch.rand(3, 2)}
     again = keep_previous(other, torch.tensor([F, T, F]), cache, {})
     assert again["root_0"] is cache["root_0"] and again["root_1"] is not other["root_1"]
@@ -54,7 +56,10 @@ def test_what_has_not_failed_is_held_as_it_is() -> None:
 
 def rotated(seed: int, names: tuple[str, str]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    bases = {name: torch.linalg.qr(torch.randn(3, d, d, generator=generator))[0] for name, d in zip(names, (4, 5), strict=True)}
+    bases = {
+        name: torch.linalg.qr(torch.randn(3, d, d, generator=generator))[0].contiguous()
+        for name, d in zip(names, (4, 5), strict=True)
+    }
     return {"moments": torch.rand(3, 4, 5, generator=generator), "mass": torch.ones(3), **bases}
 
 
