@@ -16,7 +16,7 @@ from gradmaker.errors import SelfCheckWarning
 from gradmaker.loss.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, vjp_pair
-from gradmaker.self_checks.findings import Findings, tell
+from gradmaker.self_checks.findings import Findings, report
 from gradmaker.self_checks.groups import Inputs, check_groups
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.rest import check_rest
@@ -198,7 +198,7 @@ class SelfChecks:
     def _record(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
         """Keep the findings in the maker's arrangement."""
         names = {m: name for name, m in self.model.named_modules()}
-        tell(found, names, costly, self.mode == "error", self._said)
+        report(found, names, costly, self.mode == "error", self._said)
         own = self.arrangement
         (own.last.add if head.order == "last" else own.last.discard)(structure)
         if found.ungrouped:
@@ -212,7 +212,7 @@ class SelfChecks:
             own.orders.update(found.orders)
         own.direct.update(found.direct, found.unseen)
         own.notes.update(found.direct | found.unseen | found.notes)
-        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else PROVEN
+        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.without_gradient else PROVEN
 
 
 def _unplaced(orders: dict[Key, Order | None]) -> int:
