@@ -33,10 +33,10 @@ __all__ = ["Block"]
 
 
 class Block:
-    """A stack of equal blocks.
+    """A stack of equal blocks of a curvature matrix.
 
-    Its statistic and cache change only at the end of a step: until then a step works on copies, `writable`, and methods
-    return what the block would hold.
+    What it holds changes only at the end of a step: until then a step works on copies, `writable`, and methods return
+    what the block would hold.
     """
 
     def __init__(self, placements: list[Placement]) -> None:

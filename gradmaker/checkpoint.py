@@ -286,7 +286,7 @@ def _gather_part(block: Block, part: str, members: list[State], like: State | No
 def _gather_unstacked(block: Block, part: str, member: State, like: State, other: torch.dtype | None) -> State:
     """State or cache of an unstacked representation: beyond the first axis, only its `update` determines names and shapes.
 
-    other: dtype of the floating tensors that ``like`` does not have; None keeps theirs
+    other: dtype of the floating tensors that ``like`` does not have; None keeps theirs. ValueError for a wrong first axis
     """
     loaded = {}
     for key, value in member.items():

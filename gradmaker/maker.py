@@ -23,7 +23,7 @@ __all__ = ["GradientMaker", "PlainGradientConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlainGradientConfig:
-    """Options of the plain gradient, which has none."""
+    """The plain gradient has no options."""
 
 
 @register("gradient")

@@ -57,7 +57,7 @@ class OwnParameters:
             for slot in self._slots:
                 self._check_kind(slot)
             self._check_frozen()
-            self._places = {(id(owner), key): self._as_it_is(name, p) for name, owner, key, p in now}
+            self._places = {(id(owner), key): self._properties(name, p) for name, owner, key, p in now}
         return not all(s.frozen for block in self.blocks for s in block.sites)
 
     def called(self) -> bool:
@@ -80,7 +80,7 @@ class OwnParameters:
                     found += 1
         return found == len(places) > 0
 
-    def _as_it_is(self, name: str, p: nn.Parameter) -> tuple[Any, ...]:
+    def _properties(self, name: str, p: nn.Parameter) -> tuple[Any, ...]:
         return PLAIN if name in self.plain else (id(p), p.dtype, p.device, p.requires_grad)
 
     # ---------------------------------------------------------------- what has changed

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 from gradmaker.capture.borrowing import borrowing, is_pass
 from gradmaker.loops import checks
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
-from gradmaker.loops.marks import Marks, any_nonzero, apart, refuse_second
+from gradmaker.loops.marks import Marks, any_nonzero, refuse_second, without_others
 from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Likelihood, terms_from_gradient
 from gradmaker.step.protocol import RecordingMaker
 
 __all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
 
-LOOKS = 3
+FIRST_STEPS = 3
 """Steps at which ``.grad`` is checked for changes, besides those that measure passes."""
 
 
@@ -74,7 +74,7 @@ class Attachment:
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
         self._called = False  # whether the model was called since the last step
         self._watched: Sequence[str] = ()
-        self._looks, self._told = LOOKS, False
+        self._checks_left, self._warned = FIRST_STEPS, False
         self._served = served
         maker.serve(served)
         self._handles = [
@@ -86,13 +86,13 @@ class Attachment:
         """Remove the hooks."""
         if self._current is not None:
             self._current.unwatch()
-        self._leave()
+        self._release()
         for handle in self._handles:
             handle.remove()
 
     def forget(self) -> None:
         """Forget the passes of a step that begins again, from other statistics."""
-        self._leave()
+        self._release()
         self._marks = None
 
     # ---------------------------------------------------------------- the forward pass
@@ -104,12 +104,12 @@ class Attachment:
         if self._current is not None and self._current.inside:
             self._current.depth += 1
             return
-        self._leave()
+        self._release()
         maker.plan.refuse_ranks()
         self._serve(maker)
         self._called, self._watched = True, ()
         recorded = maker.begin_pass()
-        if recorded or self._looks:
+        if recorded or self._checks_left:
             self._current = LoopPass(maker.new_tape() if recorded else None, _Hook(self, "after_forward"))
             self._current.begin(model, args, kwargs)
 
@@ -123,14 +123,14 @@ class Attachment:
             return
         current.leave(output)
         if output is None:  # an exception
-            self._leave()
+            self._release()
         elif not current.watch(output, self, "arrive"):
-            self._leave()
+            self._release()
             raise ValueError(checks.NO_LOGITS.format(type(output).__name__))
         else:
             self._watched = current.watched
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         """Release a pass that was not differentiated, or whose forward pass raised an exception."""
         if self._current is not None:
             self._current.close()
@@ -228,13 +228,13 @@ class Attachment:
         if maker is None:
             return
         maker.plan.own.check()
-        self._leave()
+        self._release()
         maker.plan.refuse_ranks()
         self._serve(maker)
-        if not self._kept(maker) and not self._goes_without(maker):
+        if not self._kept(maker) and not self._steps_unmeasured(maker):
             return
-        self._look()
-        with apart(maker.model, self._served):
+        self._warn_of_changes()
+        with without_others(maker.model, self._served):
             maker.step_state.judge_anew()
             maker.precondition()
         self._marks = None
@@ -247,7 +247,7 @@ class Attachment:
             state.drop()
         return state.now.part > 0
 
-    def _goes_without(self, maker: RecordingMaker) -> bool:
+    def _steps_unmeasured(self, maker: RecordingMaker) -> bool:
         """Whether to make a step although no pass was measured. RuntimeError if a measurement is due."""
         due = maker.passes_are_due()
         if not due and self._called:
@@ -258,11 +258,11 @@ class Attachment:
             raise RuntimeError(checks.missing(self._called, self._watched))
         return True
 
-    def _look(self) -> None:
+    def _warn_of_changes(self) -> None:
         """Warn once if ``.grad`` was changed after the backward pass."""
-        self._looks = max(0, self._looks - 1)
-        if self._marks is not None and not self._told and self._marks.changed():
-            self._told, self._looks = True, 0
+        self._checks_left = max(0, self._checks_left - 1)
+        if self._marks is not None and not self._warned and self._marks.changed():
+            self._warned, self._checks_left = True, 0
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 
     # ---------------------------------------------------------------- parameters of the optimizer

@@ -71,7 +71,7 @@ class LoopPass:
         """Put hooks on the outputs; False if none needs a gradient.  owner, arrived: the object and method that they call"""
         if self.tape is None or self.recorder is None:
             values = [v for v in tensors(output, logits_of(output)) if v.requires_grad]
-            self._wait({f"{j}": v for j, v in enumerate(values)}, owner, arrived)
+            self._add_hooks({f"{j}": v for j, v in enumerate(values)}, owner, arrived)
             return True
         calls = [call for call in self.recorder.calls if call.output.requires_grad and _in_graph(call)]
         names = [call.function.__name__ for call in calls]
@@ -80,14 +80,14 @@ class LoopPass:
         places = {k: call.output for k, call in self.losses.items()}
         if self.logits is not None:
             places["the logits in its output"] = self.logits
-        self._wait({k: v for k, v in places.items() if v.requires_grad}, owner, arrived)
+        self._add_hooks({k: v for k, v in places.items() if v.requires_grad}, owner, arrived)
         self.tape.collecting = True
         return bool(places)
 
-    def _wait(self, places: dict[str, Tensor], owner: Any, arrived: str) -> None:
+    def _add_hooks(self, places: dict[str, Tensor], owner: Any, arrived: str) -> None:
         self.watched = list(places)
         for name, value in places.items():
-            self._handles.callback(value.register_hook(_Arrival(owner, arrived, self, name)).remove)
+            self._handles.callback(value.register_hook(_OutputHook(owner, arrived, self, name)).remove)
 
     def terms_inside(self, gradient: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Find the terms of the loss inside, with their exact weights. Returns its output and ``dL/dz`` there.
@@ -154,7 +154,7 @@ class Trace:
         self.recorded, self.done = recorded, False
 
 
-class _Arrival:
+class _OutputHook:
     """A hook on an output, which passes its gradient on. Both references are weak: the graph holds it, the pass the graph."""
 
     def __init__(self, owner: Any, verb: str, current: LoopPass, place: str) -> None:

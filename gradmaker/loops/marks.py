@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradmaker.loops.checks import TWICE
 
-__all__ = ["Marks", "any_nonzero", "apart", "refuse_second"]
+__all__ = ["Marks", "any_nonzero", "refuse_second", "without_others"]
 
 
 class Marks:
@@ -59,7 +59,7 @@ def refuse_second(before: Marks) -> None:
 
 
 @contextmanager
-def apart(model: nn.Module, served: Set[nn.Parameter]) -> Iterator[None]:
+def without_others(model: nn.Module, served: Set[nn.Parameter]) -> Iterator[None]:
     """Hide, inside of the context, the gradients of parameters that the optimizer does not hold: no step uses them."""
     others = [(p, p.grad) for p in model.parameters() if p not in served and p.grad is not None]
     try:

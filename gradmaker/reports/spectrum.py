@@ -91,6 +91,7 @@ def eigenpairs(
 
     lanczos: Ritz pairs of ``iterations`` vectors, all of which are held. power: ``iterations`` products for every pair, with
     the pairs found before projected out, which holds ``count`` vectors. mode: of products with the Hessian, as in `hvp`.
+    ValueError unless ``1 <= count <= P``.
     Reference: Golub & Van Loan, Matrix Computations, chapter 10; Yao et al., 2020, arXiv:1912.07145 (PyHessian).
     """
     curvature = _Curvature(model, loss)
@@ -111,6 +112,7 @@ def trace(
 ) -> tuple[float, float]:
     """The trace and its standard error, as the mean of ``v^T C v`` over random signs ``v``.
 
+    ValueError for less than two samples.
     Reference: Hutchinson, Communications in Statistics 1990.
     """
     curvature = _sampled(model, loss, samples)
@@ -125,7 +127,7 @@ def diagonal(
 ) -> tuple[Tensor, Tensor]:
     """The diagonal and its standard error, as the mean of ``v * C v`` over random signs ``v``.  # (P,), (P,)
 
-    One sample of entry ``i`` has the variance ``sum_(j != i) C_ij^2``.
+    One sample of entry ``i`` has the variance ``sum_(j != i) C_ij^2``. ValueError for less than two samples.
     Reference: Bekas, Kokiopoulou & Saad, Applied Numerical Mathematics 2007.
     """
     curvature = _sampled(model, loss, samples)
@@ -173,7 +175,7 @@ def spectral_density(
 ) -> Density:
     """The density of eigenvalues by stochastic Lanczos quadrature: ``probes`` random vectors, ``steps`` products for each.
 
-    All ``steps`` vectors of a probe are held.
+    All ``steps`` vectors of a probe are held. ValueError for less than one probe or step.
 
     Reference: Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159; Golub & Welsch 1969 for nodes and weights.
     """

@@ -68,7 +68,7 @@ def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
         size = sum(t.numel() * t.element_size() for t in held)
         total = sum(slot.stop - slot.start for slot in block.slots)
         for site, slot in zip(block.sites, block.slots, strict=True):
-            mark = " (not reached)" if reached and site.name not in reached else _way(block, site, checks)
+            mark = " (not reached)" if reached and site.name not in reached else _how_measured(block, site, checks)
             count = slot.stop - slot.start
             shape = f"{1 if block.full else count} x {tuple(block.frame.shape)}"
             parts = (block.triple.curvature, block.triple.representation, block.triple.solver)
@@ -78,7 +78,7 @@ def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
     return Summary(rows, _refreshes(plan.blocks), _unchecked(plan, reached, checks), _notes(checks))
 
 
-def _way(block: Block, site: Site, checks: SelfChecks) -> str:
+def _how_measured(block: Block, site: Site, checks: SelfChecks) -> str:
     """How a site is measured, if that is not through its layer for all examples at once."""
     own = checks.arrangement
     if "calls" not in block.triple.curvature.needs:

@@ -16,7 +16,7 @@ from gradmaker.errors import SelfCheckWarning
 from gradmaker.loss.head import Head
 from gradmaker.reentrant import nodes
 from gradmaker.self_checks.examples import check_examples, vjp_pair
-from gradmaker.self_checks.findings import Findings, tell
+from gradmaker.self_checks.findings import Findings, report
 from gradmaker.self_checks.groups import Inputs, check_groups
 from gradmaker.self_checks.loss import check_curvature, check_gradient
 from gradmaker.self_checks.rest import check_rest
@@ -51,7 +51,7 @@ class SelfChecks:
         self.model, self.mode, self.seed = model, mode, seed
         self.arrangement = Arrangement()
         self._runs = 0
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     def arrange(self, tape: Tape, head: Head) -> Structure:
         """Apply what is known of passes of this structure to a tape and a head. Returns the structure."""
@@ -77,8 +77,8 @@ class SelfChecks:
 
     def say(self, key: str, text: str) -> None:
         """Warn once for each key, and keep the text for the summary."""
-        if key not in self._said:
-            self._said.add(key)
+        if key not in self._reported:
+            self._reported.add(key)
             warnings.warn(f"self-check: {text}", SelfCheckWarning, stacklevel=2)
         self.arrangement.notes[key] = text
 
@@ -126,8 +126,8 @@ class SelfChecks:
 
         found.orders = orders()
         several = head.repeats(tape.batch)
-        if several and _unplaced(found.orders):
-            found.orders = self._turned(head, orders, found.orders)
+        if several and _mixed_calls(found.orders):
+            found.orders = self._better_order(head, orders, found.orders)
         if inputs is None or not several or not found.orders or found.joint:
             return
         right = self._are_grouped(tape, sites, inputs, found.orders, generator)
@@ -135,19 +135,19 @@ class SelfChecks:
             before = found.orders
             head.turn()
             other = orders()
-            if _unplaced(other) <= _unplaced(before) and self._are_grouped(tape, sites, inputs, other, generator):
+            if _mixed_calls(other) <= _mixed_calls(before) and self._are_grouped(tape, sites, inputs, other, generator):
                 found.orders, right = other, True
             else:
                 head.turn()
         found.grouped(right, inputs.strict)
 
-    def _turned(
+    def _better_order(
         self, head: Head, orders: Callable[[], dict[Key, Order | None]], before: dict[Key, Order | None]
     ) -> dict[Key, Order | None]:
         """The other order of rows, if it keeps the examples apart in more calls."""
         head.turn()
         other = orders()
-        if _unplaced(other) < _unplaced(before):
+        if _mixed_calls(other) < _mixed_calls(before):
             return other
         head.turn()
         return before
@@ -198,7 +198,7 @@ class SelfChecks:
     def _record(self, tape: Tape, head: Head, structure: Structure, found: Findings, costly: bool) -> None:
         """Keep the findings in the maker's arrangement."""
         names = {m: name for name, m in self.model.named_modules()}
-        tell(found, names, costly, self.mode == "error", self._said)
+        report(found, names, costly, self.mode == "error", self._reported)
         own = self.arrangement
         (own.last.add if head.order == "last" else own.last.discard)(structure)
         if found.ungrouped:
@@ -212,10 +212,10 @@ class SelfChecks:
             own.orders.update(found.orders)
         own.direct.update(found.direct, found.unseen)
         own.notes.update(found.direct | found.unseen | found.notes)
-        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.dark else PROVEN
+        own.checked[structure] = own.checked.get(structure, 0) + 1 if found.without_gradient else PROVEN
 
 
-def _unplaced(orders: dict[Key, Order | None]) -> int:
+def _mixed_calls(orders: dict[Key, Order | None]) -> int:
     """The number of kinds of calls in which examples mix."""
     return sum(order is None for order in orders.values())
 

@@ -11,7 +11,7 @@ from gradmaker.capture.arrangement import Key
 from gradmaker.capture.rules.calls import Order
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 
-__all__ = ["Findings", "tell"]
+__all__ = ["Findings", "report"]
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Findings:
         default_factory=dict
     )  # parameters with uses outside of the calls of their layers, and what was found
     direct: dict[str, str] = field(default_factory=dict)  # parameters without a rule whose repeated call gives another gradient
-    dark: set[str] = field(default_factory=set)  # parameters without a gradient in this pass, which proves nothing
+    without_gradient: set[str] = field(default_factory=set)  # in this pass, which proves nothing of these
     notes: dict[str, str] = field(default_factory=dict)
     undivided: int = 0  # the number of examples, if the outputs do not fall into as many equal parts
     ungrouped: bool = False  # whether the rows of an example in the calls are not those of an example of the inputs
@@ -47,7 +47,7 @@ class Findings:
             )
 
 
-def tell(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool, said: set[str]) -> None:
+def report(findings: Findings, names: dict[nn.Module, str], costly: bool, strict: bool, said: set[str]) -> None:
     """Report findings: an error if ``strict``, else a warning, once, if they cost time or change how a parameter is measured.
 
     names: of modules. costly: whether examples that mix are measured with a pass for each. said: earlier lines; extended here

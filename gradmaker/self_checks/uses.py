@@ -42,7 +42,7 @@ def check_uses(
             continue
         error, size = _difference(tape, site, gradients, truth)
         if size == 0:
-            found.dark.update(site.parameters)
+            found.without_gradient.update(site.parameters)
         elif not error <= 1.0 and site.rule is None:
             _note(found, site, "its module, called again for one example at a time, does not give its gradient")
         elif not error <= 1.0:

@@ -39,14 +39,14 @@ class Whole:
         structure = tape.structure(head.outputs)
         known = self.checks.arrangement.whole.get(structure)
         if known is not None:
-            return self._made(tape, bare if known == "outputs" else head)
+            return self._autograd_head(tape, bare if known == "outputs" else head)
         reason = NONE if not head.terms else self._missing(tape, head, output_gradients) if checked else None
-        return head if reason is None else self._found(tape, head, bare, output_gradients, structure, reason)
+        return head if reason is None else self._explaining_head(tape, head, bare, output_gradients, structure, reason)
 
     def products(self, tape: Tape, graph: Graph, bare: Head) -> None:
         """Require that products with an unrecognised loss can be formed at the outputs of the model. SelfCheckError if not."""
         try:
-            found = self._made(tape, bare)
+            found = self._autograd_head(tape, bare)
         except SelfCheckError as error:
             raise SelfCheckError(f"{NONE}, and {error}; {CONVEX}") from error
         assert found.known is not None
@@ -67,7 +67,7 @@ class Whole:
             self.checks.arrangement.notes["loss"] = unchecked
         return None
 
-    def _found(
+    def _explaining_head(
         self, tape: Tape, head: Head, bare: Head, output_gradients: OutputGradients, structure: Structure, reason: str
     ) -> Head:
         """The head of the whole loss at the outputs of the recognised terms, or else at those of the model."""
@@ -76,7 +76,7 @@ class Whole:
             if not source.outputs or (name == "terms" and not head.terms):
                 continue
             try:
-                found = self._made(tape, source)
+                found = self._autograd_head(tape, source)
                 _prove(tape, found, output_gradients)
             except SelfCheckError as error:
                 failures.append(str(error))
@@ -87,7 +87,7 @@ class Whole:
         tried = "; ".join(dict.fromkeys(failures)) or "the model returns no output that it could be a function of"
         raise SelfCheckError(f"{reason}. No other outputs serve, since {tried}: {ADVICE}")
 
-    def _made(self, tape: Tape, source: Head) -> Head:
+    def _autograd_head(self, tape: Tape, source: Head) -> Head:
         """A head with the terms of the whole loss at the outputs of another."""
         assert source.loss is not None
         axes: dict[int, list[int]] = {}

@@ -138,7 +138,7 @@ class StepState:
     def judge_anew(self) -> None:
         """Forget whether earlier passes were finite: the end of the step finds it in ``.grad``."""
         now = self._check("judge_anew", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
-        self._now = _unjudged(now)
+        self._now = _with_no_checks(now)
 
     def draft(self) -> Draft:
         """A draft of the next micro-batch, or of the end of the step."""
@@ -149,7 +149,7 @@ class StepState:
         now = self._check("accumulate", Phase.BETWEEN, Phase.PASSES)
         if draft is not None and draft.base is not now.work:
             raise RuntimeError(f"step {now.index}: accumulate: another micro-batch was added since the measurement began")
-        begun = _unjudged(now) if now.phase is Phase.BETWEEN else now.begun
+        begun = _with_no_checks(now) if now.phase is Phase.BETWEEN else now.begun
         work = now.work if draft is None else draft.work()
         self._now = replace(now, phase=Phase.PASSES, shares=(*now.shares, (weight, examples)), work=work, begun=begun)
 
@@ -244,8 +244,8 @@ class StepState:
     def move(self, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> None:
         """Replace the blocks by those of another plan, which hold what the old ones held."""
         now = self._check("move", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
-        begun = None if now.begun is None else _served(now.begun, blocks, methods)
-        self._now = replace(_served(now, blocks, methods), work=now.work.moved(blocks), begun=begun)
+        begun = None if now.begun is None else _with_clocks_of_plan(now.begun, blocks, methods)
+        self._now = replace(_with_clocks_of_plan(now, blocks, methods), work=now.work.moved(blocks), begun=begun)
 
     def saved(self) -> Facts:
         """The state to save, without micro-batches of a loop that is not the maker's, whose gradients are not saved."""
@@ -261,11 +261,11 @@ class StepState:
         self._now = facts
 
 
-def _unjudged(facts: Facts) -> Facts:
+def _with_no_checks(facts: Facts) -> Facts:
     return replace(facts, finite=True, checked=False) if facts.checked else facts
 
 
-def _served(facts: Facts, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> Facts:
+def _with_clocks_of_plan(facts: Facts, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> Facts:
     """The state with the clocks of another plan. Its new methods that measure once a step are due in this step, too."""
     clocks = facts.clocks.serving(methods)
     if facts.due is None:

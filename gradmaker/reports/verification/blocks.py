@@ -64,7 +64,7 @@ def check_block(block: Block, found: Measured) -> list[Check]:
 def _check(scratch: Scratch, site: Site, solve: float | None, approximation: float | None) -> Check:
     block, found = scratch.block, scratch.found
     unchecked = dict(scratch.unchecked)
-    if site.name in found.silent:
+    if site.name in found.uncalled:
         unchecked["gradients"] = "the layer was not called in this pass"
         if not block.full:
             unchecked |= dict.fromkeys(("solve", "approximation"), "the layer was not called in this pass")

@@ -47,7 +47,7 @@ class Measured:
     errors: dict[str, float] = field(default_factory=dict)  # relative errors of its rows
     half: bool = False  # whether a layer ran in half precision
     rounding: float = 0.0  # the largest unit roundoff that a layer rule declares, whatever the dtype of the model
-    silent: set[str] = field(default_factory=set)  # sites that were not called
+    uncalled: set[str] = field(default_factory=set)  # sites that were not called
     gradients: dict[nn.Parameter, Tensor | None] = field(default_factory=dict)  # of the loss
     rows: list[dict[nn.Parameter, Tensor | None]] = field(default_factory=list)  # at random cotangents
     failures: dict[str, str] = field(default_factory=dict)  # by site: what a self-check has found
@@ -147,7 +147,7 @@ class _Pass:
         self.found.failures |= {k: self.found.notes.get(k, UNSEEN) for k in unseen if k in self.maker.plan.plain}
         for site in self.sites:
             if not site.fired(self.tape):
-                self.found.silent.add(site.name)
+                self.found.uncalled.add(site.name)
                 continue
             apart = self.tape.apart(site.modules)
             if apart or site.direct(self.tape):
