@@ -314,7 +314,10 @@ def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.P
 
     gradients: preconditioned ones, of some parameters.  Until the one call that writes, an exception leaves all as it was.
     """
-    earlier = {p: g for p, g in before if g is not None}
+    for p in gradients:
+        if p.grad is not None and (p.grad.is_conj() or p.grad.is_neg()):  # views that no one call writes to
+            p.grad = p.grad.resolve_conj().resolve_neg()
+    earlier = {p: g.resolve_conj().resolve_neg() for p, g in before if g is not None}
     alone = [(p.grad, value) for p, value in gradients.items() if p.grad is not None and p not in earlier]
     both = [(g, p.grad, gradients.get(p, p.grad)) for p, g in earlier.items() if p.grad is not None]
     targets, values = [target for target, _ in alone], [value for _, value in alone]

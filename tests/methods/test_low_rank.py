@@ -718,7 +718,7 @@ def test_prepare_and_solve_leave_the_statistic_alone() -> None:
         for block in maker.plan.blocks:
             before = {k: v.clone() for k, v in block.state.items()}
             for _ in range(3):
-                block.prepare({s.name for s in block.sites})
+                block.held, _ = block.prepare(block.held, {s.name for s in block.sites})
                 block.triple.solver.solve(
                     block.triple.representation, block.cache, random(block.frame.stack, *block.frame.shape)
                 )
