@@ -12,6 +12,7 @@ import torch
 import gradmaker as gm
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
+from gradmaker.curvature.layer_evidence import outer
 from tests.models import Case, mlp
 from tests.test_state import equal_states
 
@@ -19,15 +20,14 @@ from tests.test_state import equal_states
 @contextmanager
 def failing(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Evidence of one layer cannot be made."""
-    whole = Site.outer
 
-    def outer(site: Site, *args: Any, **kwargs: Any) -> Any:
+    def broken(site: Site, *args: Any, **kwargs: Any) -> Any:
         if site.name == name:
             raise ValueError("no evidence")
-        return whole(site, *args, **kwargs)
+        return outer(site, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Site, "outer", outer)
+        patch.setattr("gradmaker.curvature.fisher.outer", broken)
         yield
 
 

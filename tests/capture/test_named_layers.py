@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS, KfacGradientConfig, KfacGradientMaker, from_config
+from gradmaker.capture.rules.calls import LayerRule
 from gradmaker.capture.rules.layers import rule_for
+from gradmaker.capture.rules.named import NamedImageNormRule, NamedNormRule
+from gradmaker.capture.rules.normalisations import GroupNormRule, LayerNormRule, RMSNormRule
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Representation
 from tests.measure import compare, ggn, measure, setup
@@ -144,11 +147,26 @@ def test_a_subclass_without_a_forward_is_the_layer() -> None:
     assert rule_for(More(5, 4)) is rule_for(Conv1D(5, 4))
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_layer_of_torch_has_the_rule_of_its_type(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is one of a family too, of which nothing is asked then, as that runs the layer."""
+
+    def refuse(*args: Any) -> bool:
+        raise AssertionError("no rule by name is needed")
+
+    monkeypatch.setattr(NamedNormRule, "accepts", refuse)
+    layers: dict[nn.Module, type[LayerRule]] = {
+        nn.LayerNorm(width): LayerNormRule,
+        nn.RMSNorm(width): RMSNormRule,
+        nn.GroupNorm(1, width): GroupNormRule,
+    }
+    assert all(type(rule_for(layer)) is rule for layer, rule in layers.items())
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
 def test_layouts_are_told_apart_at_any_width(width: int) -> None:
     last, second = rule_for(LlamaRMSNorm(width)), rule_for(LayerNorm2d(width))
-    assert last is not second or width == 1
-    assert last is not None and second is not None
+    assert type(last) is NamedNormRule and type(second) is NamedImageNormRule
 
 
 # ------------------------------------------------------------------ the real ones

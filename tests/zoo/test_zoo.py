@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradmaker.capture.rules.layers import LinearRule
 from gradmaker.capture.rules.normalisations import LayerNormRule
-from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import Tape
+from gradmaker.curvature import fisher
 from gradmaker.loss.terms import CategoricalTerms
 from gradmaker.passes import batches
 from gradmaker.representations import Diagonal, KronDims
@@ -261,7 +261,7 @@ PLANTS: dict[str, tuple[str, str, Any, str, Change]] = {
     "gradients too large": ("LSTM", "full_ng", LinearRule, "gradients", scaled),
     "inputs too large, in a basis": ("dropout in training", "ekfac", LinearRule, "inputs", scaled),
     "a norm without its eps": ("ConvNeXt block", "kfac", LayerNormRule, "normalise", without_eps),
-    "a position": ("BasicBlock, batch norm in evaluation", "kfac", Site, "outer", dropped),
+    "a position": ("BasicBlock, batch norm in evaluation", "kfac", fisher, "outer", dropped),
     "columns too large": ("two heads, two losses", "ekfac", CategoricalTerms, "_columns", scaled),
     "a call": ("one module under three names", "kfac", Tape, "_append", first_only),
     "a term": ("two heads, two losses", "full_ng", batches, "read_terms", fewer),

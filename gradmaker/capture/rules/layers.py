@@ -66,6 +66,7 @@ class EmbeddingRule(LayerRule):
 
 RULES: Registry[LayerRule] = Registry("layer rule", LayerRule, instances=True)
 _OWN: tuple[type[LayerRule], ...] = (
+    *NAMED_RULES,  # first, so that they serve only what has no rule by its type
     LinearRule,
     ConvRule,
     ConvTransposeRule,
@@ -75,7 +76,6 @@ _OWN: tuple[type[LayerRule], ...] = (
     GroupNormRule,
     LayerNormRule,
     RMSNormRule,
-    *NAMED_RULES,
 )
 for _rule in _OWN:
     register(_rule)

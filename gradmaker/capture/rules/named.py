@@ -140,8 +140,9 @@ class ImageLayerScaleRule(LayerScaleRule):
 
 NAMED_RULES: tuple[type[LayerRule], ...] = (
     Conv1DRule,
-    NamedNormRule,
     NamedImageNormRule,
-    LayerScaleRule,
+    NamedNormRule,
     ImageLayerScaleRule,
+    LayerScaleRule,
 )
+"""In the order of registration: at one channel, where both layouts can be proven, the last axis is the one of channels."""
