@@ -15,6 +15,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again
+from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.fallbacks import count_failures, is_empty
 from gradmaker.linalg.mode_products import apply_factors, mode_matrix
 from gradmaker.linalg.state import State
@@ -85,8 +86,8 @@ class CrossDims(HeldSpectra, SlowTensors):
         scales = torch.where(usable, means.log().mean(0).exp() / means, 1.0)
         found: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
         for axis, S in zip(axes, factors, strict=True):
-            S.mul_(_broadcast(scales[axis], S))
-            found.append(_spectrum(torch.where(_broadcast(usable, S), S, 0.0)))
+            S.mul_(for_members(scales[axis], S))
+            found.append(_spectrum(torch.where(for_members(usable, S), S, 0.0)))
         failed = ~torch.stack([usable, *(ok for _, _, ok, _ in found)]).all(0)
         for axis, (s, Q, _, retries) in enumerate(found):  # all axes of a member or none: each is measured through the others
             held = state[f"values_{axis}"]
@@ -98,11 +99,6 @@ class CrossDims(HeldSpectra, SlowTensors):
             renew_row(state["diagnosis"], axis, failed, error, s.amax(-1), self.floor, retries=retries)
         for name, value in count_failures(failed, state, is_empty(factors)).items():
             state[name].copy_(value)
-
-
-def _broadcast(x: Tensor, S: Tensor) -> Tensor:
-    """A number for each member, with axes to broadcast it.  # (B,) -> (B, 1, ...)"""
-    return x.view(-1, *[1] * (S.ndim - 1))
 
 
 def _spectrum(S: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

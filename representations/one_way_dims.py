@@ -14,6 +14,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
+from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval, check_kind
@@ -108,10 +109,10 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
         for axis in axes:
             S, X = state[f"factor_{axis}"], new[f"root_{axis}"]
             damped = _damped(S, new["diagnosis"][:, axis, RIDGE])
-            S.mul_(_broadcast(change, S))
+            S.mul_(for_members(change, S))
             if (before := state.get(f"rooted_{axis}")) is not None:
                 change = torch.where(failed, 1.0, change * _overlap(X, before))
-                before.copy_(torch.where(_broadcast(failed, S), before, damped))
+                before.copy_(torch.where(for_members(failed, S), before, damped))
         for name, value in new.items():
             state[name].copy_(value)
 
@@ -139,11 +140,6 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
-
-
-def _broadcast(x: Tensor, S: Tensor) -> Tensor:
-    """A number for each member, with axes to broadcast it.  # (B,) -> (B, 1, ...)"""
-    return x.view(-1, *[1] * (S.ndim - 1))
 
 
 def _damped(S: Tensor, ridge: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "conjugate",
     "dense",
     "diagonal_of",
+    "for_members",
     "identity",
     "is_tiled",
     "join",
@@ -156,3 +157,8 @@ def turn(x: Tensor, Q: Tensor) -> Tensor:
     flat, i = x.flatten(1, -2), x.shape[-1]
     found = [flat[..., rows] @ block[:, : max(min(rows.stop, i) - rows.start, 0)] for rows, block in blocks(Q)]
     return torch.cat(found, -1).reshape(*x.shape[:-1], Q.shape[1])
+
+
+def for_members(x: Tensor, S: Tensor) -> Tensor:
+    """One number for each member of a stack, as a view that multiplies their tensors.  # (B,), (B, ...) -> (B, 1, ...)"""
+    return x.view(-1, *[1] * (S.ndim - 1))

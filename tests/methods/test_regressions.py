@@ -79,7 +79,7 @@ COVERED: dict[int, str] = {
     41: "test_methods::test_low_precision_models test_capture::test_twins "
     "test_adapters::test_layers_called_twice_in_checkpoints",
     42: "test_solvers::test_a_statistic_survives_a_hundred_prepares "
-    "test_ladder::test_a_cholesky_that_always_fails_ends_at_eigh",
+    "test_fallbacks::test_a_cholesky_that_always_fails_ends_at_eigh",
     43: "test_kronecker_methods::test_skfac_micro_batches_append",
     44: "test_roots::test_largest_eigenvalue",
     45: f"{HERE}::test_conjugate_gradients_of_nothing_and_of_negative_curvature",
