@@ -21,6 +21,7 @@ WARM, HALF, STEPS = 40, 120, 200
 """Windows, memories and caches by shape are full after the first; then all that grows is a leak."""
 SHORT: dict[str, dict[str, Any]] = {
     "kbfgs_l": {"pairs": 20},
+    "kradagrad": {"preconditioner_interval": 4},  # between refreshes caches hold tensors of their own: looked at in one phase
     "lissa": {"terms": 3},
     "ksd": {"dimension": 3},
     "hessian_free": {"iterations": 5},

@@ -140,6 +140,8 @@ class Oracle:
                 own = Watched(name, module).own(self.case)
                 if own:
                     yield torch.stack([self.where[full].reshape(-1) for full in own.values()], 1)
+            elif type(module).__name__ == "LayerScale":  # a norm layer's scale, of a channel that is not normalised
+                yield self.where[f"{name}.gamma"].reshape(-1, 1)
 
     def _rows(self, module: Any, own: dict[str, str]) -> Iterator[Tensor]:
         if "weight" in own:
