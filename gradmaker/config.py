@@ -97,6 +97,8 @@ class GradientConfig(metaclass=RenamedOptions):
     joint_bias: ClassVar[bool] = True
     averaging: ClassVar[str] = "corrected"
     """Form of the running averages of statistics; an option of `RootedGradientConfig`."""
+    refreshes_in_warmup: ClassVar[bool] = True
+    """Whether every step before `warmup_steps` is a refresh; else the warm-up is one of measurements alone."""
     slow_part: ClassVar[bool] = False
     """Whether `preconditioner_interval` is for a slow part of statistics; blocks without one refresh at every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None

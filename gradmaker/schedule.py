@@ -107,9 +107,10 @@ class Clock:
 class Clocks:
     """The clocks of one method of a plan: of its measurements and of its refreshes."""
 
-    def __init__(self, curvature: int | Schedule, preconditioner: int | Schedule, warmup: int) -> None:
+    def __init__(self, curvature: int | Schedule, preconditioner: int | Schedule, warmup: int, refreshes: bool = True) -> None:
+        """refreshes: whether every step of the warm-up is a refresh, too"""
         self.measure = Clock(as_schedule("", curvature), warmup)
-        self.refresh = Clock(as_schedule("", preconditioner), warmup)
+        self.refresh = Clock(as_schedule("", preconditioner), warmup if refreshes else 0)
 
     def copy(self) -> Clocks:
         """A copy of both clocks."""

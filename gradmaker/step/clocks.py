@@ -22,7 +22,10 @@ class PlanClocks:
 
     def __init__(self, methods: Mapping[str, GradientConfig]) -> None:
         self.methods = dict(methods)
-        self.of = {name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps) for name, c in methods.items()}
+        self.of = {
+            name: Clocks(c.curvature_interval, c.preconditioner_interval, c.warmup_steps, c.refreshes_in_warmup)
+            for name, c in methods.items()
+        }
 
     def copy(self) -> PlanClocks:
         """A copy of all clocks."""

@@ -71,7 +71,7 @@ def test_the_slow_part_turns_when_it_is_due(method: str) -> None:
     if method == "kradagrad":  # of axes that take turns, one
         assert turned and set(turned) <= {3, 6} and 1 < len(moved) < 7
         return
-    warm = [2, 5] if method == "ekfac" else [1, 2, 5]  # the factors of one step have one basis
+    warm = [3, 6] if method == "ekfac" else [1, 2, 5]  # its warm-up is one of measurements alone
     assert turned == [3, 6] and in_warmup == warm and moved == list(range(1, 8))
 
 
