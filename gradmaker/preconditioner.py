@@ -24,6 +24,7 @@ from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.clocks import PlanClocks
 from gradmaker.step.draft import Draft
 from gradmaker.step.held import Held
+from gradmaker.step.secants import dump_secants, load_secants
 from gradmaker.step.state import End
 from gradmaker.trust_region.policy import TrustRegion
 from gradmaker.trust_region.quadratic import QuadraticModel
@@ -204,8 +205,16 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self.serve(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes of a copy, which is not attached."""
-        return {**vars(self), "_attachments": [], "served": None}
+        """The attributes of a copy, which is not attached.
+
+        It does not refer to the last batch, whose calls are those of the original's model: the secants of the last measured
+        step are computed first, as for a saved state.
+        """
+        state, now = self.step_state, self.step_state.now
+        if now.previous is not None and now.previous.passes:
+            saved = dump_secants(now, self.plan.blocks, self.secants)
+            state = state.copied(load_secants(saved, self.plan.blocks))
+        return {**vars(self), "_attachments": [], "served": None, "step_state": state}
 
     # ---------------------------------------------------------------- looking inside
     def summary(self) -> Summary:

@@ -186,6 +186,12 @@ class StepState:
         """Set the quadratic model of this step, with the pass that was made last."""
         self._now = replace(self._check("attempt", Phase.PASSES), trial=trial)
 
+    def copied(self, previous: Previous | None) -> StepState:
+        """The same state for a copy of the maker.  previous: the last measured step, without its batch"""
+        made = StepState()
+        made._now = replace(self._now, previous=previous)
+        return made
+
     # ---------------------------------------------------------------- the end
     def end(self) -> None:
         """Begin the end of the step; after an exception, again."""

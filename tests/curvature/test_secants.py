@@ -414,3 +414,28 @@ def test_hessian_is_not_consulted_where_it_is_wrong() -> None:
     kept = state["s"][0].any(1)
     assert oracles.relative_error(state["y"][0][kept], state["s"][0][kept] @ H) < 1e-9
     assert (state["s"][0][kept] * state["y"][0][kept]).sum(1).min() > 0
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "kbfgs", "kbfgs_l"])
+def test_a_copied_maker_makes_its_secants_with_its_own_model(method: str) -> None:
+    """The original goes on with other weights: the copy does what it does alone."""
+
+    def run(maker: Any, x: Tensor, t: Tensor) -> None:
+        maker.model.zero_grad()
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(maker.model, x), t)
+        maker.forward_and_backward()
+        with torch.no_grad():
+            for p in maker.model.parameters():
+                p.sub_(0.05 * p.grad)
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batches = [(torch.randn(6, 4).double(), torch.randint(3, (6,))) for _ in range(5)]
+    maker: Any = METHODS[method](model)
+    for x, t in batches[:2]:
+        run(maker, x, t)
+    copied = copy.deepcopy(maker)
+    for each in (maker, copied):
+        for x, t in batches[2:]:
+            run(each, x, t)
+    assert all(torch.equal(p, q) for p, q in zip(maker.model.parameters(), copied.model.parameters(), strict=True))
