@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that the script lies in, whatever is installed
 
 from gradmaker import METHODS
+from gradmaker.compare.cost import machine as facts
 
 DEFAULT = ("adam", "kfac", "shampoo", "soap")
 MEASURE, REFRESH = 2, 3  # intervals in steps
@@ -184,16 +184,8 @@ def end_counts(name: str, layers: int, device: str) -> dict[str, Count]:
 # --- report ---------------------------------------------------------------------------------------------------------------
 def machine(device: str) -> str:
     """What ran it, without the machine's name."""
-    kind = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _processor()
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {kind}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    own = facts(device)
+    return f"torch {own['torch']}, Python {own['python']}, {own['system']}, {own.get('device', own['processor'])}"
 
 
 def measure(names: tuple[str, ...], device: str) -> dict[str, Any]:
