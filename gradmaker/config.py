@@ -19,6 +19,7 @@ from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
 from gradmaker.grafting import GRAFTINGS, Grafting
+from gradmaker.groups import Group, read_groups
 from gradmaker.options.checks import check_choice, check_count, check_interval, check_kind
 from gradmaker.options.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.options.rules import Rule, check_rule
@@ -70,6 +71,8 @@ class GradientConfig(metaclass=RenamedOptions):
     """Modules, classes and name patterns (``'head.*'``) that keep their plain gradient."""
     fallback: str = "gradient"
     """Name of the method for parameters that this one does not cover."""
+    groups: Mapping[Rule | tuple[Rule, ...], Any] | tuple[Group, ...] = ()
+    """Methods by name pattern, as ``{"*.embed*": "adam", "*": "soap"}``: the first match decides, none is an error."""
     grafting: str = "none"
     """Length of each block's result: none (unchanged), keep (the gradient's), or a name of `GRAFTINGS` (grafting)."""
     grafting_decay: float = 0.999
@@ -99,6 +102,11 @@ class GradientConfig(metaclass=RenamedOptions):
     """Form of the running averages of statistics; an option of `RootedGradientConfig`."""
     refreshes_in_warmup: ClassVar[bool] = True
     """Whether every step before `warmup_steps` is a refresh; else the warm-up is one of measurements alone."""
+    of_the_maker: ClassVar[tuple[str, ...]] = (
+        *("ignore", "fallback", "groups", "max_dim", "dtype", "failures_allowed", "seed", "likelihood", "loss_reduction"),
+        *("batch_axis", "self_check", "start_step"),
+    )
+    """Options that act on all groups alike, so that the config of a group leaves them at their defaults."""
     slow_part: ClassVar[bool] = False
     """Whether `preconditioner_interval` is for a slow part of statistics; blocks without one refresh at every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
@@ -133,6 +141,7 @@ class GradientConfig(metaclass=RenamedOptions):
             check_kind(name, getattr(self, name), kind)
         self.statistics_dtype()
         object.__setattr__(self, "ignore", _rules(self.ignore))
+        object.__setattr__(self, "groups", read_groups(self.groups, self, build) if self.groups else ())
         self._refuse_inapplicable()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -195,10 +204,11 @@ class GradientConfig(metaclass=RenamedOptions):
     def _refuse_inapplicable(self) -> None:
         """ValueError for an option that was given and would have no effect."""
         defaults = {f.name: f.default for f in fields(self)}
-        plain = self.fallback == defaults["fallback"]
+        plain = self.fallback == defaults["fallback"] and not self.groups
         for name, reason in self.inapplicable_options().items():
             value = getattr(self, name)
-            if value != defaults[name] and (plain or name in OF_A_FALLBACK or name == "fallback"):
+            of_all = name == "fallback" and bool(self.groups)
+            if value != defaults[name] and not of_all and (plain or name in OF_A_FALLBACK or name == "fallback"):
                 raise ValueError(f"{name}={value!r} would have no effect: {reason}")
 
     def check_sites(self, sites: Sequence[Site]) -> None:

@@ -11,11 +11,11 @@ from torch import nn
 from gradmaker.blocks import Block
 from gradmaker.capture.model_checks import check_model, check_parameters, check_watched
 from gradmaker.capture.sites import Site, layer_sites, tensor_sites
-from gradmaker.config import GradientConfig
+from gradmaker.config import GradientConfig, build
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.base import Need
+from gradmaker.groups import OWN, claims, matches, read_groups
 from gradmaker.options.registry import Method
-from gradmaker.options.rules import names, paths
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
@@ -23,7 +23,10 @@ from gradmaker.representations.roles import PerStep
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.stacking import build_blocks
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["FALLBACK", "Plan", "make_plan"]
+
+FALLBACK = "fallback"
+"""Name in a plan of the method of parameters that no other covers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Plan:
 
     blocks: list[Block]
     plain: dict[str, str]  # name of a parameter: why it keeps its plain gradient
-    methods: dict[str, GradientConfig]  # what `Block.method` names: "method", and "fallback" if that has blocks
+    methods: dict[str, GradientConfig]  # by what `Block.options.method` names: `OWN`, groups, `FALLBACK`
     own: OwnParameters
 
     def measured(self, due: Collection[str] | None = None) -> list[Block]:
@@ -80,63 +83,93 @@ class Plan:
 def make_plan(
     model: nn.Module, config: GradientConfig, methods: Mapping[str, type[Method]], unseen: Set[str] = frozenset()
 ) -> Plan:
-    """Assign every trainable parameter once: to the method, its fallback, or the plain gradient. ValueError if none is covered.
+    """Assign every trainable parameter once: to a method, the fallback, or the plain gradient. ValueError if none is covered.
 
     unseen: names of parameters with uses outside of the calls of their layers
     """
     check_model(model)
-    ignored = {p for rule in config.ignore for p in _matches(model, rule)}
+    ignored = {p for rule in config.ignore for p in matches(model, rule, "ignore")}
     check_parameters(model, ignored)
     empty = {p for p in model.parameters() if p not in ignored and not p.numel()}
     ignored |= empty
-    hidden = {p for k, p in model.named_parameters() if k in unseen}
-    sites = layer_sites(model, config.joint_bias, ignored, hidden)
-    config.check_sites(sites)
     left = {k: p for k, p in model.named_parameters() if p in ignored and p.requires_grad}
     plain = {k: "empty" if p in empty else "ignored" for k, p in left.items()}
-    used = {"method": config}
-    placements, rest = _place(sites, "method", config, config)
-    if not placements:
-        kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
-        raise ValueError(
-            f"{type(config).__name__} covers no parameter of this model (modules with trainable parameters: {kinds}"
-            f"{'; with uses outside of the calls of their layers: ' + ', '.join(sorted(unseen)) if unseen else ''}). "
-            "Methods for any parameter: adam, adagrad, shampoo, unit_ng"
-        )
+    used, placements, rest, kept = dict[str, GradientConfig](), list[Placement](), list[Site](), set(ignored)
+    for share in _shares(model, config, ignored):
+        if share.config is None:
+            plain |= {k: f"{share.label}: gradient" for k, p in model.named_parameters() if p in share.parameters}
+            kept |= share.parameters
+            continue
+        placed, more = _placed(model, share, config, unseen)
+        placements, rest = placements + placed, rest + more
+        used[share.name] = share.config
+        if placed and share.name != OWN and (reason := methods[share.method].refuse(model)):
+            raise ValueError(f"{share.label}: {reason}")
     fallback = _fallback(config, methods)
     if fallback is not None and rest:
-        more, rest = _place(rest, "fallback", fallback, config)
-        if more and (reason := methods[config.fallback].refuse(model)):
+        more_placed, rest = _place(rest, FALLBACK, fallback, config)
+        if more_placed and (reason := methods[config.fallback].refuse(model)):
             raise ValueError(f"fallback={config.fallback!r}: {reason}")
-        placements += more
-        used |= {"fallback": fallback} if more else {}
+        placements += more_placed
+        used |= {FALLBACK: fallback} if more_placed else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
     check_watched(p.site for p in placements if "calls" in p.triple.curvature.needs)
     blocks = build_blocks(placements)
-    kept = ignored | {p for s in rest for p in s.parameters.values()}
+    kept |= {p for s in rest for p in s.parameters.values()}
     own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
     return Plan(blocks, plain, used, own)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Parameters with one method."""
+
+    name: str  # in the plan
+    label: str  # in errors
+    method: str
+    config: GradientConfig | None  # None: the plain gradient
+    parameters: set[nn.Parameter]
+
+
+def _shares(model: nn.Module, config: GradientConfig, ignored: set[nn.Parameter]) -> list[_Share]:
+    """The method of each parameter that is not ignored: that of the maker, or those of its groups."""
+    trained = {p for p in model.parameters() if p.requires_grad and p not in ignored}
+    if not config.groups:
+        return [_Share(OWN, type(config).__name__, "", config, trained)]
+    found = dict[str, _Share]()
+    for group, parameters in claims(model, read_groups(config.groups, config, build), ignored):
+        own = group.config is None and group.own
+        name, made = (OWN, config) if own else (str(group), group.config)
+        if name in found:
+            found[name].parameters.update(parameters)
+        elif parameters:
+            found[name] = _Share(name, f"groups[{str(group)!r}]", group.method, made, set(parameters))
+    if not any(s.config for s in found.values()):
+        raise ValueError("groups: no group has a method but the plain gradient: name one, as in '*': 'kfac'")
+    return list(found.values())
+
+
+def _placed(model: nn.Module, share: _Share, common: GradientConfig, unseen: Set[str]) -> tuple[list[Placement], list[Site]]:
+    """Placements of the parameters of a share, and the sites that its method does not cover. ValueError if it covers none."""
+    assert share.config is not None
+    others = {p for p in model.parameters() if p.requires_grad and p not in share.parameters}
+    hidden = {p for k, p in model.named_parameters() if k in unseen}
+    sites = layer_sites(model, share.config.joint_bias, others, hidden)
+    share.config.check_sites(sites)
+    placements, rest = _place(sites, share.name, share.config, common)
+    if not placements:
+        kinds = ", ".join(sorted({type(m).__name__ for s in sites for m in s.modules})) or "none but ignored ones"
+        raise ValueError(
+            f"{share.label} covers no parameter of this model (modules with trainable parameters: {kinds}"
+            f"{'; with uses outside of the calls of their layers: ' + ', '.join(sorted(unseen)) if unseen else ''}). "
+            "Methods for any parameter: adam, adagrad, shampoo, unit_ng"
+        )
+    return placements, rest
 
 
 def _reason(name: str, unseen: Set[str], config: GradientConfig) -> str:
     seen = "has uses outside of its layer's calls" if name in unseen else "not covered"
     return f"{seen}, fallback {config.fallback!r}"
-
-
-def _matches(model: nn.Module, rule: Any) -> set[nn.Parameter]:
-    """The parameters that a rule of ``ignore`` matches, by name or by a module that holds them. ValueError if none does."""
-    own: dict[nn.Parameter, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        own.setdefault(p, []).append(name)
-    found = {p for p, path in paths(model).items() if names(rule, path, own[p])}
-    if not found:
-        modules = dict(model.named_modules())
-        legal = {type(m).__name__ for m in modules.values()}
-        if not isinstance(rule, type):
-            legal = {*modules, *(name for each in own.values() for name in each)}
-        hint = did_you_mean(getattr(rule, "__name__", rule), sorted(legal - {""}))
-        raise ValueError(f"ignore: {rule!r} matches no parameter: {hint}")
-    return found
 
 
 def _place(sites: list[Site], name: str, method: GradientConfig, common: GradientConfig) -> tuple[list[Placement], list[Site]]:

@@ -28,6 +28,8 @@ class TrustRegionGradientConfig(GradientConfig):
     ``clip = 1e-3``.
     """
 
+    of_the_maker = (*GradientConfig.of_the_maker, "clip", "clip_learning_rate", "adaptive_damping", "rescale")
+
     clip: float | None = None
     """kappa, the bound of the KL clip; None: no clip."""
     clip_learning_rate: float | None = None

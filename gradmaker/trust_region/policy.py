@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
+from gradmaker.groups import OWN
 from gradmaker.solvers.levenberg_marquardt import AdaptiveDamping
 from gradmaker.triple import Triple
 from gradmaker.trust_region.damping_state import due, judged
@@ -74,7 +75,7 @@ class TrustRegion:
     def serve(self, blocks: Iterable[Block], region: Region) -> None:
         """Damp the blocks of a new plan."""
         if self.options.adaptive_damping is not None:
-            self._own = [b for b in blocks if b.triple == self.options.triple(b.sites[0])]
+            self._own = [b for b in blocks if b.options.method == OWN and b.triple == self.options.triple(b.sites[0])]
             self.damp(region)
 
     def damp(self, region: Region) -> None:

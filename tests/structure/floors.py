@@ -33,6 +33,7 @@ FLOORS = (
             "failures",
             "gathering",
             "grafting",
+            "groups",
             "own_parameters",
             "placement",
             "plan",
