@@ -42,7 +42,7 @@ AXES: dict[str, Any] = {"block_size": 1024}
 METHODS: list[Any] = [
     {"optimizer": {"name": "SGD", "momentum": 0.9, "weight_decay": 5e-4}, "label": "sgd", "learning_rates": [0.01, 0.03, 0.1]},
     {"optimizer": {"name": "AdamW", "weight_decay": 0.05}, "label": "adamw", "learning_rates": [3e-4, 1e-3, 3e-3]},
-    {"method": "shampoo", "grafting": "adam", "momentum": 0.9, "merge": "to_2d", "learning_rates": [3e-4, 1e-3, 3e-3], **AXES},
+    {"method": "shampoo", "grafting": "adam", "beta1": 0.9, "merge": "to_2d", "learning_rates": [3e-4, 1e-3, 3e-3], **AXES},
     {"method": "caspr", "learning_rates": [3e-4, 1e-3, 3e-3], **AXES},
     {"method": "soap", "learning_rates": [3e-4, 1e-3, 3e-3]},
 ]

@@ -63,7 +63,7 @@ def kfac(batch: int, damping: float, clip: float, **options: Any) -> Config:
 
 def kbfgs(batch: int, damping: float, clip: float, **options: Any) -> Config:
     """K-BFGS with the same momentum and clip as K-FAC."""
-    method = {"method": "kbfgs", "damping": damping, "momentum": 0.0, "curvature_interval": 10, **options}
+    method = {"method": "kbfgs", "damping": damping, "beta1": 0.0, "curvature_interval": 10, **options}
     return {"batch": batch, "lr": 1.0, "optimizer": ["SGD", {"momentum": 0.9}], "method": method, "clip": clip, "decay": 0.5}
 
 

@@ -20,8 +20,8 @@ class BlockOptions:
     """Name of the method in the plan: each method has its own clocks."""
     decay: float | None = None
     averaging: str = "corrected"
-    momentum: float = 0.0
-    nesterov: bool = False
+    beta1: float = 0.0
+    nesterov_average: bool = False
     grafting: Grafting | None = None
     max_dim: int = 8192
     dtype: torch.dtype | None = None

@@ -54,8 +54,8 @@ class Block:
 
     def empty(self) -> Held:
         """What the block holds before any evidence."""
-        momentum, grafting = self.options.momentum, self.options.grafting
-        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if momentum else {}
+        beta1, grafting = self.options.beta1, self.options.grafting
+        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if beta1 else {}
         grafting_state = grafting.init(self.frame) if grafting else {}
         return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
 
@@ -71,7 +71,7 @@ class Block:
 
     @property
     def average(self) -> State:
-        """The running average of gradients, with its mass; empty without momentum."""
+        """The running average of gradients, with its mass; empty where beta1 is 0."""
         return self.held.average
 
     @property
@@ -169,19 +169,19 @@ class Block:
                 site.assign(piece.reshape(site.shape), into)
 
     def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
-        """The running average of gradients, bias-corrected: ``m / (1 - momentum^t)``; the gradient itself without momentum.
+        """The running average of gradients, bias-corrected: ``m <- beta1 m + (1 - beta1) g``, ``m / (1 - beta1^t)``.
 
-        With ``nesterov`` this gradient enters it twice: ``(momentum m + (1 - momentum) g) / (1 - momentum^(t + 1))``.
-        Also returns the new state of the average.
+        With ``nesterov_average`` this gradient enters it twice: ``(beta1 m + (1 - beta1) g) / (1 - beta1^(t + 1))``. With
+        ``beta1 = 0`` there is no average, and the gradient itself is returned. Also returns the new state of the average.
         """
-        momentum = self.options.momentum
-        if not momentum:
+        beta1 = self.options.beta1
+        if not beta1:
             return g, {}
-        moved = average["average"].lerp(g, 1 - momentum)
-        total = average["mass"] * momentum + (1 - momentum)
+        moved = average["average"].lerp(g, 1 - beta1)
+        total = average["mass"] * beta1 + (1 - beta1)
         held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
-        if self.options.nesterov:
-            return moved.lerp(g, 1 - momentum) / (momentum * mass + 1 - momentum), held
+        if self.options.nesterov_average:
+            return moved.lerp(g, 1 - beta1) / (beta1 * mass + 1 - beta1), held
         return moved / mass, held
 
     def prepare(

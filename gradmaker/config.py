@@ -39,7 +39,7 @@ __all__ = ["COVERS_ALL", "ONE_BLOCK", "GradientConfig", "build", "read_mapping"]
 COVERS_ALL = {"fallback": "every parameter is covered; leave some out with ignore="}
 ONE_BLOCK = {"stagger": "all parameters are one block, refreshed at once; preconditioner_interval says how often"}
 INTERVALS = ("curvature_interval", "preconditioner_interval", "warmup_steps", "stagger")
-OF_A_FALLBACK = ("damping", "decay", "momentum", "nesterov", "grafting", "grafting_decay", *INTERVALS)
+OF_A_FALLBACK = ("damping", "decay", "beta1", "nesterov_average", "grafting", "grafting_decay", *INTERVALS)
 """Options for which a fallback keeps its own values; it shares all others with the method."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -53,9 +53,9 @@ class GradientConfig(metaclass=RenamedOptions):
     """Tikhonov damping in units of the curvature, or the ridge or epsilon of the method's formula."""
     decay: float | None = 0.95
     """Weight of the OLD statistic in the running average; 0 keeps the current batch only, None sums."""
-    momentum: float = 0.0
+    beta1: float = 0.0
     """Decay of a bias-corrected average of gradients that is preconditioned in place of the gradient."""
-    nesterov: bool = False
+    nesterov_average: bool = False
     """Whether the newest gradient enters that average twice (Nesterov)."""
     curvature_interval: int | Schedule = 1
     """Steps between measurements of the curvature."""
@@ -125,7 +125,7 @@ class GradientConfig(metaclass=RenamedOptions):
             check_interval("damping", self.damping, 0, math.inf, closed=True)
         if self.decay is not None:
             check_interval("decay", self.decay, 0, 1, closed=True, hint=", or None to sum")
-        check_interval("momentum", self.momentum, 0, 1, closed=True)
+        check_interval("beta1", self.beta1, 0, 1, closed=True)
         check_interval("grafting_decay", self.grafting_decay, 0, 1, closed=True)
         if self.failures_allowed is not None:
             check_count("failures_allowed", self.failures_allowed, 0)
@@ -137,7 +137,7 @@ class GradientConfig(metaclass=RenamedOptions):
         check_choice("loss_reduction", self.loss_reduction, ["mean", "sum"])
         check_choice("self_check", self.self_check, ["fallback", "error", "off"])
         check_count("batch_axis", self.batch_axis, 0)
-        for name, kind in (("stagger", bool), ("nesterov", bool), ("seed", int)):
+        for name, kind in (("stagger", bool), ("nesterov_average", bool), ("seed", int)):
             check_kind(name, getattr(self, name), kind)
         self.statistics_dtype()
         object.__setattr__(self, "ignore", _rules(self.ignore))
@@ -169,8 +169,8 @@ class GradientConfig(metaclass=RenamedOptions):
             method=method,
             decay=self.decay,
             averaging=self.averaging,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
+            beta1=self.beta1,
+            nesterov_average=self.nesterov_average,
             grafting=self.grafting_rule(),
             max_dim=common.max_dim,
             dtype=common.statistics_dtype(),
@@ -186,8 +186,8 @@ class GradientConfig(metaclass=RenamedOptions):
         """Options without effect, with the reason: those of the method and those of the parts that it was given."""
         parts = [getattr(self, f.name) for f in fields(self) if f.name in ("curvature", "fisher", "representation", "solver")]
         found = {name: reason for part in (self, *parts) for name, reason in part.inapplicable.items()}
-        if self.nesterov and not self.momentum:
-            found["nesterov"] = "there is no average of gradients; set momentum"
+        if self.nesterov_average and not self.beta1:
+            found["nesterov_average"] = "there is no average of gradients; set beta1"
         if self.grafting_decay != type(self).grafting_decay and not ((rule := self.grafting_rule()) and rule.decays):
             found["grafting_decay"] = (
                 f"grafting={self.grafting!r} has no second moment that decays; those of adam and rmsprop do"

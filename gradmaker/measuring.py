@@ -217,7 +217,7 @@ class MeasuringMaker(PlannedMaker):
 
         One host read, and only on steps that could add them to a statistic.
         """
-        if not (self._due or any(b.options.momentum or b.grafting_state for b in self.plan.blocks)):
+        if not (self._due or any(b.options.beta1 or b.grafting_state for b in self.plan.blocks)):
             return False, False
         served = self.served
         own = (p for p in self.model.parameters() if served is None or p in served)

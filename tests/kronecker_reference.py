@@ -69,8 +69,8 @@ class Reference:
             "block": None,
             "rows": "left",
             "grafting": "none",
-            "momentum": 0.0,
-            "nesterov": False,
+            "beta1": 0.0,
+            "nesterov_average": False,
             "start": 0,
         }
         known |= {"grafting_decay": 0.999}
@@ -108,9 +108,9 @@ class Reference:
         return U if target is None else U * target.norm() / U.norm()
 
     def average(self, history: list[Tensor]) -> Tensor:
-        b, T = self.options["momentum"], len(history)
+        b, T = self.options["beta1"], len(history)
         weights = torch.tensor([(1 - b) * b ** (T - 1 - s) for s in range(T)], dtype=torch.float64)
-        if self.options["nesterov"]:
+        if self.options["nesterov_average"]:
             weights = b * weights
             weights[-1] += 1 - b
         return torch.einsum("t,t...->...", weights, torch.stack(history)) / weights.sum()

@@ -46,8 +46,8 @@ THIRD = EVERY | {"curvature_interval": 3, "preconditioner_interval": 3}
 COMMON: dict[str, list[Any]] = {
     "damping": [0.37],
     "decay": [0.5, 0.0, None],
-    "momentum": [0.6],
-    "nesterov": [True, False],
+    "beta1": [0.6],
+    "nesterov_average": [True, False],
     "curvature_interval": [3],
     "preconditioner_interval": [3],
     "warmup_steps": [4],
@@ -133,7 +133,7 @@ OTHER_PARTS = {
 """Options that choose another part which gives the same result."""
 BESIDE: dict[str, dict[str, Any]] = {
     "decay": EVERY,
-    "nesterov": {"momentum": 0.5},
+    "nesterov_average": {"beta1": 0.5},
     "grafting_decay": {"grafting": "adam"},
     "curvature_interval": EVERY,
     "preconditioner_interval": EVERY,

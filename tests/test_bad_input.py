@@ -21,7 +21,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gradient": gm.PlainGradientConfig,
     "adam": gm.AdamGradientConfig,
     "shampoo": lambda: gm.ShampooGradientConfig(grafting="adam"),
-    "kfac": lambda: gm.KfacGradientConfig(warmup_steps=0, curvature_interval=2, momentum=0.9),
+    "kfac": lambda: gm.KfacGradientConfig(warmup_steps=0, curvature_interval=2, beta1=0.9),
     "kfac_emp": lambda: gm.KfacGradientConfig(fisher=FisherEmp(), fallback="adam"),
     "unit_ng": lambda: gm.UnitNaturalGradientConfig(fisher=FisherMC(samples=2)),
     "full_ng": lambda: gm.FullNaturalGradientConfig(fisher=FisherExact()),

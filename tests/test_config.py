@@ -26,16 +26,19 @@ CONFIGS: dict[str, Any] = {name: make.Config for name, make in gm.METHODS.items(
 PRECONDITIONED = [name for name in CONFIGS if name != "gradient"]
 NAN, INF = float("nan"), float("inf")
 
+OF_AN_OPTIMIZER = {"lr", "weight_decay", "momentum", "nesterov"}
+"""Names that no method may give its own options: they are for the optimizer that takes the preconditioned gradient."""
+
 WRONG: dict[str, list[Any]] = {
     "damping": [-1e-9, INF, NAN, "1", True],
     "decay": [-0.1, 1.0, 1, 1.5, NAN, "0.9", True],
-    "momentum": [-0.1, 1.0, None, NAN, True],
+    "beta1": [-0.1, 1.0, None, NAN, True],
     "curvature_interval": [0, -1, 1.5, None, True, "weekly", {"Linear": {"first": 1}}, {"Linear": {"frist": 1}}, {}],
     "preconditioner_interval": [0, 2.0, [1], {"Stepped": 3}, {"Linear": {}, "Stepped": {}}],
     "warmup_steps": [-1, 1.5, None, True],
     "start_step": [-1, "0", None],
     "stagger": ["yes", None, 2],
-    "nesterov": ["yes", None, 2],
+    "nesterov_average": ["yes", None, 2],
     "ignore": ["head", nn.Linear, nn.Linear(1, 1), 3, (3,), (int,), (None,)],
     "groups": [
         3,
@@ -103,7 +106,7 @@ def test_the_table_of_wrong_values_misses_no_field() -> None:
 GOOD: dict[str, list[Any]] = {
     "damping": [0, 0.0, 1e9],
     "decay": [0, 0.0, 0.999999, None],
-    "momentum": [0, 0.9],
+    "beta1": [0, 0.9],
     "curvature_interval": [1, 10**6, Linear(first=1, last=2, total=3)],
     "dtype": [None, "float32", torch.float64],
     "ignore": [(), [], ["0*"], (nn.Tanh,)],
@@ -128,6 +131,11 @@ def test_configs_are_frozen_keyword_only_values(name: str) -> None:
         with pytest.raises(FrozenInstanceError):
             config.damping = 1
         assert hash(CONFIGS[name](**legal_options(name, curvature_interval=Stepped(milestones={0: 1}))))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_option_has_the_name_of_an_optimizers(name: str) -> None:
+    assert not {f.name for f in fields(CONFIGS[name])} & OF_AN_OPTIMIZER
 
 
 # --- spellings ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ LATE = "skfac smw_ng smw_gn tonga tonga_unit mfac ggt seng".split()
 """Methods whose tensors have names or shapes that depend on what was measured."""
 SLOW = {"curvature_interval": 2, "preconditioner_interval": 4}
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "kfac beside adam": ("kfac", {"fallback": "adam", "ignore": ["0.bias"], "momentum": 0.9, **SLOW}),
+    "kfac beside adam": ("kfac", {"fallback": "adam", "ignore": ["0.bias"], "beta1": 0.9, **SLOW}),
     "kfac rescaled": ("kfac", {"rescale": "momentum", "adaptive_damping": {"AdaptiveDamping": {"interval": 2}}}),
     "shampoo grafted": ("shampoo", {"grafting": "adam", "preconditioner_interval": 5}),
     "soap": ("soap", {"preconditioner_interval": 5}),

@@ -14,9 +14,9 @@ from tests.kronecker_reference import Reference
 from tests.methods.test_kronecker_dims import Shampoo, gradients, run
 
 AVERAGES: dict[str, dict[str, Any]] = {
-    "none": {"momentum": 0.0},
-    "momentum": {"momentum": 0.8},
-    "nesterov": {"momentum": 0.8, "nesterov": True},
+    "none": {"beta1": 0.0},
+    "momentum": {"beta1": 0.8},
+    "nesterov": {"beta1": 0.8, "nesterov_average": True},
 }
 SHAPES = ((3, 4), (3, 4), (4, 4), (5,), (2, 3, 2))  # the first two are one stack
 
@@ -46,10 +46,10 @@ def test_lengths_with_averages(grafting: str, average: str) -> None:
             assert oracles.relative_error(value, expected) < 1e-8, (count, j)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_amplitudes_of_each_block(momentum: float) -> None:
+@pytest.mark.parametrize("beta1", [0.0, 0.8])
+def test_amplitudes_of_each_block(beta1: float) -> None:
     """A root mean square of at most two and then entries of at most ten, block by block: small ones are left alone."""
-    config = {"method": "shampoo", "decay": 0.9, "damping": 1e-4, "momentum": momentum, "preconditioner_interval": 1}
+    config = {"method": "shampoo", "decay": 0.9, "damping": 1e-4, "beta1": beta1, "preconditioner_interval": 1}
     steps = histories(5)
     own, bounded = (run({**config, "grafting": grafting}, steps) for grafting in ("none", "amplitude"))
     scaled = [[100.0 * g if t == 4 else g for g in step] for t, step in enumerate(steps)]

@@ -37,7 +37,7 @@ def run(options: dict[str, Any], steps: int = 6, dtype: torch.dtype = torch.floa
     """A maker after so many gradients, every one refreshed."""
     model, generator = Matrices().to(dtype), torch.Generator().manual_seed(3)
     every: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "grafting": "none", "decay": None}
-    every |= {"momentum": 0.0, "nesterov": False}
+    every |= {"beta1": 0.0, "nesterov_average": False}
     maker = from_config(model, {**every, **options})
     for _ in range(steps):
         step(model, maker, generator)

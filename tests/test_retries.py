@@ -217,13 +217,13 @@ def test_a_step_that_is_repeated_counts_once(method: str) -> None:
 
 
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "kfac": ("kfac", {"momentum": 0.9, **SPARSE}),
+    "kfac": ("kfac", {"beta1": 0.9, **SPARSE}),
     "kfac drawn": ("kfac", {"fisher": "FisherMC", "grafting": "adam"}),
     "kfac beside adam": ("kfac", {"fallback": "adam", "ignore": ["0.bias"], **SPARSE}),
-    "kfac clipped": ("kfac", {"clip": 1e-6, "clip_learning_rate": 0.1, "momentum": 0.9}),
+    "kfac clipped": ("kfac", {"clip": 1e-6, "clip_learning_rate": 0.1, "beta1": 0.9}),
     "kfac rescaled": ("kfac", {"rescale": "momentum", "adaptive_damping": {"AdaptiveDamping": {"interval": 2}}}),
     "ekfac": ("ekfac", {}),
-    "shampoo": ("shampoo", {"grafting": "adam", "momentum": 0.9, "nesterov": True}),
+    "shampoo": ("shampoo", {"grafting": "adam", "beta1": 0.9, "nesterov_average": True}),
     "soap": ("soap", {}),
     "adam": ("adam", {}),
     "smw_ng": ("smw_ng", {}),

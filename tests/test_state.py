@@ -27,9 +27,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "plain": gm.PlainGradientConfig,
     "adam": gm.AdamGradientConfig,
     "adagrad_kept": lambda: gm.AdagradGradientConfig(grafting="keep"),
-    "shampoo_adagrad": lambda: gm.ShampooGradientConfig(grafting="adagrad", momentum=0.9, **SPARSE),
+    "shampoo_adagrad": lambda: gm.ShampooGradientConfig(grafting="adagrad", beta1=0.9, **SPARSE),
     "shampoo_adam": lambda: gm.ShampooGradientConfig(grafting="adam", root="newton", decay=None, **SPARSE),
-    "kfac_mc": lambda: gm.KfacGradientConfig(fisher=FisherMC(samples=2), momentum=0.5, **SPARSE),
+    "kfac_mc": lambda: gm.KfacGradientConfig(fisher=FisherMC(samples=2), beta1=0.5, **SPARSE),
     "kfac_at_once": lambda: gm.KfacGradientConfig(stagger=False, split="exact", **SPARSE),
     "kfac_fallback": lambda: gm.KfacGradientConfig(fallback="adam", fisher=FisherEmp(), **SPARSE),
     "kfac_schedules": lambda: gm.KfacGradientConfig(
@@ -447,7 +447,7 @@ def test_a_state_of_a_step_that_has_failed_lets_it_begin_again(place: str, monke
     results = []
     for trouble in (True, False):
         case = mlp()
-        maker: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(momentum=0.9))
+        maker: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(beta1=0.9))
         train(maker, case, 0, 1)
         run_parts(maker, case, 1, PARTS)
         if trouble:
@@ -455,7 +455,7 @@ def test_a_state_of_a_step_that_has_failed_lets_it_begin_again(place: str, monke
                 patch.setattr(type(maker.plan.blocks[-1].triple.solver), place, lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     maker.precondition()
-            other: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(momentum=0.9))
+            other: Any = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(beta1=0.9))
             other.load_state_dict(maker.state_dict())
             maker = other
             run_parts(maker, case, 1, PARTS)

@@ -85,8 +85,8 @@ def _options(point: Point, setting: Setting) -> dict[str, Any]:
     return {
         "damping": 1e-6,
         "decay": 1 - point["one_minus_beta2"],
-        "momentum": 1 - point["one_minus_beta1"],
-        "nesterov": True,
+        "beta1": 1 - point["one_minus_beta1"],
+        "nesterov_average": True,
         "grafting": "adam",
         "preconditioner_interval": setting.interval,
         "max_dim": setting.max_dim,

@@ -30,7 +30,7 @@ class Default(NamedTuple):
 
 # Four learning rates a row, half a decade apart. Sources: Adam, Kingma & Ba 2015, section 2 (includes 1e-3); AdaGrad,
 # torch.optim.Adagrad (includes 1e-2); M-FAC, the authors' code (includes 1e-3); the others, a coarse search on digits. SGD,
-# and Shampoo, which by default has the length of SGD's step, have the usual momentum 0.9. Methods with their own momentum, or
+# and Shampoo, which by default has the length of SGD's step, have the usual momentum 0.9. Methods with their own average, or
 # scaled by an inverse curvature, have none: with 0.9 K-FAC diverged on digits at a tenth of these rates. GGT divides by the
 # root of a sum over its window, of whole gradients.
 _NATURAL = Default((0.001, 0.003, 0.01, 0.03), 0.0)  # at 0.1 K-FAC diverged on MNIST

@@ -22,7 +22,7 @@ __all__ = ["AdahessianGradientConfig", "AdahessianGradientMaker"]
 class AdahessianGradientConfig(HessianProbeConfig):
     """AdaHessian: ``P g = m / (v^(power / 2) + damping)``, ``v`` the average of ``D^2``, ``D = |H z|`` averaged over kernels.
 
-    ``momentum`` is beta_1, ``decay`` is beta_2, ``z`` is a Rademacher vector.
+    ``beta1`` and ``decay`` are beta_1 and beta_2, ``z`` is a Rademacher vector.
 
     Reference: Yao et al., AAAI 2021, arXiv:2006.00719, algorithm 1; defaults of the authors' code.
     """
@@ -31,7 +31,7 @@ class AdahessianGradientConfig(HessianProbeConfig):
 
     damping: float = 1e-4
     decay: float | None = 0.999
-    momentum: float = 0.9
+    beta1: float = 0.9
     power: float = 1.0
     """The exponent of the Hessian."""
     spatial: bool = True

@@ -21,7 +21,7 @@ __all__ = ["AdamGradientConfig", "AdamGradientMaker"]
 class AdamGradientConfig(GradientConfig):
     """Adam: ``P g = m / (sqrt(v) + damping)`` with bias-corrected averages ``m`` of ``g`` and ``v`` of ``g^2``.
 
-    ``momentum`` is beta_1 and ``decay`` beta_2.
+    ``beta1`` and ``decay`` are beta_1 and beta_2.
     Reference: Kingma & Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
     """
 
@@ -29,7 +29,7 @@ class AdamGradientConfig(GradientConfig):
 
     damping: float = 1e-8
     decay: float | None = 0.999
-    momentum: float = 0.9
+    beta1: float = 0.9
     per_tensor: ClassVar[bool] = True
 
     def triple(self, site: Site) -> Triple | None:

@@ -26,7 +26,7 @@ class CasprGradientConfig(RootedGradientConfig):
     ``p`` generalises: ``[(1/m) sum_k H_k^(-1/2p)]^p`` over the axes; ``p=None`` takes their number, ``p='inf'`` is Shampoo.
     The authors' code uses bias-corrected Nesterov averages with the length of NAdam's step, after 101 steps of NAdam itself:
     ``grafting='adam'``, ``start_step=101``. The weights of these averages sum to one here, and to
-    ``(1 - b^(t+1)) / (1 - b^t)``, ``b = momentum``, in that code: a longer step at first. The regret bound needs
+    ``(1 - b^(t+1)) / (1 - b^t)``, ``b = beta1``, in that code: a longer step at first. The regret bound needs
     ``decay=None``.
 
     Reference: Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR 2024, algorithm 1 and section 5 (ridge 1e-6).
@@ -34,8 +34,8 @@ class CasprGradientConfig(RootedGradientConfig):
 
     damping: float = 1e-6
     decay: float | None = 0.999
-    momentum: float = 0.9
-    nesterov: bool = True
+    beta1: float = 0.9
+    nesterov_average: bool = True
     grafting: str = "adam"
     preconditioner_interval: int | Schedule = 20
     warmup_steps: int = 5

@@ -30,7 +30,7 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
     each block has the length of NAdam's. Vectors, tensors with a merged axis over ``max_dim``, and all before ``start_step``
     take NAdam's step itself. Roots are refreshed every ``preconditioner_interval`` steps, one step later than in the release,
     and not at the first step without ``warmup_steps``: roots of few gradients lack rank and distort ``R``. The weights of
-    Nesterov averages sum to one here, and to ``(1 - b^(t+1)) / (1 - b^t)``, ``b = momentum``, in the release.
+    Nesterov averages sum to one here, and to ``(1 - b^(t+1)) / (1 - b^t)``, ``b = beta1``, in the release.
 
     Reference: Duvvuri, Dhillon & Hsieh 2024, submission ``caspr_adaptive`` to AlgoPerf v0.5, external tuning.
     """
@@ -40,8 +40,8 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
 
     damping: float = 1e-6
     decay: float | None = 0.999
-    momentum: float = 0.9
-    nesterov: bool = True
+    beta1: float = 0.9
+    nesterov_average: bool = True
     grafting: str = "adam"
     start_step: int = 101
     merge: Merge = "to_2d"

@@ -22,7 +22,7 @@ __all__ = ["GgtGradientConfig", "GgtGradientMaker"]
 class GgtGradientConfig(GradientConfig):
     """GGT: ``P m = (C^(1/2) + damping)^-1 m``, ``C = sum_j beta_2^age_j g_j g_j^T`` over the last ``window`` gradients.
 
-    ``momentum`` is beta_1 and ``decay`` beta_2 (None: 1). ``tail`` is the gain of the part of ``m`` that is orthogonal to the
+    ``beta1`` and ``decay`` are beta_1 and beta_2 (None: 1). ``tail`` is the gain of the part of ``m`` that is orthogonal to the
     window: see `gradmaker.solvers.Gram`.
 
     Reference: Agarwal et al., ICML 2019, arXiv:1806.02958, algorithm 1.
@@ -32,7 +32,7 @@ class GgtGradientConfig(GradientConfig):
 
     damping: float = 1e-4
     decay: float | None = None
-    momentum: float = 0.9
+    beta1: float = 0.9
     window: int = 200
     tail: Tail = "eps"
 

@@ -22,7 +22,7 @@ __all__ = ["KbfgsGradientConfig", "KbfgsGradientMaker", "KbfgsLGradientConfig", 
 class KbfgsGradientConfig(GradientConfig):
     """K-BFGS: ``P G = H_g G H_a`` for each layer, both by BFGS: ``H_a`` on the input moment, ``H_g`` on the layer's secants.
 
-    ``decay`` is for the second moment of the inputs, ``momentum`` for gradients, ``secant_decay`` for secants;
+    ``decay`` is for the second moment of the inputs, ``beta1`` for gradients, ``secant_decay`` for secants;
     ``output_damping`` is the second part of the double damping. Other layers than linear maps and convolutions get
     ``fallback``.
 
@@ -33,7 +33,7 @@ class KbfgsGradientConfig(GradientConfig):
 
     damping: float = 0.3
     decay: float | None = 0.9
-    momentum: float = 0.9
+    beta1: float = 0.9
     secant_decay: float = 0.9
     """Weight of the OLD secants at a measurement: with ``curvature_interval=k`` their average spans ``k`` times the steps."""
     output_damping: Literal["powell", "shift"] = "powell"

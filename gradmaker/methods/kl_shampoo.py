@@ -33,7 +33,7 @@ class KlShampooGradientConfig(AxesGradientConfig):
 
     damping: float = 1e-8
     decay: float | None = 0.98
-    momentum: float = 0.9
+    beta1: float = 0.9
     merge: Merge = "to_2d"
     preconditioner_interval: int | Schedule = 10
     stagger: bool = False

@@ -41,8 +41,8 @@ class MuonGradientConfig(AxesGradientConfig):
 
     damping: float = 1e-8
     decay: float | None = 0.999
-    momentum: float = 0.95
-    nesterov: bool = True
+    beta1: float = 0.95
+    nesterov_average: bool = True
     merge: Merge = "to_2d"
     iteration: Literal["quintic", "polar_express", "svd"] = "quintic"
     steps: int = 5

@@ -106,8 +106,8 @@ class PsgdWhitenGradientConfig(AxesGradientConfig):
 
     Options as of `PsgdKfGradientConfig`. ``grafting='amplitude'`` bounds the entries that are still outliers; a whitened
     gradient has entries of about one, so that learning rates are those of Adam. ``P`` whitens the gradient and is applied to
-    ``momentum``. Differences to psgd_torch: the average of gradients has Adam's bias correction, each tensor has its own
-    initial ``P``, factors are balanced at every step, and a gradient of zeros does not update ``P``.
+    its average. Differences to psgd_torch: the average of gradients has Adam's bias correction, each tensor has its own initial
+    ``P``, factors are balanced at every step, and a gradient of zeros does not update ``P``.
 
     Reference: Li, 2024, arXiv:2402.11858; Pooladzandi, Li, 2024, arXiv:2402.04553; defaults of psgd_torch (2025).
     """

@@ -35,7 +35,7 @@ class SoapGradientConfig(AxesGradientConfig):
 
     damping: float = 1e-8
     decay: float | None = 0.95
-    momentum: float = 0.95
+    beta1: float = 0.95
     max_dim: int = 10000
     preconditioner_interval: int | Schedule = 10
     stagger: bool = False
@@ -77,7 +77,7 @@ class EshampooGradientConfig(AxesGradientConfig):
 
     damping: float = 1e-8
     decay: float | None = 0.95
-    momentum: float = 0.9
+    beta1: float = 0.9
     stagger: bool = False
     tracking: Literal["qr", "eigh"] = "qr"
     tolerance: float = 0.01

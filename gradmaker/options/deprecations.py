@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 RENAMED_OPTIONS = {
+    "momentum": "beta1",
+    "nesterov": "nesterov_average",
     "norm": "grafting",
     "norm_decay": "grafting_decay",
     "spread": "stagger",

@@ -139,7 +139,7 @@ SEQUENCE_METHODS: dict[str, dict[str, Any]] = {
 METHODS_OF_ALL: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in ("kbfgs", "kbfgs_l", "lbfgs", "newton", "psgd", "psgd_kf", "psgd_whiten")},
     **{name: {"method": name} for name in ("adahessian", "esgd", "saddle_free_diagonal")},
-    "kbfgs_both": {"method": "kbfgs_l", "limited": "both", "pairs": 3, "momentum": 0.0},
+    "kbfgs_both": {"method": "kbfgs_l", "limited": "both", "pairs": 3, "beta1": 0.0},
     "esgd_two": {"method": "esgd", "samples": 2},
 }
 TABLE = [
@@ -231,7 +231,7 @@ def test_the_inputs_pair_of_k_bfgs_is_of_what_was_counted() -> None:
     case, seen = sequences(False), {}
     model = nn.Linear(3, CLASSES).double()
     case = case._replace(model=model)
-    maker: Any = METHODS["kbfgs"](model, METHODS["kbfgs"].Config(damping=0.3, momentum=0.0))
+    maker: Any = METHODS["kbfgs"](model, METHODS["kbfgs"].Config(damping=0.3, beta1=0.0))
     in_parts(maker, case, (1, 7), "sum")
     (block,) = maker.plan.blocks
     A, total, _ = factors_by_hand(case.x, model(case.x).detach(), case.t, "expand", 1)

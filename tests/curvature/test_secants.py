@@ -263,7 +263,7 @@ def test_secant_equation_without_damping() -> None:
 
 def secants_of(case: Case, method: str = "kbfgs", rate: float = 0.1) -> tuple[Any, dict[str, Any]]:
     """The layer secants of one step."""
-    maker: Any = METHODS[method](case.model, METHODS[method].Config(momentum=0.0))
+    maker: Any = METHODS[method](case.model, METHODS[method].Config(beta1=0.0))
     step(maker, case)
     with torch.no_grad():
         for p in case.model.parameters():

@@ -64,7 +64,7 @@ def test_decoupled_descent_on_adam_is_adamw(double: None) -> None:
     torch.manual_seed(1)
     ours, theirs = Words(), Words()
     ours.load_state_dict(theirs.state_dict())
-    maker = AdamGradientMaker(ours, AdamGradientConfig(momentum=0.85, decay=0.96))
+    maker = AdamGradientMaker(ours, AdamGradientConfig(beta1=0.85, decay=0.96))
     optimizer = DecoupledSGD(ours.parameters(), POINT["lr"], POINT["weight_decay"])
     plain, adamw = METHODS["adamw"](theirs, POINT, Setting())
     for x, t in gradients(ours, 6):

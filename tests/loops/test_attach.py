@@ -25,7 +25,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "kfac_emp": lambda: gm.KfacGradientConfig(fisher=FisherEmp(), damping=0.1, **SPARSE),
     "kfac_tokens": lambda: gm.KfacGradientConfig(fisher=FisherEmp(examples="token"), damping=0.1, **SPARSE),
     "kfac_mc": lambda: gm.KfacGradientConfig(fisher=FisherMC(samples=2), **SPARSE),
-    "unit_ng": lambda: gm.UnitNaturalGradientConfig(fisher=FisherExact(), momentum=0.9, **SPARSE),
+    "unit_ng": lambda: gm.UnitNaturalGradientConfig(fisher=FisherExact(), beta1=0.9, **SPARSE),
     "full_ng": lambda: gm.FullNaturalGradientConfig(fisher=FisherExact(), decay=None),
 }
 STEPS = 7

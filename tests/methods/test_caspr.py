@@ -42,8 +42,13 @@ class Caspr:
 ROWS: dict[str, tuple[Any, Any, dict[str, Any], float]] = {
     "default": (models.mlp, lambda: Caspr(1e-6, 0.999, 2), {}, 5e-3),
     "sum": (models.mlp, lambda: Caspr(1e-6, None, 2), {"decay": None, "grafting": "none"}, 0.05),
-    "mean": (models.mlp, lambda: Caspr(1e-6, 0.9, 1), {"decay": 0.9, "p": 1, "grafting": "none", "nesterov": False}, 0.02),
-    "fourth": (models.mlp, lambda: Caspr(1e-4, 0.9, 4), {"decay": 0.9, "p": 4, "damping": 1e-4, "momentum": 0.0}, 5e-3),
+    "mean": (
+        models.mlp,
+        lambda: Caspr(1e-6, 0.9, 1),
+        {"decay": 0.9, "p": 1, "grafting": "none", "nesterov_average": False},
+        0.02,
+    ),
+    "fourth": (models.mlp, lambda: Caspr(1e-4, 0.9, 4), {"decay": 0.9, "p": 4, "damping": 1e-4, "beta1": 0.0}, 5e-3),
     "merged": (convolution, lambda: Caspr(1e-4, 0.9, 2), {"decay": 0.9, "damping": 1e-4}, 5e-3),
     "order_4": (convolution, lambda: Caspr(1e-4, 0.9, 2), {"merge": "none", "decay": 0.9, "damping": 1e-4}, 5e-3),
     "blocks": (models.mlp, lambda: Caspr(1e-6, 0.9, 2), {"block_size": 3, "decay": 0.9, "start_step": 4}, 5e-3),
@@ -56,7 +61,7 @@ def test_thirty_steps(row: str, root: str, tolerance: float) -> None:
     make, rule, options, lr = ROWS[row]
     case = make()
     maker = from_config(case.model, {"method": "caspr", "root": root, **SCHEDULE, **options})
-    used = {"merge": "to_2d", "grafting": "adam", "momentum": 0.9, "nesterov": True, **options}
+    used = {"merge": "to_2d", "grafting": "adam", "beta1": 0.9, "nesterov_average": True, **options}
     names = {"block_size": "block", "start_step": "start"}
     own = {names.get(k, k): v for k, v in used.items() if k not in ("decay", "p", "damping")}
     compare(case, maker, Reference(rule, **own), lr, tolerance)
@@ -159,14 +164,14 @@ def test_mean_of_the_sides() -> None:
     steps = [[g] for g in gradients(3, 4)]
     options = {"grafting": "none", "decay": None, "preconditioner_interval": 1}
     left, right = (run({"method": "one_sided", "side": side, **options}, steps)[0] for side in ("left", "right"))
-    caspr = run({"method": "caspr", "p": 1, "momentum": 0.0, **options}, steps)[0]
+    caspr = run({"method": "caspr", "p": 1, "beta1": 0.0, **options}, steps)[0]
     assert oracles.relative_error(caspr, (left + right) / 2) < 1e-12
 
 
 def test_large_p_is_nearly_shampoo_and_inf_is() -> None:
     steps = gradients(3, 4)
     assert oracles.relative_error(X(64, steps), X(0, steps)) < 0.02
-    options = {"grafting": "none", "decay": 0.95, "preconditioner_interval": 1, "momentum": 0.0, "damping": 1e-6}
+    options = {"grafting": "none", "decay": 0.95, "preconditioner_interval": 1, "beta1": 0.0, "damping": 1e-6}
     lists = [[g] for g in steps]
     assert torch.equal(
         run({"method": "caspr", "p": "inf", **options}, lists)[0], run({"method": "shampoo", **options}, lists)[0]

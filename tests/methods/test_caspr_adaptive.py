@@ -219,7 +219,7 @@ def test_zero_gradients_stay_zero(grafting: str, decay: float | None) -> None:
 
 
 def test_rotations_commute_with_the_step() -> None:
-    config = {**AT_ONCE, "grafting": "none", "momentum": 0.0, "preconditioner_interval": 2}
+    config = {**AT_ONCE, "grafting": "none", "beta1": 0.0, "preconditioner_interval": 2}
     steps = gradients(4, 5)
     U, V = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (4, 5))
     plain, turned = run(config, [[g] for g in steps])[0], run(config, [[U @ g @ V.T] for g in steps])[0]
@@ -256,7 +256,7 @@ def test_a_stale_preconditioner_stays_as_it_was() -> None:
     config = {
         **AT_ONCE,
         "grafting": "none",
-        "momentum": 0.0,
+        "beta1": 0.0,
         "preconditioner_interval": 4,
         "stagger": False,
     }

@@ -147,7 +147,7 @@ def test_ggt_is_a_window_with_the_damping_after_the_root() -> None:
     steps = [[randn(3, 4, seed=k)] for k in range(9)]
     config = {"placement": "after", "mode": "absolute", "damping": 1e-3, "window": 5}
     model = Tensors((3, 4))
-    ggt = from_config(model, {"method": "ggt", "damping": 1e-3, "window": 5, "momentum": 0.0})
+    ggt = from_config(model, {"method": "ggt", "damping": 1e-3, "window": 5, "beta1": 0.0})
     for found, gradients in zip(results(config, steps), steps, strict=True):
         (expected,) = model.run(ggt, gradients)
         assert oracles.relative_error(found[0], expected) < 1e-12

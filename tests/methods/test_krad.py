@@ -202,7 +202,7 @@ def test_kradagrad_as_released(make: Any, T: int, eps: float, decay: float | Non
 def test_kl_shampoo(make: Any, merge: str, T: int) -> None:
     case = make()
     maker = from_config(case.model, {"method": "kl_shampoo", "preconditioner_interval": T, "merge": merge})
-    compare(case, maker, Reference(lambda: Kl(0.98, T), merge=merge, momentum=0.9), 0.02, 1e-7)
+    compare(case, maker, Reference(lambda: Kl(0.98, T), merge=merge, beta1=0.9), 0.02, 1e-7)
 
 
 # --- the update -----------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_without_a_graft_the_length_is_the_methods_own(method: str) -> None:
 def test_before_the_start_the_gradient_is_plain(method: str) -> None:
     """Statistics are gathered from it, and are those of a run that starts at once."""
     late, once = Matrices((4, 3)), Matrices((4, 3))
-    options = {"method": method, "grafting": "none", "momentum": 0.0, **({"nesterov": False} if method == "caspr" else {})}
+    options = {"method": method, "grafting": "none", "beta1": 0.0, **({"nesterov_average": False} if method == "caspr" else {})}
     makers: list[Any] = [from_config(late, {**options, "start_step": 5}), from_config(once, options)]
     for t, g in enumerate(gradients(4, 3, steps=8)):
         for model, maker in zip((late, once), makers, strict=True):
@@ -109,7 +109,7 @@ def test_the_first_step_is_a_step(method: str) -> None:
     for name, extra in {"": {}, "skip": {"skip_first": True}}.items():
         if method == "eshampoo" and extra:
             continue
-        maker: Any = from_config(model, {"method": method, "momentum": 0.0, **extra})
+        maker: Any = from_config(model, {"method": method, "beta1": 0.0, **extra})
         model.w[0].grad = g.clone()
         maker.precondition()
         found[name] = model.w[0].grad.clone()

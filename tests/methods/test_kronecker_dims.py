@@ -124,12 +124,12 @@ ROWS: dict[str, tuple[str, Callable[[], Case], Callable[[], Rule], dict[str, Any
     ),
     "rmsprop": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "rmsprop"}, 1e-3),
     "rmsprop_normalised": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "rmsprop_normalised"}, 1e-3),
-    "sqrtn_momentum": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "sqrtn", "momentum": 0.8}, 1e-2),
+    "sqrtn_momentum": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "sqrtn", "beta1": 0.8}, 1e-2),
     "nesterov_start": (
         "shampoo",
         models.mlp,
         lambda: Shampoo(1e-6, 0.95),
-        {"grafting": "adam", "momentum": 0.9, "nesterov": True, "start_step": 7},
+        {"grafting": "adam", "beta1": 0.9, "nesterov_average": True, "start_step": 7},
         2e-2,
     ),
     "plain_start": ("shampoo", models.mlp, lambda: Shampoo(1e-6, 0.95), {"grafting": "keep", "start_step": 5}, 0.1),
@@ -147,7 +147,7 @@ def reference_options(options: dict[str, Any], default_merge: str, rows: str) ->
     names = {"block_size": "block", "start_step": "start", "side": "rows"}
     used = {"merge": default_merge, "rows": rows, **options}
     kept = {names.get(k, k): v for k, v in used.items()}
-    return {k: v for k, v in kept.items() if k in ("merge", "block", "rows", "grafting", "momentum", "nesterov", "start")}
+    return {k: v for k, v in kept.items() if k in ("merge", "block", "rows", "grafting", "beta1", "nesterov_average", "start")}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -259,12 +259,12 @@ def test_transposing_the_parameter_transposes_the_step(method: str) -> None:
 )
 def test_rotations_commute_with_the_step(method: str) -> None:
     """U G V^T -> U step V^T; SOAP and EShampoo too, and Adam does not."""
-    config = {"method": method, "grafting": "none", "momentum": 0.0}
+    config = {"method": method, "grafting": "none", "beta1": 0.0}
     steps = gradients(4, 5)
     U, V = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for d in (4, 5))
     plain, turned = run(config, [[g] for g in steps])[0], run(config, [[U @ g @ V.T] for g in steps])[0]
     assert oracles.relative_error(turned, U @ plain @ V.T) < 1e-6
-    adam = {"method": "adam", "momentum": 0.0}
+    adam = {"method": "adam", "beta1": 0.0}
     plain, turned = run(adam, [[g] for g in steps])[0], run(adam, [[U @ g @ V.T] for g in steps])[0]
     assert oracles.relative_error(turned, U @ plain @ V.T) > 0.1
 
@@ -275,7 +275,7 @@ def test_zero_history_is_the_polar_factor() -> None:
     for method, extra in {
         "shampoo": {},
         "one_sided": {},
-        "caspr": {"momentum": 0.0},
+        "caspr": {"beta1": 0.0},
         "full_adagrad": {"block_size": None},
     }.items():
         found = run({"method": method, "grafting": "none", "damping": 1e-12, **extra}, [G])[0]
@@ -311,7 +311,7 @@ def test_shampoos_lemma() -> None:
 def test_preconditioner_stays_positive(method: str) -> None:
     """Symmetric and positive definite after 200 updates."""
     model = Matrices((3, 4))
-    maker: Any = from_config(model, {"method": method, "preconditioner_interval": 5, "momentum": 0.0})
+    maker: Any = from_config(model, {"method": method, "preconditioner_interval": 5, "beta1": 0.0})
     for g in gradients(3, 4, steps=200):
         model.w[0].grad = g.clone()
         maker.precondition()
@@ -345,7 +345,7 @@ def test_a_one_by_one_factor_is_a_scalar_root(method: str) -> None:
     """They return the identity for it."""
     steps = [[g] for g in gradients(1, 1)]
     found = run(
-        {"method": method, "decay": None, "grafting": "none", "momentum": 0.0, "preconditioner_interval": 1, "damping": 1e-12},
+        {"method": method, "decay": None, "grafting": "none", "beta1": 0.0, "preconditioner_interval": 1, "damping": 1e-12},
         steps,
     )[0]
     total = torch.stack([g for (g,) in steps]).square().sum()

@@ -400,7 +400,7 @@ def test_mfac_warmup_by_mean() -> None:
 @pytest.mark.parametrize("decay", [None, 0.8])
 def test_ggt_is_the_dense_root(tail: str, decay: float | None) -> None:
     """Rows and Gram matrix decay alike, also of gradients that come after the window is full."""
-    raw, found = history("ggt", models.mlp, 8, window=5, damping=1e-2, decay=decay, momentum=0.0, tail=tail)
+    raw, found = history("ggt", models.mlp, 8, window=5, damping=1e-2, decay=decay, beta1=0.0, tail=tail)
     for t in range(8):
         kept = raw[max(0, t - 4) : t + 1]
         weights = [(1.0 if decay is None else decay) ** (len(kept) - 1 - j) for j in range(len(kept))]

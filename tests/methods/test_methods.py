@@ -143,7 +143,7 @@ def test_covered_gradients_differ_and_others_are_raw(method: str, name: str) -> 
 def test_direction_descends(method: str, name: str) -> None:
     """g.P g > 0 at every step, of a preconditioner as old as its schedule lets it become; momentum would mix in other g."""
     case = suited(method, MODELS[name])
-    maker = maker_of(method, case.model, momentum=0.0)
+    maker = maker_of(method, case.model, beta1=0.0)
     for x, t in batches(case, 4):
         raw = raw_gradients(case, x, t)
         passes(maker, case, x, t)
@@ -185,9 +185,7 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("at", [1, 3, 12])
 def test_state_round_trip_is_bitwise(method: str, at: int) -> None:
     case, twin = (suited(method, towers, tower) for _ in range(2))
-    options = legal_options(
-        method, warmup_steps=2, curvature_interval=2, preconditioner_interval=3, momentum=0.5, grafting="adam"
-    )
+    options = legal_options(method, warmup_steps=2, curvature_interval=2, preconditioner_interval=3, beta1=0.5, grafting="adam")
     maker = maker_of(method, case.model, **options)
     train(maker, case, at, 1e-3)
     state, weights = reloaded(maker.state_dict()), copy.deepcopy(case.model.state_dict())
@@ -244,7 +242,7 @@ def test_preconditioner_is_linear_symmetric_positive(method: str, name: str) -> 
     """Frozen after four measured steps, without the parts that are not linear: lengths and momentum."""
     case = suited(method, MODELS[name])
     frozen = {"curvature_interval": 1000, "preconditioner_interval": 1000, "warmup_steps": 4, "start_step": 0, "stagger": False}
-    maker = maker_of(method, case.model, grafting="none", momentum=0.0, **legal_options(method, **frozen))
+    maker = maker_of(method, case.model, grafting="none", beta1=0.0, **legal_options(method, **frozen))
     if any(isinstance(s, Defined) and not s.linear for s in (b.triple.solver for b in maker.plan.blocks)):
         pytest.skip("P is that of the gradient that it is applied to")
     train(maker, case, 4, 1e-3)  # a secant needs weights that move
@@ -319,7 +317,7 @@ def test_tensors_of_any_order(method: str, shape: tuple[int, ...], grafting: str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         case = Case(Bare(), torch.randn(4, *shape, dtype=torch.float64), torch.zeros(4), lambda y, t: y)
-    maker = maker_of(method, case.model, grafting=grafting, momentum=0.0)
+    maker = maker_of(method, case.model, grafting=grafting, beta1=0.0)
     first = case.run().item()
     for x in (case.x, case.x.flip(0) * 1.5, case.x):
         raw = raw_gradients(case, x, case.t)["w"]

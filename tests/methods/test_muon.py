@@ -23,7 +23,7 @@ def test_torch_agrees(shape: tuple[int, int], adjust: str, scale: str, nesterov:
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     model = nn.Module()
     model.w = ours
-    maker = from_config(model, {"method": "muon", "half": True, "scale": scale, "nesterov": nesterov})
+    maker = from_config(model, {"method": "muon", "half": True, "scale": scale, "nesterov_average": nesterov})
     muon = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=nesterov, adjust_lr_fn=adjust)
     sgd = torch.optim.SGD([ours], lr=0.02)
     for g in gradients(*shape, steps=30):
@@ -48,7 +48,7 @@ def test_torch_agrees_in_float64(
     model = nn.Module()
     model.w = ours = nn.Parameter(start.clone())
     theirs = nn.Parameter(start.clone())
-    maker = from_config(model, {"method": "muon", "scale": scale, "nesterov": nesterov})
+    maker = from_config(model, {"method": "muon", "scale": scale, "nesterov_average": nesterov})
     muon = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=nesterov, adjust_lr_fn=adjust)
     sgd = torch.optim.SGD([ours], lr=0.02)
     for g in gradients(*shape, steps=30):
@@ -101,13 +101,13 @@ def test_polar_express_is_the_polar_factor() -> None:
     U, _, Vh = torch.linalg.svd(gradients(4, 7, steps=1)[0], full_matrices=False)
     G = (U * torch.logspace(0, -2.5, 4, dtype=torch.float64)) @ Vh
     assert oracles.relative_error(polar_factor(G[None], polar_express(1e-3, 8))[0], U @ Vh) < 1e-3
-    exact = run({"method": "muon", "iteration": "svd", "scale": "none", "momentum": 0.0}, [[G]])[0]
+    exact = run({"method": "muon", "iteration": "svd", "scale": "none", "beta1": 0.0}, [[G]])[0]
     assert oracles.relative_error(exact, U @ Vh) < 1e-12
 
 
 def test_nuclear_scale_is_spectral_descent() -> None:
     G = gradients(4, 6, steps=1)[0]
-    found = run({"method": "muon", "iteration": "svd", "scale": "nuclear", "momentum": 0.0}, [[G]])[0]
+    found = run({"method": "muon", "iteration": "svd", "scale": "nuclear", "beta1": 0.0}, [[G]])[0]
     U, s, Vh = torch.linalg.svd(G, full_matrices=False)
     assert oracles.relative_error(found, s.sum() * U @ Vh) < 1e-12
 

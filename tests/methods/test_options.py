@@ -180,11 +180,13 @@ def test_what_a_fallback_shares_is_not_refused() -> None:
 
 
 def test_a_nesterov_average_needs_an_average() -> None:
-    with pytest.raises(ValueError, match="nesterov=True would have no effect: there is no average of gradients; set momentum"):
-        KfacGradientConfig(nesterov=True)
-    assert KfacGradientConfig(nesterov=True, momentum=0.5).nesterov
-    assert CasprGradientConfig(momentum=0.0).nesterov  # its default, which then says nothing
-    assert not CasprGradientConfig(momentum=0.0, nesterov=False).nesterov
+    with pytest.raises(
+        ValueError, match="nesterov_average=True would have no effect: there is no average of gradients; set beta1"
+    ):
+        KfacGradientConfig(nesterov_average=True)
+    assert KfacGradientConfig(nesterov_average=True, beta1=0.5).nesterov_average
+    assert CasprGradientConfig(beta1=0.0).nesterov_average  # its default, which then says nothing
+    assert not CasprGradientConfig(beta1=0.0, nesterov_average=False).nesterov_average
 
 
 # --- single options -------------------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def directions(method: str, config: Any, first: int) -> Tensor:
 
 @pytest.mark.parametrize("method", FORGETTING)
 def test_a_decay_of_zero_keeps_the_newest_batch_alone(method: str) -> None:
-    options = legal_options(method, **EVERY, momentum=0.0, grafting="none") | without_draws(method)
+    options = legal_options(method, **EVERY, beta1=0.0, grafting="none") | without_draws(method)
     config: Any = METHODS[method].Config(**options, decay=0.0)
     found = directions(method, config, 2)
     assert oracles.relative_error(directions(method, config, 0), found) < 1e-11

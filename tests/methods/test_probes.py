@@ -91,7 +91,7 @@ def test_signs_are_exact_for_a_diagonal_hessian() -> None:
     h = torch.tensor([2.0, -3.0, 0.5, -0.1], dtype=torch.float64)
     for method, damping in (("adahessian", 1e-4), ("saddle_free_diagonal", 1e-3)):
         case = quadratic(torch.diag(h))
-        maker = METHODS[method](case.model, METHODS[method].Config(damping=damping, momentum=0.0))
+        maker = METHODS[method](case.model, METHODS[method].Config(damping=damping, beta1=0.0))
         for _ in range(3):
             step(maker, case)
             w = case.model.get_parameter("w")
@@ -171,7 +171,7 @@ def test_adahessian_by_hand(make: Callable[[], Case]) -> None:
 def test_adahessian_at_its_limits() -> None:
     """A Hessian power of almost zero leaves ``m / (1 + eps)``; no gradient, no step."""
     case = models.mlp()
-    maker = METHODS["adahessian"](case.model, METHODS["adahessian"].Config(power=1e-13, momentum=0.0))
+    maker = METHODS["adahessian"](case.model, METHODS["adahessian"].Config(power=1e-13, beta1=0.0))
     step(maker, case)
     raw = torch.cat([g.reshape(-1) for g in torch.autograd.grad(case.run(), list(case.model.parameters()))])
     assert oracles.relative_error(oracles.gradient_vector(case.model), raw / (1 + 1e-4)) < 1e-10
@@ -185,7 +185,7 @@ def test_adahessian_at_its_limits() -> None:
 def test_adahessian_is_equilibration_with_a_decay() -> None:
     """Without momentum and kernels, on the same signs."""
     one, two = models.convolution(2), models.convolution(2)
-    first = METHODS["adahessian"](one.model, METHODS["adahessian"].Config(momentum=0.0, spatial=False, decay=0.9))
+    first = METHODS["adahessian"](one.model, METHODS["adahessian"].Config(beta1=0.0, spatial=False, decay=0.9))
     second = METHODS["custom"](
         two.model,
         METHODS["custom"].Config(

@@ -93,7 +93,7 @@ def squeezed(g: Tensor) -> tuple[int, ...]:
 )
 def test_thirty_steps(geometry: str, make: Any) -> None:
     case = make()
-    maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(geometry=geometry, momentum=0.9, seed=3))
+    maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(geometry=geometry, beta1=0.9, seed=3))
     compare(case, maker, Whitening(geometry, 0.9, 1e-9, 3), 1e-2, 1e-8)
 
 
@@ -103,19 +103,19 @@ SWITCHED: dict[str, dict[str, Any]] = {
     "merged": {"merge": "to_2d"},
     "merged_blocks": {"merge": "to_2d", "block_size": 3},
     **{name: {"grafting": name} for name in ("none", "keep", "adagrad", "rmsprop", "adam")},
-    "all": {"merge": "to_2d", "block_size": 3, "grafting": "adam", "grafting_decay": 0.9, "momentum": 0.8},
+    "all": {"merge": "to_2d", "block_size": 3, "grafting": "adam", "grafting_decay": 0.9, "beta1": 0.8},
 }
 
 
 @pytest.mark.parametrize("row", SWITCHED)
 def test_thirty_switched_steps(row: str) -> None:
     """Cut, merged and grafted in every way; it has no running average of a statistic to be switched."""
-    given = {"momentum": 0.0, **SWITCHED[row]}
+    given = {"beta1": 0.0, **SWITCHED[row]}
     case = convolution() if "merge" in given else models.mlp()
     maker = PsgdWhitenGradientMaker(case.model, PsgdWhitenGradientConfig(seed=3, **given))
     names = {"merge": "merge", "block_size": "block", "grafting": "grafting", "grafting_decay": "grafting_decay"}
     options = {names[key]: value for key, value in given.items() if key in names}
-    compare(case, maker, Whitening("Q0.5EQ1.5", given["momentum"], 1e-9, 3, **options), 1e-2, 1e-8)
+    compare(case, maker, Whitening("Q0.5EQ1.5", given["beta1"], 1e-9, 3, **options), 1e-2, 1e-8)
 
 
 @every_geometry
@@ -249,11 +249,11 @@ def test_seeds_and_checkpoints() -> None:
     def run(seed: int, break_at: int | None = None) -> Tensor:
         case = models.mlp()
         torch.manual_seed(break_at or 0)  # the global generator plays no part
-        maker: Any = METHODS["psgd_whiten"](case.model, PsgdWhitenGradientConfig(seed=seed, momentum=0.5))
+        maker: Any = METHODS["psgd_whiten"](case.model, PsgdWhitenGradientConfig(seed=seed, beta1=0.5))
         for k in range(8):
             if k == break_at:
                 saved = maker.state_dict()
-                maker = METHODS["psgd_whiten"](case.model, PsgdWhitenGradientConfig(seed=seed, momentum=0.5))
+                maker = METHODS["psgd_whiten"](case.model, PsgdWhitenGradientConfig(seed=seed, beta1=0.5))
                 maker.load_state_dict(saved)
             step(maker, case._replace(x=case.x.roll(k, 0)))
         return oracles.gradient_vector(case.model)

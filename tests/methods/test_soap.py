@@ -113,7 +113,7 @@ def filters() -> Case:
 
 
 SOAP_ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "every_step": (square, lambda: Soap(1, 0.95, 1e-8, False), {"preconditioner_interval": 1, "momentum": 0.0}),
+    "every_step": (square, lambda: Soap(1, 0.95, 1e-8, False), {"preconditioner_interval": 1, "beta1": 0.0}),
     "interval": (square, lambda: Soap(3, 0.9, 1e-3, False), {"preconditioner_interval": 3, "decay": 0.9, "damping": 1e-3}),
     "momentum": (square, lambda: Soap(10, 0.95, 1e-8, False), {}),
     "order_4": (filters, lambda: Soap(3, 0.9, 1e-4, False), {"preconditioner_interval": 3, "decay": 0.9, "damping": 1e-4}),
@@ -125,7 +125,7 @@ SOAP_ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "skip_first": (
         square,
         lambda: Soap(3, 0.95, 1e-8, True, 0.9),
-        {"preconditioner_interval": 3, "skip_first": True, "momentum": 0.9},
+        {"preconditioner_interval": 3, "skip_first": True, "beta1": 0.9},
     ),
 }
 
@@ -136,7 +136,7 @@ def test_soap(row: str) -> None:
     case = make()
     maker = from_config(case.model, {"method": "soap", **options})
     names = {"block_size": "block"}
-    own = {names.get(k, k): v for k, v in {"momentum": 0.95, **options}.items() if k in ("merge", "block_size", "momentum")}
+    own = {names.get(k, k): v for k, v in {"beta1": 0.95, **options}.items() if k in ("merge", "block_size", "beta1")}
     compare(case, maker, Reference(rule, **own), 5e-3, 1e-6)
 
 
@@ -147,7 +147,7 @@ def test_eshampoo(T: int, e: float, options: dict[str, Any]) -> None:
     case = square(bias=False)
     eps = options.get("damping", 1e-6)
     maker = from_config(case.model, {"method": "eshampoo", "tracking": "eigh", "tolerance": 0.0, "damping": eps, **options})
-    compare(case, maker, Reference(lambda: Eshampoo(T, 0.95, eps, e), momentum=0.9), 5e-3, 1e-6)
+    compare(case, maker, Reference(lambda: Eshampoo(T, 0.95, eps, e), beta1=0.9), 5e-3, 1e-6)
 
 
 def test_identity_basis_is_adam() -> None:
@@ -163,9 +163,7 @@ def test_identity_basis_is_adam() -> None:
 
 def test_a_fixed_basis_is_adam_on_the_rotated_problem() -> None:
     steps = gradients(3, 4, steps=8)
-    found = run({"method": "soap", "preconditioner_interval": 1000, "skip_first": True, "momentum": 0.0}, [[g] for g in steps])[
-        0
-    ]
+    found = run({"method": "soap", "preconditioner_interval": 1000, "skip_first": True, "beta1": 0.0}, [[g] for g in steps])[0]
     Q, P = torch.linalg.eigh(steps[0] @ steps[0].T)[1], torch.linalg.eigh(steps[0].T @ steps[0])[1]
     rotated = [Q.T @ g @ P for g in steps[1:]]
     weights = [0.05 * 0.95**age for age in reversed(range(7))]

@@ -69,10 +69,10 @@ ELEMENTWISE: dict[str, tuple[str, Any, Callable[..., torch.optim.Optimizer]]] = 
     "adam": ("adam", AdamGradientConfig(), partial(torch.optim.Adam, lr=1e-2)),
     "adam_other": (
         "adam",
-        AdamGradientConfig(momentum=0.7, decay=0.9, damping=1e-3),
+        AdamGradientConfig(beta1=0.7, decay=0.9, damping=1e-3),
         partial(torch.optim.Adam, lr=1e-2, betas=(0.7, 0.9), eps=1e-3),
     ),
-    "adam_without_momentum": ("adam", AdamGradientConfig(momentum=0.0), partial(torch.optim.Adam, lr=1e-2, betas=(0.0, 0.999))),
+    "adam_without_momentum": ("adam", AdamGradientConfig(beta1=0.0), partial(torch.optim.Adam, lr=1e-2, betas=(0.0, 0.999))),
     "adagrad": ("adagrad", AdagradGradientConfig(), partial(torch.optim.Adagrad, lr=1e-2)),
     "adagrad_other": ("adagrad", AdagradGradientConfig(damping=1e-2), partial(torch.optim.Adagrad, lr=1e-2, eps=1e-2)),
 }

@@ -153,7 +153,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "rmsprop": {"grafting": "rmsprop", "grafting_decay": 0.9},
     "adam": {"grafting": "adam"},
     "adam_decay": {"grafting": "adam", "grafting_decay": 0.8},
-    "nesterov": {"grafting": "adam", "momentum": 0.8, "nesterov": True, "start_step": 6},
+    "nesterov": {"grafting": "adam", "beta1": 0.8, "nesterov_average": True, "start_step": 6},
 }
 ALL = {
     "merge": "to_2d",
@@ -161,8 +161,8 @@ ALL = {
     "decay": 0.9,
     "grafting": "adam",
     "grafting_decay": 0.9,
-    "momentum": 0.8,
-    "nesterov": True,
+    "beta1": 0.8,
+    "nesterov_average": True,
 }
 
 OFTEN: dict[str, Any] = {"preconditioner_interval": 1, "warmup_steps": 0, "stagger": False}
@@ -170,9 +170,9 @@ ROOTED = OFTEN | {"damping": 1e-4, "grafting": "none"}
 METHODS_ON_AXES: dict[str, tuple[Callable[[Any], Rule], dict[str, Any]]] = {
     "shampoo": (Product, ROOTED),
     "one_sided": (lambda c: Product(c, one=True), ROOTED),
-    "caspr": (PowerMean, ROOTED | {"momentum": 0.0, "nesterov": False}),
-    "caspr_p3": (PowerMean, ROOTED | {"momentum": 0.0, "nesterov": False, "p": 3}),
-    "caspr_axes": (PowerMean, ROOTED | {"momentum": 0.0, "nesterov": False, "p": None}),
+    "caspr": (PowerMean, ROOTED | {"beta1": 0.0, "nesterov_average": False}),
+    "caspr_p3": (PowerMean, ROOTED | {"beta1": 0.0, "nesterov_average": False, "p": 3}),
+    "caspr_axes": (PowerMean, ROOTED | {"beta1": 0.0, "nesterov_average": False, "p": None}),
     "full_adagrad": (Whole, {"damping": 1e-4}),
     "full_adagrad_window": (Whole, {"damping": 1e-4, "window": 6}),
     "caspr_adaptive": (
@@ -185,13 +185,13 @@ METHODS_ON_AXES: dict[str, tuple[Callable[[Any], Rule], dict[str, Any]]] = {
         OFTEN | {"damping": 1e-3, "denominator": "tr", "grafting": "none"},
     ),
     "kradagrad": (lambda c: Alternating(c.damping, c.preconditioner_interval, c.start, c.decay), {}),
-    "soap": (lambda c: Soap(3, c.decay, c.damping, False), {"preconditioner_interval": 3, "damping": 1e-4, "momentum": 0.0}),
+    "soap": (lambda c: Soap(3, c.decay, c.damping, False), {"preconditioner_interval": 3, "damping": 1e-4, "beta1": 0.0}),
     "eshampoo": (
         lambda c: Eshampoo(1, c.decay, c.damping, 0.5),
-        {"preconditioner_interval": 1, "tracking": "eigh", "tolerance": 0.0, "damping": 1e-3, "momentum": 0.0},
+        {"preconditioner_interval": 1, "tracking": "eigh", "tolerance": 0.0, "damping": 1e-3, "beta1": 0.0},
     ),
-    "kl_shampoo": (lambda c: Kl(c.decay, c.preconditioner_interval), {"preconditioner_interval": 4, "momentum": 0.0}),
-    "muon": (Polar, {"momentum": 0.9, "nesterov": False}),
+    "kl_shampoo": (lambda c: Kl(c.decay, c.preconditioner_interval), {"preconditioner_interval": 4, "beta1": 0.0}),
+    "muon": (Polar, {"beta1": 0.9, "nesterov_average": False}),
 }
 """What makes a reference from a config, and where the options start that a row switches."""
 FULL_RANK = ("soap", "eshampoo")  # the basis of a null space is anybody's
@@ -253,9 +253,9 @@ def test_thirty_steps(method: str, name: str, row: dict[str, Any]) -> None:
         "block": "block_size",
         "grafting": "grafting",
         "grafting_decay": "grafting_decay",
-        "momentum": "momentum",
+        "beta1": "beta1",
     }
-    names |= {"nesterov": "nesterov", "start": "start_step", "rows": "side"}
+    names |= {"nesterov_average": "nesterov_average", "start": "start_step", "rows": "side"}
     options = {key: getattr(config, field) for key, field in names.items() if field in options_of(method)}
     maker = METHODS[base_of(method)](case.model, config)
     compare(case, maker, Reference(lambda: make(config), **options), 0.3 if config.grafting == "keep" else 0.02, 1e-6)

@@ -23,8 +23,8 @@ from gradmaker.options.deprecations import MOVED_MODULES, RENAMED_OPTIONS
 from gradmaker.schedule import Stepped
 
 ROOT = Path(__file__).resolve().parents[2]
-EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False}
-BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}}
+EARLIER: dict[str, Any] = {"norm": "keep", "norm_decay": 0.5, "spread": False, "momentum": 0.5, "nesterov": True}
+BESIDE: dict[str, dict[str, Any]] = {"norm_decay": {"grafting": "adam"}, "nesterov": {"beta1": 0.5}}
 
 
 @pytest.fixture

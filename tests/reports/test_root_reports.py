@@ -110,7 +110,7 @@ def test_square_roots_save_a_float32_statistic(method: str) -> None:
     off = {}
     for root, damping in (("eigh", 1e-6), ("newton", 1e-6), ("svd", 1e-12)):
         layer = nn.Linear(12, 12, bias=False)
-        options = {"root": root, "damping": damping, "grafting": "none", "decay": 0.0, "momentum": 0.0, "nesterov": False}
+        options = {"root": root, "damping": damping, "grafting": "none", "decay": 0.0, "beta1": 0.0, "nesterov_average": False}
         maker = from_config(layer, {"method": method, **options})
         step_by(maker, layer, G.float())
         off[root] = float((layer.weight.grad.double() - U @ V.T).norm() / 12**0.5)  # type: ignore[union-attr]

@@ -43,9 +43,9 @@ def expected(steps: list[Tensor], averaging: str, mode: str, method: str) -> Ten
 @pytest.mark.parametrize("averaging", ["corrected", "plain", "raw"])
 def test_thirty_steps_by_hand(averaging: str, mode: str, method: str) -> None:
     steps = gradients(4, 3, steps=30)
-    options: dict[str, Any] = {"method": method, "decay": DECAY, "damping": DAMPING, "grafting": "none", "momentum": 0.0}
+    options: dict[str, Any] = {"method": method, "decay": DECAY, "damping": DAMPING, "grafting": "none", "beta1": 0.0}
     options |= {"averaging": averaging, "mode": mode, "preconditioner_interval": 1}
-    options |= {"nesterov": False} if method == "caspr" else {}
+    options |= {"nesterov_average": False} if method == "caspr" else {}
     for count in (1, 7, 30):
         found = run(options, [[g] for g in steps[:count]])[0]
         assert oracles.relative_error(found, expected(steps[:count], averaging, mode, method)) < 1e-10

@@ -15,11 +15,11 @@ from tests.test_retries import PLACES, Planted, maker_of
 from tests.test_state import equal_states
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "kfac": ("kfac", {"momentum": 0.9, "curvature_interval": 2, "preconditioner_interval": 2, "warmup_steps": 0}),
+    "kfac": ("kfac", {"beta1": 0.9, "curvature_interval": 2, "preconditioner_interval": 2, "warmup_steps": 0}),
     "kfac beside adam": ("kfac", {"fallback": "adam", "ignore": ["0.bias"], "fisher": "FisherMC"}),
     "kfac clipped": ("kfac", {"clip": 1e-6, "clip_learning_rate": 0.1}),
     "ekfac": ("ekfac", {}),
-    "shampoo": ("shampoo", {"grafting": "adam", "momentum": 0.9}),
+    "shampoo": ("shampoo", {"grafting": "adam", "beta1": 0.9}),
     "soap": ("soap", {}),
     "adam": ("adam", {}),
     "smw_ng": ("smw_ng", {}),
@@ -118,7 +118,7 @@ def test_an_end_that_is_called_by_hand_leaves_all_as_it_was(place: str) -> None:
     found = []
     for trouble in (True, False):
         case: Case
-        maker, case = maker_of("shampoo", momentum=0.9, grafting="adam")
+        maker, case = maker_of("shampoo", beta1=0.9, grafting="adam")
         for _ in range(2):
             case.model.zero_grad()
             case.loss(case.model(case.x), case.t).backward()

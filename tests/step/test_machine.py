@@ -28,12 +28,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "fisher": "FisherMC",
         "fallback": "adam",
         "ignore": ["0.bias"],
-        "momentum": 0.9,
+        "beta1": 0.9,
         "curvature_interval": 2,
         "preconditioner_interval": 2,
     },
     "kfac, clipped": {"method": "kfac", "clip": 1e-6, "clip_learning_rate": 0.1, "preconditioner_interval": 2},
-    "shampoo, grafted": {"method": "shampoo", "grafting": "adam", "momentum": 0.9, "preconditioner_interval": 2},
+    "shampoo, grafted": {"method": "shampoo", "grafting": "adam", "beta1": 0.9, "preconditioner_interval": 2},
     "psgd": {"method": "psgd"},  # its evidence is pooled
 }
 BATCHES, RATE = 4, 1e-2
