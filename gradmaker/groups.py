@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from gradmaker.options.registry import METHODS
 from gradmaker.options.rules import Rule, check_rule, names, paths
 from gradmaker.options.suggestions import did_you_mean
-
-if TYPE_CHECKING:
-    from gradmaker.config import GradientConfig
 
 __all__ = ["OWN", "Group", "claims", "matches", "method_name", "names_of", "read_groups"]
 
@@ -27,7 +24,7 @@ class Group:
 
     rules: tuple[Rule, ...]
     method: str  # registered name
-    config: GradientConfig | None  # None: that of the maker where the method is its own, else the plain gradient
+    config: Any  # a `GradientConfig`; None: that of the maker where the method is its own, else the plain gradient
     own: bool = False
 
     def __str__(self) -> str:
@@ -69,7 +66,7 @@ def _group(rule: Any, value: Any, own: object, build: Callable[[Any, Mapping[str
     return Group(rules, name, _checked(made, own, what) if hasattr(made, "triple") else None)
 
 
-def _checked(config: Any, own: Any, what: str) -> GradientConfig:
+def _checked(config: Any, own: Any, what: str) -> Any:
     """A config for a group. ValueError for options that belong to the whole maker, or for what is no config of a method."""
     if not hasattr(config, "triple"):
         raise ValueError(f"{what}={config!r}: expected the name of a method, a mapping with a method, or a config")
@@ -77,8 +74,7 @@ def _checked(config: Any, own: Any, what: str) -> GradientConfig:
         value = getattr(config, name)
         if value != getattr(type(config), name) and value != getattr(own, name, None):
             raise ValueError(f"{what}: {name}={value!r} is an option of the whole maker: give it beside groups")
-    checked: GradientConfig = config
-    return checked
+    return config
 
 
 # ------------------------------------------------------------------ in a model
