@@ -47,7 +47,7 @@ WRONG: dict[str, list[Any]] = {
         {3: "adam"},
         {"a": "adamm"},
         {"a": {"damping": 1.0}},
-        {"a": {"method": "adam", "self_check": "off"}},
+        {"a": {"method": "kfac", "start_step": 2}},
     ],
     "grafting": ["kept", None, "sgd"],
     "grafting_decay": [-0.1, 1.0, None, NAN, "0.9", True],
