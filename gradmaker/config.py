@@ -54,7 +54,7 @@ class GradientConfig(metaclass=RenamedOptions):
     decay: float | None = 0.95
     """Weight of the OLD statistic in the running average; 0 keeps the current batch only, None sums."""
     beta1: float = 0.0
-    """Decay of a bias-corrected average of gradients that is preconditioned in place of the gradient."""
+    """Decay of a bias-corrected average of gradients, preconditioned in their place: ``m <- beta1 m + (1 - beta1) g``."""
     nesterov_average: bool = False
     """Whether the newest gradient enters that average twice (Nesterov)."""
     curvature_interval: int | Schedule = 1
