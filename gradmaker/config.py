@@ -19,13 +19,14 @@ from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
 from gradmaker.grafting import GRAFTINGS, Grafting
-from gradmaker.groups import Group, read_groups
+from gradmaker.groups import Group, read_groups, read_method
 from gradmaker.options.checks import check_choice, check_count, check_interval, check_kind
 from gradmaker.options.deprecations import RENAMED_OPTIONS, RenamedOptions, current_name, warn_of
 from gradmaker.options.rules import Rule, check_rule
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.options.yaml_text import parse_yaml
 from gradmaker.precision import Precision
+from gradmaker.preset import Preset
 from gradmaker.representations import REPRESENTATIONS, Representation
 from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
@@ -69,8 +70,8 @@ class GradientConfig(metaclass=RenamedOptions):
     """Whether the refreshes of different blocks are staggered over the interval, instead of all at one step."""
     ignore: tuple[Rule, ...] = ()
     """Modules, classes and name patterns (``'head.*'``) that keep their plain gradient."""
-    fallback: str = "gradient"
-    """Name of the method for parameters that this one does not cover."""
+    fallback: str | Mapping[str, Any] | GradientConfig = "gradient"
+    """Method for parameters that this one does not cover: a name, a mapping with a method and its options, or a config."""
     groups: Mapping[Rule | tuple[Rule, ...], Any] | tuple[Group, ...] = ()
     """Methods by name pattern, as ``{"*.embed*": "adam", "*": "soap"}``: the first match decides, none is an error."""
     grafting: str = "none"
@@ -107,6 +108,8 @@ class GradientConfig(metaclass=RenamedOptions):
         *("batch_axis", "self_check", "start_step"),
     )
     """Options that act on all groups alike, so that the config of a group leaves them at their defaults."""
+    preset: ClassVar[Preset] = Preset()
+    """Defaults of `gradmaker.optimizer`; a property where options decide."""
     slow_part: ClassVar[bool] = False
     """Whether `preconditioner_interval` is for a slow part of statistics; blocks without one refresh at every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
@@ -141,6 +144,8 @@ class GradientConfig(metaclass=RenamedOptions):
             check_kind(name, getattr(self, name), kind)
         self.statistics_dtype()
         object.__setattr__(self, "ignore", _rules(self.ignore))
+        if isinstance(self.fallback, (Mapping, GradientConfig)):
+            object.__setattr__(self, "fallback", read_method("fallback", self.fallback, self, build))
         object.__setattr__(self, "groups", read_groups(self.groups, self, build) if self.groups else ())
         self._refuse_inapplicable()
 

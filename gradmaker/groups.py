@@ -12,7 +12,7 @@ from gradmaker.options.registry import METHODS
 from gradmaker.options.rules import Rule, check_rule, names, paths
 from gradmaker.options.suggestions import did_you_mean
 
-__all__ = ["OWN", "Group", "claims", "matches", "method_name", "names_of", "read_groups"]
+__all__ = ["OWN", "Group", "claims", "matches", "method_name", "names_of", "read_groups", "read_method"]
 
 OWN = "method"
 """Name in a plan of the method of the maker itself."""
@@ -32,8 +32,10 @@ class Group:
 
 
 def method_name(config: object) -> str:
-    """The registered name of the method that a config is for; the name of its class for an unregistered one."""
-    return next((name for name in METHODS if METHODS[name].Config is type(config)), type(config).__name__)
+    """The name by which the method of a config is registered; that of its class where it is not."""
+    made = type(config)
+    found = (name for name, maker in METHODS.entries.items() if maker.Config is made)
+    return next(found, made.__name__.removesuffix("GradientConfig"))
 
 
 def read_groups(given: Any, own: object, build: Callable[[Any, Mapping[str, Any], str], Any]) -> tuple[Group, ...]:
@@ -53,17 +55,36 @@ def _group(rule: Any, value: Any, own: object, build: Callable[[Any, Mapping[str
     for each in rules:
         check_rule("groups", each)
     what = f"groups[{rule!r}]"
+    name, options = _named(what, value)
+    if options == {} and METHODS[name].Config is type(own):
+        return Group(rules, name, None, own=True)
+    if name == "gradient":
+        return Group(rules, name, None)
+    config = read_method(what, value, own, build)
+    return Group(rules, method_name(config), config)
+
+
+def _named(what: str, value: Any) -> tuple[str, dict[str, Any] | None]:
+    """The method that a value names, with its options; an empty name for a config."""
     if not isinstance(value, (str, Mapping)):
-        return Group(rules, method_name(value), _checked(value, own, what))
+        return "", None
     options = {"method": value} if isinstance(value, str) else dict(value)
     if "method" not in options:
         raise ValueError(f"{what}={value!r}: the key 'method' is missing: expected one of {', '.join(METHODS)}")
     name = options.pop("method")
-    make: Any = METHODS.find(what, name)
-    if make.Config is type(own) and not options:
-        return Group(rules, name, None, own=True)
-    made = build(make.Config, options, f"{what}: method {name!r}")
-    return Group(rules, name, _checked(made, own, what) if hasattr(made, "triple") else None)
+    METHODS.find(what, name)
+    return name, options
+
+
+def read_method(what: str, value: Any, own: object, build: Callable[[Any, Mapping[str, Any], str], Any]) -> Any:
+    """The config of a method, from its name, a mapping with a method, or itself.  what: the option, for errors
+
+    ValueError for options that belong to the whole maker, or for what is no config of a method
+    """
+    name, options = _named(what, value)
+    if options is None:
+        return _checked(value, own, what)
+    return _checked(build(METHODS[name].Config, options, f"{what}: method {name!r}"), own, what)
 
 
 def _checked(config: Any, own: Any, what: str) -> Any:

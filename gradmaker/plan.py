@@ -14,7 +14,7 @@ from gradmaker.capture.sites import Site, layer_sites, tensor_sites
 from gradmaker.config import GradientConfig, build
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.base import Need
-from gradmaker.groups import OWN, claims, matches, read_groups
+from gradmaker.groups import OWN, claims, matches, method_name, read_groups
 from gradmaker.options.registry import Method
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
@@ -108,8 +108,8 @@ def make_plan(
     fallback = _fallback(config, methods)
     if fallback is not None and rest:
         more_placed, rest = _place(rest, FALLBACK, fallback, config)
-        if more_placed and (reason := methods[config.fallback].refuse(model)):
-            raise ValueError(f"fallback={config.fallback!r}: {reason}")
+        if more_placed and (reason := methods[method_name(fallback)].refuse(model)):
+            raise ValueError(f"fallback={method_name(fallback)!r}: {reason}")
         placements += more_placed
         used |= {FALLBACK: fallback} if more_placed else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
@@ -185,8 +185,10 @@ def _place(sites: list[Site], name: str, method: GradientConfig, common: Gradien
 
 
 def _fallback(config: GradientConfig, methods: Mapping[str, type[Method]]) -> GradientConfig | None:
+    if isinstance(config.fallback, GradientConfig):
+        return config.fallback
     if config.fallback not in methods or config.fallback == "custom":
         legal = [m for m in methods if m != "custom"]
         raise ValueError(f"fallback={config.fallback!r}: {did_you_mean(config.fallback, legal)}")
-    made: Any = methods[config.fallback].Config()
+    made: Any = methods[str(config.fallback)].Config()
     return made if isinstance(made, GradientConfig) else None

@@ -14,6 +14,7 @@ from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.preset import Preset
 from gradmaker.representations import Diagonal, ZeroHistory
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.solvers import Division, PolarFactor
@@ -55,6 +56,11 @@ class MuonGradientConfig(AxesGradientConfig):
         super().__post_init__()
         check_choice("scale", self.scale, ["aspect", "rms", "nuclear", "none"])
         self._solver(1.0)
+
+    @property
+    def preset(self) -> Preset:  # type: ignore[override]
+        """Of hidden weights; with ``scale='rms'`` their step has the size of Adam's."""
+        return Preset(hidden=True, unit=self.scale == "rms")
 
     def _solver(self, gain: float) -> PolarFactor:
         return PolarFactor(method=self.iteration, steps=self.steps, gain=gain, nuclear=self.scale == "nuclear", half=self.half)

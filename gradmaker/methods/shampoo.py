@@ -10,6 +10,7 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import RootedGradientConfig
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.preset import Preset
 from gradmaker.representations import KronDims, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.triple import Triple
@@ -28,6 +29,7 @@ class ShampooGradientConfig(RootedGradientConfig):
     al., 2020, arXiv:2002.09018.
     """
 
+    preset = Preset(hidden=True)
     damping: float = 1e-6
     decay: float | None = 0.95
     grafting: str = "keep"

@@ -12,6 +12,7 @@ from gradmaker.options.checks import check_choice
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.preset import Preset
 from gradmaker.representations import RotatedDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import RotatedDivision
@@ -33,6 +34,7 @@ class SoapGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
+    preset = Preset(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.95
@@ -75,6 +77,7 @@ class EshampooGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
+    preset = Preset(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.9

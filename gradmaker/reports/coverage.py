@@ -9,12 +9,11 @@ from typing import Literal, TypeAlias
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.config import GradientConfig
+from gradmaker.groups import method_name
 from gradmaker.linalg.real_pairs import real_shape
-from gradmaker.options.registry import METHODS
 from gradmaker.plan import Plan
 
-__all__ = ["PLAIN", "Coverage", "Share", "coverage", "method_name", "percent"]
+__all__ = ["PLAIN", "Coverage", "Share", "coverage", "percent"]
 
 PLAIN = "plain gradient"
 Diagonal: TypeAlias = Literal["", "one-hot", "long side"]
@@ -79,13 +78,6 @@ def coverage(plan: Plan) -> Coverage:
     treated = sorted(_collected(_treated(plan)), key=lambda share: order[share.method])
     plain = (Share(PLAIN, reason, "", {name: sizes[name]}) for name, reason in plan.plain.items())
     return Coverage([*treated, *_collected(plain)])
-
-
-def method_name(config: GradientConfig) -> str:
-    """The name by which the method of a config is registered; that of its class where it is not."""
-    made = type(config)
-    found = (name for name, maker in METHODS.entries.items() if maker.Config is made)
-    return next(found, made.__name__.removesuffix("GradientConfig"))
 
 
 def percent(share: float) -> str:

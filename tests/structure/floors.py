@@ -38,6 +38,7 @@ FLOORS = (
             "placement",
             "plan",
             "precision",
+            "preset",
             "scale",
             "schedule",
             "stacking",
