@@ -188,7 +188,7 @@ class Attachment:
         if maker is None or current is None or current is not self._current:
             return
         if current.tape is None:
-            self._marks = Marks(self._parameters(maker))
+            self._mark(maker)
             current.again()
             return
         if current.before is None or not current.before.moved():
@@ -201,8 +201,12 @@ class Attachment:
             gradients = tape.harvest()
             maker.measure_pass(draft, tape, current.terms, self.weight, [], gradients, scale=current.scale)
         maker.step_state.accumulate(self.weight, tape.batch, draft)
-        self._marks = Marks(self._parameters(maker))
+        self._mark(maker)
         current.end()
+
+    def _mark(self, maker: RecordingMaker) -> None:
+        """Mark the gradients at the end of a backward pass, with their norms while a change is still to be told of."""
+        self._marks = Marks(self._parameters(maker), norms=not self._warned)
 
     # ---------------------------------------------------------------- the step
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -273,7 +277,7 @@ class Attachment:
     def _warn_of_changes(self) -> None:
         """Warn once if ``.grad`` was changed after the backward pass."""
         self._checks_left = max(0, self._checks_left - 1)
-        if self._marks is not None and not self._warned and self._marks.changed():
+        if self._marks is not None and not self._warned and self._marks.changed(self.scaler):
             self._warned, self._checks_left = True, 0
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 
