@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time makers and confi
     from gradmaker.damping_sweep import damping_sweep as damping_sweep
     from gradmaker.errors import SelfCheckError as SelfCheckError, SelfCheckWarning as SelfCheckWarning
     from gradmaker.front_door.bases import BaseOptimizerWarning as BaseOptimizerWarning
+    from gradmaker.front_door.factory import CoverageWarning as CoverageWarning, optimizer as optimizer
     from gradmaker.front_door.optimizer import (
         PreconditionedOptimizer as PreconditionedOptimizer,
         SkippedStepWarning as SkippedStepWarning,
@@ -166,6 +167,7 @@ _MODULES = {
     "__version__": "version",
     "BaseOptimizerWarning": "front_door.bases",
     "Comparison": "compare",
+    "CoverageWarning": "front_door.factory",
     "Data": "compare",
     "GradientConfig": "config",
     "GradientMaker": "maker",
@@ -185,6 +187,7 @@ _MODULES = {
     "damping_sweep": "damping_sweep",
     "from_config": "methods",
     "legality": "triple",
+    "optimizer": "front_door.factory",
     "register": "options.registry",
 }
 """The module of each public name that belongs to no method."""
