@@ -186,7 +186,7 @@ def refuse_scale_of(weights: Tensor, accumulation: int, tolerance: float) -> Non
     largest, total = float(weights.max()), float(weights.sum()) * accumulation
     if abs(largest - 1) <= tolerance:  # of a sum
         return
-    for factor in (total, largest):
+    for factor in (total, largest, largest * accumulation):
         if SCALE * (1 - tolerance) <= factor < math.inf and abs(2 ** round(math.log2(factor)) / factor - 1) <= tolerance / 30:
             raise RuntimeError(_SCALED.format(factor))
 

@@ -86,8 +86,8 @@ def fit(likelihood: Likelihood, z: Tensor, gradient: Tensor, known: bool = False
     """Fit the loss of a likelihood to its gradient.  gradient: dL/dz, like z. known: whether it is proven already"""
     number = _Number.of(gradient.dtype)
     if isinstance(likelihood, Categorical):
-        return _categorical(likelihood, z.detach(), gradient, number)
-    return _bernoulli(likelihood, z.detach(), gradient, number, known)
+        return _categorical(likelihood, z, gradient, number)
+    return _bernoulli(likelihood, z, gradient, number, known)
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _agreement(omega: Tensor, group: Tensor, s: Tensor) -> tuple[float, float]:
 # -------------------------------------------------------------------- sigmoid
 def _bernoulli(likelihood: Likelihood, z: Tensor, gradient: Tensor, number: _Number, known: bool) -> Fit:
     """Fit elements, with one weight for each label, or for each label of every entry along an axis."""
-    x, g = compute(z), compute(gradient).double()
+    x, g = compute(z.detach()), compute(gradient).double()
     x = torch.where(x.isnan() & (g == 0), 0.0, x)
     positive = (g < 0) | ((g == 0) & (x > 0))
     s = torch.where(positive, -x, x).double().sigmoid()
