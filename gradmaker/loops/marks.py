@@ -36,9 +36,12 @@ class Marks:
             return True
         return any_nonzero([p for p, _ in there])
 
-    def changed(self, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Whether any gradient that existed has other values now, but for the scale of a scaler; reads the host if written."""
-        written = [p for p, then in self._then if then is not None and not self._same(p, then)]
+    def changed(self, among: Set[nn.Parameter], scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Whether any gradient of these parameters that existed has other values now, but for the scale of a scaler.
+
+        Reads the host only if one was written.
+        """
+        written = [p for p, then in self._then if then is not None and p in among and not self._same(p, then)]
         now = _norms([p for p in written if p in self._norms])
         if len(now) < len(written):
             return True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +77,8 @@ class Watched(Trainer):
         self.seen: list[tuple[dict[str, Tensor], Any, int]] = []
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self.seen.append(({k: v.clone() for k, v in inputs.items()}, num_items_in_batch, self.current_gradient_accumulation_steps))
+        kept = {name: value.clone() for name, value in inputs.items()}
+        self.seen.append((kept, num_items_in_batch, self.current_gradient_accumulation_steps))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def steps(self) -> list[list[tuple[dict[str, Tensor], Any, int]]]:
@@ -224,7 +223,8 @@ def saving(method: str, folder: Path, **options: Any) -> tuple[Trainer, Any]:
     line = {"weight_decay": 0.1, "max_norm": 0.5, **METHODS[method]}
     optimizer = gm.optimizer(model, method, **line)
     saved = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2}
-    return Trainer(model, arguments(folder, 2, 6, **saved), train_dataset=texts(), optimizers=(optimizer, None), **options), optimizer
+    made = Trainer(model, arguments(folder, 2, 6, **saved), train_dataset=texts(), optimizers=(optimizer, None), **options)
+    return made, optimizer
 
 
 @pytest.mark.parametrize("method", METHODS)
