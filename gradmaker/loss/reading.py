@@ -26,6 +26,8 @@ __all__ = ["Fit", "candidates", "fit", "name_of", "named"]
 
 PIECE = 1 << 22
 """Entries of the logits that are fitted at once: a bound on memory."""
+LARGEST = 1 << 26
+"""Most entries of logits that a binary loss is looked for in: they are fitted at once."""
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 3e-4}
 """Largest relative residual of a fit, and largest relative rounding error of a weight that is read; else 5e-2."""
 RATIOS = {torch.float64: 1e-3, torch.float32: 3e-3}
@@ -63,7 +65,8 @@ class Fit:
 def candidates(z: Tensor) -> list[Likelihood]:
     """Likelihoods that logits of this shape may have: classes on the last axis or on axis 1, or independent elements."""
     axes = [-1] * (z.ndim > 0) + [1] * (z.ndim > 2)
-    return [*(Categorical(axis=axis) for axis in axes if z.shape[axis] > 1), Bernoulli()]
+    binary = [Bernoulli()] if z.numel() <= LARGEST else []
+    return [*(Categorical(axis=axis) for axis in axes if z.shape[axis] > 1), *binary]
 
 
 def name_of(likelihood: Likelihood | None) -> str:
