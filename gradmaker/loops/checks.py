@@ -69,8 +69,8 @@ DECLARE = (
     "step; or declare the calls with setup_model_call and setup_loss_call, which shows the loss itself"
 ).format(", ".join(LIKELIHOODS))
 FOCAL = (
-    "attach: the weights of the loss terms follow the probabilities of their labels, as in a focal loss, whose curvature is "
-    f"not that of a weighted cross entropy: {DECLARE}"
+    "attach: the weights of the loss terms are a function of the probabilities of their labels, as in a focal loss or with a "
+    f"margin, whose curvature is not that of a weighted cross entropy: {DECLARE}"
 )
 OPEN = (
     "attach: in {} passes the gradient of the loss in the logits of shape {} did not show whether the loss is a cross entropy "

@@ -220,7 +220,7 @@ def test_a_bfloat16_loop(converted: bool) -> None:
         model = mlp().model.float()
         start = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), 0.02)
-        maker = maker_of(model, READ["kfac_exact"]()).attach(optimizer, likelihood)
+        maker = maker_of(model, gm.KfacGradientConfig(fisher=FisherExact(), damping=0.1)).attach(optimizer, likelihood)
         forward = model.forward
 
         def cast(x: Tensor, forward: Any = forward) -> Any:
@@ -302,7 +302,7 @@ def test_other_losses_are_asked_for(loss: str) -> None:
 def test_a_focal_loss_is_named() -> None:
     case, _, _ = attached()
     x, t = data(1, n=64)[0]
-    with pytest.raises(RuntimeError, match=r"as in a focal loss, .* give attach likelihood="):
+    with pytest.raises(RuntimeError, match=r"as in a focal loss .* give attach likelihood="):
         focal(case.model(x), t).backward()
 
 
