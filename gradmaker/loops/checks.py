@@ -54,7 +54,7 @@ TWO_LOSSES = (
 CHANGED = (
     "attach: .grad was changed between the end of the backward pass and optimizer.step(), as by clipping: this acts on the raw "
     "gradient, before the preconditioner, so that methods whose step does not depend on the scale of the gradient undo it; "
-    "limit the step instead, by its learning rate or the options of the method"
+    "limit the step instead, by max_norm= of a PreconditionedOptimizer, its learning rate or the options of the method"
 )
 BARE_STEP = (
     "step: this optimizer is the base of a PreconditionedOptimizer, and its own step() would use the raw gradient: call step() "
