@@ -244,7 +244,7 @@ class Attachment:
         self._serve(maker)
         if not self._kept(maker) and not self._steps_unmeasured(maker):
             return False
-        self._warn_of_changes()
+        self._warn_of_changes(maker)
         with without_others(maker.model, self._served):
             maker.step_state.judge_anew()
             maker.precondition()
@@ -270,10 +270,12 @@ class Attachment:
             raise RuntimeError(checks.missing(self._called, self._watched))
         return True
 
-    def _warn_of_changes(self) -> None:
-        """Warn once if ``.grad`` was changed after the backward pass."""
+    def _warn_of_changes(self, maker: RecordingMaker) -> None:
+        """Warn once if ``.grad`` was changed after the backward pass; that of other parameters is another maker's."""
         self._checks_left = max(0, self._checks_left - 1)
-        if self._marks is not None and not self._warned and self._marks.changed():
+        if self._marks is None or self._warned:
+            return
+        if self._marks.changed({p for b in maker.plan.blocks for s in b.sites for p in s.parameters.values()}):
             self._warned, self._checks_left = True, 0
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 

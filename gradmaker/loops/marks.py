@@ -34,9 +34,9 @@ class Marks:
             return True
         return any_nonzero([p for p, _ in there])
 
-    def changed(self) -> bool:
-        """Whether any gradient that existed has other values now."""
-        return any(then is not None and not self._same(p, then) for p, then in self._then)
+    def changed(self, among: Set[nn.Parameter]) -> bool:
+        """Whether any gradient of these parameters that existed has other values now."""
+        return any(then is not None and p in among and not self._same(p, then) for p, then in self._then)
 
     @staticmethod
     def _same(p: nn.Parameter, then: tuple[weakref.ref[Tensor], int] | None) -> bool:
