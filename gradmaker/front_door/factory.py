@@ -50,7 +50,7 @@ def optimizer(
     base: Callable[..., Optimizer] = SGD,
     groups: Mapping[Rule | tuple[Rule, ...], Any] | None = None,
     adam: Mapping[str, Any] | None = None,
-    accumulation: int = 1,
+    accumulation: int | None = None,
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> PreconditionedOptimizer:

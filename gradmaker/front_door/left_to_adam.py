@@ -7,8 +7,8 @@ from glob import escape
 
 from torch import nn
 
+from gradmaker.capture.finding import layer_sites
 from gradmaker.capture.rules.layers import rule_for
-from gradmaker.capture.sites import layer_sites
 
 __all__ = ["left_to_adam"]
 

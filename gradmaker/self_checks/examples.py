@@ -53,7 +53,8 @@ def check_examples(tape: Tape, sites: Sequence[Site], pair: Pair, c: Tensor, fou
     """Find the order of examples in every call; None where none fits."""
     for key, calls in _by_key(tape, sites).items():
         module = key[0]
-        rules = list(dict.fromkeys(s.rule for s in sites if module in s.modules and s.rule is not None))
+        own = [use for s in sites for use in s.each_use if module in use.modules]
+        rules = list(dict.fromkeys(use.rule for use in own if use.rule is not None))
         used = [
             (call, a, b)
             for call, a, b in _gradients(tape, calls, pair)

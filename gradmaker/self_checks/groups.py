@@ -95,7 +95,7 @@ def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Ca
     Only calls count that were compared with the outputs, which takes a gradient.
     """
     found: dict[bool, list[bool | None]] = {}
-    for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding") for m in s.modules):
+    for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding", "tied") for m in s.modules):
         for j, own in enumerate(tape.calls.get(module, ())):
             layout = tape.layout(own)
             seen = layout is not APART and key_of(own, tape.batch) in tape.arrangement.orders

@@ -82,6 +82,10 @@ def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtyp
     if site.rule is None:
         own = outer(site, tape, VJPs(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
         return own.sum(0), float(own.norm()), len(own)
+    if site.uses:
+        parts = [_total(tape, use, gradients, dtype) for use in site.uses if any(tape.calls[m] for m in use.modules)]
+        totals, sizes, rows_of = zip(*parts, strict=True)
+        return torch.stack(totals).sum(0), sum(sizes), sum(rows_of)
     by_kernel = _by_kernel(tape, site, gradients)
     if by_kernel is not None:
         return by_kernel

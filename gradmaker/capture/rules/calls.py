@@ -27,8 +27,9 @@ __all__ = [
     "to_examples",
 ]
 
-Kind: TypeAlias = Literal["matrix", "embedding", "scale", "generic", "tensor"]
-"""Type of a parameter block: a linear map, an embedding, a norm layer's affine map, a parameter without a rule, a tensor."""
+Kind: TypeAlias = Literal["matrix", "embedding", "tied", "scale", "generic", "tensor"]
+"""Type of a parameter block: a linear map, an embedding, a table that is both (an embedding tied to a head), a norm layer's
+affine map, a parameter without a rule, a tensor."""
 
 
 @dataclass
