@@ -1,0 +1,4 @@
+"""The page and the picture."""
+def machine(device): return {}
+def markdown(*a): return ""
+def write_report(out): pass
