@@ -22,7 +22,7 @@ TITLES = (
     "Around a maker",
     "Makers",
     "Methods",
-    "Studies",
+    "Optimizer and studies",
     "What a user starts",
 )
 """Of the floors, from the ground."""

@@ -22,6 +22,12 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time makers and confi
     from gradmaker.cost_report import cost_report as cost_report
     from gradmaker.damping_sweep import damping_sweep as damping_sweep
     from gradmaker.errors import SelfCheckError as SelfCheckError, SelfCheckWarning as SelfCheckWarning
+    from gradmaker.front_door.bases import BaseOptimizerWarning as BaseOptimizerWarning
+    from gradmaker.front_door.factory import CoverageWarning as CoverageWarning, optimizer as optimizer
+    from gradmaker.front_door.optimizer import (
+        PreconditionedOptimizer as PreconditionedOptimizer,
+        SkippedStepWarning as SkippedStepWarning,
+    )
     from gradmaker.maker import GradientMaker as GradientMaker, PlainGradientConfig as PlainGradientConfig
     from gradmaker.methods import from_config as from_config
     from gradmaker.methods.adagrad import (
@@ -159,7 +165,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time makers and confi
 
 _MODULES = {
     "__version__": "version",
+    "BaseOptimizerWarning": "front_door.bases",
     "Comparison": "compare",
+    "CoverageWarning": "front_door.factory",
     "Data": "compare",
     "GradientConfig": "config",
     "GradientMaker": "maker",
@@ -167,9 +175,11 @@ _MODULES = {
     "PlainGradientConfig": "maker",
     "Preconditioned": "preconditioner",
     "PreconditionedGradientMaker": "preconditioner",
+    "PreconditionedOptimizer": "front_door.optimizer",
     "Registry": "options.registry",
     "SelfCheckError": "errors",
     "SelfCheckWarning": "errors",
+    "SkippedStepWarning": "front_door.optimizer",
     "Triple": "triple",
     "TripleError": "triple",
     "compare": "compare",
@@ -177,6 +187,7 @@ _MODULES = {
     "damping_sweep": "damping_sweep",
     "from_config": "methods",
     "legality": "triple",
+    "optimizer": "front_door.factory",
     "register": "options.registry",
 }
 """The module of each public name that belongs to no method."""

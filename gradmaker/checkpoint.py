@@ -27,7 +27,7 @@ from gradmaker.step.secants import dump_secants, load_secants
 from gradmaker.step.state import Facts, Phase
 from gradmaker.trust_region.region import Region
 
-__all__ = ["dump", "load"]
+__all__ = ["dump", "held_tensors", "load"]
 
 _PARTS = ("state", "cache", "average", "grafting_state")
 
@@ -40,7 +40,7 @@ def dump(maker: SavedMaker) -> dict[str, Any]:
     state = {**_counters(maker, now), "sites": sites}
     if trust is not None and now.region is not None:
         state |= trust.dump(now.region, now.index)
-    return {**state, "holds": sorted(_held(state))}
+    return {**state, "holds": sorted(held_tensors(state))}
 
 
 def _counters(maker: SavedMaker, now: Facts) -> dict[str, Any]:
@@ -78,13 +78,13 @@ def _dump_gradients(maker: SavedMaker, now: Facts) -> dict[str, State]:
     return {key: {names[p]: g.clone() for p, g in found if g is not None} for key, found in pairs.items()}
 
 
-def _held(state: Any, path: str = "") -> list[str]:
+def held_tensors(state: Any, path: str = "") -> list[str]:
     """Path and shape of every tensor in a state."""
     if isinstance(state, Tensor):
         return [f"{path} {tuple(state.shape)}"]
     if not isinstance(state, dict):
         return []
-    return [entry for key, value in state.items() for entry in _held(value, f"{path}/{key}" if path else key)]
+    return [entry for key, value in state.items() for entry in held_tensors(value, f"{path}/{key}" if path else key)]
 
 
 def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _gather_gradients(maker: SavedMaker, saved: dict[str, Any]) -> list[tuple[An
 
 def _check_held(saved: dict[str, Any]) -> None:
     """ValueError for tensors that were saved and are missing."""
-    found = set(_held({key: value for key, value in saved.items() if key != "holds"}))
+    found = set(held_tensors({key: value for key, value in saved.items() if key != "holds"}))
     if lost := [entry for entry in saved["holds"] if entry not in found]:
         raise ValueError(
             f"load_state_dict: {_some(lost)} was saved and is not in this state, or has another shape there: what loads into a "

@@ -28,7 +28,8 @@ class Group:
     own: bool = False
 
     def __str__(self) -> str:
-        return " | ".join(str(getattr(rule, "__name__", rule)) for rule in self.rules)
+        names = [str(getattr(rule, "__name__", rule)) for rule in self.rules]
+        return " | ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
 
 
 def method_name(config: object) -> str:

@@ -138,11 +138,11 @@ def _shares(model: nn.Module, config: GradientConfig, ignored: set[nn.Parameter]
         return [_Share(OWN, type(config).__name__, "", config, trained)]
     found = dict[str, _Share]()
     for group, parameters in claims(model, read_groups(config.groups, config, build), ignored):
-        own = group.config is None and group.own
-        name, made = (OWN, config) if own else (str(group), group.config)
-        if name in found:
-            found[name].parameters.update(parameters)
+        name, made = (OWN, config) if group.own else (str(group), group.config)
+        if group.own and OWN in found:
+            found[OWN].parameters.update(parameters)
         elif parameters:
+            name = name if name not in found else f"{name}, {len(found)}"
             found[name] = _Share(name, f"groups[{str(group)!r}]", group.method, made, set(parameters))
     if not any(s.config for s in found.values()):
         raise ValueError("groups: no group has a method but the plain gradient: name one, as in '*': 'kfac'")

@@ -191,13 +191,30 @@ class PreconditionedGradientMaker(MeasuringMaker):
         scaler: the loop's gradient scaler, if any; what is recorded in its backward pass is unscaled.
         ValueError for an optimizer or a method that cannot be attached.
         """
+        self.attachment(optimizer, likelihood, accumulation, scaler, hooked=True)
+        return self
+
+    def attachment(
+        self,
+        optimizer: Optimizer,
+        likelihood: str | Likelihood | None = None,
+        accumulation: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        hooked: bool = False,
+    ) -> Attachment:
+        """Attach as `attach` does, for a caller that ends each step by `Attachment.end` before the optimizer steps.
+
+        hooked: whether ``optimizer.step()`` does
+        """
         if self.trust_region is not None:
             self.trust_region.refuse_loop()
         refuse_again(self._attachments)
         likelihood = likelihood or self.config.likelihood
-        self._attachments.append(Attachment(self, optimizer, likelihood, accumulation, scaler))
+        made = Attachment(self, optimizer, likelihood, accumulation, scaler, hooked)
+        self._attachments.append(made)
         weakref.finalize(self, remove_all, self._attachments)
-        return self
+        return made
 
     def remove(self) -> None:
         """Remove all hooks from the model and the optimizer."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from gradmaker.capture.borrowing import borrowing, is_pass
 from gradmaker.loops import checks
+from gradmaker.loops.hook import REFUSES, Hook, refuse_overlap
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, refuse_second, without_others
 from gradmaker.loss.head import Head
@@ -28,20 +30,6 @@ FIRST_STEPS = 3
 
 class ChangedGradientWarning(UserWarning):
     """``.grad`` was changed between the end of the backward pass and the step, as by clipping."""
-
-
-class _Hook:
-    """A hook that calls a method of an attachment, if that is alive; in a copied or pickled model it does nothing."""
-
-    def __init__(self, owner: Attachment | None = None, verb: str = "") -> None:
-        self.owner, self.verb = (None if owner is None else weakref.ref(owner)), verb
-
-    def __call__(self, *args: Any) -> Any:
-        owner = self.owner and self.owner()
-        return None if owner is None else getattr(owner, self.verb)(*args)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
 
 
 class Attachment:
@@ -61,12 +49,14 @@ class Attachment:
         likelihood: str | Likelihood | None,
         accumulation: int,
         scaler: torch.amp.GradScaler | None = None,
+        hooked: bool = True,
     ) -> None:
+        """hooked: whether a step of the optimizer ends that of the maker; otherwise `end` does, before `stepping`"""
         inner = checks.inner_optimizer(optimizer)
         checks.check(maker, inner, likelihood, accumulation)
         served = checks.held_by(inner)
         checks.check_parts(maker, served)
-        _refuse_overlap(maker, inner)
+        refuse_overlap(maker, inner, hooked)
         self.likelihood = checks.read_likelihood(likelihood)
         self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
         self.weight, self.scaler = 1.0 / accumulation, scaler
@@ -76,10 +66,11 @@ class Attachment:
         self._watched: Sequence[str] = ()
         self._checks_left, self._warned = FIRST_STEPS, False
         self._served = served
+        self._stepping, self.removed = hooked, False
         maker.serve(served)
         self._handles = [
-            maker.model.register_forward_pre_hook(_Hook(self, "before_forward"), with_kwargs=True),
-            inner.register_step_pre_hook(_Hook(self, "before_step")),
+            maker.model.register_forward_pre_hook(Hook(self, "before_forward"), with_kwargs=True),
+            inner.register_step_pre_hook(Hook(self, "before_step" if hooked else REFUSES)),
         ]
 
     def remove(self) -> None:
@@ -87,8 +78,13 @@ class Attachment:
         if self._current is not None:
             self._current.unwatch()
         self._release()
+        self.removed = True
         for handle in self._handles:
             handle.remove()
+
+    def name_at(self, optimizer: Optimizer) -> None:
+        """Let other makers that are attached to this optimizer, which wraps that of the attachment, find its maker."""
+        self._handles.append(optimizer.register_step_pre_hook(Hook(self)))
 
     def forget(self) -> None:
         """Forget the passes of a step that begins again, from other statistics."""
@@ -110,7 +106,7 @@ class Attachment:
         self._called, self._watched = True, ()
         recorded = maker.begin_pass()
         if recorded or self._checks_left:
-            self._current = LoopPass(maker.new_tape() if recorded else None, _Hook(self, "after_forward"))
+            self._current = LoopPass(maker.new_tape() if recorded else None, Hook(self, "after_forward"))
             self._current.begin(model, args, kwargs)
 
     def after_forward(self, model: Any, args: Any, output: Any = None) -> None:
@@ -213,32 +209,48 @@ class Attachment:
         """End the step: fold in the evidence of its passes, and precondition; with a closure, after it has run."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._end()
+            self.end()
             return None
 
         def preconditioned() -> Any:
             loss = closure()
-            self._end()
+            self.end()
             return loss
 
         return args[:1], {**kwargs, "closure": preconditioned}
 
-    def _end(self) -> None:
+    def refuse_step(self, *_: Any) -> None:
+        """RuntimeError for a step outside of `stepping`, which would use the raw gradient."""
+        if not self._stepping:
+            raise RuntimeError(checks.BARE_STEP)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Let the optimizer step inside of the context, where the maker's step has ended."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def end(self) -> bool:
+        """End the maker's step. Returns whether there was one: not if no pass was seen and all gradients are zero."""
         maker = self.maker()
         if maker is None:
-            return
+            return False
         maker.plan.own.check()
         self._release()
         maker.plan.refuse_ranks()
         self._serve(maker)
         if not self._kept(maker) and not self._steps_unmeasured(maker):
-            return
+            return False
         self._warn_of_changes()
         with without_others(maker.model, self._served):
             maker.step_state.judge_anew()
             maker.precondition()
         self._marks = None
         self._called = False
+        return True
 
     def _kept(self, maker: RecordingMaker) -> bool:
         """Whether the gradient of the measured passes of this step is still in ``.grad``; otherwise they are dropped."""
@@ -266,6 +278,11 @@ class Attachment:
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 
     # ---------------------------------------------------------------- parameters of the optimizer
+    def follow(self) -> None:
+        """Follow the parameter groups of the optimizer at once. ValueError as at the attachment."""
+        if (maker := self.maker()) is not None:
+            self._serve(maker)
+
     def _serve(self, maker: RecordingMaker) -> None:
         """Follow changes of the parameter groups of the optimizer."""
         optimizer = self.optimizer()
@@ -297,19 +314,3 @@ def refuse_attached(attachments: Sequence[Attachment]) -> None:
             "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "
             "calls are run, or make another maker for them"
         )
-
-
-def _refuse_overlap(maker: RecordingMaker, optimizer: Optimizer) -> None:
-    """ValueError where another maker on this optimizer preconditions the same parameters."""
-    own = {p: k for b in maker.plan.blocks for s in b.sites for k, p in s.parameters.items()}
-    for hook in optimizer._optimizer_step_pre_hooks.values():
-        other = hook.owner() if isinstance(hook, _Hook) and hook.owner is not None else None
-        rival = None if other is None else other.maker()
-        if rival is None:
-            continue
-        held = {p for b in rival.plan.blocks for s in b.sites for p in s.parameters.values()}
-        if both := [k for p, k in own.items() if p in held]:
-            raise ValueError(
-                f"attach: {type(rival).__name__} is attached to this optimizer and preconditions {', '.join(both)} as "
-                "well: one maker for each parameter; name the others in ignore=, or use fallback="
-            )

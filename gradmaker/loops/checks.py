@@ -14,8 +14,10 @@ from gradmaker.loss.likelihood import LIKELIHOODS, Categorical, Likelihood, find
 from gradmaker.step.protocol import RecordingMaker
 
 __all__ = [
+    "BARE_STEP",
     "CHANGED",
     "NO_LOGITS",
+    "OTHER_STEP",
     "TWICE",
     "TWO_LOSSES",
     "UNDIFFERENTIATED",
@@ -49,6 +51,14 @@ CHANGED = (
     "attach: .grad was changed between the end of the backward pass and optimizer.step(), as by clipping: this acts on the raw "
     "gradient, before the preconditioner, so that methods whose step does not depend on the scale of the gradient undo it; "
     "limit the step instead, by its learning rate or the options of the method"
+)
+BARE_STEP = (
+    "step: this optimizer is the base of a PreconditionedOptimizer, and its own step() would use the raw gradient: call step() "
+    "of the PreconditionedOptimizer, and give that one to schedulers, scalers and trainers"
+)
+OTHER_STEP = (
+    "attach: {} is attached to this optimizer already, and its step is ended at another moment than that of this maker: attach "
+    "one of them to the PreconditionedOptimizer, not to its base, or put both methods into one maker with fallback="
 )
 SCALE = 2.0**12
 """A power of two from here on is taken to be the scale of a `torch.amp.GradScaler` that was not given."""

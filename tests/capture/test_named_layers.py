@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from gradmaker.capture.rules.calls import LayerRule
 from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.rules.named import NamedImageNormRule, NamedNormRule
 from gradmaker.capture.rules.normalisations import GroupNormRule, LayerNormRule, RMSNormRule
+from gradmaker.capture.sites import layer_sites
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Representation
 from tests.measure import compare, ggn, measure, setup
@@ -106,6 +108,30 @@ def test_conv1d_with_a_frozen_part() -> None:
         maker = measure(make(), FisherExact(), Dense(granularity="layer"))
         compare(maker, ggn(make()))
         assert f"layer.{left}" in {s.name for b in maker.plan.blocks for s in b.sites}
+
+
+# ------------------------------------------------------------------ a model without storage
+@pytest.mark.parametrize("name", NAMED | OTHERS)
+def test_a_plan_on_the_meta_device_is_that_of_the_model(name: str) -> None:
+    """Nothing is known of it but shapes: the same sites and parts, as for an estimate before a model is made."""
+    case = (NAMED | OTHERS)[name]()
+    bare = copy.deepcopy(case.model).to("meta")
+    found, expected = ([(s.name, s.kind, s.shape) for s in layer_sites(m)] for m in (bare, case.model))
+    assert found == expected
+    assert all(p.is_meta for p in bare.parameters())
+
+
+def test_buffers_without_storage_prove_nothing() -> None:
+    class HalvedRMSNorm(LlamaRMSNorm):
+        def __init__(self, d: int) -> None:
+            super().__init__(d)
+            self.register_buffer("scale", torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.get_buffer("scale")
+
+    assert rule_for(HalvedRMSNorm(4)) is not None
+    assert rule_for(HalvedRMSNorm(4).to("meta")) is None
 
 
 # ------------------------------------------------------------------ what is no such layer

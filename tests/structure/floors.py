@@ -51,7 +51,7 @@ FLOORS = (
     Floor(("checkpoint", "loops", "reports", "self_checks")),
     Floor(("maker", "measuring", "planned", "preconditioner")),
     Floor(("methods",)),
-    Floor(("cost_report", "damping_sweep")),
+    Floor(("cost_report", "damping_sweep", "front_door")),
     Floor((INIT, "__main__", "cli", "compare")),
 )
 

@@ -6,6 +6,7 @@ on random inputs show that its output is affine in weight and bias, channel by c
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -26,6 +27,15 @@ def _definer(module: nn.Module) -> type:
     if "forward" in vars(module):
         return nn.Module
     return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
+def _with_storage(module: nn.Module) -> nn.Module:
+    """The module, or a copy on the CPU of one on the meta device. ValueError if that has buffers, whose values are unknown."""
+    if not any(p.is_meta for p in module.parameters()):
+        return module
+    if any(b.is_meta for b in module.buffers()):
+        raise ValueError("buffers on the meta device have no values to compute with")
+    return copy.deepcopy(module).to_empty(device="cpu")
 
 
 class Conv1DRule(LayerRule):
@@ -72,7 +82,7 @@ class NamedNormRule(NormRule):
         ):
             return False
         try:
-            return self._proven(module)
+            return self._proven(_with_storage(module))
         except Exception:  # of the module's own code: its forward takes something else
             return False
 

@@ -1,0 +1,52 @@
+"""The hooks of attachments, by which other attachments find what rides on an optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gradmaker.loops.checks import OTHER_STEP
+from gradmaker.step.protocol import MakerOfSteps
+
+__all__ = ["REFUSES", "Hook", "refuse_overlap"]
+
+REFUSES = "refuse_step"
+"""The verb of the hook on an optimizer whose steps do not end those of the maker."""
+
+
+class Hook:
+    """A hook that calls a method of an attachment, if that is alive; in a copied or pickled model it does nothing."""
+
+    def __init__(self, owner: Any = None, verb: str = "") -> None:
+        """owner: the attachment.  verb: its method; without one, the hook only shows the attachment to others"""
+        self.owner, self.verb = (None if owner is None else weakref.ref(owner)), verb
+
+    def __call__(self, *args: Any) -> Any:
+        owner = self.owner and self.owner()
+        return getattr(owner, self.verb)(*args) if owner is not None and self.verb else None
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+def refuse_overlap(maker: MakerOfSteps, optimizer: Optimizer, hooked: bool) -> None:
+    """ValueError where another maker on this optimizer preconditions the same parameters, or at another moment.
+
+    hooked: whether a step of the optimizer is to end that of the maker
+    """
+    own = {p: k for b in maker.plan.blocks for s in b.sites for k, p in s.parameters.items()}
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        if not isinstance(hook, Hook) or hook.owner is None or (other := hook.owner()) is None:
+            continue
+        if (rival := other.maker()) is None:
+            continue
+        if hook.verb == REFUSES or not hooked:
+            raise ValueError(OTHER_STEP.format(type(rival).__name__))
+        held = {p for b in rival.plan.blocks for s in b.sites for p in s.parameters.values()}
+        if both := [k for p, k in own.items() if p in held]:
+            raise ValueError(
+                f"attach: {type(rival).__name__} is attached to this optimizer and preconditions {', '.join(both)} as "
+                "well: one maker for each parameter; name the others in ignore=, or use fallback="
+            )
