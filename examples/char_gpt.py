@@ -40,7 +40,7 @@ def main(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="GRADMAKER_DATA", help="Folder of the data; default: the hub.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Output folder; finished trainings in it are not repeated.")] = Path("runs/char_gpt"),
+    out: Annotated[Path, typer.Option(help="Output folder; what is finished in it is not repeated.")] = Path("runs/char_gpt"),
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; default: those of the page.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A row; repeat for more; without a report.")] = None,
     publish_to: Annotated[Path | None, typer.Option("--publish", help="Documentation folder.")] = None,
