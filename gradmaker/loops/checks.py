@@ -33,6 +33,7 @@ __all__ = [
     "refuse_scale",
     "refuse_scale_of",
     "unread",
+    "wrong_axis",
 ]
 
 UNDIFFERENTIATED = (
@@ -181,6 +182,15 @@ def unread(shape: Sequence[int], residuals: Mapping[str, float], before: bool = 
         f"attach: the gradient of the loss in the logits of shape {tuple(shape)} is not that of a cross entropy or a binary "
         f"cross entropy with hard labels ({fits}), from which the weights of its terms could be read: label smoothing, soft or "
         f"mixed labels, a temperature, squared errors and further terms have to be declared.{changed} For these {DECLARE}"
+    )
+
+
+def wrong_axis(shape: Sequence[int], given: int, zero: Sequence[int]) -> str:
+    """Why classes cannot be on the declared axis.  zero: axes over which the gradient sums to zero"""
+    return (
+        f"attach: the classes were declared on axis {given} of logits of shape {tuple(shape)}, and the gradient of a softmax "
+        f"sums to zero over its classes, as it does here over axis {' and '.join(map(str, zero))} alone: give "
+        f"likelihood=Categorical(axis={zero[-1]})"
     )
 
 
