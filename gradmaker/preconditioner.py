@@ -48,6 +48,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
         """Number of steps whose loss or gradients were not finite: they changed no statistic, and left ``.grad`` as it was."""
         return self.step_state.now.skipped
 
+    @property
+    def unread(self) -> int:
+        """Number of passes of an attached loop that were not measured: the gradient had rounded away, or proved nothing."""
+        return self.step_state.now.unread
+
     # ---------------------------------------------------------------- the step
     def _check_parameters(self) -> None:
         self.plan.own.check()
@@ -181,13 +186,15 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> PreconditionedGradientMaker:
         """Precondition inside ``optimizer.step()`` of another training loop. Returns the maker; its hooks are removed with it.
 
-        likelihood: that of the model's output, for methods that need more than the gradient.
-        accumulation: backward passes for each step of the optimizer, each of ``1 / accumulation`` of the loss.
+        likelihood: that of the model's output, for methods that need more than the gradient; None: it is read from the
+        gradient, with the weights of all terms, where the loss is a cross entropy with hard labels, categorical or binary.
+        accumulation: with a likelihood, backward passes for each step of the optimizer, each of ``1 / accumulation`` of the
+        loss; None: 1.
         scaler: the loop's gradient scaler, if any; what is recorded in its backward pass is unscaled.
         ValueError for an optimizer or a method that cannot be attached.
         """
@@ -198,7 +205,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         *,
         hooked: bool = False,
@@ -220,6 +227,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         """Remove all hooks from the model and the optimizer."""
         remove_all(self._attachments)
         self.serve(None)
+        self.checks.arrangement.likelihood = None  # another loop may have another loss
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes of a copy, which is not attached.

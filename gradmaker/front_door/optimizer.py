@@ -45,7 +45,7 @@ class PreconditionedOptimizer(Optimizer):
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
     ) -> None:
         """max_norm: bound on the norm of ``P g`` over all parameters of the optimizer; None: no bound.
 

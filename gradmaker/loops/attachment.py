@@ -18,8 +18,9 @@ from gradmaker.loops import checks
 from gradmaker.loops.hook import REFUSES, Hook, refuse_overlap
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, refuse_second, without_others
+from gradmaker.loops.reader import LossReader
 from gradmaker.loss.head import Head
-from gradmaker.loss.likelihood import Likelihood, terms_from_gradient
+from gradmaker.loss.likelihood import Likelihood
 from gradmaker.step.protocol import RecordingMaker
 
 __all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
@@ -47,19 +48,19 @@ class Attachment:
         maker: RecordingMaker,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None,
-        accumulation: int,
+        accumulation: int | None,
         scaler: torch.amp.GradScaler | None = None,
         hooked: bool = True,
     ) -> None:
         """hooked: whether a step of the optimizer ends that of the maker; otherwise `end` does, before `stepping`"""
         inner = checks.inner_optimizer(optimizer)
-        checks.check(maker, inner, likelihood, accumulation)
+        checks.check(maker, inner, accumulation)
         served = checks.held_by(inner)
         checks.check_parts(maker, served)
         refuse_overlap(maker, inner, hooked)
-        self.likelihood = checks.read_likelihood(likelihood)
+        self.reader = LossReader(checks.read_likelihood(likelihood), accumulation or 1)
         self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
-        self.weight, self.scaler = 1.0 / accumulation, scaler
+        self.scaler = scaler
         self._current: LoopPass | None = None
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
         self._called = False  # whether the model was called since the last step
@@ -152,29 +153,40 @@ class Attachment:
             raise
 
     def _measure(self, maker: RecordingMaker, current: LoopPass, gradient: Tensor) -> None:
-        tape, z = current.tape, current.logits
+        tape = current.tape
         assert tape is not None and current.at is not None
         current.scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        if self.scaler is None and current.at in current.losses:
-            checks.refuse_scale(gradient, self.weight)
-        factor = gradient / (self.weight * current.scale)
         self._kept(maker)
         current.before = Marks(self._parameters(maker))
         maker.step_state.judge_anew()
         with current.measuring():
-            if current.at in current.losses:
-                value, loss_gradient = current.terms_inside(gradient, factor)
-            else:
-                assert z is not None
-                value, loss_gradient = z, factor
-                current.terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, z, gradient)]
+            found = self._terms(maker, current, gradient)
+            current.draft = maker.step_state.draft()
+            if found is None:
+                current.unread = True
+                return
+            value, loss_gradient = found
             outputs = [t.z for t in current.terms] or [value]
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
                 maker.check(tape, head, None)
             current.terms = head.terms  # with rows in the order that the self-checks found
             current.draft = maker.step_state.draft()
-            maker.measure_pass(current.draft, tape, current.terms, self.weight, [value, gradient], head=head)
+            maker.measure_pass(current.draft, tape, current.terms, current.weight, [value, gradient], head=head)
+
+    def _terms(self, maker: RecordingMaker, current: LoopPass, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Find the terms of the loss, inside of the model or outside. Returns its argument there and ``dL/dz``, unscaled."""
+        z = current.logits
+        if current.at in current.losses:
+            if self.scaler is None:
+                checks.refuse_scale(gradient, 1 / self.reader.accumulation)
+            current.weight = 1 / self.reader.accumulation
+            return current.terms_inside(gradient, gradient / (current.weight * current.scale))
+        assert z is not None
+        terms = self.reader.terms(maker.arrangement, z, gradient, None if self.scaler is None else current.scale)
+        current.weight = self.reader.weight
+        current.terms = terms or []
+        return None if terms is None else (z, gradient / (current.weight * current.scale))
 
     def arrive_again(self) -> None:
         """Handle a second backward pass through the same graph: an error if it reaches ``.grad``."""
@@ -199,8 +211,9 @@ class Attachment:
         maker.step_state.judge_anew()
         with torch.no_grad(), borrowing():
             gradients = tape.harvest()
-            maker.measure_pass(draft, tape, current.terms, self.weight, [], gradients, scale=current.scale)
-        maker.step_state.accumulate(self.weight, tape.batch, draft)
+            if not current.unread:
+                maker.measure_pass(draft, tape, current.terms, current.weight, [], gradients, scale=current.scale)
+        maker.step_state.accumulate(current.weight, tape.batch, draft, unread=current.unread)
         self._marks = Marks(self._parameters(maker))
         current.end()
 

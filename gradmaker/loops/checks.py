@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from gradmaker.step.protocol import RecordingMaker
 __all__ = [
     "BARE_STEP",
     "CHANGED",
+    "FOCAL",
     "NO_LOGITS",
+    "OPEN",
     "OTHER_STEP",
     "TWICE",
     "TWO_LOSSES",
@@ -29,6 +31,8 @@ __all__ = [
     "missing",
     "read_likelihood",
     "refuse_scale",
+    "refuse_scale_of",
+    "unread",
 ]
 
 UNDIFFERENTIATED = (
@@ -59,6 +63,19 @@ BARE_STEP = (
 OTHER_STEP = (
     "attach: {} is attached to this optimizer already, and its step is ended at another moment than that of this maker: attach "
     "one of them to the PreconditionedOptimizer, not to its base, or put both methods into one maker with fallback="
+)
+DECLARE = (
+    "give attach likelihood= one of {}, which is taken as that of a mean loss, with accumulation= for the backward passes of a "
+    "step; or declare the calls with setup_model_call and setup_loss_call, which shows the loss itself"
+).format(", ".join(LIKELIHOODS))
+FOCAL = (
+    "attach: the weights of the loss terms are a function of the probabilities of their labels, as in a focal loss or with a "
+    f"margin, whose curvature is not that of a weighted cross entropy: {DECLARE}"
+)
+OPEN = (
+    "attach: in {} passes the gradient of the loss in the logits of shape {} did not show whether the loss is a cross entropy "
+    "or a binary cross entropy with hard labels: equal logits, or one example of each of two classes, agree with other "
+    f"losses, too: {DECLARE}"
 )
 SCALE = 2.0**12
 """A power of two from here on is taken to be the scale of a `torch.amp.GradScaler` that was not given."""
@@ -92,9 +109,9 @@ def read_likelihood(likelihood: str | Likelihood | None) -> Likelihood | None:
     return Categorical(axis=-1) if likelihood == "categorical" else find_likelihood(likelihood)
 
 
-def check(maker: RecordingMaker, optimizer: Optimizer, likelihood: Any, accumulation: Any) -> None:
+def check(maker: RecordingMaker, optimizer: Optimizer, accumulation: Any) -> None:
     """ValueError for a maker, optimizer or option that cannot be attached."""
-    if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
+    if accumulation is not None and (not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1):
         raise ValueError(f"accumulation={accumulation!r}: expected an integer of at least 1")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("attach: LBFGS models the curvature from plain gradients itself: use SGD, with or without momentum")
@@ -104,11 +121,6 @@ def check(maker: RecordingMaker, optimizer: Optimizer, likelihood: Any, accumula
         raise ValueError(
             f"attach: {', '.join(repeating)} has to differentiate or repeat the loss, which attach() does not see: declare it "
             "with setup_model_call and setup_loss_call"
-        )
-    if passes and likelihood is None:
-        raise ValueError(
-            f"attach: {', '.join(type(c).__name__ for c in passes)} needs to know what the model's output parametrises, and "
-            f"attach() does not see the loss: give likelihood= one of {', '.join(LIKELIHOODS)}"
         )
 
 
@@ -161,11 +173,35 @@ def missing(called: bool, watched: Iterable[str]) -> str:
     )
 
 
+def unread(shape: Sequence[int], residuals: Mapping[str, float], before: bool = False) -> str:
+    """Why the terms of a loss could not be read.  residuals: of the fits, relative. before: whether the one fit was proven"""
+    fits = " and ".join(f"{name} misses it by {error:.1e} of its size" for name, error in residuals.items())
+    changed = " It was proven to be one in an earlier pass, and is not in this one." if before else ""
+    return (
+        f"attach: the gradient of the loss in the logits of shape {tuple(shape)} is not that of a cross entropy or a binary "
+        f"cross entropy with hard labels ({fits}), from which the weights of its terms could be read: label smoothing, soft or "
+        f"mixed labels, a temperature, squared errors and further terms have to be declared.{changed} For these {DECLARE}"
+    )
+
+
 def refuse_scale(gradient: Tensor, weight: float) -> None:
     """RuntimeError where the factor of a loss in the backward pass looks like the scale of a GradScaler."""
     largest = float(gradient.abs().max()) / weight if gradient.numel() else 0.0
     if SCALE <= largest < math.inf and math.frexp(largest)[0] == 0.5:
-        raise RuntimeError(
-            f"attach: the loss enters the backward pass with the factor {largest:g}, as from a GradScaler: give attach "
-            "scaler=, or one with enabled=False if the factor is meant"
-        )
+        raise RuntimeError(_SCALED.format(largest))
+
+
+def refuse_scale_of(weights: Tensor, accumulation: int, tolerance: float) -> None:
+    """The same for weights that were read, to this tolerance: of one of them, or of their sum, which a mean has."""
+    largest, total = float(weights.max()), float(weights.sum()) * accumulation
+    if abs(largest - 1) <= tolerance:  # of a sum
+        return
+    for factor in (total, largest, largest * accumulation):
+        if SCALE * (1 - tolerance) <= factor < math.inf and abs(2 ** round(math.log2(factor)) / factor - 1) <= tolerance / 30:
+            raise RuntimeError(_SCALED.format(factor))
+
+
+_SCALED = (
+    "attach: the loss enters the backward pass with the factor {:g}, as from a GradScaler: give attach scaler=, or one with "
+    "enabled=False if the factor is meant"
+)

@@ -47,6 +47,8 @@ class LoopPass:
         self.terms: list[Terms] = []
         self.expected: Tensor | None = None  # gradient of the logits by the loss inside alone
         self.scale = 1.0
+        self.weight = 1.0  # of its loss, as the terms have it, in that of the step
+        self.unread = False  # whether the gradient did not show the weights of its terms
         self.watched: list[str] = []
         self.trace = Trace(tape is not None)
         self._calls, self._record, self._handles = ExitStack(), ExitStack(), ExitStack()
@@ -115,6 +117,7 @@ class LoopPass:
     def again(self) -> None:
         """Expect another backward pass: this one was part of no step."""
         self.at = self.before = self.draft = self.expected = None
+        self.unread = False
         if self.tape is not None:
             self.tape.harvest()
 

@@ -48,8 +48,17 @@ def test_the_trajectory_is_that_of_the_declared_calls(method: str, limits: dict[
     assert not torch.allclose(found[0], start[0], atol=1e-4)
 
 
-def test_micro_batches_of_a_loop_are_one_step() -> None:
-    case, optimizer = front(accumulation=2)
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_a_likelihood_that_is_read_gives_the_same(method: str) -> None:
+    options, momentum = METHODS[method]
+    case, optimizer = front(method, base=lambda case: sgd(case, momentum=momentum), options=options, likelihood=None)
+    torch.testing.assert_close(train(case, optimizer), declared(method, options, momentum), rtol=1e-6, atol=1e-8)
+    assert optimizer.metrics()["unread"] == 0
+
+
+@pytest.mark.parametrize("given", [{"accumulation": 2}, {"likelihood": None}])
+def test_micro_batches_of_a_loop_are_one_step(given: dict[str, Any]) -> None:
+    case, optimizer = front(**given)
     other = mlp()
     maker, base = maker_of(other, "kfac"), sgd(other)
     for x, t in batches(case):
@@ -62,7 +71,7 @@ def test_micro_batches_of_a_loop_are_one_step() -> None:
         optimizer.step()
         maker.precondition()
         base.step()
-    close(weights(case), weights(other))
+    torch.testing.assert_close(weights(case), weights(other), rtol=1e-6, atol=1e-8)
     assert optimizer.maker.step == STEPS
 
 

@@ -1,0 +1,84 @@
+"""The terms of a loop's loss, from a declared likelihood, or read from the gradient that arrives at the logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradmaker.capture.arrangement import Arrangement
+from gradmaker.loops import checks
+from gradmaker.loss.likelihood import LIKELIHOODS, Likelihood, terms_from_gradient
+from gradmaker.loss.reading import Fit, candidates, fit
+from gradmaker.loss.terms import Terms
+
+__all__ = ["TRIES", "LossReader"]
+
+TRIES = 32
+"""Passes that may leave open what the loss is, as at the equal logits of a head that begins at zero."""
+
+
+class LossReader:
+    """Reads the terms of losses that are called outside of the model.
+
+    Which likelihood it is, is proven once and kept in the arrangement of the maker, as the findings of self-checks are. A pass
+    whose gradient has rounded away shows no weights, and is not measured.
+    """
+
+    def __init__(self, declared: Likelihood | None, accumulation: int) -> None:
+        """accumulation: as declared; it is needed where a likelihood is declared"""
+        self.declared, self.accumulation = declared, accumulation
+        self._undecided = 0
+
+    @property
+    def weight(self) -> float:
+        """The weight of a pass in the step: that of its loss where a likelihood is declared, 1 where weights are read."""
+        return 1.0 if self.declared is None else 1.0 / self.accumulation
+
+    def terms(self, known: Arrangement, z: Tensor, gradient: Tensor, scale: float | None) -> list[Terms] | None:
+        """The terms of a pass; None where the gradient does not show them.
+
+        gradient: dL/dz, as it arrived. scale: of a scaler; None without one. RuntimeError for a loss that has to be declared
+        """
+        if self.declared is not None:
+            return [terms_from_gradient(self.declared, z, gradient)]
+        if not bool(torch.isfinite(gradient).all()):
+            return None
+        found = self._first(known, z, gradient) if known.likelihood is None else self._next(known.likelihood, z, gradient)
+        if found is None:
+            return None
+        if scale is None:
+            checks.refuse_scale_of(found.weighting.weight, self.accumulation, found.tolerance)
+        w = replace(found.weighting, weight=found.weighting.weight / (scale or 1.0))
+        return [LIKELIHOODS[w.likelihood]().read(w)]
+
+    def _first(self, known: Arrangement, z: Tensor, gradient: Tensor) -> Fit | None:
+        """Prove which likelihood the loss has; None while that is open."""
+        found: list[Fit] = []
+        for likelihood in candidates(z):
+            found.append(fit(likelihood, z, gradient))
+            if found[-1].proves:
+                if found[-1].ordered:
+                    raise RuntimeError(checks.FOCAL)
+                known.likelihood = likelihood
+                return found[-1]
+        if all(f.clear and not f.fits for f in found):
+            raise RuntimeError(checks.unread(z.shape, {_name(f): f.residual for f in found}))
+        self._undecided += any(f.fits for f in found)
+        if self._undecided > TRIES:
+            raise RuntimeError(checks.OPEN.format(TRIES, tuple(z.shape)))
+        return None
+
+    def _next(self, likelihood: Likelihood, z: Tensor, gradient: Tensor) -> Fit | None:
+        found = fit(likelihood, z, gradient, known=True)
+        if not found.clear:
+            return None
+        if not found.fits:
+            raise RuntimeError(checks.unread(z.shape, {_name(found): found.residual}, before=True))
+        return found
+
+
+def _name(f: Fit) -> str:
+    axis = getattr(f.likelihood, "axis", None)
+    return f.weighting.likelihood if axis is None else f"{f.weighting.likelihood} with the classes on axis {axis}"
