@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradmaker as gm
 from tests.front_door.training import (
@@ -169,6 +170,30 @@ def test_decay_comes_back_when_the_base_optimizer_fails() -> None:
 def test_a_learning_rate_may_be_a_tensor(lr: Any) -> None:
     case, optimizer = front(base=lambda case: sgd(case, lr, weight_decay=0.1))
     close(train(case, optimizer), declared("kfac", decay=0.1))
+
+
+class WithoutReads(TorchDispatchMode):
+    """Raises where a value is read on the host, for which a device has to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_that_measures_nothing_does_not_wait_for_the_device() -> None:
+    case, optimizer = front(
+        base=lambda case: sgd(case, momentum=0.9, weight_decay=0.1),
+        max_norm=0.3,
+        options={"curvature_interval": 10, "preconditioner_interval": 10, "warmup_steps": 0},
+    )
+    train(case, optimizer, 4)
+    backward(case, optimizer, case.x, case.t)
+    before = weights(case)
+    with WithoutReads():
+        optimizer.step()
+    assert not same(weights(case), before) and 0 < optimizer.metrics()["clip_factor"] < 1
+    with pytest.raises(AssertionError), WithoutReads():
+        optimizer.metrics()
 
 
 # --- steps that do nothing ------------------------------------------------------------------------------------------------
