@@ -37,14 +37,14 @@ class LossReader:
         return 1.0 if self.declared is None else 1.0 / self.accumulation
 
     def terms(self, known: Arrangement, z: Tensor, gradient: Tensor, scale: float | None) -> list[Terms] | None:
-        """The terms of a pass; None where the gradient does not show them.
+        """The terms of a pass, none where the gradient is not finite; None where it does not show them.
 
         gradient: dL/dz, as it arrived. scale: of a scaler; None without one. RuntimeError for a loss that has to be declared
         """
         if self.declared is not None:
             return [terms_from_gradient(self.declared, z, gradient)]
         if not bool(torch.isfinite(gradient).all()):
-            return None
+            return []
         found = self._first(known, z, gradient) if known.likelihood is None else self._next(known.likelihood, z, gradient)
         if found is None:
             return None
@@ -65,7 +65,7 @@ class LossReader:
                 return found[-1]
         if all(f.clear and not f.fits for f in found):
             raise RuntimeError(checks.unread(z.shape, {_name(f): f.residual for f in found}))
-        self._undecided += any(f.fits for f in found)
+        self._undecided += bool(gradient.any())
         if self._undecided > TRIES:
             raise RuntimeError(checks.OPEN.format(TRIES, tuple(z.shape)))
         return None

@@ -26,6 +26,8 @@ __all__ = ["Fit", "candidates", "fit", "name_of", "named"]
 
 PIECE = 1 << 22
 """Entries of the logits that are fitted at once: a bound on memory."""
+LARGEST = 1 << 26
+"""Most entries of logits that a binary loss is looked for in: they are fitted at once."""
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 3e-4}
 """Largest relative residual of a fit, and largest relative rounding error of a weight that is read; else 5e-2."""
 RATIOS = {torch.float64: 1e-3, torch.float32: 3e-3}
@@ -63,7 +65,8 @@ class Fit:
 def candidates(z: Tensor) -> list[Likelihood]:
     """Likelihoods that logits of this shape may have: classes on the last axis or on axis 1, or independent elements."""
     axes = [-1] * (z.ndim > 0) + [1] * (z.ndim > 2)
-    return [*(Categorical(axis=axis) for axis in axes if z.shape[axis] > 1), Bernoulli()]
+    binary = [Bernoulli()] if z.numel() <= LARGEST else []
+    return [*(Categorical(axis=axis) for axis in axes if z.shape[axis] > 1), *binary]
 
 
 def name_of(likelihood: Likelihood | None) -> str:
@@ -158,7 +161,7 @@ def _categorical(likelihood: Categorical, z: Tensor, gradient: Tensor, number: _
     size = max(1, PIECE // rows.shape[1])
     parts = [_fit_rows(*part, normalised, number) for part in zip(rows.split(size), g.split(size), strict=True)]
     found = _Rows(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Rows)))
-    clear = (found.error <= number.tolerance) & (found.size > 0)
+    clear = found.error <= number.tolerance
     kept = found[clear]
     group, equal = _shared(found, clear, number)
     like = _like(found.omega, clear, group, rows.shape[1])
@@ -244,6 +247,8 @@ def _one_sign(z: Tensor, g: Tensor, number: _Number) -> _Rows:
     against = (-rest).clamp(min=0).sum(-1).double() / torch.where(total > 0, total, 1.0)
     error = number.rounding * (2 + largest.abs()) + number.own * size_of_z + number.smallest / one
     missed = q.sum(-1).double() * largest.exp()
+    alone = (missed > 64 * number.own) & (own.abs() * largest.exp() > 4 * number.smallest * missed)
+    error = torch.where((one == 0) & alone, 0.0, error)  # the other classes should have a gradient as well
     return _Rows(omega, label.squeeze(-1), largest, missed, error, size, residue, slack, own.square(), wrong, against)
 
 
