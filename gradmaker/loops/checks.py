@@ -76,7 +76,7 @@ FOCAL = (
 OPEN = (
     "attach: in {} passes the gradient of the loss in the logits of shape {} did not show whether the loss is a cross entropy "
     "or a binary cross entropy with hard labels: equal logits, or one example of each of two classes, agree with other "
-    f"losses, too: {DECLARE}"
+    f"losses, too, and where the gradient has rounded away nothing is seen: {DECLARE}"
 )
 SCALE = 2.0**12
 """A power of two from here on is taken to be the scale of a `torch.amp.GradScaler` that was not given."""
