@@ -409,7 +409,7 @@ def test_a_batch_of_ignored_terms_is_not_measured() -> None:
 @pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp"])
 def test_what_is_not_finite_is_skipped_and_not_counted(method: str) -> None:
     case, optimizer, maker = attached(method)
-    for bad in (True, False, True):
+    for bad in (True, False):
         optimizer.zero_grad()
         before = copy.deepcopy(maker.state_dict()["sites"])
         (F.cross_entropy(case.model(data(1)[0][0]), data(1)[0][1]) * (float("inf") if bad else 1.0)).backward()
@@ -419,7 +419,7 @@ def test_what_is_not_finite_is_skipped_and_not_counted(method: str) -> None:
         with torch.no_grad():
             for p, q in zip(case.model.parameters(), mlp().model.parameters(), strict=True):
                 p.copy_(q)
-    assert (maker.step, maker.skipped, maker.unread) == (3, 2, 0)
+    assert (maker.step, maker.skipped, maker.unread) == (2, 1, 0)
 
 
 # --- state ----------------------------------------------------------------------------------------------------------------
