@@ -205,7 +205,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         *,
         hooked: bool = False,

@@ -200,7 +200,7 @@ class Attachment:
         if maker is None or current is None or current is not self._current:
             return
         if current.tape is None:
-            self._marks = Marks(self._parameters(maker))
+            self._mark(maker)
             current.again()
             return
         if current.before is None or not current.before.moved():
@@ -214,8 +214,12 @@ class Attachment:
             if not current.unread:
                 maker.measure_pass(draft, tape, current.terms, current.weight, [], gradients, scale=current.scale)
         maker.step_state.accumulate(current.weight, tape.batch, draft, unread=current.unread)
-        self._marks = Marks(self._parameters(maker))
+        self._mark(maker)
         current.end()
+
+    def _mark(self, maker: RecordingMaker) -> None:
+        """Mark the gradients at the end of a backward pass, with their norms while a change is still to be told of."""
+        self._marks = Marks(self._parameters(maker), norms=not self._warned)
 
     # ---------------------------------------------------------------- the step
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,7 +292,8 @@ class Attachment:
         self._checks_left = max(0, self._checks_left - 1)
         if self._marks is None or self._warned:
             return
-        if self._marks.changed({p for b in maker.plan.blocks for s in b.sites for p in s.parameters.values()}):
+        treated = {p for b in maker.plan.blocks for s in b.sites for p in s.parameters.values()}
+        if self._marks.changed(treated, self.scaler):
             self._warned, self._checks_left = True, 0
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 

@@ -33,6 +33,7 @@ __all__ = [
     "refuse_scale",
     "refuse_scale_of",
     "unread",
+    "wrong_axis",
 ]
 
 UNDIFFERENTIATED = (
@@ -54,7 +55,7 @@ TWO_LOSSES = (
 CHANGED = (
     "attach: .grad was changed between the end of the backward pass and optimizer.step(), as by clipping: this acts on the raw "
     "gradient, before the preconditioner, so that methods whose step does not depend on the scale of the gradient undo it; "
-    "limit the step instead, by its learning rate or the options of the method"
+    "limit the step instead, by max_norm= of a PreconditionedOptimizer, its learning rate or the options of the method"
 )
 BARE_STEP = (
     "step: this optimizer is the base of a PreconditionedOptimizer, and its own step() would use the raw gradient: call step() "
@@ -69,8 +70,8 @@ DECLARE = (
     "step; or declare the calls with setup_model_call and setup_loss_call, which shows the loss itself"
 ).format(", ".join(LIKELIHOODS))
 FOCAL = (
-    "attach: the weights of the loss terms follow the probabilities of their labels, as in a focal loss, whose curvature is "
-    f"not that of a weighted cross entropy: {DECLARE}"
+    "attach: the weights of the loss terms are a function of the probabilities of their labels, as in a focal loss or with a "
+    f"margin, whose curvature is not that of a weighted cross entropy: {DECLARE}"
 )
 OPEN = (
     "attach: in {} passes the gradient of the loss in the logits of shape {} did not show whether the loss is a cross entropy "
@@ -181,6 +182,15 @@ def unread(shape: Sequence[int], residuals: Mapping[str, float], before: bool = 
         f"attach: the gradient of the loss in the logits of shape {tuple(shape)} is not that of a cross entropy or a binary "
         f"cross entropy with hard labels ({fits}), from which the weights of its terms could be read: label smoothing, soft or "
         f"mixed labels, a temperature, squared errors and further terms have to be declared.{changed} For these {DECLARE}"
+    )
+
+
+def wrong_axis(shape: Sequence[int], given: int, zero: Sequence[int]) -> str:
+    """Why classes cannot be on the declared axis.  zero: axes over which the gradient sums to zero"""
+    return (
+        f"attach: the classes were declared on axis {given} of logits of shape {tuple(shape)}, and the gradient of a softmax "
+        f"sums to zero over its classes, as it does here over axis {' and '.join(map(str, zero))} alone: give "
+        f"likelihood=Categorical(axis={zero[-1]})"
     )
 
 

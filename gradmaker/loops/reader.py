@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -9,12 +10,15 @@ from torch import Tensor
 
 from gradmaker.capture.arrangement import Arrangement
 from gradmaker.loops import checks
-from gradmaker.loss.likelihood import LIKELIHOODS, Likelihood, terms_from_gradient
+from gradmaker.loss.likelihood import LIKELIHOODS, Categorical, Likelihood, terms_from_gradient
 from gradmaker.loss.reading import Fit, candidates, fit
+from gradmaker.loss.recorder import log_axis
 from gradmaker.loss.terms import Terms
 
 __all__ = ["TRIES", "LossReader"]
 
+SUMS_TO_ZERO = 1e-2
+"""Largest relative sum of a gradient over the axis of a softmax; in bfloat16 it is about 4e-3."""
 TRIES = 32
 """Passes that may leave open what the loss is, as at the equal logits of a head that begins at zero."""
 
@@ -30,6 +34,7 @@ class LossReader:
         """accumulation: as declared; it is needed where a likelihood is declared"""
         self.declared, self.accumulation = declared, accumulation
         self._undecided = 0
+        self._axis_is_open = isinstance(declared, Categorical)
 
     @property
     def weight(self) -> float:
@@ -37,14 +42,15 @@ class LossReader:
         return 1.0 if self.declared is None else 1.0 / self.accumulation
 
     def terms(self, known: Arrangement, z: Tensor, gradient: Tensor, scale: float | None) -> list[Terms] | None:
-        """The terms of a pass; None where the gradient does not show them.
+        """The terms of a pass, none where the gradient is not finite; None where it does not show them.
 
         gradient: dL/dz, as it arrived. scale: of a scaler; None without one. RuntimeError for a loss that has to be declared
         """
         if self.declared is not None:
+            self._check_axis(z, gradient)
             return [terms_from_gradient(self.declared, z, gradient)]
         if not bool(torch.isfinite(gradient).all()):
-            return None
+            return []
         found = self._first(known, z, gradient) if known.likelihood is None else self._next(known.likelihood, z, gradient)
         if found is None:
             return None
@@ -52,6 +58,24 @@ class LossReader:
             checks.refuse_scale_of(found.weighting.weight, self.accumulation, found.tolerance)
         w = replace(found.weighting, weight=found.weighting.weight / (scale or 1.0))
         return [LIKELIHOODS[w.likelihood]().read(w)]
+
+    def _check_axis(self, z: Tensor, gradient: Tensor) -> None:
+        """RuntimeError where the gradient sums to zero over another axis than the declared one, as over that of a softmax.
+
+        Checked once, at the first gradient that is not zero.
+        """
+        if not self._axis_is_open or z.ndim < 3 or log_axis(z, range(z.ndim)) is not None:
+            return
+        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        sums = torch.stack([g.sum(axis).norm() for axis in range(z.ndim)])
+        whole, *found = torch.cat([g.norm().reshape(1), sums]).tolist()
+        if not 0 < whole < math.inf:
+            return
+        self._axis_is_open = False
+        assert isinstance(self.declared, Categorical)
+        zero = [axis for axis, x in enumerate(found) if x <= SUMS_TO_ZERO * whole]
+        if zero and self.declared.axis_of(z) not in zero:
+            raise RuntimeError(checks.wrong_axis(z.shape, self.declared.axis, zero))
 
     def _first(self, known: Arrangement, z: Tensor, gradient: Tensor) -> Fit | None:
         """Prove which likelihood the loss has; None while that is open."""

@@ -26,13 +26,15 @@ __all__ = ["Fit", "candidates", "fit", "name_of", "named"]
 
 PIECE = 1 << 22
 """Entries of the logits that are fitted at once: a bound on memory."""
+LARGEST = 1 << 26
+"""Most entries of logits that a binary loss is looked for in: they are fitted at once."""
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 3e-4}
 """Largest relative residual of a fit, and largest relative rounding error of a weight that is read; else 5e-2."""
 RATIOS = {torch.float64: 1e-3, torch.float32: 3e-3}
 """Largest ratio of the residual of a proof to what a constant in every class would leave, as by smoothing; else 5e-2."""
 
-ORDERED = 16
-"""Fewest pairs of terms of one label whose weights and probabilities have to be in one order to count as a focal loss."""
+ORDERED = 32
+"""Fewest terms whose weights may be found to be a function of the probabilities of their labels, as of a focal loss."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Fit:
     tolerance: float
     ratio: float
     rounding: float
-    ordered: bool = False  # whether the weights of terms of one label are in the order of its probability, as in a focal loss
+    ordered: bool = False  # whether the weights are a function of the probabilities of the labels, as in a focal loss
 
     @property
     def fits(self) -> bool:
@@ -63,7 +65,8 @@ class Fit:
 def candidates(z: Tensor) -> list[Likelihood]:
     """Likelihoods that logits of this shape may have: classes on the last axis or on axis 1, or independent elements."""
     axes = [-1] * (z.ndim > 0) + [1] * (z.ndim > 2)
-    return [*(Categorical(axis=axis) for axis in axes if z.shape[axis] > 1), Bernoulli()]
+    binary = [Bernoulli()] if z.numel() <= LARGEST else []
+    return [*(Categorical(axis=axis) for axis in axes if z.shape[axis] > 1), *binary]
 
 
 def name_of(likelihood: Likelihood | None) -> str:
@@ -127,7 +130,7 @@ class _Rows:
     omega: Tensor
     label: Tensor
     largest: Tensor  # log of the largest probability of another class
-    rest_of_label: Tensor  # probability of all other classes
+    missed: Tensor  # probability of all other classes
     error: Tensor  # relative rounding error of omega; inf where the gradient is zero
     size: Tensor  # sum of the squares of the gradient, in the other classes
     rest: Tensor  # the same of what the fit leaves
@@ -145,9 +148,10 @@ class _Rows:
 
     @property
     def misfit(self) -> Tensor:
-        """The larger of the relative residuals of each term.  # (m,)"""
+        """The largest relative residual of each term, more than 1 if any sign is wrong: signs do not round.  # (m,)"""
         safe = [torch.where(x > 0, x, 1.0) for x in (self.size, self.whole)]
-        return torch.stack([(self.rest / safe[0]).sqrt(), (self.wrong / safe[1]).sqrt(), self.against]).amax(0)
+        largest = torch.stack([(self.rest / safe[0]).sqrt(), (self.wrong / safe[1]).sqrt(), self.against]).amax(0)
+        return largest + (self.against > 0)
 
 
 def _categorical(likelihood: Categorical, z: Tensor, gradient: Tensor, number: _Number) -> Fit:
@@ -159,9 +163,10 @@ def _categorical(likelihood: Categorical, z: Tensor, gradient: Tensor, number: _
     found = _Rows(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Rows)))
     clear = (found.error <= number.tolerance) & (found.size > 0)
     kept = found[clear]
-    like = _like(found.omega, clear, found.label, rows.shape[1])
+    group, equal = _shared(found, clear, number)
+    like = _like(found.omega, clear, group, rows.shape[1])
     unseen = (like.abs() * found.largest.exp() < number.smallest) | (found.size + found.whole > 0)
-    omega = torch.where(clear, found.omega, torch.where(unseen, like, 0.0))
+    omega = torch.where(clear & (not equal), found.omega, torch.where(unseen, like, 0.0))
     if rows.shape[1] == 2:
         residual, contrast = _agreement(kept.omega, kept.label, kept.largest.exp())
     else:
@@ -173,16 +178,23 @@ def _categorical(likelihood: Categorical, z: Tensor, gradient: Tensor, number: _
     return number.made(likelihood, weighting, clear, residual, contrast, _ordered(kept, number))
 
 
+def _shared(rows: _Rows, clear: Tensor, number: _Number) -> tuple[Tensor, bool]:
+    """Groups of terms, all or those of a label, and whether their weights differ by rounding alone: then a mean is better."""
+    for group in (torch.zeros_like(rows.label), rows.label):
+        if _agreement(rows.omega[clear], group[clear], clear[clear].double())[0] <= 4 * number.rounding:
+            return group, True
+    return rows.label, False
+
+
 def _ordered(rows: _Rows, number: _Number) -> bool:
-    """Whether weights fall, or rise, with the probability of the label wherever two terms have the same label."""
-    order = rows.rest_of_label.argsort(stable=True)
-    order = order[rows.label[order].argsort(stable=True)]
-    omega, label = rows.omega[order], rows.label[order]
-    steps = (omega.diff() / omega[1:].abs().clamp(min=1e-300))[label.diff() == 0]
-    if len(steps) < ORDERED or float(steps.abs().max()) <= number.tolerance:
+    """Whether weights are a function of the probabilities of the labels, with a turn or two: neighbours have near ranks."""
+    n = len(rows.omega)
+    ranked = rows.omega.sort().values
+    distinct = ranked.diff() > 64 * number.rounding * ranked.abs().amax() if n else ranked
+    if n < ORDERED or 2 * int(distinct.sum()) < n:
         return False
-    equal = 64 * number.rounding  # neighbours may be
-    return bool((steps > -equal).all() | (steps < equal).all())
+    rank = rows.omega[rows.missed.argsort()].argsort().argsort()
+    return int(rank.diff().abs().sum()) <= 3 * n
 
 
 def _ratio(part: Tensor, whole: Tensor, root: bool = True) -> float:
@@ -208,7 +220,8 @@ def _fit_rows(z: Tensor, g: Tensor, normalised: bool, number: _Number) -> _Rows:
 
 def _one_sign(z: Tensor, g: Tensor, number: _Number) -> _Rows:
     """Fit terms whose weights are not negative.  z, g: (m, C)"""
-    top = z.argmax(-1, keepdim=True)
+    highest, top = z.max(-1, keepdim=True)
+    z = z - highest
     at_top, lowest = g.gather(1, top), g.min(-1, keepdim=True)
     # where the largest probability rounds to one, so does the gradient there, to zero or either sign
     label = torch.where((at_top > 0) & (lowest.values <= -0.5 * at_top), lowest.indices, top)
@@ -227,12 +240,13 @@ def _one_sign(z: Tensor, g: Tensor, number: _Number) -> _Rows:
     size, residue, slack = (x.square().sum(-1).double() * one.square() for x in (rest, left, flat))
     omega = slope.double().squeeze(-1) * one * (-largest).exp()
     own = g.gather(1, label).double().squeeze(-1)
-    wrong = (own + slope.double().squeeze(-1) * one * q.sum(-1).double()).abs() - 16 * number.own * omega.abs()
+    size_of_z = highest.abs().double().squeeze(-1)  # the loss may subtract their logsumexp, rounded
+    wrong = (own + slope.double().squeeze(-1) * one * q.sum(-1).double()).abs()
+    wrong = (wrong - number.own * (16 + 2 * size_of_z) * omega.abs()).clamp(min=0).square()
     total = rest.abs().sum(-1).double()
     against = (-rest).clamp(min=0).sum(-1).double() / torch.where(total > 0, total, 1.0)
-    error = number.rounding * (2 + largest.abs()) + number.smallest / one
+    error = number.rounding * (2 + largest.abs()) + number.own * size_of_z + number.smallest / one
     missed = q.sum(-1).double() * largest.exp()
-    wrong = wrong.clamp(min=0).square()
     return _Rows(omega, label.squeeze(-1), largest, missed, error, size, residue, slack, own.square(), wrong, against)
 
 

@@ -121,8 +121,16 @@ def test_a_plan_on_the_meta_device_is_that_of_the_model(name: str) -> None:
     assert all(p.is_meta for p in bare.parameters())
 
 
-def test_buffers_without_storage_prove_nothing() -> None:
-    class HalvedRMSNorm(LlamaRMSNorm):
+@pytest.mark.parametrize("name", NAMED)
+def test_rules_do_not_depend_on_the_default_device(name: str) -> None:
+    """As after ``torch.set_default_device("cuda")``."""
+    layer = NAMED[name]().model.get_submodule("layer")
+    with torch.device("meta"):
+        assert rule_for(layer) is not None
+
+
+def test_a_rule_on_the_meta_device_does_not_depend_on_what_memory_held() -> None:
+    class ScaledRMSNorm(LlamaRMSNorm):
         def __init__(self, d: int) -> None:
             super().__init__(d)
             self.register_buffer("scale", torch.tensor(0.5))
@@ -130,8 +138,8 @@ def test_buffers_without_storage_prove_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.get_buffer("scale")
 
-    assert rule_for(HalvedRMSNorm(4)) is not None
-    assert rule_for(HalvedRMSNorm(4).to("meta")) is None
+    assert rule_for(ScaledRMSNorm(4)) is not None
+    assert rule_for(ScaledRMSNorm(4).to("meta")) is not None
 
 
 # ------------------------------------------------------------------ what is no such layer

@@ -253,8 +253,7 @@ def test_parameters_that_are_ignored_keep_their_gradient() -> None:
 def test_the_step_is_that_of_the_declared_protocol(method: str) -> None:
     """Oracle: the makers of the two groups, each in the declared protocol, and SGD by hand."""
     model, other = gpt(), gpt()
-    options: dict[str, Any] = {"likelihood": "categorical"} if method == "kfac" else {}
-    found = gm.optimizer(model, method, lr=0.01, weight_decay=0.1, max_norm=0.5, **options)
+    found = gm.optimizer(model, method, lr=0.01, weight_decay=0.1, max_norm=0.5)
     maker: Any = METHODS[method](other, found.maker.config)
     momentum: dict[str, Tensor] = {}
     x, t = tokens()

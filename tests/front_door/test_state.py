@@ -68,6 +68,7 @@ def test_a_saved_state_goes_on_bitwise(method: str, dtype: torch.dtype, tmp_path
     loaded = through_file(state, tmp_path)
     fresh.load_state_dict(loaded)
     assert equal_states(state, before) and equal_states(loaded, before)
+    assert not any(entry.get("gradmaker") for entry in fresh.state.values())  # the maker has it, and nothing holds it twice
     check_resumed(case, optimizer, other, fresh)
 
 

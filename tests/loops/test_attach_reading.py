@@ -220,7 +220,7 @@ def test_a_bfloat16_loop(converted: bool) -> None:
         model = mlp().model.float()
         start = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), 0.02)
-        maker = maker_of(model, READ["kfac_exact"]()).attach(optimizer, likelihood)
+        maker = maker_of(model, gm.KfacGradientConfig(fisher=FisherExact(), damping=0.1)).attach(optimizer, likelihood)
         forward = model.forward
 
         def cast(x: Tensor, forward: Any = forward) -> Any:
@@ -302,7 +302,7 @@ def test_other_losses_are_asked_for(loss: str) -> None:
 def test_a_focal_loss_is_named() -> None:
     case, _, _ = attached()
     x, t = data(1, n=64)[0]
-    with pytest.raises(RuntimeError, match=r"as in a focal loss, .* give attach likelihood="):
+    with pytest.raises(RuntimeError, match=r"as in a focal loss .* give attach likelihood="):
         focal(case.model(x), t).backward()
 
 
@@ -430,3 +430,25 @@ def test_what_was_proven_is_saved() -> None:
         assert maker.unread == 0 and maker.state_dict()["likelihood"] == "categorical -1"
         results.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# --- a declared axis ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_classes_declared_on_the_wrong_axis_are_refused(smoothing: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 7)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, t = torch.randint(5, (3, 6)), torch.randint(7, (18,))
+
+    def backward() -> None:
+        F.cross_entropy(model(x).flatten(0, 1), t, label_smoothing=smoothing).backward()
+
+    wrong = gm.KfacGradientMaker(model, gm.KfacGradientConfig(likelihood="categorical")).attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"declared on axis 1 .* over axis 2 alone: give likelihood=Categorical\(axis=2\)"):
+        backward()
+    wrong.remove()
+    right = gm.KfacGradientMaker(model).attach(optimizer, likelihood="categorical")
+    optimizer.zero_grad()
+    backward()
+    optimizer.step()
+    assert not right.silent()

@@ -1,0 +1,1 @@
+"""The parts of the example `char_gpt.py`: text, model, rows, trainings, report."""
