@@ -76,7 +76,7 @@ FOCAL = (
 OPEN = (
     "attach: in {} passes the gradient of the loss in the logits of shape {} did not show whether the loss is a cross entropy "
     "or a binary cross entropy with hard labels: equal logits, or one example of each of two classes, agree with other "
-    f"losses, too: {DECLARE}"
+    f"losses, too, and where the gradient has rounded away nothing is seen: {DECLARE}"
 )
 SCALE = 2.0**12
 """A power of two from here on is taken to be the scale of a `torch.amp.GradScaler` that was not given."""
@@ -162,8 +162,8 @@ def missing(called: bool, watched: Iterable[str]) -> str:
     if not called:
         return (
             "attach: a measurement of the curvature is due, and no forward pass of the model was seen in this step: hooks do "
-            "not fire in a model that was compiled before attach() (compile it after that), nor where parts of the model are "
-            "called instead of the model itself (declare such a function with setup_model_call)"
+            "not fire in a model that was compiled and called before attach() (then call torch._dynamo.reset() once), nor "
+            "where parts of the model are called instead of the model itself (declare such a function with setup_model_call)"
         )
     return (
         "attach: a measurement of the curvature is due, and the loss brought no gradient to "

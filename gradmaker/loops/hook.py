@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from gradmaker.loops.checks import OTHER_STEP
+from gradmaker.loops.eager import Eager, keep_out_of_compilation, set_compiler
 from gradmaker.step.protocol import MakerOfSteps
 
 __all__ = ["REFUSES", "Hook", "refuse_overlap"]
@@ -21,11 +22,17 @@ class Hook:
 
     def __init__(self, owner: Any = None, verb: str = "") -> None:
         """owner: the attachment.  verb: its method; without one, the hook only shows the attachment to others"""
+        keep_out_of_compilation(Hook.__call__)
         self.owner, self.verb = (None if owner is None else weakref.ref(owner)), verb
 
     def __call__(self, *args: Any) -> Any:
-        owner = self.owner and self.owner()
-        return getattr(owner, self.verb)(*args) if owner is not None and self.verb else None
+        """Call the method, outside of what may be compiling the call of the model."""
+        compiler, before = set_compiler(None), Eager.open
+        try:
+            owner = self.owner and self.owner()
+            return getattr(owner, self.verb)(*args) if owner is not None and self.verb else None
+        finally:
+            Eager.leave_hook(before, compiler)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradmaker.capture.borrowing import borrowing, foreign
 from gradmaker.capture.tape import Tape
 from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
+from gradmaker.loops.eager import Eager
 from gradmaker.loops.marks import Marks
 from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.loss.recorder import LossCall, LossRecorder
@@ -55,6 +56,7 @@ class LoopPass:
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin to record, in the model's forward pre-hook."""
+        self._calls.enter_context(Eager())
         if self.tape is not None and self.recorder is not None:
             self.tape.note_examples(model, args, kwargs)
             self._record.enter_context(self.tape.recording(sized=True))

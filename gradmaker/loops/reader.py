@@ -89,7 +89,7 @@ class LossReader:
                 return found[-1]
         if all(f.clear and not f.fits for f in found):
             raise RuntimeError(checks.unread(z.shape, {_name(f): f.residual for f in found}))
-        self._undecided += any(f.fits for f in found)
+        self._undecided += bool(gradient.any())
         if self._undecided > TRIES:
             raise RuntimeError(checks.OPEN.format(TRIES, tuple(z.shape)))
         return None

@@ -129,6 +129,16 @@ def test_rules_do_not_depend_on_the_default_device(name: str) -> None:
         assert rule_for(layer) is not None
 
 
+def test_a_rule_with_tensors_of_its_own_does_not_depend_on_the_default_device() -> None:
+    class AllocatingRMSNorm(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.ones(x.shape[-1])
+
+    layer = AllocatingRMSNorm(4)
+    with torch.device("meta"):
+        assert rule_for(layer) is not None
+
+
 def test_a_rule_on_the_meta_device_does_not_depend_on_what_memory_held() -> None:
     class ScaledRMSNorm(LlamaRMSNorm):
         def __init__(self, d: int) -> None:

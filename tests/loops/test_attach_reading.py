@@ -406,6 +406,22 @@ def test_a_batch_of_ignored_terms_is_not_measured() -> None:
         assert maker.unread == ignored
 
 
+@pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp"])
+def test_what_is_not_finite_is_skipped_and_not_counted(method: str) -> None:
+    case, optimizer, maker = attached(method)
+    for bad in (True, False):
+        optimizer.zero_grad()
+        before = copy.deepcopy(maker.state_dict()["sites"])
+        (F.cross_entropy(case.model(data(1)[0][0]), data(1)[0][1]) * (float("inf") if bad else 1.0)).backward()
+        optimizer.step()
+        assert equal_states(maker.state_dict()["sites"], before) == bad
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for p, q in zip(case.model.parameters(), mlp().model.parameters(), strict=True):
+                p.copy_(q)
+    assert (maker.step, maker.skipped, maker.unread) == (2, 1, 0)
+
+
 # --- state ----------------------------------------------------------------------------------------------------------------
 def test_what_was_proven_is_saved() -> None:
     """A pass that proves nothing by itself, a single example of two classes, goes on as in the run that was not stopped."""

@@ -104,7 +104,7 @@ def test_a_model_that_was_compiled_before() -> None:
     case.loss(compiled(case.x), case.t).backward()
     case.model.zero_grad()
     _, optimizer, _ = attach(case=case)
-    with pytest.raises(RuntimeError, match=r"compiled before attach\(\)"):
+    with pytest.raises(RuntimeError, match=r"compiled and called before attach\(\)"):
         case.loss(compiled(case.x), case.t).backward()
         optimizer.step()
 
