@@ -149,6 +149,18 @@ def test_large_logits(C: int, offset: float) -> None:
         torch.testing.assert_close(found.weighting.weight, torch.full((32,), 1 / 32, dtype=F64), rtol=3e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_elements_of_a_binary_loss_that_are_masked_or_have_rounded_away(dtype: torch.dtype) -> None:
+    z = logits(16, 5, dtype=dtype)
+    y, mask = (z > 0.3).to(dtype), torch.arange(80).reshape(16, 5) % 3 != 0
+    z[mask & (torch.arange(80).reshape(16, 5) % 5 == 1)] = 200.0  # labels 1 that are certain
+    y[z == 200] = 1.0
+    g = gradient(lambda z: F.binary_cross_entropy_with_logits(z, y, mask.to(dtype), reduction="sum"), z)
+    found = fit(Bernoulli(), z, g)
+    assert found.proves and not g[z == 200].any() and (z == 200).any()
+    torch.testing.assert_close(found.weighting.weight, mask.double(), rtol=1e-6, atol=0)
+
+
 def test_masked_rows_may_hold_anything() -> None:
     z, t = logits(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     g = gradient(lambda z: F.cross_entropy(z[:4], t[:4]), z)
