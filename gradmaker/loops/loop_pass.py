@@ -50,6 +50,7 @@ class LoopPass:
         self.scale = 1.0
         self.weight = 1.0  # of its loss, as the terms have it, in that of the step
         self.unread = False  # whether the gradient did not show the weights of its terms
+        self.refusal = ""  # why they could not be read, if the pass is part of a step
         self.watched: list[str] = []
         self.trace = Trace(tape is not None)
         self._calls, self._record, self._handles = ExitStack(), ExitStack(), ExitStack()
@@ -119,7 +120,7 @@ class LoopPass:
     def again(self) -> None:
         """Expect another backward pass: this one was part of no step."""
         self.at = self.before = self.draft = self.expected = None
-        self.unread = False
+        self.unread, self.refusal = False, ""
         if self.tape is not None:
             self.tape.harvest()
 
