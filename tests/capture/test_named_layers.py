@@ -285,12 +285,21 @@ def t5() -> nn.Module:
     )
 
 
+def bert() -> nn.Module:
+    config = real("models.bert.configuration_bert", "BertConfig")
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    return real("models.bert.modeling_bert", "BertForMaskedLM")(  # type: ignore[no-any-return]
+        config(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
-    "GPT-2": (gpt2, {"transformer.wte.weight"}),  # the head's weight as well
+    "GPT-2": (gpt2, set()),
     "Llama": (llama, set()),
-    "T5": (t5, {"shared.weight"}),
+    "T5": (t5, set()),
+    "BERT": (bert, {"cls.predictions.bias"}),  # the decoder's bias, which another module holds as well
 }
-"""Models without dropout, and what of them K-FAC leaves to its fallback."""
+"""Models without dropout, the heads of all but Llama tied to their tables, and what K-FAC leaves to its fallback."""
 
 
 class Logits(nn.Module):
