@@ -96,7 +96,10 @@ class Attachment:
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
         """Record a pass that may be differentiated, on steps that measure curvature."""
         maker = self.maker()
-        if maker is None or model is not maker.model or not is_pass() or not maker.plan.own.called():
+        if maker is None or model is not maker.model or not is_pass():
+            return
+        maker.follow()
+        if not maker.plan.own.called():
             return
         if self._current is not None and self._current.inside:
             self._current.depth += 1
@@ -259,6 +262,7 @@ class Attachment:
         maker = self.maker()
         if maker is None:
             return False
+        maker.follow()
         maker.plan.own.check()
         self._release()
         maker.plan.refuse_ranks()
