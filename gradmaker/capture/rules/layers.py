@@ -8,15 +8,16 @@ feature. To add a layer, write a rule and `register` it (one of a library that i
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.rules.attention import ProjectionRule
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
-from gradmaker.capture.rules.named import NAMED_RULES
+from gradmaker.capture.rules.named import NAMED_RULES, definer
 from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
 from gradmaker.options.registry import Registry, register
 
@@ -64,6 +65,36 @@ class EmbeddingRule(LayerRule):
         return to_examples(g, layout, axes=1, lead=1).unsqueeze(1)
 
 
+class ScaledEmbeddingRule(EmbeddingRule):
+    """Embeddings of transformers that multiply what they look up by a constant (Gemma, BART): ``scale W[index]``.
+
+    They are found by the name of their class, and by a look-up of a few rows.
+    """
+
+    types = ()
+
+    def knows(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and "ScaledWordEmbedding" in definer(module).__name__
+
+    def accepts(self, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        if weight is None or getattr(module, "embed_scale", None) is None or weight.is_meta:
+            return False
+        index = torch.arange(min(len(weight), 8), device=weight.device)
+        with torch.no_grad():
+            found, expected = module.forward(index), weight[index] * self._scale(module)
+        size = float(expected.abs().max())
+        return (
+            found.shape == expected.shape and float((found - expected).abs().max()) <= 4 * torch.finfo(weight.dtype).eps * size
+        )
+
+    def _scale(self, module: Any) -> Tensor:
+        return torch.as_tensor(module.embed_scale, device=module.weight.device).to(module.weight.dtype)
+
+    def gradients(self, module: Any, call: Call, g: Tensor, layout: Layout) -> Tensor:
+        return super().gradients(module, call, g * self._scale(module), layout)
+
+
 RULES: Registry[LayerRule] = Registry("layer rule", LayerRule, instances=True)
 _OWN: tuple[type[LayerRule], ...] = (
     *NAMED_RULES,  # first, so that they serve only what has no rule by its type
@@ -72,6 +103,7 @@ _OWN: tuple[type[LayerRule], ...] = (
     ConvTransposeRule,
     ProjectionRule,
     EmbeddingRule,
+    ScaledEmbeddingRule,
     BatchNormRule,
     GroupNormRule,
     LayerNormRule,

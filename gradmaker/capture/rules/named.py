@@ -16,12 +16,20 @@ from gradmaker.capture.exchange import exchanged
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, to_examples
 from gradmaker.capture.rules.normalisations import NormRule
 
-__all__ = ["NAMED_RULES", "Conv1DRule", "ImageLayerScaleRule", "LayerScaleRule", "NamedImageNormRule", "NamedNormRule"]
+__all__ = [
+    "NAMED_RULES",
+    "Conv1DRule",
+    "ImageLayerScaleRule",
+    "LayerScaleRule",
+    "NamedImageNormRule",
+    "NamedNormRule",
+    "definer",
+]
 
 SINGLE = torch.finfo(torch.float32).eps
 
 
-def _definer(module: nn.Module) -> type:
+def definer(module: nn.Module) -> type:
     """The class that defines a module's ``forward``; `nn.Module` where the instance has a ``forward`` of its own."""
     if "forward" in vars(module):
         return nn.Module
@@ -36,7 +44,7 @@ class Conv1DRule(LayerRule):
     names: ClassVar[tuple[str, ...]] = ("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
 
     def knows(self, module: nn.Module) -> bool:
-        own = _definer(module)
+        own = definer(module)
         return f"{own.__module__}.{own.__qualname__}" in self.names
 
     def shape(self, module: Any) -> tuple[int, int, int]:
@@ -63,7 +71,7 @@ class NamedNormRule(NormRule):
     rounding = SINGLE
 
     def knows(self, module: nn.Module) -> bool:
-        return any(name in _definer(module).__name__ for name in self.names)
+        return any(name in definer(module).__name__ for name in self.names)
 
     def accepts(self, module: nn.Module) -> bool:
         own = dict(module.named_parameters())
