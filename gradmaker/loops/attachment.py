@@ -166,6 +166,8 @@ class Attachment:
                 current.unread = True
                 return
             value, loss_gradient = found
+            place = current.losses[current.at].output if current.at in current.losses else value
+            current.others.expect(place, gradient)
             outputs = [t.z for t in current.terms] or [value]
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
@@ -208,6 +210,8 @@ class Attachment:
             return
         tape, draft = current.tape, current.draft
         assert draft is not None
+        passes = maker.plan.curvatures(of_passes=True)
+        current.refuse_other_outputs(type(c).__name__ for c in passes if "main_backward" not in c.needs)
         maker.step_state.judge_anew()
         with torch.no_grad(), borrowing():
             gradients = tape.harvest()

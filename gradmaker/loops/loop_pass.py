@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from gradmaker.capture.borrowing import borrowing, foreign
 from gradmaker.capture.tape import Tape
-from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
+from gradmaker.loops.checks import OTHER_OUTPUTS, TWO_LOSSES, UNDIFFERENTIATED, logits_of
 from gradmaker.loops.eager import Eager
 from gradmaker.loops.marks import Marks
+from gradmaker.loops.other_outputs import OtherOutputs
 from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.loss.recorder import LossCall, LossRecorder
 from gradmaker.loss.terms import Terms
@@ -51,6 +52,7 @@ class LoopPass:
         self.weight = 1.0  # of its loss, as the terms have it, in that of the step
         self.unread = False  # whether the gradient did not show the weights of its terms
         self.watched: list[str] = []
+        self.others = OtherOutputs([])
         self.trace = Trace(tape is not None)
         self._calls, self._record, self._handles = ExitStack(), ExitStack(), ExitStack()
 
@@ -85,6 +87,8 @@ class LoopPass:
         if self.logits is not None:
             places["the logits in its output"] = self.logits
         self._add_hooks({k: v for k, v in places.items() if v.requires_grad}, owner, arrived)
+        own = {id(v) for v in places.values()}
+        self.others = OtherOutputs([v for v in tensors(output) if v.requires_grad and id(v) not in own])
         self.tape.collecting = True
         return bool(places)
 
@@ -116,10 +120,18 @@ class LoopPass:
         if not same:
             raise RuntimeError(TWO_LOSSES)
 
+    def refuse_other_outputs(self, curvatures: Iterable[str]) -> None:
+        """RuntimeError if a part of the loss came by outputs that are not watched.  curvatures: those that do not see it"""
+        values = [loss.output for loss in self.losses.values()]
+        shapes = self.others.unexplained(values if self.logits is None else [*values, self.logits])
+        if shapes and (blind := list(curvatures)):
+            raise RuntimeError(OTHER_OUTPUTS.format(" and ".join(map(str, shapes)), ", ".join(self.watched), ", ".join(blind)))
+
     def again(self) -> None:
         """Expect another backward pass: this one was part of no step."""
         self.at = self.before = self.draft = self.expected = None
         self.unread = False
+        self.others.forget()
         if self.tape is not None:
             self.tape.harvest()
 
@@ -144,6 +156,7 @@ class LoopPass:
         """Remove the hooks from the modules and release the graph. Hooks on outputs stay, to report a late gradient."""
         self._calls.close()
         self._record.close()
+        self.others.close()
         self.tape = self.logits = self.recorder = self.expected = None
         self.losses = {}
 
