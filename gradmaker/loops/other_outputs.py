@@ -83,7 +83,8 @@ class _Arrival:
 
 def _reaches_leaves(value: Tensor, stops: set[Any]) -> bool:
     """Whether a tensor depends on leaves of the graph in other ways than by the nodes where to stop."""
-    stack, seen = [value.grad_fn], set(stops) | {None}
+    stack: list[Any] = [value.grad_fn]
+    seen = set(stops) | {None}
     while stack:
         node = stack.pop()
         if node in seen:
