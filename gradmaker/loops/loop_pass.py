@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradmaker.capture.borrowing import borrowing, foreign
 from gradmaker.capture.tape import Tape
+from gradmaker.curvature import Curvature
 from gradmaker.loops.checks import OTHER_OUTPUTS, TWO_LOSSES, UNDIFFERENTIATED, logits_of
 from gradmaker.loops.eager import Eager
 from gradmaker.loops.marks import Marks
@@ -51,6 +52,7 @@ class LoopPass:
         self.scale = 1.0
         self.weight = 1.0  # of its loss, as the terms have it, in that of the step
         self.unread = False  # whether the gradient did not show the weights of its terms
+        self.refusal = ""  # why it must not be part of a step
         self.watched: list[str] = []
         self.others = OtherOutputs([])
         self.trace = Trace(tape is not None)
@@ -120,17 +122,19 @@ class LoopPass:
         if not same:
             raise RuntimeError(TWO_LOSSES)
 
-    def refuse_other_outputs(self, curvatures: Iterable[str]) -> None:
-        """RuntimeError if a part of the loss came by outputs that are not watched.  curvatures: those that do not see it"""
+    def look_at_other_outputs(self, curvatures: Iterable[Curvature]) -> None:
+        """Refuse the pass if a part of the loss came by outputs that are not watched, and a curvature is measured there."""
         values = [loss.output for loss in self.losses.values()]
-        shapes = self.others.unexplained(values if self.logits is None else [*values, self.logits])
-        if shapes and (blind := list(curvatures)):
-            raise RuntimeError(OTHER_OUTPUTS.format(" and ".join(map(str, shapes)), ", ".join(self.watched), ", ".join(blind)))
+        blind = [type(c).__name__ for c in curvatures if "main_backward" not in c.needs]
+        shapes = self.others.unexplained(values if self.logits is None else [*values, self.logits]) if blind else []
+        if shapes and not self.refusal:
+            told = (" and ".join(map(str, shapes)), ", ".join(self.watched), ", ".join(blind))
+            self.refusal = OTHER_OUTPUTS.format(*told)
 
     def again(self) -> None:
         """Expect another backward pass: this one was part of no step."""
         self.at = self.before = self.draft = self.expected = None
-        self.unread = False
+        self.unread, self.refusal = False, ""
         self.others.forget()
         if self.tape is not None:
             self.tape.harvest()

@@ -161,7 +161,7 @@ def _categorical(likelihood: Categorical, z: Tensor, gradient: Tensor, number: _
     size = max(1, PIECE // rows.shape[1])
     parts = [_fit_rows(*part, normalised, number) for part in zip(rows.split(size), g.split(size), strict=True)]
     found = _Rows(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Rows)))
-    clear = (found.error <= number.tolerance) & (found.size > 0)
+    clear = found.error <= number.tolerance
     kept = found[clear]
     group, equal = _shared(found, clear, number)
     like = _like(found.omega, clear, group, rows.shape[1])
@@ -247,6 +247,8 @@ def _one_sign(z: Tensor, g: Tensor, number: _Number) -> _Rows:
     against = (-rest).clamp(min=0).sum(-1).double() / torch.where(total > 0, total, 1.0)
     error = number.rounding * (2 + largest.abs()) + number.own * size_of_z + number.smallest / one
     missed = q.sum(-1).double() * largest.exp()
+    alone = (missed > 64 * number.own) & (own.abs() * largest.exp() > 4 * number.smallest * missed)
+    error = torch.where((one == 0) & alone, 0.0, error)  # the other classes should have a gradient as well
     return _Rows(omega, label.squeeze(-1), largest, missed, error, size, residue, slack, own.square(), wrong, against)
 
 

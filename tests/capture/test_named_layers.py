@@ -129,6 +129,16 @@ def test_rules_do_not_depend_on_the_default_device(name: str) -> None:
         assert rule_for(layer) is not None
 
 
+def test_a_rule_with_tensors_of_its_own_does_not_depend_on_the_default_device() -> None:
+    class AllocatingRMSNorm(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.ones(x.shape[-1])
+
+    layer = AllocatingRMSNorm(4)
+    with torch.device("meta"):
+        assert rule_for(layer) is not None
+
+
 def test_a_rule_on_the_meta_device_does_not_depend_on_what_memory_held() -> None:
     class ScaledRMSNorm(LlamaRMSNorm):
         def __init__(self, d: int) -> None:
@@ -275,12 +285,21 @@ def t5() -> nn.Module:
     )
 
 
+def bert() -> nn.Module:
+    config = real("models.bert.configuration_bert", "BertConfig")
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    return real("models.bert.modeling_bert", "BertForMaskedLM")(  # type: ignore[no-any-return]
+        config(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
-    "GPT-2": (gpt2, {"transformer.wte.weight"}),  # the head's weight as well
+    "GPT-2": (gpt2, set()),
     "Llama": (llama, set()),
-    "T5": (t5, {"shared.weight"}),
+    "T5": (t5, set()),
+    "BERT": (bert, {"cls.predictions.bias"}),  # the decoder's bias, which another module holds as well
 }
-"""Models without dropout, and what of them K-FAC leaves to its fallback."""
+"""Models without dropout, the heads of all but Llama tied to their tables, and what K-FAC leaves to its fallback."""
 
 
 class Logits(nn.Module):

@@ -315,14 +315,6 @@ def test_a_fallback_has_numbers_of_its_own() -> None:
 
 # --- compiled models ------------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_that_is_compiled_afterwards_is_measured() -> None:
-    torch._dynamo.reset()
-    case, optimizer = front()
-    found = train(case._replace(model=torch.compile(case.model, backend="eager")), optimizer)  # type: ignore[arg-type]
-    close(found, declared("kfac"))
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_a_model_that_was_compiled_before_raises_where_a_measurement_is_due() -> None:
     torch._dynamo.reset()
     case = mlp()

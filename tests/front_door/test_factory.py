@@ -296,3 +296,26 @@ def test_a_method_that_treats_little_is_warned_of() -> None:
 
 def test_presets_are_of_configs() -> None:
     assert GradientConfig.preset.momentum == 0.9 and not GradientConfig.preset.hidden
+
+
+# --- every method ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "gradient"])
+def test_every_method_steps_or_says_that_it_needs_the_declared_calls(method: str) -> None:
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    x, t = torch.randn(16, 4).double(), torch.randint(3, (16,))
+    try:
+        found = gm.optimizer(model, method, lr=0.01)
+    except ValueError as error:
+        assert "has to differentiate or repeat the loss" in str(error)
+        assert {type(b.triple.curvature).__name__ for b in METHODS[method](model).plan.blocks} <= {  # type: ignore[attr-defined]
+            *("Hessian", "GaussNewton", "HessianProbe", "Secant", "LayerSecant"),
+        }
+        return
+    for _ in range(2):
+        found.zero_grad()
+        F.cross_entropy(model(x), t).backward()
+        raw = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.step()
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert any(not torch.allclose(p.grad, g) for p, g in zip(model.parameters(), raw, strict=True) if p.grad is not None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradmaker as gm
 from tests.front_door.training import (
@@ -48,8 +49,17 @@ def test_the_trajectory_is_that_of_the_declared_calls(method: str, limits: dict[
     assert not torch.allclose(found[0], start[0], atol=1e-4)
 
 
-def test_micro_batches_of_a_loop_are_one_step() -> None:
-    case, optimizer = front(accumulation=2)
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_a_likelihood_that_is_read_gives_the_same(method: str) -> None:
+    options, momentum = METHODS[method]
+    case, optimizer = front(method, base=lambda case: sgd(case, momentum=momentum), options=options, likelihood=None)
+    torch.testing.assert_close(train(case, optimizer), declared(method, options, momentum), rtol=1e-6, atol=1e-8)
+    assert optimizer.metrics()["unread"] == 0
+
+
+@pytest.mark.parametrize("given", [{"accumulation": 2}, {"likelihood": None}])
+def test_micro_batches_of_a_loop_are_one_step(given: dict[str, Any]) -> None:
+    case, optimizer = front(**given)
     other = mlp()
     maker, base = maker_of(other, "kfac"), sgd(other)
     for x, t in batches(case):
@@ -62,7 +72,7 @@ def test_micro_batches_of_a_loop_are_one_step() -> None:
         optimizer.step()
         maker.precondition()
         base.step()
-    close(weights(case), weights(other))
+    torch.testing.assert_close(weights(case), weights(other), rtol=1e-6, atol=1e-8)
     assert optimizer.maker.step == STEPS
 
 
@@ -160,6 +170,30 @@ def test_decay_comes_back_when_the_base_optimizer_fails() -> None:
 def test_a_learning_rate_may_be_a_tensor(lr: Any) -> None:
     case, optimizer = front(base=lambda case: sgd(case, lr, weight_decay=0.1))
     close(train(case, optimizer), declared("kfac", decay=0.1))
+
+
+class WithoutReads(TorchDispatchMode):
+    """Raises where a value is read on the host, for which a device has to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_that_measures_nothing_does_not_wait_for_the_device() -> None:
+    case, optimizer = front(
+        base=lambda case: sgd(case, momentum=0.9, weight_decay=0.1),
+        max_norm=0.3,
+        options={"curvature_interval": 10, "preconditioner_interval": 10, "warmup_steps": 0},
+    )
+    train(case, optimizer, 4)
+    backward(case, optimizer, case.x, case.t)
+    before = weights(case)
+    with WithoutReads():
+        optimizer.step()
+    assert not same(weights(case), before) and 0 < optimizer.metrics()["clip_factor"] < 1
+    with pytest.raises(AssertionError), WithoutReads():
+        optimizer.metrics()
 
 
 # --- steps that do nothing ------------------------------------------------------------------------------------------------

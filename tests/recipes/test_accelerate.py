@@ -22,9 +22,12 @@ from tests.test_state import equal_states
 
 @pytest.fixture(autouse=True)
 def accelerators() -> Iterator[None]:
-    """All accelerators of a process share their settings."""
+    """All accelerators of a process share their settings, with those of other tests too."""
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._reset_state()
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
+    for state in states:
         state._reset_state()
 
 

@@ -18,11 +18,6 @@ from gradmaker.loops.attachment import ChangedGradientWarning
 from tests.recipes.watched import METHODS, Micro, Watch, close, equal
 from tests.test_state import equal_states
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
-]
-
 
 def network() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
