@@ -172,6 +172,7 @@ class Attachment:
                 current.unread = not current.refusal
                 return
             value, loss_gradient = found
+            current.others.expect(current.losses[current.at].output if current.at in current.losses else value, gradient)
             outputs = [t.z for t in current.terms] or [value]
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
@@ -214,6 +215,7 @@ class Attachment:
             return
         tape, draft = current.tape, current.draft
         assert draft is not None
+        current.look_at_other_outputs(maker.plan.curvatures(of_passes=True))
         maker.step_state.judge_anew()
         with torch.no_grad(), borrowing():
             gradients = tape.harvest()

@@ -19,6 +19,7 @@ __all__ = [
     "FOCAL",
     "NO_LOGITS",
     "OPEN",
+    "OTHER_OUTPUTS",
     "OTHER_STEP",
     "SCALED",
     "TWICE",
@@ -39,7 +40,7 @@ __all__ = [
 
 UNDIFFERENTIATED = (
     "attach: the model was called again before this pass was differentiated, so its curvature is lost: call it once for each "
-    "backward(), or declare all of its calls as one with setup_model_call"
+    "backward(), as on inputs that torch.cat joins, or declare all of its calls as one with setup_model_call"
 )
 TWICE = (
     "attach: one forward pass was differentiated twice, and its curvature was measured with the first loss alone: add the "
@@ -52,6 +53,12 @@ NO_LOGITS = (
 TWO_LOSSES = (
     "attach: several losses that were called inside of the model, or one of them and the logits in its output, enter the "
     "loop's loss, so that none shows all of it: use one of them, or declare the calls with setup_model_call and setup_loss_call"
+)
+OTHER_OUTPUTS = (
+    "attach: a part of the loss came by other outputs of the model, of shape {}, and not by {}, where its curvature is "
+    "measured ({}): give fisher='FisherEmp' with likelihood=, which takes the gradients of examples of the whole loss, or a "
+    "method of the gradient, as soap; or make a model and an optimizer for each output; or declare the calls with "
+    "setup_model_call and setup_loss_call"
 )
 CHANGED = (
     "attach: .grad was changed between the end of the backward pass and optimizer.step(), as by clipping: this acts on the raw "
