@@ -54,7 +54,7 @@ def outer(
     gradients = found.apart if one and site.modules[0] in found.apart else found.together
     calls = [(m, c, g, APART if one else tape.layout(c)) for m in site.modules for c, g in _calls(tape, gradients, m)]
     a = [site.rule.inputs(m, c, layout) for m, c, _, layout in calls] if site.weighted else []
-    g = torch.cat([site.rule.gradients(m, c, gs[0], layout) for m, c, gs, layout in calls], 3).to(dtype)
+    g = torch.cat([site.rule.of_outputs(m, c, gs, layout) for m, c, gs, layout in calls], 3).to(dtype)
     inputs = _join(a, dtype) if a else g.new_zeros(*g.shape[1:4], 0)
     positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
     mask = mask.reshape(1, -1) if mask is not None and one else mask

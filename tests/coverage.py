@@ -16,6 +16,7 @@ from gradmaker import KfacGradientConfig, KfacGradientMaker
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Kron, Representation
 from tests import models, oracles
+from tests.by_hand import by_hand
 from tests.capture.test_layers import MORE, Packed, Pooled, two
 from tests.measure import EXACT, blocks, ggn, measure, setup
 from tests.models import CLASSES, ZOO, Case, build, build_tokens
@@ -403,8 +404,9 @@ def factored(row: Row, site: str) -> Tensor:
 
 
 def twin_by_hand(row: Row) -> Case:
-    """The same case with attention and `Conv1D` written in Linear layers, where it has them."""
+    """The same case with attention, recurrent layers and `Conv1D` written in Linear layers, where it has them."""
     case = evaluated(row.make()) if row.make is spectral else row.make()
+    by_hand(case.model)
     for path, module in list(case.model.named_modules()):
         if isinstance(module, Conv1D):
             case.model.layer = as_linear(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from math import prod
 
@@ -12,6 +12,7 @@ from gradmaker.capture.rules.attention import projections
 from gradmaker.capture.rules.calls import LayerRule
 from gradmaker.capture.rules.layers import OPAQUE, attends, rule_for
 from gradmaker.capture.rules.parts import natural_parts
+from gradmaker.capture.rules.recurrent import recurrent_rules, recurs
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.linalg.real_pairs import real_shape
@@ -41,6 +42,10 @@ def layer_sites(
     for name, module in model.named_modules():
         if attends(module):
             inside = list(_attention_sites(name, module, owners, joint_bias, {*ignored, *unseen}))
+            claimed.update({p: k for s in inside for k, p in s.parameters.items()})
+            sites += inside
+        if recurs(module):
+            inside = list(_recurrent_sites(name, module, owners, joint_bias, free))
             claimed.update({p: k for s in inside for k, p in s.parameters.items()})
             sites += inside
         rule = rule_for(module)
@@ -167,6 +172,24 @@ def _attention_sites(
         rule = rule_for(projection)
         base = Site(_join_name(name, projection.part), "matrix", {}, (), (projection,), rule, module_names=(name,), rows=rows)
         weight, bias = ({_join_name(name, k): p for k, p in own.items() if k.endswith(end)} for end in ("weight", "bias"))
+        yield from _sites_of(base, weight, bias, joint_bias)
+
+
+def _recurrent_sites(
+    name: str,
+    module: nn.RNNBase | nn.RNNCellBase,
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]],
+    joint_bias: bool,
+    free: Mapping[nn.Parameter, str],
+) -> Iterator[Site]:
+    """The sites of the matrices of a recurrent layer; weights that it shares with other modules get generic sites."""
+    named = dict(module.named_parameters(recurse=False))
+    for rule in recurrent_rules(module):
+        weight, bias = (
+            {_join_name(name, k): named[k] for k in (key,) if k in named and named[k] in free and len(owners[named[k]]) == 1}
+            for key in (rule.weight, rule.bias)
+        )
+        base = Site(_join_name(name, rule.part), "matrix", {}, (), (module,), rule, module_names=(name,))
         yield from _sites_of(base, weight, bias, joint_bias)
 
 

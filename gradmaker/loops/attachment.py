@@ -18,7 +18,7 @@ from gradmaker.loops import checks
 from gradmaker.loops.hook import REFUSES, Hook, refuse_overlap
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, refuse_second, without_others
-from gradmaker.loops.reader import LossReader
+from gradmaker.loops.reader import LossReader, UndeclaredError
 from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Likelihood
 from gradmaker.step.protocol import RecordingMaker
@@ -60,7 +60,7 @@ class Attachment:
         refuse_overlap(maker, inner, hooked)
         self.reader = LossReader(checks.read_likelihood(likelihood), accumulation or 1)
         self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
-        self.scaler = scaler
+        self.scaler, self._refusal = scaler, ""  # why a pass of this step could not be measured
         self._current: LoopPass | None = None
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
         self._called = False  # whether the model was called since the last step
@@ -163,12 +163,16 @@ class Attachment:
         current.before = Marks(self._parameters(maker))
         maker.step_state.judge_anew()
         with current.measuring():
-            found = self._terms(maker, current, gradient)
             current.draft = maker.step_state.draft()
+            try:
+                found = self._terms(maker, current, gradient)
+            except UndeclaredError as error:  # no matter, if the pass turns out to be part of no step
+                found, current.refusal = None, str(error)
             if found is None:
-                current.unread = True
+                current.unread = not current.refusal
                 return
             value, loss_gradient = found
+            current.others.expect(current.losses[current.at].output if current.at in current.losses else value, gradient)
             outputs = [t.z for t in current.terms] or [value]
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
@@ -211,12 +215,14 @@ class Attachment:
             return
         tape, draft = current.tape, current.draft
         assert draft is not None
+        current.look_at_other_outputs(maker.plan.curvatures(of_passes=True))
         maker.step_state.judge_anew()
         with torch.no_grad(), borrowing():
             gradients = tape.harvest()
-            if not current.unread:
+            if not current.unread and not current.refusal:
                 maker.measure_pass(draft, tape, current.terms, current.weight, [], gradients, scale=current.scale)
         maker.step_state.accumulate(current.weight, tape.batch, draft, unread=current.unread)
+        self._refusal = current.refusal or self._refusal
         self._mark(maker)
         current.end()
 
@@ -265,6 +271,8 @@ class Attachment:
         self._serve(maker)
         if not self._kept(maker) and not self._steps_unmeasured(maker):
             return False
+        if self._refusal:
+            raise UndeclaredError(self._refusal)
         self._warn_of_changes(maker)
         with without_others(maker.model, self._served):
             maker.step_state.judge_anew()
@@ -278,6 +286,7 @@ class Attachment:
         state = maker.step_state
         if state.now.part and (self._marks is None or not self._marks.alive()):
             state.drop()
+        self._refusal = self._refusal if state.now.part else ""
         return state.now.part > 0
 
     def _steps_unmeasured(self, maker: RecordingMaker) -> bool:

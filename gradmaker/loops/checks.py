@@ -19,7 +19,9 @@ __all__ = [
     "FOCAL",
     "NO_LOGITS",
     "OPEN",
+    "OTHER_OUTPUTS",
     "OTHER_STEP",
+    "SCALED",
     "TWICE",
     "TWO_LOSSES",
     "UNDIFFERENTIATED",
@@ -31,14 +33,14 @@ __all__ = [
     "missing",
     "read_likelihood",
     "refuse_scale",
-    "refuse_scale_of",
+    "scale_of",
     "unread",
     "wrong_axis",
 ]
 
 UNDIFFERENTIATED = (
     "attach: the model was called again before this pass was differentiated, so its curvature is lost: call it once for each "
-    "backward(), or declare all of its calls as one with setup_model_call"
+    "backward(), as on inputs that torch.cat joins, or declare all of its calls as one with setup_model_call"
 )
 TWICE = (
     "attach: one forward pass was differentiated twice, and its curvature was measured with the first loss alone: add the "
@@ -51,6 +53,12 @@ NO_LOGITS = (
 TWO_LOSSES = (
     "attach: several losses that were called inside of the model, or one of them and the logits in its output, enter the "
     "loop's loss, so that none shows all of it: use one of them, or declare the calls with setup_model_call and setup_loss_call"
+)
+OTHER_OUTPUTS = (
+    "attach: a part of the loss came by other outputs of the model, of shape {}, and not by {}, where its curvature is "
+    "measured ({}): give fisher='FisherEmp' with likelihood=, which takes the gradients of examples of the whole loss, or a "
+    "method of the gradient, as soap; or make a model and an optimizer for each output; or declare the calls with "
+    "setup_model_call and setup_loss_call"
 )
 CHANGED = (
     "attach: .grad was changed between the end of the backward pass and optimizer.step(), as by clipping: this acts on the raw "
@@ -77,6 +85,10 @@ OPEN = (
     "attach: in {} passes the gradient of the loss in the logits of shape {} did not show whether the loss is a cross entropy "
     "or a binary cross entropy with hard labels: equal logits, or one example of each of two classes, agree with other "
     f"losses, too, and where the gradient has rounded away nothing is seen: {DECLARE}"
+)
+SCALED = (
+    "attach: the loss enters the backward pass with the factor {:g}, as from a GradScaler: give attach scaler=, or one with "
+    "enabled=False if the factor is meant"
 )
 SCALE = 2.0**12
 """A power of two from here on is taken to be the scale of a `torch.amp.GradScaler` that was not given."""
@@ -177,7 +189,7 @@ def missing(called: bool, watched: Iterable[str]) -> str:
 def unread(shape: Sequence[int], residuals: Mapping[str, float], before: bool = False) -> str:
     """Why the terms of a loss could not be read.  residuals: of the fits, relative. before: whether the one fit was proven"""
     fits = " and ".join(f"{name} misses it by {error:.1e} of its size" for name, error in residuals.items())
-    changed = " It was proven to be one in an earlier pass, and is not in this one." if before else ""
+    changed = " It was one in an earlier pass." if before else ""
     return (
         f"attach: the gradient of the loss in the logits of shape {tuple(shape)} is not that of a cross entropy or a binary "
         f"cross entropy with hard labels ({fits}), from which the weights of its terms could be read: label smoothing, soft or "
@@ -198,20 +210,15 @@ def refuse_scale(gradient: Tensor, weight: float) -> None:
     """RuntimeError where the factor of a loss in the backward pass looks like the scale of a GradScaler."""
     largest = float(gradient.abs().max()) / weight if gradient.numel() else 0.0
     if SCALE <= largest < math.inf and math.frexp(largest)[0] == 0.5:
-        raise RuntimeError(_SCALED.format(largest))
+        raise RuntimeError(SCALED.format(largest))
 
 
-def refuse_scale_of(weights: Tensor, accumulation: int, tolerance: float) -> None:
-    """The same for weights that were read, to this tolerance: of one of them, or of their sum, which a mean has."""
+def scale_of(weights: Tensor, accumulation: int, tolerance: float) -> float | None:
+    """What looks like such a scale in weights that were read: one of them, or their sum, which a mean has; None without."""
     largest, total = float(weights.max()), float(weights.sum()) * accumulation
     if abs(largest - 1) <= tolerance:  # of a sum
-        return
+        return None
     for factor in (total, largest, largest * accumulation):
         if SCALE * (1 - tolerance) <= factor < math.inf and abs(2 ** round(math.log2(factor)) / factor - 1) <= tolerance / 30:
-            raise RuntimeError(_SCALED.format(factor))
-
-
-_SCALED = (
-    "attach: the loss enters the backward pass with the factor {:g}, as from a GradScaler: give attach scaler=, or one with "
-    "enabled=False if the factor is meant"
-)
+            return factor
+    return None

@@ -15,12 +15,16 @@ from gradmaker.loss.reading import Fit, candidates, fit
 from gradmaker.loss.recorder import log_axis
 from gradmaker.loss.terms import Terms
 
-__all__ = ["TRIES", "LossReader"]
+__all__ = ["TRIES", "LossReader", "UndeclaredError"]
 
 SUMS_TO_ZERO = 1e-2
 """Largest relative sum of a gradient over the axis of a softmax; in bfloat16 it is about 4e-3."""
 TRIES = 32
 """Passes that may leave open what the loss is, as at the equal logits of a head that begins at zero."""
+
+
+class UndeclaredError(RuntimeError):
+    """The loss is none that can be read: it has to be declared, if the pass is part of a step."""
 
 
 class LossReader:
@@ -44,18 +48,19 @@ class LossReader:
     def terms(self, known: Arrangement, z: Tensor, gradient: Tensor, scale: float | None) -> list[Terms] | None:
         """The terms of a pass, none where the gradient is not finite; None where it does not show them.
 
-        gradient: dL/dz, as it arrived. scale: of a scaler; None without one. RuntimeError for a loss that has to be declared
+        gradient: dL/dz, as it arrived. scale: of a scaler; None without one. UndeclaredError for what cannot be read
         """
         if self.declared is not None:
             self._check_axis(z, gradient)
             return [terms_from_gradient(self.declared, z, gradient)]
         if not bool(torch.isfinite(gradient).all()):
             return []
-        found = self._first(known, z, gradient) if known.likelihood is None else self._next(known.likelihood, z, gradient)
+        found = self._read(known, z, gradient)
         if found is None:
             return None
-        if scale is None:
-            checks.refuse_scale_of(found.weighting.weight, self.accumulation, found.tolerance)
+        factor = checks.scale_of(found.weighting.weight, self.accumulation, found.tolerance) if scale is None else None
+        if factor is not None:
+            raise UndeclaredError(checks.SCALED.format(factor))
         w = replace(found.weighting, weight=found.weighting.weight / (scale or 1.0))
         return [LIKELIHOODS[w.likelihood]().read(w)]
 
@@ -71,36 +76,37 @@ class LossReader:
         whole, *found = torch.cat([g.norm().reshape(1), sums]).tolist()
         if not 0 < whole < math.inf:
             return
-        self._axis_is_open = False
         assert isinstance(self.declared, Categorical)
         zero = [axis for axis, x in enumerate(found) if x <= SUMS_TO_ZERO * whole]
         if zero and self.declared.axis_of(z) not in zero:
-            raise RuntimeError(checks.wrong_axis(z.shape, self.declared.axis, zero))
+            raise UndeclaredError(checks.wrong_axis(z.shape, self.declared.axis, zero))
+        self._axis_is_open = False
 
-    def _first(self, known: Arrangement, z: Tensor, gradient: Tensor) -> Fit | None:
-        """Prove which likelihood the loss has; None while that is open."""
+    def _read(self, known: Arrangement, z: Tensor, gradient: Tensor) -> Fit | None:
+        """The fit of the likelihood that was proven, or of another that this pass proves; None where nothing is shown."""
+        if known.likelihood is None:
+            return self._prove(known, z, gradient, False)
+        found = fit(known.likelihood, z, gradient, known=True)
+        if not found.clear:
+            return None
+        return found if found.fits else self._prove(known, z, gradient, True)
+
+    def _prove(self, known: Arrangement, z: Tensor, gradient: Tensor, before: bool) -> Fit | None:
+        """Prove which likelihood the loss has; None while that is open.  before: whether earlier passes proved another"""
         found: list[Fit] = []
         for likelihood in candidates(z):
             found.append(fit(likelihood, z, gradient))
             if found[-1].proves:
                 if found[-1].ordered:
-                    raise RuntimeError(checks.FOCAL)
+                    raise UndeclaredError(checks.FOCAL)
                 known.likelihood = likelihood
                 return found[-1]
-        if all(f.clear and not f.fits for f in found):
-            raise RuntimeError(checks.unread(z.shape, {_name(f): f.residual for f in found}))
+        if before or all(f.clear and not f.fits for f in found):
+            raise UndeclaredError(checks.unread(z.shape, {_name(f): f.residual for f in found}, before))
         self._undecided += bool(gradient.any())
         if self._undecided > TRIES:
-            raise RuntimeError(checks.OPEN.format(TRIES, tuple(z.shape)))
+            raise UndeclaredError(checks.OPEN.format(TRIES, tuple(z.shape)))
         return None
-
-    def _next(self, likelihood: Likelihood, z: Tensor, gradient: Tensor) -> Fit | None:
-        found = fit(likelihood, z, gradient, known=True)
-        if not found.clear:
-            return None
-        if not found.fits:
-            raise RuntimeError(checks.unread(z.shape, {_name(found): found.residual}, before=True))
-        return found
 
 
 def _name(f: Fit) -> str:

@@ -200,8 +200,10 @@ def test_a_scaler_that_was_not_told_of(dtype: torch.dtype, loss: str) -> None:
     for accumulation in (1, 3):
         maker.remove()
         maker.attach(optimizer, accumulation=accumulation)
+        optimizer.zero_grad()
+        (65536.0 / accumulation * LOSSES[loss](case.model(x.to(dtype)), t)).backward()
         with pytest.raises(RuntimeError, match=r"the factor 65536, as from a GradScaler: give attach scaler="):
-            (65536.0 / accumulation * LOSSES[loss](case.model(x.to(dtype)), t)).backward()
+            optimizer.step()
 
 
 def test_sums_of_many_terms_are_no_scale() -> None:
@@ -288,8 +290,12 @@ def test_other_losses_are_asked_for(loss: str) -> None:
     text = (
         r"of shape \(12, 3\) is not that of .*\(categorical with the classes on axis -1 misses .* and bernoulli .*give attach"
     )
-    with pytest.raises(RuntimeError, match=text):
-        WRONG[loss](case.model(x), t).backward()
+    WRONG[loss](case.model(x), t).backward()
+    gradients = [p.grad.clone() for p in case.model.parameters()]  # type: ignore[union-attr]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=text):
+            optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(case.model.parameters(), gradients, strict=True))  # type: ignore[arg-type]
     assert equal_states(maker.state_dict()["sites"], before["sites"])
     maker.remove()
     optimizer.zero_grad()
@@ -300,31 +306,53 @@ def test_other_losses_are_asked_for(loss: str) -> None:
 
 
 def test_a_focal_loss_is_named() -> None:
-    case, _, _ = attached()
+    case, optimizer, _ = attached()
     x, t = data(1, n=64)[0]
+    focal(case.model(x), t).backward()
     with pytest.raises(RuntimeError, match=r"as in a focal loss .* give attach likelihood="):
-        focal(case.model(x), t).backward()
+        optimizer.step()
 
 
-def test_a_loss_that_changes_is_refused_and_another_loop_is_read_anew() -> None:
-    case, optimizer, maker = attached()
-    x, t = data(1)[0]
-    F.cross_entropy(case.model(x), t).backward()
-    optimizer.step()
+def test_a_loss_that_changes_is_read_or_refused() -> None:
+    case, (x, t) = mlp(), data(1)[0]
+    optimizer = torch.optim.SGD(case.model.parameters(), 0.02)
+    maker = gm.KfacGradientMaker(case.model, gm.KfacGradientConfig(curvature_interval=1)).attach(optimizer)
+    for loss in (F.cross_entropy, binary):
+        optimizer.zero_grad()
+        loss(case.model(x), t).backward()
+        optimizer.step()
     optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="It was proven to be one in an earlier pass, and is not in this one"):
-        binary(case.model(x), t).backward()
-    maker.remove()
-    optimizer.zero_grad()
-    maker.attach(optimizer)
-    binary(case.model(x), t).backward()
-    optimizer.step()
+    mixed(case.model(x), t).backward()
+    with pytest.raises(RuntimeError, match="It was one in an earlier pass"):
+        optimizer.step()
     assert maker.step == 2
+    maker.remove()
+    assert maker.state_dict()["likelihood"] == ""  # another loop may have another loss
 
 
-def test_equal_logits_prove_nothing_and_are_waited_for() -> None:
+@pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp"])
+def test_losses_of_passes_that_are_no_part_of_a_step_may_be_any(method: str) -> None:
+    """An attack, a saliency map, the loss of another network: what they write is zeroed."""
+    results = []
+    for disturbed in (True, False):
+        case, optimizer, maker = attached(method)
+        for x, t in data():
+            if disturbed:
+                squared(case.model(x), t).backward()
+                z = x.clone().requires_grad_()
+                torch.autograd.grad(mixed(case.model(z), t), z)
+            optimizer.zero_grad()
+            F.cross_entropy(case.model(x), t).backward()
+            optimizer.step()
+        assert (maker.step, maker.unread) == (4, 0)
+        results.append([p.detach() for p in case.model.parameters()])
+    close(*results)
+
+
+@pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp"])
+def test_equal_logits_prove_nothing_and_are_waited_for(method: str) -> None:
     """A head that begins at zero: smoothed labels would fit as well. Nothing is measured, the step is that of the gradient."""
-    case, optimizer, maker = attached()
+    case, optimizer, maker = attached(method)
     head = case.model.get_submodule("2")
     for p in head.parameters():
         nn.init.zeros_(p)
@@ -349,8 +377,9 @@ def test_what_stays_open_is_asked_for_in_the_end() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert (maker.unread, maker.step) == (TRIES, TRIES) and maker.silent()
+    F.cross_entropy(model(x[:2]), torch.tensor([0, 1])).backward()
     with pytest.raises(RuntimeError, match=r"in 32 passes .* did not show whether .* give attach likelihood="):
-        F.cross_entropy(model(x[:2]), torch.tensor([0, 1])).backward()
+        optimizer.step()
     optimizer.zero_grad()
     F.cross_entropy(model(x), t % 2).backward()
     optimizer.step()
@@ -462,6 +491,7 @@ def test_classes_declared_on_the_wrong_axis_are_refused(smoothing: float) -> Non
     wrong = gm.KfacGradientMaker(model, gm.KfacGradientConfig(likelihood="categorical")).attach(optimizer)
     with pytest.raises(RuntimeError, match=r"declared on axis 1 .* over axis 2 alone: give likelihood=Categorical\(axis=2\)"):
         backward()
+        optimizer.step()
     wrong.remove()
     right = gm.KfacGradientMaker(model).attach(optimizer, likelihood="categorical")
     optimizer.zero_grad()

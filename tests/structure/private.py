@@ -15,6 +15,7 @@ OF_TORCH = frozenset(
         "_base",  # of a view
         "_buffers",
         "_current_graph_task_id",
+        "_dynamo",
         "_execution_engine",
         "_functorch",
         "_get_tracing_state",
@@ -27,6 +28,7 @@ OF_TORCH = frozenset(
         "_optimizer_step_pre_hooks",
         "_parameters",
         "_reversed_padding_repeated_twice",
+        "_torchdynamo_disable_msg",
         "_version",  # how often a tensor was written to
     }
 )

@@ -28,6 +28,8 @@ A table (V, d) that is the weight of an embedding and of a linear layer, and not
 
 **EKFAC** has the eigenbases of these factors; see `ekfac_direction`. It leaves such a table as it is.
 
+Recurrent layers are written out in linear layers, step by step: each matrix is one, whose positions are the steps.
+
 Batch norms in training mode: `held=True` takes the mean and the variance of the batch as constants in the curvature, never in
 the gradient, which is the documented convention for methods that see examples one by one.
 """
@@ -45,6 +47,7 @@ from torch.func import grad, jacrev
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests import oracles
+from tests.by_hand import by_hand
 from tests.zoo.case import Case, Entry
 from tests.zoo.watch import NORMS, Watched, held_statistics, is_layer, watching
 
@@ -69,6 +72,7 @@ class Oracle:
 
     def __init__(self, entry: Entry, held: bool = False) -> None:
         self.case = entry.make()
+        by_hand(self.case.model)
         self.named = self.case.parameters()
         with watching(self.case.model) as self.layers, held_statistics(self.case.model, held):
             self._differentiate()
