@@ -239,7 +239,7 @@ class Stop(TrainerCallback):
 def saving(method: str, folder: Path, **options: Any) -> tuple[Trainer, Any]:
     """Dropout, a schedule, momentum or decay, clipping: all of it has to go on where it was."""
     model = gpt2(dropout=0.2)
-    line = {"weight_decay": 0.1, "max_norm": 0.5, **METHODS[method]}
+    line = {"max_norm": 0.5, **METHODS[method]}
     optimizer = gm.optimizer(model, method, **line)
     saved = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2}
     made = Trainer(model, arguments(folder, 2, 6, **saved), train_dataset=texts(), optimizers=(optimizer, None), **options)
