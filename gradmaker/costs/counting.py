@@ -129,8 +129,9 @@ def _side(flops: float, inputs: list[Tensor], kind: str) -> float:
 class Recorder(TorchDispatchMode):
     """Records the operations of a block of code on fake tensors, and answers what the code reads on the host.
 
-    A value that is read is True, or 1, and no two tensors are equal. Code that reads on the host asks whether all is as usual
-    (finite, without failures), so that this is the usual step; an iteration that asks whether to go on makes all of its turns.
+    A value that is read is True, 1.0, or the index 0, and no two tensors are equal. Code that reads on the host asks whether
+    all is as usual (finite, without failures), so that this is the usual step; an iteration that asks whether to go on makes
+    all of its turns.
     """
 
     def __init__(self, deadline: float = inf) -> None:
@@ -214,4 +215,4 @@ class Recorder(TorchDispatchMode):
 def _read(dtype: torch.dtype) -> bool | int | float:
     if dtype == torch.bool:
         return True
-    return 1.0 if dtype.is_floating_point else 1
+    return 1.0 if dtype.is_floating_point else 0

@@ -87,7 +87,7 @@ def cost(maker: PredictedMaker, batch: Any, loss: Loss | None = None, optimizer:
     """Predict seconds and bytes of a step from shapes alone; may be called before the first step, and changes nothing.
 
     Steps of each kind are made on tensors without data, so that every operator of the method is counted; each is priced by
-    rates that are measured on this machine when they are first needed. See docs/costs.md.
+    rates that are measured on this machine when they are first needed. See docs/using.md.
 
     batch: the input of the model: a tensor, a tuple of arguments, or a mapping of named ones; only shapes matter.
     loss: of what the model returns; None: the mean cross-entropy of its logits.

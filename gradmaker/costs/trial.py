@@ -203,8 +203,11 @@ def _of_clocks(loop: Loop, recorder: Recorder) -> Steps:
 
     names, methods = list(state.now.clocks.of), maker.plan.methods
     per_step = all(isinstance(b.triple.representation, PerStep) for b in blocks)  # all steps are alike
+    refreshed = {} if per_step else {name: made([name], [name]) for name in names}
+    held = sum(block.bytes for block in blocks)
     measured = {name: made([name], ()) for name in names}
-    refreshed = measured if per_step else {name: made([name], [name]) for name in names}
+    if any(method.preconditioner_interval != 1 for method in methods.values()):  # a cache may be the state of its refresh
+        held = sum(block.bytes for block in blocks)
     always = per_step or (len(names) == 1 and methods[names[0]].curvature_interval == 1)
     idle = measured[names[0]] if always else made((), ())
-    return Steps(idle, measured, refreshed, sum(block.bytes for block in blocks), max(peaks))
+    return Steps(idle, measured, refreshed or measured, held, max(peaks))

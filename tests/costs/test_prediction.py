@@ -23,8 +23,6 @@ from gradmaker.costs.rates import Rates
 from gradmaker.costs.trial import build_like, run, trying
 
 NAMES = [name for name in METHODS if name not in ("gradient", "custom")]
-INEXACT = {"lbfgs": 0.5, "kbfgs_l": 0.5}
-"""Methods whose windows grow with the evidence: the bytes of a step may differ by this share."""
 FEWER: dict[str, dict[str, Any]] = {"hessian_free": {"iterations": 5}, "lissa": {"terms": 5}}
 """Fewer iterations, whose number does not matter here."""
 
@@ -76,7 +74,9 @@ def test_every_method_is_predicted(name: str) -> None:
     assert str(found).startswith(f"{found.seconds * 1e3:.3g} ms a step, {found.held:,} bytes held")
     for _ in range(2):
         step(maker, x, t)
-    assert found.held == pytest.approx(sum(block.bytes for block in maker.plan.blocks), rel=INEXACT.get(name, 0))
+    held = sum(block.bytes for block in maker.plan.blocks)
+    assert found.held == held or any(block.late for block in maker.plan.blocks)  # windows, which fill over some steps
+    assert found.held >= held
 
 
 def test_the_plain_gradient_is_predicted_too() -> None:
@@ -108,20 +108,22 @@ def test_flops_of_kinds_of_steps_are_those_that_are_counted() -> None:
 # ------------------------------------------------------------------ clocks
 def test_costs_fall_with_the_intervals() -> None:
     model, (x, _) = net(), batch()
-    for name in ("kfac", "shampoo"):
-        pairs = ((1, 1), (1, 10), (10, 10), (10, 100))
-        options = [{"curvature_interval": c, "preconditioner_interval": p, "warmup_steps": 0} for c, p in pairs]
-        found = [cost(from_config(model, {"method": name, **each}), x) for each in options]  # type: ignore[arg-type]
-        seconds = [each.seconds for each in found]
-        assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == len(seconds)
-        part = found[3].parts["method"]
-        assert seconds[1] == pytest.approx(found[0].at(10))
-        wanted = found[3].idle + (part.measured - found[3].idle) / 10 + (part.refreshed - part.measured) / 100
-        assert seconds[3] == pytest.approx(wanted)
+    pairs = ((1, 1), (1, 10), (10, 100))
+    options = [{"curvature_interval": c, "preconditioner_interval": p} for c, p in pairs]
+    found = [cost(from_config(model, {"method": "kfac", **each}), x) for each in options]  # type: ignore[arg-type]
+    seconds = [each.seconds for each in found]
+    assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == len(seconds)
+    part = found[2].parts["method"]
+    assert seconds[1] == pytest.approx(found[0].at(10))
+    wanted = found[2].idle + (part.measured - found[2].idle) / 10 + (part.refreshed - part.measured) / 100
+    assert seconds[2] == pytest.approx(wanted)
 
 
 def test_a_fallback_has_its_own_clocks() -> None:
-    maker = from_config(net(), {"method": "psgd_kf", "fallback": "adam", "curvature_interval": 10})
+    maker = from_config(
+        nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+        {"method": "kbfgs", "fallback": "adam", "curvature_interval": 10},
+    )
     found = cost(maker, batch()[0])  # type: ignore[arg-type]
     assert {name: part.curvature_interval for name, part in found.parts.items()} == {"method": 10, "fallback": 1}
 
@@ -175,9 +177,10 @@ def test_ignored_modules_and_hooks() -> None:
     model, (x, _) = net(), batch()
     maker = from_config(model, {"method": "kfac", "ignore": [model[2]]})  # type: ignore[index]
     assert isinstance(maker, PreconditionedGradientMaker)
+    other = METHODS["kfac"](net()[0])  # type: ignore[index]
     maker.attach(torch.optim.SGD(model.parameters(), lr=0.1), likelihood="categorical")
     with unchanged(model):
-        assert cost(maker, x).held == cost(METHODS["kfac"](net()[0]), x).held  # type: ignore[arg-type, index]
+        assert cost(maker, x).held == cost(other, x).held  # type: ignore[arg-type]
 
 
 def test_summary_has_the_cost_of_a_batch() -> None:
@@ -195,11 +198,10 @@ def test_summary_has_the_cost_of_a_batch() -> None:
 @pytest.mark.parametrize(("name", "warned"), [("shampoo", True), ("adam", False)])
 def test_costly_defaults_are_warned_of(name: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "WITHIN", 100.0)
-    model = nn.Linear(64, 64)
-    maker = METHODS[name](model)
+    maker = METHODS[name](nn.Linear(512, 512))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_if_costly(maker, torch.randn(4, 64))  # type: ignore[arg-type]
+        warn_if_costly(maker, torch.randn(64, 512))  # type: ignore[arg-type]
     assert bool(caught) == warned
     if warned:
         assert caught[0].category is CostlyMethodWarning
