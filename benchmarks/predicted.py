@@ -124,18 +124,19 @@ def main(
     """Predict, measure and write the table."""
     torch.set_num_threads(1)
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for name, make in CASES.items():
-        if case in name:
-            results[name] = {}
-            for method in (None, *(methods or ROWS)):
-                torch.manual_seed(0)
-                pair = {"predicted": predicted(make(), method), "measured": measured(make(), method)}
-                pair = {key: [*kinds, *averages(kinds)] for key, kinds in pair.items()}
-                results[name][method or "SGD"] = pair
-                print(name, method, [f"{p / m:.2f}" for p, m in zip(pair["predicted"], pair["measured"], strict=True)])
     facts = machine("cpu")
-    out.with_suffix(".json").write_text(json.dumps({"machine": facts, "cases": results}, indent=1) + "\n")
-    out.write_text(render(results, facts))
+    for name, make in CASES.items():
+        if case not in name:
+            continue
+        results[name] = {}
+        for method in (None, *(methods or ROWS)):
+            torch.manual_seed(0)
+            pair = {"predicted": predicted(make(), method), "measured": measured(make(), method)}
+            pair = {key: [*kinds, *averages(kinds)] for key, kinds in pair.items()}
+            results[name][method or "SGD"] = pair
+            print(name, method, [f"{p / m:.2f}" for p, m in zip(pair["predicted"], pair["measured"], strict=True)], flush=True)
+            out.with_suffix(".json").write_text(json.dumps({"machine": facts, "cases": results}, indent=1) + "\n")
+            out.write_text(render(results, facts))
 
 
 def render(results: dict[str, dict[str, dict[str, list[float]]]], facts: dict[str, object]) -> str:

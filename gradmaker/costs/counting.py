@@ -80,7 +80,7 @@ def _is_view(func: Any) -> bool:
 @cache
 def _kind(func: Any) -> str:
     packet = func.overloadpacket
-    name = packet._qualified_op_name.rpartition("::")[2]
+    name = str(packet).rpartition(".")[2]
     if _is_view(func):
         return "view"
     if packet in DECOMPOSITIONS:

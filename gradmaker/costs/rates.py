@@ -170,7 +170,7 @@ class Rates:
 
     def _convolution(self, kind: str, dtype: torch.dtype, channels: int) -> float:
         """Seconds per FLOP of a 3 x 3 convolution, or of its derivatives."""
-        side = max(4, 64 // channels)
+        side = max(8, min(32, 512 // channels))
         x = torch.full((8, channels, side, side), 0.5, dtype=dtype, device=self.device)
         w = torch.full((channels, channels, 3, 3), 0.1, dtype=dtype, device=self.device)
         flops = 2 * x.numel() * w[0].numel()
