@@ -79,20 +79,19 @@ def measured(case: Case, method: str | None) -> list[float]:
     """Seconds of each kind of step; of the only kind for the plain gradient."""
     model, x, t = case
     optimizer = sgd(model.parameters())
-    if method is None:
-        maker: Any = METHODS["gradient"](model)
-    else:
-        maker = METHODS[method](model)
-    state = maker.step_state
+    maker: Any = None if method is None else METHODS[method](model)
 
     def step(measures: bool, refreshes: bool) -> None:
-        if method is not None:
+        optimizer.zero_grad()
+        if maker is None:
+            F.cross_entropy(model(x), t).backward()
+        else:
+            state = maker.step_state
             names, now = list(state.now.clocks.of), state.now
             clocks = now.clocks.forced(now.index, names if measures else (), names if refreshes else ())
             state.load(replace(now, clocks=clocks))
-        optimizer.zero_grad()
-        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), t)
-        maker.forward_and_backward()
+            maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), t)
+            maker.forward_and_backward()
         optimizer.step()
 
     step(True, True)

@@ -18,7 +18,7 @@ __all__ = ["Rates", "rates"]
 
 LEAST = 1e-3  # seconds of one timing
 ROUNDS = 3
-CALL = 3.5
+CALL = 4.0
 """Seconds of a call in the library over those of the same call in a loop: Python between the operators."""
 LARGEST = {"product": 9, "convolution": 8, "decomposition": 9, "stream": 24}
 SMALLEST = {"product": 3, "convolution": 1, "decomposition": 3, "stream": 12}
