@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import METHODS, from_config
+from gradmaker.capture.finding import layer_sites
 from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.rules.lookups import LookupRule
-from gradmaker.capture.sites import layer_sites
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Representation
 from tests.measure import compare, ggn, measure, setup

@@ -248,7 +248,7 @@ print([type(getattr(gradmaker, name)).__name__ for name in {names}])
 def test_submodules_and_unknown_names(tmp_path: Path) -> None:
     code = """
 import gradmaker
-print(gradmaker.solvers.CG.__name__, gradmaker.capture.rules.calls.__name__)
+print(gradmaker.solvers.CG.__name__, gradmaker.capture.rules.layers.__name__)
 for name in ("Kfac", "numpy", "__wrapped__"):
     try:
         getattr(gradmaker, name)
@@ -256,7 +256,7 @@ for name in ("Kfac", "numpy", "__wrapped__"):
         print(error)
 """
     missing = [f"module 'gradmaker' has no attribute {name!r}" for name in ("Kfac", "numpy", "__wrapped__")]
-    assert python(code, tmp_path).splitlines() == ["CG gradmaker.capture.rules.calls", *missing]
+    assert python(code, tmp_path).splitlines() == ["CG gradmaker.capture.rules.layers", *missing]
 
 
 def imported(path: Path) -> set[str]:

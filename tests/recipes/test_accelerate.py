@@ -113,7 +113,7 @@ def test_a_loop(method: str, accumulation: int) -> None:
     close(made.watch.gradients, made.watch.declared(made.micros(accumulation), outside))
 
 
-@pytest.mark.parametrize("method", ["kfac", "soap"])
+@pytest.mark.parametrize("method", METHODS)
 def test_autocast(method: str) -> None:
     made = Run(method, 4, lambda: network().float(), mixed_precision="bf16")
     made.epoch()

@@ -9,7 +9,9 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,21 +142,57 @@ def test_the_module_may_be_the_model(tmp_path: Path) -> None:
     assert equal(inner.model, outer.model)
 
 
-@pytest.mark.parametrize("method", ["kfac", "soap"])
-def test_autocast(method: str, tmp_path: Path) -> None:
-    """The weights of the terms are read from gradients in bfloat16."""
-    module = Classifier(method)
+class Scaled(Classifier):
+    """Gives the scaler of its trainer to the optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        self.options["scaler"] = self.trainer.precision_plugin.scaler
+        return super().configure_optimizers()
+
+
+def mixed(dtype: torch.dtype) -> tuple[type[Classifier], Any]:
+    """A module and the plugin of mixed precision in a dtype."""
+    if dtype is torch.bfloat16:
+        return Classifier, MixedPrecision("bf16-mixed", "cpu")
+    return Scaled, MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The weights of the terms are read from gradients in half precision."""
+    kind, plugin = mixed(dtype)
+    module = kind(method)
     module.model.float()
-    trainer(tmp_path, precision="bf16-mixed", accumulate_grad_batches=4).fit(module, loader(torch.float32))
+    trainer(tmp_path, plugins=[plugin], accumulate_grad_batches=4).fit(module, loader(torch.float32))
 
     def declare(maker: Any, model: nn.Module, batch: Any) -> None:
-        cast = torch.autocast("cpu", torch.bfloat16)
+        cast = torch.autocast("cpu", dtype)
         z = maker.setup_model_call(cast(model.__call__), batch[0])
         maker.setup_loss_call(cast(F.cross_entropy), z, batch[1])
 
     seen = iter(module.seen)
     steps = [[Micro(next(seen), 1 / 4) for _ in range(n)] for n in (4, 3, 4, 3)]
     close(module.watch.gradients, module.watch.declared(steps, declare), 2e-2)
+
+
+def test_fabric(tmp_path: Path) -> None:
+    """Its steps and its checkpoints."""
+    plain, model, resumed = network(), network(), network()
+    optimizers = [gm.optimizer(m, "kfac", **METHODS["kfac"]) for m in (plain, model, resumed)]
+    fabric = Fabric(accelerator="cpu", devices=1)
+    wrapped, optimizer = fabric.setup(model, optimizers[1])
+    for x, t in loader():
+        fabric.backward(F.cross_entropy(wrapped(x), t))
+        F.cross_entropy(plain(x), t).backward()
+        for own in (optimizer, optimizers[0]):
+            own.step()
+            own.zero_grad()
+    assert equal(model, plain) and not equal(model, resumed)
+    fabric.save(tmp_path / "run.ckpt", {"model": wrapped, "optimizer": optimizer})
+    again = fabric.setup(resumed, optimizers[2])
+    fabric.load(tmp_path / "run.ckpt", dict(zip(("model", "optimizer"), again, strict=True)))
+    assert equal(resumed, plain) and equal_states(optimizers[2].state_dict(), optimizers[0].state_dict())
 
 
 # --- clipping -------------------------------------------------------------------------------------------------------------

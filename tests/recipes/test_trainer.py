@@ -140,7 +140,7 @@ def test_a_loss_outside_of_the_model(method: str, tmp_path: Path) -> None:
     close(found.gradients, found.declared(micros, outside))
 
 
-@pytest.mark.parametrize("method", ["kfac", "soap"])
+@pytest.mark.parametrize("method", METHODS)
 def test_autocast(method: str, tmp_path: Path) -> None:
     trainer, found = run(gpt2().float(), method, arguments(tmp_path, 4, bf16=True), texts())
 

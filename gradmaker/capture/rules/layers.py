@@ -8,7 +8,7 @@ feature. To add a layer, write a rule and `register` it (one of a library that i
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ class EmbeddingRule(LayerRule):
     is that at the rescaled rows.
     """
 
-    types = (nn.Embedding,)
+    types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     kind = "embedding"
     transposed = True
 

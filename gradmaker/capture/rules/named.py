@@ -16,7 +16,14 @@ from gradmaker.capture.exchange import exchanged, with_storage
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, to_examples
 from gradmaker.capture.rules.normalisations import NormRule
 
-__all__ = ["NAMED_RULES", "Conv1DRule", "ImageLayerScaleRule", "LayerScaleRule", "NamedImageNormRule", "NamedNormRule"]
+__all__ = [
+    "NAMED_RULES",
+    "Conv1DRule",
+    "ImageLayerScaleRule",
+    "LayerScaleRule",
+    "NamedImageNormRule",
+    "NamedNormRule",
+]
 
 SINGLE = torch.finfo(torch.float32).eps
 
