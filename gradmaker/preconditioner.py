@@ -17,7 +17,8 @@ from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
-from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
+from gradmaker.loops.attachment import Attachment
+from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
 from gradmaker.passes.batches import Batch
 from gradmaker.reports.summary import Summary, summarise

@@ -161,17 +161,19 @@ def explained() -> Iterator[None]:
         raise CostError(f"cost: steps on tensors without data failed: {type(error).__name__}: {reason}") from error
 
 
-def warn_if_costly(maker: PredictedMaker, batch: Any, loss: Loss | None = None) -> None:
+def warn_if_costly(maker: PredictedMaker, batch: Any, loss: Loss | None = None, within: float = WITHIN) -> None:
     """Warn where a step with the default intervals is predicted to take more than three steps of Adam.
 
-    Silent for intervals that were chosen, and where the cost cannot be predicted within a second.
+    Silent for intervals that were chosen, and where the cost cannot be predicted in time.
+
+    within: seconds for each of two trials
     """
     config = maker.config
     if not isinstance(config, GradientConfig) or not _default_intervals(config):
         return
     try:
-        own = _cost(maker, batch, loss, None, WITHIN)
-        adam = _priced(maker.model, None, batch, loss, torch.optim.Adam, WITHIN, {})
+        own = _cost(maker, batch, loss, None, within)
+        adam = _priced(maker.model, None, batch, loss, torch.optim.Adam, within, {})
     except CostError:
         return
     if own.seconds > COSTLY * adam.seconds:
