@@ -200,6 +200,10 @@ def test_smoothed_labels_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="label smoothing"):
         run(gpt2(), "kfac", arguments(tmp_path, **options), texts())
     run(gpt2(), "soap", arguments(tmp_path, **options), texts())
+    optimizer = gm.optimizer(gpt2(), "kfac", likelihood="categorical", accumulation=2, **METHODS["kfac"])
+    made = arguments(tmp_path, 2, **options)
+    Trainer(optimizer.maker.model, made, train_dataset=texts(), optimizers=(optimizer, None)).train()
+    assert optimizer.maker.step == 4
 
 
 # --- how the optimizer is made --------------------------------------------------------------------------------------------
