@@ -28,7 +28,6 @@ OF_TORCH = frozenset(
         "_optimizer_step_pre_hooks",
         "_parameters",
         "_reversed_padding_repeated_twice",
-        "_torchdynamo_disable_msg",
         "_version",  # how often a tensor was written to
     }
 )
