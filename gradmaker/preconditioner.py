@@ -13,10 +13,12 @@ from gradmaker.blocks import Block
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
+from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
-from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
+from gradmaker.loops.attachment import Attachment
+from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
 from gradmaker.passes.batches import Batch
 from gradmaker.reports.summary import Summary, summarise
@@ -242,9 +244,13 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return {**vars(self), "_attachments": [], "served": None, "step_state": state}
 
     # ---------------------------------------------------------------- looking inside
-    def summary(self) -> Summary:
-        """A table: parameters, block, curvature, representation, solver, bytes."""
-        return summarise(self.plan, self.step_state.now.measured, self.checks)
+    def summary(self, batch: Any = None) -> Summary:
+        """A table: parameters, block, curvature, representation, solver, bytes.
+
+        batch: the input of the model, with which it also predicts seconds and bytes of a step, as `cost` does
+        """
+        step = None if batch is None else cost(self, batch)
+        return summarise(self.plan, self.step_state.now.measured, self.checks, step)
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle, on the model and batch that were declared last."""

@@ -123,6 +123,10 @@ class PreconditionedOptimizer(Optimizer):
         _, _, groups = super().__repr__().partition(" (")
         return f"{type(self).__name__}: {type(self.maker).__name__}, then {type(self.base_optimizer).__name__}{limit} ({groups}"
 
+    def before_first_pass(self, tell: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Call a function once, with the arguments of the model's first pass that may be differentiated."""
+        self._attachment.before_first = tell
+
     # ---------------------------------------------------------------- the step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

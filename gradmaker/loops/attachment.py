@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Likelihood
 from gradmaker.step.protocol import RecordingMaker
 
-__all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
+__all__ = ["Attachment", "ChangedGradientWarning"]
 
 FIRST_STEPS = 3
 """Steps at which ``.grad`` is checked for changes, besides those that measure passes."""
@@ -68,6 +68,8 @@ class Attachment:
         self._checks_left, self._warned = FIRST_STEPS, False
         self._served = served
         self._stepping, self.removed = hooked, False
+        self.before_first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Called once, with the arguments of the model's first pass that may be differentiated."""
         maker.serve(served)
         self._handles = [
             maker.model.register_forward_pre_hook(Hook(self, "before_forward"), with_kwargs=True),
@@ -108,6 +110,9 @@ class Attachment:
         maker.plan.refuse_ranks()
         self._serve(maker)
         self._called, self._watched = True, ()
+        if self.before_first is not None:
+            told, self.before_first = self.before_first, None
+            told(args, kwargs)
         recorded = maker.begin_pass()
         if recorded or self._checks_left:
             self._current = LoopPass(maker.new_tape() if recorded else None, Hook(self, "after_forward"))
@@ -326,24 +331,3 @@ class Attachment:
 
     def _parameters(self, maker: RecordingMaker) -> list[nn.Parameter]:
         return [p for p in maker.model.parameters() if p in self._served]
-
-
-def remove_all(attachments: list[Attachment]) -> None:
-    """Remove the hooks of all attachments."""
-    while attachments:
-        attachments.pop().remove()
-
-
-def refuse_again(attachments: Sequence[Attachment]) -> None:
-    """ValueError for a maker that is attached already."""
-    if attachments:
-        raise ValueError("attach: this maker is attached already: make one maker for each optimizer, or call remove() first")
-
-
-def refuse_attached(attachments: Sequence[Attachment]) -> None:
-    """RuntimeError for a declared call of a maker that is attached to a loop."""
-    if attachments:
-        raise RuntimeError(
-            "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "
-            "calls are run, or make another maker for them"
-        )

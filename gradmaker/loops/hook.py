@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,7 +12,7 @@ from gradmaker.loops.checks import OTHER_STEP
 from gradmaker.loops.eager import Eager, keep_out_of_compilation, set_compiler
 from gradmaker.step.protocol import MakerOfSteps
 
-__all__ = ["REFUSES", "Hook", "refuse_overlap"]
+__all__ = ["REFUSES", "Hook", "refuse_again", "refuse_attached", "refuse_overlap", "remove_all"]
 
 REFUSES = "refuse_step"
 """The verb of the hook on an optimizer whose steps do not end those of the maker."""
@@ -57,3 +58,24 @@ def refuse_overlap(maker: MakerOfSteps, optimizer: Optimizer, hooked: bool) -> N
                 f"attach: {type(rival).__name__} is attached to this optimizer and preconditions {', '.join(both)} as "
                 "well: one maker for each parameter; name the others in ignore=, or use fallback="
             )
+
+
+def remove_all(attachments: list[Any]) -> None:
+    """Remove the hooks of all attachments."""
+    while attachments:
+        attachments.pop().remove()
+
+
+def refuse_again(attachments: Sequence[object]) -> None:
+    """ValueError for a maker that is attached already."""
+    if attachments:
+        raise ValueError("attach: this maker is attached already: make one maker for each optimizer, or call remove() first")
+
+
+def refuse_attached(attachments: Sequence[object]) -> None:
+    """RuntimeError for a declared call of a maker that is attached to a loop."""
+    if attachments:
+        raise RuntimeError(
+            "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "
+            "calls are run, or make another maker for them"
+        )

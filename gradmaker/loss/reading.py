@@ -270,7 +270,7 @@ def _agreement(omega: Tensor, group: Tensor, s: Tensor) -> tuple[float, float]:
     found = []
     for x, relative in ((omega, True), (1 / s, False)):
         mean = _like(x, everywhere, group, groups)
-        off = (x - mean)[several] / (mean[several] if relative else 1.0)
+        off = (x - mean)[several] / (torch.where(mean != 0, mean, 1.0)[several] if relative else 1.0)
         found.append(float(off.square().mean().sqrt()) if off.numel() else 0.0)
     return found[0], found[1]
 

@@ -319,3 +319,30 @@ def test_every_method_steps_or_says_that_it_needs_the_declared_calls(method: str
         found.step()
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert any(not torch.allclose(p.grad, g) for p, g in zip(model.parameters(), raw, strict=True) if p.grad is not None)
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------------
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
+
+
+@pytest.mark.parametrize(("options", "warned"), [({}, 1), ({"preconditioner_interval": 50}, 0)])
+def test_a_costly_default_is_told_before_the_first_step(options: dict[str, Any], warned: int, monkeypatch: Any) -> None:
+    """At the first pass, once; not for intervals that were chosen."""
+    monkeypatch.setattr("gradmaker.front_door.factory.WITHIN", 60.0)
+    monkeypatch.setattr("gradmaker.costs.prediction.COSTLY", 1.5)  # whatever the rates of this machine
+    model = wide()
+    found = gm.optimizer(model, "kfac", lr=0.1, **options)
+    x, t = torch.randn(16, 400), torch.randint(10, (16,))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            found.step()
+    told = [w for w in seen if issubclass(w.category, gm.CostlyMethodWarning)]
+    assert len(told) == warned
+    if told:
+        assert "x Adam's" in str(told[0].message) and "preconditioner_interval=" in str(told[0].message)
+    assert not found.maker.silent()

@@ -349,9 +349,10 @@ def test_losses_of_passes_that_are_no_part_of_a_step_may_be_any(method: str) -> 
     close(*results)
 
 
-def test_equal_logits_prove_nothing_and_are_waited_for() -> None:
+@pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp"])
+def test_equal_logits_prove_nothing_and_are_waited_for(method: str) -> None:
     """A head that begins at zero: smoothed labels would fit as well. Nothing is measured, the step is that of the gradient."""
-    case, optimizer, maker = attached()
+    case, optimizer, maker = attached(method)
     head = case.model.get_submodule("2")
     for p in head.parameters():
         nn.init.zeros_(p)

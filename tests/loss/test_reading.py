@@ -196,6 +196,7 @@ def wrong_losses(C: int) -> dict[str, Callable[[Tensor], Tensor]]:
         "probabilities": lambda z: (z.softmax(-1) - hot.to(z)).square().mean(),
         "one entry": lambda z: F.huber_loss(z.gather(1, t[:, None]), torch.ones(64, 1).to(z)),
         "probabilities taken as logits": lambda z: -z.gather(1, t[:, None]).mean(),
+        "largest logit": lambda z: -z.amax(-1).mean(),
         "penalty": lambda z: ce(z) + 1e-2 * z.square().mean(),
         "soft binary labels": lambda z: F.binary_cross_entropy_with_logits(z, (0.1 + 0.8 * hot).to(z)),
         "focal binary": lambda z: ((z.sigmoid() - hot.to(z)).square() * F.softplus((1 - 2 * hot.to(z)) * z)).mean(),

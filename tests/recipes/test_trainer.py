@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import gradmaker as gm
 from gradmaker.loops.attachment import ChangedGradientWarning
@@ -121,6 +129,17 @@ def test_a_model_of_ones_own_is_divided_by_its_micro_batches(method: str, accumu
     steps = trainer.steps()
     assert [len(step) for step in steps] == ([1] * 4 if accumulation == 1 else [4, 3, 4, 3])
     close(found.gradients, found.declared([[Micro(batch, 1 / k) for batch, _, k in step] for step in steps], inside))
+
+
+def test_a_model_that_is_not_divided(tmp_path: Path) -> None:
+    """It takes the number of items, and does not use it: the loss of a step is the sum of the means."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes, **rates)).double()
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"][0] % 2} for row in texts()]
+    trainer, found = run(model, "kfac", arguments(tmp_path, 4), data)
+    micros = [[Micro(batch, 1.0) for batch, _, _ in step] for step in trainer.steps()]
+    close(found.gradients, found.declared(micros, inside), 1e-9)
 
 
 def over_items(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
