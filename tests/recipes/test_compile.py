@@ -110,6 +110,26 @@ def test_idle_steps_are_one_graph_and_the_others_eager(method: str, how: str) ->
     assert same(weights(model), weights(plain))
 
 
+def test_a_compiled_function_that_calls_the_model() -> None:
+    """What follows the model's call is compiled at every step."""
+    model, plain, backend = whole(), whole(), Backend()
+    optimizer, alone = made("kfac", model), made("kfac", plain)
+
+    @torch.compile(backend=backend)
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), t)
+
+    for j, (x, t) in enumerate(batches(STEPS)):
+        before = backend.calls
+        loss(x, t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert backend.calls == before + (1 if j in EAGER["kfac"] else 2)
+    assert backend.graphs == 2
+    train(plain, alone)
+    assert same(weights(model), weights(plain))
+
+
 @pytest.mark.parametrize("method", OPTIONS)
 def test_graphs_of_aot_autograd(method: str) -> None:
     """Its backward passes run once, and are not vectorised: what is measured must be eager."""
