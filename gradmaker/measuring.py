@@ -70,16 +70,25 @@ class MeasuringMaker(PlannedMaker):
             if checked and self._all_finite(loss):
                 self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
             terms = head.terms or terms  # with rows in the order that the self-checks found
+            of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
             draft = self.step_state.draft()
             self.measure_pass(draft, tape, terms, weight, [loss], head=head, extra=extra)
-            self.measure_pass(draft, tape, terms, weight, [], output_gradients, head, extra)
+            self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra)
             self.step_state.accumulate(weight, tape.batch, draft)
         if batches is not None and self.plan.asks("previous", self._due) and self.step_state.now.finite:
             made = Pass(batches.own.replay, weight, extra.notes)
             measured = self.plan.measured(self._due)
             self.step_state.remember(remembered(self.step_state.now, self.model, made, measured))
         return output, loss
+
+    def _is_partial(self, tape: Tape, head: Head, found: OutputGradients, weight: float, checked: bool) -> bool:
+        """Whether gradients of examples are weighted by `loss_reduction`, as the recognised terms are not all of the loss."""
+        by_example = any("main_backward" in c.needs and "loss_reduction" not in c.inapplicable for c in self._curvatures())
+        if not by_example or head.declared or self.config.self_check == "off":
+            return False
+        with plain_arithmetic(self.model), borrowing():
+            return self.whole.is_partial(tape, head, scaled(found, 1 / weight) if checked and weight else None)
 
     def _own_batch(self, batches: Batches | None) -> Batch:
         return Batch(self.model, self._declared[""], self.config) if batches is None else batches.own

@@ -53,6 +53,7 @@ class Arrangement:
     ungrouped: set[Structure] = field(default_factory=set)  # with output rows that could not be assigned to examples
     checked: dict[Structure, int] = field(default_factory=dict)  # number of checks; see `SelfChecks`
     whole: dict[Structure, str] = field(default_factory=dict)  # outputs in which the whole loss is differentiated twice
+    partial: set[Structure] = field(default_factory=set)  # whose recognised terms are not all of the loss
     notes: dict[str, str] = field(default_factory=dict)  # findings, by parameter or site
     likelihood: Likelihood | None = None  # of a loss that is not recorded, once the gradient in the logits has proven it
 

@@ -43,6 +43,19 @@ class Whole:
         reason = NONE if not head.terms else self._missing(tape, head, output_gradients) if checked else None
         return head if reason is None else self._explaining_head(tape, head, bare, output_gradients, structure, reason)
 
+    def is_partial(self, tape: Tape, head: Head, output_gradients: OutputGradients | None) -> bool:
+        """Whether the recognised terms are not all of the loss, as far as is known: their weights are not those of examples.
+
+        output_gradients: of the whole loss, for a pass that is to be checked
+        """
+        structure, own = tape.structure(head.outputs), self.checks.arrangement
+        if head.terms and output_gradients is not None and structure not in own.partial:
+            found = tape.vjp(head.outputs, [s.unsqueeze(0) for s in head.loss_gradients])
+            error, limit = gradient_error(found, output_gradients)
+            if error > limit:
+                own.partial.add(structure)
+        return structure in own.partial or structure in own.whole
+
     def products(self, tape: Tape, graph: Graph, bare: Head) -> None:
         """Require that products with an unrecognised loss can be formed at the outputs of the model. SelfCheckError if not."""
         try:

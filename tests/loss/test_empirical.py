@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmaker import LayerNaturalGradientConfig, LayerNaturalGradientMaker
 from gradmaker.curvature import FisherEmp
 from gradmaker.loss.weights import numbers
 from gradmaker.representations import Dense, Diagonal, Kron
@@ -297,3 +298,49 @@ NUMBERS_OF: dict[str, Callable[[], Tensor]] = {
     "made of each other": lambda: _of_terms((1 / TERMS, 1), (1 / ELEMENTS, CLASSES)),
     "three": lambda: _of_terms((1.3 / TERMS, 1), (1 / ELEMENTS, CLASSES)),
 }
+
+
+# --- a loss that is recognised in part ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_recognised_part_does_not_weigh_the_whole_loss(factor: float) -> None:
+    """A policy's loss beside a value's: the same number whether torch's function or its formula is called, at every step."""
+
+    def by_hand(z: Tensor, v: Tensor) -> Tensor:
+        return (z - v).square().mean()
+
+    def measured(value: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 4).double()
+        x, a = torch.randn(8, 3).double(), torch.randint(3, (8,))
+        gain, v = torch.randn(8).double(), torch.randn(8).double()
+
+        def loss(y: Tensor) -> Tensor:
+            chosen = y[:, :3].log_softmax(-1).gather(1, a[:, None])[:, 0]
+            return -(chosen * gain).mean() + factor * value(y[:, 3], v)
+
+        maker = LayerNaturalGradientMaker(model, LayerNaturalGradientConfig(fisher=FisherEmp(), decay=0.0))
+        found = []
+        for _ in range(3):
+            model.zero_grad()
+            maker.setup_loss_call(loss, maker.setup_model_call(model, x))
+            maker.forward_and_backward()
+            block: Any = maker.plan.blocks[0]
+            found.append(block.triple.representation.to_dense(block.state))
+        rows = torch.autograd.functional.jacobian(
+            lambda w: torch.stack([8 * loss_of(w, j, x, a, gain, v, factor) for j in range(8)]), matrix(model)
+        )
+        torch.testing.assert_close(found[0][0].trace(), (rows.square().sum() / 8), rtol=1e-10, atol=0)
+        return found
+
+    for one, other in zip(measured(F.mse_loss), measured(by_hand), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def matrix(model: nn.Linear) -> Tensor:
+    return torch.cat([model.weight, model.bias[:, None]], 1).detach()
+
+
+def loss_of(w: Tensor, j: int, x: Tensor, a: Tensor, gain: Tensor, v: Tensor, factor: float) -> Tensor:
+    """The share of one example in the mean."""
+    y = w[:, :3] @ x[j] + w[:, 3]
+    return (-y[:3].log_softmax(0)[a[j]] * gain[j] + factor * (y[3] - v[j]).square()) / 8

@@ -261,7 +261,7 @@ PLANTS: dict[str, tuple[str, str, Any, str, Change]] = {
     "gradients too large": ("LSTM", "full_ng", LinearRule, "gradients", scaled),
     "inputs too large, in a basis": ("dropout in training", "ekfac", LinearRule, "inputs", scaled),
     "a norm without its eps": ("ConvNeXt block", "kfac", LayerNormRule, "normalise", without_eps),
-    "a position": ("BasicBlock, batch norm in evaluation", "kfac", fisher, "outer", dropped),
+    "a position": ("BasicBlock, batch norm in evaluation", "kfac", fisher, "layer_evidence", dropped),
     "columns too large": ("two heads, two losses", "ekfac", CategoricalTerms, "_columns", scaled),
     "a call": ("one module under three names", "kfac", Tape, "_append", first_only),
     "a term": ("two heads, two losses", "full_ng", batches, "read_terms", fewer),
