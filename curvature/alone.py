@@ -15,8 +15,9 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.tape import Tape
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.evidence import Evidence, Outer
-from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.layer_evidence import LayerEvidence, layer_evidence
 from gradmaker.curvature.step import Step
+from gradmaker.curvature.tied import Tied
 from gradmaker.errors import SelfCheckWarning
 from gradmaker.loss.weights import numbers
 from gradmaker.passes.batches import Batch
@@ -34,7 +35,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, A
 class _Single:
     """One example: evidence by site, in the scale of the example's own loss, its gradient, and its number of loss terms."""
 
-    evidence: dict[str, Outer]
+    evidence: dict[str, LayerEvidence]
     gradient: list[Tensor]
     number: Tensor  # (1,)
 
@@ -73,7 +74,7 @@ def examples_alone(step: Step) -> Mapping[str, Evidence] | None:
     _warn_cost(step)
     factors = _factors(step, found, weights)
     names = dict.fromkeys(k for single in found if single is not None for k in single.evidence)
-    return {k: _concatenated([None if s is None else s.evidence.get(k) for s in found]).scaled(factors) for k in names}
+    return {k: _joined([None if s is None else s.evidence.get(k) for s in found]).scaled(factors) for k in names}
 
 
 def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]) -> _Single | None:
@@ -93,7 +94,7 @@ def _single(step: Step, batch: Batch, e: int, parameters: Sequence[nn.Parameter]
         vjps = VJPs(tape.vjp([loss], [one.unsqueeze(0)]), {}, rows)
     alone = replace(step, tape=tape, terms=terms, masked=any(bool(t.masked()) for t in terms))
     mask = alone.mask(terms[0]) if terms else None
-    evidence = {s.name: outer(s, tape, vjps, mask, step.statistics_dtype(s)) for s in alone.active()}
+    evidence = {s.name: layer_evidence(s, tape, vjps, mask, step.statistics_dtype(s)) for s in alone.active()}
     return _Single(evidence, gradient, numbers(terms, 1) if terms else torch.ones(1, dtype=torch.float64))
 
 
@@ -134,6 +135,15 @@ def _tolerance(step: Step, tensors: Sequence[Tensor]) -> float:
     if any(call.autocast is not None for call in calls):
         return HALF
     return max(TOLERANCES.get(t.abs().dtype, HALF) for t in tensors)
+
+
+def _joined(found: Sequence[LayerEvidence | None]) -> LayerEvidence:
+    """The evidence of single examples as that of a batch, each use of a tied table by itself."""
+    if not any(isinstance(e, Tied) for e in found):
+        return _concatenated([e if isinstance(e, Outer) else None for e in found])
+    tied = [e if isinstance(e, Tied) else None for e in found]
+    uses = ([None if e is None else getattr(e, use) for e in tied] for use in ("lookup", "head"))
+    return Tied(tuple(_concatenated(use) for use in uses if any(use)))
 
 
 def _concatenated(outers: Sequence[Outer | None]) -> Outer:

@@ -1,6 +1,7 @@
 """Evidence, what a curvature gives to a representation: a closed set of classes, each of one or several kinds.
 
-The classes are `Outer`, `Joint`, `Gradient` and `Pair`, and in `gradmaker.curvature.products` `Product` and `Factors`.
+The classes are `Outer`, `Joint`, `Gradient` and `Pair`, in `gradmaker.curvature.products` `Product` and `Factors`, and in
+`gradmaker.curvature.tied` `Tied`.
 
 Axes, here and everywhere in gradmaker: ``B`` stack of equal blocks, ``G`` groups (channels of a norm layer, groups of a
 convolution), ``k`` cotangents per example, ``n`` examples, ``r`` weight-sharing positions, ``i`` / ``o`` in / out features,

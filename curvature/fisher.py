@@ -14,7 +14,7 @@ from gradmaker.capture.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 from gradmaker.curvature.alone import examples_alone
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
-from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.layer_evidence import layer_evidence
 from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.likelihood import LIKELIHOODS
@@ -35,7 +35,7 @@ class LazyEvidence(Mapping[str, Evidence]):
 
     def __getitem__(self, name: str) -> Evidence:
         step, site = self.step, self.sites[name]
-        made = outer(site, step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
+        made = layer_evidence(site, step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
         return made if self.root is None else made.scaled(self.root)
 
     def __contains__(self, name: object) -> bool:  # the inherited one would form the evidence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +16,45 @@ from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.evidence import Outer
+from gradmaker.curvature.tied import Tied
 
-__all__ = ["outer"]
+__all__ = ["LayerEvidence", "layer_evidence", "outer"]
+
+LayerEvidence: TypeAlias = Outer | Tied
+"""The evidence of a site with a rule: pairs of inputs and output gradients, of one use or of both."""
 
 
-def outer(site: Site, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True) -> Outer:
+def layer_evidence(
+    site: Site, tape: Tape, found: VJPs, mask: Tensor | None, dtype: torch.dtype, fresh: bool = True
+) -> LayerEvidence:
+    """The evidence of a layer in a pass, or of a tied table in the uses that the pass makes of it; arguments as in `outer`."""
+    if not site.uses or site.direct(tape):
+        return outer(site, tape, found, mask, dtype, fresh)
+    one, fired = tape.apart(site.modules), [use for use in site.uses if any(tape.calls[m] for m in use.modules)]
+    return Tied(tuple(outer(use, tape, found, mask, dtype, fresh, one) for use in fired))
+
+
+def outer(
+    site: Site,
+    tape: Tape,
+    found: VJPs,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    fresh: bool = True,
+    apart: bool | None = None,
+) -> Outer:
     """The evidence of a layer in a pass. Each further call of the layer adds weight-sharing positions.
 
-    mask: (n, R) loss terms that count, R positions per example.
+    mask: (n, R) loss terms that count, R positions per example. apart: whether examples cannot be separated, where other
+    layers decide it too
     """
     if site.rule is None or site.direct(tape):
         return _formed(site, tape, found, dtype, fresh)
-    one = tape.apart(site.modules)  # examples cannot be separated here: all positions are those of one example, or of passes
+    one = tape.apart(site.modules) if apart is None else apart  # all positions are those of one example, or of passes
     gradients = found.apart if one and site.modules[0] in found.apart else found.together
     calls = [(m, c, g, APART if one else tape.layout(c)) for m in site.modules for c, g in _calls(tape, gradients, m)]
     a = [site.rule.inputs(m, c, layout) for m, c, _, layout in calls] if site.weighted else []
-    g = torch.cat([site.rule.gradients(m, c, gs[0], layout) for m, c, gs, layout in calls], 3).to(dtype)
+    g = torch.cat([site.rule.of_outputs(m, c, gs, layout) for m, c, gs, layout in calls], 3).to(dtype)
     inputs = _join(a, dtype) if a else g.new_zeros(*g.shape[1:4], 0)
     positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
     mask = mask.reshape(1, -1) if mask is not None and one else mask

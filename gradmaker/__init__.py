@@ -19,9 +19,15 @@ del _root
 if TYPE_CHECKING:  # for type checkers and editors; at run time makers and configs are found through `METHODS`
     from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare
     from gradmaker.config import GradientConfig as GradientConfig
-    from gradmaker.cost_report import cost_report as cost_report
+    from gradmaker.costs.layers import cost_report as cost_report
+    from gradmaker.costs.prediction import cost as cost
     from gradmaker.damping_sweep import damping_sweep as damping_sweep
-    from gradmaker.errors import SelfCheckError as SelfCheckError, SelfCheckWarning as SelfCheckWarning
+    from gradmaker.errors import (
+        CostError as CostError,
+        CostlyMethodWarning as CostlyMethodWarning,
+        SelfCheckError as SelfCheckError,
+        SelfCheckWarning as SelfCheckWarning,
+    )
     from gradmaker.front_door.bases import BaseOptimizerWarning as BaseOptimizerWarning
     from gradmaker.front_door.factory import CoverageWarning as CoverageWarning, optimizer as optimizer
     from gradmaker.front_door.optimizer import (
@@ -167,6 +173,8 @@ _MODULES = {
     "__version__": "version",
     "BaseOptimizerWarning": "front_door.bases",
     "Comparison": "compare",
+    "CostError": "errors",
+    "CostlyMethodWarning": "errors",
     "CoverageWarning": "front_door.factory",
     "Data": "compare",
     "GradientConfig": "config",
@@ -183,7 +191,8 @@ _MODULES = {
     "Triple": "triple",
     "TripleError": "triple",
     "compare": "compare",
-    "cost_report": "cost_report",
+    "cost": "costs.prediction",
+    "cost_report": "costs.layers",
     "damping_sweep": "damping_sweep",
     "from_config": "methods",
     "legality": "triple",

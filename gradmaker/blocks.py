@@ -93,6 +93,13 @@ class Block:
         longest = self.frame.longest or max(sides, default=1)
         return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of what it holds; a cache may be the state itself."""
+        parts = (self.state, self.cache, self.average, self.grafting_state)
+        held = {id(t): t for part in parts for t in part.values()}
+        return sum(t.numel() * t.element_size() for t in held.values())
+
     def holds_like(self, other: Block) -> bool:
         """Whether a member of this block has a statistic of the same form as one of another block."""
         own, given = self.triple, other.triple

@@ -16,6 +16,7 @@ from torch import Tensor
 from gradmaker.blocks import Block
 from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
+from gradmaker.loss.reading import name_of, named
 from gradmaker.representations.roles import Unstacked
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step import pool
@@ -50,6 +51,8 @@ def _counters(maker: SavedMaker, now: Facts) -> dict[str, Any]:
         "format": FORMAT,
         "step": now.index,
         "skipped": now.skipped,
+        "unread": now.unread,
+        "likelihood": name_of(maker.arrangement.likelihood),
         "clocks": now.clocks.dump(),
         "measured": sorted(now.ever),
         "unseen": sorted(maker.unseen),
@@ -153,12 +156,14 @@ def _load(maker: SavedMaker, saved: dict[str, Any]) -> None:
     work = _gather_work(blocks, dict(loaded), saved)
     gradients = _gather_gradients(maker, saved)
     _check_held(saved)
+    likelihood = named(saved["likelihood"])
     facts = _facts(maker, saved, work, region)
     if saved["pass"]["phase"] != Phase.BETWEEN.name:
         facts = replace(facts, gradients=tuple((p, before) for p, _, before in gradients))
     for block, held in loaded:
         block.held = held
     maker.step_state.load(facts)
+    maker.arrangement.likelihood = likelihood
     for p, g, _ in gradients:
         p.grad = g
 
@@ -171,6 +176,7 @@ def _facts(maker: SavedMaker, saved: dict[str, Any], work: Work, region: Region 
         index=int(saved["step"]),
         clocks=clocks,
         skipped=int(saved["skipped"]),
+        unread=int(saved["unread"]),
         ever=frozenset(saved["measured"]),
         previous=load_secants(saved["secants"], blocks) if "secants" in saved else None,
         region=region,

@@ -68,6 +68,13 @@ class OwnParameters:
                 return False
         return self.check()
 
+    def moved(self) -> bool:
+        """Whether the same parameters are on other devices, and nothing else has changed."""
+        now = {} if self._unchanged() else {(id(owner), key): p for _, owner, key, p in _held(self.model)}
+        return any(s.parameter.device != s.device for s in self._slots if now) and all(
+            now.get((id(s.owner), s.key)) is s.parameter and s.parameter.dtype == s.dtype for s in self._slots
+        )
+
     def _unchanged(self) -> bool:
         """Whether nothing has changed, in well under a millisecond for 1000 parameters."""
         places, found = self._places, 0

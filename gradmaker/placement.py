@@ -55,4 +55,4 @@ class Placement:
         own = self.site.one_hot_axis
         if own is not None and isinstance(self.triple.representation, FactoredAxes):
             diagonal |= {own}
-        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.options.max_dim)
+        return Frame(self.count, self.shape, diagonal, dtype, like.device, self.options.max_dim, bool(self.site.uses))

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from gradmaker.blocks import Block
+from gradmaker.capture.finding import layer_sites, tensor_sites
 from gradmaker.capture.model_checks import check_model, check_parameters, check_watched
-from gradmaker.capture.sites import Site, layer_sites, tensor_sites
+from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig, build
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.base import Need
@@ -176,11 +177,13 @@ def _place(sites: list[Site], name: str, method: GradientConfig, common: Gradien
     """Placements of the sites that a method covers, and the other sites.  name: of the method in the plan"""
     placements, rest, options = [], [], method.block_options(name, common)
     for site in tensor_sites(sites, method.shapes) if method.per_tensor else sites:
-        triple = method.triple(site)
+        own, triple = site, method.triple(site)
+        if site.generic is not None and (triple is None or not triple.holds_ties):
+            own, triple = site.generic, method.triple(site.generic)
         if triple is None:
-            rest.append(site)
-            continue
-        placements.append(Placement(site, triple, options))
+            rest.append(own)
+        else:
+            placements.append(Placement(own, triple, options))
     return placements, rest
 
 

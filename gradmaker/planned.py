@@ -25,7 +25,7 @@ from gradmaker.self_checks.whole import Whole
 from gradmaker.stacking import carry
 from gradmaker.step.clocks import PlanClocks
 from gradmaker.step.secants import incomplete
-from gradmaker.step.state import Facts, StepState
+from gradmaker.step.state import Facts, Phase, StepState
 
 __all__ = ["PlannedMaker"]
 
@@ -103,6 +103,12 @@ class PlannedMaker(GradientMaker):
         plan = make_plan(self.model, self.config, METHODS, unseen)
         carry([(b, b.held) for b in self.plan.blocks], [(b, b.held) for b in plan.blocks])
         self.adopt(plan, unseen)
+
+    def follow(self) -> None:
+        """Plan again after the model was moved to another device, before anything was measured, as trainers move it."""
+        now = self.step_state.now
+        if now.index == 0 and now.phase is Phase.BETWEEN and not now.ever and self.plan.own.moved():
+            self.adopt(make_plan(self.model, self.config, METHODS, self._unseen), self._unseen)
 
     def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
         """Replace the plan by one whose blocks hold what those of the old plan held."""

@@ -13,10 +13,12 @@ from gradmaker.blocks import Block
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
+from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
-from gradmaker.loops.attachment import Attachment, refuse_again, refuse_attached, remove_all
+from gradmaker.loops.attachment import Attachment
+from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
 from gradmaker.passes.batches import Batch
 from gradmaker.reports.summary import Summary, summarise
@@ -47,6 +49,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def skipped(self) -> int:
         """Number of steps whose loss or gradients were not finite: they changed no statistic, and left ``.grad`` as it was."""
         return self.step_state.now.skipped
+
+    @property
+    def unread(self) -> int:
+        """Number of passes of an attached loop that were not measured: the gradient had rounded away, or proved nothing."""
+        return self.step_state.now.unread
 
     # ---------------------------------------------------------------- the step
     def _check_parameters(self) -> None:
@@ -181,13 +188,15 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> PreconditionedGradientMaker:
         """Precondition inside ``optimizer.step()`` of another training loop. Returns the maker; its hooks are removed with it.
 
-        likelihood: that of the model's output, for methods that need more than the gradient.
-        accumulation: backward passes for each step of the optimizer, each of ``1 / accumulation`` of the loss.
+        likelihood: that of the model's output, for methods that need more than the gradient; None: it is read from the
+        gradient, with the weights of all terms, where the loss is a cross entropy with hard labels, categorical or binary.
+        accumulation: with a likelihood, backward passes for each step of the optimizer, each of ``1 / accumulation`` of the
+        loss; None: 1.
         scaler: the loop's gradient scaler, if any; what is recorded in its backward pass is unscaled.
         ValueError for an optimizer or a method that cannot be attached.
         """
@@ -198,7 +207,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         *,
         hooked: bool = False,
@@ -220,6 +229,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         """Remove all hooks from the model and the optimizer."""
         remove_all(self._attachments)
         self.serve(None)
+        self.checks.arrangement.likelihood = None  # another loop may have another loss
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes of a copy, which is not attached.
@@ -234,9 +244,13 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return {**vars(self), "_attachments": [], "served": None, "step_state": state}
 
     # ---------------------------------------------------------------- looking inside
-    def summary(self) -> Summary:
-        """A table: parameters, block, curvature, representation, solver, bytes."""
-        return summarise(self.plan, self.step_state.now.measured, self.checks)
+    def summary(self, batch: Any = None) -> Summary:
+        """A table: parameters, block, curvature, representation, solver, bytes.
+
+        batch: the input of the model, with which it also predicts seconds and bytes of a step, as `cost` does
+        """
+        step = None if batch is None else cost(self, batch)
+        return summarise(self.plan, self.step_state.now.measured, self.checks, step)
 
     def verify(self) -> Verification:
         """Check every block against a dense oracle, on the model and batch that were declared last."""

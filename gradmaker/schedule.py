@@ -12,6 +12,9 @@ from gradmaker.options.checks import check_count
 __all__ = ["SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
 
 
+FAR = 2**40
+
+
 class Schedule(ABC):
     """An interval that may change with the step."""
 
@@ -98,6 +101,11 @@ class Clock:
     def retry(self, step: int) -> None:
         """Make an update due at ``step``: an earlier one brought no evidence."""
         self.next = step
+
+    def force(self, step: int, due: bool) -> None:
+        """Make an update due at ``step``, of all blocks at once, or none before long."""
+        self.schedule, self.warmup = Every(1), 0
+        self.begun, self.next = (step, step) if due else (-1, step + FAR)
 
     def due(self, step: int, share: float) -> bool:
         """Whether ``step`` is the one at offset ``share`` (0 <= share < 1) of the current interval."""

@@ -8,7 +8,9 @@ from typing import TypeVar, cast, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.base import Curvature
+from gradmaker.curvature.evidence import Outer, kinds
 from gradmaker.curvature.roles import OfProducts
+from gradmaker.curvature.tied import Tied
 from gradmaker.representations import REPRESENTATIONS
 from gradmaker.representations.base import Representation
 from gradmaker.solvers import SOLVERS
@@ -37,6 +39,11 @@ class Triple:
             raise TripleError(reason)
         for name, part in (("curvature", curvature), ("representation", representation), ("solver", paired)):
             object.__setattr__(self, name, part)
+
+    @property
+    def holds_ties(self) -> bool:
+        """Whether the two uses of a tied table are measured and held apart; else it is a parameter without a rule."""
+        return kinds(Outer) <= self.curvature.gives and kinds(Tied) <= self.representation.takes
 
     def __str__(self) -> str:
         return f"{self.curvature} x {self.representation} x {self.solver}"

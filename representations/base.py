@@ -33,6 +33,7 @@ class Frame:
     dtype: torch.dtype
     device: torch.device
     longest: int | None = None  # largest side of a dense matrix, for representations that tile longer axes; None: no limit
+    tied: bool = False  # whether the block is a table with two uses, whose evidence is `Tied`
 
     def zeros(self, *shape: int) -> Tensor:
         """A statistic of zeros.  # (B, *shape)"""

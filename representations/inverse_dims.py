@@ -91,7 +91,7 @@ def array_spectrum(C: Tensor) -> tuple[Tensor, Tensor]:
 
 def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
     """Warn where the inverse of a member is still at its start.  # (B,)"""
-    if bool(unmoved.any()):  # a host read
+    if not bool((~unmoved).all()):  # a host read
         warnings.warn(
             f"preconditioner inactive: after {PATIENCE} gradients the held inverse still is the multiple of the identity it "
             f"began with, and the step a multiple of the plain gradient: {advice}",

@@ -149,7 +149,7 @@ class KronPairs(Compact, Snapshots):
         """Update by the inputs' pair of the step that is over, for members with counted positions, and reset its sums."""
         due = state["counted"] > 0
         first = due & (state["begun"] == 0)
-        if not self._limits("right") and bool(first.any()):  # a host read, which is cheaper than an inverse at every step
+        if not self._limits("right") and not bool((~first).all()):  # a host read: cheaper than an inverse a step
             begun = torch.cholesky_inverse(torch.linalg.cholesky_ex(symmetrise(self._damped_input(state)))[0])
             state["right"].copy_(torch.where(first[:, None, None], symmetrise(begun), state["right"]))
         a = average(state["inputs"], state["counted"])

@@ -16,8 +16,10 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.curvature.products import Factors
+from gradmaker.curvature.tied import Tied
 from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.nearest_product import nearest_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
@@ -38,10 +40,14 @@ class Kron(FactoredAxes, ByExample):
     the inputs and sums the gradients of an example. One-hot inputs stay expanded, so that ``A`` stays diagonal.
     ``wide_sides`` says what is held of the factor of a side over ``max_dim``: its diagonal, or blocks of at most that size.
 
-    Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
+    A table (V, d) that is looked up and is the weight of a head too has factors of both uses, those of the embedding
+    ``A_1 (x) B_1`` and those of the head ``B_2 (x) A_2``, and ``C`` is the Kronecker product that is nearest to their sum.
+
+    Reference: Martens, Grosse, ICML 2015, arXiv:1503.05671, eq. 16; Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636. The
+    sum for tied tables is our own; Van Loan & Pitsianis 1993 (nearest product).
     """
 
-    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Factors, (Outer, "inputs"))
+    takes: ClassVar[frozenset[Kind]] = kinds(Outer, Factors, (Outer, "inputs"), Tied)
 
     sharing: Literal["expand", "reduce"] = "expand"
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
@@ -66,10 +72,30 @@ class Kron(FactoredAxes, ByExample):
         rows, columns = frame.shape
         longest = frame.longest if self.wide_sides == "blocks" else None
         factors = {"left": _allocate(frame, 0, rows, longest), "right": _allocate(frame, 1, columns, longest)}
-        return {**factors, "left_mass": frame.zeros(), "right_mass": frame.zeros()}
+        own = {**factors, "left_mass": frame.zeros(), "right_mass": frame.zeros()}
+        if not frame.tied:
+            return own
+        lookups = {"left": frame.zeros(rows), "right": torch.zeros_like(factors["right"])}  # one-hot: a diagonal
+        masses = {"left_mass": frame.zeros(), "right_mass": frame.zeros()}
+        return own | {f"lookup_{k}": v for k, v in (lookups | masses).items()}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        if isinstance(evidence, Tied):
+            fresh = any(part.fresh for part in evidence.parts)
+            for part, own, inner in (
+                (evidence.head, _of_heads(state), "right"),
+                (evidence.lookup, _of_lookups(state), "left"),
+            ):
+                if part is not None:
+                    self._fold(own, part, fold)
+                else:
+                    _fold_nothing(own, inner, fold, fresh)
+            return
         assert isinstance(evidence, (Outer, Factors))
+        self._fold(state, evidence, fold)
+
+    def _fold(self, state: State, evidence: Outer | Factors, fold: Fold) -> None:
+        """Fold the evidence of one use."""
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
@@ -94,7 +120,10 @@ class Kron(FactoredAxes, ByExample):
     # ---------------------------------------------------------------- Factored: rows, then columns
     def factors(self, state: State) -> list[Tensor]:
         """The two factors, bias-corrected.  # (B, o, o), (B, i, i)"""
-        return [average(state[side], state[f"{side}_mass"]) for side in ("left", "right")]
+        if "lookup_left" not in state:
+            return _averages(state)
+        lookup, head = (_averages(own) for own in (_of_lookups(state), _of_heads(state)))
+        return nearest_product((lookup[0], lookup[1]), (head[0], head[1]))
 
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient itself.  # (B, o, i)"""
@@ -103,6 +132,30 @@ class Kron(FactoredAxes, ByExample):
     def order(self, factors: int) -> float:
         """One: ``C`` is the product of the factors."""
         return 1
+
+
+def _averages(state: State) -> list[Tensor]:
+    return [average(state[side], state[f"{side}_mass"]) for side in ("left", "right")]
+
+
+def _of_lookups(state: State) -> State:
+    """The factors of a tied table as an embedding: views."""
+    return {k.removeprefix("lookup_"): v for k, v in state.items() if k.startswith("lookup_")}
+
+
+def _of_heads(state: State) -> State:
+    """The factors of a tied table as a head: views."""
+    return {k: v for k, v in state.items() if not k.startswith("lookup_")}
+
+
+def _fold_nothing(state: State, inner: str, fold: Fold, fresh: bool) -> None:
+    """Fold a use that a pass did not make: no curvature, and no positions.  inner: the side of the inputs"""
+    outer = "left" if inner == "right" else "right"
+    state[outer].mul_(fold.beta)
+    fold.weigh_(state[f"{outer}_mass"])
+    if fresh:
+        state[inner].mul_(fold.beta)
+        fold.weigh_mean_(state[f"{inner}_mass"], 0)
 
 
 def _of_outputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:

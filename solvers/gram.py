@@ -95,7 +95,7 @@ class Gram(Defined[LowRank]):
         new, failed = self._invert(K, self._roundoff(representation, state)) if self._direct else self._decompose(K)
         unit = self.damping if self.scale_preserving else 1.0
         counters = count_failures(failed, previous)
-        if not bool(failed.any()):
+        if bool((~failed).all()):
             return {**state, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
         if previous is not None:  # with the rows of the same refresh
             return {**previous, **counters}
@@ -121,7 +121,7 @@ class Gram(Defined[LowRank]):
         """``M``, ``t``, where needed ``(K + slack |K|)^-1``, and the failed members.  # (B, N, N), (B,), (B, N, N), (B,)"""
         ridges = [K.new_full(K.shape[:1], self.damping)]
         size = K.abs().sum(-1).amax(-1) if K.shape[-1] else K.new_zeros(K.shape[:1])  # upper bound of the largest eigenvalue
-        if roundoff is not None and bool((roundoff * size > LOSS * self.damping).any()):
+        if roundoff is not None and not bool((~(roundoff * size > LOSS * self.damping)).all()):
             ridges.append(torch.where(size > 0, ROUNDOFFS * roundoff * size, 1.0))
         found, failed = try_all(CholeskyInverse(1), [K] * len(ridges), ridges)
         inverse, *fits = (X for (X,) in found)

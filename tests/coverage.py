@@ -16,6 +16,7 @@ from gradmaker import KfacGradientConfig, KfacGradientMaker
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Kron, Representation
 from tests import models, oracles
+from tests.by_hand import by_hand
 from tests.capture.test_layers import MORE, Packed, Pooled, two
 from tests.measure import EXACT, blocks, ggn, measure, setup
 from tests.models import CLASSES, ZOO, Case, build, build_tokens
@@ -201,6 +202,7 @@ class Row(NamedTuple):
 
 SUMMED = "Calls of one module and layers of one type that share their weight are further positions of one layer."
 HELD = "In training mode the statistics of the batch are held fixed, here and in the oracle: gradients of single examples."
+NEAREST = "The Kronecker product nearest to the sum of the two that the uses have, as embedding and as linear layer."
 SWAPPED = "An input position is a position, and its gradient the patch of output gradients; the bias is a block of its own."
 CONV = {"stride": "stride", "dilation": "dilation", "same": 'padding="same"', "groups": "groups", "depthwise": "depthwise"}
 CONV |= {mode: f'padding_mode="{mode}"' for mode in ("reflect", "replicate", "circular")}
@@ -239,7 +241,9 @@ ROWS: dict[str, Row] = {
         partial(embedding, max_norm=1.0), "embedding", "The curvature is that at the rows which the call has shortened."
     ),
     "Embedding, scale_grad_by_freq": Row(partial(embedding, scale_grad_by_freq=True), "embedding"),
-    "Embedding, weight tied to the head": Row(partial(build_tokens, TiedLanguage, 5, 4, CLASSES, tags=False)),
+    "Embedding, weight tied to the head": Row(
+        partial(build_tokens, TiedLanguage, 5, 4, CLASSES, tags=False), kfac_note=NEAREST
+    ),
     "EmbeddingBag": Row(MORE["embedding_bag"], "0"),
     "EmbeddingBag, offsets": Row(partial(build_tokens, Bags, 4, 3, 7, tags=False)),
     "BatchNorm, training": Row(models.NORM_CASES["batch_norm"], "norm", HELD),
@@ -368,6 +372,13 @@ def definition(row: Row, maker: Any, oracle: Tensor) -> Blocks:
     return found
 
 
+def tied_factors(twin: Case, columns: Any) -> Tensor:
+    """The product that is nearest to the sum of those of embedding and head, by an SVD of the whole matrix.  # (1, P, P)"""
+    (lookup,), (head,) = (oracles.kfac_factors(twin.model, twin.x, k, columns, twin.t.numel()) for k in ("layer", "head"))
+    C = oracles.kron(lookup.A, lookup.B) + oracles.kron(head.B, head.A)
+    return oracles.kron(*oracles.nearest_kronecker(C, len(head.B))).unsqueeze(0)
+
+
 def factored(row: Row, site: str) -> Tensor:
     """``B (x) A`` of every group, as the weight is laid out.  # (G, P, P)"""
     twin = models.checkpointed(None) if row.layer == "body.0" else twin_by_hand(row)
@@ -375,6 +386,8 @@ def factored(row: Row, site: str) -> Tensor:
     module: Any = twin.model if name == "(model)" else twin.model.get_submodule(name)
     columns = oracles.exact_columns("categorical", twin.t)
     terms = twin.t.numel()
+    if isinstance(twin.model, TiedLanguage) and name == "layer":
+        return tied_factors(twin, columns)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return transposed_factors(twin, name, part, columns)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -391,8 +404,9 @@ def factored(row: Row, site: str) -> Tensor:
 
 
 def twin_by_hand(row: Row) -> Case:
-    """The same case with attention and `Conv1D` written in Linear layers, where it has them."""
+    """The same case with attention, recurrent layers and `Conv1D` written in Linear layers, where it has them."""
     case = evaluated(row.make()) if row.make is spectral else row.make()
+    by_hand(case.model)
     for path, module in list(case.model.named_modules()):
         if isinstance(module, Conv1D):
             case.model.layer = as_linear(module)

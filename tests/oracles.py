@@ -527,6 +527,15 @@ def kron(A: Tensor, B: Tensor) -> Tensor:
     return torch.einsum("ab,cd->acbd", A, B).reshape(len(A) * len(B), -1)
 
 
+def nearest_kronecker(C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """L (rows, rows) and R with the least |C - L x R|: the first singular triple of C with the entries of each block a row."""
+    columns = len(C) // rows
+    rearranged = C.reshape(rows, columns, rows, columns).transpose(1, 2).reshape(rows**2, columns**2)
+    U, s, Vh = torch.linalg.svd(rearranged, full_matrices=False)
+    L, R = (s[0] * U[:, 0]).reshape(rows, rows), Vh[0].reshape(columns, columns)
+    return (L, R) if float(R.trace()) > 0 else (-L, -R)
+
+
 def joint_order(o: int, i: int) -> Tensor:
     """Indices that turn [W.reshape(-1), b] (W (o, i)) into [W b].reshape(-1): C[order][:, order] is the joint block.
 

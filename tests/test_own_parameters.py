@@ -376,3 +376,36 @@ def test_calls_with_other_tensors_are_no_pass_of_an_attached_loop(method: str) -
             ride.optimizer.step()
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# --- moved to another device before the first step ------------------------------------------------------------------------
+def arrive(model: nn.Module, source: nn.Module) -> None:
+    """Move a model in place, as `nn.Module.to` moves one to an accelerator: its parameters stay the same objects."""
+    for p, value in zip(model.parameters(), source.parameters(), strict=True):
+        torch.utils.swap_tensors(p, nn.Parameter(value.detach().clone(), requires_grad=p.requires_grad))
+
+
+@pytest.mark.parametrize("method", ["kfac", "soap"])
+def test_a_maker_without_a_step_follows_the_model_in_a_loop(method: str) -> None:
+    source = Net()
+    with torch.device("meta"):
+        model = Net()
+    ride, other = Loop("attached", model, method, beta1=0.9), Loop("attached", copy.deepcopy(source), method, beta1=0.9)
+    assert all(v.device.type == "meta" for b in ride.maker.plan.blocks for v in b.state.values())
+    arrive(model, source)
+    ride.maker.load_state_dict(other.maker.state_dict())  # as Accelerate does it when it wraps an optimizer
+    for loop in (ride, other):
+        for _ in range(3):
+            loop.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.model.parameters(), strict=True))
+    assert not torch.equal(model.get_parameter("first.weight"), source.get_parameter("first.weight"))
+
+
+def test_a_maker_with_a_step_does_not_follow() -> None:
+    model = Net()
+    ride = Loop("attached", model, "kfac")
+    ride.step()
+    with torch.device("meta"):
+        arrive(model, Net())
+    with pytest.raises(ValueError, match=r"first\.weight has the device meta now and had cpu.*make a new one"):
+        ride.optimizer.step()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gradmaker.capture.rules.calls import Call, Layout, Order
+from gradmaker.loss.likelihood import Likelihood
 
 __all__ = ["APART", "Arrangement", "Key", "Structure", "key_of", "pattern"]
 
@@ -53,6 +54,7 @@ class Arrangement:
     checked: dict[Structure, int] = field(default_factory=dict)  # number of checks; see `SelfChecks`
     whole: dict[Structure, str] = field(default_factory=dict)  # outputs in which the whole loss is differentiated twice
     notes: dict[str, str] = field(default_factory=dict)  # findings, by parameter or site
+    likelihood: Likelihood | None = None  # of a loss that is not recorded, once the gradient in the logits has proven it
 
     @property
     def plain(self) -> bool:

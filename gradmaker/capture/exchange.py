@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["call_with", "copies", "exchanged"]
+__all__ = ["call_with", "copies", "exchanged", "with_storage"]
 
 BOOKKEEPING = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 """Attributes that torch itself keeps on modules: hooks and modes, which a call may change for good."""
@@ -51,6 +52,17 @@ def call_with(module: nn.Module, tensors: Mapping[Tensor, Tensor], args: tuple[A
 def copies(module: nn.Module) -> dict[Tensor, Tensor]:
     """A copy of each buffer, for a call that may change it."""
     return {b: b.clone() for b in module.buffers()}
+
+
+def with_storage(module: nn.Module) -> nn.Module:
+    """The module, or of one on the meta device a copy with numbers on the CPU, all ones, without the memory of its tensors."""
+    if not any(p.is_meta for p in module.parameters()):
+        return module
+    memory: dict[int, Any] = {}
+    for t in (*module.parameters(), *module.buffers()):
+        ones = torch.ones((), dtype=t.dtype, device="cpu").expand(t.shape)
+        memory[id(t)] = nn.Parameter(ones, t.requires_grad) if isinstance(t, nn.Parameter) else ones
+    return copy.deepcopy(module, memory)
 
 
 class _Held:

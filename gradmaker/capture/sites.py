@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
-from math import prod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.capture.rules.attention import projections
 from gradmaker.capture.rules.calls import Kind, LayerRule
-from gradmaker.capture.rules.layers import OPAQUE, attends, rule_for
-from gradmaker.capture.rules.parts import natural_parts
-from gradmaker.capture.shapes import ShapePolicy, View
+from gradmaker.capture.shapes import View
 from gradmaker.capture.tape import Tape
-from gradmaker.linalg.real_pairs import as_real, real_as, real_shape, write_real
-from gradmaker.options.rules import Path, Rule, names, paths
+from gradmaker.linalg.real_pairs import as_real, real_as, write_real
+from gradmaker.options.rules import Path, Rule, names
 
-__all__ = ["Site", "layer_sites", "tensor_sites"]
-
-CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
-"""Modules that are never called."""
+__all__ = ["Site"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +33,18 @@ class Site:
     rows: Mapping[str, slice] = field(default_factory=dict)  # of parameters that lie only partly in this block
     view: View | None = None  # the part of its one parameter that lies in this site; None: all of it
     path: Path = field(default_factory=dict)  # the modules that contain its parameters, by name
+    uses: tuple[Site, ...] = ()  # of a tied table: its lookups and its heads, each as a site
+    generic: Site | None = None  # of a tied table: the site without a rule that it is where its uses are not told apart
 
     @property
     def one_hot_axis(self) -> int | None:
         """The axis whose Kronecker factor is diagonal, as inputs there are one-hot; None if there is none."""
         return 0 if self.kind == "embedding" else None
+
+    @property
+    def each_use(self) -> tuple[Site, ...]:
+        """The sites of one rule each that it is made of: itself, if it is no tied table."""
+        return self.uses or (self,)
 
     @property
     def frozen(self) -> bool:
@@ -138,175 +138,3 @@ class Site:
         if any(name in tape.arrangement.direct for name in self.parameters):
             return True  # calls may be recorded all the same: those of the projections of an attention module
         return self.rule is None and (tape.examples == 1 or not self.modules or tape.apart(self.modules))
-
-
-# ------------------------------------------------------------------ finding sites
-def layer_sites(
-    model: nn.Module,
-    joint_bias: bool = True,
-    ignored: Set[nn.Parameter] = frozenset(),
-    unseen: Set[nn.Parameter] = frozenset(),
-) -> list[Site]:
-    """The sites of all trainable parameters: one for each layer that a rule knows, and one for each other parameter.
-
-    unseen: parameters with uses outside of their layers' calls, which get sites of their own
-    """
-    claimed: dict[nn.Parameter, str] = {}
-    owners = _owners(model)
-    sites: list[Site] = []
-    for name, module in model.named_modules():
-        if attends(module):
-            inside = list(_attention_sites(name, module, owners, joint_bias, {*ignored, *unseen}))
-            claimed.update({p: k for s in inside for k, p in s.parameters.items()})
-            sites += inside
-        rule = rule_for(module)
-        if rule is None or _inside_opaque(model, name):
-            continue
-        own = {_join_name(name, k): p for k, p in module.named_parameters(recurse=False) if k in (rule.weight_name, "bias")}
-        own = {k: p for k, p in own.items() if p.requires_grad and p not in ignored and p not in unseen and not p.is_complex()}
-        if not own or any(p in claimed for p in own.values()):
-            continue
-        modules = _sharers(own, owners, rule)
-        if modules is None:
-            continue
-        weight, bias = ({k: p for k, p in own.items() if k.rsplit(".", 1)[-1] == end} for end in (rule.weight_name, "bias"))
-        sites += _sites_of(Site(name, rule.kind, {}, (), modules, rule, module_names=(name,)), weight, bias, joint_bias)
-        claimed.update({p: k for k, p in own.items()})
-    rest = {k: p for k, p in model.named_parameters() if p.requires_grad and p not in claimed and p not in ignored}
-    sites += [_generic_site(model, k, p, owners) for k, p in rest.items()]
-    order = {k: j for j, (k, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    held = paths(model)
-    placed = [replace(s, path={k: m for p in s.parameters.values() for k, m in held[p].items()}) for s in sites]
-    return sorted(placed, key=lambda s: order[next(iter(s.parameters))])
-
-
-def tensor_sites(sites: list[Site], policy: ShapePolicy | None = None) -> list[Site]:
-    """The same parameters with one site for each tensor in its own shape, or for each block of a shape policy."""
-    if policy is not None:
-        wholes = tensor_sites(sites)
-        _check_rules(wholes, policy)
-        return [site for whole in wholes for site in _cut(whole, policy)]
-    users: dict[str, dict[nn.Module, None]] = {}
-    for s in sites:
-        for k in s.parameters:
-            users.setdefault(k, {}).update(dict.fromkeys(s.modules))
-    whole = {k: (s, p) for s in sites for k, p in s.parameters.items()}
-    return [
-        Site(k, "tensor", {k: p}, (1, *real_shape(p)), tuple(users[k]), module_names=s.module_names, path=s.path)
-        for k, (s, p) in whole.items()
-    ]
-
-
-def _cut(site: Site, policy: ShapePolicy) -> list[Site]:
-    """The sites of a tensor under a policy, one for each chunk, with a block for each part. ValueError for unequal parts."""
-    try:
-        views = policy.views(site.shape[1:], _parts(site, policy))
-    except ValueError as error:
-        raise ValueError(f"split: {site.name}: {error}") from None
-    return [replace(site, name=site.name + v.label, shape=v.shape, view=v) for v in views]
-
-
-def _parts(site: Site, policy: ShapePolicy) -> int:
-    if policy.split == "layers":
-        return natural_parts(site.path, next(iter(site.parameters.values())))
-    return next((parts for rule, parts in policy.split if site.named_by(rule)), 1)
-
-
-def _check_rules(sites: list[Site], policy: ShapePolicy) -> None:
-    """ValueError for a rule that names no tensor."""
-    for rule, _ in () if policy.split == "layers" else policy.split:
-        if not any(site.named_by(rule) for site in sites):
-            raise ValueError(f"split: {rule!r} matches none of {', '.join(site.name for site in sites)}")
-
-
-def _join_name(module: str, parameter: str) -> str:
-    return f"{module}.{parameter}" if module else parameter
-
-
-def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for p in module.parameters(recurse=False):
-            owners.setdefault(p, []).append((name, module))
-    return owners
-
-
-def _inside_opaque(model: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:j])), OPAQUE) for j in range(len(parts)))
-
-
-def _sharers(
-    own: dict[str, nn.Parameter], owners: dict[nn.Parameter, list[tuple[str, nn.Module]]], rule: LayerRule
-) -> tuple[nn.Module, ...] | None:
-    """The modules that share these parameters, or None if they do not share all of them under one rule."""
-    groups = [tuple(m for _, m in owners[p]) for p in own.values()]
-    same = all(group == groups[0] for group in groups)
-    return groups[0] if same and all(rule_for(m) is rule for m in groups[0]) else None
-
-
-def _sites_of(base: Site, weight: dict[str, nn.Parameter], bias: dict[str, nn.Parameter], joint_bias: bool) -> Iterator[Site]:
-    """The sites of a layer.  base: the fields that they have in common"""
-    module, rule, name = base.modules[0], base.rule, base.name
-    assert rule is not None
-    G, o, i = rule.shape(module)
-    if weight and bias and joint_bias and rule.bias_rule is None:
-        yield replace(base, name=name or "(model)", parameters=weight | bias, shape=(G, o, i + 1), bias=True)
-        return
-    if weight:
-        yield replace(base, name=_join_name(name, rule.weight_name), parameters=weight, shape=(G, o, i))
-    if bias:
-        own = rule.bias_rule or rule
-        G, o, _ = own.shape(module)
-        bias_site = replace(base, rule=own, weighted=False, bias=True)
-        yield replace(bias_site, name=_join_name(name, "bias"), parameters=bias, shape=(G, o, 1))
-
-
-def _attention_sites(
-    name: str,
-    attention: nn.MultiheadAttention,
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]],
-    joint_bias: bool,
-    ignored: Set[nn.Parameter],
-) -> Iterator[Site]:
-    """The sites of an attention module's linear maps; weights that it shares with other modules get generic sites."""
-    named = dict(attention.named_parameters())
-    free = {k: p for k, p in named.items() if p.requires_grad and p not in ignored and len(owners[p]) == 1}
-    for projection in projections(attention):
-        own = {k: free[k] for k in projection.rows if k in free}
-        rows = {_join_name(name, k): r for k, r in projection.rows.items() if r is not None}
-        rule = rule_for(projection)
-        base = Site(_join_name(name, projection.part), "matrix", {}, (), (projection,), rule, module_names=(name,), rows=rows)
-        weight, bias = ({_join_name(name, k): p for k, p in own.items() if k.endswith(end)} for end in ("weight", "bias"))
-        yield from _sites_of(base, weight, bias, joint_bias)
-
-
-def _generic_site(
-    model: nn.Module, name: str, parameter: nn.Parameter, owners: dict[nn.Parameter, list[tuple[str, nn.Module]]]
-) -> Site:
-    """The site of a parameter without a rule, measured at the smallest module whose call contains all of its uses."""
-    paths = [_calling_path(model, path).split(".") for path, _ in owners[parameter]]
-    shared = paths[0]
-    for path in paths[1:]:
-        common = [a for a, b in zip(shared, path, strict=False) if a == b]
-        shared = shared[: len(common)]
-    owner = ".".join(shared)
-    shape = 1, prod(real_shape(parameter)), 1
-    return Site(name, "generic", {name: parameter}, shape, (model.get_submodule(owner),), module_names=(owner,))
-
-
-def _calling_path(model: nn.Module, path: str) -> str:
-    """Name of the module whose call uses a parameter: no parametrization, container, or child of an opaque module.
-
-    path: name of the module that holds the parameter
-    """
-    path = path.split(".parametrizations")[0] if ".parametrizations" in path else path
-    path = "" if path.startswith("parametrizations") else path
-    parts = path.split(".") if path else []
-    for j in range(len(parts)):
-        prefix = ".".join(parts[:j])
-        if isinstance(model.get_submodule(prefix), OPAQUE):
-            return prefix
-    while parts and isinstance(model.get_submodule(".".join(parts)), CONTAINERS):
-        parts.pop()
-    return ".".join(parts)

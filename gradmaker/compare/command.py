@@ -1,9 +1,8 @@
-"""The command `gradmaker compare`."""
+"""The commands `gradmaker compare` and `gradmaker cost`."""
 
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,6 +14,8 @@ from gradmaker.compare.comparison import compare as run_comparison
 from gradmaker.compare.data import NAMES, load
 from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.models import MODELS, factory
+from gradmaker.compare.presets import HIDDEN, PRESETS
+from gradmaker.compare.prices import cost
 from gradmaker.compare.rows import Method
 from gradmaker.options.registry import METHODS
 from gradmaker.options.suggestions import did_you_mean
@@ -23,30 +24,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
 )
 ORDER = ("kfac", "shampoo")  # default rows after SGD and Adam, where they are registered
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Default model and training options for a data set."""
-
-    model: str
-    hidden: tuple[int, ...]
-    epochs: int
-    batch_size: int
-    threads: int | None = None  # None: torch's choice
-
-
-PRESETS = {
-    "digits": Preset("mlp", (128, 128), 20, 64, threads=1),  # layers this small are slower with a second thread
-    "mnist": Preset("mlp", (512, 512), 5, 512),  # the MLP of the case study of Osawa et al. 2023, arXiv:2305.04684
-    "cifar10": Preset("conv", (32, 64, 128), 10, 256),
-}
-HIDDEN: dict[str, tuple[int, ...]] = {"mlp": (128, 128), "conv": (32, 64)}  # for a --model other than that of the preset
-
-
-@app.callback()
-def root() -> None:
-    """Callback that keeps `compare` a subcommand: typer drops the name of a single command."""
 
 
 @app.command()
@@ -111,6 +88,9 @@ def compare(
         _exit(str(error), 2)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+app.command()(cost)
 
 
 def _import(modules: Sequence[str]) -> None:

@@ -154,7 +154,7 @@ def peak_bytes(row: Row, model: Callable[[], nn.Module], split: Split, loss: Los
         bench.run(min(bench.block, 10) + 1)
         bench.session.close()
 
-    measures = {"cuda": _cuda_peak, "cpu": _cpu_peak}
+    measures = {"cuda": _cuda_peak, "cpu": cpu_peak}
     kind = torch.device(setting.device).type
     return measures[kind](work) if kind in measures else None
 
@@ -167,8 +167,11 @@ def _cuda_peak(work: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _cpu_peak(work: Callable[[], None]) -> int:
-    """Maximum of the running sum of the profiler's allocation events; tensors from before the profile do not count."""
+def cpu_peak(work: Callable[[], None]) -> int:
+    """Highest sum of live CPU tensor bytes while something runs; tensors from before it do not count.
+
+    It is the maximum of the running sum of the allocation events of `torch.profiler`.
+    """
     activity = [torch.profiler.ProfilerActivity.CPU]
     with _quiet_profiler(), torch.profiler.profile(activities=activity, profile_memory=True) as profiler:
         work()

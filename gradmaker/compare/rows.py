@@ -110,8 +110,11 @@ class Row:
 
     def build_optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
         """Make the torch optimizer."""
-        kind: Callable[..., torch.optim.Optimizer] = optimizers()[self.optimizer.lower()]
-        return kind(model.parameters(), lr=learning_rate, **self.options)
+        return self.optimizer_class()(model.parameters(), lr=learning_rate, **self.options)
+
+    def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
+        """The class of the torch optimizer."""
+        return optimizers()[self.optimizer.lower()]
 
     def describe(self, maker: Any = None) -> dict[str, Any]:
         """The whole configuration as plain values, with the defaults of the maker's config."""

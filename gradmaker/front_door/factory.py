@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from gradmaker.config import GradientConfig
+from gradmaker.costs.prediction import warn_if_costly
 from gradmaker.front_door.optimizer import PreconditionedOptimizer
 from gradmaker.front_door.param_groups import param_groups
 from gradmaker.front_door.routes import BASE_OPTIONS, Request
@@ -30,6 +32,10 @@ from gradmaker.reports.coverage import coverage
 
 __all__ = ["CoverageWarning", "optimizer"]
 
+LARGE = 100_000
+"""Parameters from which a step is long enough for its cost to be predicted before the first one."""
+WITHIN, PER_PARAMETER = 1.0, 1e-7
+"""Seconds that the prediction may take, and those for each parameter."""
 log = logging.getLogger("gradmaker")
 
 
@@ -50,7 +56,7 @@ def optimizer(
     base: Callable[..., Optimizer] = SGD,
     groups: Mapping[Rule | tuple[Rule, ...], Any] | None = None,
     adam: Mapping[str, Any] | None = None,
-    accumulation: int = 1,
+    accumulation: int | None = None,
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> PreconditionedOptimizer:
@@ -96,6 +102,9 @@ def optimizer(
     made = base(param_groups(model, params, asked.routes(maker), flat, base), lr=lr)
     found = PreconditionedOptimizer(maker, made, max_norm=max_norm, accumulation=accumulation, scaler=scaler)
     _tell(maker)
+    size = sum(p.numel() for p in model.parameters())
+    if size >= LARGE:
+        found.before_first_pass(partial(_tell_cost, weakref.ref(maker), WITHIN + size * PER_PARAMETER))
     return found
 
 
@@ -140,3 +149,10 @@ def _tell(maker: PreconditionedGradientMaker) -> None:
             CoverageWarning,
             stacklevel=3,
         )
+
+
+def _tell_cost(reference: weakref.ref[Any], within: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Warn of a default that takes several times as long as a step of Adam, at the arguments of the first pass."""
+    maker = reference()
+    if maker is not None and not (args and kwargs):
+        warn_if_costly(maker, args or kwargs, within=within)

@@ -7,8 +7,8 @@ from glob import escape
 
 from torch import nn
 
+from gradmaker.capture.finding import layer_sites
 from gradmaker.capture.rules.layers import rule_for
-from gradmaker.capture.sites import layer_sites
 
 __all__ = ["left_to_adam"]
 
@@ -20,7 +20,8 @@ def left_to_adam(model: nn.Module) -> tuple[str, ...]:
     """Names, as patterns, of embeddings, the last layer's weight, and all that is no matrix: norms, biases, scales.
 
     The last layer is the last one of the model that multiplies by a matrix; it counts as hidden where no other does. So it is
-    for Muon (Jordan et al. 2024) and in the reference code of SOAP and Shampoo for language models.
+    for Muon (Jordan et al. 2024) and in the reference code of SOAP and Shampoo for language models. Where it is frozen, as
+    under adapters, no trained layer is the last one.
     """
     tables = {p for s in layer_sites(model) if s.kind in ("embedding", "scale") for p in s.parameters.values()}
     last, hidden = _last_matrix(model), set[nn.Parameter]()
@@ -40,5 +41,5 @@ def _last_matrix(model: nn.Module) -> nn.Parameter | None:
         rule = rule_for(module)
         if rule is not None and rule.kind == "matrix":
             weight = dict(module.named_parameters(recurse=False)).get(rule.weight_name)
-            found = weight if weight is not None and weight.requires_grad else found
+            found = weight if weight is not None else found
     return found

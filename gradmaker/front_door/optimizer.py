@@ -45,7 +45,7 @@ class PreconditionedOptimizer(Optimizer):
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         likelihood: str | Likelihood | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
     ) -> None:
         """max_norm: bound on the norm of ``P g`` over all parameters of the optimizer; None: no bound.
 
@@ -119,10 +119,13 @@ class PreconditionedOptimizer(Optimizer):
         refuse_second_average(self.param_groups, self.maker.plan.blocks, type(self.base_optimizer).__name__)
 
     def __repr__(self) -> str:
-        base, _, groups = repr(self.base_optimizer).partition("\n")
         limit = "" if self.max_norm is None else f", max_norm={self.max_norm:g}"
-        title = f"{type(self).__name__}: {type(self.maker).__name__}, then {base}{limit}"
-        return f"{title}\n{groups}" if groups else title
+        _, _, groups = super().__repr__().partition(" (")
+        return f"{type(self).__name__}: {type(self.maker).__name__}, then {type(self.base_optimizer).__name__}{limit} ({groups}"
+
+    def before_first_pass(self, tell: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Call a function once, with the arguments of the model's first pass that may be differentiated."""
+        self._attachment.before_first = tell
 
     # ---------------------------------------------------------------- the step
     @torch.no_grad()
@@ -163,12 +166,11 @@ class PreconditionedOptimizer(Optimizer):
         if self.max_norm is not None:
             held = dict.fromkeys(p for group in self.param_groups for p in group["params"])  # in order: sums are rounded
             self._factor = clip([p.grad for p in held if p.grad is not None], self.max_norm)
-        with decaying(self.param_groups):
-            self._step_base()
+        self._step_base()
 
     def _step_base(self) -> None:
         self._hide()
-        with self._attachment.stepping():
+        with decaying(self.param_groups), self._attachment.stepping():
             self.base_optimizer.step()
         self._show()
 

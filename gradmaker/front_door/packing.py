@@ -7,7 +7,7 @@ all keys. A mark at the end of a key says what the value was; `%` and the dot ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
 from itertools import chain
 from typing import Any
@@ -31,7 +31,7 @@ FINGERPRINT = "%h"
 Packed = dict[str, Any]
 
 
-def pack(state: Mapping[str, Any], maker: MakerOfSteps, held: Collection[nn.Parameter]) -> dict[nn.Parameter, Packed]:
+def pack(state: Mapping[str, Any], maker: MakerOfSteps, held: Set[nn.Parameter]) -> dict[nn.Parameter, Packed]:
     """What a maker's `state_dict` holds, by parameter: a site's with its first one that the optimizer holds.
 
     held: the parameters of the optimizer

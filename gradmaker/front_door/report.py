@@ -13,11 +13,11 @@ __all__ = ["metrics"]
 
 
 def metrics(maker: PreconditionedGradientMaker) -> dict[str, float]:
-    """Damping, skipped steps, failed refreshes, and the steps since the last measurement and the last refresh.
+    """Damping, skipped steps, passes not measured, failed refreshes, steps since the last measurement and refresh.
 
     The last two are those of the method's clocks, and not a number before the first; a fallback has its own, with its name.
     """
-    found = {"skipped": float(maker.skipped), "failed_refreshes": float(_failed(maker))}
+    found = {"skipped": float(maker.skipped), "unread": float(maker.unread), "failed_refreshes": float(_failed(maker))}
     clocks = maker.step_state.now.clocks
     for name, config in maker.plan.methods.items():
         ending = "" if name == "method" else f"/{name}"

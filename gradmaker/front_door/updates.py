@@ -24,14 +24,8 @@ def clip(gradients: Sequence[Tensor], max_norm: float) -> Tensor | None:
         return None
     norm = torch.nn.utils.get_total_norm(gradients)
     factor = (max_norm / (norm + ROUNDING)).clamp(max=1.0)
-    devices = dict.fromkeys(g.device for g in gradients)
-    for device in devices:
-        own = [g for g in gradients if g.device == device]
-        if any(g.is_sparse for g in own):
-            for g in own:
-                g.mul_(factor.to(device))
-        else:
-            torch._foreach_mul_(own, factor.to(device))
+    for device in dict.fromkeys(g.device for g in gradients):
+        torch._foreach_mul_([g for g in gradients if g.device == device], factor.to(device))
     return factor
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "add",
     "average_trace",
     "blocks",
     "conjugate",
@@ -131,6 +132,15 @@ def diagonal_of(F: Tensor) -> Tensor:
         return F
     rows = torch.arange(F.shape[1], device=F.device)
     return F[:, rows, rows % F.shape[2]] if is_tiled(F) else F.diagonal(dim1=-2, dim2=-1)
+
+
+def add(F: Tensor, G: Tensor) -> Tensor:
+    """``F + G`` for factors of one form, or where ``G`` is a diagonal."""
+    if F.ndim == G.ndim:
+        return F + G
+    rows, out = torch.arange(F.shape[1], device=F.device), F.clone()
+    out[:, rows, rows % F.shape[2]] += G
+    return out
 
 
 def average_trace(F: Tensor) -> Tensor:

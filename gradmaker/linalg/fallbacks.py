@@ -187,7 +187,7 @@ def keep_previous(
 def _some(failed: Tensor, read: bool) -> bool:
     """Whether a member has failed; taken for true where that is not read.  # (B,)"""
     here = failed.device.type == "cpu" or (read and failed.device.type != "meta")
-    return not here or bool(failed.any())
+    return not here or not bool((~failed).all())
 
 
 def count_failures(failed: Tensor, previous: State | None, empty: Tensor | None = None) -> State:

@@ -32,7 +32,7 @@ def axis_power(F: Tensor, damping: float | Tensor, exponent: float, mode: str = 
     if exponent == -1 and mode == "absolute" and F.ndim == 3 and not is_tiled(F):  # ten times faster than a decomposition
         ridge = torch.as_tensor(damping, dtype=F.dtype, device=F.device).reshape(-1, 1, 1)
         X, info = torch.linalg.inv_ex(F + ridge * torch.eye(F.shape[-1], dtype=F.dtype, device=F.device))
-        if not bool(info.any()):
+        if bool((info == 0).all()):
             inverse: Tensor = X
             return inverse
     s, Q = axis_spectrum(F)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,11 +18,12 @@ from gradmaker.loops import checks
 from gradmaker.loops.hook import REFUSES, Hook, refuse_overlap
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, refuse_second, without_others
+from gradmaker.loops.reader import LossReader, UndeclaredError
 from gradmaker.loss.head import Head
-from gradmaker.loss.likelihood import Likelihood, terms_from_gradient
+from gradmaker.loss.likelihood import Likelihood
 from gradmaker.step.protocol import RecordingMaker
 
-__all__ = ["Attachment", "ChangedGradientWarning", "refuse_again", "refuse_attached", "remove_all"]
+__all__ = ["Attachment", "ChangedGradientWarning"]
 
 FIRST_STEPS = 3
 """Steps at which ``.grad`` is checked for changes, besides those that measure passes."""
@@ -47,19 +48,19 @@ class Attachment:
         maker: RecordingMaker,
         optimizer: Optimizer,
         likelihood: str | Likelihood | None,
-        accumulation: int,
+        accumulation: int | None,
         scaler: torch.amp.GradScaler | None = None,
         hooked: bool = True,
     ) -> None:
         """hooked: whether a step of the optimizer ends that of the maker; otherwise `end` does, before `stepping`"""
         inner = checks.inner_optimizer(optimizer)
-        checks.check(maker, inner, likelihood, accumulation)
+        checks.check(maker, inner, accumulation)
         served = checks.held_by(inner)
         checks.check_parts(maker, served)
         refuse_overlap(maker, inner, hooked)
-        self.likelihood = checks.read_likelihood(likelihood)
+        self.reader = LossReader(checks.read_likelihood(likelihood), accumulation or 1)
         self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
-        self.weight, self.scaler = 1.0 / accumulation, scaler
+        self.scaler, self._refusal = scaler, ""  # why a pass of this step could not be measured
         self._current: LoopPass | None = None
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
         self._called = False  # whether the model was called since the last step
@@ -67,6 +68,8 @@ class Attachment:
         self._checks_left, self._warned = FIRST_STEPS, False
         self._served = served
         self._stepping, self.removed = hooked, False
+        self.before_first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Called once, with the arguments of the model's first pass that may be differentiated."""
         maker.serve(served)
         self._handles = [
             maker.model.register_forward_pre_hook(Hook(self, "before_forward"), with_kwargs=True),
@@ -95,7 +98,10 @@ class Attachment:
     def before_forward(self, model: Any, args: Any, kwargs: Any) -> None:
         """Record a pass that may be differentiated, on steps that measure curvature."""
         maker = self.maker()
-        if maker is None or model is not maker.model or not is_pass() or not maker.plan.own.called():
+        if maker is None or model is not maker.model or not is_pass():
+            return
+        maker.follow()
+        if not maker.plan.own.called():
             return
         if self._current is not None and self._current.inside:
             self._current.depth += 1
@@ -104,6 +110,9 @@ class Attachment:
         maker.plan.refuse_ranks()
         self._serve(maker)
         self._called, self._watched = True, ()
+        if self.before_first is not None:
+            told, self.before_first = self.before_first, None
+            told(args, kwargs)
         recorded = maker.begin_pass()
         if recorded or self._checks_left:
             self._current = LoopPass(maker.new_tape() if recorded else None, Hook(self, "after_forward"))
@@ -152,29 +161,44 @@ class Attachment:
             raise
 
     def _measure(self, maker: RecordingMaker, current: LoopPass, gradient: Tensor) -> None:
-        tape, z = current.tape, current.logits
+        tape = current.tape
         assert tape is not None and current.at is not None
         current.scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        if self.scaler is None and current.at in current.losses:
-            checks.refuse_scale(gradient, self.weight)
-        factor = gradient / (self.weight * current.scale)
         self._kept(maker)
         current.before = Marks(self._parameters(maker))
         maker.step_state.judge_anew()
         with current.measuring():
-            if current.at in current.losses:
-                value, loss_gradient = current.terms_inside(gradient, factor)
-            else:
-                assert z is not None
-                value, loss_gradient = z, factor
-                current.terms = [] if self.likelihood is None else [terms_from_gradient(self.likelihood, z, gradient)]
+            current.draft = maker.step_state.draft()
+            try:
+                found = self._terms(maker, current, gradient)
+            except UndeclaredError as error:  # no matter, if the pass turns out to be part of no step
+                found, current.refusal = None, str(error)
+            if found is None:
+                current.unread = not current.refusal
+                return
+            value, loss_gradient = found
+            current.others.expect(current.losses[current.at].output if current.at in current.losses else value, gradient)
             outputs = [t.z for t in current.terms] or [value]
             head = Head(outputs, current.terms, known=[loss_gradient])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
                 maker.check(tape, head, None)
             current.terms = head.terms  # with rows in the order that the self-checks found
             current.draft = maker.step_state.draft()
-            maker.measure_pass(current.draft, tape, current.terms, self.weight, [value, gradient], head=head)
+            maker.measure_pass(current.draft, tape, current.terms, current.weight, [value, gradient], head=head)
+
+    def _terms(self, maker: RecordingMaker, current: LoopPass, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Find the terms of the loss, inside of the model or outside. Returns its argument there and ``dL/dz``, unscaled."""
+        z = current.logits
+        if current.at in current.losses:
+            if self.scaler is None:
+                checks.refuse_scale(gradient, 1 / self.reader.accumulation)
+            current.weight = 1 / self.reader.accumulation
+            return current.terms_inside(gradient, gradient / (current.weight * current.scale))
+        assert z is not None
+        terms = self.reader.terms(maker.arrangement, z, gradient, None if self.scaler is None else current.scale)
+        current.weight = self.reader.weight
+        current.terms = terms or []
+        return None if terms is None else (z, gradient / (current.weight * current.scale))
 
     def arrive_again(self) -> None:
         """Handle a second backward pass through the same graph: an error if it reaches ``.grad``."""
@@ -188,7 +212,7 @@ class Attachment:
         if maker is None or current is None or current is not self._current:
             return
         if current.tape is None:
-            self._marks = Marks(self._parameters(maker))
+            self._mark(maker)
             current.again()
             return
         if current.before is None or not current.before.moved():
@@ -196,13 +220,20 @@ class Attachment:
             return
         tape, draft = current.tape, current.draft
         assert draft is not None
+        current.look_at_other_outputs(maker.plan.curvatures(of_passes=True))
         maker.step_state.judge_anew()
         with torch.no_grad(), borrowing():
             gradients = tape.harvest()
-            maker.measure_pass(draft, tape, current.terms, self.weight, [], gradients, scale=current.scale)
-        maker.step_state.accumulate(self.weight, tape.batch, draft)
-        self._marks = Marks(self._parameters(maker))
+            if not current.unread and not current.refusal:
+                maker.measure_pass(draft, tape, current.terms, current.weight, [], gradients, scale=current.scale)
+        maker.step_state.accumulate(current.weight, tape.batch, draft, unread=current.unread)
+        self._refusal = current.refusal or self._refusal
+        self._mark(maker)
         current.end()
+
+    def _mark(self, maker: RecordingMaker) -> None:
+        """Mark the gradients at the end of a backward pass, with their norms while a change is still to be told of."""
+        self._marks = Marks(self._parameters(maker), norms=not self._warned)
 
     # ---------------------------------------------------------------- the step
     def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -238,13 +269,16 @@ class Attachment:
         maker = self.maker()
         if maker is None:
             return False
+        maker.follow()
         maker.plan.own.check()
         self._release()
         maker.plan.refuse_ranks()
         self._serve(maker)
         if not self._kept(maker) and not self._steps_unmeasured(maker):
             return False
-        self._warn_of_changes()
+        if self._refusal:
+            raise UndeclaredError(self._refusal)
+        self._warn_of_changes(maker)
         with without_others(maker.model, self._served):
             maker.step_state.judge_anew()
             maker.precondition()
@@ -257,6 +291,7 @@ class Attachment:
         state = maker.step_state
         if state.now.part and (self._marks is None or not self._marks.alive()):
             state.drop()
+        self._refusal = self._refusal if state.now.part else ""
         return state.now.part > 0
 
     def _steps_unmeasured(self, maker: RecordingMaker) -> bool:
@@ -270,10 +305,13 @@ class Attachment:
             raise RuntimeError(checks.missing(self._called, self._watched))
         return True
 
-    def _warn_of_changes(self) -> None:
-        """Warn once if ``.grad`` was changed after the backward pass."""
+    def _warn_of_changes(self, maker: RecordingMaker) -> None:
+        """Warn once if ``.grad`` was changed after the backward pass; that of other parameters is another maker's."""
         self._checks_left = max(0, self._checks_left - 1)
-        if self._marks is not None and not self._warned and self._marks.changed():
+        if self._marks is None or self._warned:
+            return
+        treated = {p for b in maker.plan.blocks for s in b.sites for p in s.parameters.values()}
+        if self._marks.changed(treated, self.scaler):
             self._warned, self._checks_left = True, 0
             warnings.warn(checks.CHANGED, ChangedGradientWarning, stacklevel=2)
 
@@ -293,24 +331,3 @@ class Attachment:
 
     def _parameters(self, maker: RecordingMaker) -> list[nn.Parameter]:
         return [p for p in maker.model.parameters() if p in self._served]
-
-
-def remove_all(attachments: list[Attachment]) -> None:
-    """Remove the hooks of all attachments."""
-    while attachments:
-        attachments.pop().remove()
-
-
-def refuse_again(attachments: Sequence[Attachment]) -> None:
-    """ValueError for a maker that is attached already."""
-    if attachments:
-        raise ValueError("attach: this maker is attached already: make one maker for each optimizer, or call remove() first")
-
-
-def refuse_attached(attachments: Sequence[Attachment]) -> None:
-    """RuntimeError for a declared call of a maker that is attached to a loop."""
-    if attachments:
-        raise RuntimeError(
-            "this maker is attached to a loop, whose optimizer.step() preconditions: take the hooks off by remove() before "
-            "calls are run, or make another maker for them"
-        )

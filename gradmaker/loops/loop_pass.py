@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from gradmaker.capture.borrowing import borrowing, foreign
 from gradmaker.capture.tape import Tape
-from gradmaker.loops.checks import TWO_LOSSES, UNDIFFERENTIATED, logits_of
+from gradmaker.curvature import Curvature
+from gradmaker.loops.checks import OTHER_OUTPUTS, TWO_LOSSES, UNDIFFERENTIATED, logits_of
+from gradmaker.loops.eager import Eager
 from gradmaker.loops.marks import Marks
+from gradmaker.loops.other_outputs import OtherOutputs
 from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.loss.recorder import LossCall, LossRecorder
 from gradmaker.loss.terms import Terms
@@ -47,12 +50,17 @@ class LoopPass:
         self.terms: list[Terms] = []
         self.expected: Tensor | None = None  # gradient of the logits by the loss inside alone
         self.scale = 1.0
+        self.weight = 1.0  # of its loss, as the terms have it, in that of the step
+        self.unread = False  # whether the gradient did not show the weights of its terms
+        self.refusal = ""  # why it must not be part of a step
         self.watched: list[str] = []
+        self.others = OtherOutputs([])
         self.trace = Trace(tape is not None)
         self._calls, self._record, self._handles = ExitStack(), ExitStack(), ExitStack()
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin to record, in the model's forward pre-hook."""
+        self._calls.enter_context(Eager())
         if self.tape is not None and self.recorder is not None:
             self.tape.note_examples(model, args, kwargs)
             self._record.enter_context(self.tape.recording(sized=True))
@@ -81,6 +89,8 @@ class LoopPass:
         if self.logits is not None:
             places["the logits in its output"] = self.logits
         self._add_hooks({k: v for k, v in places.items() if v.requires_grad}, owner, arrived)
+        own = {id(v) for v in places.values()}
+        self.others = OtherOutputs([v for v in tensors(output) if v.requires_grad and id(v) not in own])
         self.tape.collecting = True
         return bool(places)
 
@@ -112,9 +122,20 @@ class LoopPass:
         if not same:
             raise RuntimeError(TWO_LOSSES)
 
+    def look_at_other_outputs(self, curvatures: Iterable[Curvature]) -> None:
+        """Refuse the pass if a part of the loss came by outputs that are not watched, and a curvature is measured there."""
+        values = [loss.output for loss in self.losses.values()]
+        blind = [type(c).__name__ for c in curvatures if "main_backward" not in c.needs]
+        shapes = self.others.unexplained(values if self.logits is None else [*values, self.logits]) if blind else []
+        if shapes and not self.refusal:
+            told = (" and ".join(map(str, shapes)), ", ".join(self.watched), ", ".join(blind))
+            self.refusal = OTHER_OUTPUTS.format(*told)
+
     def again(self) -> None:
         """Expect another backward pass: this one was part of no step."""
         self.at = self.before = self.draft = self.expected = None
+        self.unread, self.refusal = False, ""
+        self.others.forget()
         if self.tape is not None:
             self.tape.harvest()
 
@@ -139,6 +160,7 @@ class LoopPass:
         """Remove the hooks from the modules and release the graph. Hooks on outputs stay, to report a late gradient."""
         self._calls.close()
         self._record.close()
+        self.others.close()
         self.tape = self.logits = self.recorder = self.expected = None
         self.losses = {}
 

@@ -1,9 +1,9 @@
-"""Detection of changes of ``.grad``, by identities and version counters."""
+"""Detection of changes of ``.grad``, by identities, version counters and norms."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,10 @@ __all__ = ["Marks", "any_nonzero", "refuse_second", "without_others"]
 class Marks:
     """The present ``.grad`` of some parameters, by weak references and version counters."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], norms: bool = False) -> None:
+        """norms: whether to keep them for `changed`: some loops read a norm by clipping to infinity, a multiplication by 1"""
         self._then = [(p, None if p.grad is None else (weakref.ref(p.grad), p.grad._version)) for p in parameters]
+        self._norms = _norms([p for p, then in self._then if then is not None]) if norms else {}
 
     def moved(self) -> bool:
         """Whether any gradient was added, removed or changed. Parameters without a gradient before and now are unchanged."""
@@ -34,15 +36,40 @@ class Marks:
             return True
         return any_nonzero([p for p, _ in there])
 
-    def changed(self) -> bool:
-        """Whether any gradient that existed has other values now."""
-        return any(then is not None and not self._same(p, then) for p, then in self._then)
+    def changed(self, among: Set[nn.Parameter], scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Whether any gradient of these parameters that existed has other values now, but for the scale of a scaler.
+
+        Reads the host only if one was written.
+        """
+        written = [p for p, then in self._then if then is not None and p in among and not self._same(p, then)]
+        now = _norms([p for p in written if p in self._norms])
+        if len(now) < len(written):
+            return True
+        factors = (1.0,) if scaler is None or not written else (1.0, 1 / scaler.get_scale())
+        return not any(all(_equal(now[p], self._norms[p] * factor, p) for p in now) for factor in factors)
 
     @staticmethod
     def _same(p: nn.Parameter, then: tuple[weakref.ref[Tensor], int] | None) -> bool:
         if then is None or p.grad is None:
             return then is None and p.grad is None
         return then[0]() is p.grad and then[1] == p.grad._version
+
+
+@torch.no_grad()
+def _norms(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """The norms of strided gradients, in float32 or better."""
+    held = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.layout is torch.strided]
+    found: dict[nn.Parameter, Tensor] = {}
+    for dtype in dict.fromkeys(g.dtype for _, g in held):
+        own = [(p, g) for p, g in held if g.dtype is dtype]
+        norms = torch._foreach_norm([g for _, g in own], 2, dtype=torch.promote_types(dtype, torch.float32))
+        found |= {p: norm for (p, _), norm in zip(own, norms, strict=True)}
+    return found
+
+
+def _equal(found: Tensor, expected: Tensor, p: nn.Parameter) -> bool:
+    """Whether two norms are equal, but for the rounding of gradients that were divided by a scale."""
+    return bool(torch.isclose(found, expected, rtol=torch.finfo(p.dtype).eps, atol=0.0, equal_nan=True))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
+from gradmaker.costs.prediction import StepCost
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.plan import Plan
 from gradmaker.self_checks import SelfChecks
@@ -26,13 +27,14 @@ class Summary:
 
     ``refreshes`` has a row for the last refresh of every factor: its name, `gradmaker.linalg.diagnosis.COLUMNS`, and the number
     of failures of its block. ``unchecked`` says what the self-checks could not prove, and why; ``notes`` what they
-    found of the loss.
+    found of the loss; ``step`` the predicted cost of a step, for a batch that was given.
     """
 
     rows: list[tuple[str, str, str, str, str, int]]
     refreshes: list[tuple[str, int, float, float, float, int, int]] = field(default_factory=list)
     unchecked: Mapping[str, str] = field(default_factory=dict)  # by site, or "loss"
     notes: Mapping[str, str] = field(default_factory=dict)
+    step: StepCost | None = None
 
     @property
     def bytes(self) -> int:
@@ -46,7 +48,8 @@ class Summary:
             lines += ["", *_table([DIAGNOSIS, *shown]), ""]
         lines += [f"unchecked, {name}: {reason}" for name, reason in self.unchecked.items()]
         lines += [f"{name}: {text}" for name, text in self.notes.items()]
-        return "\n".join([*lines, f"total {self.bytes:,} bytes"])
+        lines.append(f"total {self.bytes:,} bytes")
+        return "\n".join([*lines, f"predicted: {self.step}" if self.step else "predicted seconds of a step: summary(batch)"])
 
 
 def _table(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -56,16 +59,14 @@ def _table(cells: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
+def summarise(plan: Plan, reached: Set[str], checks: SelfChecks, step: StepCost | None = None) -> Summary:
     """One row for each site and each parameter that keeps its plain gradient.
 
     Once passes have been made, sites without evidence are marked; so are sites that are not measured through their layer.
     """
     rows = []
     for block in plan.blocks:
-        tensors = [t for part in (block.state, block.cache, block.average, block.grafting_state) for t in part.values()]
-        held = {id(t): t for t in tensors}.values()  # a cache may be the state itself
-        size = sum(t.numel() * t.element_size() for t in held)
+        size = block.bytes
         total = sum(slot.stop - slot.start for slot in block.slots)
         for site, slot in zip(block.sites, block.slots, strict=True):
             mark = " (not reached)" if reached and site.name not in reached else _how_measured(block, site, checks)
@@ -75,7 +76,7 @@ def summarise(plan: Plan, reached: Set[str], checks: SelfChecks) -> Summary:
             names = ", ".join(site.parameters) + mark
             rows.append((names, shape, *(str(p) for p in parts), size * count // total))
     rows += [(name, "-", reason, "-", "plain gradient", 0) for name, reason in plan.plain.items()]
-    return Summary(rows, _refreshes(plan.blocks), _unchecked(plan, reached, checks), _notes(checks))
+    return Summary(rows, _refreshes(plan.blocks), _unchecked(plan, reached, checks), _notes(checks), step)
 
 
 def _how_measured(block: Block, site: Site, checks: SelfChecks) -> str:

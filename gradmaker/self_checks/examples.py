@@ -53,7 +53,8 @@ def check_examples(tape: Tape, sites: Sequence[Site], pair: Pair, c: Tensor, fou
     """Find the order of examples in every call; None where none fits."""
     for key, calls in _by_key(tape, sites).items():
         module = key[0]
-        rules = list(dict.fromkeys(s.rule for s in sites if module in s.modules and s.rule is not None))
+        own = [use for s in sites for use in s.each_use if module in use.modules]
+        rules = list(dict.fromkeys(use.rule for use in own if use.rule is not None))
         used = [
             (call, a, b)
             for call, a, b in _gradients(tape, calls, pair)
@@ -83,14 +84,14 @@ def _order(rules: Sequence[LayerRule], used: Sequence[tuple[Call, list[Tensor], 
     """The first order in which the rows of every example scale like the example."""
     for order in ORDERS:
         layout = Layout(len(c), order)
-        if all(_scales(rule, call, a[0], b[0], layout, c) for rule in rules for call, a, b in used):
+        if all(_scales(rule, call, a, b, layout, c) for rule in rules for call, a, b in used):
             return order
     return None
 
 
-def _scales(rule: LayerRule, call: Call, a: Tensor, b: Tensor, layout: Layout, c: Tensor) -> bool:
+def _scales(rule: LayerRule, call: Call, a: list[Tensor], b: list[Tensor], layout: Layout, c: Tensor) -> bool:
     try:
-        rows, scaled = (rule.gradients(call.module, call, g, layout) for g in (a, b))  # (1, G, n, r, o)
+        rows, scaled = (rule.of_outputs(call.module, call, g, layout) for g in (a, b))  # (1, G, n, r, o)
     except ValueError:  # the shapes do not allow this order
         return False
     return _same(scaled, rows * c.to(rows).view(1, 1, -1, 1, 1), call.dtype)

@@ -95,7 +95,7 @@ def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Ca
     Only calls count that were compared with the outputs, which takes a gradient.
     """
     found: dict[bool, list[bool | None]] = {}
-    for module in dict.fromkeys(m for s in sites if s.kind in ("matrix", "embedding") for m in s.modules):
+    for module in dict.fromkeys(m for s in sites if _has_rows(s) for m in s.modules):
         for j, own in enumerate(tape.calls.get(module, ())):
             layout = tape.layout(own)
             seen = layout is not APART and key_of(own, tape.batch) in tape.arrangement.orders
@@ -108,6 +108,11 @@ def _verdict(tape: Tape, sites: Sequence[Site], whole: Calls, alone: Sequence[Ca
                 return same
             found.setdefault(several, []).append(same)
     return None if True in found else next((same for same in found.get(False, []) if same is not None), None)
+
+
+def _has_rows(site: Site) -> bool:
+    """Whether the rows of its layer are those of the first argument of a call, in the order of the call's layout."""
+    return site.kind in ("matrix", "embedding", "tied") and not (site.rule is not None and site.rule.repeats)
 
 
 def _same_rows(

@@ -40,6 +40,9 @@ def check_uses(
             if any(float(truth[p].norm()) > 0 for p in site.parameters.values()):
                 _note(found, site, "the loss depends on it, and no call of its module was recorded")
             continue
+        if reason := _refusal(tape, site):
+            _note(found, site, reason)
+            continue
         error, size = _difference(tape, site, gradients, truth)
         if size == 0:
             found.without_gradient.update(site.parameters)
@@ -51,6 +54,12 @@ def check_uses(
 
 def _note(found: Findings, site: Site, text: str) -> None:
     (found.direct if site.rule is None else found.unseen).update(dict.fromkeys(site.parameters, text))
+
+
+def _refusal(tape: Tape, site: Site) -> str | None:
+    """Why its rule cannot read a recorded call."""
+    calls = [] if site.rule is None else [c for m in site.modules for c in tape.calls[m]]
+    return next((reason for c in calls if site.rule and (reason := site.rule.refuses(c))), None)
 
 
 def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[nn.Parameter, Tensor]) -> tuple[float, float]:
@@ -67,7 +76,9 @@ def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[
     size = max(float(expected.norm()), scale)
     eps = max(torch.finfo(dtype).eps, site.rule.rounding if site.rule else 0.0)
     half = any(_half(c) for m in site.modules for c in tape.calls[m])
-    factor, floor = (FACTOR, 0.0) if site.rule is not None else REPEATED  # repeated calls are rounded differently
+    factor, floor = (
+        (FACTOR, 0.0) if site.rule is not None and not site.rule.repeats else REPEATED
+    )  # repeated calls are rounded differently
     tolerance = HALF if half else max(factor * eps * max(rows, 1) ** 0.5, floor)
     return float((total.reshape(expected.shape) - expected).norm()) / (tolerance * size) if size else 0.0, size
 
@@ -82,6 +93,10 @@ def _total(tape: Tape, site: Site, gradients: OutputGradients, dtype: torch.dtyp
     if site.rule is None:
         own = outer(site, tape, VJPs(gradients), None, dtype).gradients[0, 0, :, 0]  # (n, P)
         return own.sum(0), float(own.norm()), len(own)
+    if site.uses:
+        parts = [_total(tape, use, gradients, dtype) for use in site.uses if any(tape.calls[m] for m in use.modules)]
+        totals, sizes, rows_of = zip(*parts, strict=True)
+        return torch.stack(totals).sum(0), sum(sizes), sum(rows_of)
     by_kernel = _by_kernel(tape, site, gradients)
     if by_kernel is not None:
         return by_kernel

@@ -39,6 +39,14 @@ class PlanClocks:
         made.of |= {name: clocks.copy() for name, clocks in self.of.items() if name in made.of}
         return made
 
+    def forced(self, step: int, measures: Collection[str], refreshes: Collection[str]) -> PlanClocks:
+        """Clocks by which, at ``step``, exactly these methods measure, and exactly these refresh all of their blocks."""
+        made = self.copy()
+        for name, clocks in made.of.items():
+            clocks.measure.force(step, name in measures)
+            clocks.refresh.force(step, name in refreshes)
+        return made
+
     def measure(self, step: int, blocks: Iterable[Block], among: Collection[str] | None = None) -> frozenset[str]:
         """The methods that measure at this step; to be called once for each step.  among: methods to consider; None: all"""
         ending = {b.options.method for b in blocks if isinstance(b.triple.representation, PerStep)}

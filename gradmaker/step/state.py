@@ -46,6 +46,7 @@ class Facts:
     phase: Phase = Phase.BETWEEN
     clocks: PlanClocks = field(default_factory=lambda: PlanClocks({}))
     skipped: int = 0  # steps whose loss or gradients were not finite
+    unread: int = 0  # passes of a loop whose gradients did not show the weights of their loss terms
     ever: frozenset[str] = frozenset()  # sites with evidence so far
     previous: Previous | None = None  # the last measured step, for secants; this one, once a pass of it was measured
     region: Region | None = None  # state of the trust region
@@ -144,14 +145,15 @@ class StepState:
         """A draft of the next micro-batch, or of the end of the step."""
         return Draft(self._now.work, self._now.part)
 
-    def accumulate(self, weight: float, examples: int, draft: Draft | None = None) -> None:
-        """Add a micro-batch to the step.  draft: its changes, if it was measured"""
+    def accumulate(self, weight: float, examples: int, draft: Draft | None = None, unread: bool = False) -> None:
+        """Add a micro-batch to the step.  draft: its changes, if it was measured. unread: it was not, for want of weights"""
         now = self._check("accumulate", Phase.BETWEEN, Phase.PASSES)
         if draft is not None and draft.base is not now.work:
             raise RuntimeError(f"step {now.index}: accumulate: another micro-batch was added since the measurement began")
         begun = _with_no_checks(now) if now.phase is Phase.BETWEEN else now.begun
         work = now.work if draft is None else draft.work()
-        self._now = replace(now, phase=Phase.PASSES, shares=(*now.shares, (weight, examples)), work=work, begun=begun)
+        shares = (*now.shares, (weight, examples))
+        self._now = replace(now, phase=Phase.PASSES, shares=shares, work=work, begun=begun, unread=now.unread + unread)
 
     def keep_apart(self, before: Gradients) -> None:
         """Keep the ``.grad`` from before the first micro-batch. RuntimeError if it is kept already."""
@@ -234,6 +236,7 @@ class StepState:
             index=now.index + 1,
             clocks=clocks,
             skipped=now.skipped + int(not now.finite),
+            unread=now.unread,
             ever=now.ever | work.reached,
             previous=now.previous,
             region=end.region or now.region,

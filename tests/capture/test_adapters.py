@@ -127,12 +127,13 @@ def test_parametrised_weights_under_kfac_are_plain() -> None:
 
 # ------------------------------------------------------------------ tied weights, repeated calls, checkpoints
 def test_an_embedding_tied_to_the_head_is_one_parameter() -> None:
-    """Of two rules: the generic path sees both uses, as the sum that the gradient is."""
+    """Of two rules: the generic path sees both uses, as the sum that the gradient is; K-FAC holds factors of both."""
     make = partial(build_tokens, TiedLanguage, 5, 4, CLASSES, tags=False)
     for representation in (FULL, Dense(granularity="layer")):
         compare(measure(make(), FisherExact(), representation), ggn(make()))
-    maker = METHODS["kfac"](make().model)
-    assert [row[0] for row in maker.summary().rows if row[4] == "plain gradient"] == ["layer.weight"]  # type: ignore[attr-defined]
+    for method, plain in {"kfac": [], "ekfac": ["layer.weight"]}.items():
+        maker = METHODS[method](make().model)
+        assert [row[0] for row in maker.summary().rows if row[4] == "plain gradient"] == plain  # type: ignore[attr-defined]
 
 
 class Twice(nn.Module):

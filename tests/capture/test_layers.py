@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradmaker.capture.sites import layer_sites
+from gradmaker.capture.finding import layer_sites
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
 from gradmaker.errors import SelfCheckError
 from gradmaker.representations import Dense, Diagonal, Elementwise, Kron, Representation

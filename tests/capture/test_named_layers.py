@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmaker import METHODS, KfacGradientConfig, KfacGradientMaker, from_config
+from gradmaker.capture.finding import layer_sites
 from gradmaker.capture.rules.calls import LayerRule
 from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.rules.named import NamedImageNormRule, NamedNormRule
 from gradmaker.capture.rules.normalisations import GroupNormRule, LayerNormRule, RMSNormRule
-from gradmaker.capture.sites import layer_sites
 from gradmaker.curvature import FisherExact
 from gradmaker.representations import Dense, Diagonal, Representation
 from tests.measure import compare, ggn, measure, setup
@@ -121,8 +121,26 @@ def test_a_plan_on_the_meta_device_is_that_of_the_model(name: str) -> None:
     assert all(p.is_meta for p in bare.parameters())
 
 
-def test_buffers_without_storage_prove_nothing() -> None:
-    class HalvedRMSNorm(LlamaRMSNorm):
+@pytest.mark.parametrize("name", NAMED)
+def test_rules_do_not_depend_on_the_default_device(name: str) -> None:
+    """As after ``torch.set_default_device("cuda")``."""
+    layer = NAMED[name]().model.get_submodule("layer")
+    with torch.device("meta"):
+        assert rule_for(layer) is not None
+
+
+def test_a_rule_with_tensors_of_its_own_does_not_depend_on_the_default_device() -> None:
+    class AllocatingRMSNorm(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.ones(x.shape[-1])
+
+    layer = AllocatingRMSNorm(4)
+    with torch.device("meta"):
+        assert rule_for(layer) is not None
+
+
+def test_a_rule_on_the_meta_device_does_not_depend_on_what_memory_held() -> None:
+    class ScaledRMSNorm(LlamaRMSNorm):
         def __init__(self, d: int) -> None:
             super().__init__(d)
             self.register_buffer("scale", torch.tensor(0.5))
@@ -130,8 +148,8 @@ def test_buffers_without_storage_prove_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.get_buffer("scale")
 
-    assert rule_for(HalvedRMSNorm(4)) is not None
-    assert rule_for(HalvedRMSNorm(4).to("meta")) is None
+    assert rule_for(ScaledRMSNorm(4)) is not None
+    assert rule_for(ScaledRMSNorm(4).to("meta")) is not None
 
 
 # ------------------------------------------------------------------ what is no such layer
@@ -267,12 +285,62 @@ def t5() -> nn.Module:
     )
 
 
+def bert() -> nn.Module:
+    config = real("models.bert.configuration_bert", "BertConfig")
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    return real("models.bert.modeling_bert", "BertForMaskedLM")(  # type: ignore[no-any-return]
+        config(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+
+
+def gemma() -> nn.Module:
+    """Its table is scaled where it is looked up, and tied to the head."""
+    config = real("models.gemma2.configuration_gemma2", "Gemma2Config")
+    sizes = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "head_dim": 4,
+        "pad_token_id": 0,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return real("models.gemma2.modeling_gemma2", "Gemma2ForCausalLM")(config(**sizes, **heads))  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
-    "GPT-2": (gpt2, {"transformer.wte.weight"}),  # the head's weight as well
+    "GPT-2": (gpt2, set()),
     "Llama": (llama, set()),
-    "T5": (t5, {"shared.weight"}),
+    "T5": (t5, set()),
+    "Gemma": (gemma, set()),
+    "BERT": (bert, {"cls.predictions.bias"}),  # the decoder's bias, which another module holds as well
 }
-"""Models without dropout, and what of them K-FAC leaves to its fallback."""
+"""Models without dropout, the heads of all but Llama tied to their tables, and what K-FAC leaves to its fallback."""
+
+
+class MyScaledWordEmbedding(nn.Embedding):
+    """A scaled embedding as transformers has them, which may also shift."""
+
+    embed_scale, shift = 3.0, 0.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.embed_scale + self.shift
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_scaled_embeddings_are_proven(shift: float) -> None:
+    """One that does more than its name says has no rule."""
+
+    def case() -> Case:
+        model = nn.Sequential(MyScaledWordEmbedding(7, 3, padding_idx=1), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)).double()
+        model[0].shift = shift
+        return Case(model, torch.arange(12).reshape(4, 3) % 7, torch.tensor([0, 1, 2, 0]), F.cross_entropy)
+
+    torch.manual_seed(0)
+    made = case()
+    maker = measure(made, FisherExact(), Dense(granularity="layer"))
+    assert next(s.kind for b in maker.plan.blocks for s in b.sites) == ("generic" if shift else "embedding")
+    compare(maker, ggn(made))
 
 
 class Logits(nn.Module):

@@ -140,3 +140,25 @@ def test_module_runs() -> None:
         [sys.executable, "-m", "gradmaker", "compare", "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0 and "--data-dir" in result.stdout
+
+
+def test_costs_are_predicted_and_measured() -> None:
+    arguments = ["cost", "mlp", "sgd", "kfac", "newton", "--hidden", "200", "--batch-size", "8"]
+    result = CliRunner().invoke(command.app, arguments)
+    assert result.exit_code == 0, result.output
+    head, sgd, kfac, reason = result.output.splitlines()
+    assert head.split() == ["method", "ms", "x", "SGD", "x", "Adam", "MB", "held", "MB", "in", "a", "step"]
+    assert sgd.split()[0] == "sgd" and float(sgd.split()[2]) == pytest.approx(1, abs=0.05)
+    assert kfac.split()[0] == "kfac" and float(kfac.split()[2]) > 1 and float(kfac.split()[4]) > 0
+    assert reason.startswith("newton: Dense(full) would hold")
+    seen = CliRunner().invoke(command.app, ["cost", "mlp", "sgd", "--hidden", "4", "--batch-size", "8", "--measure"])
+    assert seen.exit_code == 0 and float(seen.output.splitlines()[1].split()[-1]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["mpl", "adam"], "did you mean"), (["mlp", "kfak"], "kfac"), (["mlp", "sgd", "--data", "x"], "data")],
+)
+def test_illegal_costs(arguments: list[str], reason: str) -> None:
+    result = CliRunner().invoke(command.app, ["cost", *arguments])
+    assert result.exit_code == 2 and reason in result.output

@@ -14,6 +14,7 @@ from gradmaker.curvature import CURVATURES, Curvature, FisherForward, GradientPr
 from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
 from gradmaker.curvature.products import Factors, Product
 from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
+from gradmaker.curvature.tied import Tied
 from gradmaker.representations import Dense, KronPairs, KronQ, Pairs, ProbeDiagonal, Representation
 from gradmaker.solvers import SOLVERS
 from gradmaker.triple import Triple, TripleError
@@ -22,14 +23,14 @@ from tests.test_triples import LEGAL, mapping, step
 
 
 def test_the_set_is_closed() -> None:
-    assert set(Evidence.__subclasses__()) == {Outer, Joint, Gradient, Pair, Product, Factors}
+    assert set(Evidence.__subclasses__()) == {Outer, Joint, Gradient, Pair, Product, Factors, Tied}
     assert not any(found.__subclasses__() for found in Evidence.__subclasses__())
     assert all(len(set(found.kinds)) == len(found.kinds) > 0 for found in Evidence.__subclasses__())
 
 
 def test_a_class_alone_means_its_plain_kind() -> None:
     v = torch.zeros(1, 2)
-    plain: list[Evidence] = [Outer(v, v), Joint(()), Gradient(v), Pair(v, v), Product(torch.neg), Factors(v, v)]
+    plain: list[Evidence] = [Outer(v, v), Joint(()), Gradient(v), Pair(v, v), Product(torch.neg), Factors(v, v), Tied(())]
     for evidence in plain:
         (found,) = kinds(type(evidence))
         assert found == Kind(type(evidence), evidence.kind) and str(found) == type(evidence).__name__

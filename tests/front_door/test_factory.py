@@ -253,8 +253,7 @@ def test_parameters_that_are_ignored_keep_their_gradient() -> None:
 def test_the_step_is_that_of_the_declared_protocol(method: str) -> None:
     """Oracle: the makers of the two groups, each in the declared protocol, and SGD by hand."""
     model, other = gpt(), gpt()
-    options: dict[str, Any] = {"likelihood": "categorical"} if method == "kfac" else {}
-    found = gm.optimizer(model, method, lr=0.01, weight_decay=0.1, max_norm=0.5, **options)
+    found = gm.optimizer(model, method, lr=0.01, weight_decay=0.1, max_norm=0.5)
     maker: Any = METHODS[method](other, found.maker.config)
     momentum: dict[str, Tensor] = {}
     x, t = tokens()
@@ -297,3 +296,53 @@ def test_a_method_that_treats_little_is_warned_of() -> None:
 
 def test_presets_are_of_configs() -> None:
     assert GradientConfig.preset.momentum == 0.9 and not GradientConfig.preset.hidden
+
+
+# --- every method ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "gradient"])
+def test_every_method_steps_or_says_that_it_needs_the_declared_calls(method: str) -> None:
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    x, t = torch.randn(16, 4).double(), torch.randint(3, (16,))
+    try:
+        found = gm.optimizer(model, method, lr=0.01)
+    except ValueError as error:
+        assert "has to differentiate or repeat the loss" in str(error)
+        assert {type(b.triple.curvature).__name__ for b in METHODS[method](model).plan.blocks} <= {  # type: ignore[attr-defined]
+            *("Hessian", "GaussNewton", "HessianProbe", "Secant", "LayerSecant"),
+        }
+        return
+    for _ in range(2):
+        found.zero_grad()
+        F.cross_entropy(model(x), t).backward()
+        raw = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.step()
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert any(not torch.allclose(p.grad, g) for p, g in zip(model.parameters(), raw, strict=True) if p.grad is not None)
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------------
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
+
+
+@pytest.mark.parametrize(("options", "warned"), [({}, 1), ({"preconditioner_interval": 50}, 0)])
+def test_a_costly_default_is_told_before_the_first_step(options: dict[str, Any], warned: int, monkeypatch: Any) -> None:
+    """At the first pass, once; not for intervals that were chosen."""
+    monkeypatch.setattr("gradmaker.front_door.factory.WITHIN", 60.0)
+    monkeypatch.setattr("gradmaker.costs.prediction.COSTLY", 1.5)  # whatever the rates of this machine
+    model = wide()
+    found = gm.optimizer(model, "kfac", lr=0.1, **options)
+    x, t = torch.randn(16, 400), torch.randint(10, (16,))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            found.step()
+    told = [w for w in seen if issubclass(w.category, gm.CostlyMethodWarning)]
+    assert len(told) == warned
+    if told:
+        assert "x Adam's" in str(told[0].message) and "preconditioner_interval=" in str(told[0].message)
+    assert not found.maker.silent()

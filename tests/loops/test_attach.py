@@ -363,7 +363,6 @@ def test_what_is_not_finite_enters_no_statistic(method: str, bad: str) -> None:
 @pytest.mark.parametrize(
     ("act", "error", "text"),
     [
-        (lambda m, o: m.attach(o), ValueError, r"attach: FisherMC needs to know .* give likelihood= one of categorical"),
         (lambda m, o: m.attach(o, "categoric"), ValueError, r"likelihood='categoric': expected .*; did you mean 'categorical'"),
         (lambda m, o: m.attach(o, "categorical", 0), ValueError, r"accumulation=0: expected an integer of at least 1"),
         (lambda m, o: m.attach(o, "categorical", 1.5), ValueError, r"accumulation=1.5"),

@@ -104,7 +104,7 @@ def test_a_model_that_was_compiled_before() -> None:
     case.loss(compiled(case.x), case.t).backward()
     case.model.zero_grad()
     _, optimizer, _ = attach(case=case)
-    with pytest.raises(RuntimeError, match=r"compiled before attach\(\)"):
+    with pytest.raises(RuntimeError, match=r"compiled and called before attach\(\)"):
         case.loss(compiled(case.x), case.t).backward()
         optimizer.step()
 
@@ -311,8 +311,13 @@ def look_only(case: Case) -> None:
     nn.utils.get_total_norm(p.grad for p in case.model.parameters())
 
 
+def by_infinity(case: Case) -> None:
+    """As trainers read the norm where they do not clip: every gradient is multiplied by one."""
+    nn.utils.clip_grad_norm_(case.model.parameters(), float("inf"))
+
+
 @pytest.mark.parametrize("method", ["kfac_exact", "kfac_emp", "shampoo", "adam"])
-@pytest.mark.parametrize(("change", "times"), [(by_norm, 1), (by_value, 1), (noise, 1), (look_only, 0)])
+@pytest.mark.parametrize(("change", "times"), [(by_norm, 1), (by_value, 1), (noise, 1), (look_only, 0), (by_infinity, 0)])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_changed_gradient_is_told_of_once(accumulation: int, change: Any, times: int, method: str) -> None:
     case, optimizer, maker = attach(method, accumulation=accumulation)

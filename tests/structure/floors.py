@@ -48,10 +48,10 @@ FLOORS = (
             "trust_region",
         )
     ),
-    Floor(("checkpoint", "loops", "reports", "self_checks")),
+    Floor(("checkpoint", "costs", "loops", "reports", "self_checks")),
     Floor(("maker", "measuring", "planned", "preconditioner")),
     Floor(("methods",)),
-    Floor(("cost_report", "damping_sweep", "front_door")),
+    Floor(("damping_sweep", "front_door")),
     Floor((INIT, "__main__", "cli", "compare")),
 )
 

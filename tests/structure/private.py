@@ -15,18 +15,25 @@ OF_TORCH = frozenset(
         "_base",  # of a view
         "_buffers",
         "_current_graph_task_id",
+        "_dynamo",
         "_execution_engine",
         "_functorch",
         "_get_tracing_state",
+        "_get_raw",  # of a formula of FLOPs that takes tensors
         "_in_projection",
         "_in_projection_packed",
         "_linalg_eigh",
         "_linalg_solve_ex",
         "_linalg_svd",
+        "_local_scalar_dense",
         "_modules",
         "_optimizer_step_pre_hooks",
         "_parameters",
         "_reversed_padding_repeated_twice",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_schema",
+        "_torchdynamo_disable_msg",
         "_version",  # how often a tensor was written to
     }
 )

@@ -93,7 +93,7 @@ def of_matrices(found: Oracle, method: str) -> Iterator[Vectors]:
         yield from found.in_units(DAMPING)
     else:
         solve = kfac_direction(DAMPING) if method == "kfac" else ekfac_direction(DAMPING)
-        yield found.kronecker(solve, DAMPING)
+        yield found.kronecker(solve, DAMPING, tied=method == "kfac")
 
 
 def right(name: str, method: str) -> Iterator[tuple[str, Vectors]]:

@@ -23,7 +23,12 @@ edges, gathered rows; a position table that is called once for all examples has 
 term, and where its term depends on many examples, the gradients of all of their positions are in that one column. `B` does not
 depend on which root of `Lambda` is taken: it is `sum_r J_r^T Lambda J_r`, `J_r = dz / dy_r`. Norm layers have exact blocks.
 
-**EKFAC** has the eigenbases of these factors; see `ekfac_direction`.
+A table (V, d) that is the weight of an embedding and of a linear layer, and nothing else, has the two products of these uses,
+`A_1 (x) B_1` of the lookups and `B_2 (x) A_2` of the head; it gets the Kronecker product that is nearest to their sum.
+
+**EKFAC** has the eigenbases of these factors; see `ekfac_direction`. It leaves such a table as it is.
+
+Recurrent layers are written out in linear layers, step by step: each matrix is one, whose positions are the steps.
 
 Batch norms in training mode: `held=True` takes the mean and the variance of the batch as constants in the curvature, never in
 the gradient, which is the documented convention for methods that see examples one by one.
@@ -42,6 +47,7 @@ from torch.func import grad, jacrev
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests import oracles
+from tests.by_hand import by_hand
 from tests.zoo.case import Case, Entry
 from tests.zoo.watch import NORMS, Watched, held_statistics, is_layer, watching
 
@@ -66,6 +72,7 @@ class Oracle:
 
     def __init__(self, entry: Entry, held: bool = False) -> None:
         self.case = entry.make()
+        by_hand(self.case.model)
         self.named = self.case.parameters()
         with watching(self.case.model) as self.layers, held_statistics(self.case.model, held):
             self._differentiate()
@@ -155,8 +162,7 @@ class Oracle:
         own = layer.own(self.case)
         if not own or not layer.inputs:
             return False
-        a, g = layer.input_rows(False), layer.output_rows([self._seen[s] for s in layer.shifts])
-        summed = {"weight": _as_weight(layer.module, g.mT @ a)}
+        summed = {"weight": self.products(layer)}
         if "bias" in own:
             summed["bias"] = _bias_rows(layer, [self._seen[s] for s in layer.shifts]).sum(0)
         scale = max(float(torch.linalg.norm(self._whole[full])) for full in own.values())
@@ -165,12 +171,46 @@ class Oracle:
             for k, full in own.items()
         )
 
-    def kronecker(self, solve: Solve, damping: float) -> Vectors:
-        """Layer by layer by ``solve(g, A, B, columns)``; norm layers by their blocks, the rest as it is."""
+    def products(self, layer: Watched) -> Tensor:
+        """The sum of the products of its inputs and output gradients, in the layout of its weight."""
+        a, g = layer.input_rows(False), layer.output_rows([self._seen[s] for s in layer.shifts])
+        return _as_weight(layer.module, g.mT @ a)
+
+    def tables(self) -> Iterator[tuple[str, Watched, Watched]]:
+        """A weight that an embedding and a linear layer share, and that has no other uses."""
+        for lookup, head in product(self.layers, repeat=2):
+            name, other = (layer.own(self.case).get("weight") for layer in (lookup, head))
+            if name is None or name != other or not isinstance(lookup.module, nn.Embedding):
+                continue
+            if isinstance(head.module, nn.Linear) and lookup.inputs and head.inputs:
+                whole = self._whole[name]
+                missing = self.products(lookup) + self.products(head) - whole
+                if float(torch.linalg.norm(missing)) <= 1e-9 * float(torch.linalg.norm(whole)):
+                    yield name, lookup, head
+
+    def _solve_table(self, name: str, lookup: Watched, head: Watched, solve: Solve) -> Tensor:
+        """By the Kronecker product that is nearest to the sum of those of the two uses, from an SVD of the whole matrix."""
+        C = torch.zeros(())
+        for layer in (lookup, head):
+            a = layer.input_rows(False)[0]
+            g = torch.cat([layer.output_rows(list(k))[0] for k in self._columns(layer)])
+            pair = a.mT @ a / len(a), g.mT @ g
+            C = C + oracles.kron(*(pair if layer is lookup else pair[::-1]))
+        G = self.gradient[name]
+        L, R = oracles.nearest_kronecker(C, len(G))
+        return solve(G, R, L, G.new_empty(0))
+
+    def kronecker(self, solve: Solve, damping: float, tied: bool = False) -> Vectors:
+        """Layer by layer by ``solve(g, A, B, columns)``; norm layers by their blocks, the rest as it is.
+
+        tied: tables that are embedding and head too
+        """
         found = dict(self.gradient)
         for layer in self.layers:
             if self.regular(layer):
                 found |= self.solve_layer(layer, solve)
+        for name, *uses in self.tables() if tied else ():
+            found[name] = self._solve_table(name, *uses, solve)
         return self._solved_in(self.norm_units(), torch.cat([g.reshape(-1) for g in found.values()]), damping)
 
     def solve_layer(self, layer: Watched, solve: Solve) -> Vectors:

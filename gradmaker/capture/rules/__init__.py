@@ -4,3 +4,7 @@ Layer types are known here alone: a file for each family of layers, `generic` fo
 `layers`. A rule writes a weight as a stack of matrices, and a call as inputs (G, n, r, i) and output gradients
 (k, G, n, r, o).
 """
+
+from gradmaker.capture.rules.layers import RULES
+
+__all__ = ["RULES"]

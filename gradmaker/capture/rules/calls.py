@@ -27,8 +27,9 @@ __all__ = [
     "to_examples",
 ]
 
-Kind: TypeAlias = Literal["matrix", "embedding", "scale", "generic", "tensor"]
-"""Type of a parameter block: a linear map, an embedding, a norm layer's affine map, a parameter without a rule, a tensor."""
+Kind: TypeAlias = Literal["matrix", "embedding", "tied", "scale", "generic", "tensor"]
+"""Type of a parameter block: a linear map, an embedding, a table that is both (an embedding tied to a head), a norm layer's
+affine map, a parameter without a rule, a tensor."""
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Call:
     gradients: list[Tensor | None] = field(default_factory=list)  # filled by hooks during a backward pass
     autocast: torch.dtype | None = None  # its dtype, where the call ran under autocast
     key: tuple[nn.Module, bool, tuple[str, ...]] | None = None  # by which self-checks of equal calls are found
+    repeated: Any = None  # what a rule keeps of the call made again
 
     @property
     def tensor_shapes(self) -> list[torch.Size]:
@@ -138,6 +140,7 @@ class LayerRule(ABC):
     transposed: ClassVar[bool] = False  # the weight is stored as (i, o), and so is the block
     inputs_first: ClassVar[bool] = False  # the weight is stored as (i, o), and the block is (o, i) all the same
     rounding: ClassVar[float] = 0.0  # unit roundoff of the layer's arithmetic, if coarser than that of its parameters
+    repeats: ClassVar[bool] = False  # the call is made again, with roundings of its own
     bias_rule: ClassVar[LayerRule | None] = None  # for a bias that is not one more input column: its block is separate
 
     def knows(self, module: nn.Module) -> bool:
@@ -147,6 +150,14 @@ class LayerRule(ABC):
     def accepts(self, module: nn.Module) -> bool:
         """Whether this instance behaves as its type says."""
         return True
+
+    def refuses(self, call: Call) -> str | None:
+        """Why the rule cannot read a call, whose parameters are then measured without it; None if it can."""
+        return None
+
+    def of_outputs(self, module: Any, call: Call, gradients: list[Tensor], layout: Layout) -> Tensor:
+        """`gradients` from those of all outputs of a call, of which most layers have one.  # each (k, *output)"""
+        return self.gradients(module, call, gradients[0], layout)
 
     def weight_gradient(self, module: Any, call: Call, g: Tensor) -> Tensor | None:
         """``dL/dW`` of a call by torch's kernel, where `inputs` takes much memory; None: by `inputs`.  g: (*output)"""

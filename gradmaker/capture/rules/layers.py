@@ -8,7 +8,7 @@ feature. To add a layer, write a rule and `register` it (one of a library that i
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.rules.attention import ProjectionRule
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, check_lookup, to_examples
 from gradmaker.capture.rules.convolutions import ConvRule, ConvTransposeRule
+from gradmaker.capture.rules.lookups import LookupRule
 from gradmaker.capture.rules.named import NAMED_RULES
 from gradmaker.capture.rules.normalisations import BatchNormRule, GroupNormRule, LayerNormRule, RMSNormRule
 from gradmaker.options.registry import Registry, register
@@ -46,7 +47,7 @@ class EmbeddingRule(LayerRule):
     is that at the rescaled rows.
     """
 
-    types = (nn.Embedding,)
+    types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     kind = "embedding"
     transposed = True
 
@@ -72,6 +73,7 @@ _OWN: tuple[type[LayerRule], ...] = (
     ConvTransposeRule,
     ProjectionRule,
     EmbeddingRule,
+    LookupRule,
     BatchNormRule,
     GroupNormRule,
     LayerNormRule,

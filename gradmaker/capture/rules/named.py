@@ -6,18 +6,24 @@ on random inputs show that its output is affine in weight and bias, channel by c
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradmaker.capture.exchange import exchanged
+from gradmaker.capture.exchange import exchanged, with_storage
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, to_examples
 from gradmaker.capture.rules.normalisations import NormRule
 
-__all__ = ["NAMED_RULES", "Conv1DRule", "ImageLayerScaleRule", "LayerScaleRule", "NamedImageNormRule", "NamedNormRule"]
+__all__ = [
+    "NAMED_RULES",
+    "Conv1DRule",
+    "ImageLayerScaleRule",
+    "LayerScaleRule",
+    "NamedImageNormRule",
+    "NamedNormRule",
+]
 
 SINGLE = torch.finfo(torch.float32).eps
 
@@ -27,15 +33,6 @@ def _definer(module: nn.Module) -> type:
     if "forward" in vars(module):
         return nn.Module
     return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-
-
-def _with_storage(module: nn.Module) -> nn.Module:
-    """The module, or a copy on the CPU of one on the meta device. ValueError if that has buffers, whose values are unknown."""
-    if not any(p.is_meta for p in module.parameters()):
-        return module
-    if any(b.is_meta for b in module.buffers()):
-        raise ValueError("buffers on the meta device have no values to compute with")
-    return copy.deepcopy(module).to_empty(device="cpu")
 
 
 class Conv1DRule(LayerRule):
@@ -81,8 +78,10 @@ class NamedNormRule(NormRule):
             p.ndim != 1 or p.is_complex() for p in own.values()
         ):
             return False
+        given = with_storage(module)
         try:
-            return self._proven(_with_storage(module))
+            with given.get_parameter(self.weight_name).device:  # whatever the default device is
+                return self._proven(given)
         except Exception:  # of the module's own code: its forward takes something else
             return False
 
@@ -92,7 +91,7 @@ class NamedNormRule(NormRule):
         C = len(p)
         a, b = (2, 3) if C > 3 else (4, 5)  # no other axis has the length of the channel axis
         shape = (a, C, a, b) if self.channel_first else (a, b, C)
-        x, weight, bias = (torch.randn(s, generator=random).to(p) for s in (shape, (C,), (C,)))
+        x, weight, bias = (torch.randn(s, generator=random, device="cpu").to(p) for s in (shape, (C,), (C,)))
         given = x.clone()
         zero, one, found = (self._output(module, (given,), {}, *w) for w in ((0.0, 0.0), (1.0, 0.0), (weight, bias)))
         if found.shape != x.shape or not torch.equal(given, x):  # an overwritten input cannot be used again

@@ -24,6 +24,7 @@ from gradmaker.curvature.evidence import (
     kinds,
 )
 from gradmaker.curvature.products import Product
+from gradmaker.curvature.tied import Tied
 from gradmaker.gathering import Piece
 from gradmaker.linalg.state import State
 from gradmaker.reports.verification.passes import Measured, relative
@@ -172,7 +173,7 @@ def _approximation(scratch: Scratch) -> float | None:
 def _small(scratch: Scratch, pieces: list[Piece]) -> bool:
     """Whether the rows and the matrices fit into memory."""
     evidence = [piece.evidence for piece in pieces]
-    counts = [e.count if isinstance(e, Outer) else e.parts[0].count if isinstance(e, Joint) else 1 for e in evidence]
+    counts = [e.count if isinstance(e, (Outer, Tied)) else e.parts[0].count if isinstance(e, Joint) else 1 for e in evidence]
     stack = scratch.block.frame.stack
     return scratch.size <= DENSE_LIMIT and stack * scratch.size * max(*counts, scratch.size) <= ENTRIES
 
@@ -221,8 +222,8 @@ def _products(scratch: Scratch, piece: Piece) -> Iterator[tuple[int | slice, Ten
 
 
 def _as_double(evidence: Evidence) -> Evidence:
-    if isinstance(evidence, Joint):
-        return Joint(tuple(part for part in map(_as_double, evidence.parts) if isinstance(part, Outer)))
+    if isinstance(evidence, (Joint, Tied)):
+        return type(evidence)(tuple(part for part in map(_as_double, evidence.parts) if isinstance(part, Outer)))
     if isinstance(evidence, Outer):
         inputs = evidence.inputs.double() if isinstance(evidence.inputs, Tensor) else evidence.inputs
         return replace(evidence, inputs=inputs, gradients=evidence.gradients.double())
@@ -233,7 +234,7 @@ def _product(evidence: Evidence, v: Tensor, sites: list[Site]) -> Tensor:
     """``C v`` by the products of the evidence.  # (b, *shape)"""
     if isinstance(evidence, Outer) and evidence.kind == "inputs":
         return _input_product(evidence, v)
-    if isinstance(evidence, Outer):
+    if isinstance(evidence, (Outer, Tied)):
         z = evidence.project(v.reshape(sites[0].shape)).sum(0, keepdim=True)
         return evidence.combine(z).reshape(v.shape)
     if isinstance(evidence, Joint):

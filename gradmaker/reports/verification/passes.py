@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,8 @@ from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.capture.vjps import Source, vjps_of
 from gradmaker.curvature.evidence import Outer
-from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.layer_evidence import LayerEvidence, layer_evidence
+from gradmaker.curvature.tied import Tied
 from gradmaker.errors import SelfCheckError, SelfCheckWarning
 from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.loss.head import Head
@@ -43,7 +45,7 @@ ROWS = 4
 class Measured:
     """The measurements of one pass."""
 
-    evidence: dict[str, Outer] = field(default_factory=dict)  # by site, for one random cotangent an example
+    evidence: dict[str, LayerEvidence] = field(default_factory=dict)  # by site, for one random cotangent an example
     errors: dict[str, float] = field(default_factory=dict)  # relative errors of its rows
     half: bool = False  # whether a layer ran in half precision
     rounding: float = 0.0  # the largest unit roundoff that a layer rule declares, whatever the dtype of the model
@@ -218,7 +220,7 @@ class _Pass:
         sources = [Source(z, c.unsqueeze(0), o) for z, c, o in zip(self.head.outputs, cotangents, owners, strict=True)]
         vjps = vjps_of(self.tape, sites, sources, split=True)
         self.found.evidence = {
-            s.name: outer(s, self.tape, vjps, None, self.maker.config.statistics_dtype() or _dtype(s)) for s in sites
+            s.name: layer_evidence(s, self.tape, vjps, None, self.maker.config.statistics_dtype() or _dtype(s)) for s in sites
         }
         parameters = list(dict.fromkeys(p for s in sites for p in s.parameters.values()))
         for j in self._chosen(n):
@@ -250,8 +252,14 @@ def _scales(first: Tensor, second: Tensor, c: Tensor, dtype: torch.dtype) -> boo
     return any(bool((second - x).abs().max() <= limit * x.abs().max()) for x in found)
 
 
-def _row(outer: Outer, j: int) -> Outer:
+def _row(outer: LayerEvidence, j: int) -> LayerEvidence:
     """One row of the evidence."""
+    if isinstance(outer, Tied):
+        return outer.of_parts(lambda part: _row_of_layer(part, j))
+    return _row_of_layer(outer, j)
+
+
+def _row_of_layer(outer: Outer, j: int) -> Outer:
     k, e = divmod(j, outer.gradients.shape[2])
     one = slice(e, e + 1)
     inputs = outer.inputs
@@ -260,8 +268,10 @@ def _row(outer: Outer, j: int) -> Outer:
     return replace(outer, inputs=cut, gradients=outer.gradients[k : k + 1, :, one], weights=weights)
 
 
-def _size(row: Outer) -> float:
+def _size(row: LayerEvidence) -> float:
     """Root of the sum over positions of ``|a|^2 |g|^2``: the size without cancellation between positions."""
+    if isinstance(row, Tied):
+        return math.hypot(*map(_size, row.parts))
     squares = row.gradients[0].double().square().sum(-1)  # (G, 1, r)
     if isinstance(row.inputs, OneHot):
         return float(squares.sum().sqrt())

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Outer, Pair, PairKind, kinds
+from gradmaker.curvature.layer_evidence import LayerEvidence
 from gradmaker.curvature.products import Product
+from gradmaker.curvature.tied import Tied
 from gradmaker.reports.verification.passes import Measured
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import PerStep
@@ -76,17 +78,28 @@ def _evidence(scratch: Scratch, site: Site) -> Evidence | None:
     return None if outer is None else _of_kind(scratch, outer)
 
 
-def _of_kind(scratch: Scratch, outer: Outer) -> Evidence:
+def _of_kind(scratch: Scratch, outer: LayerEvidence) -> Evidence:
     """Evidence of the curvature's kind, with a mean diagonal of one: damping is then neither rounded away nor dominant."""
     gives = scratch.triple.curvature.gives
+    if isinstance(outer, Tied):
+        mean = _mean_square(scratch, outer, outer.parts[0])
+        return outer.of_parts(lambda part: _over(part, mean))
     if kinds((Outer, "inputs")) <= gives:
         return outer.inputs_alone()
+    scaled = _over(outer, _mean_square(scratch, outer, outer))
+    return replace(scaled, kind="with_secants") if kinds((Outer, "with_secants")) <= gives else scaled
+
+
+def _over(outer: Outer, mean: Tensor) -> Outer:
+    return replace(outer, gradients=outer.gradients / torch.where(mean > 0, mean, 1.0).sqrt())
+
+
+def _mean_square(scratch: Scratch, evidence: LayerEvidence, outer: Outer) -> Tensor:
+    """The mean diagonal of ``C``, by a random vector.  outer: of the same block, for its shape  # ()"""
     G, o = outer.gradients.shape[1], outer.gradients.shape[-1]
     i = (outer.inputs.shape[-1] if isinstance(outer.inputs, Tensor) else outer.inputs.size) + outer.bias
     shape = (G, i, o) if outer.transposed else (G, o, i)
-    mean = outer.project(scratch.draw(*shape, dtype=outer.gradients.dtype)).sum(0).square().sum() / prod(shape)
-    scaled = replace(outer, gradients=outer.gradients / torch.where(mean > 0, mean, 1.0).sqrt())
-    return replace(scaled, kind="with_secants") if kinds((Outer, "with_secants")) <= gives else scaled
+    return evidence.project(scratch.draw(*shape, dtype=outer.gradients.dtype)).sum(0).square().sum() / prod(shape)
 
 
 def _gradient(scratch: Scratch, site: Site) -> Tensor:
