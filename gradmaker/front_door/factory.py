@@ -22,6 +22,7 @@ from gradmaker.front_door.optimizer import PreconditionedOptimizer
 from gradmaker.front_door.param_groups import param_groups
 from gradmaker.front_door.routes import BASE_OPTIONS, Request
 from gradmaker.groups import method_name
+from gradmaker.loops.checks import read_likelihood
 from gradmaker.options.checks import check_interval
 from gradmaker.options.deprecations import current_name
 from gradmaker.options.registry import METHODS
@@ -92,7 +93,7 @@ def optimizer(
         ValueError: for an unknown method or option, a parameter without a method, or an average that is taken twice.
     """
     kind, known = _method(method)
-    options = {**known, **options}
+    options = _as_in_a_loop({**known, **options})
     if unknown := [k for k in options if current_name(kind, k) not in {f.name for f in fields(kind)}]:
         legal = [*(f.name for f in fields(kind)), *BASE_OPTIONS, "max_norm", "base", "adam", "accumulation", "scaler"]
         raise ValueError(f"optimizer: {unknown[0]!r} is no option of {kind.__name__}: {did_you_mean(unknown[0], legal)}")
@@ -117,6 +118,12 @@ def _method(method: Any) -> tuple[type[GradientConfig], dict[str, Any]]:
     if not issubclass(kind, GradientConfig):
         raise ValueError(f"optimizer: {method!r} preconditions nothing: use torch.optim itself")
     return kind, options
+
+
+def _as_in_a_loop(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the likelihood of a name as `attach` takes it: classes are on the last axis of the logits."""
+    named = isinstance(options.get("likelihood"), str)
+    return {**options, "likelihood": read_likelihood(options["likelihood"])} if named else options
 
 
 def _flat(base: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -51,5 +51,4 @@ def keep_out_of_compilation(hook: Any) -> None:
 
     The first optimizer imports torch's compiler.
     """
-    hook._torchdynamo_disable_msg = "gradmaker looks whether the pass is to be measured: compile without fullgraph=True"
     torch._dynamo.decorators.skip(hook)

@@ -26,7 +26,7 @@ class OtherOutputs:
         self.values = list(values)
         self.arrived: dict[int, Tensor] = {}
         self._expected: list[Tensor | None] = []
-        self._open: set[int] = set()  # of which it is not known
+        self._unknown: set[int] = set()  # of which it is not known
         self._handles = [v.register_hook(_Arrival(self, j)) for j, v in enumerate(self.values)]
 
     def expect(self, watched: Tensor, gradient: Tensor) -> None:
@@ -36,7 +36,7 @@ class OtherOutputs:
         """
         if self.values and reenters(watched):
             behind = set(nodes([watched]))
-            self._open = {j for j, v in enumerate(self.values) if v.grad_fn in behind}
+            self._unknown = {j for j, v in enumerate(self.values) if v.grad_fn in behind}
         elif self.values:
             found = torch.autograd.grad(watched, self.values, gradient, retain_graph=True, allow_unused=True)
             self._expected = list(found)
@@ -46,7 +46,7 @@ class OtherOutputs:
         stops = {v.grad_fn for v in watched}
         found: list[tuple[int, ...]] = []
         for j, gradient in self.arrived.items():
-            if j not in self._open and not self._is_expected(j, gradient) and _reaches_leaves(self.values[j], stops):
+            if j not in self._unknown and not self._is_expected(j, gradient) and _reaches_leaves(self.values[j], stops):
                 found.append(tuple(gradient.shape))
         return found
 
@@ -59,7 +59,7 @@ class OtherOutputs:
 
     def forget(self) -> None:
         """Forget the gradients of a backward pass that was part of no step."""
-        self.arrived, self._expected, self._open = {}, [], set()
+        self.arrived, self._expected, self._unknown = {}, [], set()
 
     def close(self) -> None:
         """Remove the hooks, and release the outputs."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import gradmaker as gm
 from gradmaker.config import GradientConfig
+from gradmaker.curvature import Categorical
 from gradmaker.front_door.factory import CoverageWarning
 from gradmaker.front_door.left_to_adam import left_to_adam
 from gradmaker.front_door.routes import BASE_OPTIONS
@@ -276,6 +277,25 @@ def test_the_step_is_that_of_the_declared_protocol(method: str) -> None:
                 p.sub_(of[k]["lr"] * momentum[k])
         for k, p in model.named_parameters():
             torch.testing.assert_close(p, other.get_parameter(k), rtol=1e-9, atol=1e-11, msg=k)
+
+
+def test_a_likelihood_by_name_is_that_of_a_mean_over_tokens() -> None:
+    """As `attach` takes it; it is what is read from the gradient of such a loss."""
+    models = gpt(), gpt()
+    read, named = (
+        gm.optimizer(m, "kfac", lr=0.1, **o) for m, o in zip(models, ({}, {"likelihood": "categorical"}), strict=True)
+    )
+    assert named.maker.config.likelihood == Categorical(axis=-1)
+    x, t = tokens()
+    for _ in range(3):
+        for model, optimizer in zip(models, (read, named), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x).flatten(0, 1), t).backward()
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match=r"likelihood='categoric'.*did you mean 'categorical'"):
+        gm.optimizer(gpt(), "kfac", lr=0.1, likelihood="categoric")
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Declared:
         with torch.no_grad():
             for group in self.base.param_groups:
                 for p in group["params"]:
-                    p -= group["lr"] * group["weight_decay"] * p
+                    p *= 1 - group["lr"] * group["weight_decay"]
                 group["weight_decay"] = 0.0
         self.base.step()
         for group, decay in zip(self.base.param_groups, decays, strict=True):

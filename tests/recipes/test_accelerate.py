@@ -166,7 +166,7 @@ def test_clipping_of_the_step() -> None:
 # --- saved and resumed ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_was_stopped_goes_on_bitwise(method: str, tmp_path: Path) -> None:
-    line = {"weight_decay": 0.1, "max_norm": 0.5}
+    line = {"max_norm": 0.5}
     whole = Run(method, 2, line=line)
     whole.epoch()
     whole.accelerator.save_state(str(tmp_path))

@@ -26,6 +26,21 @@ EAGER = {"kfac": {0, 1, 2, 3, 6, 9}, "soap": {0, 1, 2}}
 STEPS = 11
 
 
+class Block(nn.Module):
+    """A module of one's own: torch compiles none of its containers in place, and in 2.6 none behind a hook."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
+def whole() -> Any:
+    return Block(network())
+
+
 class Backend:
     """Runs graphs as they are, and counts them and their calls."""
 
@@ -78,7 +93,7 @@ def train(call: Any, optimizer: Any, steps: int = STEPS, start: int = 0, seen: A
 @pytest.mark.parametrize("how", ["before", "after", "in place before", "in place after"])
 @pytest.mark.parametrize("method", OPTIONS)
 def test_idle_steps_are_one_graph_and_the_others_eager(method: str, how: str) -> None:
-    model, plain, backend = network(), network(), Backend()
+    model, plain, backend = whole(), whole(), Backend()
     compiled: Any = None
     if "before" in how:
         compiled = in_place(model, backend) if "place" in how else torch.compile(model, backend=backend)
@@ -95,26 +110,35 @@ def test_idle_steps_are_one_graph_and_the_others_eager(method: str, how: str) ->
     assert same(weights(model), weights(plain))
 
 
+def test_a_compiled_function_that_calls_the_model() -> None:
+    """What follows the model's call is compiled at every step."""
+    model, plain, backend = whole(), whole(), Backend()
+    optimizer, alone = made("kfac", model), made("kfac", plain)
+
+    @torch.compile(backend=backend)
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), t)
+
+    for j, (x, t) in enumerate(batches(STEPS)):
+        before = backend.calls
+        loss(x, t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert backend.calls == before + (1 if j in EAGER["kfac"] else 2)
+    assert backend.graphs == 2
+    train(plain, alone)
+    assert same(weights(model), weights(plain))
+
+
 @pytest.mark.parametrize("method", OPTIONS)
 def test_graphs_of_aot_autograd(method: str) -> None:
     """Its backward passes run once, and are not vectorised: what is measured must be eager."""
-    model, plain = network(), network()
+    model, plain = whole(), whole()
     optimizer = made(method, model)
     train(torch.compile(model, backend="aot_eager"), optimizer)
     train(plain, made(method, plain))
     close(model, plain)
     assert counters["stats"]["unique_graphs"] == 1
-
-
-class Block(nn.Module):
-    """Torch compiles no container of its own in place."""
-
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x: Tensor) -> Any:
-        return self.layers(x)
 
 
 class Blocks(nn.Module):
@@ -144,7 +168,7 @@ def test_blocks_that_are_compiled_run_eagerly_in_steps_that_measure(method: str)
 
 def test_a_resumed_loop_that_begins_idle_measures_when_it_is_due() -> None:
     """Its first graph is made at a step without hooks on the layers."""
-    model, other = network(), network()
+    model, other = whole(), whole()
     first, second = made("kfac", model), made("kfac", other)
     train(model, first, 5)
     other.load_state_dict(model.state_dict())
@@ -155,7 +179,7 @@ def test_a_resumed_loop_that_begins_idle_measures_when_it_is_due() -> None:
 
 
 def test_an_evaluation_in_between_is_compiled() -> None:
-    model, backend = network(), Backend()
+    model, backend = whole(), Backend()
     optimizer, compiled = made("kfac", model), torch.compile(model, backend=backend)
     for x, t in batches(STEPS):
         with torch.no_grad():
@@ -169,8 +193,8 @@ def test_an_evaluation_in_between_is_compiled() -> None:
 def test_two_optimizers_on_parts_of_a_compiled_model() -> None:
     results = []
     for compiles in (True, False):
-        model, backend = network(), Backend()
-        parts = [list(model[0:3].parameters()), list(model[3:].parameters())]
+        model, backend = whole(), Backend()
+        parts = [list(part.parameters()) for part in (model.layers[:3], model.layers[3:])]
         optimizers = [gm.optimizer(model, "kfac", part, **{**RECIPES["kfac"], **OPTIONS["kfac"]}) for part in parts]
         call: Any = torch.compile(model, backend=backend) if compiles else model
         for x, t in batches(STEPS):
@@ -184,7 +208,7 @@ def test_two_optimizers_on_parts_of_a_compiled_model() -> None:
 
 
 def test_an_exception_in_a_measured_pass_leaves_the_compiler_as_it_was() -> None:
-    model, backend = network(), Backend()
+    model, backend = whole(), Backend()
     optimizer, compiled = made("kfac", model), torch.compile(model, backend=backend)
     with pytest.raises(RuntimeError, match="shape"):
         compiled(torch.zeros(4, 5, dtype=torch.float64))
@@ -193,10 +217,23 @@ def test_an_exception_in_a_measured_pass_leaves_the_compiler_as_it_was() -> None
     assert backend.graphs == 1
 
 
-def test_a_model_that_was_called_before_is_refused_where_a_measurement_is_due() -> None:
+def test_a_module_that_was_called_before_is_measured() -> None:
+    """Its own `forward` alone is compiled, and not the call with the hooks."""
+    model, plain, backend = whole(), whole(), Backend()
+    compiled = torch.compile(model, backend=backend)
+    compiled(next(batches(1))[0]).sum().backward()
+    model.zero_grad()
+    train(compiled, made("kfac", model))
+    train(plain, made("kfac", plain))
+    assert same(weights(model), weights(plain)) and backend.calls == 1 + STEPS - len(EAGER["kfac"])
+
+
+def test_a_container_that_was_called_before_is_refused_where_a_measurement_is_due() -> None:
+    """Torch compiles the whole call of its own containers."""
     model, backend = network(), Backend()
     compiled = torch.compile(model, backend=backend)
-    train(compiled, torch.optim.SGD(model.parameters(), 0.1), 1)
+    compiled(next(batches(1))[0]).sum().backward()
+    model.zero_grad()
     optimizer = made("kfac", model)
     with pytest.raises(RuntimeError, match=r"torch._dynamo.reset\(\)"):
         train(compiled, optimizer, 1)
@@ -206,8 +243,14 @@ def test_a_model_that_was_called_before_is_refused_where_a_measurement_is_due() 
     assert optimizer.maker.step == STEPS
 
 
-def test_one_whole_graph_cannot_be_asked_for() -> None:
-    model = network()
+def test_one_whole_graph_is_right_or_an_error_of_torch() -> None:
+    """It asks for a graph in every call, also in those that are measured."""
+    model, plain = whole(), whole()
     optimizer = made("kfac", model)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="gradmaker"):
+    try:
         train(torch.compile(model, backend=Backend(), fullgraph=True), optimizer)
+    except RuntimeError as error:
+        assert "fullgraph" in str(error) or isinstance(error, torch._dynamo.exc.Unsupported)
+    else:
+        train(plain, made("kfac", plain))
+        assert same(weights(model), weights(plain))

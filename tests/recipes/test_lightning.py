@@ -215,7 +215,7 @@ def test_a_run_that_was_stopped_goes_on_bitwise(method: str, tmp_path: Path) -> 
     """Three steps of two micro-batches and a short one an epoch; a schedule, momentum or decay, clipping."""
 
     def fit(folder: str, epochs: int, **options: Any) -> Classifier:
-        module = Classifier(method, weight_decay=0.1, max_norm=0.5)
+        module = Classifier(method, max_norm=0.5)
         saved = ModelCheckpoint(tmp_path / folder, save_last=True)
         made = trainer(tmp_path, max_epochs=epochs, accumulate_grad_batches=2, callbacks=[saved])
         made.fit(module, loader(), **options)

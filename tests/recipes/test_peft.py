@@ -106,7 +106,7 @@ def test_saved_adapters_and_optimizer_go_on_bitwise(method: str, tmp_path: Path)
 
 def trainer(method: str, folder: Path, steps: int = 4) -> tuple[Trainer, Any]:
     model = adapted(lora_dropout=0.2)
-    optimizer = gm.optimizer(model, method, max_norm=0.5, weight_decay=0.1, **METHODS[method])
+    optimizer = gm.optimizer(model, method, max_norm=0.5, **METHODS[method])
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_steps": 2}
     sizes = {"max_steps": steps, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
     data: Any = [{"input_ids": row, "labels": row} for row in texts()]

@@ -200,6 +200,10 @@ def test_smoothed_labels_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="label smoothing"):
         run(gpt2(), "kfac", arguments(tmp_path, **options), texts())
     run(gpt2(), "soap", arguments(tmp_path, **options), texts())
+    optimizer = gm.optimizer(gpt2(), "kfac", likelihood="categorical", accumulation=2, **METHODS["kfac"])
+    made = arguments(tmp_path, 2, **options)
+    Trainer(optimizer.maker.model, made, train_dataset=texts(), optimizers=(optimizer, None)).train()
+    assert optimizer.maker.step == 4
 
 
 # --- how the optimizer is made --------------------------------------------------------------------------------------------
@@ -239,7 +243,7 @@ class Stop(TrainerCallback):
 def saving(method: str, folder: Path, **options: Any) -> tuple[Trainer, Any]:
     """Dropout, a schedule, momentum or decay, clipping: all of it has to go on where it was."""
     model = gpt2(dropout=0.2)
-    line = {"weight_decay": 0.1, "max_norm": 0.5, **METHODS[method]}
+    line = {"max_norm": 0.5, **METHODS[method]}
     optimizer = gm.optimizer(model, method, **line)
     saved = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2}
     made = Trainer(model, arguments(folder, 2, 6, **saved), train_dataset=texts(), optimizers=(optimizer, None), **options)

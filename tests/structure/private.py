@@ -33,7 +33,6 @@ OF_TORCH = frozenset(
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
         "_schema",
-        "_torchdynamo_disable_msg",
         "_version",  # how often a tensor was written to
     }
 )
