@@ -118,6 +118,7 @@ def markdown(content: dict[str, Any], picture: str, numbers: str) -> str:
         clock="wall-clock time" if "device" in content["machine"] else "processor time of the process",
         gaps=gaps(trainings),
         searches=searches(trainings),
+        soap=", ".join(f"{r['test']:.3f}" for r in final(trainings, "soap")),
         kfac=KFAC,
         diverged=sum(r["status"] != "finished" for r in trainings),
         trainings=len(trainings),
