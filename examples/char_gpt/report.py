@@ -91,13 +91,16 @@ def gaps(trainings: Records) -> str:
     return table(["difference of test losses", "by seed", "mean", "reading"], rows)
 
 
+def loss(record: dict[str, Any]) -> str:
+    return f"{record['validation']:.3f}" if record["status"] == "finished" else "diverged"
+
+
 def searches(trainings: Records) -> str:
     rows = []
     for row, (label, _, grid) in ROWS.items():
         tried = search(trainings, row)
-        best = min(r["validation"] for r in tried if r["status"] == "finished")
-        losses = {f"{r['lr']:g}": f"{r['validation']:.3f}" if r["status"] == "finished" else "diverged" for r in tried}
-        cells = [f"{lr}: **{loss}**" if loss == f"{best:.3f}" else f"{lr}: {loss}" for lr, loss in losses.items()]
+        best = min((r for r in tried if r["status"] == "finished"), key=lambda r: float(r["validation"]))
+        cells = [f"{r['lr']:g}: {loss(r)}" if r is not best else f"{r['lr']:g}: **{loss(r)}**" for r in tried]
         more = f" ({len(tried) - len(grid)} beyond the grid)" if len(tried) > len(grid) else ""
         rows.append([label, f"{len(tried)}{more}", ", ".join(cells)])
     return table(["method", "trials", "lr: validation loss"], rows, left=3)
@@ -115,11 +118,12 @@ def markdown(content: dict[str, Any], picture: str, numbers: str) -> str:
         clock="wall-clock time" if "device" in content["machine"] else "processor time of the process",
         gaps=gaps(trainings),
         searches=searches(trainings),
+        soap=", ".join(f"{r['test']:.3f}" for r in final(trainings, "soap")),
         kfac=KFAC,
         diverged=sum(r["status"] != "finished" for r in trainings),
         trainings=len(trainings),
         machine="; ".join(f"{key} {value}" for key, value in content["machine"].items()),
-        commits=" and ".join(sorted({r["commit"] for r in trainings if r["commit"]})) or "unknown",
+        commits=", ".join(sorted({r["commit"] for r in trainings if r["commit"]})) or "unknown",
     )
     return "\n\n".join(wrapped(block) for block in page.strip().split("\n\n")) + "\n"
 

@@ -210,3 +210,12 @@ def test_the_published_page_is_that_of_its_numbers() -> None:
     page = report.markdown(content, "images/char_gpt.png", "data/char_gpt.json")
     assert (ROOT / "docs" / "char_gpt.md").read_text(encoding="utf-8") == page
     assert content["setting"] == vars(Setting()), "the defaults have changed since"
+
+
+def test_no_method_is_behind_its_peer() -> None:
+    """Muon beside torch's Muon, all but K-FAC beside AdamW, at equal steps."""
+    trainings = published()["trainings"]
+    gaps = report.differences(trainings, "muon", "torch_muon")
+    assert len(gaps) == 3 and mean(gaps) < stdev(gaps)
+    for row in ("muon", "soap", "shampoo"):
+        assert max(report.differences(trainings, row, "adamw")) < 0, row
