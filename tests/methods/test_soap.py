@@ -32,6 +32,7 @@ class Soap:
         self.Q: list[Tensor] = []
         self.history: list[Tensor] = []
         self.V: Any = 0.0
+        self.mass = 0.0
 
     def turn(self, g: Tensor, back: bool = False) -> Tensor:
         for axis, Q in enumerate(self.Q):
@@ -46,15 +47,16 @@ class Soap:
                 self.Q = [torch.linalg.eigh(H)[1].flip(1) for H in self.H]
             if self.skip:
                 return torch.zeros_like(g)
-            self.t, self.V = 1, (1 - self.b) * (g.square().mean() * torch.ones_like(g) if turned else g.square())
+            self.t, self.mass = 1, (1e-4 if turned else 1.0) * (1 - self.b)  # equal entries give way to the next gradient
+            self.V = self.mass * (g.square().mean() * torch.ones_like(g) if turned else g.square())
         else:
-            self.t += 1
+            self.t, self.mass = self.t + 1, self.b * self.mass + (1 - self.b)
             self.V = self.b * self.V + (1 - self.b) * self.turn(g).square()
         if self.skip:  # the reference's average knows nothing of the first gradient
             self.history.append(g)
             weights = [(1 - self.b1) * self.b1**age for age in reversed(range(self.t))]
             m = sum(w * h for w, h in zip(weights, self.history, strict=True)) / (1 - self.b1**self.t)  # type: ignore[assignment]
-        U = self.turn(m) / (torch.as_tensor(self.V).sqrt() + self.eps) * (1 - self.b**self.t) ** 0.5
+        U = self.turn(m) / (torch.as_tensor(self.V).sqrt() + self.eps) * self.mass**0.5
         U = self.turn(U, back=True)
         if step > 0 and turned:
             self.H = [self.b * H + (1 - self.b) * unfolded(g, k) @ unfolded(g, k).T for k, H in enumerate(self.H)]
@@ -87,9 +89,10 @@ class Eshampoo:
         turned, back = g, m
         for axis, Q in enumerate(self.Q):
             turned, back = on_axis(Q.T, turned, axis), on_axis(Q.T, back, axis)
-        fresh = turned.square() if step else g.square().mean() * torch.ones_like(g)
+        fresh = turned.square() if step else 1e-4 * g.square().mean() * torch.ones_like(g)
         self.V = self.b * self.V + (1 - self.b) * fresh
-        back = back / ((self.V / (1 - self.b**self.t)) ** self.e + self.eps)
+        mass = 1 - self.b**self.t - (1 - 1e-4) * (1 - self.b) * self.b ** (self.t - 1)
+        back = back / ((self.V / mass) ** self.e + self.eps)
         for axis, Q in enumerate(self.Q):
             back = on_axis(Q, back, axis)
         return back
