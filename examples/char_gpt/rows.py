@@ -56,7 +56,7 @@ def front_door(method: str, **options: Any) -> Build:
 
 def kfac(model: Gpt, lr: float, s: Setting) -> list[Optimizer]:
     """K-FAC for all parameters. Its rates are about ten times those of Adam, and the decay is in units of the rate."""
-    options = {"weight_decay": s.weight_decay / 10, "likelihood": "categorical", **KFAC}
+    options = {"weight_decay": s.weight_decay / 10, **KFAC}
     return [gradmaker.optimizer(model, "kfac", lr=lr, **options)]
 
 
@@ -64,7 +64,7 @@ ROWS = {
     "adamw": Row("torch AdamW", adamw),
     "torch_muon": Row("torch Muon", muon),
     "muon": Row("muon", front_door("muon", scale="rms")),
-    "soap": Row("soap", front_door("soap", skip_first=True)),
+    "soap": Row("soap", front_door("soap")),
     "shampoo": Row("shampoo", front_door("shampoo", grafting="adam", beta1=0.9)),
     "kfac": Row("kfac", kfac, (0.02, 0.04, 0.08, 0.16, 0.32)),
 }
