@@ -118,6 +118,7 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("neumann_practical", "rate"): "it is for the weights of `undisplaced` alone: tests/methods/test_options.py",
     **{(method, "mode"): "the same product in another way: tests/methods/test_probes.py" for method in PROBES},
     **{(method, "failures_allowed"): "of what does not happen here: tests/test_failures.py" for method in NAMED},
+    **{(method, "groups"): "of several methods: tests/test_method_groups.py" for method in NAMED},
     **{
         (method, name): "of other models and inputs: tests/self_checks/test_structures.py"
         for method in NAMED

@@ -12,7 +12,7 @@ import torch
 import gradmaker as gm
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import FisherEmp, FisherExact, FisherMC
-from gradmaker.curvature.layer_evidence import outer
+from gradmaker.curvature.layer_evidence import layer_evidence
 from tests.models import Case, mlp
 from tests.test_state import equal_states
 
@@ -24,10 +24,10 @@ def failing(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def broken(site: Site, *args: Any, **kwargs: Any) -> Any:
         if site.name == name:
             raise ValueError("no evidence")
-        return outer(site, *args, **kwargs)
+        return layer_evidence(site, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gradmaker.curvature.fisher.outer", broken)
+        patch.setattr("gradmaker.curvature.fisher.layer_evidence", broken)
         yield
 
 

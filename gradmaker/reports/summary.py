@@ -48,8 +48,8 @@ class Summary:
             lines += ["", *_table([DIAGNOSIS, *shown]), ""]
         lines += [f"unchecked, {name}: {reason}" for name, reason in self.unchecked.items()]
         lines += [f"{name}: {text}" for name, text in self.notes.items()]
-        lines.append(f"total {self.bytes:,} bytes")
-        return "\n".join([*lines, f"predicted: {self.step}" if self.step else "predicted seconds of a step: summary(batch)"])
+        lines += [f"predicted: {self.step}"] if self.step else []
+        return "\n".join([*lines, f"total {self.bytes:,} bytes"])
 
 
 def _table(cells: Sequence[Sequence[str]]) -> list[str]:
