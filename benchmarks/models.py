@@ -25,7 +25,7 @@ import typer
 from subjects import Batch, Subject, subjects, timm
 from torch import nn
 
-from gradmaker import GradientMaker, KfacGradientConfig, KfacGradientMaker, cost
+from gradmaker import CostError, GradientMaker, KfacGradientConfig, KfacGradientMaker, cost
 from gradmaker.compare.cost import cpu_peak, machine
 from gradmaker.reports.coverage import PLAIN, Coverage, coverage, percent
 
@@ -136,12 +136,15 @@ def _first_period(made: list[Callable[[], None]], name: str, model: nn.Module, b
     period()
 
 
-def estimated(maker: KfacGradientMaker, batch: Batch) -> Cost:
-    """The same from shapes alone, before the first step."""
-    if "targets" in batch:
-        found = cost(maker, batch["images"], lambda z: F.cross_entropy(z, batch["targets"]), _sgd)
-    else:
-        found = cost(maker, dict(batch), lambda output: output.loss, _sgd)
+def estimated(maker: KfacGradientMaker, batch: Batch) -> Cost | None:
+    """The same from shapes alone, before the first step; None for a model that needs data."""
+    try:
+        if "targets" in batch:
+            found = cost(maker, batch["images"], lambda z: F.cross_entropy(z, batch["targets"]), _sgd)
+        else:
+            found = cost(maker, dict(batch), lambda output: output.loss, _sgd)
+    except CostError:
+        return None
     return Cost(found.seconds, found.held + found.peak)
 
 
@@ -162,7 +165,7 @@ def report(subject: Subject) -> dict[str, Any]:
         "narrow": sum(p.numel() for p in model.parameters()),
         "verify": verified(subject),
         **{name: each._asdict() for name, each in measured(subject).items()},
-        "estimated": guess._asdict(),
+        "estimated": None if guess is None else guess._asdict(),
     }
 
 
@@ -211,7 +214,8 @@ def cost_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         verdict = "ok" if check["passed"] and check["complete"] else "FAILED" if not check["passed"] else "unchecked"
         cells = [name, f"{found['narrow']:,}", verdict, *(f"{check[k]:.0e}" for k in ("gradients", "solve"))]
         cells += [f"{1e3 * found[k]['seconds']:.1f}" for k in ("plain", "kfac")]
-        cells += [f"{1e3 * guess['seconds']:.1f}", f"{found['kfac']['bytes'] / 1e6:.1f}", f"{guess['bytes'] / 1e6:.1f}"]
+        cells += ["-" if guess is None else f"{1e3 * guess['seconds']:.1f}", f"{found['kfac']['bytes'] / 1e6:.1f}"]
+        cells.append("-" if guess is None else f"{guess['bytes'] / 1e6:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

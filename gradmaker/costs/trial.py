@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradmaker.capture.arrangement import APART, Arrangement
+from gradmaker.capture.rules.calls import Call, Layout
 from gradmaker.config import GradientConfig
 from gradmaker.costs.counting import Key, Recorder, Work
+from gradmaker.groups import Group
 from gradmaker.representations.roles import PerStep
 from gradmaker.step.state import StepState
 
@@ -93,13 +97,34 @@ def build_like(maker: PredictedMaker) -> Callable[[nn.Module], Any]:
         config = maker.config
         if isinstance(config, GradientConfig):
             copies: dict[Any, Any] = dict(zip(maker.model.modules(), model.modules(), strict=True))
-            config = replace(config, ignore=tuple(copies.get(rule, rule) for rule in config.ignore))
+            groups = tuple(replace(g, rules=tuple(copies.get(rule, rule) for rule in g.rules)) for g in _groups(config))
+            config = replace(config, ignore=tuple(copies.get(rule, rule) for rule in config.ignore), groups=groups)
             with suppress(ValueError):  # where it would have no effect
                 config = replace(config, self_check="off")
-        made: Any = type(maker)
-        return made(model, config)
+        kind: Any = type(maker)
+        made = kind(model, config)
+        if isinstance(config, GradientConfig):
+            made.checks.arrangement = _BySize()
+        return made
 
     return build
+
+
+def _groups(config: GradientConfig) -> tuple[Group, ...]:
+    return config.groups if isinstance(config.groups, tuple) else ()
+
+
+class _BySize(Arrangement):
+    """Where the examples are, by sizes alone: a call into which they do not fit has none, as the self-checks would find."""
+
+    @property
+    def plain(self) -> bool:
+        return False
+
+    def layout(self, call: Call, n: int) -> Layout:
+        shape = tuple(call.input.shape) if isinstance(call.input, Tensor) else ()
+        fits = bool(shape) and (shape[0] % n == 0 or n in shape[1:2])
+        return super().layout(call, n) if fits else APART
 
 
 @dataclass
@@ -148,13 +173,24 @@ def trying(
     mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder(deadline)
     copied = fake_model(model, mode)
     fake = tree_map(lambda t: mode.from_tensor(t.detach()) if isinstance(t, Tensor) else t, batch)
-    with warnings.catch_warnings(), _host_random(), mode, recorder, torch.enable_grad():
+    with warnings.catch_warnings(), _host_random(), _quiet(), mode, recorder, torch.enable_grad():
         warnings.simplefilter("ignore")
         made = None if build is None else build(copied)
         chosen = None if optimizer is None else optimizer(copied.parameters())
         loop = Loop(copied, made, fake, loss or default_loss, chosen)
         loop.step()  # what is made once: bases, caches, the state of the optimizer
         yield loop, recorder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging exceptions that are caught here, as where a layer rule does not fit a layer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager
