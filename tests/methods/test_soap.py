@@ -47,12 +47,11 @@ class Soap:
                 self.Q = [torch.linalg.eigh(H)[1].flip(1) for H in self.H]
             if self.skip:
                 return torch.zeros_like(g)
-            self.t, self.mass = 1, 1 - self.b
+            self.t, self.mass = 1, (1e-4 if turned else 1.0) * (1 - self.b)  # equal entries give way to the next gradient
             self.V = self.mass * (g.square().mean() * torch.ones_like(g) if turned else g.square())
         else:
-            anew = turned and step == 1  # equal entries give way to the next gradient
-            self.t, kept = self.t + 1, 0.0 if anew else self.b
-            self.mass, self.V = kept * self.mass + (1 - self.b), kept * self.V + (1 - self.b) * self.turn(g).square()
+            self.t, self.mass = self.t + 1, self.b * self.mass + (1 - self.b)
+            self.V = self.b * self.V + (1 - self.b) * self.turn(g).square()
         if self.skip:  # the reference's average knows nothing of the first gradient
             self.history.append(g)
             weights = [(1 - self.b1) * self.b1**age for age in reversed(range(self.t))]
@@ -90,9 +89,9 @@ class Eshampoo:
         turned, back = g, m
         for axis, Q in enumerate(self.Q):
             turned, back = on_axis(Q.T, turned, axis), on_axis(Q.T, back, axis)
-        fresh, kept = turned.square() if step else g.square().mean() * torch.ones_like(g), self.b if step != 1 else 0.0
-        self.V = kept * self.V + (1 - self.b) * fresh
-        mass = 1 - self.b ** max(self.t - 1, 1)
+        fresh = turned.square() if step else 1e-4 * g.square().mean() * torch.ones_like(g)
+        self.V = self.b * self.V + (1 - self.b) * fresh
+        mass = 1 - self.b**self.t - (1 - 1e-4) * (1 - self.b) * self.b ** (self.t - 1)
         back = back / ((self.V / mass) ** self.e + self.eps)
         for axis, Q in enumerate(self.Q):
             back = on_axis(Q, back, axis)
