@@ -25,7 +25,10 @@ __all__ = ["RotatedDims"]
 
 COUNTERS = ("failures", "failing")
 BIRTH = 1e-4
-"""Weight of the first second moment, of equal entries, in the average that begins with it."""
+"""Weight of the first second moment, of equal entries, in the average that begins with it.
+
+With none, the second step would divide the rounding noise in the null space of the first gradient by its own size.
+"""
 
 
 @dataclass(frozen=True)

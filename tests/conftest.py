@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +15,32 @@ from gradmaker.options.registry import temporary_registrations
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)  # pytest-xdist already uses the cores
+
+
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+"""Operators that torchvision names when it is imported, and lacks where it was built for another torch."""
+
+
+def import_torchvision() -> None:
+    """Import torchvision, if it is there: transformers and others import it, and backpack requires it.
+
+    Its C library does not load beside another build of torch, and then its Python part asks for operators by name: they are
+    declared, and never called.
+    """
+    while importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+            return
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            OPERATORS.define(f"{missing[1]}(Tensor _) -> Tensor")
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+
+
+import_torchvision()
 
 
 @pytest.fixture(autouse=True)

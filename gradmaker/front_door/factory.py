@@ -35,8 +35,8 @@ __all__ = ["CoverageWarning", "optimizer"]
 
 LARGE = 100_000
 """Parameters from which a step is long enough for its cost to be predicted before the first one."""
-WITHIN, PER_PARAMETER = 1.0, 1e-7
-"""Seconds that the prediction may take, and those for each parameter."""
+WITHIN, PER_PARAMETER, MOST = 1.0, 1e-7, 5.0
+"""Seconds that each of its two trials may take: at least, for each parameter beside that, and at most."""
 log = logging.getLogger("gradmaker")
 
 
@@ -105,7 +105,7 @@ def optimizer(
     _tell(maker)
     size = sum(p.numel() for p in model.parameters())
     if size >= LARGE:
-        found.before_first_pass(partial(_tell_cost, weakref.ref(maker), WITHIN + size * PER_PARAMETER))
+        found.before_first_pass(partial(_tell_cost, weakref.ref(maker), min(WITHIN + size * PER_PARAMETER, MOST)))
     return found
 
 

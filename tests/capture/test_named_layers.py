@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -216,12 +215,6 @@ def test_layouts_are_told_apart_at_any_width(width: int) -> None:
 # ------------------------------------------------------------------ the real ones
 def real(module: str, name: str) -> Any:
     """A class of transformers."""
-    try:
-        importlib.import_module("torchvision")
-    except ImportError:
-        pass
-    except RuntimeError:  # built for another torch: transformers is to do without it
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
     return getattr(importlib.import_module(f"transformers.{module}"), name)
 
 

@@ -351,6 +351,7 @@ def wide() -> nn.Sequential:
 def test_a_costly_default_is_told_before_the_first_step(options: dict[str, Any], warned: int, monkeypatch: Any) -> None:
     """At the first pass, once; not for intervals that were chosen."""
     monkeypatch.setattr("gradmaker.front_door.factory.WITHIN", 60.0)
+    monkeypatch.setattr("gradmaker.front_door.factory.MOST", 60.0)
     monkeypatch.setattr("gradmaker.costs.prediction.COSTLY", 1.5)  # whatever the rates of this machine
     model = wide()
     found = gm.optimizer(model, "kfac", lr=0.1, **options)
