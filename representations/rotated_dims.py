@@ -5,7 +5,7 @@ A basis is part of the statistic, since the moments are measured in it. Letters:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -25,9 +25,9 @@ __all__ = ["RotatedDims"]
 
 COUNTERS = ("failures", "failing")
 BIRTH = 1e-4
-"""Weight of the first second moment, of equal entries, in the average that begins with it.
+"""What stays of the first second moment, of equal entries, in the average that begins with it.
 
-With none, the second step would divide the rounding noise in the null space of the first gradient by its own size.
+With nothing, the second step would divide the rounding noise in the null space of the first gradient by its own size.
 """
 
 
@@ -46,8 +46,8 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
     So a refresh comes before the gradient of its step, or between its two uses.
 
     The first gradient is diagonal in its own basis, where a second moment would be rounding noise: all entries of ``V`` start
-    at their mean, which has `BIRTH` of the weight of a gradient in an average, so that the next one takes its place; or, with
-    ``skip_first``, ``V`` starts with the next gradient, and the first step is left out.
+    at their mean, of which `BIRTH` stays in an average when the next gradient comes; or, with ``skip_first``, ``V`` starts with
+    the next gradient, and the first step is left out.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3 (SOAP); Eschenhagen et al., 2025, arXiv:2506.03595
     (eigenvalue-corrected Shampoo, ``tolerance``).
@@ -87,6 +87,7 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
     def init(self, frame: Frame) -> State:
         shape = frame.shape or (1,)
         state = {"moments": frame.zeros(*shape), "mass": frame.zeros(), "factor_mass": frame.zeros()}
+        state["equal"] = frame.zeros()  # 1 while the moments are those of the first gradient
         state["diagnosis"] = frame.zeros(len(shape), len(COLUMNS))
         state |= {name: torch.zeros(frame.stack, dtype=torch.int64, device=frame.device) for name in COUNTERS}
         for axis, size in enumerate(shape):
@@ -123,10 +124,11 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
         squares = apply_factors([None if Q is None else Q.mT for Q in self.bases(state)], G).square()
         if born and self._axes(state):
             squares = squares.flatten(1).mean(1).view(-1, *[1] * (G.ndim - 1)).expand_as(G)
-            if not fold.summed:
-                fold = replace(fold, alpha=BIRTH * fold.alpha, mass=BIRTH * fold.mass)
-        state["moments"].mul_(fold.beta).add_(squares, alpha=fold.alpha)
+        kept = 1 - (1 - BIRTH) * state["equal"] if fold.begins else torch.ones_like(state["equal"])
+        state["moments"].mul_((fold.beta * kept).view(-1, *[1] * (G.ndim - 1))).add_(squares, alpha=fold.alpha)
+        state["mass"].mul_(kept)
         fold.weigh_(state["mass"])
+        state["equal"].fill_(float(born and bool(self._axes(state)) and not fold.summed))
 
     def _renew(self, state: State, born: bool) -> None:
         failed = torch.zeros_like(state["failing"], dtype=torch.bool)

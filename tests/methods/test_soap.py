@@ -47,11 +47,12 @@ class Soap:
                 self.Q = [torch.linalg.eigh(H)[1].flip(1) for H in self.H]
             if self.skip:
                 return torch.zeros_like(g)
-            self.t, self.mass = 1, (1e-4 if turned else 1.0) * (1 - self.b)  # equal entries give way to the next gradient
+            self.t, self.mass = 1, 1 - self.b
             self.V = self.mass * (g.square().mean() * torch.ones_like(g) if turned else g.square())
         else:
-            self.t, self.mass = self.t + 1, self.b * self.mass + (1 - self.b)
-            self.V = self.b * self.V + (1 - self.b) * self.turn(g).square()
+            second = turned and step == 1 and not self.skip  # equal entries give way to the next gradient
+            self.t, kept = self.t + 1, 1e-4 * self.b if second else self.b
+            self.mass, self.V = kept * self.mass + (1 - self.b), kept * self.V + (1 - self.b) * self.turn(g).square()
         if self.skip:  # the reference's average knows nothing of the first gradient
             self.history.append(g)
             weights = [(1 - self.b1) * self.b1**age for age in reversed(range(self.t))]
@@ -79,6 +80,7 @@ class Eshampoo:
         self.H: list[Any] = []
         self.Q: list[Tensor] = []
         self.V: Any = 0.0
+        self.mass = 0.0
 
     def __call__(self, g: Tensor, m: Tensor, step: int) -> Tensor:
         self.t += 1
@@ -89,10 +91,9 @@ class Eshampoo:
         turned, back = g, m
         for axis, Q in enumerate(self.Q):
             turned, back = on_axis(Q.T, turned, axis), on_axis(Q.T, back, axis)
-        fresh = turned.square() if step else 1e-4 * g.square().mean() * torch.ones_like(g)
-        self.V = self.b * self.V + (1 - self.b) * fresh
-        mass = 1 - self.b**self.t - (1 - 1e-4) * (1 - self.b) * self.b ** (self.t - 1)
-        back = back / ((self.V / mass) ** self.e + self.eps)
+        fresh, kept = turned.square() if step else g.square().mean() * torch.ones_like(g), self.b * (1e-4 if step == 1 else 1)
+        self.V, self.mass = kept * self.V + (1 - self.b) * fresh, kept * self.mass + (1 - self.b)
+        back = back / ((self.V / self.mass) ** self.e + self.eps)
         for axis, Q in enumerate(self.Q):
             back = on_axis(Q, back, axis)
         return back

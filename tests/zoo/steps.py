@@ -2,8 +2,8 @@
 
 Adam: Kingma & Ba 2015, algorithm 1. Shampoo: Gupta, Koren & Singer 2018 with a running mean, a ridge relative to the largest
 eigenvalue, and the length of the gradient. SOAP: Vyas et al. 2025, algorithm 3, with a first second moment that is the same
-number everywhere, of little weight; matrices have a basis, which is kept for ten steps, and vectors have none. Nothing here
-comes from gradmaker.
+number everywhere, of which little stays; matrices have a basis, which is kept for ten steps, and vectors have none. Nothing
+here comes from gradmaker.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def soap(gradients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
     _check(first, bases)
     v, m, mass, found = torch.zeros_like(first), torch.zeros_like(first), 0.0, []
     for t, g in enumerate(gradients, 1):
-        squares, weight = _turn(g, bases).square(), 1 - b
+        squares, kept = _turn(g, bases).square(), b * (1e-4 if t == 2 and bases else 1)
         if t == 1 and bases:
-            squares, weight = squares.mean().expand_as(g), 1e-4 * (1 - b)
-        v, m, mass = b * v + weight * squares, b * m + (1 - b) * g, b * mass + weight
+            squares = squares.mean().expand_as(g)
+        v, m, mass = kept * v + (1 - b) * squares, b * m + (1 - b) * g, kept * mass + (1 - b)
         turned = _turn(m / (1 - b**t), bases) * mass**0.5 / (v.sqrt() + 1e-8)
         found.append(_turn(turned, [Q.mT for Q in bases]))
     return found
