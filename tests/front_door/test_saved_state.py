@@ -164,7 +164,11 @@ def test_distributed_checkpoints_go_on_bitwise(base: str, flat: bool, tmp_path: 
     train(case, optimizer, 4)
     other, fresh = front("kfac", base=BASES[base], options=METHODS["kfac"][0], likelihood=None)
     other.model.load_state_dict(case.model.state_dict())
-    shown = {"optimizer": get_optimizer_state_dict(other.model, fresh, options=options)}
+    try:
+        shown = {"optimizer": get_optimizer_state_dict(other.model, fresh, options=options)}
+    except NotImplementedError as error:  # of torch 2.6
+        assert flat and "Flattening optimizer state_dict only supports" in str(error)
+        pytest.skip("this torch does not flatten nested states")
     assert same(weights(other), weights(case)) and fresh.maker.step == 0
     through_dcp({"optimizer": get_optimizer_state_dict(case.model, optimizer, options=options)}, shown, tmp_path)
     set_optimizer_state_dict(other.model, fresh, shown["optimizer"], options=options)

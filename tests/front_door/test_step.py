@@ -263,6 +263,7 @@ SCHEDULES: dict[str, Callable[[Any], LRScheduler]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # of SequentialLR itself, in torch 2.6
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_act_on_both(name: str) -> None:
     """Warnings are errors here: torch takes the steps to come before those of the scheduler."""
