@@ -59,6 +59,21 @@ def double() -> Iterator[None]:
 
 
 @pytest.fixture
+def accelerate_anew() -> Iterator[None]:
+    """What accelerate keeps for a process, as its precision, is forgotten before and after a test."""
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """Nothing is imported: a process without accelerate has nothing to forget."""
+    state = sys.modules.get("accelerate.state")
+    for name in ("AcceleratorState", "GradientState", "PartialState") if state is not None else ():
+        getattr(state, name)._reset_state()
+
+
+@pytest.fixture
 def registrations() -> Iterator[None]:
     """What a test registers is forgotten after it."""
     with temporary_registrations():

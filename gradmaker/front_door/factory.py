@@ -51,8 +51,8 @@ def optimizer(
     *,
     lr: float | torch.Tensor,
     momentum: float | None = None,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
+    nesterov: bool | None = None,
+    weight_decay: float | None = None,
     max_norm: float | None = None,
     base: Callable[..., Optimizer] = SGD,
     groups: Mapping[Rule | tuple[Rule, ...], Any] | None = None,
@@ -75,8 +75,8 @@ def optimizer(
         params: parameters or param groups, as for any optimizer; None: all that require gradients.
         lr: learning rate of the base optimizer.
         momentum: of the base; None: that of the method's paper, none where the method averages gradients itself (``beta1``).
-        nesterov: Nesterov momentum of the base.
-        weight_decay: decoupled weight decay, in units of ``lr``.
+        nesterov: whether the momentum of the base is Nesterov's; None: not, unless ``base`` says so.
+        weight_decay: decoupled weight decay, in units of ``lr``; None: none, unless ``base`` says so.
         max_norm: bound of the norm of ``P g``; None: no clipping.
         base: the optimizer of ``P g``: a class of `torch.optim`, or a partial of one.
         groups: methods by name pattern, as ``{"*.embed*": "adam", "*": "soap"}``; values are names, or mappings with
@@ -97,7 +97,7 @@ def optimizer(
     if unknown := [k for k in options if current_name(kind, k) not in {f.name for f in fields(kind)}]:
         legal = [*(f.name for f in fields(kind)), *BASE_OPTIONS, "max_norm", "base", "adam", "accumulation", "scaler"]
         raise ValueError(f"optimizer: {unknown[0]!r} is no option of {kind.__name__}: {did_you_mean(unknown[0], legal)}")
-    flat = _flat(base, {"lr": lr, "momentum": momentum, "nesterov": nesterov or None, "weight_decay": weight_decay})
+    flat = _flat(base, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
     asked = Request(model, kind, options, groups, dict(adam or {}))
     maker: Any = METHODS[method_name(asked.config)](model, asked.config)
     made = base(param_groups(model, params, asked.routes(maker), flat, base), lr=lr)
@@ -112,7 +112,8 @@ def optimizer(
 def _method(method: Any) -> tuple[type[GradientConfig], dict[str, Any]]:
     """The class of a method's config, and the options that were given with it. ValueError for what preconditions nothing."""
     if isinstance(method, GradientConfig):
-        return type(method), {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+        given = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+        return type(method), {f.name: given[f.name] for f in fields(method) if f.init and given[f.name] != f.default}
     options = dict(method) if isinstance(method, Mapping) else {"method": method}
     kind: Any = METHODS.find("method", options.pop("method", None)).Config
     if not issubclass(kind, GradientConfig):
@@ -134,7 +135,7 @@ def _flat(base: Any, given: dict[str, Any]) -> dict[str, Any]:
         if name in found and not isinstance(found[name], torch.Tensor):
             check_interval(name, found[name], 0, most, closed=True)
     for name in ("momentum", "nesterov"):
-        if name in found and name not in inspect.signature(base).parameters:
+        if found.get(name) and name not in inspect.signature(base).parameters:
             raise ValueError(
                 f"optimizer: {name}={found[name]!r}: {_name(base)} has no such option: leave it out, or give base="
             )

@@ -40,6 +40,7 @@ class Request:
         self, model: nn.Module, kind: type[GradientConfig], options: dict[str, Any], groups: Any, adam: dict[str, Any]
     ) -> None:
         what = f"method {next((k for k, m in METHODS.entries.items() if m.Config is kind), kind.__name__)!r}"
+        self.asked = bool(adam)
         self.adam = {k: adam.pop(k) for k in BASE_OPTIONS if k in adam}
         self.given: list[dict[str, Any]] = []  # options of the base, for each group
         self.by_default = False
@@ -53,8 +54,6 @@ class Request:
             options = {**options, "groups": groups}
         if "fallback" not in options and ("fallback" not in kind.inapplicable or groups is not None):
             options["fallback"] = default
-        elif (adam or self.adam) and not self.by_default:
-            raise ValueError(f"optimizer: adam= would have no effect: {what} leaves nothing to a fallback of its own choice")
         self.config: GradientConfig = build(kind, options, what)
 
     def routes(self, maker: PreconditionedGradientMaker) -> list[Route]:
@@ -74,6 +73,8 @@ class Request:
             found.append(
                 Route(method_name(plan.methods[FALLBACK]), plan.methods[FALLBACK], self.adam, frozenset(rest), False, True)
             )
+        if self.asked and not any(route.left and route.parameters for route in found):
+            raise ValueError("optimizer: adam= would have no effect: nothing is left to Adam by default; groups= may name it")
         found.append(Route("gradient", None, {}, frozenset(left_out), False, False))
         return found
 

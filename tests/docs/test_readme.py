@@ -51,7 +51,7 @@ def one_command(*words: str) -> str:
     return found[0]
 
 
-@pytest.mark.usefixtures("registrations")
+@pytest.mark.usefixtures("registrations", "accelerate_anew")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for F.bilinear
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,28 @@ def test_a_partial_gives_options_of_the_base() -> None:
     assert found.param_groups[0]["momentum"] == 0.3 and found.param_groups[0]["dampening"] == 0.1
 
 
+def test_a_partial_keeps_what_is_not_given_flat() -> None:
+    base = partial(torch.optim.SGD, weight_decay=0.2, momentum=0.3, nesterov=True)
+    (group,) = gm.optimizer(mlp(), "kfac", lr=0.1, base=base).param_groups
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (0.2, 0.3, True)
+    (group,) = gm.optimizer(mlp(), "kfac", lr=0.1, base=base, weight_decay=0.0, nesterov=False).param_groups
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (0.0, 0.3, False)
+
+
+def test_a_config_is_routed_as_its_name_is() -> None:
+    for method in ("kfac", "soap"):
+        named, given = gm.optimizer(gpt(), method, lr=0.1), gm.optimizer(gpt(), METHODS[method].Config(), lr=0.1)
+        shown = [[(g["method"], g["lr"], g["momentum"], len(g["params"])) for g in o.param_groups] for o in (named, given)]
+        assert shown[0] == shown[1] and "adam" in [row[0] for row in shown[0]]
+
+
+def test_options_of_adam_are_refused_where_nothing_is_left_to_it() -> None:
+    with pytest.raises(ValueError, match="adam= would have no effect"):
+        gm.optimizer(mlp(), "kfac", lr=0.1, adam={"lr": 1e-4})
+    with pytest.raises(ValueError, match="adam= would have no effect"):
+        gm.optimizer(gpt(), "soap", lr=0.1, adam={"lr": 1e-4}, groups={"embed.*": "adam", "*": "soap"})
+
+
 def test_a_base_without_momentum_gets_none() -> None:
     found = gm.optimizer(mlp(), "kfac", lr=0.1, base=torch.optim.ASGD)
     assert isinstance(found.base_optimizer, torch.optim.ASGD) and found.param_groups[0]["lr"] == 0.1

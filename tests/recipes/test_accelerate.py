@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,16 +17,7 @@ from gradmaker.loops.attachment import ChangedGradientWarning
 from tests.recipes.watched import METHODS, Micro, Watch, close, equal
 from tests.test_state import equal_states
 
-
-@pytest.fixture(autouse=True)
-def accelerators() -> Iterator[None]:
-    """All accelerators of a process share their settings, with those of other tests too."""
-    states = (AcceleratorState, GradientState, PartialState)
-    for state in states:
-        state._reset_state()
-    yield
-    for state in states:
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
 
 
 class Tokens(nn.Module):
