@@ -9,15 +9,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
-from gradmaker.representations.base import Representation
+from gradmaker.representations.base import Fold, Representation
 from gradmaker.representations.capabilities import Elementwise, Multiplies
 
 __all__ = [
     "ByExample",
     "Compact",
     "FactoredAxes",
+    "FoldsRows",
     "OwnOrder",
     "PerStep",
     "Renewal",
@@ -147,6 +149,15 @@ def snapshot(representation: Multiplies, state: State) -> State:
 
 def _cloned(state: State) -> State:
     return {k: v.clone() for k, v in state.items()}
+
+
+# ------------------------------------------------------------------ the evidence
+class FoldsRows(Representation):
+    """A representation of matrices whose statistic of a mini-batch gradient has a short form in the rows of the gradient."""
+
+    @abstractmethod
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        """Fold the gradient in, in place; `update` with the formed gradient does the same."""
 
 
 # ------------------------------------------------------------------ the times

@@ -1,0 +1,57 @@
+"""Gradients of matrices held by their rows, ``G = g^T a``: cheaper than ``G`` where a batch has fewer rows than sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["FactoredGradient"]
+
+
+@dataclass(frozen=True)
+class FactoredGradient:
+    """The gradient ``G = sum_r g_r a_r^T`` of a stack of matrices, which is not formed.
+
+    Factors on the left of ``G`` multiply ``g``, those on its right multiply ``a``; `form` is the one product with all rows.
+    """
+
+    g: Tensor  # gradients of the outputs of a layer, carrying every scale of the loss  # (B, R, o)
+    a: Tensor  # its inputs; a one in the last column where the bias is the last column of G  # (B, R, i)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of ``G``.  # (B, o, i)"""
+        return self.g.shape[0], self.g.shape[2], self.a.shape[2]
+
+    @property
+    def count(self) -> int:
+        """The number of rows ``R``."""
+        return self.g.shape[1]
+
+    @property
+    def pays(self) -> bool:
+        """Whether products of the rows with a matrix on each side take less than of ``G``: ``R (o^2 + i^2) < o i (o + i)``.
+
+        ``form`` takes what the weight gradient takes, which need not be computed then.
+        """
+        _, o, i = self.shape
+        return self.count * (o * o + i * i) < o * i * (o + i)
+
+    def form(self) -> Tensor:
+        """``G``.  # (B, o, i)"""
+        return self.g.mT @ self.a
+
+    def moment(self, axis: int) -> Tensor:
+        """``G G^T`` (axis 0) or ``G^T G`` (axis 1), through the Gram matrix of the other rows.  # (B, o, o) or (B, i, i)"""
+        mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
+        return mine.mT @ ((other @ other.mT) @ mine)
+
+    def squared_norm(self) -> Tensor:
+        """``|G|^2 = sum_rs (a_r . a_s) (g_r . g_s)``.  # (B,)"""
+        return ((self.g @ self.g.mT) * (self.a @ self.a.mT)).sum((-2, -1))
+
+    def to(self, dtype: torch.dtype) -> FactoredGradient:
+        """The same rows in another dtype."""
+        return replace(self, g=self.g.to(dtype), a=self.a.to(dtype))

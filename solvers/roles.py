@@ -1,0 +1,19 @@
+"""Base classes of solvers that can do more than `prepare` and `solve`; the library recognises them by these."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.state import State
+from gradmaker.solvers.base import Needed, Solver
+
+__all__ = ["AppliesRows"]
+
+
+class AppliesRows(Solver[Needed]):
+    """A solver of matrices whose ``P`` multiplies a gradient on each side, so that it may multiply the rows instead."""
+
+    @abstractmethod
+    def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        """``P G`` by its rows; `solve` of the formed gradient gives the same."""
