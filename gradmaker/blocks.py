@@ -180,7 +180,7 @@ class Block:
     def assign(self, held: Held, value: Tensor | FactoredGradient, into: dict[nn.Parameter, Tensor]) -> None:
         """Add the ``.grad`` that a preconditioned gradient will give each parameter to ``into``; ``.grad`` itself stays."""
         layer = self.row_layer
-        if layer is not None and layer.weight.grad is None:  # it was held by rows
+        if layer is not None and (isinstance(value, FactoredGradient) or layer.weight.grad is None):  # it was held by rows
             if layer.site.name in held.ready:
                 layer.assign(value, into)
             return

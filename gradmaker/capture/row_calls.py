@@ -22,7 +22,7 @@ from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.sites import Site
 from gradmaker.linalg.factored_gradient import FactoredGradient
 
-__all__ = ["RowCalls", "RowLayer"]
+__all__ = ["RowCalls", "RowLayer", "readable"]
 
 SAVED: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 """Returns the hooks through which tensors are saved for a backward pass."""
@@ -158,7 +158,7 @@ class RowCalls:
             return
         if module in self._calls:
             self._calls[module] = None
-        elif len(args) == 1 and isinstance(output, Tensor) and _readable(layer, module, args[0], output):
+        elif len(args) == 1 and isinstance(output, Tensor) and readable(layer, module, args[0], output):
             self._calls[module] = _Call(layer, args[0], output)
 
     # ---------------------------------------------------------------- the backward pass
@@ -220,7 +220,7 @@ class RowCalls:
         return list(leaves)
 
 
-def _readable(layer: RowLayer, module: nn.Module, x: Any, output: Tensor) -> bool:
+def readable(layer: RowLayer, module: nn.Module, x: Any, output: Tensor) -> bool:
     """Whether a call is one that rows can stand for: no other weight, dtype or kind of tensor, and rows that pay."""
     weight, own = layer.weight, vars(module)
     if "forward" in own or any(module._parameters.get(k) is not p or k in own for k, p in layer.held.items()):
