@@ -48,8 +48,8 @@ class MuonGradientConfig(AxesGradientConfig):
     iteration: Literal["quintic", "polar_express", "svd"] = "quintic"
     steps: int = 5
     scale: Literal["aspect", "rms", "nuclear", "none"] = "aspect"
-    half: bool = False
-    """Whether to iterate in bfloat16."""
+    half: bool | None = None
+    """Whether to iterate in bfloat16; None, as published: where gradients are not of float64."""
     elementwise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
