@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
+from gradmaker.capture.patches import Patches
 
 __all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
@@ -156,6 +157,9 @@ class Outer(Evidence):
             out.mul_(beta)
             out[0].index_add_(0, self.inputs.index.reshape(-1), self._index_weights(out.dtype), alpha=alpha)
             return
+        if isinstance(self.inputs, Patches) and self.weights is None and out.ndim == 3:
+            self._add_moment_of_patches_(self.inputs, out, beta, alpha)
+            return
         G, n, r, i = self.inputs.shape
         x = self.inputs.reshape(G, n * r, i)
         weighed = x if self.weights is None else x * self.weights.reshape(1, n * r, 1)
@@ -168,6 +172,14 @@ class Outer(Evidence):
             out[:, i, :i].copy_(out[:, :i, i])
         if self.bias:
             (out[:, i] if out.ndim == 2 else out[:, i, i]).mul_(beta).add_(alpha * self.counted)
+
+    def _add_moment_of_patches_(self, a: Patches, out: Tensor, beta: float, alpha: float) -> None:
+        i = a.shape[-1]
+        out[:, :i, :i].mul_(beta).add_(a.moment(), alpha=alpha)
+        if self.bias:
+            out[:, :i, i].mul_(beta).add_(a.total(), alpha=alpha)
+            out[:, i, :i].copy_(out[:, :i, i])
+            out[:, i, i].mul_(beta).add_(alpha * self.counted)
 
     def total(self) -> Tensor:
         """``sum_nr a`` over the `counted` positions, the bias last.  # (G, i)"""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradmaker.capture.arrangement import APART
 from gradmaker.capture.one_hot import OneHot
+from gradmaker.capture.patches import Patches
 from gradmaker.capture.rules.calls import Call
 from gradmaker.capture.rules.generic import per_example_rows
 from gradmaker.capture.sites import Site
@@ -80,6 +81,8 @@ def _calls(tape: Tape, gradients: OutputGradients, module: nn.Module) -> Iterato
 
 def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if len(tensors) == 1 and isinstance(tensors[0], Patches) and tensors[0].dtype == dtype:
+        return tensors[0]  # not formed yet
     if tensors:
         return torch.cat(tensors, 2).detach().to(dtype)
     lookups = [x for x in inputs if isinstance(x, OneHot)]

@@ -153,4 +153,5 @@ class PolarFactor(DefinedByAxes[Momentary]):
         scale = G.new_full((len(G), 1, 1), self.gain)
         if self.nuclear:
             scale *= (X * G).sum((-2, -1), keepdim=True)  # the sum of the singular values, where p = 1
-        return (X * scale).reshape(g.shape)
+        out: Tensor = (X * scale).reshape(g.shape)
+        return out
