@@ -38,7 +38,7 @@ FLOORS = (
             "placement",
             "plan",
             "precision",
-            "preset",
+            "presets",
             "scale",
             "schedule",
             "stacking",
@@ -46,6 +46,7 @@ FLOORS = (
             "step",
             "triple",
             "trust_region",
+            "usage",
         )
     ),
     Floor(("checkpoint", "costs", "loops", "reports", "self_checks")),
