@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["FactoredGradient"]
+__all__ = ["FactoredGradient", "joined_rows"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,10 @@ class FactoredGradient:
     def to(self, dtype: torch.dtype) -> FactoredGradient:
         """The same rows in another dtype."""
         return replace(self, g=self.g.to(dtype), a=self.a.to(dtype))
+
+
+def joined_rows(parts: Sequence[FactoredGradient]) -> FactoredGradient:
+    """The sum of some gradients, with the rows of all."""
+    if len(parts) == 1:
+        return parts[0]
+    return FactoredGradient(torch.cat([p.g for p in parts], 1), torch.cat([p.a for p in parts], 1))
