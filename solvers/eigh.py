@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.certificates import all_finite
 from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, damp, pi_ridges, ridge_unit
 from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.linalg.eigen import decompose, is_definite
@@ -182,5 +183,5 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Also mark members that overflowed: a singular matrix without damping.  # (B,)"""
     for x in tensors:
-        failed = failed | ~torch.isfinite(x).flatten(1).all(1)
+        failed = failed | ~all_finite(x)
     return failed
