@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from gradmaker.linalg.certificates import all_finite
