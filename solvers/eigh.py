@@ -9,12 +9,12 @@ from typing import get_args
 
 from torch import Tensor
 
-from gradmaker.linalg.certificates import all_finite
 from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, damp, pi_ridges, ridge_unit
 from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.linalg.eigen import decompose, is_definite
 from gradmaker.linalg.factors import conjugate, dense, identity, transpose
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.linalg.roots import apply_roots, keep_roots
@@ -181,6 +181,4 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
 
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Also mark members that overflowed: a singular matrix without damping.  # (B,)"""
-    for x in tensors:
-        failed = failed | ~all_finite(x)
-    return failed
+    return failed | ~finite_members(*tensors)

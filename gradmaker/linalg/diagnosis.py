@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.certificates import probes
 from gradmaker.linalg.factors import widest
 from gradmaker.linalg.fallbacks import Parts
+from gradmaker.linalg.probes import probes
 
 __all__ = [
     "COLUMNS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.certificates import probes
+from gradmaker.linalg.probes import probes
 
 __all__ = ["add_ridge", "decompose", "decompose_again", "is_definite", "largest_eigenvalue", "symmetrise"]
 
