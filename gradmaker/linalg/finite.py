@@ -14,7 +14,5 @@ def finite_members(*tensors: Tensor) -> Tensor:
     NaN and infinity reach an extreme, and nothing overflows as in a sum.  # each (B, ...) -> (B,)
     """
     flat = [x.reshape(len(x), -1) for x in tensors if x.numel()]
-    if not flat:
-        return torch.ones(len(tensors[0]), dtype=torch.bool, device=tensors[0].device)
-    extremes = torch.stack([e.to(flat[0].dtype) for x in flat for e in (x.amax(1), x.amin(1))])
-    return torch.isfinite(extremes).all(0)
+    found = [torch.isfinite(extreme) for x in flat for extreme in (x.amax(1), x.amin(1))]
+    return torch.stack(found or [tensors[0].new_ones(len(tensors[0]), dtype=torch.bool)]).all(0)

@@ -1,4 +1,4 @@
-"""Vectors for cheap proofs that a factorisation is right, by products with a few vectors instead of with a whole basis: ``O(d^2)``.
+"""A few vectors whose products with matrices prove a factorisation in ``O(d^2)``, where a residual takes full products.
 
 For an error matrix ``E`` and random signs ``v``, ``mean |E v|^2 = |E|_F^2``. A wrong entry ``E_ij = e`` changes ``(E v)_i`` by
 ``e`` for every ``v``. A wrong direction ``E = e q q^T`` shows as ``e |q . v|``, which is below ``e x`` for all `COUNT` vectors
