@@ -101,6 +101,21 @@ def test_any_wrong_eigenvalue_or_direction_is_refused(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_right_product_of_a_wrong_basis_is_refused(dtype: torch.dtype) -> None:
+    """A longer column with a smaller eigenvalue; any vector for an eigenvalue of zero."""
+    _, s, Q = decomposed(dtype)
+    d = len(Q)
+    for k in (0, 50, 127):
+        values, wrong = s.clone(), Q.clone()
+        values[k] /= 1.21
+        wrong[:, k] *= 1.1
+        assert refused((wrong * values) @ wrong.T, values, wrong.unsqueeze(0)).all()
+        values[k] = 0
+        wrong[:, k] = Q[:, (k + 1) % d]
+        assert refused((wrong * values) @ wrong.T, values, wrong.unsqueeze(0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_small_sides_are_compared_in_full(dtype: torch.dtype) -> None:
     for d in range(1, SMALL + 1):
         A = gaussian(d).to(dtype)
