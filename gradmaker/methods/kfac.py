@@ -35,7 +35,7 @@ class KfacGradientConfig(SharingGradientConfig):
         check_choice("split", self.split, ["pi", "exact"])
 
     def layer(self, site: Site) -> Triple:
-        solver: AnySolver = Cholesky(damping=self.damping, split="pi")
+        solver: AnySolver = Cholesky(damping=self.damping, interval=self.steps_of_refresh)
         if self.split == "exact":
             solver = Eigh(power=-1.0, damping=self.damping, split="exact")
         return Triple(self.fisher, Kron(sharing=self.sharing_of(site), wide_sides=self.wide_sides), solver)
