@@ -49,7 +49,7 @@ def apply_inverse(U: Tensor, g: Tensor, axis: int) -> Tensor:
     moved = g.movedim(axis, -1)
     x = moved.reshape(len(g), -1, U.shape[-1])
     half = torch.linalg.solve_triangular(U, x, upper=True, left=False)
-    whole = torch.linalg.solve_triangular(U.mT, half, upper=False, left=False)
+    whole: Tensor = torch.linalg.solve_triangular(U.mT, half, upper=False, left=False)
     return whole.reshape(moved.shape).movedim(-1, axis).contiguous()
 
 
