@@ -122,15 +122,18 @@ class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Fac
         triangles = self._triangles(factors)
         methods = [_DescribedTriangle(p) if triangle else _Described(p) for triangle in triangles]
         results, failed, retries = factorise(methods, factors, self._ridges(factors))
-        gain = (1 / self.damping if self.damping else 1.0) ** (1 / len(factors))
-        new, default = State(), State()
-        for k, ((X, _), triangle) in enumerate(zip(results, triangles, strict=True)):
-            name = f"triangle_{k}" if triangle else f"root_{k}"
-            new[name], default[name] = X, (gain**-0.5 if triangle else gain) * identity(X)
+        new = {_name(k, triangle): X for k, ((X, _), triangle) in enumerate(zip(results, triangles, strict=True))}
         largest = [estimate_largest(F) for F in factors]
         new["diagnosis"] = diagnose([info for _, info in results], largest, retries)
-        default["diagnosis"] = unknown(new["diagnosis"])
+        default = self._zero_curvature(new) if previous is None else {}
         return keep_previous(new, failed, previous, default, is_empty(factors))
+
+    def _zero_curvature(self, cache: State) -> State:
+        """The cache of a member whose refreshes have all failed: ``P = 1 / damping``."""
+        gain = (1 / self.damping if self.damping else 1.0) ** (1 / (len(cache) - 1))
+        powers = {"triangle": -0.5, "root": 1.0}
+        held = {name: gain ** powers[name.split("_")[0]] * identity(X) for name, X in cache.items() if name != "diagnosis"}
+        return held | {"diagnosis": unknown(cache["diagnosis"])}
 
     def _triangles(self, factors: Sequence[Tensor]) -> list[bool]:
         """Whether the triangle of a factor is held, not its inverse."""
@@ -157,6 +160,11 @@ class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Fac
 
     def solve_rows(self, representation: Factored, cache: State, rows: FactoredGradient) -> FactoredGradient:
         return replace(rows, g=_along(cache, rows.g, 0, 2), a=_along(cache, rows.a, 1, 2))
+
+
+def _name(k: int, triangle: bool) -> str:
+    """The name in the cache of what is held of factor ``k``."""
+    return f"triangle_{k}" if triangle else f"root_{k}"
 
 
 def _applied(cache: State, g: Tensor) -> Tensor:

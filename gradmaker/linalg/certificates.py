@@ -26,7 +26,7 @@ LARGEST = 0.45
 INVERSE = 4.0
 """Tolerance in units of ``u |D^(-1/2) A D^(-1/2)| |D^(1/2) X D^(1/2)|``, Frobenius norms."""
 TRIANGLE = 50.0
-"""Tolerance in units of ``u (A_jj tr A)^(1/2)``: a backward error, which no condition enters."""
+"""Tolerance in units of ``u d^(1/2)``: a backward error, which no condition enters."""
 GOLDEN = 0.6180339887498949
 
 
@@ -63,13 +63,14 @@ def certify_inverse(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 def certify_triangle(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
     """The residual of ``(U^T U)^-1``, as of `certify_inverse`, and where it is accepted.
 
-    What is judged is ``max_j |V (U^T U - A)|_j / (A_jj tr A)^(1/2)``. The residual of the inverse only must be within
-    `LARGEST`: beyond, ``A`` is singular to working precision.  # (B, d, d) -> (B,), bool (B,)
+    What is judged is the backward error in units of rows and columns, ``max_j |V D^(-1/2) (U^T U - A) D^(-1/2)|_j``. The
+    residual only must be within `LARGEST`: beyond, ``A`` is singular to working precision.  # (B, d, d) -> (B,), bool (B,)
     """
-    V, diagonal = _signs(A), A.diagonal(dim1=-2, dim2=-1)
-    s = diagonal.sqrt().unsqueeze(1)
-    W = V @ A
-    wrong = _worst(((V @ U.mT) @ U - W) / s) / diagonal.sum(-1).sqrt()
-    half = torch.linalg.solve_triangular(U.mT, ((V / s) @ A).mT, upper=False)
+    V, s = _signs(A), A.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(1)
+    scaled = V / s
+    W = scaled @ A
+    wrong = _worst(((scaled @ U.mT) @ U - W) / s)
+    half = torch.linalg.solve_triangular(U.mT, W.mT, upper=False)
     found = _worst(torch.linalg.solve_triangular(U, half, upper=True).mT * s - V)
-    return found, (wrong <= TRIANGLE * (torch.finfo(A.dtype).eps / 2)) & (found <= LARGEST)
+    tolerance = TRIANGLE * (torch.finfo(A.dtype).eps / 2) * A.shape[-1] ** 0.5
+    return found, (wrong <= tolerance) & (found <= LARGEST)

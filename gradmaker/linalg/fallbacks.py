@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.eigen import largest_eigenvalue, symmetrise
-from gradmaker.linalg.factors import for_members, is_tiled, join, join_vector, split
+from gradmaker.linalg.factors import diagonal_of, for_members, is_tiled, join, join_vector, split
 from gradmaker.linalg.state import State
 
 __all__ = [
@@ -237,5 +237,7 @@ def count_failures(failed: Tensor, previous: State | None, empty: Tensor | None 
 
 def is_empty(factors: Sequence[Tensor]) -> Tensor:
     """Members that have a zero factor.  # any form -> (B,)"""
-    extremes = [torch.aminmax(F.flatten(1), dim=1) for F in factors]
-    return torch.stack([(low == 0) & (high == 0) for low, high in extremes]).any(0)
+    found = torch.stack([(diagonal_of(F) == 0).all(1) for F in factors])  # no other factor is zero
+    if none_of(found.any(0)):
+        return found.any(0)
+    return torch.stack([(F == 0).flatten(1).all(1) for F in factors]).any(0)
