@@ -175,7 +175,7 @@ def _applied(cache: State, g: Tensor) -> Tensor:
 
 
 def _along(cache: State, g: Tensor, k: int, axis: int) -> Tensor:
-    """The product with the inverse of factor ``k`` along an axis.  # (B, d_1, ..., d_m)"""
-    if f"triangle_{k}" in cache:
-        return apply_inverse(cache[f"triangle_{k}"], g, axis)
-    return apply_factors([*[None] * (axis - 1), cache[f"root_{k}"]], g)
+    """The product with the inverse of factor ``k``, if there is one, along an axis.  # (B, d_1, ..., d_m)"""
+    if (U := cache.get(_name(k, True))) is not None:
+        return apply_inverse(U, g, axis)
+    return apply_factors([*[None] * (axis - 1), cache.get(_name(k, False))], g)

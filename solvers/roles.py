@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from torch import Tensor
+
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.solvers.base import Needed, Solver
@@ -15,5 +17,5 @@ class AppliesRows(Solver[Needed]):
     """A solver of matrices whose ``P`` multiplies a gradient on each side, so that it may multiply the rows instead."""
 
     @abstractmethod
-    def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient:
-        """``P G`` by its rows; `solve` of the formed gradient gives the same."""
+    def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
+        """``P G``, by rows or formed; `solve` of the formed gradient gives the same."""

@@ -117,8 +117,7 @@ def estimate_largest(F: Tensor) -> Tensor:
 def _iterate(F: Tensor) -> Tensor:
     widest_axis = F.diagonal(dim1=-2, dim2=-1).argmax(-1)
     v = torch.take_along_dim(F, widest_axis[:, None, None], 1)  # (B, 1, d): a row, with which products are faster
-    for _ in range(4):
-        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-        v = (v / norm.clamp(min=torch.finfo(F.dtype).tiny)) @ F
-    top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+    for _ in range(2):
+        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(F.dtype).tiny) @ F @ F
+    top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
     return top
