@@ -48,6 +48,15 @@ class FactoredGradient:
         mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
         return mine.mT @ ((other @ other.mT) @ mine)
 
+    def columns(self, axis: int) -> Tensor:
+        """``X`` with ``X X^T = G G^T`` (axis 0) or ``G^T G`` (axis 1), in at most ``R`` columns: a triangle of the other rows.
+
+        # (B, o, c) or (B, i, c)
+        """
+        mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
+        triangle: Tensor = torch.linalg.qr(other.mT, mode="r")[1]
+        return mine.mT @ triangle.mT
+
     def squared_norm(self) -> Tensor:
         """``|G|^2 = sum_rs (a_r . a_s) (g_r . g_s)``.  # (B,)"""
         return ((self.g @ self.g.mT) * (self.a @ self.a.mT)).sum((-2, -1))
