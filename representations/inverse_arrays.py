@@ -95,6 +95,6 @@ def _graded(C: Tensor) -> tuple[Tensor, Tensor]:
         return s, U
     triangle = torch.linalg.qr(C.mT @ U[..., :k], mode="r")[1]
     values, turned = torch.linalg.svd(triangle)[1:]
-    s[..., :k] = values.square()
-    U[..., :k] = U[..., :k] @ turned.mT
+    s[..., :k] = values.square().flip(-1)
+    U[..., :k] = U[..., :k] @ turned.mT.flip(-1)
     return s, U

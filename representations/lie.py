@@ -18,12 +18,13 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.linalg.certificates import all_finite
+from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows, transform_rows
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
-from gradmaker.representations.roles import FactoredAxes, WholeLayers
+from gradmaker.representations.roles import FactoredAxes, FoldsRows, PreconditionsRows, WholeLayers
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
 
@@ -112,6 +113,12 @@ class _Fitted(Representation):
             x = apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)
         return x.reshape(g.shape)
 
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        """`apply` by rows, where there are two factors."""
+        factors = self.held(state)
+        found = transform_rows(factors, rows)
+        return found if self.direct else transform_rows([Q if Q.ndim == 2 else Q.mT for Q in factors], found)
+
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
         if self.direct:
@@ -169,7 +176,7 @@ class TriangularQ(_Fitted, WholeLayers):
 
 
 @dataclass(frozen=True)
-class KronQ(_Fitted, FactoredAxes):
+class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
     """PSGD's Kronecker preconditioner ``P = (x)_k Q_k^T Q_k``: one factor for each axis, a diagonal for a long axis.
 
     ``geometry`` says how a step changes a factor: a name in `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
@@ -230,6 +237,19 @@ class KronQ(_Fitted, FactoredAxes):
         counts = [each.shape[-1] for each in x]
         alone = independent and not self._geometry.triangular
         return self._fitted(state, x, None if alone else z, [each[..., :STARTS].mT for each in noise], counts)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        """By a pair of independent noise and the gradient, whose images have as few columns as rows."""
+        assert isinstance(rows, ProbedRows)
+        v = rows.noise
+        if self._geometry.triangular:  # compares with the image of the noise itself
+            return self.update(state, Pair(v, rows.form(), "noise_and_gradient"), fold)
+        start = self._started(state, v.flatten(1).square().sum(1), rows.squared_norm())
+        images = self.apply_rows(start, rows)
+        x = [images.columns(axis) for axis in (0, 1)]
+        noise = [mode_matrix(v, axis)[..., :STARTS].mT for axis in (0, 1)]
+        new = self._fitted(start, x, None, noise, (v.shape[2], v.shape[1]))
+        self._accept(state, new, x[0].abs().amax((1, 2)) > 0)
 
     def _fitted(
         self, state: State, x: Sequence[Tensor], z: Sequence[Tensor] | None, noise: Sequence[Tensor], counts: Sequence[int]

@@ -22,6 +22,7 @@ __all__ = [
     "FoldsRows",
     "OwnOrder",
     "PerStep",
+    "PreconditionsRows",
     "Renewal",
     "Renewed",
     "SlowTensors",
@@ -158,6 +159,14 @@ class FoldsRows(Representation):
     @abstractmethod
     def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
         """Fold the gradient in, in place; `update` with the formed gradient does the same."""
+
+
+class PreconditionsRows(Representation):
+    """A representation of matrices that holds ``P``, of which a factor multiplies each side."""
+
+    @abstractmethod
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        """``P G`` by the rows of ``G``; `apply` of the formed gradient gives the same."""
 
 
 # ------------------------------------------------------------------ the times

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["FactoredGradient"]
+from gradmaker.linalg.mode_products import apply_factors
+
+__all__ = ["FactoredGradient", "ProbedRows", "transform_rows"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,21 @@ class FactoredGradient:
     def to(self, dtype: torch.dtype) -> FactoredGradient:
         """The same rows in another dtype."""
         return replace(self, g=self.g.to(dtype), a=self.a.to(dtype))
+
+
+@dataclass(frozen=True)
+class ProbedRows(FactoredGradient):
+    """A gradient by its rows, with independent noise of its shape."""
+
+    noise: Tensor  # (B, o, i)
+
+
+def transform_rows(factors: Sequence[Tensor | None], rows: FactoredGradient) -> FactoredGradient:
+    """``F_1 G F_2^T`` by rows, `apply_factors` of the formed gradient; None, or no second factor, stands for the identity.
+
+    factors: (B, d, d), (B, d) or tiled
+    """
+    sides = [rows.g, rows.a]
+    for k, F in enumerate(factors):
+        sides[k] = apply_factors([None, F], sides[k])
+    return FactoredGradient(*sides)
