@@ -49,6 +49,8 @@ PLAYED = {
     roles.Compact: "Rows Sketched Window Truncated Implicit Position GaussianGraph Pairs KronPairs",
     roles.WholeLayers: "Dense Rows Sketched Window Truncated TriangularQ Pairs",
     roles.ByExample: "Kron KronRows Eigenbasis",
+    roles.FoldsRows: "InverseDims KronQ",
+    roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
