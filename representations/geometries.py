@@ -56,7 +56,8 @@ def _bound_of_columns(x: Tensor, noise: Tensor) -> Tensor:
     x = x / scale
     lengths = ((x @ (x.mT @ x)) * x).sum(-1)  # squares of those of the rows of x x^T
     longest = _longest(x, lengths) @ x.mT
-    return scale.flatten().square() * _iterated(lambda V: (V @ x) @ x.mT, longest, noise)
+    bound: Tensor = scale.flatten().square() * _iterated(lambda V: (V @ x) @ x.mT, longest, noise)
+    return bound
 
 
 def _longest(A: Tensor, lengths: Tensor) -> Tensor:
