@@ -14,7 +14,9 @@ from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvatu
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.curvature.step import Step
+from gradmaker.linalg.factored_gradient import ProbedRows
 from gradmaker.linalg.real_pairs import real_shape, write_real
 from gradmaker.options.checks import check_choice, check_count, check_interval
 
@@ -97,6 +99,7 @@ class GradientProbe(Curvature):
 
     gives: ClassVar[frozenset[Kind]] = kinds((Pair, "noise_and_gradient"))
     layerwise: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = True
     inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 
     lift: float = 0.0
@@ -107,10 +110,14 @@ class GradientProbe(Curvature):
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found: dict[str, Evidence] = {}
         for site in step.sites:
-            g = site.read()
+            rows = step.rows.get(site.name)
+            g = site.read() if rows is None else rows.form() if self.lift else rows.g.new_empty(()).expand(rows.shape)
             if g is not None:
                 g = g.to(step.statistics_dtype(site))
                 v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
+                if rows is not None and not self.lift:
+                    found[site.name] = RowGradient(ProbedRows(rows.g, rows.a, v))
+                    continue
                 found[site.name] = Pair(v, _lifted(step, f"lift {site.name}", g, self.lift), "noise_and_gradient")
         yield found
 
