@@ -172,6 +172,10 @@ class SpansGradient(Representation):
     def weighted(self, state: State, z: Tensor) -> list[FactoredGradient] | None:
         """``J^T z`` by the rows of each layer; None where a layer has none.  # (B, N)"""
 
+    @abstractmethod
+    def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
+        """``J G`` of a block of one layer, by rows; None where `form` takes less work, or the layer has none.  # (B, N)"""
+
 
 # ------------------------------------------------------------------ the times
 class Renewed(Representation):

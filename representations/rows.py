@@ -12,10 +12,8 @@ step's evidence, each tensor with ``B`` first:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -29,136 +27,9 @@ from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.low_rank import Spanned
 from gradmaker.representations.roles import SpansGradient, WholeLayers
+from gradmaker.representations.row_parts import FormedPart, OuterPart, Part
 
-__all__ = ["OuterPart", "Part", "Rows", "chunks"]
-
-
-class Part(ABC):
-    """A layer's share of some rows, in each of ``B`` blocks: ``H`` groups of its evidence side by side."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the layer's share of a vector.  # (B, H, rows, columns)"""
-
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """The number of rows ``N``."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """That of the rows."""
-
-    @property
-    def size(self) -> int:
-        """Entries of a row, in one member of the stack."""
-        return prod(self.shape[1:])
-
-    @abstractmethod
-    def rows(self) -> Tensor:
-        """``J`` as a matrix.  # (B, N, P)"""
-
-    def gram(self, other: Part) -> Tensor:
-        """``J J'^T`` of two chunks of one layer.  # (B, N, N')"""
-        J = self.rows()
-        return J @ (J if other is self else other.rows()).mT
-
-    @abstractmethod
-    def project(self, v: Tensor) -> Tensor:
-        """``J v``.  # (B, H, rows, columns) -> (B, N)"""
-
-    @abstractmethod
-    def combine(self, z: Tensor) -> Tensor:
-        """``J^T z``.  # (B, N) -> (B, H, rows, columns)"""
-
-    def weighted(self, z: Tensor) -> FactoredGradient | None:
-        """``J^T z`` by the rows of the layer, where it has one group and no one-hot inputs.  # (1, N)"""
-        return None
-
-
-@dataclass(frozen=True)
-class FormedPart(Part):
-    """Rows that are multiplied out."""
-
-    formed: Tensor  # (B, N, H, rows, columns)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.formed.shape[0], *self.formed.shape[2:]
-
-    @property
-    def count(self) -> int:
-        return self.formed.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.formed.dtype
-
-    def rows(self) -> Tensor:
-        return self.formed.flatten(2)
-
-    def project(self, v: Tensor) -> Tensor:
-        return (self.rows() @ v.flatten(1).unsqueeze(-1)).squeeze(-1)
-
-    def combine(self, z: Tensor) -> Tensor:
-        return (z.unsqueeze(1) @ self.rows()).view(self.shape)
-
-
-@dataclass(frozen=True)
-class OuterPart(Part):
-    """Rows that are held as inputs and output gradients."""
-
-    outer: Outer  # of G = B H groups
-    stack: int  # B
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        G, o = self.outer.gradients.shape[1], self.outer.gradients.shape[-1]
-        i = self.outer.width + self.outer.bias
-        return (self.stack, G // self.stack, *((i, o) if self.outer.transposed else (o, i)))
-
-    @property
-    def count(self) -> int:
-        return self.outer.count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.outer.gradients.dtype
-
-    def gram(self, other: Part) -> Tensor:
-        """By the way that takes less memory; a layer without calls is laid out flat."""
-        N, M = self.count, other.count
-        if not isinstance(other, OuterPart) or not self._same_layout(other):
-            return super().gram(other)
-        if N * self.outer.gradients.shape[3] * M * other.outer.gradients.shape[3] > prod(self.shape[2:]) * (N + M):
-            return super().gram(other)
-        return self.outer.gram(other.outer).view(*self.shape[:2], N, M).sum(1)
-
-    def _same_layout(self, other: OuterPart) -> bool:
-        """Whether both have one layout."""
-        mine, its = self.outer, other.outer
-        return (self.shape, mine.bias, mine.transposed) == (other.shape, its.bias, its.transposed)
-
-    def rows(self) -> Tensor:
-        return self.outer.rows().reshape(self.count, *self.shape[:2], -1).transpose(0, 1).flatten(2)
-
-    def project(self, v: Tensor) -> Tensor:
-        return self.outer.project(v.flatten(0, 1)).view(*self.shape[:2], -1).sum(1)
-
-    def combine(self, z: Tensor) -> Tensor:
-        z = z.unsqueeze(1).expand(-1, self.shape[1], -1).flatten(0, 1)
-        return self.outer.combine(z).reshape(self.shape)
-
-    def weighted(self, z: Tensor) -> FactoredGradient | None:
-        own = self.outer
-        if self.shape[:2] != (1, 1) or isinstance(own.inputs, OneHot):
-            return None
-        g, a = own.weighted(z).flatten(1, 2), own.inputs.flatten(1, 2)
-        if own.bias:
-            a = torch.cat([a, torch.ones_like(g[..., :1])], -1)
-        return FactoredGradient(a, g) if own.transposed else FactoredGradient(g, a)
+__all__ = ["Rows", "chunks"]
 
 
 @dataclass(frozen=True)
@@ -294,6 +165,11 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         found = [[part.weighted(y) for part in parts] for parts, y in zip(held, pieces, strict=True)]
         layers = [[rows for rows in layer if rows is not None] for layer in zip(*found, strict=True)]
         return None if any(len(layer) < len(held) for layer in layers) else [joined_rows(layer) for layer in layers]
+
+    def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
+        found = [part.project_rows(rows) for (part,) in chunks(state)]
+        known = [x for x in found if x is not None]
+        return None if len(known) < len(found) else torch.cat(known, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
         """A block's vector, cut into layers.  # (B, *shape) -> each (B, H, rows, columns)"""

@@ -17,7 +17,8 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold
 from gradmaker.representations.low_rank import form_rows
-from gradmaker.representations.rows import OuterPart, Part, Rows, chunks
+from gradmaker.representations.row_parts import OuterPart, Part
+from gradmaker.representations.rows import Rows, chunks
 
 __all__ = ["Sketched"]
 

@@ -21,11 +21,13 @@ def row_layers(blocks: Collection[Block], due: Collection[str]) -> list[RowLayer
     """
     if any(not b.triple.curvature.needs <= OF_CALLS for b in blocks if b.options.method in due):
         return []
-    return [b.row_layer for b in blocks if b.row_layer is not None and _takes_rows(b, b.options.method in due)]
+    return [layer for b in blocks if _takes_rows(b, b.options.method in due) for layer in b.row_layers]
 
 
 def _takes_rows(block: Block, measured: bool) -> bool:
     of_gradient = measured and not block.triple.curvature.of_passes
     if of_gradient and not by_rows.folds(block.triple):
         return False
-    return of_gradient or by_rows.applies(block.triple, block.options)
+    if measured and by_rows.owns(block.triple, block.options):
+        return True
+    return of_gradient or (not block.full and by_rows.applies(block.triple, block.options))
