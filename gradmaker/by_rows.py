@@ -25,8 +25,8 @@ from gradmaker.triple import Triple
 __all__ = ["Value", "applies", "folds", "layers_of", "owns", "pieces", "solve", "solve_own", "update"]
 
 
-Value: TypeAlias = Tensor | FactoredGradient | list[FactoredGradient]
-"""``P g`` of a block: formed, by the rows of its one layer, or by those of each of its layers."""
+Value: TypeAlias = Tensor | FactoredGradient | list[FactoredGradient | Tensor]
+"""``P g`` of a block: formed, by the rows of its one layer, or in one of these ways for each of its layers."""
 
 
 def layers_of(sites: Sequence[Site], frame: Frame, full: bool) -> list[RowLayer]:
@@ -77,9 +77,7 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     return value if rule is None else _scaled(value, rule.scale(raw.length(), _length(value)))
 
 
-def solve_own(
-    triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]
-) -> FactoredGradient | list[FactoredGradient] | None:
+def solve_own(triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]) -> Value | None:
     """The same for a step whose evidence is in the statistic, from that alone, where `owns`; None where it has to be given.
 
     rows: the gradient of each layer
@@ -88,8 +86,8 @@ def solve_own(
         return None
     solver = triple.solver
     assert isinstance(solver, SolvesOwn)
-    found: list[FactoredGradient] | None = solver.solve_own(triple.representation, held.state, held.cache)
-    if found is None or [x.shape for x in found] != [x.shape for x in rows]:
+    found: list[FactoredGradient | Tensor] | None = solver.solve_own(triple.representation, held.state, held.cache)
+    if found is None or [tuple(x.shape) for x in found] != [x.shape for x in rows]:
         return None
     return found if triple.representation.grain == "full" else found[0]
 

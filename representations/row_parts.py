@@ -56,8 +56,8 @@ class Part(ABC):
     def combine(self, z: Tensor) -> Tensor:
         """``J^T z``.  # (B, N) -> (B, H, rows, columns)"""
 
-    def weighted(self, z: Tensor) -> FactoredGradient | None:
-        """``J^T z`` by the rows of the layer, where it has one group and no one-hot inputs.  # (1, N)"""
+    def weighted(self, z: Tensor) -> FactoredGradient | Tensor | None:
+        """``J^T z`` by the rows of the layer, or formed where they are; None for groups and one-hot inputs.  # (1, N)"""
         return None
 
     def project_rows(self, rows: FactoredGradient) -> Tensor | None:
@@ -91,6 +91,9 @@ class FormedPart(Part):
 
     def combine(self, z: Tensor) -> Tensor:
         return (z.unsqueeze(1) @ self.rows()).view(self.shape)
+
+    def weighted(self, z: Tensor) -> Tensor | None:
+        return self.combine(z)[0] if self.shape[:2] == (1, 1) else None
 
 
 @dataclass(frozen=True)

@@ -158,13 +158,13 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         known = [x for x in shares if x is not None]
         return None if len(known) < len(shares) else torch.cat(known, 1) * _positive(state["mass"]).sqrt().unsqueeze(1)
 
-    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient] | None:
+    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
         held = chunks(state)
         z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].dtype)
         pieces = z.split([parts[0].count for parts in held], 1)
         found = [[part.weighted(y) for part in parts] for parts, y in zip(held, pieces, strict=True)]
         layers = [[rows for rows in layer if rows is not None] for layer in zip(*found, strict=True)]
-        return None if any(len(layer) < len(held) for layer in layers) else [joined_rows(layer) for layer in layers]
+        return None if any(len(layer) < len(held) for layer in layers) else [_sum(layer) for layer in layers]
 
     def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
         found = [part.project_rows(rows) for (part,) in chunks(state)]
@@ -184,6 +184,14 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def pick(self, state: State, parts: Sequence[Part], pieces: list[Tensor]) -> list[Tensor]:
         """The coordinates of vectors that these rows use."""
         return pieces
+
+
+def _sum(layer: Sequence[FactoredGradient | Tensor]) -> FactoredGradient | Tensor:
+    rows = [x for x in layer if isinstance(x, FactoredGradient)]
+    if len(rows) == len(layer):
+        return joined_rows(rows)
+    formed = [x.form() if isinstance(x, FactoredGradient) else x for x in layer]
+    return torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
 
 
 def _positive(mass: Tensor) -> Tensor:
