@@ -74,7 +74,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         more = self.merges(parts)
         for j, part in enumerate(parts):
             assert isinstance(part, Outer)
-            new = self.lay(part, fold.alpha, f"{chunk}.{j}")
+            new = self.lay(part, fold.alpha / _mass(fold), f"{chunk}.{j}")
             for form, axis in (("gradients", 2), ("formed", 1)) if more else ():
                 last, name = f"{chunk - 1}.{j}.{form}", f"{chunk}.{j}.{form}"
                 if last in state and name in new:
@@ -93,7 +93,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def shares(self, parts: Sequence[Evidence], fold: Fold) -> Tensor | None:
         """The coefficients of these rows, as they are held, in the gradient of the step; None if not known.  # (1, N)"""
         known = [part.own for part in parts if isinstance(part, Outer) and part.own is not None]
-        return None if len(known) < len(parts) else (known[0] * (fold.alpha**0.5 / fold.share)).unsqueeze(0)
+        return None if len(known) < len(parts) else (known[0] * ((fold.alpha * _mass(fold)) ** 0.5 / fold.share)).unsqueeze(0)
 
     def _check_count(self, state: State) -> None:
         count = sum(parts[0].count for parts in chunks(state))
@@ -111,21 +111,28 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         g = part.gradients.movedim(1, 0)
         g = g if alpha == 1.0 else g * alpha**0.5
         a = part.inputs.index.unsqueeze(0) if isinstance(part.inputs, OneHot) else part.inputs
+        bias = part.bias and self.apart(part)
+        if part.bias and not bias and isinstance(part.inputs, Tensor):
+            a = torch.cat([part.inputs, part.inputs.new_ones(*part.inputs.shape[:-1], 1)], -1)
         i = part.width + part.bias
         G, o = len(g), g.shape[-1]
         shape = (i, o) if part.transposed else (o, i)
         return {
             f"{name}.gradients": g.contiguous().unsqueeze(0),
             f"{name}.inputs": a.contiguous().unsqueeze(0),
-            f"{name}.layout": g.new_empty(1, G, *shape, int(part.bias), int(part.transposed), 0),
+            f"{name}.layout": g.new_empty(1, G, *shape, int(bias), int(part.transposed), 0),
         }
+
+    def apart(self, part: Outer) -> bool:
+        """Whether the bias is no column of the inputs that are held."""
+        return isinstance(part.inputs, OneHot)
 
     def forms(self, part: Outer) -> bool:
         """Whether a layer's rows are multiplied out: which takes less memory and less work in all products."""
-        k, _, _, r, o = part.gradients.shape
+        r, o = part.gradients.shape[3:]
         if isinstance(part.inputs, OneHot) or r == 1:
             return False
-        return k * o * (part.width + part.bias) <= r * (part.width + k * o)
+        return o * (part.width + part.bias) <= r * (part.width + o)  # whatever their number: chunks are joined
 
     # ---------------------------------------------------------------- LowRank
     def gram(self, state: State) -> Tensor:
@@ -135,19 +142,18 @@ class Rows(Spanned, WholeLayers, SpansGradient):
             lower = [torch.stack([x.gram(y) for x, y in zip(one, other, strict=True)]).sum(0) for other in held[: p + 1]]
             blocks.append(lower)
         whole = [[blocks[p][q] if q <= p else blocks[q][p].mT for q in range(len(held))] for p in range(len(held))]
-        return torch.cat([torch.cat(row, 2) for row in whole], 1) / _positive(state["mass"])[:, None, None]
+        return torch.cat([torch.cat(row, 2) for row in whole], 1)
 
     def project(self, state: State, v: Tensor) -> Tensor:
         out = []
         for parts, whole in zip(self.sketched(state), chunks(state), strict=True):
             pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].dtype)))
             out.append(torch.stack([x.project(u) for x, u in zip(parts, pieces, strict=True)]).sum(0))
-        return torch.cat(out, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
+        return torch.cat(out, 1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
         held = chunks(state)
-        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].dtype)
-        pieces = z.split([parts[0].count for parts in held], 1)
+        pieces = z.to(held[0][0].dtype).split([parts[0].count for parts in held], 1)
         sums = [torch.cat([x.combine(y).flatten(1) for x in parts], 1) for parts, y in zip(held, pieces, strict=True)]
         out = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
         shape = held[0][0].shape
@@ -156,12 +162,11 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def own(self, state: State) -> Tensor | None:
         shares = [state.get(f"{p}.own") for p in range(len(chunks(state)))]
         known = [x for x in shares if x is not None]
-        return None if len(known) < len(shares) else torch.cat(known, 1) * _positive(state["mass"]).sqrt().unsqueeze(1)
+        return None if len(known) < len(shares) else torch.cat(known, 1)
 
     def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
         held = chunks(state)
-        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].dtype)
-        pieces = z.split([parts[0].count for parts in held], 1)
+        pieces = z.to(held[0][0].dtype).split([parts[0].count for parts in held], 1)
         found = [[part.weighted(y) for part in parts] for parts, y in zip(held, pieces, strict=True)]
         layers = [[rows for rows in layer if rows is not None] for layer in zip(*found, strict=True)]
         return None if any(len(layer) < len(held) for layer in layers) else [_sum(layer) for layer in layers]
@@ -169,7 +174,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
         found = [part.project_rows(rows) for (part,) in chunks(state)]
         known = [x for x in found if x is not None]
-        return None if len(known) < len(found) else torch.cat(known, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
+        return None if len(known) < len(found) else torch.cat(known, 1)
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
         """A block's vector, cut into layers.  # (B, *shape) -> each (B, H, rows, columns)"""
@@ -194,8 +199,9 @@ def _sum(layer: Sequence[FactoredGradient | Tensor]) -> FactoredGradient | Tenso
     return torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
 
 
-def _positive(mass: Tensor) -> Tensor:
-    return torch.where(mass > 0, mass, 1.0)
+def _mass(fold: Fold) -> float:
+    """The mass of the newest step, which all of its evidence is divided by."""
+    return 1.0 if fold.summed else fold.share
 
 
 def chunks(state: State) -> list[list[Part]]:

@@ -91,6 +91,10 @@ class Sketched(Rows):
         """None with a sketch of positions, which changes the rows."""
         return None if self.positions is not None else super().shares(parts, fold)
 
+    def apart(self, part: Outer) -> bool:
+        """Where coordinates are sampled, too: the bias always is one of them."""
+        return self.coordinates is not None or super().apart(part)
+
     def forms(self, part: Outer) -> bool:
         """Not where coordinates of inputs and of output gradients are sampled."""
         sampled = self.coordinates is not None and part.gradients.shape[-1] * (part.width + part.bias) > self.above
