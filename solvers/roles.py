@@ -10,7 +10,7 @@ from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows"]
+__all__ = ["AppliesRows", "HeldInForms"]
 
 
 class AppliesRows(Solver[Needed]):
@@ -19,3 +19,14 @@ class AppliesRows(Solver[Needed]):
     @abstractmethod
     def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
         """``P G``, by rows or formed; `solve` of the formed gradient gives the same."""
+
+
+class HeldInForms(Solver[Needed]):
+    """A solver that holds a factorisation in one of several forms, as intervals, sides and the device decide."""
+
+    @abstractmethod
+    def converted(self, saved: State, like: State) -> State:
+        """A saved cache of some members in the form of another; unchanged where it is in that form already.
+
+        like: a cache of the form that is wanted
+        """
