@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.special_rows import input_rows, one_hot_squares
+from gradmaker.linalg.moments import add_moment_
 
 __all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
@@ -171,7 +172,7 @@ class Outer(Evidence):
         if out.ndim == 2:
             out[:, :i].mul_(beta).add_((weighed * x).sum(1), alpha=alpha)
         else:
-            out[:, :i, :i].baddbmm_(weighed.mT, x, beta=beta, alpha=alpha)
+            add_moment_(out[:, :i, :i], weighed, x, beta, alpha)
         if self.bias and out.ndim == 3:
             out[:, :i, i].mul_(beta).add_(weighed.sum(1), alpha=alpha)
             out[:, i, :i].copy_(out[:, :i, i])
@@ -206,7 +207,7 @@ class Outer(Evidence):
         if out.ndim == 2:
             out.mul_(beta).add_((g * g).sum(1), alpha=alpha)
         else:
-            out.baddbmm_(g.mT, g, beta=beta, alpha=alpha)
+            add_moment_(out, g, g, beta, alpha)
 
     # ---------------------------------------------------------------- products of J
     def rows(self) -> Tensor:

@@ -42,7 +42,7 @@ class KfacGradientConfig(SharingGradientConfig):
             reduction: Literal["sum", "none"] = "sum" if sharing == "reduce" else "none"
             held = KronRows(reduction=reduction, wide_sides="diagonal")
             return Triple(self.fisher, held, FactorWoodbury(damping=self.damping))
-        solver: AnySolver = Cholesky(damping=self.damping, split="pi")
+        solver: AnySolver = Cholesky(damping=self.damping, interval=self.steps_of_refresh)
         if self.split == "exact":
             solver = Eigh(power=-1.0, damping=self.damping, split="exact")
         return Triple(self.fisher, Kron(sharing=sharing, wide_sides=self.wide_sides), solver)
