@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from math import prod
-from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from gradmaker import by_rows
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.gathering import Members, Piece, picked, placed
+from gradmaker.gathering import NO_ROWS, Members, Piece, picked, placed
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.placement import Placement, joined_frame, slots_of
@@ -32,8 +31,6 @@ from gradmaker.representations.roles import (
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
-
-NO_ROWS: Mapping[str, FactoredGradient] = MappingProxyType({})
 
 
 class Block:
@@ -307,7 +304,8 @@ class Block:
         """
         if not held.cache:
             return None
-        given = [rows[s.name] for s in self.sites if started and s.name in rows and s.name in reached]
+        alone = started and all(layer.weight.grad is None for layer in self.row_layers)
+        given = [rows[s.name] for s in self.sites if alone and s.name in rows and s.name in reached]
         own = by_rows.solve_own(self.triple, self.options, held, given) if len(given) == len(self.sites) else None
         if own is not None:
             return own, held

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gradmaker.curvature.products import Factors
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.representations.base import Fold, Frame
 
-__all__ = ["STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
+__all__ = ["NO_ROWS", "STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
 
 STACK_LIMIT = 128
 """Blocks with a longer axis are not stacked, nor is evidence with more than ``STACK_LIMIT^2`` entries a member.
@@ -41,7 +42,7 @@ class Piece:
         return sum(slot.stop - slot.start for slot in self.slots)
 
 
-NO_ROWS: Mapping[str, FactoredGradient] = {}
+NO_ROWS: Mapping[str, FactoredGradient] = MappingProxyType({})
 
 
 # ------------------------------------------------------------------ parts of a stack
@@ -196,12 +197,14 @@ class Members:
     def read(self, rows: Mapping[str, FactoredGradient] = NO_ROWS) -> Tensor | None:
         """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)
 
-        rows: gradients of sites of one block that are held by rows
+        rows: gradients of sites of one block that are held by rows, where they are not in ``.grad``
         """
         if not any(site.name in rows or site.has_gradient for site in self.sites):
             return None
         if self.full:
-            found = [rows[site.name].form() if site.name in rows else site.read() for site in self.sites]
+            found = [
+                site.read() if site.has_gradient or site.name not in rows else rows[site.name].form() for site in self.sites
+            ]
             return self._flat([None if g is None else g.to(self.frame.dtype) for g in found])
         pieces = [[self._as_blocks(piece) for piece in site.pieces()] for site in self.sites]
         if len(pieces) == 1:

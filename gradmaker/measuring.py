@@ -69,10 +69,11 @@ class MeasuringMaker(PlannedMaker):
                 whole = scaled(output_gradients, 1 / weight) if weight else tape.vjp([loss], [one])
                 head = self.explain(tape, head, bare, whole, checked)
                 terms, checked = head.terms, self.is_to_be_checked(tape, head)
-            held = {} if checked else rows.gradients()
-            rows.form()  # self-checks read ``.grad``
+            plan = self.plan
             if checked and self._all_finite(loss):
-                self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
+                with rows.formed():  # self-checks read ``.grad``
+                    self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
+            held = rows.gradients() if plan is self.plan else rows.form()
             terms = head.terms or terms  # with rows in the order that the self-checks found
             of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))

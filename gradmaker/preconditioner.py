@@ -96,11 +96,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     @torch.no_grad()
     def _of_rows(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Add the plain gradients that are held by rows, where no other is found."""
+        """Add the plain gradients that are held by rows alone, where no other is found."""
         rows = self.step_state.now.rows
         for block in self.plan.blocks if rows else ():
             for layer in block.row_layers:
-                if layer.site.name in rows and layer.weight not in found:
+                if layer.site.name in rows and layer.weight.grad is None and layer.weight not in found:
                     layer.assign(rows[layer.site.name], found)
         return found
 

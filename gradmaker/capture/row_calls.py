@@ -22,7 +22,7 @@ from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.sites import Site
 from gradmaker.linalg.factored_gradient import FactoredGradient
 
-__all__ = ["RowCalls", "RowLayer"]
+__all__ = ["RowCalls", "RowLayer", "readable"]
 
 SAVED: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 """Returns the hooks through which tensors are saved for a backward pass."""
@@ -158,7 +158,7 @@ class RowCalls:
             return
         if module in self._calls:
             self._calls[module] = None
-        elif len(args) == 1 and isinstance(output, Tensor) and _readable(layer, module, args[0], output):
+        elif len(args) == 1 and isinstance(output, Tensor) and readable(layer, module, args[0], output):
             self._calls[module] = _Call(layer, args[0], output)
 
     # ---------------------------------------------------------------- the backward pass
@@ -194,12 +194,26 @@ class RowCalls:
         return found
 
     @torch.no_grad()
-    def form(self) -> None:
-        """Write the gradients that are held by rows to ``.grad``, as a whole backward pass does."""
+    def form(self) -> dict[str, FactoredGradient]:
+        """Write the gradients that are held by rows to ``.grad``, as a whole backward pass does: then none is held."""
         for call in self._proven:
             if call.g is not None:
                 _add(call.layer, call.layer.rows(call.x.detach(), call.g.detach()))
         self._calls, self._proven = {}, []
+        return {}
+
+    @contextmanager
+    def formed(self) -> Iterator[None]:
+        """Context with the gradients that are held by rows in ``.grad``; afterwards it is as it was."""
+        calls, proven = self._calls, self._proven
+        kept = [(p, p.grad) for call in proven for p in call.layer.parameters]
+        self.form()
+        try:
+            yield
+        finally:
+            self._calls, self._proven = calls, proven
+            for p, g in kept:
+                p.grad = g
 
     def _prove(self, loss: Tensor) -> list[Tensor]:
         """Find the calls that hold all uses of their layers in a loss. Returns the other leaves that it depends on.
@@ -220,7 +234,7 @@ class RowCalls:
         return list(leaves)
 
 
-def _readable(layer: RowLayer, module: nn.Module, x: Any, output: Tensor) -> bool:
+def readable(layer: RowLayer, module: nn.Module, x: Any, output: Tensor) -> bool:
     """Whether a call is one that rows can stand for: no other weight, dtype or kind of tensor, and rows that pay."""
     weight, own = layer.weight, vars(module)
     if "forward" in own or any(module._parameters.get(k) is not p or k in own for k, p in layer.held.items()):

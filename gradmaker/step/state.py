@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
@@ -58,7 +59,7 @@ class Facts:
     checked: bool = False  # whether any tensor was checked for non-finite values
     shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: unknown
     work: Work = Work()
-    rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients that are not in `.grad`
+    rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients by rows, maybe not in `.grad`
     trial: QuadraticModel | None = None
     gradients: Gradients | None = None  # from before it; None: `.grad` is not the maker's
     left: tuple[tuple[nn.Parameter, Tensor | None, int], ...] = ()  # `.grad` after its end has failed, with version counters
@@ -158,11 +159,21 @@ class StepState:
         self._now = replace(now, phase=Phase.PASSES, shares=shares, work=work, begun=begun, unread=now.unread + unread)
 
     def hold(self, rows: Mapping[str, FactoredGradient]) -> None:
-        """Keep gradients of the one micro-batch of this step by their rows. RuntimeError if there are others."""
-        now = self._check("hold", Phase.PASSES)
-        if now.part != 1 and rows:
+        """Keep gradients of this step by their rows. RuntimeError if it has several micro-batches."""
+        now = self._check("hold", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        if now.part > 1 and rows:
             raise RuntimeError(f"step {now.index}: hold: rows are those of a step of one micro-batch, and this has {now.part}")
         self._now = replace(now, rows=rows)
+
+    @contextmanager
+    def holding(self, rows: Mapping[str, FactoredGradient]) -> Iterator[None]:
+        """Context that ends the step, with gradients of which the rows are known, too; not kept after an exception."""
+        self.hold(rows)
+        try:
+            yield
+        except BaseException:
+            self.hold({})
+            raise
 
     def keep_apart(self, before: Gradients) -> None:
         """Keep the ``.grad`` from before the first micro-batch. RuntimeError if it is kept already."""
