@@ -153,10 +153,9 @@ class OuterPart(Part):
     def project_rows(self, rows: FactoredGradient) -> Tensor | None:
         own, (k, _, n, r, o) = self.outer, self.outer.gradients.shape
         less = rows.count * (own.width + k * o) < own.width * o
-        if self.shape[:2] != (1, 1) or own.transposed or isinstance(own.inputs, OneHot) or not less:
+        plain = self.shape[:2] == (1, 1) and not own.transposed and not own.bias
+        if not (plain and less and isinstance(own.inputs, Tensor)):
             return None
         products = own.gradients.flatten(0, 3) @ rows.g[0].mT  # (k n r, R)
-        inputs = own.inputs[0].flatten(0, 1) @ rows.a[0, :, : own.width].mT  # (n r, R)
-        if own.bias:
-            inputs = inputs + rows.a[0, :, own.width]
+        inputs = own.inputs[0].flatten(0, 1) @ rows.a[0].mT  # (n r, R)
         return (products.view(k, n * r, -1) * inputs).view(k * n, -1).sum(1).unsqueeze(0)

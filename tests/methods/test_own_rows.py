@@ -288,7 +288,7 @@ def test_in_an_attached_loop_the_loops_gradient_is_preconditioned(method: str) -
     twin = step(make_of(method, declared, damping=0.1, **ONCE), declared)
     optimizer = torch.optim.SGD(attached.model.parameters(), lr=1.0)
     maker = make_of(method, attached, damping=0.1, **ONCE).attach(optimizer)
-    before = [p.detach().clone() for p in attached.model.parameters()]
+    before, own = [p.detach().clone() for p in attached.model.parameters()], list[bool]()
     for scale in (1.0, 0.25):
         with torch.no_grad():
             for p, b in zip(attached.model.parameters(), before, strict=True):
@@ -297,11 +297,29 @@ def test_in_an_attached_loop_the_loops_gradient_is_preconditioned(method: str) -
         attached.run().backward()
         for p in attached.model.parameters():
             assert p.grad is not None
-            p.grad.mul_(scale)
-        optimizer.step()
+            if scale != 1.0:
+                p.grad.mul_(scale)
+        with counted(own):
+            optimizer.step()
         moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, attached.model.parameters(), strict=True)])
         assert oracles.relative_error(moved, scale * twin) < 1e-10
+    assert not own
     maker.remove()
+
+
+@pytest.mark.parametrize("method", ["seng", "skfac"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_loop_may_write_the_next_batch_into_the_same_tensor(method: str, bias: bool) -> None:
+    """What is held for later steps does not change with it."""
+    one, other = net(bias), net(bias)
+    x = one.x.clone()
+    later: dict[str, Any] = {"curvature_interval": 5, "preconditioner_interval": 5, "damping": 0.1, "stagger": False}
+    later |= {"warmup_steps": 0} if method == "skfac" else {}
+    makers = [make_of(method, case, **later) for case in (one, other)]
+    for k in range(3):
+        x.copy_(other.x.roll(k, 0) * (1 + k))
+        found = step(makers[0], one._replace(x=x))
+        assert oracles.relative_error(found, step(makers[1], other._replace(x=x.clone()))) < 1e-12, k
 
 
 def test_after_a_failed_refresh_the_gradient_meets_the_rows_of_another_step() -> None:
