@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.patches import Patches
+from gradmaker.curvature.special_rows import input_rows, one_hot_squares
 from gradmaker.linalg.moments import add_moment_
 
 __all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
@@ -142,6 +143,8 @@ class Outer(Evidence):
     def reduced(self) -> Outer:
         """One position per example: the mean input and the summed gradient (K-FAC-reduce, arXiv:2311.00636)."""
         assert isinstance(self.inputs, Tensor)
+        if self.weights is None and self.gradients.shape[3] == self.inputs.shape[2] == 1:
+            return self
         if self.weights is None:
             inputs = self.inputs.mean(2, keepdim=True)
             weights = None
@@ -222,7 +225,7 @@ class Outer(Evidence):
     def rows(self) -> Tensor:
         inputs = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs
         if self.kind == "inputs":
-            return self._input_rows(inputs)
+            return input_rows(inputs, self.weights, self.bias, self.gradients.shape[-1], self.transposed)
         J = torch.einsum("kgnro,gnri->kngoi", self.gradients, inputs)
         if self.bias:
             J = torch.cat([J, self.gradients.sum(3).transpose(1, 2).unsqueeze(-1)], -1)
@@ -232,7 +235,7 @@ class Outer(Evidence):
     def squares(self) -> Tensor:
         """``sum_N J * J``.  # (G, o, i), or (G, i, o) when transposed"""
         if isinstance(self.inputs, OneHot):
-            return self._one_hot_squares()
+            return one_hot_squares(self.inputs, self.gradients[:, 0], self.transposed)
         if self.inputs.shape[2] == 1:  # one position: the square of an outer product is the product of squares
             a, g = self.inputs[:, :, 0], self.gradients[:, :, :, 0]
             g2 = g.square().sum(0)  # (G, n, o)
@@ -256,26 +259,6 @@ class Outer(Evidence):
             for own in (slice(start, start + step) for start in range(0, n, step)):
                 weights = None if self.weights is None else self.weights[own]
                 yield replace(self, inputs=self.inputs[:, own], gradients=g[:, :, own], weights=weights, own=None)
-
-    def _one_hot_squares(self) -> Tensor:
-        """`squares` for one-hot inputs: gradients of positions with the same token are summed before the square."""
-        assert isinstance(self.inputs, OneHot)
-        index, g = self.inputs.index, self.gradients[:, 0]  # (n, r), (k, n, r, o)
-        same = (index.unsqueeze(2) == index.unsqueeze(1)).to(g.dtype)  # (n, r, r)
-        contribution = (g * torch.einsum("nrs,knso->knro", same, g)).sum(0)
-        out = g.new_zeros(self.inputs.size, g.shape[-1])
-        out.index_add_(0, index.reshape(-1), contribution.flatten(0, 1))
-        return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
-
-    def _input_rows(self, a: Tensor) -> Tensor:
-        """The rows of ``I (x) mean_nr a a^T``.  # (o n r, G, *shape)"""
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.bias and a.shape[-1] else a
-        a = a if a.shape[-1] else a.new_ones(*a.shape[:-1], 1)
-        w = a.new_ones(a.shape[1:3]) if self.weights is None else self.weights
-        a = a * (w / w.sum().clamp(min=1)).sqrt().unsqueeze(-1)
-        eye = torch.eye(self.gradients.shape[-1], dtype=a.dtype, device=a.device)
-        J = torch.einsum("op,gnri->pnrgoi", eye, a).flatten(0, 2)
-        return J.mT if self.transposed else J
 
     def gram(self, other: Outer) -> Tensor:
         """``J J'^T`` of each group without ``J``: ``sum_rs (a_r . a'_s)(g_r . g'_s)``.  # (G, N, N')"""
@@ -310,6 +293,8 @@ class Outer(Evidence):
         """``sum_k z_kn g_kn``.  z: (G, N), or (1, N) for all groups -> (G, n, r, o)"""
         k, G, n = self.gradients.shape[:3]
         z = z.expand(G, -1).reshape(G, k, n)
+        if k == 1:
+            return self.gradients[0] * z.view(G, n, 1, 1)
         return torch.einsum("gknro,gkn->gnro", self.gradients.transpose(0, 1), z)
 
     def combine(self, z: Tensor) -> Tensor:

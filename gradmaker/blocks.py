@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from math import prod
-from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from gradmaker import by_rows
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.gathering import Members, Piece, picked, placed
+from gradmaker.gathering import NO_ROWS, Members, Piece, picked, placed
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
-from gradmaker.placement import Placement
-from gradmaker.representations.base import Fold, Frame
+from gradmaker.placement import Placement, joined_frame, slots_of
+from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import (
     FactoredAxes,
     OwnOrder,
     PerStep,
     Unstacked,
-    diagonal_axes,
     duplicate,
     has_refresh,
     renewal,
@@ -33,8 +31,6 @@ from gradmaker.representations.roles import (
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
-
-NO_ROWS: Mapping[str, FactoredGradient] = MappingProxyType({})
 
 
 class Block:
@@ -49,12 +45,12 @@ class Block:
         self.sites = [p.site for p in placements]
         self.triple, self.options = first.triple, first.options
         self.full = self.triple.representation.grain == "full"
-        self.frame = _joined_frame(placements, self.full)
-        self.slots = _slots(placements, self.full)
+        self.frame = joined_frame(placements, self.full)
+        self.slots = slots_of(placements, self.full)
         self.layout = Members(self.sites, self.slots, self.frame, self.full, first.joins_groups)
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
-        self.row_layer = None if self.full else by_rows.layer_of(self.sites, self.frame)
+        self.row_layers = by_rows.layers_of(self.sites, self.frame, self.full)
         self.held = self.empty()
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
@@ -175,20 +171,21 @@ class Block:
 
         rows: by site, gradients that are held by rows and are not in ``.grad``
         """
-        return rows.get(self.sites[0].name) or self.layout.read()
+        return self.layout.read(rows) if self.full else rows.get(self.sites[0].name) or self.layout.read()
 
-    def assign(self, held: Held, value: Tensor | FactoredGradient, into: dict[nn.Parameter, Tensor]) -> None:
+    def assign(
+        self, held: Held, value: by_rows.Value, rows: Mapping[str, FactoredGradient], into: dict[nn.Parameter, Tensor]
+    ) -> None:
         """Add the ``.grad`` that a preconditioned gradient will give each parameter to ``into``; ``.grad`` itself stays."""
-        layer = self.row_layer
-        if layer is not None and (isinstance(value, FactoredGradient) or layer.weight.grad is None):  # it was held by rows
-            if layer.site.name in held.ready:
-                layer.assign(value, into)
-            return
-        assert isinstance(value, Tensor)
-        for site, slot in zip(self.sites, self.slots, strict=True):
-            if self.full or site.name in held.ready:
-                piece = value[0, slot] if self.full else value[slot]
-                site.assign(piece.reshape(site.shape), into)
+        pieces = by_rows.pieces(value, self.slots, self.full)
+        for k, (site, piece) in enumerate(zip(self.sites, pieces, strict=True)):
+            if not self.full and site.name not in held.ready:
+                continue
+            formed = piece.reshape(site.shape) if isinstance(piece, Tensor) else None
+            if site.name in rows:
+                self.row_layers[k].assign(piece if formed is None else formed, into)
+            elif formed is not None:
+                site.assign(formed, into)
 
     def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
         """The running average of gradients, bias-corrected: ``m <- beta1 m + (1 - beta1) g``, ``m / (1 - beta1^t)``.
@@ -298,6 +295,23 @@ class Block:
                 made[key][slot] = piece
         return made
 
+    def solved(
+        self, held: Held, rows: Mapping[str, FactoredGradient], reached: Set[str], started: bool
+    ) -> tuple[by_rows.Value, Held] | None:
+        """`solve` for the gradient of this step; None without a gradient or a cache.
+
+        rows: as in `read`.  reached: names of sites with evidence in this step
+        """
+        if not held.cache:
+            return None
+        alone = started and all(layer.weight.grad is None for layer in self.row_layers)
+        given = [rows[s.name] for s in self.sites if alone and s.name in rows and s.name in reached]
+        own = by_rows.solve_own(self.triple, self.options, held, given) if len(given) == len(self.sites) else None
+        if own is not None:
+            return own, held
+        raw = self.read(rows)
+        return None if raw is None else self.solve(held, raw, started)
+
     def solve(self, held: Held, raw: Tensor | FactoredGradient, started: bool = True) -> tuple[Tensor | FactoredGradient, Held]:
         """The preconditioned gradient, averaged and rescaled as configured, and what the block then holds.
 
@@ -332,18 +346,3 @@ class Block:
 
 def _lacks_gradient(held: Held, site: Site, given: bool) -> bool:
     return site.name not in held.ready or site.name in held.fresh or not (given or site.has_gradient)
-
-
-def _joined_frame(placements: list[Placement], full: bool) -> Frame:
-    frame = placements[0].frame()
-    if not full:
-        return replace(frame, stack=sum(p.count for p in placements))
-    shape = (sum(prod(p.site.shape) for p in placements),)
-    diagonal_axes(placements[0].triple.representation, shape, placements[0].options.max_dim)
-    return replace(frame, shape=shape)
-
-
-def _slots(placements: list[Placement], full: bool) -> list[slice]:
-    sizes = [prod(p.site.shape) if full else p.count for p in placements]
-    ends = [sum(sizes[: j + 1]) for j in range(len(sizes))]
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

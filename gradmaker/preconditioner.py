@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.blocks import Block
+from gradmaker.by_rows import Value
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
@@ -17,7 +18,6 @@ from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
-from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loops.attachment import Attachment
 from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
@@ -90,7 +90,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
             found: dict[nn.Parameter, Tensor] = {}
             for block, value in [r for r in (self._solved(draft, b) for b in self.plan.blocks) if r is not None]:
                 if self._started or ((rule := block.options.grafting) and rule.leads):
-                    block.assign(draft.look(block), value, found)
+                    block.assign(draft.look(block), value, self.step_state.now.rows, found)
         found, region = self._limited(self._of_rows(found))
         return End(draft.work(), found, clocks, reports, region)
 
@@ -99,9 +99,9 @@ class PreconditionedGradientMaker(MeasuringMaker):
         """Add the plain gradients that are held by rows alone, where no other is found."""
         rows = self.step_state.now.rows
         for block in self.plan.blocks if rows else ():
-            layer = block.row_layer
-            if layer is not None and layer.site.name in rows and layer.weight.grad is None and layer.weight not in found:
-                layer.assign(rows[layer.site.name], found)
+            for layer in block.row_layers:
+                if layer.site.name in rows and layer.weight.grad is None and layer.weight not in found:
+                    layer.assign(rows[layer.site.name], found)
         return found
 
     def _measure_gradient(self, draft: Draft) -> None:
@@ -132,11 +132,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 refreshed.append((block, held))
         return clocks, self._failures.check(reports + self._failures.count(refreshed, self.step))
 
-    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Tensor | FactoredGradient] | None:
-        raw, held = block.read(self.step_state.now.rows), draft.look(block)
-        if raw is None or not held.cache:
+    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Value] | None:
+        found = block.solved(draft.look(block), self.step_state.now.rows, draft.reached, self._started)
+        if found is None:
             return None
-        value, solved = block.solve(held, raw, self._started)
+        value, solved = found
         draft.put(block, solved)
         return block, value
 

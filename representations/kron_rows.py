@@ -186,7 +186,7 @@ def _append(state: State, side: str, rows: Tensor) -> None:
         state[f"{side}_factor"] = state[f"{side}_factor"] + rows.mT @ rows
         return
     held = state.pop(f"{side}_rows")
-    rows = torch.cat([held, rows], 1) if held.shape[1] else rows
+    rows = torch.cat([held, rows], 1) if held.shape[1] else rows.contiguous()  # as a loaded one is
     formed = rows.shape[1] >= rows.shape[2]
     state[f"{side}_factor" if formed else f"{side}_rows"] = rows.mT @ rows if formed else rows
 

@@ -170,8 +170,12 @@ class SpansGradient(Representation):
         """``y`` with ``J^T y`` the gradient of the step whose evidence is held; None where that is not known.  # (B, N)"""
 
     @abstractmethod
-    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient] | None:
-        """``J^T z`` by the rows of each layer; None where a layer has none.  # (B, N)"""
+    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
+        """``J^T z`` of each layer, by rows or formed; None where a layer is no single matrix.  # (B, N)"""
+
+    @abstractmethod
+    def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
+        """``J G`` of a block of one layer, by rows; None where `form` takes less work, or the layer has none.  # (B, N)"""
 
 
 class PreconditionsRows(Representation):

@@ -12,10 +12,8 @@ step's evidence, each tensor with ``B`` first:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -29,136 +27,9 @@ from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.low_rank import Spanned
 from gradmaker.representations.roles import SpansGradient, WholeLayers
+from gradmaker.representations.row_parts import FormedPart, OuterPart, Part
 
-__all__ = ["OuterPart", "Part", "Rows", "chunks"]
-
-
-class Part(ABC):
-    """A layer's share of some rows, in each of ``B`` blocks: ``H`` groups of its evidence side by side."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the layer's share of a vector.  # (B, H, rows, columns)"""
-
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """The number of rows ``N``."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """That of the rows."""
-
-    @property
-    def size(self) -> int:
-        """Entries of a row, in one member of the stack."""
-        return prod(self.shape[1:])
-
-    @abstractmethod
-    def rows(self) -> Tensor:
-        """``J`` as a matrix.  # (B, N, P)"""
-
-    def gram(self, other: Part) -> Tensor:
-        """``J J'^T`` of two chunks of one layer.  # (B, N, N')"""
-        J = self.rows()
-        return J @ (J if other is self else other.rows()).mT
-
-    @abstractmethod
-    def project(self, v: Tensor) -> Tensor:
-        """``J v``.  # (B, H, rows, columns) -> (B, N)"""
-
-    @abstractmethod
-    def combine(self, z: Tensor) -> Tensor:
-        """``J^T z``.  # (B, N) -> (B, H, rows, columns)"""
-
-    def weighted(self, z: Tensor) -> FactoredGradient | None:
-        """``J^T z`` by the rows of the layer, where it has one group and no one-hot inputs.  # (1, N)"""
-        return None
-
-
-@dataclass(frozen=True)
-class FormedPart(Part):
-    """Rows that are multiplied out."""
-
-    formed: Tensor  # (B, N, H, rows, columns)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.formed.shape[0], *self.formed.shape[2:]
-
-    @property
-    def count(self) -> int:
-        return self.formed.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.formed.dtype
-
-    def rows(self) -> Tensor:
-        return self.formed.flatten(2)
-
-    def project(self, v: Tensor) -> Tensor:
-        return (self.rows() @ v.flatten(1).unsqueeze(-1)).squeeze(-1)
-
-    def combine(self, z: Tensor) -> Tensor:
-        return (z.unsqueeze(1) @ self.rows()).view(self.shape)
-
-
-@dataclass(frozen=True)
-class OuterPart(Part):
-    """Rows that are held as inputs and output gradients."""
-
-    outer: Outer  # of G = B H groups
-    stack: int  # B
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        G, o = self.outer.gradients.shape[1], self.outer.gradients.shape[-1]
-        i = self.outer.width + self.outer.bias
-        return (self.stack, G // self.stack, *((i, o) if self.outer.transposed else (o, i)))
-
-    @property
-    def count(self) -> int:
-        return self.outer.count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.outer.gradients.dtype
-
-    def gram(self, other: Part) -> Tensor:
-        """By the way that takes less memory; a layer without calls is laid out flat."""
-        N, M = self.count, other.count
-        if not isinstance(other, OuterPart) or not self._same_layout(other):
-            return super().gram(other)
-        if N * self.outer.gradients.shape[3] * M * other.outer.gradients.shape[3] > prod(self.shape[2:]) * (N + M):
-            return super().gram(other)
-        return self.outer.gram(other.outer).view(*self.shape[:2], N, M).sum(1)
-
-    def _same_layout(self, other: OuterPart) -> bool:
-        """Whether both have one layout."""
-        mine, its = self.outer, other.outer
-        return (self.shape, mine.bias, mine.transposed) == (other.shape, its.bias, its.transposed)
-
-    def rows(self) -> Tensor:
-        return self.outer.rows().reshape(self.count, *self.shape[:2], -1).transpose(0, 1).flatten(2)
-
-    def project(self, v: Tensor) -> Tensor:
-        return self.outer.project(v.flatten(0, 1)).view(*self.shape[:2], -1).sum(1)
-
-    def combine(self, z: Tensor) -> Tensor:
-        z = z.unsqueeze(1).expand(-1, self.shape[1], -1).flatten(0, 1)
-        return self.outer.combine(z).reshape(self.shape)
-
-    def weighted(self, z: Tensor) -> FactoredGradient | None:
-        own = self.outer
-        if self.shape[:2] != (1, 1) or isinstance(own.inputs, OneHot):
-            return None
-        g, a = own.weighted(z).flatten(1, 2), own.inputs.flatten(1, 2)
-        if own.bias:
-            a = torch.cat([a, torch.ones_like(g[..., :1])], -1)
-        return FactoredGradient(a, g) if own.transposed else FactoredGradient(g, a)
+__all__ = ["Rows", "chunks"]
 
 
 @dataclass(frozen=True)
@@ -203,7 +74,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         more = self.merges(parts)
         for j, part in enumerate(parts):
             assert isinstance(part, Outer)
-            new = self.lay(part, fold.alpha, f"{chunk}.{j}")
+            new = self.lay(part, fold.alpha / _mass(fold), f"{chunk}.{j}")
             for form, axis in (("gradients", 2), ("formed", 1)) if more else ():
                 last, name = f"{chunk - 1}.{j}.{form}", f"{chunk}.{j}.{form}"
                 if last in state and name in new:
@@ -222,7 +93,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def shares(self, parts: Sequence[Evidence], fold: Fold) -> Tensor | None:
         """The coefficients of these rows, as they are held, in the gradient of the step; None if not known.  # (1, N)"""
         known = [part.own for part in parts if isinstance(part, Outer) and part.own is not None]
-        return None if len(known) < len(parts) else (known[0] * (fold.alpha**0.5 / fold.share)).unsqueeze(0)
+        return None if len(known) < len(parts) else (known[0] * ((fold.alpha * _mass(fold)) ** 0.5 / fold.share)).unsqueeze(0)
 
     def _check_count(self, state: State) -> None:
         count = sum(parts[0].count for parts in chunks(state))
@@ -240,21 +111,28 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         g = part.gradients.movedim(1, 0)
         g = g if alpha == 1.0 else g * alpha**0.5
         a = part.inputs.index.unsqueeze(0) if isinstance(part.inputs, OneHot) else part.inputs
+        bias = part.bias and self.apart(part)
+        if part.bias and not bias and isinstance(part.inputs, Tensor):
+            a = torch.cat([part.inputs, part.inputs.new_ones(*part.inputs.shape[:-1], 1)], -1)
         i = part.width + part.bias
         G, o = len(g), g.shape[-1]
         shape = (i, o) if part.transposed else (o, i)
         return {
             f"{name}.gradients": g.contiguous().unsqueeze(0),
             f"{name}.inputs": a.contiguous().unsqueeze(0),
-            f"{name}.layout": g.new_empty(1, G, *shape, int(part.bias), int(part.transposed), 0),
+            f"{name}.layout": g.new_empty(1, G, *shape, int(bias), int(part.transposed), 0),
         }
+
+    def apart(self, part: Outer) -> bool:
+        """Whether the bias is no column of the inputs that are held."""
+        return isinstance(part.inputs, OneHot)
 
     def forms(self, part: Outer) -> bool:
         """Whether a layer's rows are multiplied out: which takes less memory and less work in all products."""
-        k, _, _, r, o = part.gradients.shape
+        r, o = part.gradients.shape[3:]
         if isinstance(part.inputs, OneHot) or r == 1:
             return False
-        return k * o * (part.width + part.bias) <= r * (part.width + k * o)
+        return o * (part.width + part.bias) <= r * (part.width + o)  # whatever their number: chunks are joined
 
     # ---------------------------------------------------------------- LowRank
     def gram(self, state: State) -> Tensor:
@@ -264,19 +142,18 @@ class Rows(Spanned, WholeLayers, SpansGradient):
             lower = [torch.stack([x.gram(y) for x, y in zip(one, other, strict=True)]).sum(0) for other in held[: p + 1]]
             blocks.append(lower)
         whole = [[blocks[p][q] if q <= p else blocks[q][p].mT for q in range(len(held))] for p in range(len(held))]
-        return torch.cat([torch.cat(row, 2) for row in whole], 1) / _positive(state["mass"])[:, None, None]
+        return torch.cat([torch.cat(row, 2) for row in whole], 1)
 
     def project(self, state: State, v: Tensor) -> Tensor:
         out = []
         for parts, whole in zip(self.sketched(state), chunks(state), strict=True):
             pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].dtype)))
             out.append(torch.stack([x.project(u) for x, u in zip(parts, pieces, strict=True)]).sum(0))
-        return torch.cat(out, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
+        return torch.cat(out, 1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
         held = chunks(state)
-        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].dtype)
-        pieces = z.split([parts[0].count for parts in held], 1)
+        pieces = z.to(held[0][0].dtype).split([parts[0].count for parts in held], 1)
         sums = [torch.cat([x.combine(y).flatten(1) for x in parts], 1) for parts, y in zip(held, pieces, strict=True)]
         out = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
         shape = held[0][0].shape
@@ -285,15 +162,19 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def own(self, state: State) -> Tensor | None:
         shares = [state.get(f"{p}.own") for p in range(len(chunks(state)))]
         known = [x for x in shares if x is not None]
-        return None if len(known) < len(shares) else torch.cat(known, 1) * _positive(state["mass"]).sqrt().unsqueeze(1)
+        return None if len(known) < len(shares) else torch.cat(known, 1)
 
-    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient] | None:
+    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
         held = chunks(state)
-        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].dtype)
-        pieces = z.split([parts[0].count for parts in held], 1)
+        pieces = z.to(held[0][0].dtype).split([parts[0].count for parts in held], 1)
         found = [[part.weighted(y) for part in parts] for parts, y in zip(held, pieces, strict=True)]
         layers = [[rows for rows in layer if rows is not None] for layer in zip(*found, strict=True)]
-        return None if any(len(layer) < len(held) for layer in layers) else [joined_rows(layer) for layer in layers]
+        return None if any(len(layer) < len(held) for layer in layers) else [_sum(layer) for layer in layers]
+
+    def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
+        found = [part.project_rows(rows) for (part,) in chunks(state)]
+        known = [x for x in found if x is not None]
+        return None if len(known) < len(found) else torch.cat(known, 1)
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
         """A block's vector, cut into layers.  # (B, *shape) -> each (B, H, rows, columns)"""
@@ -310,8 +191,17 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         return pieces
 
 
-def _positive(mass: Tensor) -> Tensor:
-    return torch.where(mass > 0, mass, 1.0)
+def _sum(layer: Sequence[FactoredGradient | Tensor]) -> FactoredGradient | Tensor:
+    rows = [x for x in layer if isinstance(x, FactoredGradient)]
+    if len(rows) == len(layer):
+        return joined_rows(rows)
+    formed = [x.form() if isinstance(x, FactoredGradient) else x for x in layer]
+    return torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
+
+
+def _mass(fold: Fold) -> float:
+    """The mass of the newest step, which all of its evidence is divided by."""
+    return 1.0 if fold.summed else fold.share
 
 
 def chunks(state: State) -> list[list[Part]]:

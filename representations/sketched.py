@@ -17,7 +17,8 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold
 from gradmaker.representations.low_rank import form_rows
-from gradmaker.representations.rows import OuterPart, Part, Rows, chunks
+from gradmaker.representations.row_parts import OuterPart, Part
+from gradmaker.representations.rows import Rows, chunks
 
 __all__ = ["Sketched"]
 
@@ -89,6 +90,10 @@ class Sketched(Rows):
     def shares(self, parts: Sequence[Evidence], fold: Fold) -> Tensor | None:
         """None with a sketch of positions, which changes the rows."""
         return None if self.positions is not None else super().shares(parts, fold)
+
+    def apart(self, part: Outer) -> bool:
+        """Where coordinates are sampled, too: the bias always is one of them."""
+        return self.coordinates is not None or super().apart(part)
 
     def forms(self, part: Outer) -> bool:
         """Not where coordinates of inputs and of output gradients are sampled."""

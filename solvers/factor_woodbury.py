@@ -36,29 +36,26 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored], App
     def prepare(self, representation: RowFactored, state: State, previous: State | None) -> State:
         held = representation.rows(state)
         small = [representation.factor(state, k) if one is None else _gram(*one) for k, one in enumerate(held)]
+        ridges = self._ridges(held, small)
+        inverses, failed = _invert(small, ridges)
         new: State = {}
-        default: State = {}
-        failures = []
-        for k, (one, M, r) in enumerate(zip(held, small, self._ridges(held, small), strict=True)):
-            inverse, failed = _invert(M, r)
-            gain = r.reciprocal()
+        for k, (one, inverse, r) in enumerate(zip(held, inverses, ridges, strict=True)):
             if one is None:
-                share = {"inverse": inverse}
+                new[f"inverse_{k}"] = inverse
             else:  # what the identity subtracts is X^T core X, with the rows as they are held
-                share = {"rows": one[0], "core": (inverse * (gain / one[1])[:, None, None]).to(one[0].dtype), "gain": gain}
-            new.update({f"{name}_{k}": x for name, x in share.items()})
-            default.update({f"{name}_{k}": self._zero_curvature(name, x) for name, x in share.items()})
-            failures.append(failed)
+                X, mass = one
+                core = (inverse / (r * mass)[:, None, None]).to(X.dtype)
+                new |= {f"rows_{k}": X, f"core_{k}": core, f"gain_{k}": r.reciprocal()}
         before = previous if previous is not None and _same_shapes(new, previous) else None
-        return keep_previous(new, torch.stack(failures).any(0), before, default)
+        return keep_previous(new, failed, before, {name: self._zero_curvature(name, x) for name, x in new.items()})
 
     def _zero_curvature(self, name: str, x: Tensor) -> Tensor:
         """Entries of the cache for a zero factor, whose inverse is ``I / sqrt(damping)``."""
         gain = self.damping**-0.5
-        if name == "inverse":
+        if name.startswith("inverse"):
             unit = x.new_full(x.shape[-1:], gain)
             return unit if x.ndim == 2 else torch.diag(unit)
-        return x.new_tensor(gain if name == "gain" else 0.0)
+        return x.new_tensor(gain if name.startswith("gain") else 0.0)
 
     def _ridges(self, held: list[tuple[Tensor, Tensor] | None], small: list[Tensor]) -> list[Tensor]:
         """`pi_ridges` of the factors, without forming them.  small: factors, or Gram matrices of their rows  # each (B,)"""
@@ -85,9 +82,8 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored], App
 
 
 def _gram(X: Tensor, mass: Tensor) -> Tensor:
-    """``X X^T / m``, in double precision.  # (B, n, n)"""
-    X = X.double()
-    return (X @ X.mT) / mass[:, None, None]
+    """``X X^T / m``, to be inverted in double precision.  # (B, n, n)"""
+    return (X @ X.mT).double() / mass[:, None, None]
 
 
 def _apply(cache: State, k: int, v: Tensor) -> Tensor:
@@ -99,11 +95,16 @@ def _apply(cache: State, k: int, v: Tensor) -> Tensor:
     return out.baddbmm_((v @ X.mT) @ core, X, alpha=-1)
 
 
-def _invert(F: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """``(F + r I)^-1``, and the members for which all fallbacks failed."""
-    factors = scalars([F])
-    ((inverse,),), failed = try_all(CholeskyInverse(1), factors, [ridge.to(F.dtype)])
-    return inverse.reshape(F.shape), failed
+def _invert(matrices: list[Tensor], ridges: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """``(M_k + r_k I)^-1``, and the members for which all fallbacks failed; in one stack where the shapes agree."""
+    alike = len({(M.shape, M.dtype) for M in matrices}) == 1
+    stacks = [torch.cat(matrices)] if alike else matrices
+    added = [torch.cat(ridges)] if alike else ridges
+    found, failed = try_all(CholeskyInverse(1), scalars(stacks), [r.to(M.dtype) for M, r in zip(stacks, added, strict=True)])
+    inverses = [X.reshape(M.shape) for M, (X,) in zip(stacks, found, strict=True)]
+    if not alike:
+        return inverses, failed
+    return list(inverses[0].chunk(len(matrices))), failed.view(len(matrices), -1).any(0)
 
 
 def _same_shapes(new: State, previous: State) -> bool:

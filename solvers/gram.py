@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import Placement
-from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.factored_gradient import FactoredGradient, joined_rows
 from gradmaker.linalg.fallbacks import count_failures, try_all
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
@@ -20,7 +20,7 @@ from gradmaker.representations.roles import SpansGradient
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.eigh import Decomposition
-from gradmaker.solvers.roles import SolvesOwn
+from gradmaker.solvers.roles import AppliesRows, SolvesOwn
 
 __all__ = ["Gram", "Tail"]
 
@@ -37,7 +37,7 @@ the gradient is first fitted by the rows: two more products with ``J`` and two w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gram(Defined[LowRank], SolvesOwn[LowRank]):
+class Gram(Defined[LowRank], SolvesOwn[LowRank], AppliesRows[LowRank]):
     """``P g = t g + J^T M J g`` with a small symmetric ``M`` from ``K = J J^T = V S V^T``, by the products of `LowRank`.
 
     With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is the part of ``g`` orthogonal to the rows.
@@ -191,12 +191,24 @@ class Gram(Defined[LowRank], SolvesOwn[LowRank]):
         z = V @ (inner * (V.mT @ representation.project(state, g).unsqueeze(-1)))
         return x, unit * (representation.combine(state, z.squeeze(-1)) + tail.view(-1, *[1] * (g.ndim - 1)) * g)
 
-    def solve_own(self, representation: LowRank, state: State, cache: State) -> list[FactoredGradient] | None:
+    def solve_own(self, representation: LowRank, state: State, cache: State) -> list[FactoredGradient | Tensor] | None:
         if not isinstance(representation, SpansGradient) or "own" not in cache:
             return None
         if any(cache.get(name) is not x for name, x in state.items()):  # rows of another step
             return None
         return representation.weighted(cache, cache["own"])
+
+    def by_rows(self, representation: LowRank) -> bool:
+        return isinstance(representation, SpansGradient) and representation.grain == "layer" and not _sampled(representation)
+
+    def solve_rows(self, representation: LowRank, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
+        assert isinstance(representation, SpansGradient)
+        z = None if "fit" in cache or "projector" in cache else representation.project_rows(cache, rows)
+        if z is None:  # what is orthogonal to the rows of the batch is found only in a gradient that is formed
+            return self.solve(representation, cache, rows.form())
+        spanned = representation.weighted(cache, (cache["middle"] @ z.double().unsqueeze(-1)).squeeze(-1))
+        assert spanned is not None and isinstance(spanned[0], FactoredGradient)  # as they could be projected on
+        return joined_rows([rows.scaled(cache["gain"].to(rows.g.dtype)), spanned[0]])
 
     def solve(self, representation: LowRank, cache: State, g: Tensor) -> Tensor:
         def combine(middle: str, z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows", "SolvesOwn"]
+__all__ = ["AppliesRows", "HeldInForms", "SolvesOwn"]
 
 
 class AppliesRows(Solver[Needed]):
@@ -30,8 +30,19 @@ class SolvesOwn(Solver[Needed]):
     """A solver for the very gradient that the rows of the statistic make up, which need not be computed for it."""
 
     @abstractmethod
-    def solve_own(self, representation: Needed, state: State, cache: State) -> list[FactoredGradient] | None:
-        """``P g`` by the rows of each layer, ``g`` the gradient of the step whose evidence is in ``state``.
+    def solve_own(self, representation: Needed, state: State, cache: State) -> list[FactoredGradient | Tensor] | None:
+        """``P g`` of each layer, by rows or formed, ``g`` the gradient of the step whose evidence is in ``state``.
 
         None where the rows are not known to make it up, or the cache is of another step.
+        """
+
+
+class HeldInForms(Solver[Needed]):
+    """A solver that holds a factorisation in one of several forms, as intervals, sides and the device decide."""
+
+    @abstractmethod
+    def converted(self, saved: State, like: State) -> State:
+        """A saved cache of some members in the form of another; unchanged where it is in that form already.
+
+        like: a cache of the form that is wanted
         """

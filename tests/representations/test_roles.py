@@ -53,6 +53,7 @@ PLAYED = {
     roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
+    roles.SpansGradient: "Rows Sketched",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
     roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",

@@ -16,6 +16,7 @@ OF_TORCH = frozenset(
         "_backward_hooks",
         "_backward_pre_hooks",
         "_base",  # of a view
+        "_cdata",  # of a storage
         "_buffers",
         "_current_graph_task_id",
         "_dynamo",
