@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from torch import Tensor
+
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
+from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
 __all__ = ["AppliesRows"]
@@ -14,6 +17,10 @@ __all__ = ["AppliesRows"]
 class AppliesRows(Solver[Needed]):
     """A solver of matrices whose ``P`` multiplies a gradient on each side, so that it may multiply the rows instead."""
 
+    def by_rows(self, representation: Needed) -> bool:
+        """Whether `solve_rows` serves this representation."""
+        return isinstance(representation, FactoredAxes)
+
     @abstractmethod
-    def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient:
-        """``P G`` by its rows; `solve` of the formed gradient gives the same."""
+    def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
+        """``P G``, by rows or formed; `solve` of the formed gradient gives the same."""
