@@ -164,6 +164,12 @@ class GradientConfig(metaclass=RenamedOptions):
             warn_of(name, new)
             return getattr(self, new)
 
+    @property
+    def steps_of_refresh(self) -> int | None:
+        """Number of steps that one refresh serves; None where it changes."""
+        interval = self.preconditioner_interval
+        return None if isinstance(interval, Schedule) else interval
+
     def grafting_rule(self) -> Grafting | None:
         """The grafting rule that `grafting` names, with `grafting_decay`."""
         return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)

@@ -18,9 +18,9 @@ from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
-from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
+from gradmaker.linalg.roots import Root, apply_roots, apply_roots_to_rows, in_parts, keep_roots
 from gradmaker.linalg.state import State
-from gradmaker.options.checks import check_choice
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.capabilities import Factored
 from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import spectral_power
@@ -64,10 +64,14 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
     split: Split = "exact"
     mode: Mode = "absolute"
     placement: Placement = "before"
+    interval: int | None = None
+    """Number of steps that one refresh serves: for few, roots are held by their eigenvectors, not multiplied out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("split", self.split, get_args(Split))
+        if self.interval is not None:
+            check_count("interval", self.interval, 1)
         check_choice("mode", self.mode, RIDGES if self.split == "pi" else get_args(Mode))
         check_choice("placement", self.placement, get_args(Placement) if self.split == "exact" else ("before",))
 
@@ -84,10 +88,11 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
             return self._keep_exact(factors, (results, failed, retries), previous, order, gain)
         spectra = [parts[0] for parts in results]
         damped, ridges = self._damped(factors, spectra, order)
-        roots = [_power(parts, s, self.power / order) for parts, s in zip(results, damped, strict=True)]
+        powers = [s ** (self.power / order) for s in damped]
+        roots = [_root(*each) for each in zip(results, powers, in_parts(self.interval, factors), strict=True)]
         found = [spectral_residual(*each) for each in zip(factors, results, damped, strict=True)]
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], retries)
-        return keep_roots(roots, _add_infinite(failed, roots), previous, gain, diagnosis, is_empty(factors))
+        return keep_roots(roots, _add_infinite(failed, powers), previous, gain, diagnosis, is_empty(factors))
 
     def _damped(self, factors: Sequence[Tensor], spectra: Sequence[Tensor], order: float) -> tuple[list[Tensor], list[Tensor]]:
         """The damped spectrum of each factor, and the ridges for the diagnosis."""
@@ -183,10 +188,11 @@ def _mean(s: Tensor) -> Tensor:
     return s.mean(-1)
 
 
-def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
-    """``Q diag(damped)^exponent Q^T``, or the diagonal.  # (B, d, d) or (B, d)"""
-    powered = damped**exponent
-    return conjugate(parts[1], powered) if len(parts) == 2 else powered
+def _root(parts: Parts, w: Tensor, parted: bool) -> Root:
+    """``Q diag(w) Q^T``, its parts, or the diagonal."""
+    if len(parts) == 1:
+        return w
+    return (w, parts[1]) if parted else conjugate(parts[1], w)
 
 
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
