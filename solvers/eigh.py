@@ -89,8 +89,9 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
         spectra = [parts[0] for parts in results]
         damped, ridges = self._damped(factors, spectra, order)
         powers = [s ** (self.power / order) for s in damped]
-        roots = [_root(*each) for each in zip(results, powers, in_parts(self.interval, factors), strict=True)]
         found = [spectral_residual(*each) for each in zip(factors, results, damped, strict=True)]
+        parted = in_parts(self.interval, factors)
+        roots = [_root(results.pop(0), w, parts) for w, parts in zip(powers, parted, strict=True)]  # eigenvectors are freed
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], retries)
         return keep_roots(roots, _add_infinite(failed, powers), previous, gain, diagnosis, is_empty(factors))
 

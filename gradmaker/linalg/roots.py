@@ -133,8 +133,9 @@ def keep_roots(
         if isinstance(root, Tensor):
             new[f"root_{k}"], default[f"root_{k}"] = root, share * identity(root)
         else:
-            new[f"power_{k}"], new[f"basis_{k}"] = root
-            default[f"power_{k}"], default[f"basis_{k}"] = share * identity(root[0]), identity(root[1])
+            w, Q = root
+            new[f"power_{k}"], new[f"vectors_{k}"] = w, Q.mT  # as rows, since LAPACK gives them in column order
+            default[f"power_{k}"], default[f"vectors_{k}"] = share * identity(w), identity(Q)
     if diagnosis is not None:
         new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
     return keep_previous(new, failed, previous, default, empty)
@@ -159,12 +160,12 @@ def apply_roots(cache: State, g: Tensor) -> Tensor:
 
 def _along(cache: State, g: Tensor, k: int, axis: int) -> Tensor:
     """The product with root ``k``, if there is one, along an axis.  # (B, d_1, ..., d_m)"""
-    before, Q = [None] * (axis - 1), cache.get(f"basis_{k}")
-    if Q is None:
+    before, V = [None] * (axis - 1), cache.get(f"vectors_{k}")
+    if V is None:
         return apply_factors([*before, cache.get(f"root_{k}")], g)
     w = cache[f"power_{k}"]
-    if g[0].numel() >= Q.shape[-1] ** 2:  # as many rows as columns: the matrix takes less
-        return apply_factors([*before, conjugate(Q, w)], g)
-    for F in (Q.mT, w, Q):
+    if g[0].numel() >= V.shape[-1] ** 2:  # as many rows as columns: the matrix takes less
+        return apply_factors([*before, conjugate(V.mT, w)], g)
+    for F in (V, w, V.mT):
         g = apply_factors([*before, F], g)
     return g

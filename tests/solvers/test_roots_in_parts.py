@@ -44,7 +44,7 @@ def at(solver: Any, interval: int | None) -> Any:
 
 
 def parts_of(cache: State) -> set[str]:
-    return {name for name in cache if name.startswith(("basis", "power", "root"))}
+    return {name for name in cache if name.startswith(("vectors", "power", "root"))}
 
 
 @pytest.mark.parametrize("rows", [3, 60, 200])
@@ -55,7 +55,7 @@ def test_parts_apply_as_the_root_does(name: str, rows: int) -> None:
     whole, parted = solver.prepare(held, state, None), at(solver, 1).prepare(held, state, None)
     sides = range(1 if name == "one-sided" else 2)
     assert parts_of(whole) == {f"root_{k}" for k in sides}
-    assert parts_of(parted) == {f"{part}_{k}" for k in sides for part in ("basis", "power")}
+    assert parts_of(parted) == {f"{part}_{k}" for k in sides for part in ("vectors", "power")}
     given = FactoredGradient(torch.randn(2, rows, o, dtype=torch.float64), torch.randn(2, rows, i, dtype=torch.float64))
     expected = solver.solve(held, whole, given.form())
     assert not torch.equal(expected, given.form())
