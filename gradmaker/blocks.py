@@ -203,7 +203,7 @@ class Block:
         total = average["mass"] * beta1 + (1 - beta1)
         held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
         if self.options.nesterov_average:
-            return moved.lerp(g, 1 - beta1) / (beta1 * mass + 1 - beta1), held
+            return moved.lerp(g, 1 - beta1).div_(beta1 * mass + 1 - beta1), held
         return moved / mass, held
 
     def prepare(

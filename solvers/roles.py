@@ -11,7 +11,7 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows"]
+__all__ = ["AppliesRows", "SolvesOwn"]
 
 
 class AppliesRows(Solver[Needed]):
@@ -24,3 +24,14 @@ class AppliesRows(Solver[Needed]):
     @abstractmethod
     def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
         """``P G``, by rows or formed; `solve` of the formed gradient gives the same."""
+
+
+class SolvesOwn(Solver[Needed]):
+    """A solver for the very gradient that the rows of the statistic make up, which need not be computed for it."""
+
+    @abstractmethod
+    def solve_own(self, representation: Needed, state: State, cache: State) -> list[FactoredGradient] | None:
+        """``P g`` by the rows of each layer, ``g`` the gradient of the step whose evidence is in ``state``.
+
+        None where the rows are not known to make it up, or the cache is of another step.
+        """

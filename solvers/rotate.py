@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradmaker.linalg.diagnosis import unknown
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import identity, transpose
 from gradmaker.linalg.fallbacks import keep_previous
 from gradmaker.linalg.mode_products import apply_factors
@@ -17,12 +18,13 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
 from gradmaker.solvers.base import PowerSolver, spectral_power
 from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["Rotate", "RotatingSolver"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
+class RotatingSolver(PowerSolver[Rotated], Defined[Rotated], AppliesRows[Rotated]):
     """``P g = Q [scale * (Q^T g)]`` with the basis that the representation holds.
 
     A member that fails keeps the basis of its previous scale: a stale ``P`` stays whole.
@@ -60,9 +62,21 @@ class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
         return x, along_axes(bases, rotated / self.divisor(representation, state)).reshape(g.shape)
 
     def solve(self, representation: Rotated, cache: State, g: Tensor) -> Tensor:
-        bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for an axis in the unit basis
+        bases = _held_bases(cache)
         rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
         return apply_factors(bases, rotated * cache["scale"]).reshape(g.shape)
+
+    def solve_rows(self, representation: Rotated, cache: State, rows: FactoredGradient) -> Tensor:
+        """Into the basis by rows; the scale needs the whole matrix."""
+        bases = _held_bases(cache)
+        back = [None if Q is None else transpose(Q) for Q in bases]
+        rotated = replace(rows, g=apply_factors([None, back[0]], rows.g), a=apply_factors([None, back[1]], rows.a)).form()
+        return apply_factors(bases, rotated.mul_(cache["scale"]))
+
+
+def _held_bases(cache: State) -> list[Tensor | None]:
+    """The bases in a cache; None for an axis in the unit basis."""
+    return [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ FLOORS = (
             "placement",
             "plan",
             "precision",
-            "preset",
+            "presets",
             "scale",
             "schedule",
             "stacking",
@@ -47,6 +47,7 @@ FLOORS = (
             "step",
             "triple",
             "trust_region",
+            "usage",
         )
     ),
     Floor(("checkpoint", "costs", "loops", "reports", "self_checks")),
