@@ -18,6 +18,7 @@ from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
 from gradmaker.loss.reading import name_of, named
 from gradmaker.representations.roles import Unstacked
+from gradmaker.solvers.roles import HeldInForms
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step import pool
 from gradmaker.step.clocks import PlanClocks
@@ -272,7 +273,10 @@ def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
         return {}
     if isinstance(block.triple.representation, Unstacked):
         return _gather_unstacked(block, "cache", members[0], {}, None)
-    return _gather_part(block, "cache", members, block.empty_cache())
+    solver, like = block.triple.solver, block.empty_cache()
+    if isinstance(solver, HeldInForms):
+        members = [solver.converted(member, like) for member in members]
+    return _gather_part(block, "cache", members, like)
 
 
 def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:

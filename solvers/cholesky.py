@@ -21,12 +21,12 @@ from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.powers import axis_power, balanced_ridges
 from gradmaker.linalg.roots import InverseRoot, integer_root, residual
 from gradmaker.linalg.state import State
-from gradmaker.linalg.triangles import apply_inverse, factor, holds_triangle, inverse_of
+from gradmaker.linalg.triangles import apply_inverse, factor, holds_triangle, inverse_of, triangle_of_inverse
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.definition import DefinedByAxes
-from gradmaker.solvers.roles import AppliesRows
+from gradmaker.solvers.roles import AppliesRows, HeldInForms
 
 __all__ = ["Cholesky", "CholeskyInverse"]
 
@@ -88,7 +88,7 @@ class _DescribedTriangle(CholeskyTriangle):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Factored]):
+class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Factored], HeldInForms[Factored]):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
     ``split`` is the rule for the ridges ``r``, see `gradmaker.linalg.damping`. A block whose refreshes have
@@ -142,6 +142,18 @@ class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Fac
         rows = [prod(sides) // d for d in sides]
         pairs = zip(factors, square, rows, strict=True)
         return [dense and holds_triangle(self.interval, F.shape[1], R, F.device) for F, dense, R in pairs]
+
+    def converted(self, saved: State, like: State) -> State:
+        """Triangles from inverses and inverses from triangles, as the intervals of a loaded state may be others."""
+        made = dict(saved)
+        for k in range(len(like)):
+            triangle, root = _name(k, True), _name(k, False)
+            if triangle in like and root in saved:
+                made[triangle] = triangle_of_inverse(made.pop(root))
+            elif root in like and triangle in saved:
+                U = made.pop(triangle)
+                made[root] = inverse_of(U, (U.diagonal(dim1=-2, dim2=-1) > 0).all(-1))
+        return made
 
     def _ridges(self, factors: Sequence[Tensor]) -> list[Tensor]:
         if self.split == "pi":

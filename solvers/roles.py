@@ -11,7 +11,7 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows", "SolvesOwn"]
+__all__ = ["AppliesRows", "HeldInForms", "SolvesOwn"]
 
 
 class AppliesRows(Solver[Needed]):
@@ -34,4 +34,15 @@ class SolvesOwn(Solver[Needed]):
         """``P g`` by the rows of each layer, ``g`` the gradient of the step whose evidence is in ``state``.
 
         None where the rows are not known to make it up, or the cache is of another step.
+        """
+
+
+class HeldInForms(Solver[Needed]):
+    """A solver that holds a factorisation in one of several forms, as intervals, sides and the device decide."""
+
+    @abstractmethod
+    def converted(self, saved: State, like: State) -> State:
+        """A saved cache of some members in the form of another; unchanged where it is in that form already.
+
+        like: a cache of the form that is wanted
         """

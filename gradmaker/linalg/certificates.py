@@ -16,6 +16,8 @@ Reference: Freivalds 1979 (verification of products by random vectors); Higham 2
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,16 @@ GOLDEN = 0.6180339887498949
 
 
 def _signs(A: Tensor) -> Tensor:
-    """``V``: the signs of a quadratic sequence modulo one, which is equidistributed (Weyl).  # (1, 2, d)"""
-    d = A.shape[-1]
-    phase = torch.arange(1, 2 * d + 1, dtype=torch.float64, device=A.device).square_().mul_(GOLDEN).frac_()
-    return (1 - 2 * phase.round_()).to(A.dtype).view(1, 2, d)
+    """``V``.  # (1, 2, d)"""
+    make = _equidistributed if type(A) is Tensor else _equidistributed.__wrapped__  # tensors without data are not kept
+    return make(A.shape[-1], A.dtype, A.device)
+
+
+@lru_cache(maxsize=256)
+def _equidistributed(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Signs by a quadratic sequence modulo one, which is equidistributed (Weyl).  # (1, 2, d)"""
+    phase = torch.arange(1, 2 * d + 1, dtype=torch.float64, device=device).square_().mul_(GOLDEN).frac_()
+    return (1 - 2 * phase.round_()).to(dtype).view(1, 2, d)
 
 
 def _worst(E: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "Parts",
     "count_failures",
     "factorise",
+    "finite_members",
     "is_empty",
     "keep_previous",
     "none_of",
@@ -144,7 +145,7 @@ def _joined(method: Factorisation, parts: list[Parts], F: Tensor) -> Parts:
 
 def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A symmetric copy with the identity for members that are not finite, as `eigh` raises there.  # F, ridge, finite (B,)"""
-    finite = _finite(F) & torch.isfinite(ridge)
+    finite = finite_members(F) & torch.isfinite(ridge)
     A = symmetrise(F) if symmetric and F.ndim == 3 else F
     if none_of(~finite):
         return A, ridge, finite
@@ -152,7 +153,7 @@ def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor
     return torch.where(for_members(finite, F), A, unit), torch.where(finite, ridge, 1.0), finite
 
 
-def _finite(F: Tensor) -> Tensor:
+def finite_members(F: Tensor) -> Tensor:
     """Members that are finite: by their sums, which need no mask, and entry by entry where a sum may have overflown.  # (B,)"""
     flat = F.flatten(1)
     finite = torch.isfinite(flat.sum(1))
