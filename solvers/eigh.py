@@ -18,7 +18,7 @@ from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
-from gradmaker.linalg.roots import Root, apply_roots, apply_roots_to_rows, in_parts, keep_roots
+from gradmaker.linalg.roots import Root, apply_roots, apply_roots_to_rows, converted_roots, in_parts, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.capabilities import Factored
@@ -26,7 +26,7 @@ from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import spectral_power
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.factor_solver import FactorSolver
-from gradmaker.solvers.roles import AppliesRows
+from gradmaker.solvers.roles import AppliesRows, HeldInForms
 
 __all__ = ["Decomposition", "Eigh"]
 
@@ -35,6 +35,11 @@ class Decomposition(Factorisation):
     """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards."""
 
     larger_ridges = 0
+
+    def attempt(self, F: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        if F.ndim == 2 or F.device.type != "cpu":
+            return super().attempt(F, ridge)
+        return self.matrix(F, ridge)  # LAPACK reads one triangle, and raises where it is not finite
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)
@@ -47,7 +52,7 @@ class Decomposition(Factorisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
+class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored], HeldInForms[Factored]):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
     - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step;
@@ -167,6 +172,9 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
         rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
         scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))
         return apply_factors(bases, rotated * scale).reshape(g.shape)
+
+    def converted(self, saved: State, like: State) -> State:
+        return converted_roots(saved, like)
 
     def solve_rows(self, representation: Factored, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
         if self.split != "exact":

@@ -11,19 +11,19 @@ from torch import Tensor
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import conjugate
 from gradmaker.linalg.finite import finite_members
-from gradmaker.linalg.roots import Root, apply_roots, apply_roots_to_rows, in_parts, keep_roots
+from gradmaker.linalg.roots import Root, apply_roots, apply_roots_to_rows, converted_roots, in_parts, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.definition import DefinedByAxes
-from gradmaker.solvers.roles import AppliesRows
+from gradmaker.solvers.roles import AppliesRows, HeldInForms
 
 __all__ = ["PositiveRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse]):
+class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse], HeldInForms[Inverse]):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
     A block whose refreshes have all failed keeps its gradient.
@@ -62,6 +62,9 @@ class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inv
 
     def solve(self, representation: Inverse, cache: State, g: Tensor) -> Tensor:
         return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
+
+    def converted(self, saved: State, like: State) -> State:
+        return converted_roots(saved, like)
 
     def solve_rows(self, representation: Inverse, cache: State, rows: FactoredGradient) -> FactoredGradient:
         return apply_roots_to_rows(cache, rows)

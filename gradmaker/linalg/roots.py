@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.diagnosis import unknown
-from gradmaker.linalg.eigen import add_ridge, decompose, is_definite
+from gradmaker.linalg.eigen import add_ridge, decompose, is_definite, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import conjugate, identity, is_tiled
 from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
@@ -23,6 +23,7 @@ __all__ = [
     "Root",
     "apply_roots",
     "apply_roots_to_rows",
+    "converted_roots",
     "held_roots",
     "in_parts",
     "integer_root",
@@ -95,7 +96,7 @@ class InverseRoot(Factorisation):
 
     def last_resort(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)
-        X = (Q * ((s.clamp(min=0) + ridge.unsqueeze(-1)) ** (-1 / self.p)).unsqueeze(-2)) @ Q.mT
+        X = conjugate(Q, (s.clamp(min=0) + ridge.unsqueeze(-1)) ** (-1 / self.p))
         found, tolerance = residual(add_ridge(A, ridge), X, self.p)
         return self.parts(X, 0, found, ridge), ok & (s.amin(-1) + ridge > 0) & (found <= tolerance)
 
@@ -139,6 +140,19 @@ def keep_roots(
     if diagnosis is not None:
         new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
     return keep_previous(new, failed, previous, default, empty)
+
+
+def converted_roots(saved: State, like: State) -> State:
+    """The roots of a saved cache in the forms of another, as `in_parts` decided otherwise for it."""
+    made = dict(saved)
+    for k in range(len(like)):
+        root, w, V = f"root_{k}", f"power_{k}", f"vectors_{k}"
+        if w in like and root in saved:
+            s, Q = torch.linalg.eigh(symmetrise(made.pop(root).double()))
+            made[w], made[V] = s.to(like[w].dtype), Q.mT.to(like[V].dtype)
+        elif root in like and w in saved:
+            made[root] = conjugate(made.pop(V).mT, made.pop(w))
+    return made
 
 
 def held_roots(cache: State) -> list[Tensor]:

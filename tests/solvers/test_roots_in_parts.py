@@ -119,5 +119,42 @@ def test_a_resumed_run_is_the_same(method: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", SOLVED)
+def test_a_saved_cache_takes_the_form_of_another_interval(name: str) -> None:
+    held, solver = SOLVED[name]
+    state, G = measured(held), torch.randn(2, o, i, dtype=torch.float64)
+    caches = {interval: at(solver, interval).prepare(held, state, None) for interval in (1, None)}
+    expected = solver.solve(held, caches[None], G)
+    for saved, like in ((1, None), (None, 1), (1, 1)):
+        made = solver.converted(caches[saved], caches[like])
+        assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in caches[like].items()}
+        torch.testing.assert_close(solver.solve(held, made, G), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_a_state_is_loaded_under_another_interval() -> None:
+    def made(interval: int) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(70, 66, dtype=torch.float64)
+        options = {"method": "shampoo", "dtype": "float64", "preconditioner_interval": interval}
+        maker: Any = from_config(model, options)
+        y = maker.setup_model_call(model, torch.randn(9, 70).double())
+        maker.setup_loss_call(lambda y: y.square().mean(), y)
+        maker.forward_and_backward()
+        return maker
+
+    def weights(maker: Any) -> State:
+        return next(block.cache for block in maker.plan.blocks if len(block.frame.shape) == 2)
+
+    often, rarely = made(1), made(10**6)
+    saved = {interval: maker.state_dict() for interval, maker in ((1, often), (10**6, rarely))}
+    V, w, X = weights(often)["vectors_1"], weights(often)["power_1"], weights(rarely)["root_1"]
+    assert X.shape == (1, 70, 70)
+    torch.testing.assert_close((V.mT * w.unsqueeze(-2)) @ V, X, rtol=1e-9, atol=1e-9 * float(X.abs().max()))
+    rarely.load_state_dict(saved[1])
+    torch.testing.assert_close(weights(rarely)["root_1"], X, rtol=1e-9, atol=1e-9 * float(X.abs().max()))
+    often.load_state_dict(saved[10**6])
+    torch.testing.assert_close(weights(often)["power_1"].sort()[0], w.sort()[0], rtol=1e-6, atol=0)
+
+
 def _keys(x: Any) -> list[str]:
     return [str(k) for k in x] + [s for v in x.values() for s in _keys(v)] if isinstance(x, dict) else []
