@@ -74,7 +74,11 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     solver, rule = triple.solver, options.grafting
     assert isinstance(solver, AppliesRows)
     value: FactoredGradient | Tensor = solver.solve_rows(triple.representation, cache, raw)
-    return value if rule is None else _scaled(value, rule.scale(raw.length(), _length(value)))
+    if rule is None:
+        return value
+    formed = value if isinstance(value, Tensor) else value.form()  # it is formed anyway, and its length takes less than by rows
+    length = torch.linalg.vector_norm(formed.flatten(1), dim=1)
+    return formed * rule.scale(raw.length(), length).view(-1, 1, 1)
 
 
 def solve_own(triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]) -> Value | None:
@@ -97,12 +101,3 @@ def pieces(value: Value, slots: Sequence[slice], full: bool) -> Sequence[Tensor 
     if isinstance(value, Tensor):
         return [value[0, slot] if full else value[slot] for slot in slots]
     return value if isinstance(value, list) else [value]
-
-
-def _length(value: FactoredGradient | Tensor) -> Tensor:
-    """The length of each member.  # (B,)"""
-    return value.length() if isinstance(value, FactoredGradient) else torch.linalg.vector_norm(value.flatten(1), dim=1)
-
-
-def _scaled(value: FactoredGradient | Tensor, factors: Tensor) -> FactoredGradient | Tensor:
-    return value.scaled(factors) if isinstance(value, FactoredGradient) else value * factors.view(-1, 1, 1)

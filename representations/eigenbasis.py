@@ -15,7 +15,8 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.factors import blocks, identity, is_tiled, rayleigh, transpose, turn
-from gradmaker.linalg.fallbacks import finite_members, none_of
+from gradmaker.linalg.fallbacks import none_of
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Fold, Frame, Grain, average

@@ -11,7 +11,8 @@ from torch import Tensor
 from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import identity, transpose
-from gradmaker.linalg.fallbacks import finite_members, keep_previous
+from gradmaker.linalg.fallbacks import keep_previous
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.powers import along_axes
 from gradmaker.linalg.state import State
@@ -48,7 +49,7 @@ class RotatingSolver(PowerSolver[Rotated], Defined[Rotated], AppliesRows[Rotated
         turned = {name: Q for name, Q in bases.items() if previous is None or Q is not previous[name]}
         new = {"scale": self.scale(representation, state), **bases}
         checked = (new["scale"], *turned.values())
-        failed = ~torch.stack([finite_members(x) for x in checked]).all(0)
+        failed = ~finite_members(*checked)
         default = {name: identity(Q) for name, Q in bases.items()} if previous is None else {}
         default["scale"] = new["scale"].new_tensor(self.gain)
         if "diagnosis" in state:

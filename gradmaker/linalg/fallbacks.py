@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradmaker.linalg.eigen import largest_eigenvalue, symmetrise
 from gradmaker.linalg.factors import diagonal_of, for_members, is_tiled, join, join_vector, split
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.state import State
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "Parts",
     "count_failures",
     "factorise",
-    "finite_members",
     "is_empty",
     "keep_previous",
     "none_of",
@@ -151,13 +151,6 @@ def _sanitise(F: Tensor, ridge: Tensor, symmetric: bool) -> tuple[Tensor, Tensor
         return A, ridge, finite
     unit = F.new_ones(()) if F.ndim == 2 else torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
     return torch.where(for_members(finite, F), A, unit), torch.where(finite, ridge, 1.0), finite
-
-
-def finite_members(F: Tensor) -> Tensor:
-    """Members that are finite: by their sums, which need no mask, and entry by entry where a sum may have overflown.  # (B,)"""
-    flat = F.flatten(1)
-    finite = torch.isfinite(flat.sum(1))
-    return finite if none_of(~finite) else torch.isfinite(flat).all(1)
 
 
 def _retry(method: Factorisation, F: Tensor, ridges: Tensor, parts: Parts, rows: Tensor) -> tuple[Tensor, Tensor]:

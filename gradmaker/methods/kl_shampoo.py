@@ -49,7 +49,7 @@ class KlShampooGradientConfig(AxesGradientConfig):
         return CrossDims(self.start, self.damping)
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(BatchGradient(), self._state(), PositiveRoot())
+        return Triple(BatchGradient(), self._state(), PositiveRoot(interval=self.steps_of_refresh))
 
 
 @register("kl_shampoo")
