@@ -8,9 +8,11 @@ from math import prod
 
 from torch import Tensor, nn
 
+from gradmaker import by_rows
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.gathering import Members, Piece, picked, placed
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame
@@ -49,6 +51,7 @@ class Block:
         self.layout = Members(self.sites, self.slots, self.frame, self.full, first.joins_groups)
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
+        self.row_layer = None if self.full else by_rows.layer_of(self.sites, self.frame)
         self.held = self.empty()
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
@@ -158,18 +161,27 @@ class Block:
     def _update(self, held: State, piece: Piece, fold: Fold) -> None:
         whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = held if whole else picked(held, piece.slots)
-        self.triple.representation.update(state, piece.evidence, fold)
+        by_rows.update(self.triple.representation, state, piece.evidence, fold)
         if not whole:
             shared = frozenset[str]() if fold.refresh or fold.first else slow(self.triple.representation, state)
             placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
     # ---------------------------------------------------------------- gradients
-    def read(self) -> Tensor | None:
-        """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)"""
-        return self.layout.read()
+    def read(self, rows: Mapping[str, FactoredGradient]) -> Tensor | FactoredGradient | None:
+        """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)
 
-    def assign(self, held: Held, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
+        rows: by site, gradients that are held by rows and are not in ``.grad``
+        """
+        return rows.get(self.sites[0].name) or self.layout.read()
+
+    def assign(self, held: Held, value: Tensor | FactoredGradient, into: dict[nn.Parameter, Tensor]) -> None:
         """Add the ``.grad`` that a preconditioned gradient will give each parameter to ``into``; ``.grad`` itself stays."""
+        layer = self.row_layer
+        if layer is not None and layer.weight.grad is None:  # it was held by rows
+            if layer.site.name in held.ready:
+                layer.assign(value, into)
+            return
+        assert isinstance(value, Tensor)
         for site, slot in zip(self.sites, self.slots, strict=True):
             if self.full or site.name in held.ready:
                 piece = value[0, slot] if self.full else value[slot]
@@ -283,31 +295,40 @@ class Block:
                 made[key][slot] = piece
         return made
 
-    def solve(self, held: Held, raw: Tensor, started: bool = True) -> tuple[Tensor, Held]:
+    def solve(self, held: Held, raw: Tensor | FactoredGradient, started: bool = True) -> tuple[Tensor | FactoredGradient, Held]:
         """The preconditioned gradient, averaged and rescaled as configured, and what the block then holds.
 
         raw: this step's gradient; started: False for the step of the grafted method, instead
         """
+        given = isinstance(raw, FactoredGradient)
+        if isinstance(raw, FactoredGradient):
+            if started and by_rows.applies(self.triple, self.options):  # without state of an average or a rule
+                cache = snapshot(self.triple.representation, held.cache)
+                return by_rows.solve(self.triple, self.options, cache, raw), replace(held, cache=cache)
+            raw = raw.form()
         (g, average), cache = self.averaged(held.average, raw), snapshot(self.triple.representation, held.cache)
         value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
         if rule := self.options.grafting:
             value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
-        for slot in self._without_gradient(held):
+        for slot in self._without_gradient(held, given):
             for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():
                     moved[slot] = old[key][slot]
         return value, replace(held, cache=cache, average=average, grafting_state=grafting_state)
 
-    def _without_gradient(self, held: Held) -> list[slice]:
-        """Members of the stack without a gradient or a statistic: their averages do not change, as in a stack of their own."""
+    def _without_gradient(self, held: Held, given: bool) -> list[slice]:
+        """Members of the stack without a gradient or a statistic: their averages do not change, as in a stack of their own.
+
+        given: whether the gradient was held by rows, and is not in ``.grad``
+        """
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if _lacks_gradient(held, site)]
+        return [slot for site, slot in members if _lacks_gradient(held, site, given)]
 
 
-def _lacks_gradient(held: Held, site: Site) -> bool:
-    return site.name not in held.ready or site.name in held.fresh or not site.has_gradient
+def _lacks_gradient(held: Held, site: Site, given: bool) -> bool:
+    return site.name not in held.ready or site.name in held.fresh or not (given or site.has_gradient)
 
 
 def _joined_frame(placements: list[Placement], full: bool) -> Frame:

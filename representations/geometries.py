@@ -52,7 +52,8 @@ def spectral_bound(A: Tensor, noise: Tensor) -> Tensor:
 
 def _bound_of_columns(x: Tensor, noise: Tensor) -> Tensor:
     """`spectral_bound` of ``x x^T``.  # (B, d, r), (B, k, d) -> (B,)"""
-    scale = x.norm(dim=-1).amax(-1)[:, None, None] + torch.finfo(x.dtype).tiny  # its square is the largest entry
+    largest: Tensor = torch.linalg.vector_norm(x, dim=-1).amax(-1)  # its square is the largest entry
+    scale = largest[:, None, None] + torch.finfo(x.dtype).tiny
     x = x / scale
     lengths = ((x @ (x.mT @ x)) * x).sum(-1)  # squares of those of the rows of x x^T
     longest = _longest(x, lengths) @ x.mT

@@ -12,14 +12,16 @@ from torch import Tensor
 from gradmaker.linalg.damping import equal_ridges, pi_ridges
 from gradmaker.linalg.diagnosis import diagnose, estimate_largest
 from gradmaker.linalg.eigen import add_ridge, symmetrise
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
 from gradmaker.linalg.powers import axis_power, balanced_ridges
-from gradmaker.linalg.roots import InverseRoot, apply_roots, integer_root, keep_roots, residual
+from gradmaker.linalg.roots import InverseRoot, apply_roots, apply_roots_to_rows, integer_root, keep_roots, residual
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.definition import DefinedByAxes
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["Cholesky", "CholeskyInverse"]
 
@@ -44,7 +46,7 @@ class _Described(CholeskyInverse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored]):
+class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Factored]):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
     ``split`` is the rule for the ridges ``r``, see `gradmaker.linalg.damping`. A block whose refreshes have
@@ -92,3 +94,6 @@ class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored]):
 
     def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
         return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
+
+    def solve_rows(self, representation: Factored, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        return apply_roots_to_rows(cache, rows)

@@ -64,6 +64,19 @@ class FactoredGradient:
         """``|G|^2 = sum_rs (a_r . a_s) (g_r . g_s)``.  # (B,)"""
         return ((self.g @ self.g.mT) * (self.a @ self.a.mT)).sum((-2, -1))
 
+    def length(self) -> Tensor:
+        """``|G|``; rounding may make the square negative where rows cancel.  # (B,)"""
+        return self.squared_norm().clamp(min=0).sqrt()
+
+    def bound(self) -> Tensor:
+        """``|g| |a|``, a bound on ``|G|``: finite where the rows are, and then ``G`` is too.  # ()"""
+        g, a = (torch.dot(x, x).sqrt() for x in (self.g.reshape(-1), self.a.reshape(-1)))
+        return g * a
+
+    def scaled(self, factors: Tensor) -> FactoredGradient:
+        """``G`` of each member multiplied by a factor.  # (B,)"""
+        return replace(self, g=self.g * factors.view(-1, 1, 1))
+
     def to(self, dtype: torch.dtype) -> FactoredGradient:
         """The same rows in another dtype."""
         return replace(self, g=self.g.to(dtype), a=self.a.to(dtype))

@@ -29,6 +29,7 @@ FLOORS = (
         (
             "blocks",
             "block_options",
+            "by_rows",
             "config",
             "failures",
             "gathering",
