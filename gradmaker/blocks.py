@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from math import prod
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ from gradmaker.representations.roles import (
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
+
+NO_ROWS: Mapping[str, FactoredGradient] = MappingProxyType({})
 
 
 class Block:
@@ -167,7 +170,7 @@ class Block:
             placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
     # ---------------------------------------------------------------- gradients
-    def read(self, rows: Mapping[str, FactoredGradient]) -> Tensor | FactoredGradient | None:
+    def read(self, rows: Mapping[str, FactoredGradient] = NO_ROWS) -> Tensor | FactoredGradient | None:
         """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)
 
         rows: by site, gradients that are held by rows and are not in ``.grad``

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
-from gradmaker.linalg.certificates import all_finite
 from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows, transform_rows
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
@@ -67,7 +67,7 @@ class _Fitted(Representation):
     def _accept(self, state: State, new: State, ok: Tensor) -> None:
         """Write what was fitted, for the members whose factors are finite.  ok: other condition  # (B,)"""
         new = new | {"age": state["age"] + 1}
-        ok = torch.stack([ok, *(all_finite(x) for x in new.values() if x.is_floating_point())]).all(0)
+        ok = ok & finite_members(*(x for x in new.values() if x.is_floating_point()))
         every = ok.device.type == "cpu" and bool(ok.all())
         for name, x in new.items():
             state[name].copy_(x if every else torch.where(ok.view(-1, *[1] * (x.ndim - 1)), x, state[name]))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, damp, pi_ridges, ridge_unit
@@ -16,6 +15,7 @@ from gradmaker.linalg.eigen import decompose, is_definite
 from gradmaker.linalg.factored_gradient import FactoredGradient, transform_rows
 from gradmaker.linalg.factors import conjugate, dense, identity, transpose
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
 from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
@@ -191,6 +191,4 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
 
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Also mark members that overflowed: a singular matrix without damping.  # (B,)"""
-    for x in tensors:
-        failed = failed | ~torch.isfinite(x).flatten(1).all(1)
-    return failed
+    return failed | ~finite_members(*tensors)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from gradmaker.linalg.certificates import all_finite
 from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Inverse
@@ -41,7 +40,7 @@ class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inv
         spectra = representation.spectra(state)
         roots = self._roots(representation, spectra)
         held = [x for x in (*state.values(), *roots) if x.is_floating_point()]
-        finite = torch.stack([all_finite(x) for x in held]).all(0)
+        finite = finite_members(*held)
         return keep_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
 
     def axes(self, representation: Inverse, state: State) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradmaker.linalg.factors import widest
 from gradmaker.linalg.fallbacks import Parts
+from gradmaker.linalg.probes import probes
 
 __all__ = [
     "COLUMNS",
@@ -75,35 +76,37 @@ def unknown(diagnosis: Tensor) -> Tensor:
 
 
 def spectral_residual(F: Tensor, parts: Parts, damped: Tensor | None) -> Tensor:
-    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: the residual of ``A X^p`` for real ``p``.  # (B,)
+    """``max|E v|`` over the vectors of `probes`, ``E = W^T (F + Q (damped - S) Q^T) W - I``, ``W = Q damped^(-1/2)``.  # (B,)
 
-    If ``damped`` is None, as no factor has a root of its own: ``max|Q^T F Q - S| / max S``.
+    The residual of ``A X^p`` for real ``p``; it is about as large as the largest entry of ``E`` or larger.
+    If ``damped`` is None, as no factor has a root of its own: ``E = (Q^T F Q - S) / max S``.
     """
     return F.new_zeros(F.shape[:1]) if len(parts) == 1 else widest(_error, F, *parts, damped)
 
 
 def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
     """`spectral_residual` of square matrices."""
-    product = Q.mT @ F @ Q
+    V = probes(F)
     if damped is None:
-        error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
+        error = (V @ Q.mT @ F @ Q - V * s.unsqueeze(-2)).abs().amax((-2, -1))
         return (error / s.amax(-1)).nan_to_num(0.0)
-    taken = torch.isfinite(damped)  # infinite for directions that a pseudo-inverse drops
-    w = damped.rsqrt()
-    whole = product + torch.diag_embed(torch.where(taken, damped - s, 0.0))
-    return (w.unsqueeze(-1) * whole * w.unsqueeze(-2) - torch.diag_embed(taken.to(w.dtype))).abs().amax((-2, -1))
+    taken, w = torch.isfinite(damped).unsqueeze(-2), damped.rsqrt().unsqueeze(-2)  # infinite where a pseudo-inverse drops one
+    x = (V * w) @ Q.mT
+    found = (x @ F @ Q + torch.where(taken, (damped - s).unsqueeze(-2), 0.0) * (x @ Q)) * w
+    return (found - V * taken).abs().amax((-2, -1))
 
 
 def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
-    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, without forming ``R^T R``.  # (B,)"""
+    """`spectral_residual` with ``F = R^T R``, without forming it: parts are the singular values and ``V``.  # (B,)"""
     if len(parts) == 1:
         return R.new_zeros(R.shape[:1])
-    s, V = parts
-    taken = torch.isfinite(damped)  # infinite for directions that a pseudo-inverse drops
-    w = damped.rsqrt()
-    RW = (R @ V) * w.unsqueeze(-2)
-    rest = torch.diag_embed(torch.where(taken, damped - s.square(), 0.0) * w.square() - taken.to(w.dtype))
-    return (RW.mT @ RW + rest).abs().amax((-2, -1))
+    s, Q = parts
+    V = probes(Q)
+    taken, w = torch.isfinite(damped).unsqueeze(-2), damped.rsqrt().unsqueeze(-2)  # infinite where a pseudo-inverse drops one
+    x = (V * w) @ Q.mT
+    rest = torch.where(taken, (damped - s.square()).unsqueeze(-2), 0.0)
+    found = (x @ R.mT @ R @ Q + rest * (x @ Q)) * w
+    return (found - V * taken).abs().amax((-2, -1))
 
 
 def estimate_largest(F: Tensor) -> Tensor:

@@ -48,8 +48,13 @@ class FactoredGradient:
 
     def moment(self, axis: int) -> Tensor:
         """``G G^T`` (axis 0) or ``G^T G`` (axis 1), through the Gram matrix of the other rows.  # (B, o, o) or (B, i, i)"""
+        X, Y = self.moment_halves(axis)
+        return X @ Y
+
+    def moment_halves(self, axis: int) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is `moment`, to be multiplied into a statistic.  # (B, d, R), (B, R, d)"""
         mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
-        return mine.mT @ ((other @ other.mT) @ mine)
+        return mine.mT, (other @ other.mT) @ mine
 
     def columns(self, axis: int) -> Tensor:
         """``X`` with ``X X^T = G G^T`` (axis 0) or ``G^T G`` (axis 1), in at most ``R`` columns: a triangle of the other rows.

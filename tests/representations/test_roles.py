@@ -51,6 +51,7 @@ PLAYED = {
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
+    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
     roles.OwnOrder: "Eigenbasis RotatedDims AlternatingInverse OneWayDims",

@@ -12,6 +12,9 @@ OF_TORCH = frozenset(
     {
         "_C",
         "_are_functorch_transforms_active",
+        "_autograd",
+        "_backward_hooks",
+        "_backward_pre_hooks",
         "_base",  # of a view
         "_buffers",
         "_current_graph_task_id",
@@ -19,6 +22,8 @@ OF_TORCH = frozenset(
         "_execution_engine",
         "_functorch",
         "_get_tracing_state",
+        "_global_backward_hooks",
+        "_global_forward_hooks",
         "_get_raw",  # of a formula of FLOPs that takes tensors
         "_in_projection",
         "_in_projection_packed",
@@ -29,10 +34,12 @@ OF_TORCH = frozenset(
         "_modules",
         "_optimizer_step_pre_hooks",
         "_parameters",
+        "_post_accumulate_grad_hooks",
         "_reversed_padding_repeated_twice",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
         "_schema",
+        "_top_saved_tensors_default_hooks",
         "_version",  # how often a tensor was written to
     }
 )
