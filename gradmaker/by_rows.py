@@ -35,11 +35,12 @@ def folds(triple: Triple) -> bool:
 
 
 def applies(triple: Triple, options: BlockOptions) -> bool:
-    """Whether ``P g`` is computed by rows: an average of gradients has none, nor has an element-wise grafting rule."""
+    """Whether ``P g`` is computed by rows: an average of gradients has none, nor what a grafting rule reads by entries."""
     solver = triple.solver
     by_rows = isinstance(solver, AppliesRows) and solver.by_rows(triple.representation)
     plain = options.precision.application is None and not options.beta1
-    return by_rows and plain and (options.grafting is None or options.grafting.by_rows)
+    rule = options.grafting
+    return by_rows and plain and (rule is None or rule.by_rows or rule.of_value)
 
 
 def update(representation: Representation, state: State, evidence: Evidence, fold: Fold) -> None:
@@ -56,6 +57,9 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     solver, rule = triple.solver, options.grafting
     assert isinstance(solver, AppliesRows)
     value: FactoredGradient | Tensor = solver.solve_rows(triple.representation, cache, raw)
+    if rule is not None and rule.of_value:
+        value = value.form() if isinstance(value, FactoredGradient) else value
+        return rule.rescale({}, value, value, value)
     return value if rule is None else _scaled(value, rule.scale(raw.length(), _length(value)))
 
 
