@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradmaker.linalg.eigen import symmetrise
 from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.linalg.triangles import apply_triangles, moment, subtract_product_
 
 __all__ = ["GEOMETRIES", "STARTS", "Columns", "Gap", "Geometry", "divide", "rotate", "spectral_bound"]
 
@@ -153,12 +154,16 @@ class EQ(Geometry):
     def images(self, factors: Sequence[Tensor], v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         for axis, Q in enumerate(factors):
             v = divide(Q, v, axis, transposed=True)
-        return apply_factors(factors, h), v
+        return apply_triangles(factors, h), v
 
     def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor, count: int) -> tuple[Gap, Tensor]:
         assert z is not None
         E, size = _difference(_moment(x, Q), _moment(z, Q), noise)
         return E if E.ndim == 2 else E.triu_(), size
+
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
+        assert isinstance(E, Tensor)
+        return subtract_product_(Q.clone(), _scaled(E, s), Q) if Q.ndim == 3 else Q - _scaled(E, s) * Q
 
 
 class QEP(Geometry):
@@ -252,7 +257,7 @@ GEOMETRIES: dict[str, Geometry] = {
 
 def _moment(x: Tensor, Q: Tensor) -> Tensor:
     """``x x^T``, or its diagonal where ``Q`` is a diagonal."""
-    return x.square().sum(-1) if Q.ndim == 2 else x @ x.mT
+    return x.square().sum(-1) if Q.ndim == 2 else moment(x)
 
 
 def _apply(Q: Tensor, x: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
-from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows, transform_rows
+from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
+from gradmaker.linalg.triangles import apply_triangles
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
@@ -93,6 +94,11 @@ class _Fitted(Representation):
         """Whether the factors are those of ``P`` itself, not of ``Q``."""
         return False
 
+    @property
+    def triangular(self) -> bool:
+        """Whether the factors are upper triangular."""
+        return True
+
     @abstractmethod
     def fitted(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> State:
         """Factors and bounds after a step on every factor, as new tensors.  independent: whether ``v`` is so of ``h``"""
@@ -107,17 +113,14 @@ class _Fitted(Representation):
 
     def apply(self, state: State, g: Tensor) -> Tensor:
         """``Q^T Q g``; with factors of ``P`` itself ``P g``.  # (B, *shape)"""
-        factors = self.held(state)
-        x = apply_factors(factors, self.unfold(g))
-        if not self.direct:
-            x = apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)
-        return x.reshape(g.shape)
+        return self._multiplied(self.held(state), self.unfold(g)).reshape(g.shape)
 
-    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
-        """`apply` by rows, where there are two factors."""
-        factors = self.held(state)
-        found = transform_rows(factors, rows)
-        return found if self.direct else transform_rows([Q if Q.ndim == 2 else Q.mT for Q in factors], found)
+    def _multiplied(self, factors: Sequence[Tensor | None], x: Tensor) -> Tensor:
+        """`apply` along the axes, where None stands for the identity."""
+        if self.triangular:
+            return apply_triangles(factors, apply_triangles(factors, x), transposed=True)
+        x = apply_factors(factors, x)
+        return x if self.direct else apply_factors([Q if Q is None or Q.ndim == 2 else Q.mT for Q in factors], x)
 
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
@@ -217,6 +220,10 @@ class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
         """Whether the geometry has factors of ``P``."""
         return self._geometry.direct
 
+    @property
+    def triangular(self) -> bool:
+        return self._geometry.triangular
+
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         if self.max_skew is None:
             return super().long_axes(shape, max_dim)
@@ -235,14 +242,18 @@ class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
         unfold = [[mode_matrix(T, axis) for axis in range(v.ndim - 1)] for T in (X, Z, v)]
         x, z, noise = unfold
         counts = [each.shape[-1] for each in x]
-        alone = independent and not self._geometry.triangular
+        alone = independent and not self.triangular
         return self._fitted(state, x, None if alone else z, [each[..., :STARTS].mT for each in noise], counts)
+
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        left, right = self.held(state)
+        return FactoredGradient(self._multiplied([None, left], rows.g), self._multiplied([None, right], rows.a))
 
     def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
         """By a pair of independent noise and the gradient, whose images have as few columns as rows."""
         assert isinstance(rows, ProbedRows)
         v = rows.noise
-        if self._geometry.triangular:  # compares with the image of the noise itself
+        if self.triangular:  # compares with the image of the noise itself
             return self.update(state, Pair(v, rows.form(), "noise_and_gradient"), fold)
         start = self._started(state, v.flatten(1).square().sum(1), rows.squared_norm())
         images = self.apply_rows(start, rows)
