@@ -8,7 +8,7 @@ the gradient is ``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``; `geometr
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -61,7 +61,7 @@ class _Fitted(Representation):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Pair)
         v, h = (self.unfold(x) for x in (evidence.v, evidence.cv))
-        start = self._started(state, v.flatten(1).square().sum(1), h.flatten(1).square().sum(1))
+        start = self._started(state, v, lambda: h.flatten(1).square().sum(1))
         new = self.fitted(start, v, h, independent=evidence.kind == "noise_and_gradient")
         self._accept(state, new, h.flatten(1).abs().amax(1) > 0)
 
@@ -73,13 +73,13 @@ class _Fitted(Representation):
         for name, x in new.items():
             state[name].copy_(x if every else torch.where(ok.view(-1, *[1] * (x.ndim - 1)), x, state[name]))
 
-    def _started(self, state: State, vv: Tensor, hh: Tensor) -> State:
-        """The statistic with ``P = (v^T v / h^T h)^(1/2) I`` before the first pair; not a copy after it.  # (B,), (B,)"""
+    def _started(self, state: State, v: Tensor, size_of_h: Callable[[], Tensor]) -> State:
+        """The statistic with ``P = (v^T v / h^T h)^(1/2) I`` before the first pair; not a copy after it.  # (B,)"""
         new = state["age"] == 0
         if new.device.type == "cpu" and not bool(new.any()):
             return state
         factors = [name for name in state if name.startswith("factor")]
-        size = (vv / hh) ** ((0.5 if self.direct else 0.25) / len(factors))
+        size = (v.flatten(1).square().sum(1) / size_of_h()) ** ((0.5 if self.direct else 0.25) / len(factors))
         scale = torch.where(new & torch.isfinite(size) & (size > 0), size, 1.0)
         return state | {k: state[k] * scale.view(-1, *[1] * (state[k].ndim - 1)) for k in factors}
 
@@ -255,7 +255,7 @@ class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
         v = rows.noise
         if self.triangular:  # compares with the image of the noise itself
             return self.update(state, Pair(v, rows.form(), "noise_and_gradient"), fold)
-        start = self._started(state, v.flatten(1).square().sum(1), rows.squared_norm())
+        start = self._started(state, v, rows.squared_norm)
         images = self.apply_rows(start, rows)
         x = [images.columns(axis) for axis in (0, 1)]
         noise = [mode_matrix(v, axis)[..., :STARTS].mT for axis in (0, 1)]
