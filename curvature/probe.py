@@ -10,13 +10,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature, Need
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.curvature.step import Step
-from gradmaker.linalg.factored_gradient import ProbedRows
+from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows
 from gradmaker.linalg.real_pairs import real_shape, write_real
 from gradmaker.options.checks import check_choice, check_count, check_interval
 
@@ -92,7 +93,8 @@ class GradientProbe(Curvature):
     """Pairs ``(v, g)`` of independent normal noise and the mini-batch gradient, from which PSGD fits a whitening.
 
     The criterion ``E[g^T P g + v^T P^-1 v]`` is least at ``P = E[g g^T]^(-1/2)``, so that the curvature is ``E[g g^T]^(1/2)``;
-    no pass beyond the ordinary backward. ``lift`` as in `HessianProbe`: a gradient that is zero throughout gets none.
+    no pass beyond the ordinary backward. ``lift`` as in `HessianProbe`: a gradient that is zero throughout gets none. To one
+    that is held by rows one row is added, ``(lift + eps rms(g)) x y^T`` of normal ``x, y``: noise of the same second moments.
 
     Reference: Li, IEEE TNNLS 2018, arXiv:1512.04202; Pooladzandi, Li, 2024, arXiv:2402.04553, section 3 (whitening).
     """
@@ -110,16 +112,19 @@ class GradientProbe(Curvature):
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
         found: dict[str, Evidence] = {}
         for site in step.sites:
-            rows = step.rows.get(site.name)
-            g = site.read() if rows is None else rows.form() if self.lift else rows.g.new_empty(()).expand(rows.shape)
-            if g is not None:
+            if site.name in step.rows:
+                rows = _lifted_rows(step, f"lift {site.name}", step.rows[site.name], self.lift)
+                v = self._draw(step, site, rows.shape, rows.g)
+                found[site.name] = RowGradient(ProbedRows(rows.g, rows.a, v))
+            elif (g := site.read()) is not None:
                 g = g.to(step.statistics_dtype(site))
-                v = _normal(_generator(step, f"probe {site.name}", g.device), g).to(g.dtype)
-                if rows is not None and not self.lift:
-                    found[site.name] = RowGradient(ProbedRows(rows.g, rows.a, v))
-                    continue
-                found[site.name] = Pair(v, _lifted(step, f"lift {site.name}", g, self.lift), "noise_and_gradient")
+                lifted = _lifted(step, f"lift {site.name}", g, self.lift)
+                found[site.name] = Pair(self._draw(step, site, g.shape, g), lifted, "noise_and_gradient")
         yield found
+
+    def _draw(self, step: Step, site: Site, shape: Sequence[int], like: Tensor) -> Tensor:
+        """The noise of a site, in the dtype of ``like``."""
+        return _normal(_generator(step, f"probe {site.name}", like.device), shape).to(like.dtype)
 
 
 def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:
@@ -127,14 +132,28 @@ def _generator(step: Step, name: str, device: torch.device) -> torch.Generator:
     return replace(step, part=0).generator(name, device)
 
 
-def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
-    """Normal noise in the shape of ``like``, the same for every dtype."""
-    return torch.randn(like.shape, generator=generator, device=like.device)
+def _normal(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """Normal noise, the same for every dtype."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device)
 
 
 def _lifted(step: Step, name: str, h: Tensor, lift: float) -> Tensor:
+    """``h + (lift + eps |h|) * N(0, I)`` of the members that are not zero throughout."""
     if not lift:
         return h
-    noise = _normal(_generator(step, name, h.device), h).to(h.dtype)
-    lifted = h + (lift + torch.finfo(h.dtype).eps * h.abs()) * noise
-    return torch.where(h.flatten(1).any(1).view(-1, *[1] * (h.ndim - 1)), lifted, h)
+    noise = _normal(_generator(step, name, h.device), h.shape).to(h.dtype)
+    size = h.abs()
+    given = (size.flatten(1).amax(1) != 0).to(h.dtype).view(-1, *[1] * (h.ndim - 1))  # also where it is NaN
+    return noise.mul_(size.mul_(torch.finfo(h.dtype).eps).add_(lift).mul_(given)).add_(h)
+
+
+def _lifted_rows(step: Step, name: str, rows: FactoredGradient, lift: float) -> FactoredGradient:
+    """`_lifted` by rows, with one row of noise of the same second moments."""
+    if not lift:
+        return rows
+    B, o, i = rows.shape
+    noise = _normal(_generator(step, name, rows.g.device), (B, 1, o + i)).to(rows.g.dtype)
+    length = rows.length()
+    size = torch.where(length != 0, lift + torch.finfo(length.dtype).eps * length / (o * i) ** 0.5, 0.0)
+    left, right = noise.split([o, i], -1)
+    return replace(rows, g=torch.cat([rows.g, size[:, None, None] * left], 1), a=torch.cat([rows.a, right], 1))

@@ -46,11 +46,12 @@ def folds(triple: Triple) -> bool:
 
 
 def applies(triple: Triple, options: BlockOptions) -> bool:
-    """Whether ``P g`` is computed by rows: an average of gradients has none, nor has an element-wise grafting rule."""
+    """Whether ``P g`` is computed by rows: an average of gradients has none, nor what a grafting rule reads by entries."""
     solver = triple.solver
     by_rows = isinstance(solver, AppliesRows) and solver.by_rows(triple.representation)
     plain = options.precision.application is None and not options.beta1
-    return by_rows and plain and (options.grafting is None or options.grafting.by_rows)
+    rule = options.grafting
+    return by_rows and plain and (rule is None or rule.by_rows or rule.of_value)
 
 
 def owns(triple: Triple, options: BlockOptions) -> bool:
@@ -77,6 +78,8 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     if rule is None:
         return value
     formed = value if isinstance(value, Tensor) else value.form()  # it is formed anyway, and its length takes less than by rows
+    if rule.of_value:
+        return rule.rescale({}, formed, formed, formed)
     length = torch.linalg.vector_norm(formed.flatten(1), dim=1)
     return formed * rule.scale(raw.length(), length).view(-1, 1, 1)
 

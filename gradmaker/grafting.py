@@ -23,6 +23,8 @@ class Grafting(ABC):
 
     by_rows: ClassVar[bool] = False
     """Whether `rescale` reads lengths alone, that of the gradient for ``V``: the rule has no state, and needs no entries."""
+    of_value: ClassVar[bool] = False
+    """Whether `rescale` reads ``U`` alone, entry by entry."""
     leads: ClassVar[bool] = False
     """Whether ``.grad`` holds ``V`` before ``start_step``; otherwise it keeps the plain gradient."""
 
@@ -117,6 +119,8 @@ class Amplitude(Grafting):
     Reference: Li, psgd_torch (2025), whose defaults these are.
     """
 
+    of_value: ClassVar[bool] = True
+
     mean: float
     largest: float
 
@@ -126,7 +130,7 @@ class Amplitude(Grafting):
     def rescale(self, state: State, value: Tensor, g: Tensor, raw: Tensor) -> Tensor:
         size = value.reshape(len(value), -1).square().mean(1).sqrt()
         share = (self.mean / size).clamp(max=1.0).reshape(-1, *[1] * (value.ndim - 1))
-        return (value * share).clamp(-self.largest, self.largest)
+        return (value * share).clamp_(-self.largest, self.largest)
 
 
 def _unit(g: Tensor) -> Tensor:

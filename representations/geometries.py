@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.eigen import symmetrise
+from gradmaker.linalg.halves import apply_triangles, moment, subtract_product_
 from gradmaker.linalg.mode_products import apply_factors
 
 __all__ = ["GEOMETRIES", "STARTS", "Columns", "Gap", "Geometry", "divide", "rotate", "spectral_bound"]
@@ -52,7 +53,8 @@ def spectral_bound(A: Tensor, noise: Tensor) -> Tensor:
 
 def _bound_of_columns(x: Tensor, noise: Tensor) -> Tensor:
     """`spectral_bound` of ``x x^T``.  # (B, d, r), (B, k, d) -> (B,)"""
-    scale = x.norm(dim=-1).amax(-1)[:, None, None] + torch.finfo(x.dtype).tiny  # its square is the largest entry
+    largest: Tensor = torch.linalg.vector_norm(x, dim=-1).amax(-1)  # its square is the largest entry
+    scale = largest[:, None, None] + torch.finfo(x.dtype).tiny
     x = x / scale
     lengths = ((x @ (x.mT @ x)) * x).sum(-1)  # squares of those of the rows of x x^T
     longest = _longest(x, lengths) @ x.mT
@@ -153,12 +155,16 @@ class EQ(Geometry):
     def images(self, factors: Sequence[Tensor], v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         for axis, Q in enumerate(factors):
             v = divide(Q, v, axis, transposed=True)
-        return apply_factors(factors, h), v
+        return apply_triangles(factors, h), v
 
     def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor, count: int) -> tuple[Gap, Tensor]:
         assert z is not None
         E, size = _difference(_moment(x, Q), _moment(z, Q), noise)
         return E if E.ndim == 2 else E.triu_(), size
+
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
+        assert isinstance(E, Tensor)
+        return subtract_product_(Q.clone(), _scaled(E, s), Q) if Q.ndim == 3 else Q - _scaled(E, s) * Q
 
 
 class QEP(Geometry):
@@ -252,7 +258,7 @@ GEOMETRIES: dict[str, Geometry] = {
 
 def _moment(x: Tensor, Q: Tensor) -> Tensor:
     """``x x^T``, or its diagonal where ``Q`` is a diagonal."""
-    return x.square().sum(-1) if Q.ndim == 2 else x @ x.mT
+    return x.square().sum(-1) if Q.ndim == 2 else moment(x)
 
 
 def _apply(Q: Tensor, x: Tensor) -> Tensor:

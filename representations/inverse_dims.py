@@ -17,6 +17,7 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
@@ -191,7 +192,9 @@ class InverseDims(FactoredAxes, FoldsRows):
     def _spectrum(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
         if L.ndim == 2:
             return L, None
-        safe = torch.where(torch.isfinite(L), L, 0.0)
+        finite = finite_members(L)
+        broken = L.device.type != "cpu" or not bool(finite.all())  # a host read is free on a CPU, a copy is not
+        safe = torch.where(finite[:, None, None], L, 0.0) if broken else L
         if self.denominator == "exact":
             return array_spectrum(safe)
         s, Q, ok, _ = decompose_again(safe)

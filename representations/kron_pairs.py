@@ -155,7 +155,7 @@ class KronPairs(Compact, PreconditionsRows, Snapshots):
             state["right"].copy_(torch.where(first[:, None, None], symmetrise(begun), state["right"]))
         a = average(state["inputs"], state["counted"])
         s = self._inverse(state, "right", a.unsqueeze(-1)).squeeze(-1)
-        y = (average(state["A"], state["A_mass"]) @ s.unsqueeze(-1)).squeeze(-1)
+        y = average((state["A"] @ s.unsqueeze(-1)).squeeze(-1), state["A_mass"])
         self._push(state, "right", s, y + self._input_ridge(state).unsqueeze(1) * s, due)
         state["begun"].masked_fill_(due, 1.0)
         for name in UNDER_WAY:

@@ -8,7 +8,7 @@ the gradient is ``2 triu(a a^T - b b^T)``, ``a = Q h``, ``b = Q^-T v``; `geometr
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
-from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows, transform_rows
+from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows
 from gradmaker.linalg.finite import finite_members
+from gradmaker.linalg.halves import apply_triangles
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
@@ -60,25 +61,25 @@ class _Fitted(Representation):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Pair)
         v, h = (self.unfold(x) for x in (evidence.v, evidence.cv))
-        start = self._started(state, v.flatten(1).square().sum(1), h.flatten(1).square().sum(1))
+        start = self._started(state, v, lambda: h.flatten(1).square().sum(1))
         new = self.fitted(start, v, h, independent=evidence.kind == "noise_and_gradient")
         self._accept(state, new, h.flatten(1).abs().amax(1) > 0)
 
     def _accept(self, state: State, new: State, ok: Tensor) -> None:
         """Write what was fitted, for the members whose factors are finite.  ok: other condition  # (B,)"""
         new = new | {"age": state["age"] + 1}
-        ok = torch.stack([ok, *(finite_members(x) for x in new.values() if x.is_floating_point())]).all(0)
+        ok = ok & finite_members(*(x for x in new.values() if x.is_floating_point()))
         every = ok.device.type == "cpu" and bool(ok.all())
         for name, x in new.items():
             state[name].copy_(x if every else torch.where(ok.view(-1, *[1] * (x.ndim - 1)), x, state[name]))
 
-    def _started(self, state: State, vv: Tensor, hh: Tensor) -> State:
-        """The statistic with ``P = (v^T v / h^T h)^(1/2) I`` before the first pair; not a copy after it.  # (B,), (B,)"""
+    def _started(self, state: State, v: Tensor, size_of_h: Callable[[], Tensor]) -> State:
+        """The statistic with ``P = (v^T v / h^T h)^(1/2) I`` before the first pair; not a copy after it.  # (B,)"""
         new = state["age"] == 0
         if new.device.type == "cpu" and not bool(new.any()):
             return state
         factors = [name for name in state if name.startswith("factor")]
-        size = (vv / hh) ** ((0.5 if self.direct else 0.25) / len(factors))
+        size = (v.flatten(1).square().sum(1) / size_of_h()) ** ((0.5 if self.direct else 0.25) / len(factors))
         scale = torch.where(new & torch.isfinite(size) & (size > 0), size, 1.0)
         return state | {k: state[k] * scale.view(-1, *[1] * (state[k].ndim - 1)) for k in factors}
 
@@ -92,6 +93,11 @@ class _Fitted(Representation):
     def direct(self) -> bool:
         """Whether the factors are those of ``P`` itself, not of ``Q``."""
         return False
+
+    @property
+    def triangular(self) -> bool:
+        """Whether the factors are upper triangular."""
+        return True
 
     @abstractmethod
     def fitted(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> State:
@@ -107,17 +113,14 @@ class _Fitted(Representation):
 
     def apply(self, state: State, g: Tensor) -> Tensor:
         """``Q^T Q g``; with factors of ``P`` itself ``P g``.  # (B, *shape)"""
-        factors = self.held(state)
-        x = apply_factors(factors, self.unfold(g))
-        if not self.direct:
-            x = apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)
-        return x.reshape(g.shape)
+        return self._multiplied(self.held(state), self.unfold(g)).reshape(g.shape)
 
-    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
-        """`apply` by rows, where there are two factors."""
-        factors = self.held(state)
-        found = transform_rows(factors, rows)
-        return found if self.direct else transform_rows([Q if Q.ndim == 2 else Q.mT for Q in factors], found)
+    def _multiplied(self, factors: Sequence[Tensor | None], x: Tensor) -> Tensor:
+        """`apply` along the axes, where None stands for the identity."""
+        if self.triangular:
+            return apply_triangles(factors, apply_triangles(factors, x), transposed=True)
+        x = apply_factors(factors, x)
+        return x if self.direct else apply_factors([Q if Q is None or Q.ndim == 2 else Q.mT for Q in factors], x)
 
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
@@ -217,6 +220,10 @@ class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
         """Whether the geometry has factors of ``P``."""
         return self._geometry.direct
 
+    @property
+    def triangular(self) -> bool:
+        return self._geometry.triangular
+
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
         if self.max_skew is None:
             return super().long_axes(shape, max_dim)
@@ -235,16 +242,20 @@ class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
         unfold = [[mode_matrix(T, axis) for axis in range(v.ndim - 1)] for T in (X, Z, v)]
         x, z, noise = unfold
         counts = [each.shape[-1] for each in x]
-        alone = independent and not self._geometry.triangular
+        alone = independent and not self.triangular
         return self._fitted(state, x, None if alone else z, [each[..., :STARTS].mT for each in noise], counts)
+
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        left, right = self.held(state)
+        return FactoredGradient(self._multiplied([None, left], rows.g), self._multiplied([None, right], rows.a))
 
     def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
         """By a pair of independent noise and the gradient, whose images have as few columns as rows."""
         assert isinstance(rows, ProbedRows)
         v = rows.noise
-        if self._geometry.triangular:  # compares with the image of the noise itself
+        if self.triangular:  # compares with the image of the noise itself
             return self.update(state, Pair(v, rows.form(), "noise_and_gradient"), fold)
-        start = self._started(state, v.flatten(1).square().sum(1), rows.squared_norm())
+        start = self._started(state, v, rows.squared_norm)
         images = self.apply_rows(start, rows)
         x = [images.columns(axis) for axis in (0, 1)]
         noise = [mode_matrix(v, axis)[..., :STARTS].mT for axis in (0, 1)]

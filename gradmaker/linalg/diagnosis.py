@@ -97,15 +97,16 @@ def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
 
 
 def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
-    """``max|W^T (R^T R + V (damped - S^2) V^T) W - I|``, ``W = V damped^(-1/2)``, without forming ``R^T R``.  # (B,)"""
+    """`spectral_residual` with ``F = R^T R``, without forming it: parts are the singular values and ``V``.  # (B,)"""
     if len(parts) == 1:
         return R.new_zeros(R.shape[:1])
-    s, V = parts
-    taken = torch.isfinite(damped)  # infinite for directions that a pseudo-inverse drops
-    w = damped.rsqrt()
-    RW = (R @ V) * w.unsqueeze(-2)
-    rest = torch.diag_embed(torch.where(taken, damped - s.square(), 0.0) * w.square() - taken.to(w.dtype))
-    return (RW.mT @ RW + rest).abs().amax((-2, -1))
+    s, Q = parts
+    V = probes(Q)
+    taken, w = torch.isfinite(damped).unsqueeze(-2), damped.rsqrt().unsqueeze(-2)  # infinite where a pseudo-inverse drops one
+    x = (V * w) @ Q.mT
+    rest = torch.where(taken, (damped - s.square()).unsqueeze(-2), 0.0)
+    found = (x @ R.mT @ R @ Q + rest * (x @ Q)) * w
+    return (found - V * taken).abs().amax((-2, -1))
 
 
 def estimate_largest(F: Tensor) -> Tensor:
