@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
+from gradmaker.averages import average_key, basis_of, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.gathering import Members, Piece, picked, placed
@@ -27,6 +29,7 @@ from gradmaker.representations.roles import (
     slow,
     snapshot,
 )
+from gradmaker.solvers.roles import AveragesInBasis
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
@@ -55,7 +58,7 @@ class Block:
     def empty(self) -> Held:
         """What the block holds before any evidence."""
         beta1, grafting = self.options.beta1, self.options.grafting
-        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if beta1 else {}
+        average = {average_key(self.basis): self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if beta1 else {}
         grafting_state = grafting.init(self.frame) if grafting else {}
         return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
 
@@ -113,6 +116,11 @@ class Block:
         counts = [slot.stop - slot.start for slot in self.slots]
         named = zip(self.sites, counts, strict=True)
         return [s.name if count == 1 else f"{s.name}[{j}]" for s, count in named for j in range(count)]
+
+    @property
+    def basis(self) -> AveragesInBasis[Any] | None:
+        """The solver, where gradients are averaged in its basis."""
+        return basis_of(self.triple, self.options, self.frame)
 
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float, refresh: bool = False, index: int = 0) -> Fold:
@@ -184,9 +192,9 @@ class Block:
         beta1 = self.options.beta1
         if not beta1:
             return g, {}
-        moved = average["average"].lerp(g, 1 - beta1)
+        moved = average[average_key(self.basis)].lerp(g, 1 - beta1)
         total = average["mass"] * beta1 + (1 - beta1)
-        held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
+        held, mass = {average_key(self.basis): moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
         if self.options.nesterov_average:
             return moved.lerp(g, 1 - beta1) / (beta1 * mass + 1 - beta1), held
         return moved / mass, held
@@ -218,7 +226,10 @@ class Block:
         fresh = new if skips_first(representation) else frozenset[str]()
         if state is held.state and cache is held.cache and (known, fresh) == (held.ready, held.fresh):
             return held, bool(old or new)
-        return replace(held, state=state, cache=cache, ready=known, fresh=fresh), bool(old or new)
+        average = held.average
+        if due:
+            average = turned_average(average, self.basis, representation, held.cache, cache, self.held.state)
+        return replace(held, state=state, cache=cache, average=average, ready=known, fresh=fresh), bool(old or new)
 
     @property
     def follows_measurements(self) -> bool:
@@ -288,8 +299,11 @@ class Block:
 
         raw: this step's gradient; started: False for the step of the grafted method, instead
         """
-        (g, average), cache = self.averaged(held.average, raw), snapshot(self.triple.representation, held.cache)
-        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
+        cache, basis = snapshot(self.triple.representation, held.cache), self.basis
+        given = raw if basis is None else basis.coordinates(self.triple.representation, cache, raw)
+        g, average = self.averaged(held.average, given)
+        value = self.applied(cache, g) if basis is None else basis.solve_coordinates(cache, g)
+        grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
         if rule := self.options.grafting:
             value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
         for slot in self._without_gradient(held):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -34,5 +33,5 @@ class AveragesInBasis(AppliesRows[Needed]):
         """``P g`` from ``x = Q^T g``; `solve` of the gradient gives the same.  # (B, d_1, ..., d_m)"""
 
     @abstractmethod
-    def turned(self, x: Tensor, before: Sequence[Tensor | None], cache: State) -> Tensor:
-        """Coordinates in the basis of a cache, from those in an earlier basis.  # (B, d_1, ..., d_m)"""
+    def bases(self, cache: State) -> list[Tensor | None]:
+        """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k), or tiled"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,28 +62,19 @@ class RotatingSolver(PowerSolver[Rotated], AveragesInBasis[Rotated], Defined[Rot
         return x, along_axes(bases, rotated / self.divisor(representation, state)).reshape(g.shape)
 
     def solve(self, representation: Rotated, cache: State, g: Tensor) -> Tensor:
-        return self.solve_coordinates(cache, coordinates(_bases(cache), representation.unfold(g))).reshape(g.shape)
+        return self.solve_coordinates(cache, coordinates(self.bases(cache), representation.unfold(g))).reshape(g.shape)
 
     def solve_rows(self, representation: Rotated, cache: State, rows: FactoredGradient) -> Tensor:
-        return self.solve_coordinates(cache, coordinates(_bases(cache), rows))
+        return self.solve_coordinates(cache, coordinates(self.bases(cache), rows))
 
     def coordinates(self, representation: Rotated, cache: State, g: Tensor | FactoredGradient) -> Tensor:
-        return coordinates(_bases(cache), g if isinstance(g, FactoredGradient) else representation.unfold(g))
+        return coordinates(self.bases(cache), g if isinstance(g, FactoredGradient) else representation.unfold(g))
 
     def solve_coordinates(self, cache: State, x: Tensor) -> Tensor:
-        return from_coordinates(_bases(cache), x * cache["scale"])
+        return from_coordinates(self.bases(cache), x * cache["scale"])
 
-    def turned(self, x: Tensor, before: Sequence[Tensor | None], cache: State) -> Tensor:
-        """Two products for each axis, as many as by ``Q'^T Q`` where sides are equal, and fewer where they are not."""
-        pairs = [(P, Q) for P, Q in zip(before, _bases(cache), strict=True)]
-        same = [P is Q for P, Q in pairs]
-        out = from_coordinates([None if kept else P for (P, _), kept in zip(pairs, same, strict=True)], x)
-        return coordinates([None if kept else Q for (_, Q), kept in zip(pairs, same, strict=True)], out)
-
-
-def _bases(cache: State) -> list[Tensor | None]:
-    """None for an axis in the unit basis."""
-    return [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]
+    def bases(self, cache: State) -> list[Tensor | None]:
+        return [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import transpose, turn
 from gradmaker.linalg.mode_products import apply_factors
 
-__all__ = ["coordinates", "from_coordinates", "rotate_rows"]
+__all__ = ["coordinates", "from_coordinates", "rotate_rows", "turned"]
 
 
 def coordinates(bases: Sequence[Tensor | None], g: Tensor | FactoredGradient) -> Tensor:
@@ -37,3 +37,13 @@ def rotate_rows(bases: Sequence[Tensor | None], rows: FactoredGradient) -> Facto
 def from_coordinates(bases: Sequence[Tensor | None], x: Tensor) -> Tensor:
     """``Q x``.  # (B, d_1, ..., d_m)"""
     return apply_factors(bases, x)
+
+
+def turned(x: Tensor, before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> Tensor:
+    """Coordinates in one basis from those in another: ``Q'^T Q x``.  # (B, d_1, ..., d_m)
+
+    Two products for each axis whose basis is another tensor: never more than by the overlaps ``Q_k'^T Q_k``.
+    """
+    changed = [P is not Q for P, Q in zip(before, after, strict=True)]
+    x = from_coordinates([P if own else None for P, own in zip(before, changed, strict=True)], x)
+    return coordinates([Q if own else None for Q, own in zip(after, changed, strict=True)], x)

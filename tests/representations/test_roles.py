@@ -51,6 +51,7 @@ PLAYED = {
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
+    roles.FoldsRows: "RotatedDims",
     roles.OwnOrder: "Eigenbasis RotatedDims AlternatingInverse OneWayDims",
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Gradient
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import dense
+from gradmaker.linalg.rotation import turned
 from gradmaker.linalg.state import State
 from gradmaker.representations import Eigenbasis, RotatedDims
 from gradmaker.representations.base import Fold, Frame
@@ -134,6 +135,6 @@ def test_coordinates_follow_a_basis(turning: tuple[bool, bool]) -> None:
     before = solver.prepare(representation, state_of(*old, names), None)
     after = solver.prepare(representation, state_of(new[0], new[1], names), None)
     G = rows(4)
-    found = solver.turned(solver.coordinates(representation, before, G), old, after)
+    found = turned(solver.coordinates(representation, before, G), solver.bases(before), solver.bases(after))
     close(found, solver.coordinates(representation, after, G))
     assert any(turning) or torch.equal(found, solver.coordinates(representation, before, G))
