@@ -41,6 +41,8 @@ class Curvature(ABC):
     """Whether ``C`` is positive semidefinite by construction."""
     layerwise: ClassVar[bool] = True
     """Whether the evidence is made of the inputs and output gradients of layers."""
+    by_rows: ClassVar[bool] = False
+    """Whether `measure` gives the gradient of a block by its rows where `Step.rows` has them."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config without effect on this curvature, each with the reason and an alternative: configs refuse them."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.curvature.step import Step
 
 __all__ = ["BatchGradient", "DisplacedGradient"]
@@ -25,11 +26,13 @@ class BatchGradient(Curvature):
 
     gives: ClassVar[frozenset[Kind]] = kinds(Gradient)
     layerwise: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = True
     inapplicable = NO_CALLS | NO_DRAWS | NO_OUTPUTS | NO_REDUCTION
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
-        found = ((site, site.read()) for site in step.sites)
-        yield {site.name: Gradient(g.to(step.statistics_dtype(site))) for site, g in found if g is not None}
+        by_rows: dict[str, Evidence] = {s.name: RowGradient(step.rows[s.name]) for s in step.sites if s.name in step.rows}
+        found = ((site, site.read()) for site in step.sites if site.name not in by_rows)
+        yield by_rows | {site.name: Gradient(g.to(step.statistics_dtype(site))) for site, g in found if g is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

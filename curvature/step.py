@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.curvature.evidence import Evidence
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.loss.head import Head
 from gradmaker.loss.terms import Terms
@@ -88,6 +89,7 @@ class Step:
     previous: Previous | None = None  # the last step that was measured
     notes: dict[str, LayerSums] = field(default_factory=dict)  # by site, kept for the secants of the next step
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
+    rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients that are not in ``.grad``
 
     def loss_gradients(self) -> list[Tensor]:
         """``dL/dz`` of each of `terms`."""

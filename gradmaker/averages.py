@@ -19,22 +19,46 @@ from gradmaker.representations.roles import SlowTensors
 from gradmaker.solvers.roles import AveragesInBasis
 from gradmaker.triple import Triple
 
-__all__ = ["average_key", "basis_of", "converted", "turned_average"]
+__all__ = ["averaged", "basis_of", "converted", "empty_average", "turned_average"]
 
 GRADIENTS, COORDINATES = "average", "coordinates"
 
 
-def basis_of(triple: Triple, options: BlockOptions, frame: Frame) -> AveragesInBasis[Any] | None:
-    """The solver, where a block's gradients are averaged in its basis. What is grafted, or cast, is an average of gradients."""
+def basis_of(triple: Triple, options: BlockOptions, axes: int = 2) -> AveragesInBasis[Any] | None:
+    """The solver, where gradients are averaged in its basis. What is grafted, or cast, is an average of gradients.
+
+    axes: of the gradients; a vector has no basis
+    """
     if not (options.beta1 and options.turns_average) or options.grafting or options.precision.application:
         return None
-    matrices = len(frame.shape) > 1 and isinstance(triple.representation, SlowTensors)
+    matrices = axes > 1 and isinstance(triple.representation, SlowTensors)
     return triple.solver if matrices and isinstance(triple.solver, AveragesInBasis) else None
 
 
-def average_key(basis: AveragesInBasis[Any] | None) -> str:
-    """The name of the average in a state."""
-    return GRADIENTS if basis is None else COORDINATES
+def empty_average(frame: Frame, basis: AveragesInBasis[Any] | None, options: BlockOptions) -> State:
+    """The average before any gradient, by the name of its form, with its mass; empty where ``beta1`` is 0."""
+    name = GRADIENTS if basis is None else COORDINATES
+    return {name: frame.zeros(*frame.shape), "mass": frame.zeros()} if options.beta1 else {}
+
+
+def averaged(average: State, g: Tensor, options: BlockOptions) -> tuple[Tensor, State]:
+    """The running average of gradients, bias-corrected: ``m <- beta1 m + (1 - beta1) g``, ``m / (1 - beta1^t)``.
+
+    With ``nesterov_average`` this gradient enters it twice: ``(beta1 m + (1 - beta1) g) / (1 - beta1^(t + 1))``. With
+    ``beta1 = 0`` there is no average, and the gradient itself is returned. Also returns the new state of the average.
+
+    g: the gradient, or its coordinates, as the average is held
+    """
+    beta1 = options.beta1
+    if not beta1:
+        return g, {}
+    name = COORDINATES if COORDINATES in average else GRADIENTS
+    moved = average[name].lerp(g, 1 - beta1)
+    total = average["mass"] * beta1 + (1 - beta1)
+    held, mass = {name: moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
+    if options.nesterov_average:
+        return moved.lerp(g, 1 - beta1).div_(beta1 * mass + 1 - beta1), held
+    return moved / mass, held
 
 
 def turned_average(

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradmaker.averages import average_key, basis_of, turned_average
+from gradmaker import by_rows
+from gradmaker.averages import averaged, basis_of, empty_average, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.gathering import Members, Piece, picked, placed
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame
@@ -52,13 +54,13 @@ class Block:
         self.layout = Members(self.sites, self.slots, self.frame, self.full, first.joins_groups)
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
+        self.row_layer = None if self.full else by_rows.layer_of(self.sites, self.frame)
         self.held = self.empty()
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
     def empty(self) -> Held:
         """What the block holds before any evidence."""
-        beta1, grafting = self.options.beta1, self.options.grafting
-        average = {average_key(self.basis): self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if beta1 else {}
+        grafting, average = self.options.grafting, empty_average(self.frame, self.basis, self.options)
         grafting_state = grafting.init(self.frame) if grafting else {}
         return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
 
@@ -120,7 +122,7 @@ class Block:
     @property
     def basis(self) -> AveragesInBasis[Any] | None:
         """The solver, where gradients are averaged in its basis."""
-        return basis_of(self.triple, self.options, self.frame)
+        return basis_of(self.triple, self.options, len(self.frame.shape))
 
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float, refresh: bool = False, index: int = 0) -> Fold:
@@ -166,38 +168,31 @@ class Block:
     def _update(self, held: State, piece: Piece, fold: Fold) -> None:
         whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = held if whole else picked(held, piece.slots)
-        self.triple.representation.update(state, piece.evidence, fold)
+        by_rows.update(self.triple.representation, state, piece.evidence, fold)
         if not whole:
             shared = frozenset[str]() if fold.refresh or fold.first else slow(self.triple.representation, state)
             placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
     # ---------------------------------------------------------------- gradients
-    def read(self) -> Tensor | None:
-        """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)"""
-        return self.layout.read()
+    def read(self, rows: Mapping[str, FactoredGradient]) -> Tensor | FactoredGradient | None:
+        """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)
 
-    def assign(self, held: Held, value: Tensor, into: dict[nn.Parameter, Tensor]) -> None:
+        rows: by site, gradients that are held by rows and are not in ``.grad``
+        """
+        return rows.get(self.sites[0].name) or self.layout.read()
+
+    def assign(self, held: Held, value: Tensor | FactoredGradient, into: dict[nn.Parameter, Tensor]) -> None:
         """Add the ``.grad`` that a preconditioned gradient will give each parameter to ``into``; ``.grad`` itself stays."""
+        layer = self.row_layer
+        if layer is not None and layer.weight.grad is None:  # it was held by rows
+            if layer.site.name in held.ready:
+                layer.assign(value, into)
+            return
+        assert isinstance(value, Tensor)
         for site, slot in zip(self.sites, self.slots, strict=True):
             if self.full or site.name in held.ready:
                 piece = value[0, slot] if self.full else value[slot]
                 site.assign(piece.reshape(site.shape), into)
-
-    def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
-        """The running average of gradients, bias-corrected: ``m <- beta1 m + (1 - beta1) g``, ``m / (1 - beta1^t)``.
-
-        With ``nesterov_average`` this gradient enters it twice: ``(beta1 m + (1 - beta1) g) / (1 - beta1^(t + 1))``. With
-        ``beta1 = 0`` there is no average, and the gradient itself is returned. Also returns the new state of the average.
-        """
-        beta1 = self.options.beta1
-        if not beta1:
-            return g, {}
-        moved = average[average_key(self.basis)].lerp(g, 1 - beta1)
-        total = average["mass"] * beta1 + (1 - beta1)
-        held, mass = {average_key(self.basis): moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
-        if self.options.nesterov_average:
-            return moved.lerp(g, 1 - beta1) / (beta1 * mass + 1 - beta1), held
-        return moved / mass, held
 
     def prepare(
         self, held: Held, measured: Set[str], due: bool = True, evidence: Set[str] = frozenset(), own: bool = False
@@ -294,34 +289,45 @@ class Block:
                 made[key][slot] = piece
         return made
 
-    def solve(self, held: Held, raw: Tensor, started: bool = True) -> tuple[Tensor, Held]:
+    def solve(self, held: Held, raw: Tensor | FactoredGradient, started: bool = True) -> tuple[Tensor | FactoredGradient, Held]:
         """The preconditioned gradient, averaged and rescaled as configured, and what the block then holds.
 
         raw: this step's gradient; started: False for the step of the grafted method, instead
         """
-        cache, basis = snapshot(self.triple.representation, held.cache), self.basis
-        given = raw if basis is None else basis.coordinates(self.triple.representation, cache, raw)
-        g, average = self.averaged(held.average, given)
-        value = self.applied(cache, g) if basis is None else basis.solve_coordinates(cache, g)
+        cache, given = snapshot(self.triple.representation, held.cache), isinstance(raw, FactoredGradient)
+        if self.basis is None and isinstance(raw, FactoredGradient):
+            if started and by_rows.applies(self.triple, self.options):  # without state of an average or a rule
+                return by_rows.solve(self.triple, self.options, cache, raw), replace(held, cache=cache)
+            raw = raw.form()
         grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
-        if rule := self.options.grafting:
-            value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
-        for slot in self._without_gradient(held):
+        if self.basis is not None:
+            x, average = averaged(held.average, self.basis.coordinates(self.triple.representation, cache, raw), self.options)
+            value = self.basis.solve_coordinates(cache, x)
+        else:
+            assert isinstance(raw, Tensor)
+            g, average = averaged(held.average, raw, self.options)
+            value = self.applied(cache, g)
+            if rule := self.options.grafting:
+                value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
+        for slot in self._without_gradient(held, given):
             for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():
                     moved[slot] = old[key][slot]
         return value, replace(held, cache=cache, average=average, grafting_state=grafting_state)
 
-    def _without_gradient(self, held: Held) -> list[slice]:
-        """Members of the stack without a gradient or a statistic: their averages do not change, as in a stack of their own."""
+    def _without_gradient(self, held: Held, given: bool) -> list[slice]:
+        """Members of the stack without a gradient or a statistic: their averages do not change, as in a stack of their own.
+
+        given: whether the gradient was held by rows, and is not in ``.grad``
+        """
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if _lacks_gradient(held, site)]
+        return [slot for site, slot in members if _lacks_gradient(held, site, given)]
 
 
-def _lacks_gradient(held: Held, site: Site) -> bool:
-    return site.name not in held.ready or site.name in held.fresh or not site.has_gradient
+def _lacks_gradient(held: Held, site: Site, given: bool) -> bool:
+    return site.name not in held.ready or site.name in held.fresh or not (given or site.has_gradient)
 
 
 def _joined_frame(placements: list[Placement], full: bool) -> Frame:

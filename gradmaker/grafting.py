@@ -21,6 +21,8 @@ __all__ = ["GRAFTINGS", "Amplitude", "Graft", "Grafting", "Keep", "Sign"]
 class Grafting(ABC):
     """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``, unless it says otherwise."""
 
+    by_rows: ClassVar[bool] = False
+    """Whether `rescale` reads lengths alone, that of the gradient for ``V``: the rule has no state, and needs no entries."""
     leads: ClassVar[bool] = False
     """Whether ``.grad`` holds ``V`` before ``start_step``; otherwise it keeps the plain gradient."""
 
@@ -46,13 +48,18 @@ class Grafting(ABC):
         target = self.target(state, g, raw)
         own = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
         wanted = torch.linalg.vector_norm(target.reshape(len(value), -1), dim=1)
-        scale = torch.where(own > 0, wanted / own, torch.zeros_like(own))
-        return value * scale.reshape(-1, *[1] * (value.ndim - 1))
+        return value * self.scale(wanted, own).reshape(-1, *[1] * (value.ndim - 1))
+
+    def scale(self, wanted: Tensor, own: Tensor) -> Tensor:
+        """``|V| / |U|``; zero for a ``U`` of zero.  # (B,)"""
+        return torch.where(own > 0, wanted / own, torch.zeros_like(own))
 
 
 @dataclass(frozen=True)
 class Keep(Grafting):
     """The length of the gradient itself."""
+
+    by_rows: ClassVar[bool] = True
 
     def target(self, state: State, g: Tensor, raw: Tensor) -> Tensor:
         return g

@@ -161,7 +161,7 @@ class GradientMaker:
         undo, fresh = self._mark(), self.step_state.now.gradients is None
         before = [] if fresh else [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
         try:
-            result = self._accumulate(weight, in_place=False)
+            result = self._accumulate(weight, in_place=False, alone=fresh)
             self.precondition()
         except BaseException:
             kept = self.step_state.now.gradients or () if fresh else before
@@ -179,8 +179,11 @@ class GradientMaker:
         self._begin_again()
         return self._accumulate(weight, in_place=True)
 
-    def _accumulate(self, weight: float, in_place: bool) -> tuple[Any, Tensor]:
-        """in_place: whether to add to the gradients of earlier micro-batches in place; otherwise they can be restored"""
+    def _accumulate(self, weight: float, in_place: bool, alone: bool = False) -> tuple[Any, Tensor]:
+        """in_place: whether to add to the gradients of earlier micro-batches in place; otherwise they can be restored
+
+        alone: whether this is all of the step, which ends at once
+        """
         if self._call is None or self._loss is None:
             missing = "setup_model_call" if self._call is None else "setup_loss_call (or setup_loss_repr)"
             raise RuntimeError(f"nothing to run: {missing} has not been called")
@@ -196,8 +199,8 @@ class GradientMaker:
         try:
             for p in parameters if not joined else ():
                 p.grad = None
-            output, loss = self._run(weight)
-            if parameters and all(p.grad is None for p in parameters):
+            output, loss = self._run(weight, alone)
+            if parameters and not self.step_state.now.rows and all(p.grad is None for p in parameters):
                 raise RuntimeError(f"the loss {self._loss!r} depends on no trainable parameter of the maker's model")
             if not joined:
                 self._merge(before, in_place)
@@ -263,7 +266,8 @@ class GradientMaker:
         """The blocks, which hold the statistics."""
         return []
 
-    def _run(self, weight: float) -> tuple[Any, Tensor]:
+    def _run(self, weight: float, alone: bool = False) -> tuple[Any, Tensor]:
+        """The passes of a micro-batch.  alone: as in `_accumulate`"""
         known: dict[int, Any] = {}
         output, loss = self._forward(known)
         (loss * weight if weight != 1.0 else loss).backward()
@@ -319,15 +323,16 @@ def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.P
             p.grad = p.grad.resolve_conj().resolve_neg()
     earlier = {p: g.resolve_conj().resolve_neg() for p, g in before if g is not None}
     alone = [(p.grad, value) for p, value in gradients.items() if p.grad is not None and p not in earlier]
-    both = [(g, p.grad, gradients.get(p, p.grad)) for p, g in earlier.items() if p.grad is not None]
+    formed = [(p, value.to(p.dtype)) for p, value in gradients.items() if p.grad is None and p not in earlier]  # from rows
+    own = [(g, gradients.get(p, p.grad), p.dtype) for p, g in earlier.items()]
+    both = [(g, value.to(dtype)) for g, value, dtype in own if value is not None]  # as it would be in .grad
     targets, values = [target for target, _ in alone], [value for _, value in alone]
     if both:
-        own = [value.to(now.dtype) for _, now, value in both]  # as it would be in .grad
-        values += torch._foreach_add([g for g, *_ in both], own)
-        targets += [g for g, *_ in both]
+        values += torch._foreach_add([g for g, _ in both], [value for _, value in both])
+        targets += [g for g, _ in both]
     if targets:
         torch._foreach_copy_(targets, values)
-    for p, g in earlier.items():
+    for p, g in (*earlier.items(), *formed):
         p.grad = g
 
 

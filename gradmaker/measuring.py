@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.borrowing import borrowing
+from gradmaker.capture.row_calls import RowCalls
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.curvature import Curvature
@@ -17,6 +18,7 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
 from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.loss.terms import Terms
@@ -36,18 +38,18 @@ class MeasuringMaker(PlannedMaker):
     """A maker that measures curvatures on its passes."""
 
     # ---------------------------------------------------------------- passes
-    def _run(self, weight: float) -> tuple[Any, Tensor]:
+    def _run(self, weight: float, alone: bool = False) -> tuple[Any, Tensor]:
         self.plan.refuse_ranks()
         self.plan.own.check()
         self._complete()
-        if not self.begin_pass():
-            output, loss = super()._run(weight)
-            self._note_finite([loss], [])
-            return output, loss
+        recorded = self.begin_pass()
+        rows = RowCalls(self.row_layers() if alone else ())
+        if not recorded:
+            return self._run_unrecorded(weight, rows)
         tape, known = self.new_tape(), dict[int, Any]()
         batches = Batches.of(self.model, self._declared, self.config) if self._repeats() else None
         with tape.recording():
-            with LossRecorder() as recorder:
+            with LossRecorder() as recorder, rows.recording():
                 output, loss = self._forward(known)
             tape.end_forward([loss])
             logits = None if self._logits is None else resolve(self._logits, known)
@@ -58,7 +60,7 @@ class MeasuringMaker(PlannedMaker):
                 batches.own.note(terms)
             make = partial(Graph, self.model, loss, terms, logits)
             kept = checked or tape.joint or not self.checks.arrangement.plain
-            graph, output_gradients = self._backward(tape, make, loss, weight, batches, kept)
+            graph, output_gradients = self._backward(tape, make, loss, weight, batches, kept, rows)
             if graph is not None and self._needs_outputs(graph) and self._all_finite(loss):
                 self.whole.products(tape, graph, head)
             if self._explains(tape, head, checked) and self._all_finite(loss):
@@ -67,19 +69,32 @@ class MeasuringMaker(PlannedMaker):
                 whole = scaled(output_gradients, 1 / weight) if weight else tape.vjp([loss], [one])
                 head = self.explain(tape, head, bare, whole, checked)
                 terms, checked = head.terms, self.is_to_be_checked(tape, head)
+            held = {} if checked else rows.gradients()
+            rows.form()  # self-checks read ``.grad``
             if checked and self._all_finite(loss):
                 self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
             terms = head.terms or terms  # with rows in the order that the self-checks found
             of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
             draft = self.step_state.draft()
-            self.measure_pass(draft, tape, terms, weight, [loss], head=head, extra=extra)
+            self.measure_pass(draft, tape, terms, weight, [loss, *_bounds(held)], head=head, extra=extra)
             self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra)
             self.step_state.accumulate(weight, tape.batch, draft)
+            self.step_state.hold(held)
         if batches is not None and self.plan.asks("previous", self._due) and self.step_state.now.finite:
             made = Pass(batches.own.replay, weight, extra.notes)
             measured = self.plan.measured(self._due)
             self.step_state.remember(remembered(self.step_state.now, self.model, made, measured))
+        return output, loss
+
+    def _run_unrecorded(self, weight: float, rows: RowCalls) -> tuple[Any, Tensor]:
+        with rows.recording():
+            output, loss = self._forward(dict[int, Any]())
+        rows.backward(loss * weight if weight != 1.0 else loss)
+        self.step_state.accumulate(weight, 0)
+        held = rows.gradients()
+        self.step_state.hold(held)
+        self._note_finite([loss, *_bounds(held)], [])
         return output, loss
 
     def _is_partial(self, tape: Tape, head: Head, found: OutputGradients, weight: float, checked: bool) -> bool:
@@ -97,7 +112,14 @@ class MeasuringMaker(PlannedMaker):
         return self.plan.asks("replay", self._due) or self.plan.asks("previous", self._due) or len(self._declared) > 1
 
     def _backward(
-        self, tape: Tape, make: Callable[[], Graph], loss: Tensor, weight: float, batches: Batches | None, kept: bool
+        self,
+        tape: Tape,
+        make: Callable[[], Graph],
+        loss: Tensor,
+        weight: float,
+        batches: Batches | None,
+        kept: bool,
+        rows: RowCalls,
     ) -> tuple[Graph | None, OutputGradients]:
         """The backward pass, with its output gradients; and the graph for products, of this pass or of a second batch."""
         products = self.plan.asks("graph", self._due)
@@ -110,7 +132,7 @@ class MeasuringMaker(PlannedMaker):
                 made[0].write_gradients(weight)
                 return
             retained = kept or any("main_backward" not in c.needs for c in self._curvatures())
-            (loss * weight if weight != 1.0 else loss).backward(retain_graph=retained)
+            rows.backward(loss * weight if weight != 1.0 else loss, retained)
 
         output_gradients = tape.collect(differentiate)
         if shared:
@@ -237,3 +259,8 @@ class MeasuringMaker(PlannedMaker):
         values = torch.stack(flags).tolist()
         self.step_state.note(bool(values[0]))
         return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
+
+
+def _bounds(rows: Mapping[str, FactoredGradient]) -> list[Tensor]:
+    """Numbers that are finite where gradients that are held by rows are."""
+    return [each.bound() for each in rows.values()]

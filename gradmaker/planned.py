@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradmaker.capture.arrangement import Arrangement
+from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
@@ -24,6 +25,7 @@ from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.whole import Whole
 from gradmaker.stacking import carry
 from gradmaker.step.clocks import PlanClocks
+from gradmaker.step.row_plan import row_layers
 from gradmaker.step.secants import incomplete
 from gradmaker.step.state import Facts, Phase, StepState
 
@@ -40,6 +42,7 @@ class PlannedMaker(GradientMaker):
         super().__init__(model, config)
         self.plan = make_plan(model, self.config, METHODS)
         self._unseen: frozenset[str] = frozenset()  # parameters with uses outside of the calls of their layers
+        self._row_layers: dict[frozenset[str], list[RowLayer]] = {}  # of the plan, by methods that are due
         self.checks = SelfChecks(model, self.config.self_check, self.config.seed)
         self.whole = Whole(self.checks, self.config.loss_reduction)
         self.served: frozenset[nn.Parameter] | None = None  # parameters of the attached optimizer; None: all
@@ -87,6 +90,16 @@ class PlannedMaker(GradientMaker):
         """The curvatures that are measured on the passes of this step."""
         return self.plan.curvatures(of_passes=True, due=self._due)
 
+    def row_layers(self) -> list[RowLayer]:
+        """The layers whose gradients are to be held by rows in this step."""
+        reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
+        read = self.trust_region is not None and self.trust_region.reads_gradients(self.step)
+        if reduced or read or self.step < self.config.first_step:
+            return []
+        if self._due not in self._row_layers:
+            self._row_layers[self._due] = row_layers(self.plan.blocks, self._due)
+        return self._row_layers[self._due]
+
     def new_tape(self, everything: bool = False) -> Tape:
         """A tape of the modules that the curvatures of this step need; of all modules if ``everything``."""
         due = None if everything else self._due
@@ -112,7 +125,7 @@ class PlannedMaker(GradientMaker):
 
     def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
         """Replace the plan by one whose blocks hold what those of the old plan held."""
-        self.plan, self._unseen = plan, unseen
+        self.plan, self._unseen, self._row_layers = plan, unseen, {}
         self.checks.arrangement.direct |= unseen
         self.step_state.move(plan.blocks, plan.methods)
         self._damp_plan()
@@ -172,6 +185,7 @@ class PlannedMaker(GradientMaker):
             previous=extra.previous,
             notes=extra.notes,
             own=extra.own,
+            rows=self.step_state.now.rows,
         )
 
     # ---------------------------------------------------------------- secants

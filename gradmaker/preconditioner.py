@@ -17,6 +17,7 @@ from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loops.attachment import Attachment
 from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
@@ -71,7 +72,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
             state.ask(self.plan.blocks)
         if not state.now.checked:
             self._note_finite([], [])
-        return self._solve() if state.now.finite else End(reports=state.now.reports)
+        return self._solve() if state.now.finite else End(gradients=self._of_rows({}), reports=state.now.reports)
 
     def _check_passes(self) -> None:
         if self.passes_are_due() and any(p.grad is not None for p in self.model.parameters()):
@@ -90,8 +91,18 @@ class PreconditionedGradientMaker(MeasuringMaker):
             for block, value in [r for r in (self._solved(draft, b) for b in self.plan.blocks) if r is not None]:
                 if self._started or ((rule := block.options.grafting) and rule.leads):
                     block.assign(draft.look(block), value, found)
-        found, region = self._limited(found)
+        found, region = self._limited(self._of_rows(found))
         return End(draft.work(), found, clocks, reports, region)
+
+    @torch.no_grad()
+    def _of_rows(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Add the plain gradients that are held by rows, where no other is found."""
+        rows = self.step_state.now.rows
+        for block in self.plan.blocks if rows else ():
+            layer = block.row_layer
+            if layer is not None and layer.site.name in rows and layer.weight not in found:
+                layer.assign(rows[layer.site.name], found)
+        return found
 
     def _measure_gradient(self, draft: Draft) -> None:
         """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches."""
@@ -121,8 +132,8 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 refreshed.append((block, held))
         return clocks, self._failures.check(reports + self._failures.count(refreshed, self.step))
 
-    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Tensor] | None:
-        raw, held = block.read(), draft.look(block)
+    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Tensor | FactoredGradient] | None:
+        raw, held = block.read(self.step_state.now.rows), draft.look(block)
         if raw is None or not held.cache:
             return None
         value, solved = block.solve(held, raw, self._started)
@@ -130,17 +141,17 @@ class PreconditionedGradientMaker(MeasuringMaker):
         return block, value
 
     # ---------------------------------------------------------------- the trust region
-    def _run(self, weight: float) -> tuple[Any, Tensor]:
+    def _run(self, weight: float, alone: bool = False) -> tuple[Any, Tensor]:
         refuse_attached(self._attachments)
         trust, state = self.trust_region, self.step_state
         if trust is None or state.now.region is None:
-            return super()._run(weight)
+            return super()._run(weight, alone)
         region = trust.judged(state.now.region, self.step)
         if region is not state.now.region:
             state.judge(region)
             self._damp()
         batch = Batch(self.model, self._declared[""], self.config) if trust.tries(self.step) else None
-        result = super()._run(weight)
+        result = super()._run(weight, alone)
         if batch is not None:
             trial = QuadraticModel.at(self.model) if state.now.part == 1 else state.now.trial
             if trial is not None:  # otherwise the step began before a checkpoint, which holds no batches

@@ -5,7 +5,7 @@ Letters: ``S_k`` the factor of axis ``k``, ``d_k`` its length, ``D`` the number 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import ClassVar
 
@@ -15,20 +15,21 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, renew_row, spectral_residual
 from gradmaker.linalg.eigen import decompose_again
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.fallbacks import count_failures, is_empty
-from gradmaker.linalg.mode_products import apply_factors, mode_matrix
+from gradmaker.linalg.mode_products import add_product_, apply_factors, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_interval
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.held_spectra import HeldSpectra
-from gradmaker.representations.roles import SlowTensors
+from gradmaker.representations.roles import FoldsRows, SlowTensors
 
 __all__ = ["CrossDims"]
 
 
 @dataclass(frozen=True)
-class CrossDims(HeldSpectra, SlowTensors):
+class CrossDims(HeldSpectra, FoldsRows, SlowTensors):
     """KL-Shampoo's factors: ``C ~ S_1 (x) ... (x) S_m``, ``S_k <- b S_k + (1 - b) (d_k / D) mat_k(G_w) mat_k(G_w)^T``.
 
     ``G_w`` is the gradient with all other axes whitened, by the factors of the last refresh, with eigenvalues above ``floor``.
@@ -68,15 +69,22 @@ class CrossDims(HeldSpectra, SlowTensors):
         assert isinstance(evidence, Gradient)
         G = self.unfold(evidence.gradient)
         axes = range(G.ndim - 1)
-        whiteners = [self.power(state, axis, -0.5) for axis in axes]
+        whiteners = [self._whitener(state, axis) for axis in axes]
         for axis in axes:
             others = [None if k == axis else W for k, W in enumerate(whiteners)]
             x = mode_matrix(apply_factors(others, G), axis)
-            S, alpha = state[f"factor_{axis}"], fold.alpha / x.shape[-1]
-            if S.ndim == 2:
-                S.mul_(fold.beta).add_(x.square().sum(-1), alpha=alpha)
-            else:
-                S.baddbmm_(x, x.mT, beta=fold.beta, alpha=alpha)
+            add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha / x.shape[-1])
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        g, a = (apply_factors([None, self._whitener(state, axis)], x) for axis, x in enumerate((rows.g, rows.a)))
+        for axis, whitened in enumerate((replace(rows, a=a), replace(rows, g=g))):
+            alpha = fold.alpha / rows.shape[2 - axis]
+            add_product_(state[f"factor_{axis}"], *whitened.moment_halves(axis), fold.beta, alpha)
+
+    def _whitener(self, state: State, axis: int) -> Tensor:
+        """``s^(-1/2) Q^T``: it lacks a rotation, of which a second moment is independent.  # (B, d, d) or (B, d)"""
+        w, Q = state[f"values_{axis}"].rsqrt(), state.get(f"basis_{axis}")
+        return w if Q is None else (Q * w.unsqueeze(-2)).mT
 
     def refresh(self, state: State) -> None:
         axes = self.axes(state)

@@ -17,13 +17,14 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.curvature.tied import Tied
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import blocks, tile_width
-from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.mode_products import add_product_, apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.nearest_product import nearest_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import ByExample, FactoredAxes
+from gradmaker.representations.roles import ByExample, FactoredAxes, FoldsRows
 
 __all__ = ["Kron", "KronDims"]
 
@@ -171,6 +172,8 @@ def _of_inputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
         return replace(evidence, A=_cut(evidence.A, rows))
     if isinstance(evidence.inputs, OneHot):  # a diagonal, which is never tiled
         return evidence
+    if rows == slice(0, evidence.inputs.shape[-1] + evidence.bias):
+        return evidence
     kept = evidence.inputs[..., rows]
     return replace(evidence, inputs=kept, bias=evidence.bias and rows.stop > evidence.inputs.shape[-1])
 
@@ -181,7 +184,7 @@ def _cut(F: Tensor, rows: slice) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KronDims(FactoredAxes):
+class KronDims(FactoredAxes, FoldsRows):
     """Shampoo's factors, one for each axis: ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
 
     ``C = L (x) R / tr(L)`` (``exponent=1, balanced``) fits a covariance that is a Kronecker product better.
@@ -214,12 +217,13 @@ class KronDims(FactoredAxes):
         assert isinstance(evidence, Gradient)
         G = self.unfold(evidence.gradient)
         for axis in range(G.ndim - 1):
-            H = state[f"factor_{axis}"]
             x = mode_matrix(G, axis)
-            if H.ndim == 2:
-                H.mul_(fold.beta).add_(x.square().sum(-1), alpha=fold.alpha)
-            else:
-                H.baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha)
+            add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        for axis in (0, 1):
+            add_product_(state[f"factor_{axis}"], *rows.moment_halves(axis), fold.beta, fold.alpha)
         fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:

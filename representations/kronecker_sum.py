@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold, Frame, Grain
 from gradmaker.representations.kronecker import KronDims
-from gradmaker.representations.roles import FactoredAxes
+from gradmaker.representations.roles import FactoredAxes, FoldsRows
 from gradmaker.representations.root_dims import RootKronDims
 
 __all__ = ["KronSum", "axis_mean", "dense_mean"]
@@ -25,9 +26,10 @@ _AXES, _ROOTS = KronDims(), RootKronDims()
 
 def axis_mean(roots: Sequence[Tensor], g: Tensor) -> Tensor:
     """``(1/m) sum_k g x_k X_k``: the mean over factors, each on its axis.  # (B, d_k, d_k) or (B, d_k); (B, d_1, ..., d_m)"""
-    m = len(roots)
-    terms = [apply_factors([*[None] * k, X, *[None] * (m - k - 1)], g) for k, X in enumerate(roots)]
-    return torch.stack(terms).mean(0)
+    first, *others = [apply_factors([*[None] * k, X], g) for k, X in enumerate(roots)]
+    for term in others:
+        first.add_(term)
+    return first.div_(len(roots))
 
 
 def dense_mean(roots: Sequence[Tensor]) -> Tensor:
@@ -39,7 +41,7 @@ def dense_mean(roots: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KronSum(FactoredAxes):
+class KronSum(FactoredAxes, FoldsRows):
     """CASPR's curvature: ``C^(-1/2) = [(1/m) sum_k H_k^(-1/2p)]^p``, each ``H_k`` acting on axis ``k`` of the gradient.
 
     A family of power means of the axes' inverse roots, from the arithmetic mean (``p = 1``) over CASPR (``p = 2``) to the
@@ -70,6 +72,9 @@ class KronSum(FactoredAxes):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         self._axes.update(state, evidence, fold)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        self._axes.update_rows(state, rows, fold)
 
     @property
     def _axes(self) -> KronDims:

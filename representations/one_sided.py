@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.mode_products import add_product_
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, average
-from gradmaker.representations.roles import FactoredAxes, widen
+from gradmaker.representations.roles import FactoredAxes, FoldsRows, widen
 
 __all__ = ["OneSided", "ZeroHistory"]
 
 
 @dataclass(frozen=True)
-class OneSided(FactoredAxes):
+class OneSided(FactoredAxes, FoldsRows):
     """One-sided Shampoo: ``C ~ L (x) I`` with ``L = sum G G^T``; ``G`` is a tensor with all axes but the first flattened.
 
     `gradmaker.capture.shapes.ShapePolicy` chooses which side is first. ``C <= r L (x) I`` holds for the true ``C``, with ``r``
@@ -40,11 +42,12 @@ class OneSided(FactoredAxes):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
-        G, L = self.unfold(evidence.gradient), state["factor"]
-        if L.ndim == 2:
-            L.mul_(fold.beta).add_(G.square().sum(-1), alpha=fold.alpha)
-        else:
-            L.baddbmm_(G, G.mT, beta=fold.beta, alpha=fold.alpha)
+        G = self.unfold(evidence.gradient)
+        add_product_(state["factor"], G, G.mT, fold.beta, fold.alpha)
+        fold.weigh_(state["mass"])
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        add_product_(state["factor"], *rows.moment_halves(0), fold.beta, fold.alpha)
         fold.weigh_(state["mass"])
 
     def to_dense(self, state: State) -> Tensor:
@@ -92,6 +95,9 @@ class ZeroHistory(OneSided):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
         state["gradient"].copy_(self.unfold(evidence.gradient))
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        torch.bmm(rows.g.mT, rows.a, out=state["gradient"])
 
     def unfactored(self, state: State) -> int:
         return state["gradient"].shape[2]

@@ -5,7 +5,7 @@ Letters: ``S_k`` the statistic of axis ``k``, ``X_k`` its inverse square root as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import for_members
-from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
+from gradmaker.linalg.mode_products import add_product_, apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval, check_kind
 from gradmaker.representations.base import Fold, Frame, Grain
-from gradmaker.representations.roles import FactoredAxes, OwnOrder, SlowTensors
+from gradmaker.representations.roles import FactoredAxes, FoldsRows, OwnOrder, SlowTensors
 
 __all__ = ["OneWayDims"]
 
@@ -29,7 +30,7 @@ HELD = ("failures", "failing", "diagnosis")
 
 
 @dataclass(frozen=True)
-class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
+class OneWayDims(FactoredAxes, FoldsRows, OwnOrder, SlowTensors):
     """CASPR-adaptive's factors: ``C ~ S_1 (x) ... (x) S_m`` with one-way whitening.
 
     ``S_k <- b c_k S_k + (1 - b) mat_k(G_k) mat_k(G_k)^T / (d_1 ... d_(k-1))``.
@@ -91,11 +92,18 @@ class OneWayDims(FactoredAxes, OwnOrder, SlowTensors):
         G, before = self.unfold(evidence.gradient), 1
         for axis in self._axes(state):
             x, S = mode_matrix(G, axis), state[f"factor_{axis}"]
-            if S.ndim == 2:
-                S.mul_(fold.beta).add_(x.square().sum(-1), alpha=fold.alpha / before)
-            else:
-                S.baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha / before)
-            G, before = apply_factors([*[None] * axis, state[f"root_{axis}"]], G), before * S.shape[-1]
+            add_product_(S, x, x.mT, fold.beta, fold.alpha / before)
+            if axis + 1 < len(self._axes(state)):
+                G, before = apply_factors([*[None] * axis, state[f"root_{axis}"]], G), before * S.shape[-1]
+        self._refresh_if_due(state, fold)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        whitened = replace(rows, g=apply_factors([None, state["root_0"]], rows.g))
+        add_product_(state["factor_0"], *rows.moment_halves(0), fold.beta, fold.alpha)
+        add_product_(state["factor_1"], *whitened.moment_halves(1), fold.beta, fold.alpha / rows.shape[1])
+        self._refresh_if_due(state, fold)
+
+    def _refresh_if_due(self, state: State, fold: Fold) -> None:
         if fold.refresh and (self.at_once or not fold.first):
             self.refresh(state)
 

@@ -26,6 +26,7 @@ __all__ = [
     "Renewed",
     "SlowTensors",
     "Snapshots",
+    "SpansGradient",
     "Unstacked",
     "WholeLayers",
     "diagonal_axes",
@@ -158,6 +159,18 @@ class FoldsRows(Representation):
     @abstractmethod
     def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
         """Fold the gradient in, in place; `update` with the formed gradient does the same."""
+
+
+class SpansGradient(Representation):
+    """A representation by rows ``J`` which the gradient of the step itself may be a combination of."""
+
+    @abstractmethod
+    def own(self, state: State) -> Tensor | None:
+        """``y`` with ``J^T y`` the gradient of the step whose evidence is held; None where that is not known.  # (B, N)"""
+
+    @abstractmethod
+    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient] | None:
+        """``J^T z`` by the rows of each layer; None where a layer has none.  # (B, N)"""
 
 
 # ------------------------------------------------------------------ the times

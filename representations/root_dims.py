@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Fold
@@ -31,12 +32,14 @@ class RootKronDims(KronDims):
         assert isinstance(evidence, Gradient)
         G = self.unfold(evidence.gradient)
         for axis in range(G.ndim - 1):
-            R, x = state[f"factor_{axis}"], mode_matrix(G, axis) * fold.alpha**0.5
-            kept = R * fold.beta**0.5
-            if R.ndim == 2:
-                R.copy_(torch.linalg.vector_norm(torch.cat([kept.unsqueeze(-1), x], -1), dim=-1))
-            else:
-                R.copy_(torch.linalg.qr(torch.cat([kept, x.mT], -2), mode="r")[1])
+            _add_root_(state[f"factor_{axis}"], mode_matrix(G, axis).mT, fold)
+        fold.weigh_(state["mass"])
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        """The triangle of the other rows takes the place of their Gram matrix: ``G G^T = (T g)^T (T g)`` with ``a^T = Q T``."""
+        for axis, (mine, other) in enumerate(((rows.g, rows.a), (rows.a, rows.g))):
+            T = torch.linalg.qr(other.mT, mode="r")[1]
+            _add_root_(state[f"factor_{axis}"], T @ mine, fold)
         fold.weigh_(state["mass"])
 
     # ---------------------------------------------------------------- RootFactored, and so Factored
@@ -57,3 +60,12 @@ class RootKronDims(KronDims):
     def factors(self, state: State) -> list[Tensor]:
         """``R_k^T R_k``.  # (B, d_k, d_k), or (B, d_k) when diagonal"""
         return [R.square() if R.ndim == 2 else R.mT @ R for R in self.factor_roots(state)]
+
+
+def _add_root_(R: Tensor, rows: Tensor, fold: Fold) -> None:
+    """``R^T R <- beta R^T R + alpha rows^T rows`` in place.  # (B, d, d), or (B, d) when diagonal; (B, n, d)"""
+    kept, new = R * fold.beta**0.5, rows * fold.alpha**0.5
+    if R.ndim == 2:
+        R.copy_(torch.linalg.vector_norm(torch.cat([kept.unsqueeze(-2), new], -2), dim=-2))
+    else:
+        R.copy_(torch.linalg.qr(torch.cat([kept, new], -2), mode="r")[1])

@@ -17,7 +17,7 @@ from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.fallbacks import count_failures
 from gradmaker.linalg.finite import finite_members
-from gradmaker.linalg.mode_products import mode_matrix
+from gradmaker.linalg.mode_products import add_product_, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import (
     columns,
     off_diagonal,
@@ -134,7 +134,11 @@ class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Renewed, SlowTensors):
 
     def _fold_factors(self, state: State, G: Tensor | FactoredGradient, fold: Fold) -> None:
         for axis in self._axes(state):
-            state[f"factor_{axis}"].baddbmm_(*_moment(G, axis), beta=fold.beta, alpha=fold.alpha)
+            if isinstance(G, FactoredGradient):
+                add_product_(state[f"factor_{axis}"], *G.moment_halves(axis), fold.beta, fold.alpha)
+            else:
+                x = mode_matrix(G, axis)
+                add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha)
         fold.weigh_(state["factor_mass"])
 
     def _fold_moments(self, state: State, G: Tensor | FactoredGradient, fold: Fold, born: bool) -> None:
@@ -204,12 +208,3 @@ class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Renewed, SlowTensors):
     def unfold(self, g: Tensor) -> Tensor:
         """The gradient itself; a scalar parameter is a vector of length one.  # (B, d_1, ..., d_m)"""
         return g if g.ndim > 1 else g.unsqueeze(1)
-
-
-def _moment(G: Tensor | FactoredGradient, axis: int) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is the second moment of an axis."""
-    if isinstance(G, Tensor):
-        x = mode_matrix(G, axis)
-        return x, x.mT
-    mine, other = (G.g, G.a) if axis == 0 else (G.a, G.g)
-    return mine.mT, (other @ other.mT) @ mine

@@ -12,18 +12,19 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
 from gradmaker.linalg.contraction import contract
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain
 from gradmaker.representations.kronecker import KronDims
-from gradmaker.representations.roles import FactoredAxes
+from gradmaker.representations.roles import FactoredAxes, FoldsRows
 
 __all__ = ["TensorNormal"]
 
 
 @dataclass(frozen=True)
-class TensorNormal(FactoredAxes):
+class TensorNormal(FactoredAxes, FoldsRows):
     """A tensor-normal covariance: ``C ~ (H_1 (x) ... (x) H_k) / z^(k-1)``, ``H_m = sum mat_m(G) mat_m(G)^T`` of trace ``z``.
 
     Exact where the gradient is tensor-normal; the trace is always that of ``C``. ``G`` is the gradient of the sampled loss, or
@@ -57,6 +58,9 @@ class TensorNormal(FactoredAxes):
             H = state[f"factor_{axis}"]
             H.mul_(fold.beta).add_(moment(evidence, diagonal=H.ndim == 2), alpha=fold.alpha)
         fold.weigh_(state["mass"])
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        KronDims().update_rows(state, rows, fold)
 
     def to_dense(self, state: State) -> Tensor:
         return kronecker_product(self.factors(state))

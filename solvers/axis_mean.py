@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import comb, inf
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import Mode
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import dense
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.powers import along_axes, axis_power
 from gradmaker.linalg.roots import held_roots
 from gradmaker.linalg.state import State
@@ -18,13 +20,14 @@ from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import Summed
 from gradmaker.representations.kronecker_sum import axis_mean, dense_mean
 from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.roles import AppliesRows
 from gradmaker.solvers.rooting import Root, Rooter, rooting
 
 __all__ = ["AxisMean"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AxisMean(Defined[Summed]):
+class AxisMean(Defined[Summed], AppliesRows[Summed]):
     """``P G`` by ``p`` iterations of ``G <- (1/m) sum_k G x_k X_k`` with ``X_k = (F_k + damping lambda_max(F_k) I)^(-1/2p)``.
 
     ``root`` is the algorithm, ``svd`` for factors that are held by their square roots; ``mode`` is the unit of the damping, see
@@ -88,3 +91,13 @@ class AxisMean(Defined[Summed]):
         for _ in range(representation.passes(len(roots))):
             out = axis_mean(roots, out)
         return out.reshape(g.shape)
+
+    def solve_rows(self, representation: Summed, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        """``2^-p sum_k C(p, k) X_1^(p - k) G X_2^k``: ``p + 1`` times the rows."""
+        left, right = held_roots(cache)
+        g, a, p = [rows.g], [rows.a], representation.passes(2)
+        for _ in range(p):
+            g.append(apply_factors([None, left], g[-1]))
+            a.append(apply_factors([None, right], a[-1]))
+        weighed = [x * (comb(p, k) / 2**p) for k, x in enumerate(a)]
+        return FactoredGradient(torch.cat(g[::-1], 1), torch.cat(weighed, 1))

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import RIDGES, Mode, Placement, Split, damp, pi_ridges, ridge_unit
 from gradmaker.linalg.diagnosis import described, diagnose, spectral_residual, unknown
 from gradmaker.linalg.eigen import decompose, is_definite
+from gradmaker.linalg.factored_gradient import FactoredGradient, transform_rows
 from gradmaker.linalg.factors import conjugate, dense, identity, transpose
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
-from gradmaker.linalg.roots import apply_roots, keep_roots
+from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import Factored
@@ -25,6 +26,7 @@ from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import spectral_power
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.factor_solver import FactorSolver
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["Decomposition", "Eigh"]
 
@@ -45,7 +47,7 @@ class Decomposition(Factorisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigh(FactorSolver[Factored], Defined[Factored]):
+class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
     - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step;
@@ -160,6 +162,14 @@ class Eigh(FactorSolver[Factored], Defined[Factored]):
         scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))
         return apply_factors(bases, rotated * scale).reshape(g.shape)
 
+    def solve_rows(self, representation: Factored, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
+        if self.split != "exact":
+            return apply_roots_to_rows(cache, rows)
+        bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]
+        rotated = transform_rows([None if Q is None else transpose(Q) for Q in bases], rows).form()
+        scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))
+        return apply_factors(bases, rotated * scale)
+
 
 def _outer(spectra: Sequence[Tensor]) -> Tensor:
     """``s_1 (x) s_2 (x) ...`` with an axis for each.  # (B, d_1, ..., d_m)"""
@@ -181,6 +191,4 @@ def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
 
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Also mark members that overflowed: a singular matrix without damping.  # (B,)"""
-    for x in tensors:
-        failed = failed | ~torch.isfinite(x).flatten(1).all(1)
-    return failed
+    return failed | ~finite_members(*tensors)

@@ -15,15 +15,17 @@ from torch import Tensor
 from gradmaker.linalg.damping import RIDGES, ridge_unit
 from gradmaker.linalg.diagnosis import diagnose
 from gradmaker.linalg.eigen import add_ridge, largest_eigenvalue
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import average_trace, map_blocks, widest
 from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, scalars
 from gradmaker.linalg.powers import axis_power
-from gradmaker.linalg.roots import InverseRoot, apply_roots, keep_roots, residual
+from gradmaker.linalg.roots import InverseRoot, apply_roots, apply_roots_to_rows, keep_roots, residual
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.definition import DefinedByAxes
 from gradmaker.solvers.factor_solver import FactorSolver
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["IteratedRoot", "MatrixRoot", "fraction"]
 
@@ -65,7 +67,7 @@ class IteratedRoot(InverseRoot):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixRoot(FactorSolver[Factored], DefinedByAxes[Factored]):
+class MatrixRoot(FactorSolver[Factored], DefinedByAxes[Factored], AppliesRows[Factored]):
     """``C^power`` from ``(F_k + damping lambda_max(F_k) I)^(-1/p)`` of every factor, ``p = order / |power|``.
 
     ``mode`` puts the average eigenvalue or 1 in the place of ``lambda_max``, see `gradmaker.linalg.damping`. Factors are
@@ -140,6 +142,9 @@ class MatrixRoot(FactorSolver[Factored], DefinedByAxes[Factored]):
 
     def solve(self, representation: Factored, cache: State, g: Tensor) -> Tensor:
         return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
+
+    def solve_rows(self, representation: Factored, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        return apply_roots_to_rows(cache, rows)
 
 
 def _raise(X: Tensor, b: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.roots import apply_roots, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Inverse
@@ -38,7 +38,7 @@ class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse]):
         spectra = representation.spectra(state)
         roots = self._roots(representation, spectra)
         held = [x for x in (*state.values(), *roots) if x.is_floating_point()]
-        finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in held]).all(0)
+        finite = finite_members(*held)
         return keep_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
 
     def axes(self, representation: Inverse, state: State) -> list[Tensor]:

@@ -8,17 +8,22 @@ from torch import Tensor
 
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
+from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows", "AveragesInBasis"]
+__all__ = ["AppliesRows", "AveragesInBasis", "SolvesOwn"]
 
 
 class AppliesRows(Solver[Needed]):
     """A solver of matrices whose ``P`` multiplies a gradient on each side, so that it may multiply the rows instead."""
 
+    def by_rows(self, representation: Needed) -> bool:
+        """Whether `solve_rows` serves this representation."""
+        return isinstance(representation, FactoredAxes)
+
     @abstractmethod
     def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
-        """``P G`` by its rows, or formed where it has none; `solve` of the formed gradient gives the same."""
+        """``P G``, by rows or formed; `solve` of the formed gradient gives the same."""
 
 
 class AveragesInBasis(AppliesRows[Needed]):
@@ -35,3 +40,14 @@ class AveragesInBasis(AppliesRows[Needed]):
     @abstractmethod
     def bases(self, cache: State) -> list[Tensor | None]:
         """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k), or tiled"""
+
+
+class SolvesOwn(Solver[Needed]):
+    """A solver for the very gradient that the rows of the statistic make up, which need not be computed for it."""
+
+    @abstractmethod
+    def solve_own(self, representation: Needed, state: State, cache: State) -> list[FactoredGradient] | None:
+        """``P g`` by the rows of each layer, ``g`` the gradient of the step whose evidence is in ``state``.
+
+        None where the rows are not known to make it up, or the cache is of another step.
+        """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradmaker.linalg.factors import widest
 from gradmaker.linalg.fallbacks import Parts
+from gradmaker.linalg.probes import probes
 
 __all__ = [
     "COLUMNS",
@@ -75,23 +76,24 @@ def unknown(diagnosis: Tensor) -> Tensor:
 
 
 def spectral_residual(F: Tensor, parts: Parts, damped: Tensor | None) -> Tensor:
-    """``max|W^T (F + Q (damped - S) Q^T) W - I|``, ``W = Q damped^(-1/2)``: the residual of ``A X^p`` for real ``p``.  # (B,)
+    """``max|E v|`` over the vectors of `probes`, ``E = W^T (F + Q (damped - S) Q^T) W - I``, ``W = Q damped^(-1/2)``.  # (B,)
 
-    If ``damped`` is None, as no factor has a root of its own: ``max|Q^T F Q - S| / max S``.
+    The residual of ``A X^p`` for real ``p``; it is about as large as the largest entry of ``E`` or larger.
+    If ``damped`` is None, as no factor has a root of its own: ``E = (Q^T F Q - S) / max S``.
     """
     return F.new_zeros(F.shape[:1]) if len(parts) == 1 else widest(_error, F, *parts, damped)
 
 
 def _error(F: Tensor, s: Tensor, Q: Tensor, damped: Tensor | None) -> Tensor:
     """`spectral_residual` of square matrices."""
-    product = Q.mT @ F @ Q
+    V = probes(F)
     if damped is None:
-        error = (product - torch.diag_embed(s)).abs().amax((-2, -1))
+        error = (V @ Q.mT @ F @ Q - V * s.unsqueeze(-2)).abs().amax((-2, -1))
         return (error / s.amax(-1)).nan_to_num(0.0)
-    taken = torch.isfinite(damped)  # infinite for directions that a pseudo-inverse drops
-    w = damped.rsqrt()
-    whole = product + torch.diag_embed(torch.where(taken, damped - s, 0.0))
-    return (w.unsqueeze(-1) * whole * w.unsqueeze(-2) - torch.diag_embed(taken.to(w.dtype))).abs().amax((-2, -1))
+    taken, w = torch.isfinite(damped).unsqueeze(-2), damped.rsqrt().unsqueeze(-2)  # infinite where a pseudo-inverse drops one
+    x = (V * w) @ Q.mT
+    found = (x @ F @ Q + torch.where(taken, (damped - s).unsqueeze(-2), 0.0) * (x @ Q)) * w
+    return (found - V * taken).abs().amax((-2, -1))
 
 
 def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def singular_residual(R: Tensor, parts: Parts, damped: Tensor) -> Tensor:
 
 
 def estimate_largest(F: Tensor) -> Tensor:
-    """Lower bound of ``lambda_max`` by eight power iterations from the largest column: for a report, not for a ridge.
+    """Lower bound of ``lambda_max`` by four power iterations from the largest row: for a report, not for a ridge.
 
     It takes matrix-vector products only, for solvers that do not need the eigenvalue otherwise.  # any form -> (B,)
     """
@@ -115,10 +117,9 @@ def estimate_largest(F: Tensor) -> Tensor:
 
 
 def _iterate(F: Tensor) -> Tensor:
-    longest = torch.linalg.vector_norm(F, dim=-2).argmax(-1)
-    v = torch.take_along_dim(F, longest[:, None, None], -1)  # (B, d, 1)
-    for _ in range(8):
-        norm = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-        v = F @ (v / torch.where(norm > 0, norm, 1.0))
-    top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+    widest_axis = F.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    v = torch.take_along_dim(F, widest_axis[:, None, None], 1)  # (B, 1, d): a row, with which products are faster
+    for _ in range(2):
+        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(F.dtype).tiny) @ F @ F
+    top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
     return top

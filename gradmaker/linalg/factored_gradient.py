@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["FactoredGradient"]
+from gradmaker.linalg.mode_products import apply_factors
+
+__all__ = ["FactoredGradient", "joined_rows", "transform_rows"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,49 @@ class FactoredGradient:
 
     def moment(self, axis: int) -> Tensor:
         """``G G^T`` (axis 0) or ``G^T G`` (axis 1), through the Gram matrix of the other rows.  # (B, o, o) or (B, i, i)"""
+        X, Y = self.moment_halves(axis)
+        return X @ Y
+
+    def moment_halves(self, axis: int) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is `moment`, to be multiplied into a statistic.  # (B, d, R), (B, R, d)"""
         mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
-        return mine.mT @ ((other @ other.mT) @ mine)
+        return mine.mT, (other @ other.mT) @ mine
 
     def squared_norm(self) -> Tensor:
         """``|G|^2 = sum_rs (a_r . a_s) (g_r . g_s)``.  # (B,)"""
         return ((self.g @ self.g.mT) * (self.a @ self.a.mT)).sum((-2, -1))
 
+    def length(self) -> Tensor:
+        """``|G|``; rounding may make the square negative where rows cancel.  # (B,)"""
+        return self.squared_norm().clamp(min=0).sqrt()
+
+    def bound(self) -> Tensor:
+        """``|g| |a|``, a bound on ``|G|``: finite where the rows are, and then ``G`` is too.  # ()"""
+        g, a = (torch.dot(x, x).sqrt() for x in (self.g.reshape(-1), self.a.reshape(-1)))
+        return g * a
+
+    def scaled(self, factors: Tensor) -> FactoredGradient:
+        """``G`` of each member multiplied by a factor.  # (B,)"""
+        return replace(self, g=self.g * factors.view(-1, 1, 1))
+
     def to(self, dtype: torch.dtype) -> FactoredGradient:
         """The same rows in another dtype."""
         return replace(self, g=self.g.to(dtype), a=self.a.to(dtype))
+
+
+def joined_rows(parts: Sequence[FactoredGradient]) -> FactoredGradient:
+    """The sum of some gradients, with the rows of all."""
+    if len(parts) == 1:
+        return parts[0]
+    return FactoredGradient(torch.cat([p.g for p in parts], 1), torch.cat([p.a for p in parts], 1))
+
+
+def transform_rows(factors: Sequence[Tensor | None], rows: FactoredGradient) -> FactoredGradient:
+    """``F_1 G F_2^T`` by rows, `apply_factors` of the formed gradient; None, or no second factor, stands for the identity.
+
+    factors: (B, d, d), (B, d) or tiled
+    """
+    sides = [rows.g, rows.a]
+    for k, F in enumerate(factors):
+        sides[k] = apply_factors([None, F], sides[k])
+    return FactoredGradient(*sides)

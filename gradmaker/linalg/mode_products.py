@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradmaker.linalg.factors import blocks, dense, is_tiled
 
-__all__ = ["apply_factors", "kronecker_product", "mode_matrix"]
+__all__ = ["add_product_", "apply_factors", "kronecker_product", "mode_matrix"]
 
 NARROW = 32
 """Number of columns below which a batch of products is slower than one product with the axis moved to the front: 2 to 4 times
@@ -39,6 +39,14 @@ def apply_factors(factors: Sequence[Tensor | None], g: Tensor) -> Tensor:
 def mode_matrix(g: Tensor, axis: int) -> Tensor:
     """The unfolding ``mat_k(g)``: an axis as rows, all others as columns.  # (B, d_1, ..., d_m) -> (B, d_k, D / d_k)"""
     return g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
+
+
+def add_product_(H: Tensor, X: Tensor, Y: Tensor, beta: float, alpha: float) -> None:
+    """``H <- beta H + alpha X Y`` in place, or the diagonal of it.  # (B, d, d) or (B, d); (B, d, n), (B, n, d)"""
+    if H.ndim == 2:
+        H.mul_(beta).add_((X * Y.mT).sum(-1), alpha=alpha)
+    else:
+        H.baddbmm_(X, Y, beta=beta, alpha=alpha)
 
 
 def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, is_definite
+from gradmaker.linalg.factored_gradient import FactoredGradient, transform_rows
 from gradmaker.linalg.factors import identity
 from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 
-__all__ = ["InverseRoot", "apply_roots", "held_roots", "integer_root", "keep_roots", "residual"]
+__all__ = ["InverseRoot", "apply_roots", "apply_roots_to_rows", "held_roots", "integer_root", "keep_roots", "residual"]
 
 
 def integer_root(power: float, order: float) -> int:
@@ -105,6 +106,11 @@ def keep_roots(
 def held_roots(cache: State) -> list[Tensor]:
     """The roots in a cache, one for each factor.  # each (B, d, d) or (B, d)"""
     return [cache[f"root_{k}"] for k in range(sum(name.startswith("root_") for name in cache))]
+
+
+def apply_roots_to_rows(cache: State, rows: FactoredGradient) -> FactoredGradient:
+    """`apply_roots` of a matrix: the first root on the gradients of the outputs, the second, if there is one, on the inputs."""
+    return transform_rows(held_roots(cache), rows)
 
 
 def apply_roots(cache: State, g: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from gradmaker.options.checks import check_choice
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import RotatedDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import RotatedDivision
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["EshampooGradientConfig", "EshampooGradientMaker", "SoapGradientConfig", "SoapGradientMaker"]
 
@@ -34,7 +34,7 @@ class SoapGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
-    preset = Preset(hidden=True, unit=True)
+    usage = Usage(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.95
@@ -77,7 +77,7 @@ class EshampooGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
-    preset = Preset(hidden=True, unit=True)
+    usage = Usage(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.9

@@ -13,6 +13,7 @@ from gradmaker.blocks import Block
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.step import Previous
 from gradmaker.failures import Report
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import release
 from gradmaker.step.clocks import PlanClocks
@@ -57,6 +58,7 @@ class Facts:
     checked: bool = False  # whether any tensor was checked for non-finite values
     shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: unknown
     work: Work = Work()
+    rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients that are not in `.grad`
     trial: QuadraticModel | None = None
     gradients: Gradients | None = None  # from before it; None: `.grad` is not the maker's
     left: tuple[tuple[nn.Parameter, Tensor | None, int], ...] = ()  # `.grad` after its end has failed, with version counters
@@ -154,6 +156,13 @@ class StepState:
         work = now.work if draft is None else draft.work()
         shares = (*now.shares, (weight, examples))
         self._now = replace(now, phase=Phase.PASSES, shares=shares, work=work, begun=begun, unread=now.unread + unread)
+
+    def hold(self, rows: Mapping[str, FactoredGradient]) -> None:
+        """Keep gradients of the one micro-batch of this step by their rows. RuntimeError if there are others."""
+        now = self._check("hold", Phase.PASSES)
+        if now.part != 1 and rows:
+            raise RuntimeError(f"step {now.index}: hold: rows are those of a step of one micro-batch, and this has {now.part}")
+        self._now = replace(now, rows=rows)
 
     def keep_apart(self, before: Gradients) -> None:
         """Keep the ``.grad`` from before the first micro-batch. RuntimeError if it is kept already."""

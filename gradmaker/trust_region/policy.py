@@ -95,6 +95,10 @@ class TrustRegion:
         rule = self.options.adaptive_damping
         return ((rule is not None and due(rule, step)) or self._rescales) and step >= self.options.start_step
 
+    def reads_gradients(self, step: int) -> bool:
+        """Whether the end of this step reads ``.grad`` beside ``P g``."""
+        return self.tries(step) or self.options.clip is not None
+
     def check(self, step: int, trial: QuadraticModel | None) -> None:
         """RuntimeError at the end of a step that needs its quadratic model and has none."""
         if trial is None and self.tries(step):

@@ -169,14 +169,14 @@ def test_diagnosis_is_the_residual_of_the_matrix(kind: Kind, p: float) -> None:
 def test_float32_has_the_measured_digits(name: str, p: int, bounds: tuple[float, float]) -> None:
     """At conditions 1e6 and 1e8 with the ridge 1e-6, 256 x 256: within three times the errors that were measured.
 
-    That is of coupled Newton in Distributed Shampoo, with residuals below 0.05; `eigh` has bounds of its own, and 0.3.
+    That is of coupled Newton in Distributed Shampoo, with residuals below 0.05; `eigh` has bounds of its own, and 0.4.
     """
     bounds = {2: (3.5e-2, 3.5e-2), 4: (2e-2, 2e-2)}[p] if name == "eigh" else bounds
     for condition, bound in zip((1e6, 1e8), bounds, strict=True):
         A = matrix(condition, 256).float()
         cache = prepared(KINDS[name], p, A.unsqueeze(0))
         assert relative(cache["root_0"][0], exact(A, p)) <= 3 * bound
-        assert read(cache, "residual")[0] <= (0.3 if name == "eigh" else 0.05) and read(cache, "retries") == [0]
+        assert read(cache, "residual")[0] <= (0.4 if name == "eigh" else 0.05) and read(cache, "retries") == [0]
 
 
 @pytest.mark.parametrize("name", ["newton", "higher_order", "polar_express", "denman_beavers"])

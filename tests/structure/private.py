@@ -26,6 +26,7 @@ OF_TORCH = frozenset(
         "_linalg_solve_ex",
         "_linalg_svd",
         "_local_scalar_dense",
+        "_make_wrapper_subclass",
         "_modules",
         "_optimizer_step_pre_hooks",
         "_parameters",

@@ -141,6 +141,7 @@ class LayerRule(ABC):
     inputs_first: ClassVar[bool] = False  # the weight is stored as (i, o), and the block is (o, i) all the same
     rounding: ClassVar[float] = 0.0  # unit roundoff of the layer's arithmetic, if coarser than that of its parameters
     repeats: ClassVar[bool] = False  # the call is made again, with roundings of its own
+    multiplies: ClassVar[bool] = False  # its one argument (..., i) gives (..., o): the gradient of the weight is ``g^T a``
     bias_rule: ClassVar[LayerRule | None] = None  # for a bias that is not one more input column: its block is separate
 
     def knows(self, module: nn.Module) -> bool:

@@ -29,6 +29,7 @@ OPAQUE = (nn.MultiheadAttention,)
 
 class LinearRule(LayerRule):
     types = (nn.Linear,)
+    multiplies = True
 
     def shape(self, module: nn.Linear) -> tuple[int, int, int]:
         return 1, module.out_features, module.in_features

@@ -40,6 +40,7 @@ class Conv1DRule(LayerRule):
 
     types = ()
     inputs_first = True
+    multiplies = True
     names: ClassVar[tuple[str, ...]] = ("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
 
     def knows(self, module: nn.Module) -> bool:
