@@ -9,18 +9,32 @@ diagonal, ``x, z`` images of ``h`` and ``v``, with the axis as rows (B, d, c), `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.eigen import symmetrise
 from gradmaker.linalg.mode_products import apply_factors
 
-__all__ = ["GEOMETRIES", "STARTS", "Geometry", "divide", "rotate", "spectral_bound"]
+__all__ = ["GEOMETRIES", "STARTS", "Columns", "Gap", "Geometry", "divide", "rotate", "spectral_bound"]
 
 STARTS = 32
 """Starting vectors of the power iterations for a norm."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The gap ``E = x x^T - c I`` by its columns, which are fewer than half of its side: products with them take less."""
+
+    x: Tensor  # (B, d, r)
+    c: float
+
+
+Gap: TypeAlias = Tensor | Columns
+"""``E`` of a factor as a matrix or a diagonal, or by its columns."""
 
 
 def spectral_bound(A: Tensor, noise: Tensor) -> Tensor:
@@ -31,17 +45,35 @@ def spectral_bound(A: Tensor, noise: Tensor) -> Tensor:
 
     Reference: psgd_torch (Li, 2025).  # (B, d, d), (B, k, d) -> (B,)
     """
-    tiny = torch.finfo(A.dtype).tiny
-    scale = A.abs().amax((-2, -1), keepdim=True) + tiny
+    scale = A.abs().amax((-2, -1), keepdim=True) + torch.finfo(A.dtype).tiny
     A = A / scale
-    longest = A.norm(dim=-1).argmax(-1)
-    row = A[torch.arange(len(A), device=A.device), longest].unsqueeze(1)
+    return scale.flatten() * _iterated(lambda V: V @ A, _longest(A, A.norm(dim=-1)), noise)
+
+
+def _bound_of_columns(x: Tensor, noise: Tensor) -> Tensor:
+    """`spectral_bound` of ``x x^T``.  # (B, d, r), (B, k, d) -> (B,)"""
+    scale = x.norm(dim=-1).amax(-1)[:, None, None] + torch.finfo(x.dtype).tiny  # its square is the largest entry
+    x = x / scale
+    lengths = ((x @ (x.mT @ x)) * x).sum(-1)  # squares of those of the rows of x x^T
+    longest = _longest(x, lengths) @ x.mT
+    bound: Tensor = scale.flatten().square() * _iterated(lambda V: (V @ x) @ x.mT, longest, noise)
+    return bound
+
+
+def _longest(A: Tensor, lengths: Tensor) -> Tensor:
+    """The row of the largest length.  # (B, d, c), (B, d) -> (B, 1, c)"""
+    return A[torch.arange(len(A), device=A.device), lengths.argmax(-1)].unsqueeze(1)
+
+
+def _iterated(multiply: Callable[[Tensor], Tensor], row: Tensor, noise: Tensor) -> Tensor:
+    """Four power iterations from each start.  # (B, 1, d), (B, k, d) -> (B,)"""
+    tiny = torch.finfo(row.dtype).tiny
     V = row + (noise * row).sum(-1, keepdim=True).sign() * noise
     for _ in range(2):
-        V = V @ A
+        V = multiply(V)
         V = V / (V.norm(dim=-1, keepdim=True) + tiny)
-        V = V @ A
-    found: Tensor = scale.flatten() * V.norm(dim=-1).amax(-1)
+        V = multiply(V)
+    found: Tensor = V.norm(dim=-1).amax(-1)
     return found
 
 
@@ -52,13 +84,14 @@ def rotate(Q: Tensor, noise: Tensor, longest: float, order: int) -> Tensor:
     ``Q``. A positive determinant stays positive.  # (B, d, d), (B, k, d) -> (B, d, d)
     """
     R = Q.mT - Q
-    R = R / (spectral_bound(R, noise) + torch.finfo(R.dtype).tiny)[:, None, None]
+    R.div_((spectral_bound(R, noise) + torch.finfo(R.dtype).tiny)[:, None, None])
     RQ = R @ Q
-    RRQ = R @ RQ
-    rise, bend = (X.diagonal(dim1=-2, dim2=-1).sum(-1) for X in (RQ, RRQ))
+    rise, bend = RQ.diagonal(dim1=-2, dim2=-1).sum(-1), -(R * RQ).sum((-2, -1))  # traces of R Q, R R Q
     a = torch.where(bend < 0, (-rise / bend).clamp(max=longest), longest)[:, None, None]
-    turned = Q + a * (RQ + a / 2 * RRQ)
-    return turned if order == 2 else turned + a**3 / 6 * (R @ RRQ)
+    if order == 2:
+        return torch.baddbmm(torch.addcmul(Q, a, RQ), R.mul_(a * a / 2), RQ)
+    RRQ = R @ RQ
+    return torch.baddbmm(torch.addcmul(Q, a, RQ).addcmul_(a * a / 2, RRQ), R.mul_(a**3 / 6), RRQ)
 
 
 def divide(Q: Tensor, x: Tensor, axis: int, transposed: bool, triangular: bool = True) -> Tensor:
@@ -87,17 +120,26 @@ class Geometry:
         x = apply_factors(factors, h)
         return (x if self.direct else apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)), v
 
-    def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``E``, and the size of ``t_1 + t_2``.  z: None for the expectation; noise: (B, k, d)  # (B, d, d) or (B, d), (B,)"""
-        t = _moment(x, Q)
-        if z is not None:
-            return _difference(t, _moment(z, Q), noise)
-        c = x.shape[-1]
-        return _subtract_identity(t, c), _size(t, noise) + c
+    def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor, count: int) -> tuple[Gap, Tensor]:
+        """``E``, and the size of ``t_1 + t_2``.
 
-    def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        x: (B, d, r) with ``t_1 = x x^T``; z: None for the expectation of ``count`` columns; noise: (B, k, d)
+        """
+        if z is not None:
+            return _difference(_moment(x, Q), _moment(z, Q), noise)
+        if Q.ndim == 3 and 2 * x.shape[-1] < x.shape[-2]:
+            largest = torch.maximum(_bound_of_columns(x, noise), x.square().sum(-1).amax(-1))
+            return Columns(x, count), largest + count
+        t = _moment(x, Q)
+        size = _size(t, noise) + count
+        (t if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1)).sub_(count)
+        return t, size
+
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
         """The factor after a step.  s: (B,)"""
-        return Q - _scaled(E @ Q if Q.ndim == 3 else E * Q, s)
+        if isinstance(E, Columns):
+            return torch.baddbmm(_scaled(Q, 1 + s * E.c), E.x, _scaled(E.x.mT @ Q, s), alpha=-1)
+        return torch.baddbmm(Q, _scaled(E, s), Q, alpha=-1) if Q.ndim == 3 else Q - _scaled(E, s) * Q
 
 
 class EQ(Geometry):
@@ -113,18 +155,18 @@ class EQ(Geometry):
             v = divide(Q, v, axis, transposed=True)
         return apply_factors(factors, h), v
 
-    def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor, count: int) -> tuple[Gap, Tensor]:
         assert z is not None
         E, size = _difference(_moment(x, Q), _moment(z, Q), noise)
-        return E if E.ndim == 2 else E.triu(), size
+        return E if E.ndim == 2 else E.triu_(), size
 
 
 class QEP(Geometry):
     """``dQ = Q E P``: as `EQ` with ``Q x`` and ``Q v``. Steps depend on the scale of a factor, so that factors are balanced."""
 
-    def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def gap(self, Q: Tensor, x: Tensor, z: Tensor | None, noise: Tensor, count: int) -> tuple[Gap, Tensor]:
         if z is None:
-            t = x.shape[-1] * (Q.square() if Q.ndim == 2 else Q @ Q.mT)
+            t = count * (Q.square() if Q.ndim == 2 else Q @ Q.mT)
         else:
             t = _moment(_apply(Q, z), Q)
         return _difference(_moment(_apply(Q, x), Q), t, noise)
@@ -133,14 +175,16 @@ class QEP(Geometry):
 class QEQ(Geometry):
     """``dQ = Q E Q``: ``Q <- Q (I - s E)``."""
 
-    def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-        return Q - _scaled(Q @ E if Q.ndim == 3 else E * Q, s)
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
+        if isinstance(E, Columns):
+            return torch.baddbmm(_scaled(Q, 1 + s * E.c), Q @ E.x, _scaled(E.x.mT, s), alpha=-1)
+        return torch.baddbmm(Q, Q, _scaled(E, s), alpha=-1) if Q.ndim == 3 else Q - _scaled(E, s) * Q
 
 
 class Q05EQ15(Geometry):
     """``dQ = Q^(1/2) E Q^(3/2)``, exact for a symmetric ``Q``: a rotation keeps it nearly symmetric, with the same ``P``."""
 
-    def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
         new = super().move(Q, E, s, noise)
         return new if Q.ndim == 2 else rotate(new, noise, 1 / 8, order=2)
 
@@ -150,13 +194,22 @@ class QUAD(Geometry):
 
     share: ClassVar[float] = 0.5
 
-    def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
+        if isinstance(E, Columns):
+            return self._move_by_columns(Q, E, self.share * s)
         e = _scaled(E, self.share * s)
         if Q.ndim == 2:
             return Q * (1 - e).square()
-        new = Q - e @ Q
-        new = new - new @ e
-        return (new + new.mT) / 2
+        new = torch.baddbmm(Q, e, Q, alpha=-1)
+        new = torch.baddbmm(new, new, e, alpha=-1)
+        return symmetrise(new)
+
+    def _move_by_columns(self, Q: Tensor, E: Columns, s: Tensor) -> Tensor:
+        """``f^2 Q - A x^T - x A^T``, ``A = s f u - s^2 x (x^T u) / 2``, ``u = Q x``, ``f = 1 + s c``.  s: (B,)"""
+        u, f = Q @ E.x, 1 + s * E.c
+        A = torch.baddbmm(_scaled(u, s * f), _scaled(E.x, s.square()), E.x.mT @ u, alpha=-0.5)
+        half = A @ E.x.mT
+        return _scaled(Q, f.square()).sub_(half + half.mT)
 
 
 class QUAD4P(QUAD):
@@ -173,7 +226,7 @@ class PRO4P(Geometry):
     rotations: ClassVar[int] = 10
     tolerance: ClassVar[float] = 1e-3
 
-    def move(self, Q: Tensor, E: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+    def move(self, Q: Tensor, E: Gap, s: Tensor, noise: Tensor) -> Tensor:
         P = super().move(Q, E, s, noise)
         if P.ndim == 2:
             return P
@@ -207,16 +260,8 @@ def _apply(Q: Tensor, x: Tensor) -> Tensor:
 
 
 def _difference(t1: Tensor, t2: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    return t1 - t2, _size(t1 + t2, noise)
-
-
-def _subtract_identity(t: Tensor, c: float) -> Tensor:
-    """``t - c I``, for a matrix or a diagonal."""
-    if t.ndim == 2:
-        return t - c
-    out = t.clone()
-    out.diagonal(dim1=-2, dim2=-1).sub_(c)
-    return out
+    size = _size(t1 + t2, noise)
+    return t1.sub_(t2), size
 
 
 def _size(t: Tensor, noise: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain
-from gradmaker.representations.roles import FactoredAxes
+from gradmaker.representations.inverse_arrays import array_spectrum, array_update_
+from gradmaker.representations.roles import FactoredAxes, FoldsRows
 
-__all__ = ["PATIENCE", "Denominator", "InverseDims", "array_spectrum", "array_update", "krad_update", "warn_if_unmoved"]
+__all__ = ["PATIENCE", "Denominator", "InverseDims", "krad_update", "warn_if_unmoved"]
 
 Denominator: TypeAlias = Literal["exact", "tr", "fro", "op", "d-tr"]
 PATIENCE = 100
@@ -54,41 +56,6 @@ def _size(X: Tensor, Y: Tensor, denominator: Denominator) -> Tensor:
     return (X * Y).sum((-2, -1))
 
 
-def array_update(C: Tensor, X: Tensor) -> Tensor:
-    """``C'`` with ``C' C'^T = ((C C^T)^-1 + X X^T)^-1`` exactly, by one orthogonal triangularisation.
-
-    The triangle of ``[[I, 0], [C^T X, C^T]]`` is ``[[*, *], [0, C'^T]]``. No subtraction and no inverse occurs.
-
-    Reference: the array form of recursive least squares, Kailath, Sayed, Hassibi, Linear Estimation 2000, section 12.3.
-    """  # (B, d, d), (B, d, c) -> (B, d, d)
-    d = C.shape[-1]
-    if X.shape[-1] > d:
-        X = torch.linalg.qr(X.mT, mode="r")[1].mT
-    B, c = len(X), X.shape[-1]
-    top = torch.cat([torch.eye(c, dtype=X.dtype, device=X.device).expand(B, c, c), X.new_zeros(B, c, d)], -1)
-    rows = torch.cat([top, torch.cat([C.mT @ X, C.mT], -1)], -2)
-    updated: Tensor = torch.linalg.qr(rows, mode="r")[1][:, c:, c:].mT
-    return updated
-
-
-def array_spectrum(C: Tensor) -> tuple[Tensor, Tensor]:
-    """``C C^T = U diag(s) U^T`` without forming it; NaN for a member where it fails.  # (B, d, d) -> (B, d), (B, d, d)
-
-    LAPACK's SVD fails for some well-conditioned float32 matrices that it decomposes in float64.
-    """
-    try:
-        U, s, _ = torch.linalg.svd(C)
-    except RuntimeError:  # one member fails the call for all: decompose them one at a time
-        if len(C) > 1:
-            spectra, bases = zip(*(array_spectrum(member) for member in C.split(1)), strict=True)
-            return torch.cat(spectra), torch.cat(bases)
-        if C.dtype == torch.float64:
-            return torch.full_like(C[..., 0], torch.nan), torch.full_like(C, torch.nan)
-        s2, U = array_spectrum(C.double())
-        return s2.to(C.dtype), U.to(C.dtype)
-    return s.square(), U
-
-
 def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
     """Warn where the inverse of a member is still at its start.  # (B,)"""
     if not bool((~unmoved).all()):  # a host read
@@ -100,7 +67,7 @@ def warn_if_unmoved(unmoved: Tensor, advice: str) -> None:
 
 
 @dataclass(frozen=True)
-class InverseDims(FactoredAxes):
+class InverseDims(FactoredAxes, FoldsRows):
     """KrAD's inverse factors: ``C^-1 ~ (L_1 (x) ... (x) L_m)^(1/m)``, ``L_k`` at least the inverse of Shampoo's ``H_k + e I``.
 
     ``denominator="exact"`` holds an array and is Shampoo in exact arithmetic, without the loss of digits; the others are the
@@ -146,18 +113,24 @@ class InverseDims(FactoredAxes):
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         """``beta = 0`` resets first: the inverse is then that of the newest statistic and the ridge."""
         assert isinstance(evidence, Gradient)
+        G = self.unfold(evidence.gradient)
+        self._update(state, [mode_matrix(G, axis) for axis in range(G.ndim - 1)], fold)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        self._update(state, [rows.columns(axis) for axis in (0, 1)], fold)
+
+    def _update(self, state: State, unfoldings: list[Tensor], fold: Fold) -> None:
+        """Update by ``X_k X_k^T = mat_k(G) mat_k(G)^T`` of each axis.  unfoldings: ``X_k``, each (B, d, c)"""
         if fold.beta == 0:
             self._restart(state)
-        G = self.unfold(evidence.gradient)
-        for axis in range(G.ndim - 1):
-            L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
+        for axis, x in enumerate(unfoldings):
+            L = state[f"inverse_{axis}"]
             if self.relative and fold.begins and (fold.first or fold.beta == 0):
                 self._rescale(L, x)
-            L.copy_(self._updated(L, x, fold))
+            self._update_(L, x if self.unit else x * fold.alpha**0.5, fold.beta or 1.0)  # with 0 the state was reset
         if self.denominator != "exact" and fold.index + 1 == PATIENCE and fold.begins and fold.beta > 0:
-            warn_if_unmoved(
-                self._unmoved(state, G * (1.0 if self.unit else fold.alpha**0.5)), "denominator='exact' follows them"
-            )
+            share = 1.0 if self.unit else fold.alpha**0.5
+            warn_if_unmoved(self._unmoved(state, [x * share for x in unfoldings]), "denominator='exact' follows them")
 
     def _rescale(self, L: Tensor, x: Tensor) -> None:
         """Set the start to the scale of the first gradient; a zero gradient has none."""
@@ -165,25 +138,25 @@ class InverseDims(FactoredAxes):
         scale = torch.where(mean > 0, 1 / mean, 1.0)
         L.mul_((scale**0.5 if L.ndim == 3 and self.denominator == "exact" else scale).view(-1, *[1] * (L.ndim - 1)))
 
-    def _unmoved(self, state: State, G: Tensor) -> Tensor:
+    def _unmoved(self, state: State, unfoldings: list[Tensor]) -> Tensor:
         """Whether no axis has a condition of two, and ``tr(L S) > d``, where an inverse that holds ``S`` has less.  # (B,)"""
-        found = [torch.zeros(len(G), dtype=torch.bool, device=G.device)]
+        found = [torch.zeros(len(unfoldings[0]), dtype=torch.bool, device=unfoldings[0].device)]
         for axis, (s, _) in enumerate(self.spectra(state)):
             if s.shape[-1] > 1:
-                L, x = state[f"inverse_{axis}"], mode_matrix(G, axis)
+                L, x = state[f"inverse_{axis}"], unfoldings[axis]
                 size = (x * (L.unsqueeze(-1) * x if L.ndim == 2 else L @ x)).sum((-2, -1))
                 found.append((s.amax(-1) < 2 * s.amin(-1)) & (size > s.shape[-1]))
         return torch.stack(found[1:] or found).all(0)
 
-    def _updated(self, L: Tensor, x: Tensor, fold: Fold) -> Tensor:
-        beta = fold.beta or 1.0  # with 0 the state was reset
-        x = x if self.unit else x * fold.alpha**0.5
+    def _update_(self, L: Tensor, x: Tensor, beta: float) -> None:
+        """Update the statistic of an axis in place."""
         if L.ndim == 2:
-            L = L / beta
-            return L / (1 + L * x.square().sum(-1))
-        if self.denominator == "exact":
-            return array_update(L / beta**0.5, x)
-        return krad_update(L / beta, x, self.denominator)
+            L.div_(beta)
+            L.div_(1 + L * x.square().sum(-1))
+        elif self.denominator == "exact":
+            array_update_(L, x, beta**-0.5)
+        else:
+            L.copy_(krad_update(L / beta, x, self.denominator))
 
     def to_dense(self, state: State) -> Tensor:
         return kronecker_product(self._covariances(state))

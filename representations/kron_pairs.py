@@ -15,13 +15,14 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Kind, Outer, Pair, kinds
 from gradmaker.linalg.eigen import add_ridge, symmetrise
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.memory import multiply, push, unfilled
-from gradmaker.representations.roles import Compact, Snapshots
+from gradmaker.representations.roles import Compact, PreconditionsRows, Snapshots
 
 __all__ = ["KronPairs", "bfgs_update_", "double_damping"]
 
@@ -68,7 +69,7 @@ def double_damping(s: Tensor, y: Tensor, Hy: Tensor, least: float, floor: Tensor
 
 
 @dataclass(frozen=True)
-class KronPairs(Compact, Snapshots):
+class KronPairs(Compact, PreconditionsRows, Snapshots):
     """A preconditioner ``P G = H_g G H_a`` of BFGS matrices.
 
     ``H_a`` approximates the inverse of ``A + sqrt(damping R)``, ``A`` the average of ``sum_r mean_n a a^T``, and starts at the
@@ -209,6 +210,11 @@ class KronPairs(Compact, Snapshots):
         """``H_g G H_a``.  # (B, o, i)"""
         state = self.snapshot(state)
         return self._inverse(state, "right", self._inverse(state, "left", g).mT).mT
+
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        state = self.snapshot(state)
+        sides = zip(("left", "right"), (rows.g, rows.a), strict=True)
+        return FactoredGradient(*(self._inverse(state, side, x.mT).mT for side, x in sides))
 
     def to_dense(self, state: State) -> Tensor:
         state = self.snapshot(state)

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows, transform_rows
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide
-from gradmaker.representations.roles import FactoredAxes, WholeLayers
+from gradmaker.representations.roles import FactoredAxes, FoldsRows, PreconditionsRows, WholeLayers
 
 __all__ = ["KronQ", "Normaliser", "TriangularQ", "relative_gradient"]
 
@@ -57,31 +59,34 @@ class _Fitted(Representation):
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Pair)
-        old = {name: x.clone() for name, x in state.items()}
         v, h = (self.unfold(x) for x in (evidence.v, evidence.cv))
-        self._start(state, v, h)
-        self.fit(state, v, h, independent=evidence.kind == "noise_and_gradient")
-        ok = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state.values()]).all(0)
-        ok &= h.flatten(1).any(1)
-        for name, x in state.items():
-            x.copy_(torch.where(ok.view(-1, *[1] * (x.ndim - 1)), x, old[name]))
+        start = self._started(state, v.flatten(1).square().sum(1), h.flatten(1).square().sum(1))
+        new = self.fitted(start, v, h, independent=evidence.kind == "noise_and_gradient")
+        self._accept(state, new, h.flatten(1).abs().amax(1) > 0)
 
-    def _start(self, state: State, v: Tensor, h: Tensor) -> None:
-        """``P = (v^T v / h^T h)^(1/2) I`` before the first pair."""
-        factors = self.held(state)
-        power = (0.5 if self.direct else 0.25) / len(factors)
-        size = (v.flatten(1).square().sum(1) / h.flatten(1).square().sum(1)) ** power
-        scale = torch.where((state["age"] == 0) & torch.isfinite(size) & (size > 0), size, 1.0)
-        for Q in factors:
-            Q.mul_(scale.view(-1, *[1] * (Q.ndim - 1)))
-        state["age"].add_(1)
+    def _accept(self, state: State, new: State, ok: Tensor) -> None:
+        """Write what was fitted, for the members whose factors are finite.  ok: other condition  # (B,)"""
+        new = new | {"age": state["age"] + 1}
+        ok = torch.stack([ok, *(finite_members(x) for x in new.values() if x.is_floating_point())]).all(0)
+        every = ok.device.type == "cpu" and bool(ok.all())
+        for name, x in new.items():
+            state[name].copy_(x if every else torch.where(ok.view(-1, *[1] * (x.ndim - 1)), x, state[name]))
 
-    def gain(self, bound: Tensor, size: Tensor) -> Tensor:
-        """The step on a factor.  bound: its running maximum, updated; size: of this pair's terms.  # (B,), (B,) -> (B,)"""
+    def _started(self, state: State, vv: Tensor, hh: Tensor) -> State:
+        """The statistic with ``P = (v^T v / h^T h)^(1/2) I`` before the first pair; not a copy after it.  # (B,), (B,)"""
+        new = state["age"] == 0
+        if new.device.type == "cpu" and not bool(new.any()):
+            return state
+        factors = [name for name in state if name.startswith("factor")]
+        size = (vv / hh) ** ((0.5 if self.direct else 0.25) / len(factors))
+        scale = torch.where(new & torch.isfinite(size) & (size > 0), size, 1.0)
+        return state | {k: state[k] * scale.view(-1, *[1] * (state[k].ndim - 1)) for k in factors}
+
+    def gain(self, bound: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """The step on a factor, and the running maximum.  bound: that of before; size: of this pair's terms  # each (B,)"""
         if self.normaliser == "slow":
-            bound.copy_(torch.maximum(MEMORY * bound + (1 - MEMORY) * size, size))
-            size = bound
-        return self.rate / (size + torch.finfo(size.dtype).tiny)
+            size = bound = torch.maximum(MEMORY * bound + (1 - MEMORY) * size, size)
+        return self.rate / (size + torch.finfo(size.dtype).tiny), bound
 
     @property
     def direct(self) -> bool:
@@ -89,8 +94,8 @@ class _Fitted(Representation):
         return False
 
     @abstractmethod
-    def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
-        """Take one step on every factor, in place.  independent: whether ``v`` is independent of ``h``"""
+    def fitted(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> State:
+        """Factors and bounds after a step on every factor, as new tensors.  independent: whether ``v`` is so of ``h``"""
 
     @abstractmethod
     def held(self, state: State) -> list[Tensor]:
@@ -107,6 +112,12 @@ class _Fitted(Representation):
         if not self.direct:
             x = apply_factors([Q if Q.ndim == 2 else Q.mT for Q in factors], x)
         return x.reshape(g.shape)
+
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        """`apply` by rows, where there are two factors."""
+        factors = self.held(state)
+        found = transform_rows(factors, rows)
+        return found if self.direct else transform_rows([Q if Q.ndim == 2 else Q.mT for Q in factors], found)
 
     def to_dense(self, state: State) -> Tensor:
         inverses = [1 / Q if Q.ndim == 2 else torch.linalg.inv(Q) for Q in self.held(state)]
@@ -139,7 +150,7 @@ class TriangularQ(_Fitted, WholeLayers):
         age = torch.zeros(frame.stack, dtype=torch.int64, device=frame.device)
         return {"factor": frame.unit(P), "bound": frame.zeros(), "age": age}
 
-    def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
+    def fitted(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> State:
         Q = state["factor"]
         a = Q @ h.unsqueeze(-1)
         b = torch.linalg.solve_triangular(Q.mT, v.unsqueeze(-1), upper=False)
@@ -147,8 +158,9 @@ class TriangularQ(_Fitted, WholeLayers):
             size = relative_gradient(a, b).abs().amax((-2, -1))
         else:
             size = (a.square() + b.square()).sum((-2, -1))
-        step = self.gain(state["bound"], size)[:, None, None]
-        Q.sub_(step * (a * _sums_from_below(a * Q) - b * _sums_from_below(b * Q)))
+        step, bound = self.gain(state["bound"], size)
+        moved = torch.addcmul(Q, step[:, None, None] * a, _sums_from_below(a * Q), value=-1)
+        return {"factor": moved.addcmul_(step[:, None, None] * b, _sums_from_below(b * Q)), "bound": bound}
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         x = self.unfold(v)
@@ -164,7 +176,7 @@ class TriangularQ(_Fitted, WholeLayers):
 
 
 @dataclass(frozen=True)
-class KronQ(_Fitted, FactoredAxes):
+class KronQ(_Fitted, FactoredAxes, FoldsRows, PreconditionsRows):
     """PSGD's Kronecker preconditioner ``P = (x)_k Q_k^T Q_k``: one factor for each axis, a diagonal for a long axis.
 
     ``geometry`` says how a step changes a factor: a name in `gradmaker.representations.geometries.GEOMETRIES`. ``EQ``:
@@ -218,17 +230,41 @@ class KronQ(_Fitted, FactoredAxes):
             state[f"bound_{axis}"] = frame.zeros()
         return state
 
-    def fit(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> None:
-        factors, geometry = self.held(state), self._geometry
-        X, Z = geometry.images(factors, v, h)
-        for axis, Q in enumerate(factors):
-            x, z, noise = (mode_matrix(T, axis) for T in (X, Z, v))
-            noise = noise[..., :STARTS].mT
-            E, size = geometry.gap(Q, x, None if independent and not geometry.triangular else z, noise)
+    def fitted(self, state: State, v: Tensor, h: Tensor, independent: bool = False) -> State:
+        X, Z = self._geometry.images(self.held(state), v, h)
+        unfold = [[mode_matrix(T, axis) for axis in range(v.ndim - 1)] for T in (X, Z, v)]
+        x, z, noise = unfold
+        counts = [each.shape[-1] for each in x]
+        alone = independent and not self._geometry.triangular
+        return self._fitted(state, x, None if alone else z, [each[..., :STARTS].mT for each in noise], counts)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        """By a pair of independent noise and the gradient, whose images have as few columns as rows."""
+        assert isinstance(rows, ProbedRows)
+        v = rows.noise
+        if self._geometry.triangular:  # compares with the image of the noise itself
+            return self.update(state, Pair(v, rows.form(), "noise_and_gradient"), fold)
+        start = self._started(state, v.flatten(1).square().sum(1), rows.squared_norm())
+        images = self.apply_rows(start, rows)
+        x = [images.columns(axis) for axis in (0, 1)]
+        noise = [mode_matrix(v, axis)[..., :STARTS].mT for axis in (0, 1)]
+        new = self._fitted(start, x, None, noise, (v.shape[2], v.shape[1]))
+        self._accept(state, new, x[0].abs().amax((1, 2)) > 0)
+
+    def _fitted(
+        self, state: State, x: Sequence[Tensor], z: Sequence[Tensor] | None, noise: Sequence[Tensor], counts: Sequence[int]
+    ) -> State:
+        """`fitted` by the images of every axis.  x, z: (B, d, r), z None for its expectation; counts: columns of a pair"""
+        new, geometry = {}, self._geometry
+        for axis, Q in enumerate(self.held(state)):
+            E, size = geometry.gap(Q, x[axis], None if z is None else z[axis], noise[axis], counts[axis])
             if self.normaliser == "max":
+                assert isinstance(E, Tensor)
                 size = E.abs().flatten(1).amax(1)
-            Q.copy_(geometry.move(Q, E, self.gain(state[f"bound_{axis}"], size), noise))
-        _balance(factors)
+            step, new[f"bound_{axis}"] = self.gain(state[f"bound_{axis}"], size)
+            new[f"factor_{axis}"] = geometry.move(Q, E, step, noise[axis])
+        _balance(self.held(new))
+        return new
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         x = self.unfold(v)

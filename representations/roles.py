@@ -22,6 +22,7 @@ __all__ = [
     "FoldsRows",
     "OwnOrder",
     "PerStep",
+    "PreconditionsRows",
     "Renewal",
     "Renewed",
     "SlowTensors",
@@ -171,6 +172,14 @@ class SpansGradient(Representation):
     @abstractmethod
     def weighted(self, state: State, z: Tensor) -> list[FactoredGradient] | None:
         """``J^T z`` by the rows of each layer; None where a layer has none.  # (B, N)"""
+
+
+class PreconditionsRows(Representation):
+    """A representation of matrices that holds ``P``, of which a factor multiplies each side."""
+
+    @abstractmethod
+    def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
+        """``P G`` by the rows of ``G``; `apply` of the formed gradient gives the same."""
 
 
 # ------------------------------------------------------------------ the times

@@ -8,16 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Preconditions
-from gradmaker.representations.roles import snapshot
+from gradmaker.representations.roles import PreconditionsRows, snapshot
 from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["Apply"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apply(Defined[Preconditions]):
+class Apply(Defined[Preconditions], AppliesRows[Preconditions]):
     """``P g`` with the ``P`` that was fitted or updated directly.
 
     The cache is the state itself, as of the last refresh. It is never lost: a representation of this kind refuses what would
@@ -42,3 +44,10 @@ class Apply(Defined[Preconditions]):
     def solve(self, representation: Preconditions, cache: State, g: Tensor) -> Tensor:
         P: Tensor = representation.apply(cache, g)
         return P
+
+    def by_rows(self, representation: Preconditions) -> bool:
+        return isinstance(representation, PreconditionsRows)
+
+    def solve_rows(self, representation: Preconditions, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        assert isinstance(representation, PreconditionsRows)
+        return representation.apply_rows(cache, rows)

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.finite import finite_members
-from gradmaker.linalg.roots import apply_roots, keep_roots
+from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.definition import DefinedByAxes
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["PositiveRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse]):
+class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse]):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
     A block whose refreshes have all failed keeps its gradient.
@@ -46,3 +48,6 @@ class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse]):
 
     def solve(self, representation: Inverse, cache: State, g: Tensor) -> Tensor:
         return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
+
+    def solve_rows(self, representation: Inverse, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        return apply_roots_to_rows(cache, rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.linalg.mode_products import apply_factors
 
-__all__ = ["FactoredGradient", "joined_rows", "transform_rows"]
+__all__ = ["FactoredGradient", "ProbedRows", "joined_rows", "transform_rows"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,15 @@ class FactoredGradient:
         mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
         return mine.mT, (other @ other.mT) @ mine
 
+    def columns(self, axis: int) -> Tensor:
+        """``X`` with ``X X^T = G G^T`` (axis 0) or ``G^T G`` (axis 1), in at most ``R`` columns: a triangle of the other rows.
+
+        # (B, o, c) or (B, i, c)
+        """
+        mine, other = (self.g, self.a) if axis == 0 else (self.a, self.g)
+        triangle: Tensor = torch.linalg.qr(other.mT, mode="r")[1]
+        return mine.mT @ triangle.mT
+
     def squared_norm(self) -> Tensor:
         """``|G|^2 = sum_rs (a_r . a_s) (g_r . g_s)``.  # (B,)"""
         return ((self.g @ self.g.mT) * (self.a @ self.a.mT)).sum((-2, -1))
@@ -83,6 +92,13 @@ def joined_rows(parts: Sequence[FactoredGradient]) -> FactoredGradient:
     if len(parts) == 1:
         return parts[0]
     return FactoredGradient(torch.cat([p.g for p in parts], 1), torch.cat([p.a for p in parts], 1))
+
+
+@dataclass(frozen=True)
+class ProbedRows(FactoredGradient):
+    """A gradient by its rows, with independent noise of its shape."""
+
+    noise: Tensor  # (B, o, i)
 
 
 def transform_rows(factors: Sequence[Tensor | None], rows: FactoredGradient) -> FactoredGradient:

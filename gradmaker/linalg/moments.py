@@ -9,7 +9,7 @@ __all__ = ["add_moment_"]
 STRIPES = 4
 """torch has no ``syrk``: four stripes of rows, up to the diagonal, take 5/8 of the product, and a copy gives the rest."""
 SIDE, ENTRIES = 256, 1 << 16
-"""The least side, and entries of the rows, from which on that is faster: 1.14 ms for 1.53 at a side of 785 and 128 rows, 7.1 for
+"""The least side, and entries of the rows, from which that is faster: 1.14 ms for 1.53 at a side of 785 and 128 rows, 7.1 for
 10.2 at 512 and 2048 rows, and no gain at 256 and 128 rows (float32, one CPU core)."""
 
 

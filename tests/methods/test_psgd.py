@@ -81,8 +81,7 @@ def test_step_is_along_the_gradient_of_each_factor(diagonal: tuple[int, ...], mo
         return float(criterion(torch.kron(torch.kron(P[0], P[1]), P[2]), v, h))
 
     start = {name: x.clone() for name, x in state.items()}
-    held.fit(start, v, h)
-    after = held.held(start)
+    after = held.held(held.fitted(start, v, h))
     for axis, (old, new) in enumerate(zip(before, after, strict=True)):
         E = (new - old) / old if old.ndim == 2 else torch.linalg.solve(old, new - old, left=False)
         size = 1e-5

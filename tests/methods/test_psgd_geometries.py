@@ -182,7 +182,8 @@ def mean_gaps(geometry: str, factors: list[Tensor], pairs: list[tuple[Tensor, Te
         X, Z = rule.images(factors, v[None], h[None])
         for axis, total in enumerate(totals):
             x, z, noise = (T if axis == 0 else T.mT for T in (X, Z, v[None]))
-            total += rule.gap(factors[axis], x, None if whitens and not rule.triangular else z, noise.mT)[0] / len(pairs)
+            E, _ = rule.gap(factors[axis], x, None if whitens and not rule.triangular else z, noise.mT, x.shape[-1])
+            total += E / len(pairs)
     return totals
 
 
@@ -226,7 +227,7 @@ def test_a_short_step_lowers_the_criterion(geometry: str, whitens: bool) -> None
         v, h = randn(2, 4, seed=seed)
         (Q,) = at_rest(geometry, definite(4, seed + 20))
         x, z = rule.images([Q], v[None], h[None])
-        E, _ = rule.gap(Q, x.mT[None], None if expected else z.mT[None], v[None, None])
+        E, _ = rule.gap(Q, x.mT[None], None if expected else z.mT[None], v[None, None], 1)
         moved = rule.move(Q, E, torch.tensor([1e-5], dtype=torch.float64), v[None, None])
         assert value(moved) < value(Q)
 
