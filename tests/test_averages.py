@@ -213,3 +213,51 @@ def test_members_that_are_late_or_absent() -> None:
             x, y = model.all[member].grad, single[member].all[0].grad
             if member not in absent:
                 assert x is not None and y is not None and oracles.relative_error(x, y) < 1e-10, (index, member)
+
+
+# --- gradients by rows ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{}, {"curvature_interval": 3}, {"nesterov_average": True}, {"skip_first": True}], ids=str)
+@pytest.mark.parametrize("method, interval", [("soap", 4), ("soap", 1), ("eshampoo", 4)])
+def test_rows_give_the_direction_of_the_formed_gradient(
+    method: str, interval: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole steps: where a batch has fewer rows than sides the weights' gradients are not formed.
+
+    The first batch is larger, so that no basis has a null space, where it would be anybody's.
+    """
+    if method == "eshampoo" and "skip_first" in options:
+        return
+    found = []
+    monkeypatch.setattr("gradmaker.gathering.STACK_LIMIT", 4)  # a stack has no rows
+    for by_rows in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8, bias=False)).double()
+        config = {"method": method, "damping": 1e-4, "preconditioner_interval": interval, **options}
+        maker: Any = from_config(model, config)
+        seen = spy(maker, monkeypatch)
+        if not by_rows:
+            monkeypatch.setattr("gradmaker.planned.row_layers", lambda *_: [])
+        generator = torch.Generator().manual_seed(1)
+        for index in range(10):
+            x, t = torch.randn(2, 5 if index else 40, 8, dtype=torch.float64, generator=generator)
+            model.zero_grad()
+            maker.setup_loss_call(nn.functional.mse_loss, maker.setup_model_call(model, x), t)
+            maker.forward_and_backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert ("FactoredGradient" in seen) == by_rows
+    for x, y in zip(found[:10], found[10:], strict=True):
+        assert all(oracles.relative_error(a, b) < 1e-10 or not b.any() for a, b in zip(x, y, strict=True))
+
+
+def spy(maker: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The types of the gradients that blocks solve for, filled by later steps."""
+    seen: set[str] = set()
+    for block in maker.plan.blocks:
+        original = block.solve
+
+        def solve(held: Any, raw: Any, started: bool = True, original: Any = original) -> Any:
+            seen.add(type(raw).__name__)
+            return original(held, raw, started)
+
+        monkeypatch.setattr(block, "solve", solve)
+    return seen

@@ -54,11 +54,9 @@ PLAYED = {
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
-    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims "
-    "InverseDims KronQ",
+    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
-    roles.FoldsRows: "RotatedDims",
     roles.OwnOrder: "Eigenbasis RotatedDims AlternatingInverse OneWayDims",
 }
 
