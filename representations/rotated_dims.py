@@ -16,14 +16,13 @@ from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.fallbacks import count_failures
-from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import add_product_, mode_matrix
 from gradmaker.linalg.orthogonal_iteration import (
-    columns,
     off_diagonal,
     orthonormal,
     power_step,
     rayleigh_quotients,
+    sort_axis,
     sorted_eigenvectors,
     staleness,
 )
@@ -157,7 +156,7 @@ class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Renewed, SlowTensors):
         failed = torch.zeros_like(state["failing"], dtype=torch.bool)
         for axis in self._axes(state):
             H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
-            image = H @ Q
+            image = Q.mT @ H  # H is symmetric
             quotients = rayleigh_quotients(Q, image)
             stale = torch.isfinite(quotients).all(-1)  # an entry of H that is not finite is in all of them
             failed |= ~stale
@@ -165,22 +164,22 @@ class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Renewed, SlowTensors):
             if not born and self.tolerance:
                 stale &= error > self.tolerance
             new, order = self._tracked(H, Q, image, stale, born)
-            right = finite_members(new)
+            right = torch.isfinite(new.sum((-2, -1)))
             stale, failed = stale & right, failed | (stale & ~right)
             torch.where(stale[:, None, None], new, Q, out=Q)
-            largest = estimate_largest(H) if born else torch.linalg.vector_norm(image, dim=-2).amax(-1)
+            largest = estimate_largest(H) if born else torch.linalg.vector_norm(image, dim=-1).amax(-1)
             renew_row(state["diagnosis"], axis, ~torch.isfinite(error), error, largest, iterations=stale.to(H.dtype))
             if order is not None:
                 same = torch.arange(H.shape[-1], device=H.device).expand_as(order)
-                state["moments"].copy_(columns(state["moments"], torch.where(stale[:, None], order, same), axis + 1))
+                state["moments"].copy_(sort_axis(state["moments"], torch.where(stale[:, None], order, same), axis + 1))
         for name, value in count_failures(failed, state).items():
             state[name].copy_(value)
 
     def _tracked(self, H: Tensor, Q: Tensor, image: Tensor, stale: Tensor, born: bool) -> tuple[Tensor, Tensor | None]:
-        """The new basis, and how its columns are sorted where they are.  image: ``H Q``"""
+        """The new basis, and how its columns are sorted where they are.  image: ``Q^T H``"""
         if born or self.tracking == "eigh":
             return sorted_eigenvectors(torch.where(stale[:, None, None], H, 0.0)), None
-        return power_step(H, Q, image) if self.tracking == "power" else (orthonormal(image), None)
+        return power_step(H, Q, image) if self.tracking == "power" else (orthonormal(image.mT), None)
 
     def _axes(self, state: State) -> list[int]:
         return [axis for axis in range(state["moments"].ndim - 1) if f"basis_{axis}" in state]

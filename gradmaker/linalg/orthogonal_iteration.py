@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.linalg.eigen import decompose_again, symmetrise
 
-__all__ = ["columns", "off_diagonal", "orthonormal", "power_step", "rayleigh_quotients", "sorted_eigenvectors", "staleness"]
+__all__ = ["off_diagonal", "orthonormal", "power_step", "rayleigh_quotients", "sort_axis", "sorted_eigenvectors", "staleness"]
 
 ALIASED, PADDING = 512, 8
 """On a CPU, rows whose length is a multiple of `ALIASED` share the sets of a cache: with eight columns more, a QR of side 512
@@ -24,16 +24,16 @@ def sorted_eigenvectors(A: Tensor) -> Tensor:
 
 
 def rayleigh_quotients(Q: Tensor, image: Tensor) -> Tensor:
-    """``diag(Q^T A Q)``.  image: ``A Q``  # (B, d)"""
-    return (Q * image).sum(-2)
+    """``diag(Q^T A Q)``.  image: ``Q^T A``  # (B, d)"""
+    return (Q.mT * image).sum(-1)
 
 
 def off_diagonal(A: Tensor, Q: Tensor, image: Tensor | None = None) -> Tensor:
     """``|B - diag B|_F / |B|_F`` of ``B = Q^T A Q``: the relative error of ``A ~ Q diag(B) Q^T``.  # (B,)
 
-    image: ``A Q``, where it is known
+    image: ``Q^T A``, where it is known
     """
-    B = Q.mT @ (A @ Q if image is None else image)
+    B = (Q.mT @ A if image is None else image) @ Q
     diagonal = torch.diag_embed(B.diagonal(dim1=-2, dim2=-1))
     size = torch.linalg.matrix_norm(B)
     ratio: Tensor = torch.linalg.matrix_norm(B - diagonal) / torch.where(size > 0, size, 1.0)
@@ -51,21 +51,20 @@ def staleness(A: Tensor, quotients: Tensor) -> Tensor:
 
 
 def orthonormal(X: Tensor) -> Tensor:
-    """The ``Q`` of a QR decomposition.  # (B, d, d)"""
+    """The ``Q`` of a QR decomposition. LAPACK wants columns: a transposed view is not copied.  # (B, d, d)"""
     d = X.shape[-1]
     aliased = X.device.type == "cpu" and d % ALIASED == 0
     if aliased:
-        X = torch.nn.functional.pad(X, (0, PADDING, 0, PADDING))
+        X = torch.nn.functional.pad(X.mT, (0, PADDING, 0, PADDING)).mT
         X[..., d:, d:].diagonal(dim1=-2, dim2=-1).fill_(1)
     Q: Tensor = torch.linalg.householder_product(*torch.geqrf(X))
     return Q[..., :d, :d] if aliased else Q
 
 
-def columns(X: Tensor, order: Tensor, axis: int = -1) -> Tensor:
-    """A tensor with its columns, or another axis, in the order of each member.  # (B, ...), (B, d)"""
+def sort_axis(X: Tensor, order: Tensor, axis: int) -> Tensor:
+    """A tensor with an axis in the order of each member.  # (B, ...), (B, d)"""
     if len(X) == 1:
         return X.index_select(axis, order[0])
-    axis %= X.ndim
     index = order.view(len(order), *[1] * (axis - 1), -1, *[1] * (X.ndim - axis - 1))
     return torch.take_along_dim(X, index, axis)
 
@@ -75,10 +74,10 @@ def power_step(A: Tensor, Q: Tensor, image: Tensor | None = None) -> tuple[Tenso
 
     Without the sort, and but for signs, it is a step of the QR algorithm, ``Q^T A Q = Q_1 R_1``, ``Q <- Q Q_1``.
 
-    image: ``A Q``, where it is known
+    image: ``Q^T A``, where it is known: the rows of a matrix are sorted twenty times faster than its columns
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 4.  # (B, d, d), (B, d)
     """
-    image = A @ Q if image is None else image
+    image = Q.mT @ A if image is None else image
     order = rayleigh_quotients(Q, image).argsort(dim=-1, descending=True, stable=True)
-    return orthonormal(columns(image, order)), order
+    return orthonormal(sort_axis(image, order, 1).mT), order
