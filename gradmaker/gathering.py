@@ -15,7 +15,7 @@ from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer
 from gradmaker.curvature.products import Factors
 from gradmaker.representations.base import Fold, Frame
 
-__all__ = ["STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
+__all__ = ["STACK_LIMIT", "Members", "Piece", "picked", "placed", "run_of", "stacked"]
 
 STACK_LIMIT = 128
 """Blocks with a longer axis are not stacked, nor is evidence with more than ``STACK_LIMIT^2`` entries a member.

@@ -87,7 +87,7 @@ def test_soap_is_the_published_algorithm(interval: int, nesterov: bool) -> None:
     """To 1e-10, over several refreshes; gradients of full rank, since the basis of a null space is anybody's."""
     options = {"preconditioner_interval": interval, "nesterov_average": nesterov, "damping": 1e-4}
     model = Weights(((4, 4), (4, 4), (2, 2, 4)))
-    maker = from_config(model, {"method": "soap", "skip_first": True, **options})
+    maker = from_config(model, {"method": "soap", **options})
     rules = [Published(interval, 0.95, nesterov, 0.95, 1e-4) for _ in model.all]
     keys = {key for block in maker.plan.blocks for key in block.average if key != "mass"}
     assert keys == ({"average"} if interval < 3 else {"coordinates"})
@@ -100,7 +100,7 @@ def test_soap_is_the_published_algorithm(interval: int, nesterov: bool) -> None:
 
 METHODS: dict[str, dict[str, Any]] = {
     "soap": {"method": "soap"},
-    "skipped": {"method": "soap", "skip_first": True, "nesterov_average": True},
+    "first": {"method": "soap", "skip_first": False, "nesterov_average": True},
     "unmeasured": {"method": "soap", "curvature_interval": 2},
     "eshampoo": {"method": "eshampoo"},
     "blocks": {"method": "soap", "block_size": 3},
@@ -216,7 +216,7 @@ def test_members_that_are_late_or_absent() -> None:
 
 
 # --- gradients by rows ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [{}, {"curvature_interval": 3}, {"nesterov_average": True}, {"skip_first": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"curvature_interval": 3}, {"nesterov_average": True}, {"skip_first": False}], ids=str)
 @pytest.mark.parametrize("method, interval", [("soap", 4), ("soap", 1), ("eshampoo", 4)])
 def test_rows_give_the_direction_of_the_formed_gradient(
     method: str, interval: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -145,7 +145,7 @@ SOAP_ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def test_soap(row: str) -> None:
     make, rule, options = SOAP_ROWS[row]
     case = make()
-    maker = from_config(case.model, {"method": "soap", **options})
+    maker = from_config(case.model, {"method": "soap", "skip_first": False, **options})
     names = {"block_size": "block"}
     own = {names.get(k, k): v for k, v in {"beta1": 0.95, **options}.items() if k in ("merge", "block_size", "beta1")}
     compare(case, maker, Reference(rule, **own), 5e-3, 1e-6)
@@ -164,7 +164,7 @@ def test_eshampoo(T: int, e: float, options: dict[str, Any]) -> None:
 def test_identity_basis_is_adam() -> None:
     """All axes too wide for a basis; the epsilon is added before the bias correction, as SOAP's code does."""
     steps = [[g] for g in gradients(3, 4)]
-    found = run({"method": "soap", "max_dim": 2, "damping": 1e-3}, steps)[0]
+    found = run({"method": "soap", "max_dim": 2, "damping": 1e-3, "skip_first": False}, steps)[0]
     m, v = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
     for (g,) in steps:
         m, v = 0.95 * m + 0.05 * g, 0.95 * v + 0.05 * g**2
