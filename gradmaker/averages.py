@@ -11,15 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from gradmaker.block_options import BlockOptions
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.rotation import coordinates, from_coordinates, turned
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Frame
 from gradmaker.representations.capabilities import Rotated
-from gradmaker.representations.roles import SlowTensors
+from gradmaker.representations.roles import PROJECTED, Projects, SlowTensors
 from gradmaker.solvers.roles import AveragesInBasis
 from gradmaker.triple import Triple
 
-__all__ = ["averaged", "basis_of", "converted", "empty_average", "turned_average"]
+__all__ = ["averaged", "basis_of", "converted", "empty_average", "is_gradient", "projected", "turned_average"]
 
 GRADIENTS, COORDINATES = "average", "coordinates"
 
@@ -59,6 +60,23 @@ def averaged(average: State, g: Tensor, options: BlockOptions) -> tuple[Tensor, 
     if options.nesterov_average:
         return moved.lerp(g, 1 - beta1).div_(beta1 * mass + 1 - beta1), held
     return moved / mass, held
+
+
+def is_gradient(triple: Triple) -> bool:
+    """Whether evidence is the gradient that a step solves for, whose projection serves both."""
+    return isinstance(triple.representation, Projects) and triple.curvature.by_rows
+
+
+def projected(state: State, triple: Triple, basis: AveragesInBasis[Any], cache: State, g: Tensor | FactoredGradient) -> Tensor:
+    """The coordinates of a gradient: those that were measured, where the cache has the basis of the statistic.
+
+    It has an earlier one where a member has failed. ``state``, of a draft, holds them no longer.
+    """
+    known, representation = state.pop(PROJECTED, None), triple.representation
+    assert isinstance(representation, Rotated)
+    if known is not None and all(P is Q for P, Q in zip(representation.bases(state), basis.bases(cache), strict=True)):
+        return known
+    return basis.coordinates(representation, cache, g)
 
 
 def turned_average(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradmaker import by_rows
-from gradmaker.averages import averaged, basis_of, empty_average, turned_average
+from gradmaker.averages import averaged, basis_of, empty_average, is_gradient, projected, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.gathering import Members, Piece, picked, placed, run_of
@@ -19,6 +19,7 @@ from gradmaker.linalg.state import State
 from gradmaker.placement import Placement
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.roles import (
+    PROJECTED,
     FactoredAxes,
     OwnOrder,
     PerStep,
@@ -168,8 +169,12 @@ class Block:
     def _update(self, held: State, piece: Piece, fold: Fold) -> None:
         whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = held if whole else picked(held, piece.slots)
+        if fold.begins and self.basis is not None and piece.count == self.frame.stack:
+            fold = replace(fold, solved=is_gradient(self.triple))
         by_rows.update(self.triple.representation, state, piece.evidence, fold)
         if not whole:
+            if PROJECTED in state:
+                held[PROJECTED] = state.pop(PROJECTED)
             shared = frozenset[str]() if fold.refresh or fold.first else slow(self.triple.representation, state)
             placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
@@ -301,7 +306,7 @@ class Block:
             raw = raw.form()
         grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
         if self.basis is not None:
-            x, average = averaged(held.average, self.basis.coordinates(self.triple.representation, cache, raw), self.options)
+            x, average = averaged(held.average, projected(held.state, self.triple, self.basis, cache, raw), self.options)
             value = self.basis.solve_coordinates(cache, x)
         else:
             assert isinstance(raw, Tensor)

@@ -30,7 +30,16 @@ from gradmaker.linalg.rotation import coordinates, from_coordinates
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import FactoredAxes, FoldsRows, OwnOrder, Renewal, Renewed, SlowTensors
+from gradmaker.representations.roles import (
+    PROJECTED,
+    FactoredAxes,
+    FoldsRows,
+    OwnOrder,
+    Projects,
+    Renewal,
+    Renewed,
+    SlowTensors,
+)
 
 __all__ = ["RotatedDims"]
 
@@ -43,7 +52,7 @@ With nothing, the second step would divide the rounding noise in the null space 
 
 
 @dataclass(frozen=True)
-class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Renewed, SlowTensors):
+class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Projects, Renewed, SlowTensors):
     """SOAP's curvature: ``C ~ Q diag(V) Q^T``, ``V = E (Q^T g)^2``, in the eigenbases ``Q = Q_1 (x) ... (x) Q_m`` of Shampoo.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. A new basis does not rotate it, but where the columns of the basis are
@@ -142,6 +151,8 @@ class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Renewed, SlowTensors):
 
     def _fold_moments(self, state: State, G: Tensor | FactoredGradient, fold: Fold, born: bool) -> None:
         rotated = coordinates(self.bases(state), G)
+        if fold.solved and isinstance(G, Tensor):  # by rows it takes less to project them again than to keep the result
+            state[PROJECTED] = rotated
         kept = 1 - (1 - BIRTH) * state["equal"] if fold.begins else torch.ones_like(state["equal"])
         state["moments"].mul_(for_members(fold.beta * kept, rotated))
         if born and self._axes(state):

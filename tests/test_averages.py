@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmaker import from_config
+from gradmaker.representations.roles import PROJECTED
 from tests import oracles
 from tests.kronecker_reference import on_axis, unfolded
 
@@ -261,3 +264,46 @@ def spy(maker: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
         monkeypatch.setattr(block, "solve", solve)
     return seen
+
+
+# --- one projection for the statistic and the direction -------------------------------------------------------------------
+class Products(TorchDispatchMode):
+    """Counts products of matrices, by the name of the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_measured_gradient_is_projected_once() -> None:
+    """Two products there and two back, whether the step measures or not; and nothing of it stays."""
+    model = Weights(((4, 5),))
+    maker = from_config(model, {"method": "soap", "preconditioner_interval": 4, "curvature_interval": 2})
+    for index in range(8):
+        with Products() as counted:
+            step(maker, model, index)
+        if index % 4:
+            assert (counted.names["bmm"], counted.names["baddbmm_"]) == (4, 0 if index % 2 else 2), index
+    (block,) = maker.plan.blocks
+    assert PROJECTED not in block.state and PROJECTED not in str(maker.state_dict().keys())
+
+
+def test_a_failed_member_is_projected_onto_the_basis_that_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its average is in the basis of the cache, while the statistic has turned."""
+    ((maker, model),) = makers("soap", 4)
+    for index in range(4):
+        step(maker, model, index)
+    matrices = [block for block in maker.plan.blocks if len(block.frame.shape) > 1]
+    before = [(dict(block.cache), block.average["coordinates"].clone()) for block in matrices]
+    monkeypatch.setattr("gradmaker.solvers.rotate.finite_members", lambda *x: torch.zeros(len(x[0]), dtype=torch.bool))
+    step(maker, model, 4)
+    for block, (cache, average) in zip(matrices, before, strict=True):
+        assert all(torch.equal(block.cache[k], cache[k]) for k in cache if k.startswith("basis"))
+        assert not torch.equal(block.state["basis_0"], block.cache["basis_0"])
+        given = torch.cat([g.unsqueeze(0) for g in gradients(4) if g.shape == block.frame.shape])
+        x = block.triple.solver.coordinates(block.triple.representation, cache, given)
+        torch.testing.assert_close(block.average["coordinates"], average.lerp(x, 0.05), rtol=1e-10, atol=1e-12)

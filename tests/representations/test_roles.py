@@ -57,6 +57,7 @@ PLAYED = {
     roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
+    roles.Projects: "RotatedDims",
     roles.OwnOrder: "Eigenbasis RotatedDims AlternatingInverse OneWayDims",
 }
 
