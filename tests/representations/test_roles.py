@@ -49,7 +49,7 @@ PLAYED = {
     roles.Compact: "Rows Sketched Window Truncated Implicit Position GaussianGraph Pairs KronPairs",
     roles.WholeLayers: "Dense Rows Sketched Window Truncated TriangularQ Pairs",
     roles.ByExample: "Kron KronRows Eigenbasis",
-    roles.SpansGradient: "Rows",
+    roles.SpansGradient: "Rows Sketched",
     roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
