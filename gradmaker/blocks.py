@@ -13,7 +13,7 @@ from gradmaker import by_rows
 from gradmaker.averages import averaged, basis_of, empty_average, is_gradient, projected, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.gathering import Members, Piece, picked, placed, run_of
+from gradmaker.gathering import Members, Piece, picked, placed, runs
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.placement import Placement
@@ -328,8 +328,7 @@ class Block:
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        slots = [slot for site, slot in members if _lacks_gradient(held, site, given)]
-        return [run] if slots and (run := run_of(slots)) is not None else slots
+        return runs([slot for site, slot in members if _lacks_gradient(held, site, given)])
 
 
 def _lacks_gradient(held: Held, site: Site, given: bool) -> bool:
