@@ -54,7 +54,8 @@ PLAYED = {
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
-    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ",
+    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ "
+    "RotatedDims",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
     roles.Projects: "RotatedDims",
