@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
 from gradmaker import by_rows
+from gradmaker.averages import averaged, basis_of, empty_average, is_gradient, projected, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.gathering import NO_ROWS, Members, Piece, picked, placed
+from gradmaker.gathering import NO_ROWS, Members, Piece, picked, placed, runs
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.placement import Placement, joined_frame, slots_of
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import (
+    PROJECTED,
     FactoredAxes,
     OwnOrder,
     PerStep,
@@ -28,6 +31,7 @@ from gradmaker.representations.roles import (
     slow,
     snapshot,
 )
+from gradmaker.solvers.roles import AveragesInBasis
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
@@ -56,8 +60,7 @@ class Block:
 
     def empty(self) -> Held:
         """What the block holds before any evidence."""
-        beta1, grafting = self.options.beta1, self.options.grafting
-        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if beta1 else {}
+        grafting, average = self.options.grafting, empty_average(self.frame, self.basis, self.options)
         grafting_state = grafting.init(self.frame) if grafting else {}
         return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
 
@@ -116,6 +119,11 @@ class Block:
         named = zip(self.sites, counts, strict=True)
         return [s.name if count == 1 else f"{s.name}[{j}]" for s, count in named for j in range(count)]
 
+    @property
+    def basis(self) -> AveragesInBasis[Any] | None:
+        """The solver, where gradients are averaged in its basis."""
+        return basis_of(self.triple, self.options, len(self.frame.shape))
+
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float, refresh: bool = False, index: int = 0) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic.
@@ -160,8 +168,12 @@ class Block:
     def _update(self, held: State, piece: Piece, fold: Fold) -> None:
         whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = held if whole else picked(held, piece.slots)
+        if fold.begins and self.basis is not None and piece.count == self.frame.stack:
+            fold = replace(fold, solved=is_gradient(self.triple))
         by_rows.update(self.triple.representation, state, piece.evidence, fold)
         if not whole:
+            if PROJECTED in state:
+                held[PROJECTED] = state.pop(PROJECTED)
             shared = frozenset[str]() if fold.refresh or fold.first else slow(self.triple.representation, state)
             placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
@@ -186,22 +198,6 @@ class Block:
                 self.row_layers[k].assign(piece if formed is None else formed, into)
             elif formed is not None:
                 site.assign(formed, into)
-
-    def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
-        """The running average of gradients, bias-corrected: ``m <- beta1 m + (1 - beta1) g``, ``m / (1 - beta1^t)``.
-
-        With ``nesterov_average`` this gradient enters it twice: ``(beta1 m + (1 - beta1) g) / (1 - beta1^(t + 1))``. With
-        ``beta1 = 0`` there is no average, and the gradient itself is returned. Also returns the new state of the average.
-        """
-        beta1 = self.options.beta1
-        if not beta1:
-            return g, {}
-        moved = average["average"].lerp(g, 1 - beta1)
-        total = average["mass"] * beta1 + (1 - beta1)
-        held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
-        if self.options.nesterov_average:
-            return moved.lerp(g, 1 - beta1).div_(beta1 * mass + 1 - beta1), held
-        return moved / mass, held
 
     def prepare(
         self, held: Held, measured: Set[str], due: bool = True, evidence: Set[str] = frozenset(), own: bool = False
@@ -230,7 +226,10 @@ class Block:
         fresh = new if skips_first(representation) else frozenset[str]()
         if state is held.state and cache is held.cache and (known, fresh) == (held.ready, held.fresh):
             return held, bool(old or new)
-        return replace(held, state=state, cache=cache, ready=known, fresh=fresh), bool(old or new)
+        average = held.average
+        if due:
+            average = turned_average(average, self.basis, representation, held.cache, cache, self.held.state)
+        return replace(held, state=state, cache=cache, average=average, ready=known, fresh=fresh), bool(old or new)
 
     @property
     def follows_measurements(self) -> bool:
@@ -317,16 +316,21 @@ class Block:
 
         raw: this step's gradient; started: False for the step of the grafted method, instead
         """
-        given = isinstance(raw, FactoredGradient)
-        if isinstance(raw, FactoredGradient):
+        cache, given = snapshot(self.triple.representation, held.cache), isinstance(raw, FactoredGradient)
+        if self.basis is None and isinstance(raw, FactoredGradient):
             if started and by_rows.applies(self.triple, self.options):  # without state of an average or a rule
-                cache = snapshot(self.triple.representation, held.cache)
                 return by_rows.solve(self.triple, self.options, cache, raw), replace(held, cache=cache)
             raw = raw.form()
-        (g, average), cache = self.averaged(held.average, raw), snapshot(self.triple.representation, held.cache)
-        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
-        if rule := self.options.grafting:
-            value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
+        grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
+        if self.basis is not None:
+            x, average = averaged(held.average, projected(held.state, self.triple, self.basis, cache, raw), self.options)
+            value = self.basis.solve_coordinates(cache, x)
+        else:
+            assert isinstance(raw, Tensor)
+            g, average = averaged(held.average, raw, self.options)
+            value = self.applied(cache, g)
+            if rule := self.options.grafting:
+                value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
         for slot in self._without_gradient(held, given):
             for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():
@@ -341,7 +345,7 @@ class Block:
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if _lacks_gradient(held, site, given)]
+        return runs([slot for site, slot in members if _lacks_gradient(held, site, given)])
 
 
 def _lacks_gradient(held: Held, site: Site, given: bool) -> bool:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from gradmaker.averages import basis_of
 from gradmaker.block_options import BlockOptions
 from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.sites import Site
@@ -46,10 +47,14 @@ def folds(triple: Triple) -> bool:
 
 
 def applies(triple: Triple, options: BlockOptions) -> bool:
-    """Whether ``P g`` is computed by rows: an average of gradients has none, nor what a grafting rule reads by entries."""
+    """Whether ``P g`` is computed by rows: an average of gradients has none, nor what a grafting rule reads by entries.
+
+    An average of coordinates is made of them.
+    """
     solver = triple.solver
     by_rows = isinstance(solver, AppliesRows) and solver.by_rows(triple.representation)
-    plain = options.precision.application is None and not options.beta1
+    averaged = bool(options.beta1) and basis_of(triple, options) is None
+    plain = options.precision.application is None and not averaged
     rule = options.grafting
     return by_rows and plain and (rule is None or rule.by_rows or rule.of_value)
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmaker.averages import converted
 from gradmaker.blocks import Block
 from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
 from gradmaker.loss.reading import name_of, named
 from gradmaker.representations.roles import Unstacked
-from gradmaker.solvers.roles import HeldInForms
+from gradmaker.solvers.roles import AveragesInBasis, HeldInForms
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step import pool
 from gradmaker.step.clocks import PlanClocks
@@ -259,12 +260,20 @@ def _gather(block: Block, sites: dict[str, Any]) -> Held:
         if sites[name]["parts"] != _kind(block):
             raise ValueError(f"load_state_dict: {name} was saved as {sites[name]['parts']}, and is {_kind(block)} here")
     members = [sites[name] for name in _names(block)]
-    state, average, grafting_state = (
-        _gather_part(block, part, [m[part] for m in members]) for part in _PARTS if part != "cache"
-    )
+    state, grafting_state = (_gather_part(block, part, [m[part] for m in members]) for part in ("state", "grafting_state"))
     cache = _gather_cache(block, [m["cache"] for m in members], any(m["ready"] for m in members))
+    average = _gather_average(block, [m["average"] for m in members], cache)
     ready = sites[block.name]["ready"] if block.full else [s.name for s in block.sites if sites[s.name]["ready"]]
     return Held(state, cache, average, grafting_state, frozenset(ready))
+
+
+def _gather_average(block: Block, members: list[State], cache: State) -> State:
+    """The average of gradients, in the form that the block has; the saved one may have another, see `averages`."""
+    own = block.average
+    other = converted(own, block.triple.solver, {}) if own and isinstance(block.triple.solver, AveragesInBasis) else own
+    if other is own or any(member.keys() != other.keys() for member in members):
+        return _gather_part(block, "average", members)
+    return converted(_gather_part(block, "average", members, other), block.triple.solver, cache)
 
 
 def _gather_cache(block: Block, members: list[State], ready: bool) -> State:

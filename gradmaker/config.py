@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from gradmaker.block_options import BlockOptions
+from gradmaker.block_options import RARE, BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
@@ -28,7 +28,7 @@ from gradmaker.options.yaml_text import parse_yaml
 from gradmaker.precision import Precision
 from gradmaker.presets import Presets, expanded
 from gradmaker.representations import REPRESENTATIONS, Representation
-from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
+from gradmaker.schedule import FAR, SCHEDULES, Schedule, as_schedule
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
 from gradmaker.triple import Triple
 from gradmaker.usage import Usage
@@ -190,6 +190,7 @@ class GradientConfig(metaclass=RenamedOptions):
             dtype=common.statistics_dtype(),
             precision=self.precision(),
             slow_part=self.slow_part,
+            turns_average=as_schedule("preconditioner_interval", self.preconditioner_interval).interval(FAR) >= RARE,
         )
 
     @abstractmethod

@@ -17,7 +17,7 @@ from gradmaker.curvature.products import Factors
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.representations.base import Fold, Frame
 
-__all__ = ["NO_ROWS", "STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
+__all__ = ["NO_ROWS", "STACK_LIMIT", "Members", "Piece", "picked", "placed", "runs", "stacked"]
 
 STACK_LIMIT = 128
 """Blocks with a longer axis are not stacked, nor is evidence with more than ``STACK_LIMIT^2`` entries a member.
@@ -50,6 +50,12 @@ def run_of(slots: Sequence[slice]) -> slice | None:
     """Adjacent slices, in order, as one; None if there are gaps."""
     adjoin = all(a.stop == b.start for a, b in pairwise(slots))
     return slice(slots[0].start, slots[-1].stop) if adjoin else None
+
+
+def runs(slots: Sequence[slice]) -> list[slice]:
+    """The same members by as few slices: one where they are adjacent."""
+    run = run_of(slots) if slots else None
+    return list(slots) if run is None else [run]
 
 
 def picked(state: Mapping[str, Tensor], slots: Sequence[slice]) -> dict[str, Tensor]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from gradmaker.options.checks import check_count
 
-__all__ = ["SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
+__all__ = ["FAR", "SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
 
 
 FAR = 2**40
+"""A step at which no schedule changes any more."""
 
 
 class Schedule(ABC):

@@ -75,6 +75,8 @@ class Fold:
     """Whether these members of the stack had no evidence before this step."""
     index: int = 0
     """Number of measured steps before this one."""
+    solved: bool = False
+    """Whether the evidence is the gradient that the step solves for, of all members: `Projects` keeps its coordinates."""
 
     def of(self, again: bool, first: bool) -> Fold:
         """The fold of some members.  again: whether they had evidence earlier in this step; first: see the field"""

@@ -16,6 +16,7 @@ from gradmaker.representations.base import Fold, Representation
 from gradmaker.representations.capabilities import Elementwise, Multiplies
 
 __all__ = [
+    "PROJECTED",
     "ByExample",
     "Compact",
     "FactoredAxes",
@@ -23,6 +24,7 @@ __all__ = [
     "OwnOrder",
     "PerStep",
     "PreconditionsRows",
+    "Projects",
     "Renewal",
     "Renewed",
     "SlowTensors",
@@ -184,6 +186,14 @@ class PreconditionsRows(Representation):
     @abstractmethod
     def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
         """``P G`` by the rows of ``G``; `apply` of the formed gradient gives the same."""
+
+
+PROJECTED = "projected"
+"""What `Projects` keeps in a state until the step ends."""
+
+
+class Projects(Representation):
+    """A representation whose `update` projects gradients onto a basis; where `Fold.solved`, the result is kept in the state."""
 
 
 # ------------------------------------------------------------------ the times

@@ -11,7 +11,7 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows", "HeldInForms", "SolvesOwn"]
+__all__ = ["AppliesRows", "AveragesInBasis", "HeldInForms", "SolvesOwn"]
 
 
 class AppliesRows(Solver[Needed]):
@@ -24,6 +24,22 @@ class AppliesRows(Solver[Needed]):
     @abstractmethod
     def solve_rows(self, representation: Needed, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
         """``P G``, by rows or formed; `solve` of the formed gradient gives the same."""
+
+
+class AveragesInBasis(AppliesRows[Needed]):
+    """A solver whose ``P`` is diagonal in a basis that its cache holds: gradients may be averaged in their coordinates."""
+
+    @abstractmethod
+    def coordinates(self, representation: Needed, cache: State, g: Tensor | FactoredGradient) -> Tensor:
+        """``Q^T g``.  # (B, d_1, ..., d_m)"""
+
+    @abstractmethod
+    def solve_coordinates(self, cache: State, x: Tensor) -> Tensor:
+        """``P g`` from ``x = Q^T g``; `solve` of the gradient gives the same.  # (B, d_1, ..., d_m)"""
+
+    @abstractmethod
+    def bases(self, cache: State) -> list[Tensor | None]:
+        """``Q_k``; None for an axis that keeps the unit basis.  # each (B, d_k, d_k), or tiled"""
 
 
 class SolvesOwn(Solver[Needed]):

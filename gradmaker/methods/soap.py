@@ -26,8 +26,9 @@ class SoapGradientConfig(AxesGradientConfig):
     """SOAP: ``P g = Q [(Q^T m) / (sqrt(v) + damping)]``, Adam in the eigenbasis ``Q`` of Shampoo's factors.
 
     ``preconditioner_interval`` is the interval of the basis ``Q``, which is refreshed before the gradient of its step is used;
-    the second moment ``v`` is updated at every step. The reference skips the first step (``skip_first``); here it is taken with
-    the mean of ``v`` in every entry, which the next gradient replaces. Vectors get Adam.
+    the second moment ``v`` is updated at every step. As in the reference, the first gradient makes the basis alone, and its
+    step is zero; with ``skip_first=False`` it is taken with the mean of ``v`` in every entry, which the next gradient replaces.
+    Vectors get Adam.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3; defaults of its code.
     """
@@ -41,7 +42,7 @@ class SoapGradientConfig(AxesGradientConfig):
     max_dim: int = 10000
     preconditioner_interval: int | Schedule = 10
     stagger: bool = False
-    skip_first: bool = False
+    skip_first: bool = True
     precondition_vectors: bool = False
 
     def __post_init__(self) -> None:

@@ -55,9 +55,11 @@ PLAYED = {
     roles.Snapshots: "Implicit KronPairs",
     roles.SpansGradient: "Rows Sketched",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
-    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ",
+    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ "
+    "RotatedDims",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
+    roles.Projects: "RotatedDims",
     roles.OwnOrder: "Eigenbasis RotatedDims AlternatingInverse OneWayDims",
 }
 

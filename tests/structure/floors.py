@@ -27,6 +27,7 @@ FLOORS = (
     Floor(("solvers",)),
     Floor(
         (
+            "averages",
             "blocks",
             "block_options",
             "by_rows",
