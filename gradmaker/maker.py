@@ -225,7 +225,8 @@ class GradientMaker:
         self.step_state.end()
         try:
             end = self._end()
-            self.step_state.finish(end, self._blocks(), partial(_write, end.gradients, before.gradients or ()))
+            write = end.write or partial(_write, end.gradients, before.gradients or ())
+            self.step_state.finish(end, self._blocks(), write)
         except BaseException:
             self.step_state.fail(before)
             raise

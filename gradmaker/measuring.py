@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
-from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
+from gradmaker.linalg.arithmetic import norms, plain_arithmetic, sums_to_finite
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.loss.terms import Terms
@@ -229,11 +230,22 @@ class MeasuringMaker(PlannedMaker):
         if not (self._due or any(b.options.beta1 or b.grafting_state for b in self.plan.blocks)):
             return False, False
         served = self.served
-        own = (p for p in self.model.parameters() if served is None or p in served)
-        tensors = check + [p.grad for p in own if p.grad is not None]
-        finite = torch.stack([sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None and (served is None or p in served)]
+        dense = [g for g in grads if g.layout is torch.strided and not g.is_complex()]
+        others = [g for g in grads if g.layout is not torch.strided or g.is_complex()]
         kept = [t.valid() for t in terms]
-        flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
-        values = torch.stack(flags).tolist()
-        self.step_state.note(bool(values[0]))
-        return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
+        flags = [sums_to_finite(t) for t in (*check, *others)]
+        read = [*norms(dense), *flags, *(v.any() for v in kept), *(t.masked() for t in terms)]
+        values = torch.stack(read).tolist() if read else []
+        sizes, finite = values[: len(dense)], values[len(dense) : len(dense) + len(flags)]
+        kept_any, masked = (values[len(values) - k * len(terms) :][: len(terms)] for k in (2, 1))
+        regular = all(map(isfinite, sizes)) or bool(torch.stack([sums_to_finite(g) for g in dense]).all())
+        self.step_state.note(regular and all(finite), tuple(zip(dense, (g._version for g in dense), sizes, strict=True)))
+        return any(masked), bool(kept) and not any(kept_any)
+
+    def _check_again(self) -> None:
+        """Check the gradients, unless the last check saw them as they are now."""
+        seen = self.step_state.now.norms
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if len(seen) != len(grads) or any(a is not b or a._version != v for (a, v, _), b in zip(seen, grads, strict=True)):
+            self._note_finite([], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from math import inf
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
@@ -15,12 +16,14 @@ from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
+from gradmaker.elementwise import Elementwise
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
 from gradmaker.loops.attachment import Attachment
 from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
 from gradmaker.passes.batches import Batch
+from gradmaker.plan import Plan
 from gradmaker.reports.summary import Summary, summarise
 from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.clocks import PlanClocks
@@ -44,6 +47,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         super().__init__(model, config)
         self._attachments: list[Attachment] = []
         self._failures = Failures(self.config.failures_allowed)
+        self._elementwise: tuple[Plan, Elementwise | None] | None = None  # of this plan
 
     @property
     def skipped(self) -> int:
@@ -69,7 +73,9 @@ class PreconditionedGradientMaker(MeasuringMaker):
         if state.now.due is None:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
             state.ask(self.plan.blocks)
-        if not state.now.checked:
+        if self._at_every_element is not None:
+            self._check_again()
+        elif not state.now.checked:
             self._note_finite([], [])
         return self._solve() if state.now.finite else End(reports=state.now.reports)
 
@@ -82,7 +88,12 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     @torch.no_grad()
     def _solve(self) -> End:
+        if (end := self._at_once()) is not None:
+            return end
         draft = self.step_state.draft()
+        for block in self.plan.blocks if self._at_every_element is not None else ():
+            if not block.cache:  # the last step was one operator, which needs none
+                draft.put(block, block.prepare(block.held, self.step_state.now.ever)[0])
         self._measure_gradient(draft)
         with plain_arithmetic(self.model):
             clocks, reports = self._refresh(draft)
@@ -91,7 +102,26 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 if self._started or ((rule := block.options.grafting) and rule.leads):
                     block.assign(draft.look(block), value, found)
         found, region = self._limited(found)
-        return End(draft.work(), found, clocks, reports, region)
+        return End(draft.work(), found, clocks=clocks, reports=reports, region=region)
+
+    def _at_once(self) -> End | None:
+        """The end of a step of element-wise methods, by one operator; None where it is formed block by block."""
+        whole, state, now = self._at_every_element, self.step_state, self.step_state.now
+        if whole is None or not self._started or any(g is not None for _, g in now.gradients or ()):
+            return None
+        made = whole.step(max((size for *_, size in now.norms), default=inf))
+        if made is None:
+            return None
+        reports = self._failures.check(now.reports)
+        return End(made.work, made.gradients, made.write, state.refreshes(())[0], reports)
+
+    @property
+    def _at_every_element(self) -> Elementwise | None:
+        """The plan as one element-wise step, if it is one."""
+        if self._elementwise is None or self._elementwise[0] is not self.plan:
+            made = None if self.trust_region is not None else Elementwise.of(self.plan.blocks, self.plan.methods.values())
+            self._elementwise = self.plan, made
+        return self._elementwise[1]
 
     def _measure_gradient(self, draft: Draft) -> None:
         """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from gradmaker.blocks import Block
@@ -62,8 +62,7 @@ class PlanClocks:
     def folds(self, step: int, blocks: Iterable[Block], weight: float) -> dict[Block, Fold]:
         """How evidence of a micro-batch enters the statistics of blocks; changes nothing.  weight: its share of the loss"""
         shown = self.copy()
-        for clocks in shown.of.values():
-            clocks.refresh.tick(step)
+        shown.tick(step)
         found = {}
         for block in blocks:
             clocks = shown.of[block.options.method]
@@ -74,13 +73,15 @@ class PlanClocks:
         name = block.options.method
         return self.of[name].refresh.due(step, block.share if self.methods[name].stagger else 0.0)
 
-    def refreshes(self, step: int, blocks: Collection[Block]) -> Iterator[tuple[Block, bool]]:
-        """Every block, and whether it is to be refreshed; may be called again for the same step."""
-        for name, clocks in self.of.items():
+    def tick(self, step: int) -> None:
+        """Begin the intervals of refreshes that begin at this step; may be called again for the same step."""
+        for clocks in self.of.values():
             clocks.refresh.tick(step)
-            for block in blocks:
-                if block.options.method == name:
-                    yield block, self._is_due(block, step)
+
+    def refreshes(self, step: int, blocks: Collection[Block]) -> list[tuple[Block, bool]]:
+        """Every block, and whether it is to be refreshed; may be called again for the same step."""
+        self.tick(step)
+        return [(b, self._is_due(b, step)) for name in self.of for b in blocks if b.options.method == name]
 
     def dump(self) -> dict[str, dict[str, dict[str, int]]]:
         """The state of all clocks, by method."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
@@ -55,6 +55,7 @@ class Facts:
     due: frozenset[str] | None = None  # methods that measure their curvature in it; None: the clocks were not read yet
     finite: bool = True
     checked: bool = False  # whether any tensor was checked for non-finite values
+    norms: tuple[tuple[Tensor, int, float], ...] = ()  # gradients at the last check, with version counters and norms
     shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: unknown
     work: Work = Work()
     trial: QuadraticModel | None = None
@@ -79,6 +80,7 @@ class End:
 
     work: Work | None = None  # None: nothing to keep, since the step was not finite
     gradients: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)  # to be written to `.grad`
+    write: Callable[[], None] | None = None  # writes to `.grad` and to what the blocks hold, in place of `gradients`
     clocks: PlanClocks | None = None
     reports: tuple[Report, ...] = ()
     region: Region | None = None
@@ -131,10 +133,10 @@ class StepState:
         """How evidence of a micro-batch enters the statistics of blocks.  weight: of its loss in that of the step"""
         return self._now.clocks.folds(self._now.index, blocks, weight)
 
-    def note(self, finite: bool) -> None:
-        """Record a check of the loss or the gradients."""
+    def note(self, finite: bool, norms: tuple[tuple[Tensor, int, float], ...] = ()) -> None:
+        """Record a check of the loss or the gradients.  norms: of the gradients, with their version counters"""
         now = self._check("note", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
-        self._now = replace(now, finite=now.finite and finite, checked=True)
+        self._now = replace(now, finite=now.finite and finite, checked=True, norms=norms)
 
     def judge_anew(self) -> None:
         """Forget whether earlier passes were finite: the end of the step finds it in ``.grad``."""
@@ -200,7 +202,7 @@ class StepState:
         now = self._check("end", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         self._now = replace(now, phase=Phase.ENDING)
 
-    def refreshes(self, blocks: Collection[Block]) -> tuple[PlanClocks, Iterator[tuple[Block, bool]]]:
+    def refreshes(self, blocks: Collection[Block]) -> tuple[PlanClocks, list[tuple[Block, bool]]]:
         """Every block and whether it is to be refreshed, with the clocks after this."""
         clocks = self._check("refreshes", Phase.ENDING).clocks.copy()
         return clocks, clocks.refreshes(self._now.index, blocks)

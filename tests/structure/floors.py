@@ -30,6 +30,7 @@ FLOORS = (
             "blocks",
             "block_options",
             "config",
+            "elementwise",
             "failures",
             "gathering",
             "grafting",

@@ -18,6 +18,8 @@ OF_TORCH = frozenset(
         "_dynamo",
         "_execution_engine",
         "_functorch",
+        "_fused_adagrad_",
+        "_fused_adamw_",
         "_get_tracing_state",
         "_get_raw",  # of a formula of FLOPs that takes tensors
         "_in_projection",
