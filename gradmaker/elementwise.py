@@ -1,17 +1,17 @@
 """Steps of element-wise methods of mini-batch gradients by one operator: average, statistic, division and ``.grad`` at once.
 
-A plan all of whose blocks are ``BatchGradient x Diagonal x Division``, as that of Adam or AdaGrad, needs nothing of a block at
-a time. Where torch has the operator, and gradients are as it takes them, it reads and writes every number once. That of Adam
-is the last action of a step, so that its statistics are changed in place. It holds no cache: a step that is formed block by
-block prepares one.
+Blocks of ``BatchGradient x Diagonal x Division``, as those of Adam and AdaGrad, need nothing of a block at a time. Where torch
+has the operator, and gradients are as it takes them, it reads and writes every number once; no cache is held then. On its own
+in a plan, that of Adam is the last action of the step, and works in place; beside other blocks it works on copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite, sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,136 +21,197 @@ from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.linalg import fused
+from gradmaker.linalg.state import State
 from gradmaker.precision import Precision
 from gradmaker.representations import Diagonal
 from gradmaker.solvers import Division
-from gradmaker.step.draft import Work
 from gradmaker.step.held import Held
 
-__all__ = ["Elementwise", "Written"]
+__all__ = ["Elementwise", "Made", "elementwise"]
 
 PARTS: tuple[type, ...] = (BatchGradient, Diagonal, Division)
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a step by one operator gives: the blocks' new contents, and gradients to be written or what writes them itself."""
+class Made(NamedTuple):
+    """What a step by one operator gives."""
 
-    work: Work
-    gradients: dict[nn.Parameter, Tensor]
-    write: Callable[[], None] | None  # writes statistics and gradients, in place
+    held: dict[Block, Held]  # of the blocks whose step it is, among them those without a gradient, which hold what they held
+    gradients: dict[nn.Parameter, Tensor]  # to be written to ``.grad``
+    write: Callable[[], None] | None = None  # writes statistics, averages and ``.grad`` in place, in their stead
+
+
+@dataclass
+class _Member:
+    """A block, with what was seen of its tensors when they were new."""
+
+    block: Block
+    parameters: list[nn.Parameter]
+    seen: tuple[Tensor, ...] = ()
+    views: tuple[list[Tensor], ...] | None = None  # in the shapes of the parameters; None: the operator cannot have them
+
+    def __getstate__(self) -> dict[str, object]:  # a copy's tensors are its own
+        return {**vars(self), "seen": (), "views": None}
+
+    def tensors(self, state: State, average: State) -> tuple[Tensor, ...]:
+        return (state["diagonal"], average["average"]) if average else (state["diagonal"],)
+
+    def look(self) -> tuple[list[Tensor], ...] | None:
+        """Views of its tensors; reads the host where these are new. None unless all members have seen the same steps."""
+        block = self.block
+        now = self.tensors(block.state, block.average)
+        if len(now) != len(self.seen) or any(a is not b for a, b in zip(now, self.seen, strict=True)):
+            self.seen, regular = now, self._is_regular(now)
+            self.views = tuple(self.in_shapes(t) for t in now) if regular else None
+        return self.views
+
+    def _is_regular(self, tensors: tuple[Tensor, ...]) -> bool:
+        block = self.block
+        if "failing" in block.cache and bool(block.cache["failing"].any()):
+            return False
+        masses = [part["mass"] for part in (block.state, block.average) if part]
+        same = all(bool((mass == mass[0]).all()) for mass in masses)
+        return same and all(t.is_contiguous() and bool(t.sum().isfinite()) for t in tensors)
+
+    def in_shapes(self, stack: Tensor) -> list[Tensor]:
+        """Views of the members of a stack in the shapes of their parameters."""
+        return [stack[slot].view(p.shape) for slot, p in zip(self.block.slots, self.parameters, strict=True)]
+
+    def gradients(self) -> list[Tensor] | None:
+        """The gradients of all of its parameters; empty if there is none, None where the operator cannot have them."""
+        found = [p.grad for p in self.parameters if p.requires_grad and p.grad is not None]
+        if found and (len(found) < len(self.parameters) or not all(map(_is_plain, found))):
+            return None
+        return found
+
+
+class _Due(NamedTuple):
+    """A block whose step is by the operator, with its gradients, and the views of its statistic and average."""
+
+    member: _Member
+    g: list[Tensor]
+    views: tuple[list[Tensor], ...]
+    tensors: tuple[Tensor, ...]
+
+    def copied(self, gradients: bool) -> _Due:
+        """The same with copies of all that the operator writes."""
+        tensors = tuple(t.clone() for t in self.tensors)
+        g = [x.clone() for x in self.g] if gradients else self.g
+        return _Due(self.member, g, tuple(map(self.member.in_shapes, tensors)), tensors)
 
 
 class Elementwise:
-    """The blocks of a plan whose steps may be one operator, with views of their tensors in the shapes of the parameters."""
+    """Blocks of a plan with the same options, whose steps may be one operator."""
 
     def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
         options, solver = blocks[0].options, blocks[0].triple.solver
         assert isinstance(solver, Division)
         self.beta1: float = options.beta1
         self.decay: float | None = options.decay
         self.damping: float = solver.damping
         self.corrected: bool = options.averaging == "corrected"
-        self.parameters: list[nn.Parameter] = [next(iter(site.parameters.values())) for block in blocks for site in block.sites]
-        self._names: frozenset[str] = frozenset(site.name for block in blocks for site in block.sites)
-        self._seen: list[Tensor] = []  # the tensors that were looked at
-        self._views: list[list[Tensor]] | None = (
-            None  # of the statistics and the averages; None: as the operator cannot have them
-        )
+        self.members: list[_Member] = [_Member(b, [next(iter(s.parameters.values())) for s in b.sites]) for b in blocks]
 
-    def __getstate__(self) -> dict[str, object]:  # a copy's tensors are its own
-        return {**vars(self), "_seen": [], "_views": None}
+    @property
+    def blocks(self) -> list[Block]:
+        return [member.block for member in self.members]
 
-    @classmethod
-    def of(cls, blocks: list[Block], configs: Iterable[GradientConfig]) -> Elementwise | None:
-        """None where any block is of other parts, or is not measured and refreshed at every step, or options differ.
+    def covers(self, blocks: Collection[Block]) -> bool:
+        """Whether these are all of its blocks."""
+        return len(blocks) == len(self.members)
 
-        configs: of the methods of the plan
+    def step(self, sizes: Mapping[int, float], alone: bool) -> Made:
+        """The step of the blocks that have it with the present ``.grad``; the others have to be formed.
+
+        sizes: norms of gradients, by ``id``; alone: whether to write in place
         """
-        if not blocks or not all(map(_every_step, configs)) or not all(map(_fits, blocks)):
-            return None
-        kinds = {(b.triple, replace(b.options, method=""), b.frame.dtype) for b in blocks}
-        known = fused.has_adam if blocks[0].options.beta1 else fused.has_adagrad
-        return cls(blocks) if len(kinds) == 1 and known(blocks[0].frame.dtype) else None
+        due, held = list[_Due](), dict[Block, Held]()
+        for member in self.members:
+            g = member.gradients()
+            if g == []:
+                held[member.block] = member.block.held
+            elif g is not None and self._are_small(g, sizes) and (views := member.look()) is not None:
+                due.append(_Due(member, g, views, member.seen))
+        if not due:
+            return Made(held, {})
+        return self._adam(due, held, alone) if self.beta1 else self._adagrad(due, held)
 
-    def step(self, size: float) -> Written | None:
-        """The step with the present ``.grad``; None where it has to be formed.  size: bound of the gradients' entries"""
-        if not size <= (fused.LARGEST if self.beta1 else inf) or not isfinite(size) or not self._look():
-            return None
-        found = [p.grad for p in self.parameters]
-        g = [x for x in found if x is not None and _is_plain(x)]
-        if len(g) < len(found) or not all(p.requires_grad for p in self.parameters):
-            return None
-        return self._adam(g) if self.beta1 else self._adagrad(g)
+    def _are_small(self, g: list[Tensor], sizes: Mapping[int, float]) -> bool:
+        """Whether no square overflows, nor the operator loses digits."""
+        limit = fused.LARGEST if self.beta1 else inf
+        return all(sizes.get(id(x), inf) <= limit and isfinite(sizes[id(x)]) for x in g)
 
-    def _adam(self, g: list[Tensor]) -> Written:
-        assert self._views is not None and self.decay is not None
-        held = [block.held for block in self.blocks]
-        masses = [h.state["mass"] for h in held]
-        counts = _moved([h.average["mass"] for h in held], self.beta1)
-        masses = _moved(masses, self.decay) if self.corrected else [torch.ones_like(mass) for mass in masses]
-        root, count = sqrt(float(masses[0][0])), float(counts[0][0])  # equal in all members
-        v, m = self._views
+    def _adam(self, due: list[_Due], held: dict[Block, Held], alone: bool) -> Made:
+        assert self.decay is not None
+        before = [each.member.block.held for each in due]
+        counts = _moved([h.average["mass"] for h in before], self.beta1)
+        masses = _moved([h.state["mass"] for h in before], self.decay)
+        if not self.corrected:
+            masses = [torch.ones_like(mass) for mass in masses]
+        steps = [(float(mass[0]), float(count[0])) for mass, count in zip(masses, counts, strict=True)]  # equal in all members
+        alone = alone and len(set(steps)) == 1 and len(due) == len(self.members)
+        if not alone:
+            due = [each.copied(gradients=True) for each in due]
+        for each, mass, count in zip(due, masses, counts, strict=True):
+            diagonal, average = each.tensors
+            kept = each.member.block.grafting_state
+            held[each.member.block] = Held({"diagonal": diagonal, "mass": mass}, {}, {"average": average, "mass": count}, kept)
+        alike = {one: [each for each, own in zip(due, steps, strict=True) if own == one] for one in steps}
+        calls = [self._call(group, *one) for one, group in alike.items()]
+        if alone:
+            return Made(held, {}, *calls)
+        for call in calls:
+            call()
+        self._remember(held)
+        return Made(held, {p: x for each in due for p, x in zip(each.member.parameters, each.g, strict=True)})
+
+    def _call(self, due: list[_Due], mass: float, count: float) -> Callable[[], None]:
+        """The operator on blocks of the same masses."""
+        assert self.decay is not None
+        g = [x for each in due for x in each.g]
+        v, m = ([x for each in due for x in each.views[k]] for k in range(2))
+        root = sqrt(mass)
         options = {"beta1": self.beta1, "beta2": self.decay, "factor": root / count, "damping": self.damping * root}
-        made = {
-            b: Held({**h.state, "mass": mass}, {}, {**h.average, "mass": n}, h.grafting_state)
-            for b, h, mass, n in zip(self.blocks, held, masses, counts, strict=True)
-        }
-        return Written(Work(made, self._names), {}, partial(torch.no_grad()(fused.adam), g, m, v, **options))
+        return partial(fused.adam, g, m, v, **options)
 
-    def _adagrad(self, g: list[Tensor]) -> Written:
-        held = [block.held for block in self.blocks]
-        states = [{k: x.clone() for k, x in h.state.items()} for h in held]
-        self._seen = [state["diagonal"] for state in states]
-        s = [x for b, state in zip(self.blocks, states, strict=True) for x in _in_shapes(b, state["diagonal"])]
-        found = fused.adagrad(g, s, self.damping)
-        for state in states:
-            state["mass"].fill_(1.0)
-        made = {b: Held(state, {}, {}, h.grafting_state) for b, h, state in zip(self.blocks, held, states, strict=True)}
-        return Written(Work(made, self._names), dict(zip(self.parameters, found, strict=True)), None)
+    def _adagrad(self, due: list[_Due], held: dict[Block, Held]) -> Made:
+        due = [each.copied(gradients=False) for each in due]
+        for each in due:
+            block, (diagonal,) = each.member.block, each.tensors
+            state = {"diagonal": diagonal, "mass": torch.ones_like(block.state["mass"])}
+            held[block] = Held(state, grafting_state=block.grafting_state)
+        g, s = [x for each in due for x in each.g], [x for each in due for x in each.views[0]]
+        steps = iter(fused.adagrad(g, s, self.damping))
+        self._remember(held)
+        return Made(held, {p: next(steps) for each in due for p in each.member.parameters})
 
-    def _look(self) -> bool:
-        """Whether the operator can have what the blocks hold: reads the host where their tensors are new ones."""
-        now = [t for b in self.blocks for t in (b.state["diagonal"], *([b.average["average"]] if self.beta1 else ()))]
-        if len(now) != len(self._seen) or any(a is not b for a, b in zip(now, self._seen, strict=True)):
-            self._seen = now
-            self._views = self._viewed() if self._is_regular(now) else None
-        return self._views is not None
-
-    def _is_regular(self, tensors: list[Tensor]) -> bool:
-        """Whether tensors lie as they are named, all members have seen the same steps, and no refresh has failed."""
-        if any(not t.is_contiguous() or not bool(t.sum().isfinite()) for t in tensors):
-            return False
-        if any(bool(b.cache["failing"].any()) for b in self.blocks if "failing" in b.cache):
-            return False
-        masses = [
-            torch.cat([part["mass"] for part in parts])
-            for parts in zip(*([b.state, b.average] for b in self.blocks), strict=True)
-            if all(parts)
-        ]
-        return all(bool((mass == mass[0]).all()) for mass in masses)
-
-    def _viewed(self) -> list[list[Tensor]]:
-        parts = [[b.state["diagonal"] for b in self.blocks]]
-        if self.beta1:
-            parts.append([b.average["average"] for b in self.blocks])
-        return [[x for b, t in zip(self.blocks, part, strict=True) for x in _in_shapes(b, t)] for part in parts]
+    def _remember(self, held: Mapping[Block, Held]) -> None:
+        """Take the new tensors for seen: they are as regular as those that they were made of."""
+        for member in self.members:
+            if (new := held.get(member.block, member.block.held)) is not member.block.held:
+                member.seen = member.tensors(new.state, new.average)
+                member.views = tuple(member.in_shapes(t) for t in member.seen)
 
 
-def _every_step(config: GradientConfig) -> bool:
-    return config.curvature_interval == config.preconditioner_interval == 1
+def elementwise(blocks: Collection[Block], configs: Mapping[str, GradientConfig]) -> list[Elementwise]:
+    """The blocks of a plan that may have such steps, those with equal options together.  configs: of the plan's methods"""
+    groups: dict[object, list[Block]] = {}
+    for b in blocks:
+        config = configs[b.options.method]
+        if config.curvature_interval == config.preconditioner_interval == 1 and _fits(b):
+            groups.setdefault((b.triple, replace(b.options, method=""), b.frame.dtype), []).append(b)
+    return [Elementwise(group) for group in groups.values()]
 
 
 def _fits(block: Block) -> bool:
     """Whether a block is of these parts, with nothing beside them, and its parameters lie in it as they are."""
     t, o = block.triple, block.options
     parts: tuple[type, ...] = type(t.curvature), type(t.representation), type(t.solver)
-    if parts != PARTS or t.solver.exponent != -0.5 or o.grafting or o.nesterov_average or o.precision != Precision():
+    beside = o.grafting or o.nesterov_average or o.precision != Precision()
+    if parts != PARTS or t.solver.exponent != -0.5 or beside or block.frame.device.type != "cpu":
         return False
-    averages = o.decay is not None and o.averaging != "raw" and 0 < o.beta1 < 1
-    sums = o.decay is None and not o.beta1
-    return (averages or sums) and block.frame.device.type == "cpu" and all(_is_whole(s, block) for s in block.sites)
+    averages = o.decay is not None and o.averaging != "raw" and 0 < o.beta1 < 1 and fused.has_adam(block.frame.dtype)
+    sums = o.decay is None and not o.beta1 and fused.has_adagrad(block.frame.dtype)
+    return (averages or sums) and all(_is_whole(s, block) for s in block.sites)
 
 
 def _is_whole(site: Site, block: Block) -> bool:
@@ -168,9 +229,3 @@ def _moved(masses: list[Tensor], decay: float) -> list[Tensor]:
     made = torch._foreach_mul(masses, decay)
     torch._foreach_add_(made, 1 - decay)
     return list(made)
-
-
-def _in_shapes(block: Block, stack: Tensor) -> list[Tensor]:
-    """Views of the members of a stack in the shapes of their parameters."""
-    shapes = [next(iter(site.parameters.values())).shape for site in block.sites]
-    return [stack[slot].view(shape) for slot, shape in zip(block.slots, shapes, strict=True)]

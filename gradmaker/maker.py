@@ -240,7 +240,8 @@ class GradientMaker:
     def _mark(self) -> Callable[[], None]:
         """Returns a function that restores the present step and torch's global generators, for a call that fails."""
         now = self.step_state.now
-        indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        there = self.model.parameters() if torch.cuda.is_initialized() else ()
+        indices = {p.device.index for p in there if p.device.type == "cuda"}
         devices = {i: torch.cuda.get_rng_state(i) for i in indices}
         host = torch.get_rng_state()
 

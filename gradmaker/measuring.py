@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmaker.blocks import Block
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
@@ -207,13 +208,19 @@ class MeasuringMaker(PlannedMaker):
                     self._take(draft, curvature, curvature.measure(step), weight)
 
     def _take(
-        self, draft: Draft, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, pooled: bool = True
+        self,
+        draft: Draft,
+        curvature: Curvature,
+        chunks: Iterable[Mapping[str, Evidence]],
+        weight: float,
+        pooled: bool = True,
+        done: Set[Block] = frozenset(),
     ) -> None:
-        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step"""
+        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out"""
         if isinstance(curvature, Pooled) and pooled:
             draft.pool(curvature, chunks, weight)
             return
-        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature and b not in done]
         draft.fold(chunks, self.step_state.folds(blocks, weight), self.step_state.now.ever)
 
     # ---------------------------------------------------------------- what is finite
@@ -227,7 +234,7 @@ class MeasuringMaker(PlannedMaker):
 
         One host read, and only on steps that could add them to a statistic.
         """
-        if not (self._due or any(b.options.beta1 or b.grafting_state for b in self.plan.blocks)):
+        if not (self._due or self.plan.averages):
             return False, False
         served = self.served
         grads = [p.grad for p in self.model.parameters() if p.grad is not None and (served is None or p in served)]
@@ -245,7 +252,7 @@ class MeasuringMaker(PlannedMaker):
 
     def _check_again(self) -> None:
         """Check the gradients, unless the last check saw them as they are now."""
-        seen = self.step_state.now.norms
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if len(seen) != len(grads) or any(a is not b or a._version != v for (a, v, _), b in zip(seen, grads, strict=True)):
+        seen = {id(g): version for g, version, _ in self.step_state.now.norms}
+        grads = (p.grad for p in self.model.parameters() if p.grad is not None)
+        if any(seen.get(id(g)) != g._version for g in grads):
             self._note_finite([], [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from math import inf
+from collections.abc import Callable, Set
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
@@ -16,7 +16,7 @@ from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
-from gradmaker.elementwise import Elementwise
+from gradmaker.elementwise import Elementwise, elementwise
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
 from gradmaker.loops.attachment import Attachment
@@ -47,7 +47,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         super().__init__(model, config)
         self._attachments: list[Attachment] = []
         self._failures = Failures(self.config.failures_allowed)
-        self._elementwise: tuple[Plan, Elementwise | None] | None = None  # of this plan
+        self._groups: tuple[Plan, list[Elementwise]] | None = None  # of this plan
 
     @property
     def skipped(self) -> int:
@@ -73,7 +73,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         if state.now.due is None:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
             state.ask(self.plan.blocks)
-        if self._at_every_element is not None:
+        if self._elementwise():
             self._check_again()
         elif not state.now.checked:
             self._note_finite([], [])
@@ -88,48 +88,54 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     @torch.no_grad()
     def _solve(self) -> End:
-        if (end := self._at_once()) is not None:
-            return end
         draft = self.step_state.draft()
-        for block in self.plan.blocks if self._at_every_element is not None else ():
-            if not block.cache:  # the last step was one operator, which needs none
-                draft.put(block, block.prepare(block.held, self.step_state.now.ever)[0])
-        self._measure_gradient(draft)
+        done, found, write = self._at_once(draft)
+        self._measure_gradient(draft, done)
+        rest = [block for block in self.plan.blocks if block not in done]
         with plain_arithmetic(self.model):
-            clocks, reports = self._refresh(draft)
-            found: dict[nn.Parameter, Tensor] = {}
-            for block, value in [r for r in (self._solved(draft, b) for b in self.plan.blocks) if r is not None]:
+            clocks, reports = self._refresh(draft, rest)
+            for block, value in [r for r in (self._solved(draft, b) for b in rest) if r is not None]:
                 if self._started or ((rule := block.options.grafting) and rule.leads):
                     block.assign(draft.look(block), value, found)
         found, region = self._limited(found)
-        return End(draft.work(), found, clocks=clocks, reports=reports, region=region)
+        return End(draft.work(), found, write, clocks, reports, region)
 
-    def _at_once(self) -> End | None:
-        """The end of a step of element-wise methods, by one operator; None where it is formed block by block."""
-        whole, state, now = self._at_every_element, self.step_state, self.step_state.now
-        if whole is None or not self._started or any(g is not None for _, g in now.gradients or ()):
-            return None
-        made = whole.step(max((size for *_, size in now.norms), default=inf))
-        if made is None:
-            return None
-        reports = self._failures.check(now.reports)
-        return End(made.work, made.gradients, made.write, state.refreshes(())[0], reports)
+    def _at_once(self, draft: Draft) -> tuple[Set[Block], dict[nn.Parameter, Tensor], Callable[[], None] | None]:
+        """The steps by one operator: their blocks, and gradients to be written, or what writes all that the step changes."""
+        groups, now = self._elementwise(), self.step_state.now
+        done, found, write = set[Block](), dict[nn.Parameter, Tensor](), None
+        if not groups or not self._started:
+            return done, found, write
+        sizes = {id(g): size for g, _, size in now.norms}
+        fresh = all(g is None for _, g in now.gradients or ())  # .grad holds this step alone
+        alone = fresh and self.trust_region is None and groups[0].covers(self.plan.blocks)
+        for group in groups:
+            made = group.step(sizes, alone)
+            for block, held in made.held.items():
+                draft.put(block, held, block.names if held is not block.held else frozenset())
+            done, found, write = done | made.held.keys(), found | made.gradients, made.write
+            for block in (b for b in group.blocks if b not in done and not b.cache):  # the last step was by the operator
+                draft.put(block, block.prepare(draft.look(block), now.ever)[0])
+        return done, found, write
 
-    @property
-    def _at_every_element(self) -> Elementwise | None:
-        """The plan as one element-wise step, if it is one."""
-        if self._elementwise is None or self._elementwise[0] is not self.plan:
-            made = None if self.trust_region is not None else Elementwise.of(self.plan.blocks, self.plan.methods.values())
-            self._elementwise = self.plan, made
-        return self._elementwise[1]
+    def _elementwise(self) -> list[Elementwise]:
+        """The blocks of the plan that may have their step by one operator."""
+        if self._groups is None or self._groups[0] is not self.plan:
+            self._groups = self.plan, elementwise(self.plan.blocks, self.plan.methods)
+        return self._groups[1]
 
-    def _measure_gradient(self, draft: Draft) -> None:
-        """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches."""
-        now = self.step_state.now
+    def _measure_gradient(self, draft: Draft, done: Set[Block]) -> None:
+        """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches.
+
+        done: blocks that have had their step
+        """
+        now, own = self.step_state.now, self.plan.curvatures(of_passes=False, due=self._due)
+        if not now.work.pooled and all(b in done for b in self.plan.measured(self._due) if b.triple.curvature in own):
+            return
         with plain_arithmetic(self.model), borrowing():
-            for curvature in self.plan.curvatures(of_passes=False, due=self._due):
-                chunks = curvature.measure(self._step(curvature, 0, self._due))
-                self._take(draft, curvature, chunks, 1.0)
+            for curvature in own:
+                step = self._step(curvature, 0, self._due, done=done)
+                self._take(draft, curvature, curvature.measure(step), 1.0, done=done)
             for curvature, pooled in now.work.pooled.items():
                 chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
                 self._take(draft, curvature, chunks, 1.0, pooled=False)
@@ -138,11 +144,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def _started(self) -> bool:
         return self.step >= self.config.first_step
 
-    def _refresh(self, draft: Draft) -> tuple[PlanClocks, tuple[Report, ...]]:
-        """Refresh the blocks that are due. Returns the clocks after this, and the reports of failures."""
+    def _refresh(self, draft: Draft, blocks: list[Block]) -> tuple[PlanClocks, tuple[Report, ...]]:
+        """Refresh those of these blocks that are due. Returns the clocks after this, and the reports of failures."""
         now = self.step_state.now
         reports = self._failures.check(now.reports)  # reports of earlier steps, copied to the host since
-        clocks, turns = self.step_state.refreshes(self.plan.blocks)
+        clocks, turns = self.step_state.refreshes(blocks)
         measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
         for block, due in turns:
             held, done = block.prepare(draft.look(block), measured, due, draft.reached, draft.owns(block))

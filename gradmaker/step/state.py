@@ -232,8 +232,8 @@ class StepState:
         blocks: of the plan.  write: writes the gradients into ``.grad``; the last action that may raise
         """
         now = self._check("finish", Phase.ENDING)
-        clocks, work = (end.clocks or now.clocks).copy(), end.work or Work()
-        clocks.retry(now.due or (), work.reached, now.index + 1, blocks)
+        work = end.work or Work()
+        clocks = (end.clocks or now.clocks).retried(now.due or (), work.reached, now.index + 1, blocks)
         done = Facts(
             index=now.index + 1,
             clocks=clocks,
@@ -249,7 +249,8 @@ class StepState:
         for block, held in work.held.items():
             block.held = held
         for block in blocks:
-            release(block.triple.representation, block.state)
+            if block.per_step:
+                release(block.triple.representation, block.state)
 
     # ---------------------------------------------------------------- another plan, another state
     def move(self, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> None:
