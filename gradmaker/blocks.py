@@ -264,6 +264,10 @@ class Block:
         """Whether the names and shapes of its tensors are known only after a measurement."""
         return isinstance(self.triple.representation, Unstacked) and not isinstance(self.triple.representation, PerStep)
 
+    def explicit(self, held: Held) -> Held:
+        """The same with its cache."""
+        return replace(held, cache=self.refreshed(held.state, None), implicit=False) if held.implicit else held
+
     def empty_cache(self) -> State:
         """A cache of zeros; empty where names and shapes are not known yet."""
         if self.late:

@@ -152,9 +152,8 @@ class Elementwise:
         if not alone:
             due = [each.copied(gradients=True) for each in due]
         for each, mass, count in zip(due, masses, counts, strict=True):
-            diagonal, average = each.tensors
-            kept = each.member.block.grafting_state
-            held[each.member.block] = Held({"diagonal": diagonal, "mass": mass}, {}, {"average": average, "mass": count}, kept)
+            (diagonal, average), block = each.tensors, each.member.block
+            held[block] = _held(block, {"diagonal": diagonal, "mass": mass}, {"average": average, "mass": count})
         alike = {one: [each for each, own in zip(due, steps, strict=True) if own == one] for one in steps}
         calls = [self._call(group, *one) for one, group in alike.items()]
         if alone:
@@ -178,7 +177,7 @@ class Elementwise:
         for each in due:
             block, (diagonal,) = each.member.block, each.tensors
             state = {"diagonal": diagonal, "mass": torch.ones_like(block.state["mass"])}
-            held[block] = Held(state, grafting_state=block.grafting_state)
+            held[block] = _held(block, state, {})
         g, s = [x for each in due for x in each.g], [x for each in due for x in each.views[0]]
         steps = iter(fused.adagrad(g, s, self.damping))
         self._remember(held)
@@ -223,6 +222,10 @@ def _is_whole(site: Site, block: Block) -> bool:
 def _is_plain(g: Tensor) -> bool:
     """Whether a gradient is a dense tensor of its own that the operator can write to."""
     return type(g) is Tensor and g.layout is torch.strided and g.is_contiguous() and not g.is_neg()
+
+
+def _held(block: Block, state: State, average: State) -> Held:
+    return Held(state, {}, average, block.grafting_state, block.names, implicit=True)
 
 
 def _moved(masses: list[Tensor], decay: float) -> list[Tensor]:

@@ -114,8 +114,8 @@ class PreconditionedGradientMaker(MeasuringMaker):
             for block, held in made.held.items():
                 draft.put(block, held, block.names if held is not block.held else frozenset())
             done, found, write = done | made.held.keys(), found | made.gradients, made.write
-            for block in (b for b in group.blocks if b not in done and not b.cache):  # the last step was by the operator
-                draft.put(block, block.prepare(draft.look(block), now.ever)[0])
+            for block in (b for b in group.blocks if b not in done):
+                draft.put(block, block.explicit(draft.look(block)))
         return done, found, write
 
     def _elementwise(self) -> list[Elementwise]:

@@ -58,7 +58,7 @@ def test_a_fallback_that_comes_later_has_clocks(method: str) -> None:
         raw = case.model.body.weight.grad.clone()  # type: ignore[union-attr, operator]
         maker.precondition()
         assert not torch.equal(case.model.body.weight.grad, raw)  # type: ignore[union-attr, arg-type]
-    assert {b.name for b in maker.plan.blocks if b.cache} == {"body.weight", "body.bias", "head"}
+    assert {b.name for b in maker.plan.blocks if b.ready} == {"body.weight", "body.bias", "head"}
 
 
 @pytest.mark.parametrize("place", ["measurement", "first fold", "in a refresh", "in a solve"])
