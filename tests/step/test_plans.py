@@ -33,7 +33,8 @@ class Hidden(nn.Module):
 def made(method: str) -> tuple[Any, Case]:
     torch.manual_seed(0)
     case = models.build(Hidden, 6, 4)
-    return from_config(case.model, {"method": method, "fallback": "adam", "beta1": 0.9}), case
+    fallback = {"method": "adam", "nesterov_average": True}  # formed block by block, so that places are in its parts, too
+    return from_config(case.model, {"method": method, "fallback": fallback, "beta1": 0.9}), case
 
 
 def hide(case: Case, hidden: bool) -> None:
