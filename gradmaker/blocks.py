@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -55,6 +56,7 @@ class Block:
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
         self.row_layers = by_rows.layers_of(self.sites, self.frame, self.full)
+        self.names = frozenset(site.name for site in self.sites)
         self.held = self.empty()
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
@@ -132,13 +134,11 @@ class Block:
         """
         decay = self.options.decay
         if decay is None:
-            own = Fold(1.0, weight, 1.0, summed=True, of_step=1.0)
-        elif self.options.averaging != "corrected":
+            return Fold(1.0, weight, 1.0, summed=True, of_step=1.0, refresh=refresh, index=index)
+        if self.options.averaging != "corrected":
             of_step = 1.0 if self.options.averaging == "raw" else 1 - decay
-            own = Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step)
-        else:
-            own = Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay)
-        return replace(own, refresh=refresh, index=index)
+            return Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step, refresh=refresh, index=index)
+        return Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay, refresh=refresh, index=index)
 
     def writable(self, held: Held, refresh: bool = True) -> Held:
         """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
@@ -146,7 +146,9 @@ class Block:
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
         """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
-        return fold.refresh or any(s.name not in known and (self.full or s.name in chunk) for s in self.sites)
+        if fold.refresh or self.names <= known:
+            return fold.refresh
+        return any(s.name not in known and (self.full or s.name in chunk) for s in self.sites)
 
     def update(
         self, held: Held, chunk: Mapping[str, Evidence], fold: Fold, reached: set[str], known: Set[str] = frozenset()
@@ -209,7 +211,9 @@ class Block:
         measured: names of all sites with evidence so far; evidence: of those with evidence in this step.
         own: whether the statistic may be changed in place.
         """
-        known = frozenset(s.name for s in self.sites if s.name in measured)
+        known = self.names & measured
+        if not due and known == held.ready and not held.fresh and self.renewed_at_refreshes:
+            return held, False
         representation, new = self.triple.representation, known - held.ready
         turning = (known if due else new).difference(evidence if isinstance(representation, OwnOrder) else ())
         state, cache = self._renewed(held.state, turning, own), held.cache
@@ -230,6 +234,16 @@ class Block:
         if due:
             average = turned_average(average, self.basis, representation, held.cache, cache, self.held.state)
         return replace(held, state=state, cache=cache, average=average, ready=known, fresh=fresh), bool(old or new)
+
+    @cached_property
+    def renewed_at_refreshes(self) -> bool:
+        """Whether its cache is recomputed at a refresh alone, once it is there."""
+        return renewal(self.triple.representation) != "step" and not self.follows_measurements
+
+    @cached_property
+    def per_step(self) -> bool:
+        """Whether its statistic is valid for one step."""
+        return isinstance(self.triple.representation, PerStep)
 
     @property
     def follows_measurements(self) -> bool:
@@ -260,6 +274,10 @@ class Block:
     def late(self) -> bool:
         """Whether the names and shapes of its tensors are known only after a measurement."""
         return isinstance(self.triple.representation, Unstacked) and not isinstance(self.triple.representation, PerStep)
+
+    def explicit(self, held: Held) -> Held:
+        """The same with its cache."""
+        return replace(held, cache=self.refreshed(held.state, None), implicit=False) if held.implicit else held
 
     def empty_cache(self) -> State:
         """A cache of zeros; empty where names and shapes are not known yet."""

@@ -93,7 +93,7 @@ def held_tensors(state: Any, path: str = "") -> list[str]:
 
 
 def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
-    cache = block.cache or block.empty_cache()
+    cache = block.explicit(block.held).cache or block.empty_cache()
     if block.full:
         whole = _dump_slot(block, slice(None), cache, bool(block.ready))
         found = {block.name: {**whole, "ready": sorted(block.ready)}}  # sites measured before its last refresh

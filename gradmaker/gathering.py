@@ -156,7 +156,8 @@ class Members:
     def stacks(self, chunk: Mapping[str, Evidence], fold: Callable[[Piece], Fold]) -> Iterator[tuple[Piece, Fold]]:
         """`evidence` in as few pieces as possible, with how each enters the statistic."""
         pieces = self.evidence(chunk)
-        if self.full or self.joins_groups:  # rows of the groups of a layer have no axis left for members
+        alone = self.full or len(self.sites) == 1
+        if alone or self.joins_groups:  # rows of the groups of a layer have no axis left for members
             yield from ((piece, fold(piece)) for piece in pieces)
         else:
             yield from stacked(pieces, fold)

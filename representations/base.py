@@ -82,7 +82,7 @@ class Fold:
         """The fold of some members.  again: whether they had evidence earlier in this step; first: see the field"""
         if again:
             return replace(self, beta=1.0, mass=0.0, refresh=False, first=first)
-        return replace(self, refresh=self.refresh or first, first=first)
+        return replace(self, refresh=True, first=True) if first else self
 
     @property
     def begins(self) -> bool:

@@ -32,6 +32,7 @@ FLOORS = (
             "block_options",
             "by_rows",
             "config",
+            "elementwise",
             "failures",
             "gathering",
             "grafting",

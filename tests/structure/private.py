@@ -22,6 +22,8 @@ OF_TORCH = frozenset(
         "_dynamo",
         "_execution_engine",
         "_functorch",
+        "_fused_adagrad_",
+        "_fused_adamw_",
         "_get_tracing_state",
         "_global_backward_hooks",
         "_global_forward_hooks",
