@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from gradmaker.block_options import BlockOptions
@@ -77,8 +76,7 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     if rule is None:
         return value
     formed = value if isinstance(value, Tensor) else value.form()  # it is formed anyway, and its length takes less than by rows
-    length = torch.linalg.vector_norm(formed.flatten(1), dim=1)
-    return formed * rule.scale(raw.length(), length).view(-1, 1, 1)
+    return rule.rescale_rows(formed, raw)
 
 
 def solve_own(triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]) -> Value | None:
