@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from gradmaker.averages import basis_of
@@ -56,7 +55,7 @@ def applies(triple: Triple, options: BlockOptions) -> bool:
     averaged = bool(options.beta1) and basis_of(triple, options) is None
     plain = options.precision.application is None and not averaged
     rule = options.grafting
-    return by_rows and plain and (rule is None or rule.by_rows or rule.of_value)
+    return by_rows and plain and (rule is None or rule.by_rows)
 
 
 def owns(triple: Triple, options: BlockOptions) -> bool:
@@ -83,10 +82,7 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     if rule is None:
         return value
     formed = value if isinstance(value, Tensor) else value.form()  # it is formed anyway, and its length takes less than by rows
-    if rule.of_value:
-        return rule.rescale({}, formed, formed, formed)
-    length = torch.linalg.vector_norm(formed.flatten(1), dim=1)
-    return formed * rule.scale(raw.length(), length).view(-1, 1, 1)
+    return rule.rescale_rows(formed, raw)
 
 
 def solve_own(triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]) -> Value | None:

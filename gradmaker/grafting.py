@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Gradient
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.options.registry import Registry, register
 from gradmaker.representations.base import Fold, Frame
@@ -22,9 +23,7 @@ class Grafting(ABC):
     """A rule that rescales each block's preconditioned gradient ``U`` to ``U |V| / |U|``, unless it says otherwise."""
 
     by_rows: ClassVar[bool] = False
-    """Whether `rescale` reads lengths alone, that of the gradient for ``V``: the rule has no state, and needs no entries."""
-    of_value: ClassVar[bool] = False
-    """Whether `rescale` reads ``U`` alone, entry by entry."""
+    """Whether `rescale_rows` does what `rescale` does: the rule has no state, and reads no entries of the gradient."""
     leads: ClassVar[bool] = False
     """Whether ``.grad`` holds ``V`` before ``start_step``; otherwise it keeps the plain gradient."""
 
@@ -50,11 +49,17 @@ class Grafting(ABC):
         target = self.target(state, g, raw)
         own = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
         wanted = torch.linalg.vector_norm(target.reshape(len(value), -1), dim=1)
-        return value * self.scale(wanted, own).reshape(-1, *[1] * (value.ndim - 1))
+        return _scaled(value, wanted, own)
 
-    def scale(self, wanted: Tensor, own: Tensor) -> Tensor:
-        """``|V| / |U|``; zero for a ``U`` of zero.  # (B,)"""
-        return torch.where(own > 0, wanted / own, torch.zeros_like(own))
+    def rescale_rows(self, value: Tensor, g: FactoredGradient) -> Tensor:
+        """`rescale` where the gradient is held by its rows, for a rule that is `by_rows`: to the length of the gradient."""
+        return _scaled(value, g.length(), torch.linalg.vector_norm(value.flatten(1), dim=1))
+
+
+def _scaled(value: Tensor, wanted: Tensor, own: Tensor) -> Tensor:
+    """``U |V| / |U|``; zero stays zero.  # (B, *shape), (B,), (B,)"""
+    scale = torch.where(own > 0, wanted / own, torch.zeros_like(own))
+    return value * scale.reshape(-1, *[1] * (value.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Amplitude(Grafting):
     Reference: Li, psgd_torch (2025), whose defaults these are.
     """
 
-    of_value: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
 
     mean: float
     largest: float
@@ -131,6 +136,9 @@ class Amplitude(Grafting):
         size = value.reshape(len(value), -1).square().mean(1).sqrt()
         share = (self.mean / size).clamp(max=1.0).reshape(-1, *[1] * (value.ndim - 1))
         return (value * share).clamp_(-self.largest, self.largest)
+
+    def rescale_rows(self, value: Tensor, g: FactoredGradient) -> Tensor:
+        return self.rescale({}, value, value, value)
 
 
 def _unit(g: Tensor) -> Tensor:
