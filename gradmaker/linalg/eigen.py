@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradmaker.linalg.probes import probes
 
-__all__ = ["add_ridge", "decompose", "decompose_again", "is_definite", "largest_eigenvalue", "symmetrise"]
+__all__ = ["add_ridge", "agrees", "decompose", "decompose_again", "is_definite", "largest_eigenvalue", "symmetrise"]
 
 NOISE = 1e-2
 """Negative eigenvalues up to this share of the largest are rounding (bf16 statistics: 5e-4); beyond, ``A`` is indefinite."""
@@ -45,10 +45,10 @@ def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s, Q = torch.linalg.eigh(A)
     except RuntimeError:  # one member fails the whole call
         s, Q = _decompose_one_by_one(A)
-    return s, Q, _agrees(A, s, Q)
+    return s, Q, agrees(A, s, Q)
 
 
-def _agrees(A: Tensor, s: Tensor, Q: Tensor) -> Tensor:
+def agrees(A: Tensor, s: Tensor, Q: Tensor) -> Tensor:
     """Whether ``A = Q diag(s) Q^T`` and ``Q Q^T = I`` on the probes; not for NaN.  # (B, d, d), (B, d), (B, d, d) -> (B,)"""
     V, top = probes(A), s.abs().amax(-1)
     unit = torch.where(top > 0, top, 1.0)[:, None, None]  # no square of an entry over- or underflows

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.linalg import eigen
 from gradmaker.linalg.diagnosis import spectral_residual
-from gradmaker.linalg.eigen import decompose, decompose_again
+from gradmaker.linalg.eigen import agrees, decompose, decompose_again
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.probes import COUNT, SMALL, probes
 
@@ -65,7 +64,7 @@ def decomposed(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def refused(A: Tensor, s: Tensor, Q: Tensor) -> Tensor:
-    return ~eigen._agrees(A.expand(len(Q), *A.shape), s.expand(len(Q), -1), Q)
+    return ~agrees(A.expand(len(Q), *A.shape), s.expand(len(Q), -1), Q)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

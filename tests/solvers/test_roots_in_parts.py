@@ -120,6 +120,17 @@ def test_a_resumed_run_is_the_same(method: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVED)
+def test_a_cache_is_not_changed_by_a_later_refresh_of_the_statistic(name: str) -> None:
+    held, solver = SOLVED[name][0], at(SOLVED[name][1], 1)
+    state = {k: v.mT.contiguous().mT if k.startswith("basis") else v for k, v in measured(held).items()}
+    cache = solver.prepare(held, state, None)
+    before = {k: v.clone() for k, v in cache.items()}
+    held.update(state, Gradient(torch.randn(2, o, i, dtype=torch.float64)), Fold(0.5, 0.5, 0.5))
+    held.refresh(state)
+    assert all(torch.equal(cache[k], before[k]) for k in parts_of(cache))
+
+
+@pytest.mark.parametrize("name", SOLVED)
 def test_a_saved_cache_takes_the_form_of_another_interval(name: str) -> None:
     held, solver = SOLVED[name]
     state, G = measured(held), torch.randn(2, o, i, dtype=torch.float64)
