@@ -177,6 +177,15 @@ def test_triangles_that_always_fail_end_at_eigh(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(solver.solve(Kron(), cache, g), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("interval", [1, None])
+def test_a_factorisation_that_reports_a_failure_is_not_taken(monkeypatch: pytest.MonkeyPatch, interval: int | None) -> None:
+    """Whatever it returns."""
+    original = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: (original(A)[0], original(A)[1] + 1))
+    cache = Cholesky(interval=interval).prepare(Kron(), kron(1), None)
+    assert not cache["failures"].any() and (cache["diagnosis"][..., 4] > 0).all()
+
+
 # --- saved ----------------------------------------------------------------------------------------------------------------
 def run(maker: Any, model: nn.Module, steps: int) -> list[Tensor]:
     torch.manual_seed(5)
