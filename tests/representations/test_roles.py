@@ -51,7 +51,7 @@ PLAYED = {
     roles.ByExample: "Kron KronRows Eigenbasis",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
-    roles.SpansGradient: "Rows Sketched",
+    roles.SpansGradient: "Rows Sketched Window Truncated",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
