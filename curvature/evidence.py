@@ -266,7 +266,7 @@ class Outer(Evidence):
         (G, k, n, r, _), (_, h, m, s, _) = mine.shape, its.shape
         products = (mine.flatten(1, 3) @ its.flatten(1, 3).mT).view(G, k, n, r, h, m, s)
         products.mul_(self._input_products(other).view(G, 1, n, r, 1, m, s))
-        return products.sum((3, 6)).view(G, k * n, h * m)
+        return (products if r == s == 1 else products.sum((3, 6))).view(G, k * n, h * m)
 
     def _input_products(self, other: Outer) -> Tensor:
         """Inner products ``a . a'``, with the bias.  # (G, nr, ms)"""

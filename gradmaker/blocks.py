@@ -321,11 +321,11 @@ class Block:
         """
         if not held.cache:
             return None
-        alone = started and all(layer.weight.grad is None for layer in self.row_layers)
-        given = [rows[s.name] for s in self.sites if alone and s.name in rows and s.name in reached]
-        own = by_rows.solve_own(self.triple, self.options, held, given) if len(given) == len(self.sites) else None
-        if own is not None:
-            return own, held
+        if started and all(s.name in reached for s in self.sites):
+            alone = {k: v for k, v in rows.items() if all(layer.weight.grad is None for layer in self.row_layers)}
+            own = by_rows.solve_own(self.triple, self.options, held, [alone[s.name] for s in self.sites if s.name in alone])
+            if own is not None:
+                return own, held
         raw = self.read(rows)
         return None if raw is None else self.solve(held, raw, started)
 

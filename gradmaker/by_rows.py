@@ -62,7 +62,7 @@ def owns(triple: Triple, options: BlockOptions) -> bool:
     """Whether ``P g`` may be computed from the evidence of the step alone, as its rows make up ``g``."""
     known = isinstance(triple.solver, SolvesOwn) and isinstance(triple.representation, SpansGradient)
     plain = options.precision == Precision() and not options.beta1 and options.grafting is None
-    return known and plain and {"main_backward", "examples"} <= triple.curvature.needs
+    return known and plain and (triple.curvature.by_rows or {"main_backward", "examples"} <= triple.curvature.needs)
 
 
 def update(representation: Representation, state: State, evidence: Evidence, fold: Fold) -> None:
@@ -88,14 +88,16 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
 def solve_own(triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]) -> Value | None:
     """The same for a step whose evidence is in the statistic, from that alone, where `owns`; None where it has to be given.
 
-    rows: the gradient of each layer
+    rows: the gradients that are held by rows alone, in the order of the layers
     """
-    if not owns(triple, options):
+    if not owns(triple, options) or (triple.curvature.of_passes and not rows):
         return None
     solver = triple.solver
     assert isinstance(solver, SolvesOwn)
-    found: list[FactoredGradient | Tensor] | None = solver.solve_own(triple.representation, held.state, held.cache)
-    if found is None or [tuple(x.shape) for x in found] != [x.shape for x in rows]:
+    found: Value | None = solver.solve_own(triple.representation, held.state, held.cache)
+    if not isinstance(found, list):
+        return found
+    if [tuple(x.shape) for x in found] != [x.shape for x in rows]:
         return None
     return found if triple.representation.grain == "full" else found[0]
 

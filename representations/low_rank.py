@@ -7,6 +7,7 @@ in pieces: a step replaces only the newest piece, and an old one is dropped when
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,19 +15,23 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.capabilities import LowRank
-from gradmaker.representations.roles import Compact, Unstacked, WholeLayers
+from gradmaker.representations.roles import Compact, SpansGradient, Unstacked, WholeLayers
 
 __all__ = ["Spanned", "Truncated", "Window", "form_rows"]
 
 PIECE = 32
-"""Rows of a stream in one tensor: a window holds at most two pieces of rows more than its size, with two products a piece."""
+"""Most rows of a stream in one tensor: a window holds at most two pieces more than its size; two products for each."""
+
+ENTRIES = 1 << 18
+"""Entries of a piece, of at least one row: a step copies the newest one to add its row."""
 
 COLUMNS = 1 << 16
-"""Entries of a row that are converted to double precision at once."""
+"""Entries that are converted to double precision at once, so that they stay in a cache."""
 
 
 def form_rows(representation: LowRank, state: State) -> Tensor:
@@ -67,7 +72,7 @@ class Spanned(Unstacked, Compact):
         return self.combine(state, self.project(state, v)).to(v.dtype)
 
 
-class _Stream(Spanned, WholeLayers):
+class _Stream(Spanned, WholeLayers, SpansGradient):
     """Gradients ``r_j`` of past steps, oldest first: ``C = sum_j w_j r_j r_j^T``; each step adds a row to the Gram matrix."""
 
     takes: ClassVar[frozenset[Kind]] = kinds(Gradient)
@@ -81,8 +86,9 @@ class _Stream(Spanned, WholeLayers):
         pieces, gram, weights = self.make_room(_pieces(state), state["gram"], state["weights"])
         new = evidence.gradient.reshape(pieces[0].shape[0], 1, *pieces[0].shape[2:])
         last = pieces.pop()
-        pieces += [last, new.clone()] if last.shape[1] >= PIECE else [torch.cat([last, new], 1)]  # new may be .grad itself
-        cross = torch.cat([_inner(rows, new) for rows in pieces], 1)  # (B, c, 1)
+        full = min(PIECE, max(1, ENTRIES // max(1, new[0].numel())))
+        pieces += [last, new.clone()] if last.shape[1] >= full else [torch.cat([last, new], 1)]  # new may be .grad itself
+        cross = _inner(pieces, new)  # (B, c, 1)
         for k in range(len(_pieces(state))):
             del state[f"rows.{k}"]
         state.update({f"rows.{k}": rows for k, rows in enumerate(pieces)})
@@ -116,6 +122,19 @@ class _Stream(Spanned, WholeLayers):
             total = torch.baddbmm(total, share, _vectors(rows))
         return total.reshape(len(total), *pieces[0].shape[2:])
 
+    def own(self, state: State) -> Tensor | None:
+        """The newest row is the gradient of the step."""
+        shares = self.shares(state)
+        y = torch.zeros_like(shares)
+        y[:, -1:] = shares[:, -1:].rsqrt()
+        return y
+
+    def weighted(self, state: State, z: Tensor) -> Tensor:
+        return self.combine(state, z)
+
+    def project_rows(self, state: State, rows: FactoredGradient) -> None:
+        return None
+
 
 def _pieces(state: State) -> list[Tensor]:
     """The rows, oldest first.  # each (B, up to PIECE, *shape)"""
@@ -127,16 +146,21 @@ def _vectors(rows: Tensor) -> Tensor:
     return rows.unsqueeze(-1).flatten(2)
 
 
-def _inner(x: Tensor, y: Tensor) -> Tensor:
+def _inner(pieces: Sequence[Tensor], y: Tensor) -> Tensor:
     """Inner products in double precision, over a slice of the columns at a time.
 
     A Gram matrix has the squares of the rows' singular values: single precision would lose those below 3e-4 of the
-    largest.  # (B, c, *shape), (B, d, *shape) -> (B, c, d)
+    largest.  # each (B, c, *shape), (B, d, *shape) -> (B, sum c, d)
     """
-    out = x.new_zeros(x.shape[0], x.shape[1], y.shape[1], dtype=torch.float64)
-    for a, b in zip(_vectors(x).split(COLUMNS, -1), _vectors(y).split(COLUMNS, -1), strict=True):
-        out.baddbmm_(a.double(), b.double().mT)
-    return out
+    rows = [_vectors(piece) for piece in pieces]
+    out = [x.new_zeros(x.shape[0], x.shape[1], y.shape[1], dtype=torch.float64) for x in rows]
+    width = max(1, COLUMNS // max(1, *(x.shape[0] * x.shape[1] for x in rows), y.shape[0] * y.shape[1]))
+    for start in range(0, rows[0].shape[2], width):
+        columns = slice(start, start + width)
+        b = _vectors(y)[..., columns].double().mT
+        for total, x in zip(out, rows, strict=True):
+            total.baddbmm_(x[..., columns].double(), b)
+    return torch.cat(out, 1)
 
 
 @dataclass(frozen=True)
@@ -205,7 +229,7 @@ class Truncated(_Stream):
             return pieces, gram, weights
         rows = torch.cat(pieces, 1)
         X = weights.sqrt().unsqueeze(-1) * _vectors(rows)
-        s, Q = torch.linalg.eigh(_inner(X, X))  # formed anew: the held one has accumulated rounding errors
+        s, Q = torch.linalg.eigh(_inner([X], X))  # formed anew: the held one has accumulated rounding errors
         U = (Q[..., -self.rank :].mT.to(X.dtype) @ X).reshape(rows.shape[0], self.rank, *rows.shape[2:])
         return [U], torch.diag_embed(s[..., -self.rank :].clamp(min=0)), torch.ones_like(weights[:, : self.rank])
 

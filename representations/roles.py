@@ -172,8 +172,8 @@ class SpansGradient(Representation):
         """``y`` with ``J^T y`` the gradient of the step whose evidence is held; None where that is not known.  # (B, N)"""
 
     @abstractmethod
-    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
-        """``J^T z`` of each layer, by rows or formed; None where a layer is no single matrix.  # (B, N)"""
+    def weighted(self, state: State, z: Tensor) -> Tensor | list[FactoredGradient | Tensor] | None:
+        """``J^T z``, or that of each layer, by rows or formed; None where a layer is no single matrix.  # (B, N)"""
 
     @abstractmethod
     def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:

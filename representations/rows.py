@@ -137,10 +137,9 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     # ---------------------------------------------------------------- LowRank
     def gram(self, state: State) -> Tensor:
         held = self.sketched(state)
-        blocks = []
-        for p, one in enumerate(held):  # the Gram matrices of the layers add
-            lower = [torch.stack([x.gram(y) for x, y in zip(one, other, strict=True)]).sum(0) for other in held[: p + 1]]
-            blocks.append(lower)
+        blocks = [[_gram(one, other) for other in held[: p + 1]] for p, one in enumerate(held)]
+        if len(held) == 1:
+            return blocks[0][0]
         whole = [[blocks[p][q] if q <= p else blocks[q][p].mT for q in range(len(held))] for p in range(len(held))]
         return torch.cat([torch.cat(row, 2) for row in whole], 1)
 
@@ -189,6 +188,14 @@ class Rows(Spanned, WholeLayers, SpansGradient):
     def pick(self, state: State, parts: Sequence[Part], pieces: list[Tensor]) -> list[Tensor]:
         """The coordinates of vectors that these rows use."""
         return pieces
+
+
+def _gram(one: Sequence[Part], other: Sequence[Part]) -> Tensor:
+    """``J J'^T`` of two chunks: the Gram matrices of the layers add.  # (B, N, N')"""
+    total, *rest = (x.gram(y) for x, y in zip(one, other, strict=True))
+    for K in rest:
+        total = total + K
+    return total
 
 
 def _sum(layer: Sequence[FactoredGradient | Tensor]) -> FactoredGradient | Tensor:

@@ -191,7 +191,7 @@ class Gram(Defined[LowRank], SolvesOwn[LowRank], AppliesRows[LowRank]):
         z = V @ (inner * (V.mT @ representation.project(state, g).unsqueeze(-1)))
         return x, unit * (representation.combine(state, z.squeeze(-1)) + tail.view(-1, *[1] * (g.ndim - 1)) * g)
 
-    def solve_own(self, representation: LowRank, state: State, cache: State) -> list[FactoredGradient | Tensor] | None:
+    def solve_own(self, representation: LowRank, state: State, cache: State) -> Tensor | list[FactoredGradient | Tensor] | None:
         if not isinstance(representation, SpansGradient) or "own" not in cache:
             return None
         if any(cache.get(name) is not x for name, x in state.items()):  # rows of another step
@@ -207,7 +207,7 @@ class Gram(Defined[LowRank], SolvesOwn[LowRank], AppliesRows[LowRank]):
         if z is None:  # what is orthogonal to the rows of the batch is found only in a gradient that is formed
             return self.solve(representation, cache, rows.form())
         spanned = representation.weighted(cache, (cache["middle"] @ z.double().unsqueeze(-1)).squeeze(-1))
-        assert spanned is not None and isinstance(spanned[0], FactoredGradient)  # as they could be projected on
+        assert isinstance(spanned, list) and isinstance(spanned[0], FactoredGradient)  # as they could be projected on
         return joined_rows([rows.scaled(cache["gain"].to(rows.g.dtype)), spanned[0]])
 
     def solve(self, representation: LowRank, cache: State, g: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class SolvesOwn(Solver[Needed]):
     """A solver for the very gradient that the rows of the statistic make up, which need not be computed for it."""
 
     @abstractmethod
-    def solve_own(self, representation: Needed, state: State, cache: State) -> list[FactoredGradient | Tensor] | None:
-        """``P g`` of each layer, by rows or formed, ``g`` the gradient of the step whose evidence is in ``state``.
+    def solve_own(self, representation: Needed, state: State, cache: State) -> Tensor | list[FactoredGradient | Tensor] | None:
+        """``P g``, or that of each layer, by rows or formed, ``g`` the gradient of the step whose evidence is in ``state``.
 
         None where the rows are not known to make it up, or the cache is of another step.
         """

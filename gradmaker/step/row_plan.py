@@ -27,9 +27,8 @@ def row_layers(blocks: Collection[Block], due: Collection[str]) -> list[RowLayer
 
 
 def _held(block: Block, measured: bool) -> list[RowLayer]:
-    if measured and by_rows.owns(
-        block.triple, block.options
-    ):  # the rows are evidence, and `form` is all that is done with them
+    own = block.triple.curvature.of_passes and by_rows.owns(block.triple, block.options)
+    if measured and own:  # the rows are evidence, and `form` is all that is done with them
         return [replace(layer, most=inf) for layer in block.row_layers]
     of_gradient = measured and not block.triple.curvature.of_passes
     if of_gradient and not by_rows.folds(block.triple):

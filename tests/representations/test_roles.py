@@ -53,7 +53,7 @@ PLAYED = {
     roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
-    roles.SpansGradient: "Rows Sketched",
+    roles.SpansGradient: "Rows Sketched Window Truncated",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
     roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ "
     "RotatedDims",
