@@ -39,10 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"adapt": False, "backtrack": False, "line_search": False},
     },
     "shampoo": {},
-    "soap": {},
+    "soap": {"skip_first": False},
     "adam": {},
 }
-OF_CURVATURE = [m for m in METHODS if METHODS[m]]
+OF_CURVATURE = [m for m in METHODS if m not in ("shampoo", "soap", "adam")]
 
 
 # ------------------------------------------------------------------ running a maker
