@@ -260,7 +260,7 @@ class MeasuringMaker(PlannedMaker):
         if not (self._due or self.plan.averages):
             return False, False
         served = self.served
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None and (served is None or p in served)]
+        grads = [p.grad for p in self.plan.own.all if p.grad is not None and (served is None or p in served)]
         dense = [g for g in grads if g.layout is torch.strided and not g.is_complex()]
         others = [g for g in grads if g.layout is not torch.strided or g.is_complex()]
         kept = [t.valid() for t in terms]
@@ -276,7 +276,7 @@ class MeasuringMaker(PlannedMaker):
     def _check_again(self) -> None:
         """Check the gradients, unless the last check saw them as they are now."""
         seen = {id(g): version for g, version, _ in self.step_state.now.norms}
-        grads = (p.grad for p in self.model.parameters() if p.grad is not None)
+        grads = (p.grad for p in self.plan.own.all if p.grad is not None)
         if any(seen.get(id(g)) != g._version for g in grads):
             self._note_finite([], [])
 

@@ -13,7 +13,6 @@ from gradmaker.blocks import Block
 
 __all__ = ["OwnParameters"]
 
-PLAIN, UNKNOWN = ("plain",), ()
 ANEW = "the maker was made for the model as it was: make a new one after the change"
 
 
@@ -44,6 +43,8 @@ class OwnParameters:
         self.model, self.blocks, self.plain = model, blocks, plain
         self._slots = [_Slot(*each, each[-1].dtype, each[-1].device, each[-1].requires_grad) for each in _held(model)]
         self._places: dict[tuple[int, str], tuple[Any, ...]] = {}
+        self.all = list(model.parameters())
+        """The parameters of the model, as `check` has seen it."""
 
     def __getstate__(self) -> dict[str, Any]:  # slots are compared by identity, which a copy does not share
         return {**vars(self), "_places": {}}
@@ -57,7 +58,8 @@ class OwnParameters:
             for slot in self._slots:
                 self._check_kind(slot)
             self._check_frozen()
-            self._places = {(id(owner), key): self._properties(name, p) for name, owner, key, p in now}
+            self._places = {(id(owner), key): (id(p), p.dtype, p.device, p.requires_grad) for _, owner, key, p in now}
+            self.all = list(self.model.parameters())
         return not all(s.frozen for block in self.blocks for s in block.sites)
 
     def called(self) -> bool:
@@ -81,14 +83,10 @@ class OwnParameters:
         for module in _modules(self.model):
             for key, p in module._parameters.items():
                 if p is not None:
-                    known = places.get((id(module), key), UNKNOWN)
-                    if known is not PLAIN and known != (id(p), p.dtype, p.device, p.requires_grad):
+                    if places.get((id(module), key)) != (id(p), p.dtype, p.device, p.requires_grad):
                         return False
                     found += 1
         return found == len(places) > 0
-
-    def _properties(self, name: str, p: nn.Parameter) -> tuple[Any, ...]:
-        return PLAIN if name in self.plain else (id(p), p.dtype, p.device, p.requires_grad)
 
     # ---------------------------------------------------------------- what has changed
     def _check_places(self, now: list[_Place]) -> None:
