@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gradmaker import ShampooGradientConfig, ShampooGradientMaker
-from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.linalg.orthogonal_iteration import off_diagonal, orthonormal, power_step, sorted_eigenvectors
 
 DECAYS, AGES, SEEDS, STEPS, EVERY = (0.9, 0.95, 0.99), (1, 5, 10, 20, 50), (0, 1, 2), 400, 50
 RIDGE = 1e-6
@@ -46,7 +46,7 @@ def in_basis(H: Tensor, Q: Tensor) -> Tensor:
 def measured(now: Tensor, before: Tensor) -> list[float]:
     """One row of `COLUMNS`.  # statistics (1, d, d)"""
     Q = sorted_eigenvectors(before)
-    powered, turned = power_step(now, Q)[0], qr_steps(now, Q, 0.0)
+    powered, turned = power_step(now, Q)[0], orthonormal(now @ Q)
     shares = [float(off_diagonal(now, basis).mean()) for basis in (Q, powered, turned)]
     true = exact(now)
     return [*shares, error(in_basis(now, Q), true), error(in_basis(now, powered), true), error(exact(before), true)]

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
+from gradmaker.capture.patches import Patches
+from gradmaker.curvature.special_rows import input_rows, one_hot_squares
+from gradmaker.linalg.moments import add_moment_
 
 __all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
@@ -97,6 +100,7 @@ class Outer(Evidence):
     weights: Tensor | None = None  # (n, r): 1 counts, 0 is masked out of the mean over inputs; None: all positions count
     fresh: bool = True  # False: a further chunk of cotangents, whose inputs are in the moment already
     kind: OuterKind = "rows"
+    own: Tensor | None = None  # (n,): the gradient of the pass is ``sum_n own_n J_n``; None: not known to be of these rows
 
     kinds: ClassVar[tuple[str, ...]] = get_args(OuterKind)
 
@@ -104,6 +108,11 @@ class Outer(Evidence):
     def count(self) -> int:
         """Number of rows ``N = k n``."""
         return self.gradients.shape[0] * self.gradients.shape[2]
+
+    @property
+    def width(self) -> int:
+        """Number of inputs ``i``, without the bias."""
+        return self.inputs.size if isinstance(self.inputs, OneHot) else self.inputs.shape[-1]
 
     @property
     def counted(self) -> int | Tensor:
@@ -119,21 +128,23 @@ class Outer(Evidence):
             return self
         inputs, gradients = self.inputs.unflatten(2, (examples, -1)).squeeze(1), self.gradients.unflatten(3, (examples, -1))
         weights = None if self.weights is None else self.weights.reshape(examples, -1)
-        return replace(self, inputs=inputs, gradients=gradients.squeeze(2), weights=weights)
+        return replace(self, inputs=inputs, gradients=gradients.squeeze(2), weights=weights, own=None)
 
     def scaled(self, factors: Tensor) -> Outer:
         """The evidence with the gradient of each example multiplied by a factor.  factors: (n,)"""
         axis = 2 if self.gradients.shape[2] == len(factors) else 0
         shape = [-1 if a == axis else 1 for a in range(self.gradients.ndim)]
-        return replace(self, gradients=self.gradients * factors.to(self.gradients).view(shape))
+        return replace(self, gradients=self.gradients * factors.to(self.gradients).view(shape), own=None)
 
     def inputs_alone(self) -> Outer:
         """The inputs without output gradients, of the kind ``inputs``."""
-        return replace(self, gradients=self.gradients[:0], fresh=True, kind="inputs")
+        return replace(self, gradients=self.gradients[:0], fresh=True, kind="inputs", own=None)
 
     def reduced(self) -> Outer:
         """One position per example: the mean input and the summed gradient (K-FAC-reduce, arXiv:2311.00636)."""
         assert isinstance(self.inputs, Tensor)
+        if self.weights is None and self.gradients.shape[3] == self.inputs.shape[2] == 1:
+            return self
         if self.weights is None:
             inputs = self.inputs.mean(2, keepdim=True)
             weights = None
@@ -142,7 +153,7 @@ class Outer(Evidence):
             share = self.weights / total.clamp(min=1)
             inputs = torch.einsum("gnri,nr->gni", self.inputs, share).unsqueeze(2)
             weights = (total > 0).to(self.weights.dtype)
-        return replace(self, inputs=inputs, gradients=self.gradients.sum(3, keepdim=True), weights=weights)
+        return replace(self, inputs=inputs, gradients=self.gradients.sum(3, keepdim=True), weights=weights, own=None)
 
     # ---------------------------------------------------------------- moments, for Kronecker factors
     def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
@@ -156,18 +167,29 @@ class Outer(Evidence):
             out.mul_(beta)
             out[0].index_add_(0, self.inputs.index.reshape(-1), self._index_weights(out.dtype), alpha=alpha)
             return
+        if isinstance(self.inputs, Patches) and self.weights is None and out.ndim == 3:
+            self._add_moment_of_patches_(self.inputs, out, beta, alpha)
+            return
         G, n, r, i = self.inputs.shape
         x = self.inputs.reshape(G, n * r, i)
         weighed = x if self.weights is None else x * self.weights.reshape(1, n * r, 1)
         if out.ndim == 2:
             out[:, :i].mul_(beta).add_((weighed * x).sum(1), alpha=alpha)
         else:
-            out[:, :i, :i].baddbmm_(weighed.mT, x, beta=beta, alpha=alpha)
+            add_moment_(out[:, :i, :i], weighed, x, beta, alpha)
         if self.bias and out.ndim == 3:
             out[:, :i, i].mul_(beta).add_(weighed.sum(1), alpha=alpha)
             out[:, i, :i].copy_(out[:, :i, i])
         if self.bias:
             (out[:, i] if out.ndim == 2 else out[:, i, i]).mul_(beta).add_(alpha * self.counted)
+
+    def _add_moment_of_patches_(self, a: Patches, out: Tensor, beta: float, alpha: float) -> None:
+        i = a.shape[-1]
+        out[:, :i, :i].mul_(beta).add_(a.moment(), alpha=alpha)
+        if self.bias:
+            out[:, :i, i].mul_(beta).add_(a.total(), alpha=alpha)
+            out[:, i, :i].copy_(out[:, :i, i])
+            out[:, i, i].mul_(beta).add_(alpha * self.counted)
 
     def total(self) -> Tensor:
         """``sum_nr a`` over the `counted` positions, the bias last.  # (G, i)"""
@@ -197,13 +219,13 @@ class Outer(Evidence):
         if out.ndim == 2:
             out.mul_(beta).add_((g * g).sum(1), alpha=alpha)
         else:
-            out.baddbmm_(g.mT, g, beta=beta, alpha=alpha)
+            add_moment_(out, g, g, beta, alpha)
 
     # ---------------------------------------------------------------- products of J
     def rows(self) -> Tensor:
         inputs = self.inputs.dense(self.gradients.dtype) if isinstance(self.inputs, OneHot) else self.inputs
         if self.kind == "inputs":
-            return self._input_rows(inputs)
+            return input_rows(inputs, self.weights, self.bias, self.gradients.shape[-1], self.transposed)
         J = torch.einsum("kgnro,gnri->kngoi", self.gradients, inputs)
         if self.bias:
             J = torch.cat([J, self.gradients.sum(3).transpose(1, 2).unsqueeze(-1)], -1)
@@ -213,7 +235,7 @@ class Outer(Evidence):
     def squares(self) -> Tensor:
         """``sum_N J * J``.  # (G, o, i), or (G, i, o) when transposed"""
         if isinstance(self.inputs, OneHot):
-            return self._one_hot_squares()
+            return one_hot_squares(self.inputs, self.gradients[:, 0], self.transposed)
         if self.inputs.shape[2] == 1:  # one position: the square of an outer product is the product of squares
             a, g = self.inputs[:, :, 0], self.gradients[:, :, :, 0]
             g2 = g.square().sum(0)  # (G, n, o)
@@ -236,27 +258,7 @@ class Outer(Evidence):
         for g in self.gradients.split(together):
             for own in (slice(start, start + step) for start in range(0, n, step)):
                 weights = None if self.weights is None else self.weights[own]
-                yield replace(self, inputs=self.inputs[:, own], gradients=g[:, :, own], weights=weights)
-
-    def _one_hot_squares(self) -> Tensor:
-        """`squares` for one-hot inputs: gradients of positions with the same token are summed before the square."""
-        assert isinstance(self.inputs, OneHot)
-        index, g = self.inputs.index, self.gradients[:, 0]  # (n, r), (k, n, r, o)
-        same = (index.unsqueeze(2) == index.unsqueeze(1)).to(g.dtype)  # (n, r, r)
-        contribution = (g * torch.einsum("nrs,knso->knro", same, g)).sum(0)
-        out = g.new_zeros(self.inputs.size, g.shape[-1])
-        out.index_add_(0, index.reshape(-1), contribution.flatten(0, 1))
-        return out.unsqueeze(0) if self.transposed else out.mT.unsqueeze(0)
-
-    def _input_rows(self, a: Tensor) -> Tensor:
-        """The rows of ``I (x) mean_nr a a^T``.  # (o n r, G, *shape)"""
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.bias and a.shape[-1] else a
-        a = a if a.shape[-1] else a.new_ones(*a.shape[:-1], 1)
-        w = a.new_ones(a.shape[1:3]) if self.weights is None else self.weights
-        a = a * (w / w.sum().clamp(min=1)).sqrt().unsqueeze(-1)
-        eye = torch.eye(self.gradients.shape[-1], dtype=a.dtype, device=a.device)
-        J = torch.einsum("op,gnri->pnrgoi", eye, a).flatten(0, 2)
-        return J.mT if self.transposed else J
+                yield replace(self, inputs=self.inputs[:, own], gradients=g[:, :, own], weights=weights, own=None)
 
     def gram(self, other: Outer) -> Tensor:
         """``J J'^T`` of each group without ``J``: ``sum_rs (a_r . a'_s)(g_r . g'_s)``.  # (G, N, N')"""
@@ -285,15 +287,21 @@ class Outer(Evidence):
             moved = (self.inputs.flatten(1, 2) @ v[..., :i].mT).unflatten(1, self.inputs.shape[1:3])
             if self.bias:
                 moved = moved + v[:, None, None, :, i]
-        products: Tensor = torch.einsum("gknro,gnro->gkn", self.gradients.transpose(0, 1), moved).flatten(1)
-        return products
+        return torch.einsum("gknro,gnro->gkn", self.gradients.transpose(0, 1), moved).flatten(1)
+
+    def weighted(self, z: Tensor) -> Tensor:
+        """``sum_k z_kn g_kn``.  z: (G, N), or (1, N) for all groups -> (G, n, r, o)"""
+        k, G, n = self.gradients.shape[:3]
+        z = z.expand(G, -1).reshape(G, k, n)
+        if k == 1:
+            return self.gradients[0] * z.view(G, n, 1, 1)
+        return torch.einsum("gknro,gkn->gnro", self.gradients.transpose(0, 1), z)
 
     def combine(self, z: Tensor) -> Tensor:
         """``sum_N z_N J_N``.  z: (G, N), or (1, N) for all groups -> (G, *shape)"""
-        k, G, n, _, o = self.gradients.shape
-        weighted = torch.einsum("gknro,gkn->gnro", self.gradients.transpose(0, 1), z.expand(G, -1).reshape(G, k, n))
+        weighted = self.weighted(z)
         if isinstance(self.inputs, OneHot):
-            out = weighted.new_zeros(1, self.inputs.size, o)
+            out = weighted.new_zeros(1, self.inputs.size, weighted.shape[-1])
             out.index_add_(1, self.inputs.index.long().flatten(), weighted.flatten(1, 2))
             return out if self.transposed else out.mT
         out = weighted.flatten(1, 2).mT @ self.inputs.flatten(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -29,14 +29,20 @@ class LazyEvidence(Mapping[str, Evidence]):
     """Evidence by site, formed on access: the patches of one convolution are freed before those of the next are formed."""
 
     def __init__(self, step: Step, found: VJPs, mask: Tensor | None, fresh: bool, root: Tensor | None = None) -> None:
-        """root: a factor for the gradient of each example.  # (n,)"""
+        """root: a factor for the gradient of each example, where these are of the pass of the step itself.  # (n,)"""
         self.step, self.found, self.mask, self.fresh, self.root = step, found, mask, fresh, root
+        self.own = None if root is None else root.reciprocal()
         self.sites = {site.name: site for site in step.active()}
 
     def __getitem__(self, name: str) -> Evidence:
         step, site = self.step, self.sites[name]
         made = layer_evidence(site, step.tape, self.found, self.mask, step.statistics_dtype(site), self.fresh)
-        return made if self.root is None else made.scaled(self.root)
+        if self.root is None:
+            return made
+        scaled = made.scaled(self.root)
+        if not isinstance(scaled, Outer) or site.direct(step.tape) or step.tape.apart(site.modules):
+            return scaled
+        return replace(scaled, own=self.own)
 
     def __contains__(self, name: object) -> bool:  # the inherited one would form the evidence
         return name in self.sites

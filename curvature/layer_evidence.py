@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradmaker.capture.arrangement import APART
 from gradmaker.capture.one_hot import OneHot
+from gradmaker.capture.patches import Patches
 from gradmaker.capture.rules.calls import Call
 from gradmaker.capture.rules.generic import per_example_rows
 from gradmaker.capture.sites import Site
@@ -53,8 +54,9 @@ def outer(
     one = tape.apart(site.modules) if apart is None else apart  # all positions are those of one example, or of passes
     gradients = found.apart if one and site.modules[0] in found.apart else found.together
     calls = [(m, c, g, APART if one else tape.layout(c)) for m in site.modules for c, g in _calls(tape, gradients, m)]
-    a = [site.rule.inputs(m, c, layout) for m, c, _, layout in calls] if site.weighted else []
-    g = torch.cat([site.rule.of_outputs(m, c, gs, layout) for m, c, gs, layout in calls], 3).to(dtype)
+    a = [_own(site.rule.inputs(m, c, layout), c) for m, c, _, layout in calls] if site.weighted else []
+    each = [site.rule.of_outputs(m, c, gs, layout) for m, c, gs, layout in calls]
+    g = (each[0] if len(each) == 1 else torch.cat(each, 3)).to(dtype)
     inputs = _join(a, dtype) if a else g.new_zeros(*g.shape[1:4], 0)
     positions = inputs.index.shape[1] if isinstance(inputs, OneHot) else inputs.shape[2]
     mask = mask.reshape(1, -1) if mask is not None and one else mask
@@ -78,10 +80,20 @@ def _calls(tape: Tape, gradients: OutputGradients, module: nn.Module) -> Iterato
     return zip(tape.calls[module], gradients[module], strict=True)
 
 
+def _own(inputs: Tensor | OneHot, call: Call) -> Tensor | OneHot:
+    """Inputs that do not change with those of the call, into which a loop may write the next batch."""
+    if not isinstance(inputs, Tensor):
+        return inputs
+    plain = type(inputs) is type(call.input) is Tensor
+    return inputs if plain and inputs.untyped_storage()._cdata != call.input.untyped_storage()._cdata else inputs.clone()
+
+
 def _join(inputs: list[Tensor | OneHot], dtype: torch.dtype) -> Tensor | OneHot:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if len(tensors) == 1 and isinstance(tensors[0], Patches) and tensors[0].dtype == dtype:
+        return tensors[0]  # not formed yet
     if tensors:
-        return torch.cat(tensors, 2).detach().to(dtype)
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, 2)).detach().to(dtype)
     lookups = [x for x in inputs if isinstance(x, OneHot)]
     return OneHot(torch.cat([x.index for x in lookups], 1), lookups[0].size, lookups[0].padding)
 

@@ -67,6 +67,12 @@ def refused(name: str) -> str:
     return ", ".join(f"`{key}`" for key in sorted(found))
 
 
+def presets(name: str) -> list[str]:
+    """A line for each preset."""
+    known = getattr(METHODS[name].Config, "presets", {})
+    return [f"- preset `{key}`: " + ", ".join(f"`{k}={v!r}`" for k, v in own.items()) for key, own in known.items()]
+
+
 def table() -> str:
     """One line for each method."""
     lines = ["| method | curvature x representation x solver | power | source |", "|---|---|---|---|"]
@@ -83,6 +89,7 @@ def render() -> str:
         parts, exponent = triple(name)
         lines = [f"## {name}\n", summary(name), "", f"- `{make.__name__}`, `{make.Config.__name__}`"]
         lines += [f"- {parts}, power {exponent}", f"- {options(name)}"]
+        lines += presets(name)
         lines += [f"- refused: {without}"] if (without := refused(name)) else []
         source = reference(name)
         sections.append("\n".join(lines + ([f"- {source}"] if source else [])) + "\n")

@@ -9,7 +9,11 @@ import torch
 from gradmaker.grafting import Grafting
 from gradmaker.precision import Precision
 
-__all__ = ["BlockOptions"]
+__all__ = ["RARE", "BlockOptions"]
+
+RARE = 3
+"""Steps between refreshes from which it pays to turn an average with its basis, which takes as many products as projecting it
+in two steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +32,5 @@ class BlockOptions:
     precision: Precision = Precision()
     slow_part: bool = False
     """Whether the refresh clock is for a slow part of statistics, and blocks without one refresh at every measurement."""
+    turns_average: bool = False
+    """Whether an average of gradients may be held in the basis of a solver, and turn with it: refreshes are `RARE` or rarer."""

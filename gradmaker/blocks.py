@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import cached_property
 from math import prod
-from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 
 from gradmaker import by_rows
+from gradmaker.averages import averaged, basis_of, empty_average, is_gradient, projected, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.gathering import Members, Piece, picked, placed
+from gradmaker.gathering import NO_ROWS, Members, Piece, picked, placed, runs
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
-from gradmaker.placement import Placement
-from gradmaker.representations.base import Fold, Frame
+from gradmaker.placement import Placement, joined_frame, slots_of
+from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import (
+    PROJECTED,
     FactoredAxes,
     OwnOrder,
     PerStep,
     Unstacked,
-    diagonal_axes,
     duplicate,
     has_refresh,
     renewal,
@@ -30,11 +32,10 @@ from gradmaker.representations.roles import (
     slow,
     snapshot,
 )
+from gradmaker.solvers.roles import AveragesInBasis
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
-
-NO_ROWS: Mapping[str, FactoredGradient] = MappingProxyType({})
 
 
 class Block:
@@ -49,19 +50,19 @@ class Block:
         self.sites = [p.site for p in placements]
         self.triple, self.options = first.triple, first.options
         self.full = self.triple.representation.grain == "full"
-        self.frame = _joined_frame(placements, self.full)
-        self.slots = _slots(placements, self.full)
+        self.frame = joined_frame(placements, self.full)
+        self.slots = slots_of(placements, self.full)
         self.layout = Members(self.sites, self.slots, self.frame, self.full, first.joins_groups)
         whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
         self.name = whole if self.full else self.sites[0].name
-        self.row_layer = None if self.full else by_rows.layer_of(self.sites, self.frame)
+        self.row_layers = by_rows.layers_of(self.sites, self.frame, self.full)
+        self.names = frozenset(site.name for site in self.sites)
         self.held = self.empty()
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
     def empty(self) -> Held:
         """What the block holds before any evidence."""
-        beta1, grafting = self.options.beta1, self.options.grafting
-        average = {"average": self.frame.zeros(*self.frame.shape), "mass": self.frame.zeros()} if beta1 else {}
+        grafting, average = self.options.grafting, empty_average(self.frame, self.basis, self.options)
         grafting_state = grafting.init(self.frame) if grafting else {}
         return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
 
@@ -120,6 +121,11 @@ class Block:
         named = zip(self.sites, counts, strict=True)
         return [s.name if count == 1 else f"{s.name}[{j}]" for s, count in named for j in range(count)]
 
+    @property
+    def basis(self) -> AveragesInBasis[Any] | None:
+        """The solver, where gradients are averaged in its basis."""
+        return basis_of(self.triple, self.options, len(self.frame.shape))
+
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float, refresh: bool = False, index: int = 0) -> Fold:
         """How evidence of a micro-batch with this share of the loss enters the statistic.
@@ -128,13 +134,11 @@ class Block:
         """
         decay = self.options.decay
         if decay is None:
-            own = Fold(1.0, weight, 1.0, summed=True, of_step=1.0)
-        elif self.options.averaging != "corrected":
+            return Fold(1.0, weight, 1.0, summed=True, of_step=1.0, refresh=refresh, index=index)
+        if self.options.averaging != "corrected":
             of_step = 1.0 if self.options.averaging == "raw" else 1 - decay
-            own = Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step)
-        else:
-            own = Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay)
-        return replace(own, refresh=refresh, index=index)
+            return Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step, refresh=refresh, index=index)
+        return Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay, refresh=refresh, index=index)
 
     def writable(self, held: Held, refresh: bool = True) -> Held:
         """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
@@ -142,7 +146,9 @@ class Block:
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
         """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
-        return fold.refresh or any(s.name not in known and (self.full or s.name in chunk) for s in self.sites)
+        if fold.refresh or self.names <= known:
+            return fold.refresh
+        return any(s.name not in known and (self.full or s.name in chunk) for s in self.sites)
 
     def update(
         self, held: Held, chunk: Mapping[str, Evidence], fold: Fold, reached: set[str], known: Set[str] = frozenset()
@@ -164,8 +170,12 @@ class Block:
     def _update(self, held: State, piece: Piece, fold: Fold) -> None:
         whole = self.full or isinstance(self.triple.representation, Unstacked)
         state = held if whole else picked(held, piece.slots)
+        if fold.begins and self.basis is not None and piece.count == self.frame.stack:
+            fold = replace(fold, solved=is_gradient(self.triple))
         by_rows.update(self.triple.representation, state, piece.evidence, fold)
         if not whole:
+            if PROJECTED in state:
+                held[PROJECTED] = state.pop(PROJECTED)
             shared = frozenset[str]() if fold.refresh or fold.first else slow(self.triple.representation, state)
             placed(held, piece.slots, {k: v for k, v in state.items() if k not in shared})
 
@@ -175,36 +185,21 @@ class Block:
 
         rows: by site, gradients that are held by rows and are not in ``.grad``
         """
-        return rows.get(self.sites[0].name) or self.layout.read()
+        return self.layout.read(rows) if self.full else rows.get(self.sites[0].name) or self.layout.read()
 
-    def assign(self, held: Held, value: Tensor | FactoredGradient, into: dict[nn.Parameter, Tensor]) -> None:
+    def assign(
+        self, held: Held, value: by_rows.Value, rows: Mapping[str, FactoredGradient], into: dict[nn.Parameter, Tensor]
+    ) -> None:
         """Add the ``.grad`` that a preconditioned gradient will give each parameter to ``into``; ``.grad`` itself stays."""
-        layer = self.row_layer
-        if layer is not None and layer.weight.grad is None:  # it was held by rows
-            if layer.site.name in held.ready:
-                layer.assign(value, into)
-            return
-        assert isinstance(value, Tensor)
-        for site, slot in zip(self.sites, self.slots, strict=True):
-            if self.full or site.name in held.ready:
-                piece = value[0, slot] if self.full else value[slot]
-                site.assign(piece.reshape(site.shape), into)
-
-    def averaged(self, average: State, g: Tensor) -> tuple[Tensor, State]:
-        """The running average of gradients, bias-corrected: ``m <- beta1 m + (1 - beta1) g``, ``m / (1 - beta1^t)``.
-
-        With ``nesterov_average`` this gradient enters it twice: ``(beta1 m + (1 - beta1) g) / (1 - beta1^(t + 1))``. With
-        ``beta1 = 0`` there is no average, and the gradient itself is returned. Also returns the new state of the average.
-        """
-        beta1 = self.options.beta1
-        if not beta1:
-            return g, {}
-        moved = average["average"].lerp(g, 1 - beta1)
-        total = average["mass"] * beta1 + (1 - beta1)
-        held, mass = {"average": moved, "mass": total}, total.reshape(-1, *[1] * (g.ndim - 1))
-        if self.options.nesterov_average:
-            return moved.lerp(g, 1 - beta1) / (beta1 * mass + 1 - beta1), held
-        return moved / mass, held
+        pieces = by_rows.pieces(value, self.slots, self.full)
+        for k, (site, piece) in enumerate(zip(self.sites, pieces, strict=True)):
+            if not self.full and site.name not in held.ready:
+                continue
+            formed = piece.reshape(site.shape) if isinstance(piece, Tensor) else None
+            if site.name in rows:
+                self.row_layers[k].assign(piece if formed is None else formed, into)
+            elif formed is not None:
+                site.assign(formed, into)
 
     def prepare(
         self, held: Held, measured: Set[str], due: bool = True, evidence: Set[str] = frozenset(), own: bool = False
@@ -216,7 +211,9 @@ class Block:
         measured: names of all sites with evidence so far; evidence: of those with evidence in this step.
         own: whether the statistic may be changed in place.
         """
-        known = frozenset(s.name for s in self.sites if s.name in measured)
+        known = self.names & measured
+        if not due and known == held.ready and not held.fresh and self.renewed_at_refreshes:
+            return held, False
         representation, new = self.triple.representation, known - held.ready
         turning = (known if due else new).difference(evidence if isinstance(representation, OwnOrder) else ())
         state, cache = self._renewed(held.state, turning, own), held.cache
@@ -233,7 +230,20 @@ class Block:
         fresh = new if skips_first(representation) else frozenset[str]()
         if state is held.state and cache is held.cache and (known, fresh) == (held.ready, held.fresh):
             return held, bool(old or new)
-        return replace(held, state=state, cache=cache, ready=known, fresh=fresh), bool(old or new)
+        average = held.average
+        if due:
+            average = turned_average(average, self.basis, representation, held.cache, cache, self.held.state)
+        return replace(held, state=state, cache=cache, average=average, ready=known, fresh=fresh), bool(old or new)
+
+    @cached_property
+    def renewed_at_refreshes(self) -> bool:
+        """Whether its cache is recomputed at a refresh alone, once it is there."""
+        return renewal(self.triple.representation) != "step" and not self.follows_measurements
+
+    @cached_property
+    def per_step(self) -> bool:
+        """Whether its statistic is valid for one step."""
+        return isinstance(self.triple.representation, PerStep)
 
     @property
     def follows_measurements(self) -> bool:
@@ -264,6 +274,10 @@ class Block:
     def late(self) -> bool:
         """Whether the names and shapes of its tensors are known only after a measurement."""
         return isinstance(self.triple.representation, Unstacked) and not isinstance(self.triple.representation, PerStep)
+
+    def explicit(self, held: Held) -> Held:
+        """The same with its cache."""
+        return replace(held, cache=self.refreshed(held.state, None), implicit=False) if held.implicit else held
 
     def empty_cache(self) -> State:
         """A cache of zeros; empty where names and shapes are not known yet."""
@@ -298,21 +312,43 @@ class Block:
                 made[key][slot] = piece
         return made
 
+    def solved(
+        self, held: Held, rows: Mapping[str, FactoredGradient], reached: Set[str], started: bool
+    ) -> tuple[by_rows.Value, Held] | None:
+        """`solve` for the gradient of this step; None without a gradient or a cache.
+
+        rows: as in `read`.  reached: names of sites with evidence in this step
+        """
+        if not held.cache:
+            return None
+        alone = started and all(layer.weight.grad is None for layer in self.row_layers)
+        given = [rows[s.name] for s in self.sites if alone and s.name in rows and s.name in reached]
+        own = by_rows.solve_own(self.triple, self.options, held, given) if len(given) == len(self.sites) else None
+        if own is not None:
+            return own, held
+        raw = self.read(rows)
+        return None if raw is None else self.solve(held, raw, started)
+
     def solve(self, held: Held, raw: Tensor | FactoredGradient, started: bool = True) -> tuple[Tensor | FactoredGradient, Held]:
         """The preconditioned gradient, averaged and rescaled as configured, and what the block then holds.
 
         raw: this step's gradient; started: False for the step of the grafted method, instead
         """
-        given = isinstance(raw, FactoredGradient)
-        if isinstance(raw, FactoredGradient):
+        cache, given = snapshot(self.triple.representation, held.cache), isinstance(raw, FactoredGradient)
+        if self.basis is None and isinstance(raw, FactoredGradient):
             if started and by_rows.applies(self.triple, self.options):  # without state of an average or a rule
-                cache = snapshot(self.triple.representation, held.cache)
                 return by_rows.solve(self.triple, self.options, cache, raw), replace(held, cache=cache)
             raw = raw.form()
-        (g, average), cache = self.averaged(held.average, raw), snapshot(self.triple.representation, held.cache)
-        value, grafting_state = self.applied(cache, g), {k: v.clone() for k, v in held.grafting_state.items()}
-        if rule := self.options.grafting:
-            value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
+        grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
+        if self.basis is not None:
+            x, average = averaged(held.average, projected(held.state, self.triple, self.basis, cache, raw), self.options)
+            value = self.basis.solve_coordinates(cache, x)
+        else:
+            assert isinstance(raw, Tensor)
+            g, average = averaged(held.average, raw, self.options)
+            value = self.applied(cache, g)
+            if rule := self.options.grafting:
+                value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
         for slot in self._without_gradient(held, given):
             for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():
@@ -327,23 +363,8 @@ class Block:
         if self.full:
             return []
         members = zip(self.sites, self.slots, strict=True)
-        return [slot for site, slot in members if _lacks_gradient(held, site, given)]
+        return runs([slot for site, slot in members if _lacks_gradient(held, site, given)])
 
 
 def _lacks_gradient(held: Held, site: Site, given: bool) -> bool:
     return site.name not in held.ready or site.name in held.fresh or not (given or site.has_gradient)
-
-
-def _joined_frame(placements: list[Placement], full: bool) -> Frame:
-    frame = placements[0].frame()
-    if not full:
-        return replace(frame, stack=sum(p.count for p in placements))
-    shape = (sum(prod(p.site.shape) for p in placements),)
-    diagonal_axes(placements[0].triple.representation, shape, placements[0].options.max_dim)
-    return replace(frame, shape=shape)
-
-
-def _slots(placements: list[Placement], full: bool) -> list[slice]:
-    sizes = [prod(p.site.shape) if full else p.count for p in placements]
-    ends = [sum(sizes[: j + 1]) for j in range(len(sizes))]
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from gradmaker.averages import basis_of
 from gradmaker.block_options import BlockOptions
 from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.sites import Site
@@ -14,19 +16,29 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
+from gradmaker.precision import Precision
 from gradmaker.representations.base import Fold, Frame, Representation
-from gradmaker.representations.roles import FoldsRows
-from gradmaker.solvers.roles import AppliesRows
+from gradmaker.representations.roles import FoldsRows, SpansGradient
+from gradmaker.solvers.roles import AppliesRows, SolvesOwn
+from gradmaker.step.held import Held
 from gradmaker.triple import Triple
 
-__all__ = ["applies", "folds", "layer_of", "solve", "update"]
+__all__ = ["Value", "applies", "folds", "layers_of", "owns", "pieces", "solve", "solve_own", "update"]
 
 
-def layer_of(sites: Sequence[Site], frame: Frame) -> RowLayer | None:
-    """The linear layer that a block is; None where a block is something else, or a stack."""
-    layer = RowLayer.of(sites[0]) if len(sites) == 1 else None
-    same = layer is not None and (1, *frame.shape) == layer.site.shape and layer.weight.dtype == frame.dtype
-    return layer if same else None
+Value: TypeAlias = Tensor | FactoredGradient | list[FactoredGradient | Tensor]
+"""``P g`` of a block: formed, by the rows of its one layer, or in one of these ways for each of its layers."""
+
+
+def layers_of(sites: Sequence[Site], frame: Frame, full: bool) -> list[RowLayer]:
+    """The linear layer that a block is, or those that a block of all layers is; none where it is a stack, or something else.
+
+    full: whether the sites are one block
+    """
+    layers = [RowLayer.of(site) for site in sites] if full or len(sites) == 1 else []
+    found = [x for x in layers if x is not None and x.weight.dtype == frame.dtype]
+    found = [x for x in found if full or x.site.shape == (1, *frame.shape)]
+    return found if len(found) == len(sites) else []
 
 
 def folds(triple: Triple) -> bool:
@@ -35,12 +47,23 @@ def folds(triple: Triple) -> bool:
 
 
 def applies(triple: Triple, options: BlockOptions) -> bool:
-    """Whether ``P g`` is computed by rows: an average of gradients has none, nor what a grafting rule reads by entries."""
+    """Whether ``P g`` is computed by rows: an average of gradients has none, nor what a grafting rule reads by entries.
+
+    An average of coordinates is made of them.
+    """
     solver = triple.solver
     by_rows = isinstance(solver, AppliesRows) and solver.by_rows(triple.representation)
-    plain = options.precision.application is None and not options.beta1
+    averaged = bool(options.beta1) and basis_of(triple, options) is None
+    plain = options.precision.application is None and not averaged
     rule = options.grafting
     return by_rows and plain and (rule is None or rule.by_rows or rule.of_value)
+
+
+def owns(triple: Triple, options: BlockOptions) -> bool:
+    """Whether ``P g`` may be computed from the evidence of the step alone, as its rows make up ``g``."""
+    known = isinstance(triple.solver, SolvesOwn) and isinstance(triple.representation, SpansGradient)
+    plain = options.precision == Precision() and not options.beta1 and options.grafting is None
+    return known and plain and {"main_backward", "examples"} <= triple.curvature.needs
 
 
 def update(representation: Representation, state: State, evidence: Evidence, fold: Fold) -> None:
@@ -57,16 +80,32 @@ def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGrad
     solver, rule = triple.solver, options.grafting
     assert isinstance(solver, AppliesRows)
     value: FactoredGradient | Tensor = solver.solve_rows(triple.representation, cache, raw)
-    if rule is not None and rule.of_value:
-        value = value.form() if isinstance(value, FactoredGradient) else value
-        return rule.rescale({}, value, value, value)
-    return value if rule is None else _scaled(value, rule.scale(raw.length(), _length(value)))
+    if rule is None:
+        return value
+    formed = value if isinstance(value, Tensor) else value.form()  # it is formed anyway, and its length takes less than by rows
+    if rule.of_value:
+        return rule.rescale({}, formed, formed, formed)
+    length = torch.linalg.vector_norm(formed.flatten(1), dim=1)
+    return formed * rule.scale(raw.length(), length).view(-1, 1, 1)
 
 
-def _length(value: FactoredGradient | Tensor) -> Tensor:
-    """The length of each member.  # (B,)"""
-    return value.length() if isinstance(value, FactoredGradient) else torch.linalg.vector_norm(value.flatten(1), dim=1)
+def solve_own(triple: Triple, options: BlockOptions, held: Held, rows: Sequence[FactoredGradient]) -> Value | None:
+    """The same for a step whose evidence is in the statistic, from that alone, where `owns`; None where it has to be given.
+
+    rows: the gradient of each layer
+    """
+    if not owns(triple, options):
+        return None
+    solver = triple.solver
+    assert isinstance(solver, SolvesOwn)
+    found: list[FactoredGradient | Tensor] | None = solver.solve_own(triple.representation, held.state, held.cache)
+    if found is None or [tuple(x.shape) for x in found] != [x.shape for x in rows]:
+        return None
+    return found if triple.representation.grain == "full" else found[0]
 
 
-def _scaled(value: FactoredGradient | Tensor, factors: Tensor) -> FactoredGradient | Tensor:
-    return value.scaled(factors) if isinstance(value, FactoredGradient) else value * factors.view(-1, 1, 1)
+def pieces(value: Value, slots: Sequence[slice], full: bool) -> Sequence[Tensor | FactoredGradient]:
+    """What each site gets of the ``P g`` of its block.  slots: of the sites; full: whether they are one block"""
+    if isinstance(value, Tensor):
+        return [value[0, slot] if full else value[slot] for slot in slots]
+    return value if isinstance(value, list) else [value]

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmaker.averages import converted
 from gradmaker.blocks import Block
 from gradmaker.curvature.roles import Pooled
 from gradmaker.linalg.state import State
 from gradmaker.loss.reading import name_of, named
 from gradmaker.representations.roles import Unstacked
+from gradmaker.solvers.roles import AveragesInBasis, HeldInForms
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step import pool
 from gradmaker.step.clocks import PlanClocks
@@ -91,7 +93,7 @@ def held_tensors(state: Any, path: str = "") -> list[str]:
 
 
 def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
-    cache = block.cache or block.empty_cache()
+    cache = block.explicit(block.held).cache or block.empty_cache()
     if block.full:
         whole = _dump_slot(block, slice(None), cache, bool(block.ready))
         found = {block.name: {**whole, "ready": sorted(block.ready)}}  # sites measured before its last refresh
@@ -258,12 +260,20 @@ def _gather(block: Block, sites: dict[str, Any]) -> Held:
         if sites[name]["parts"] != _kind(block):
             raise ValueError(f"load_state_dict: {name} was saved as {sites[name]['parts']}, and is {_kind(block)} here")
     members = [sites[name] for name in _names(block)]
-    state, average, grafting_state = (
-        _gather_part(block, part, [m[part] for m in members]) for part in _PARTS if part != "cache"
-    )
+    state, grafting_state = (_gather_part(block, part, [m[part] for m in members]) for part in ("state", "grafting_state"))
     cache = _gather_cache(block, [m["cache"] for m in members], any(m["ready"] for m in members))
+    average = _gather_average(block, [m["average"] for m in members], cache)
     ready = sites[block.name]["ready"] if block.full else [s.name for s in block.sites if sites[s.name]["ready"]]
     return Held(state, cache, average, grafting_state, frozenset(ready))
+
+
+def _gather_average(block: Block, members: list[State], cache: State) -> State:
+    """The average of gradients, in the form that the block has; the saved one may have another, see `averages`."""
+    own = block.average
+    other = converted(own, block.triple.solver, {}) if own and isinstance(block.triple.solver, AveragesInBasis) else own
+    if other is own or any(member.keys() != other.keys() for member in members):
+        return _gather_part(block, "average", members)
+    return converted(_gather_part(block, "average", members, other), block.triple.solver, cache)
 
 
 def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
@@ -272,7 +282,10 @@ def _gather_cache(block: Block, members: list[State], ready: bool) -> State:
         return {}
     if isinstance(block.triple.representation, Unstacked):
         return _gather_unstacked(block, "cache", members[0], {}, None)
-    return _gather_part(block, "cache", members, block.empty_cache())
+    solver, like = block.triple.solver, block.empty_cache()
+    if isinstance(solver, HeldInForms):
+        members = [solver.converted(member, like) for member in members]
+    return _gather_part(block, "cache", members, like)
 
 
 def _gather_part(block: Block, part: str, members: list[State], like: State | None = None) -> State:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from gradmaker.block_options import BlockOptions
+from gradmaker.block_options import RARE, BlockOptions
 from gradmaker.capture.shapes import ShapePolicy
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import CURVATURES, LIKELIHOODS, Curvature, Likelihood
@@ -26,11 +26,12 @@ from gradmaker.options.rules import Rule, check_rule
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.options.yaml_text import parse_yaml
 from gradmaker.precision import Precision
-from gradmaker.preset import Preset
+from gradmaker.presets import Presets, expanded
 from gradmaker.representations import REPRESENTATIONS, Representation
-from gradmaker.schedule import SCHEDULES, Schedule, as_schedule
+from gradmaker.schedule import FAR, SCHEDULES, Schedule, as_schedule
 from gradmaker.solvers import SOLVERS, AdaptiveDamping, Solver
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 if TYPE_CHECKING:
     from gradmaker.trust_region.policy import TrustRegion
@@ -108,8 +109,10 @@ class GradientConfig(metaclass=RenamedOptions):
         *("batch_axis", "self_check", "start_step"),
     )
     """Options that act on all groups alike, so that the config of a group leaves them at their defaults."""
-    preset: ClassVar[Preset] = Preset()
+    usage: ClassVar[Usage] = Usage()
     """Defaults of `gradmaker.optimizer`; a property where options decide."""
+    presets: ClassVar[Presets] = {}
+    """Named options, for ``preset=`` in mappings, YAML and `gradmaker.optimizer`; options that are given override them."""
     slow_part: ClassVar[bool] = False
     """Whether `preconditioner_interval` is for a slow part of statistics; blocks without one refresh at every measurement."""
     shapes: ClassVar[ShapePolicy | None] = None
@@ -164,6 +167,12 @@ class GradientConfig(metaclass=RenamedOptions):
             warn_of(name, new)
             return getattr(self, new)
 
+    @property
+    def steps_of_refresh(self) -> int | None:
+        """Number of steps that one refresh serves; None where it changes."""
+        interval = self.preconditioner_interval
+        return None if isinstance(interval, Schedule) else interval
+
     def grafting_rule(self) -> Grafting | None:
         """The grafting rule that `grafting` names, with `grafting_decay`."""
         return None if self.grafting == "none" else GRAFTINGS[self.grafting].decaying(self.grafting_decay)
@@ -181,6 +190,7 @@ class GradientConfig(metaclass=RenamedOptions):
             dtype=common.statistics_dtype(),
             precision=self.precision(),
             slow_part=self.slow_part,
+            turns_average=as_schedule("preconditioner_interval", self.preconditioner_interval).interval(FAR) >= RARE,
         )
 
     @abstractmethod
@@ -271,7 +281,7 @@ PARTS: dict[str, tuple[Mapping[str, Any], Any]] = {
 
 def build(make: Any, given: Mapping[str, Any], what: str) -> Any:
     """Make a dataclass from a mapping. ValueError for an unknown key, with the closest match and all legal keys."""
-    legal = [f.name for f in fields(make)]
+    given, legal = expanded(make, given, what), [f.name for f in fields(make)]
     for key in given:
         if current_name(make, key) not in legal:
             raise ValueError(f"{what} has no option {key!r}: {did_you_mean(key, legal)}")

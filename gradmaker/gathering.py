@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Joint, Outer, Pair
 from gradmaker.curvature.products import Factors
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.representations.base import Fold, Frame
 
-__all__ = ["STACK_LIMIT", "Members", "Piece", "picked", "placed", "stacked"]
+__all__ = ["NO_ROWS", "STACK_LIMIT", "Members", "Piece", "picked", "placed", "runs", "stacked"]
 
 STACK_LIMIT = 128
 """Blocks with a longer axis are not stacked, nor is evidence with more than ``STACK_LIMIT^2`` entries a member.
@@ -40,11 +42,20 @@ class Piece:
         return sum(slot.stop - slot.start for slot in self.slots)
 
 
+NO_ROWS: Mapping[str, FactoredGradient] = MappingProxyType({})
+
+
 # ------------------------------------------------------------------ parts of a stack
 def run_of(slots: Sequence[slice]) -> slice | None:
     """Adjacent slices, in order, as one; None if there are gaps."""
     adjoin = all(a.stop == b.start for a, b in pairwise(slots))
     return slice(slots[0].start, slots[-1].stop) if adjoin else None
+
+
+def runs(slots: Sequence[slice]) -> list[slice]:
+    """The same members by as few slices: one where they are adjacent."""
+    run = run_of(slots) if slots else None
+    return list(slots) if run is None else [run]
 
 
 def picked(state: Mapping[str, Tensor], slots: Sequence[slice]) -> dict[str, Tensor]:
@@ -145,7 +156,8 @@ class Members:
     def stacks(self, chunk: Mapping[str, Evidence], fold: Callable[[Piece], Fold]) -> Iterator[tuple[Piece, Fold]]:
         """`evidence` in as few pieces as possible, with how each enters the statistic."""
         pieces = self.evidence(chunk)
-        if self.full or self.joins_groups:  # rows of the groups of a layer have no axis left for members
+        alone = self.full or len(self.sites) == 1
+        if alone or self.joins_groups:  # rows of the groups of a layer have no axis left for members
             yield from ((piece, fold(piece)) for piece in pieces)
         else:
             yield from stacked(pieces, fold)
@@ -189,21 +201,26 @@ class Members:
         return Outer(empty, empty.new_zeros(k, 1, n, 1, prod(site.shape)), bias=True)
 
     # ---------------------------------------------------------------- gradients
-    def read(self) -> Tensor | None:
-        """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)"""
-        if not any(site.has_gradient for site in self.sites):
+    def read(self, rows: Mapping[str, FactoredGradient] = NO_ROWS) -> Tensor | None:
+        """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)
+
+        rows: gradients of sites of one block that are held by rows, where they are not in ``.grad``
+        """
+        if not any(site.name in rows or site.has_gradient for site in self.sites):
             return None
         if self.full:
-            found = [site.read() for site in self.sites]
+            found = [
+                site.read() if site.has_gradient or site.name not in rows else rows[site.name].form() for site in self.sites
+            ]
             return self._flat([None if g is None else g.to(self.frame.dtype) for g in found])
-        rows = [[self._as_blocks(piece) for piece in site.pieces()] for site in self.sites]
-        if len(rows) == 1:
-            return _cat(rows[0], -1).to(self.frame.dtype)
-        if all(len(row) == 1 for row in rows):
-            return _cat([piece for (piece,) in rows], 0).to(self.frame.dtype)
+        pieces = [[self._as_blocks(piece) for piece in site.pieces()] for site in self.sites]
+        if len(pieces) == 1:
+            return _cat(pieces[0], -1).to(self.frame.dtype)
+        if all(len(row) == 1 for row in pieces):
+            return _cat([piece for (piece,) in pieces], 0).to(self.frame.dtype)
         out = self.frame.empty(*self.frame.shape)
-        targets = [out[t].split([x.shape[-1] for x in row], -1) for t, row in zip(self.slots, rows, strict=True)]
-        torch._foreach_copy_([x for row in targets for x in row], [x for row in rows for x in row])
+        targets = [out[t].split([x.shape[-1] for x in row], -1) for t, row in zip(self.slots, pieces, strict=True)]
+        torch._foreach_copy_([x for row in targets for x in row], [x for row in pieces for x in row])
         return out
 
     def _as_blocks(self, piece: Tensor) -> Tensor:

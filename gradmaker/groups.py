@@ -33,8 +33,8 @@ class Group:
 
 
 def method_name(config: object) -> str:
-    """The name by which the method of a config is registered; that of its class where it is not."""
-    made = type(config)
+    """The name by which the method of a config, or of a class of configs, is registered; that of the class if it is not."""
+    made = config if isinstance(config, type) else type(config)
     found = (name for name, maker in METHODS.entries.items() if maker.Config is made)
     return next(found, made.__name__.removesuffix("GradientConfig"))
 

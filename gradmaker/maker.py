@@ -228,7 +228,8 @@ class GradientMaker:
         self.step_state.end()
         try:
             end = self._end()
-            self.step_state.finish(end, self._blocks(), partial(_write, end.gradients, before.gradients or ()))
+            write = end.write or partial(_write, end.gradients, before.gradients or ())
+            self.step_state.finish(end, self._blocks(), write)
         except BaseException:
             self.step_state.fail(before)
             raise
@@ -242,7 +243,8 @@ class GradientMaker:
     def _mark(self) -> Callable[[], None]:
         """Returns a function that restores the present step and torch's global generators, for a call that fails."""
         now = self.step_state.now
-        indices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        there = self.model.parameters() if torch.cuda.is_initialized() else ()
+        indices = {p.device.index for p in there if p.device.type == "cuda"}
         devices = {i: torch.cuda.get_rng_state(i) for i in indices}
         host = torch.get_rng_state()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmaker.blocks import Block
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.capture.row_calls import RowCalls
 from gradmaker.capture.sites import Site
@@ -17,7 +19,7 @@ from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
-from gradmaker.linalg.arithmetic import plain_arithmetic, sums_to_finite
+from gradmaker.linalg.arithmetic import norms, plain_arithmetic, sums_to_finite
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
@@ -69,10 +71,11 @@ class MeasuringMaker(PlannedMaker):
                 whole = scaled(output_gradients, 1 / weight) if weight else tape.vjp([loss], [one])
                 head = self.explain(tape, head, bare, whole, checked)
                 terms, checked = head.terms, self.is_to_be_checked(tape, head)
-            held = {} if checked else rows.gradients()
-            rows.form()  # self-checks read ``.grad``
+            held = rows.gradients()
             if checked and self._all_finite(loss):
-                self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
+                with rows.written(held):
+                    self.check(tape, head, scaled(output_gradients, 1 / weight) if weight else None, weight)
+                held = rows.kept(held, self.row_layers())  # there may be another plan
             terms = head.terms or terms  # with rows in the order that the self-checks found
             of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
@@ -228,13 +231,19 @@ class MeasuringMaker(PlannedMaker):
                     self._take(draft, curvature, curvature.measure(step), weight)
 
     def _take(
-        self, draft: Draft, curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], weight: float, pooled: bool = True
+        self,
+        draft: Draft,
+        curvature: Curvature,
+        chunks: Iterable[Mapping[str, Evidence]],
+        weight: float,
+        pooled: bool = True,
+        done: Set[Block] = frozenset(),
     ) -> None:
-        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step"""
+        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out"""
         if isinstance(curvature, Pooled) and pooled:
             draft.pool(curvature, chunks, weight)
             return
-        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature]
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature and b not in done]
         draft.fold(chunks, self.step_state.folds(blocks, weight), self.step_state.now.ever)
 
     # ---------------------------------------------------------------- what is finite
@@ -248,17 +257,28 @@ class MeasuringMaker(PlannedMaker):
 
         One host read, and only on steps that could add them to a statistic.
         """
-        if not (self._due or any(b.options.beta1 or b.grafting_state for b in self.plan.blocks)):
+        if not (self._due or self.plan.averages):
             return False, False
         served = self.served
-        own = (p for p in self.model.parameters() if served is None or p in served)
-        tensors = check + [p.grad for p in own if p.grad is not None]
-        finite = torch.stack([sums_to_finite(t) for t in tensors]).all() if tensors else torch.tensor(True)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None and (served is None or p in served)]
+        dense = [g for g in grads if g.layout is torch.strided and not g.is_complex()]
+        others = [g for g in grads if g.layout is not torch.strided or g.is_complex()]
         kept = [t.valid() for t in terms]
-        flags = [finite, *(v.any() for v in kept), *(t.masked() for t in terms)]
-        values = torch.stack(flags).tolist()
-        self.step_state.note(bool(values[0]))
-        return any(values[1 + len(kept) :]), bool(kept) and not any(values[1 : 1 + len(kept)])
+        flags = [sums_to_finite(t) for t in (*check, *others)]
+        read = [*norms(dense), *flags, *(v.any() for v in kept), *(t.masked() for t in terms)]
+        values = torch.stack(read).tolist() if read else []
+        sizes, finite = values[: len(dense)], values[len(dense) : len(dense) + len(flags)]
+        kept_any, masked = (values[len(values) - k * len(terms) :][: len(terms)] for k in (2, 1))
+        regular = all(map(isfinite, sizes)) or bool(torch.stack([sums_to_finite(g) for g in dense]).all())
+        self.step_state.note(regular and all(finite), tuple(zip(dense, (g._version for g in dense), sizes, strict=True)))
+        return any(masked), bool(kept) and not any(kept_any)
+
+    def _check_again(self) -> None:
+        """Check the gradients, unless the last check saw them as they are now."""
+        seen = {id(g): version for g, version, _ in self.step_state.now.norms}
+        grads = (p.grad for p in self.model.parameters() if p.grad is not None)
+        if any(seen.get(id(g)) != g._version for g in grads):
+            self._note_finite([], [])
 
 
 def _bounds(rows: Mapping[str, FactoredGradient]) -> list[Tensor]:

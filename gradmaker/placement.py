@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from gradmaker.block_options import BlockOptions
@@ -12,7 +13,7 @@ from gradmaker.representations.base import Frame
 from gradmaker.representations.roles import FactoredAxes, WholeLayers, diagonal_axes
 from gradmaker.triple import Triple
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "joined_frame", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,20 @@ class Placement:
         if own is not None and isinstance(self.triple.representation, FactoredAxes):
             diagonal |= {own}
         return Frame(self.count, self.shape, diagonal, dtype, like.device, self.options.max_dim, bool(self.site.uses))
+
+
+def joined_frame(placements: Sequence[Placement], full: bool) -> Frame:
+    """The frame of a block of some placements.  full: whether they are one vector"""
+    frame = placements[0].frame()
+    if not full:
+        return replace(frame, stack=sum(p.count for p in placements))
+    shape = (sum(prod(p.site.shape) for p in placements),)
+    diagonal_axes(placements[0].triple.representation, shape, placements[0].options.max_dim)
+    return replace(frame, shape=shape)
+
+
+def slots_of(placements: Sequence[Placement], full: bool) -> list[slice]:
+    """The slice of each placement in the stack of a block, or in its vector."""
+    sizes = [prod(p.site.shape) if full else p.count for p in placements]
+    ends = [sum(sizes[: j + 1]) for j in range(len(sizes))]
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,11 +20,12 @@ from gradmaker.options.registry import Method
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.own_parameters import OwnParameters
 from gradmaker.placement import Placement
-from gradmaker.representations.roles import PerStep
 from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.stacking import build_blocks
 
 __all__ = ["FALLBACK", "Plan", "make_plan"]
+
+T = TypeVar("T")
 
 FALLBACK = "fallback"
 """Name in a plan of the method of parameters that no other covers."""
@@ -41,27 +42,51 @@ class Plan:
     plain: dict[str, str]  # name of a parameter: why it keeps its plain gradient
     methods: dict[str, GradientConfig]  # by what `Block.options.method` names: `OWN`, groups, `FALLBACK`
     own: OwnParameters
+    _known: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What depends on the plan and the key alone, computed once: not to be changed by who gets it."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
 
     def measured(self, due: Collection[str] | None = None) -> list[Block]:
         """The blocks of these methods."""
-        return [b for b in self.blocks if due is None or b.options.method in due]
+        if due is None:
+            return self.blocks
+        return self._once(("measured", frozenset(due)), lambda: [b for b in self.blocks if b.options.method in due])
 
     def sites(
         self, curvature: Curvature, due: Collection[str] | None = None, served: Set[nn.Parameter] | None = None
     ) -> list[Site]:
         """The sites whose blocks use a curvature.  due: of these methods; served: with these parameters; None: all"""
-        found = [s for b in self.measured(due) if b.triple.curvature == curvature for s in b.sites]
-        return found if served is None else [s for s in found if not served.isdisjoint(s.parameters.values())]
+
+        def find() -> list[Site]:
+            found = [s for b in self.measured(due) if b.triple.curvature == curvature for s in b.sites]
+            return found if served is None else [s for s in found if not served.isdisjoint(s.parameters.values())]
+
+        return self._once(
+            ("sites", curvature, *(given if given is None else frozenset(given) for given in (due, served))), find
+        )
 
     def curvatures(self, of_passes: bool, due: Collection[str] | None = None) -> list[Curvature]:
         """The distinct curvatures that are measured with every pass, or once a step."""
-        found = dict.fromkeys(b.triple.curvature for b in self.measured(due))
-        return [c for c in found if c.of_passes == of_passes]
+
+        def find() -> list[Curvature]:
+            return [c for c in dict.fromkeys(b.triple.curvature for b in self.measured(due)) if c.of_passes == of_passes]
+
+        return self._once(("curvatures", of_passes, None if due is None else frozenset(due)), find)
 
     @property
     def per_step(self) -> frozenset[Curvature]:
         """Curvatures whose evidence is valid in its step alone: they are measured at every step."""
-        return frozenset(b.triple.curvature for b in self.blocks if isinstance(b.triple.representation, PerStep))
+        return self._once(("per_step",), lambda: frozenset(b.triple.curvature for b in self.blocks if b.per_step))
+
+    @property
+    def averages(self) -> bool:
+        """Whether every step adds its gradient to a running average or to the state of a grafting rule."""
+        return self._once(("averages",), lambda: any(b.options.beta1 or b.grafting_state for b in self.blocks))
 
     def purposes(self) -> frozenset[str]:
         """Purposes for which a separate batch can be declared."""
@@ -78,7 +103,8 @@ class Plan:
 
     def asks(self, what: Need, due: Collection[str] | None = None) -> bool:
         """Whether any curvature has this need."""
-        return any(what in b.triple.curvature.needs for b in self.measured(due))
+        key = ("asks", what, None if due is None else frozenset(due))
+        return self._once(key, lambda: any(what in b.triple.curvature.needs for b in self.measured(due)))
 
 
 def make_plan(

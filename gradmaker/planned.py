@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from gradmaker.blocks import Block
 from gradmaker.capture.arrangement import Arrangement
 from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.tape import OutputGradients, Tape
@@ -164,13 +165,17 @@ class PlannedMaker(GradientMaker):
         output_gradients: OutputGradients | None = None,
         head: Head | None = None,
         extra: Extra = NOTHING,
+        done: Set[Block] = frozenset(),
     ) -> Step:
-        """The `Step` of a curvature; without a tape after the passes.  due: methods whose sites it measures"""
-        c = self.config
+        """The `Step` of a curvature; without a tape after the passes.
+
+        due: methods whose sites it measures; done: blocks that it leaves out
+        """
+        c, out = self.config, frozenset[str]().union(*(block.names for block in done))
         return Step(
             index=self.step,
             seed=c.seed,
-            sites=[s for s in self.plan.sites(curvature, due, self.served) if not s.frozen],
+            sites=[s for s in self.plan.sites(curvature, due, self.served) if not s.frozen and s.name not in out],
             dtype=c.statistics_dtype(),
             tape=Tape(self.model, ()) if tape is None else tape,
             terms=list(terms),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Set
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.blocks import Block
+from gradmaker.by_rows import Value
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.costs.prediction import cost
 from gradmaker.curvature import Likelihood
+from gradmaker.elementwise import Elementwise, elementwise
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
-from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loops.attachment import Attachment
 from gradmaker.loops.hook import refuse_again, refuse_attached, remove_all
 from gradmaker.measuring import MeasuringMaker
 from gradmaker.passes.batches import Batch
+from gradmaker.plan import Plan
 from gradmaker.reports.summary import Summary, summarise
 from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.clocks import PlanClocks
@@ -45,6 +48,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         super().__init__(model, config)
         self._attachments: list[Attachment] = []
         self._failures = Failures(self.config.failures_allowed)
+        self._groups: tuple[Plan, list[Elementwise]] | None = None  # of this plan
 
     @property
     def skipped(self) -> int:
@@ -70,7 +74,9 @@ class PreconditionedGradientMaker(MeasuringMaker):
         if state.now.due is None:  # the user ran the passes; only gradients can be measured now
             self._check_passes()
             state.ask(self.plan.blocks)
-        if not state.now.checked:
+        if self._elementwise():
+            self._check_again()
+        elif not state.now.checked:
             self._note_finite([], [])
         return self._solve() if state.now.finite else End(gradients=self._of_rows({}), reports=state.now.reports)
 
@@ -84,33 +90,63 @@ class PreconditionedGradientMaker(MeasuringMaker):
     @torch.no_grad()
     def _solve(self) -> End:
         draft = self.step_state.draft()
-        self._measure_gradient(draft)
+        done, found, write = self._at_once(draft)
+        self._measure_gradient(draft, done)
+        rest = [block for block in self.plan.blocks if block not in done]
         with plain_arithmetic(self.model):
-            clocks, reports = self._refresh(draft)
-            found: dict[nn.Parameter, Tensor] = {}
-            for block, value in [r for r in (self._solved(draft, b) for b in self.plan.blocks) if r is not None]:
+            clocks, reports = self._refresh(draft, rest)
+            for block, value in [r for r in (self._solved(draft, b) for b in rest) if r is not None]:
                 if self._started or ((rule := block.options.grafting) and rule.leads):
-                    block.assign(draft.look(block), value, found)
+                    block.assign(draft.look(block), value, self.step_state.now.rows, found)
         found, region = self._limited(self._of_rows(found))
-        return End(draft.work(), found, clocks, reports, region)
+        return End(draft.work(), found, write, clocks, reports, region)
 
     @torch.no_grad()
     def _of_rows(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Add the plain gradients that are held by rows, where no other is found."""
+        """Add the plain gradients that are held by rows alone, where no other is found."""
         rows = self.step_state.now.rows
         for block in self.plan.blocks if rows else ():
-            layer = block.row_layer
-            if layer is not None and layer.site.name in rows and layer.weight not in found:
-                layer.assign(rows[layer.site.name], found)
+            for layer in block.row_layers:
+                if layer.site.name in rows and layer.weight.grad is None and layer.weight not in found:
+                    layer.assign(rows[layer.site.name], found)
         return found
 
-    def _measure_gradient(self, draft: Draft) -> None:
-        """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches."""
-        now = self.step_state.now
+    def _at_once(self, draft: Draft) -> tuple[Set[Block], dict[nn.Parameter, Tensor], Callable[[], None] | None]:
+        """The steps by one operator: their blocks, and gradients to be written, or what writes all that the step changes."""
+        groups, now = self._elementwise(), self.step_state.now
+        done, found, write = set[Block](), dict[nn.Parameter, Tensor](), None
+        if not groups or not self._started:
+            return done, found, write
+        sizes = {id(g): size for g, _, size in now.norms}
+        fresh = all(g is None for _, g in now.gradients or ())  # .grad holds this step alone
+        alone = fresh and self.trust_region is None and groups[0].covers(self.plan.blocks)
+        for group in groups:
+            made = group.step(sizes, alone)
+            for block, held in made.held.items():
+                draft.put(block, held, block.names if held is not block.held else frozenset())
+            done, found, write = done | made.held.keys(), found | made.gradients, made.write
+            for block in (b for b in group.blocks if b not in done):
+                draft.put(block, block.explicit(draft.look(block)))
+        return done, found, write
+
+    def _elementwise(self) -> list[Elementwise]:
+        """The blocks of the plan that may have their step by one operator."""
+        if self._groups is None or self._groups[0] is not self.plan:
+            self._groups = self.plan, elementwise(self.plan.blocks, self.plan.methods)
+        return self._groups[1]
+
+    def _measure_gradient(self, draft: Draft, done: Set[Block]) -> None:
+        """Fold in what is measured once a step: evidence of its gradient, and evidence pooled over its micro-batches.
+
+        done: blocks that have had their step
+        """
+        now, own = self.step_state.now, self.plan.curvatures(of_passes=False, due=self._due)
+        if not now.work.pooled and all(b in done for b in self.plan.measured(self._due) if b.triple.curvature in own):
+            return
         with plain_arithmetic(self.model), borrowing():
-            for curvature in self.plan.curvatures(of_passes=False, due=self._due):
-                chunks = curvature.measure(self._step(curvature, 0, self._due))
-                self._take(draft, curvature, chunks, 1.0)
+            for curvature in own:
+                step = self._step(curvature, 0, self._due, done=done)
+                self._take(draft, curvature, curvature.measure(step), 1.0, done=done)
             for curvature, pooled in now.work.pooled.items():
                 chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
                 self._take(draft, curvature, chunks, 1.0, pooled=False)
@@ -119,11 +155,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def _started(self) -> bool:
         return self.step >= self.config.first_step
 
-    def _refresh(self, draft: Draft) -> tuple[PlanClocks, tuple[Report, ...]]:
-        """Refresh the blocks that are due. Returns the clocks after this, and the reports of failures."""
+    def _refresh(self, draft: Draft, blocks: list[Block]) -> tuple[PlanClocks, tuple[Report, ...]]:
+        """Refresh those of these blocks that are due. Returns the clocks after this, and the reports of failures."""
         now = self.step_state.now
         reports = self._failures.check(now.reports)  # reports of earlier steps, copied to the host since
-        clocks, turns = self.step_state.refreshes(self.plan.blocks)
+        clocks, turns = self.step_state.refreshes(blocks)
         measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
         for block, due in turns:
             held, done = block.prepare(draft.look(block), measured, due, draft.reached, draft.owns(block))
@@ -132,11 +168,11 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 refreshed.append((block, held))
         return clocks, self._failures.check(reports + self._failures.count(refreshed, self.step))
 
-    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Tensor | FactoredGradient] | None:
-        raw, held = block.read(self.step_state.now.rows), draft.look(block)
-        if raw is None or not held.cache:
+    def _solved(self, draft: Draft, block: Block) -> tuple[Block, Value] | None:
+        found = block.solved(draft.look(block), self.step_state.now.rows, draft.reached, self._started)
+        if found is None:
             return None
-        value, solved = block.solve(held, raw, self._started)
+        value, solved = found
         draft.put(block, solved)
         return block, value
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gradmaker.options.checks import check_count
 
-__all__ = ["SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
+__all__ = ["FAR", "SCHEDULES", "Clock", "Clocks", "Linear", "Schedule", "Stepped", "as_schedule"]
 
 
 FAR = 2**40
+"""A step at which no schedule changes any more."""
 
 
 class Schedule(ABC):
@@ -90,6 +90,12 @@ class Clock:
         self.begun, self.next = 0, 0  # the current interval is [begun, next)
         self.ticks = 0  # number of updates that were due
 
+    def copy(self) -> Clock:
+        """A copy, which ticks on its own."""
+        made = Clock.__new__(Clock)
+        made.__dict__.update(self.__dict__)
+        return made
+
     def tick(self, step: int) -> bool:
         """Whether an update is due at ``step``; to be called once for each step, in order."""
         if step < self.next:
@@ -122,8 +128,8 @@ class Clocks:
 
     def copy(self) -> Clocks:
         """A copy of both clocks."""
-        made = copy.copy(self)
-        made.measure, made.refresh = copy.copy(self.measure), copy.copy(self.refresh)
+        made = Clocks.__new__(Clocks)
+        made.measure, made.refresh = self.measure.copy(), self.refresh.copy()
         return made
 
     def dump(self) -> dict[str, dict[str, int]]:

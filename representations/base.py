@@ -75,12 +75,14 @@ class Fold:
     """Whether these members of the stack had no evidence before this step."""
     index: int = 0
     """Number of measured steps before this one."""
+    solved: bool = False
+    """Whether the evidence is the gradient that the step solves for, of all members: `Projects` keeps its coordinates."""
 
     def of(self, again: bool, first: bool) -> Fold:
         """The fold of some members.  again: whether they had evidence earlier in this step; first: see the field"""
         if again:
             return replace(self, beta=1.0, mass=0.0, refresh=False, first=first)
-        return replace(self, refresh=self.refresh or first, first=first)
+        return replace(self, refresh=True, first=True) if first else self
 
     @property
     def begins(self) -> bool:

@@ -77,10 +77,10 @@ class Rotated(Unfolds, Protocol):
 
 @runtime_checkable
 class RowFactored(Unfolds, Protocol):
-    """`Factored` of order one, where a factor ``F = X^T X`` may be held as rows ``X``, if these are fewer than its columns."""
+    """`Factored` of order one, where ``F = X^T X / m`` may be held as rows ``X``, if these are fewer than its columns."""
 
-    def rows(self, state: State) -> list[Tensor | None]:
-        """``X``, bias-corrected; None for a factor that is held itself.  # each (B, n, d)"""
+    def rows(self, state: State) -> list[tuple[Tensor, Tensor] | None]:
+        """``X`` and ``m > 0``; None for a factor that is held itself.  # each (B, n, d), (B,)"""
 
     def factor(self, state: State, axis: int) -> Tensor:
         """``F``, formed.  # (B, d, d), or (B, d) when diagonal"""

@@ -92,17 +92,17 @@ class CrossDims(HeldSpectra, FoldsRows, SlowTensors):
         means = torch.stack([(S if S.ndim == 2 else S.diagonal(dim1=-2, dim2=-1)).mean(-1) for S in factors])
         usable = (torch.isfinite(means) & (means > 0)).all(0)
         scales = torch.where(usable, means.log().mean(0).exp() / means, 1.0)
+        all_usable = usable.device.type == "cpu" and bool(usable.all())
         found: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
         for axis, S in zip(axes, factors, strict=True):
             S.mul_(for_members(scales[axis], S))
-            found.append(_spectrum(torch.where(for_members(usable, S), S, 0.0)))
+            found.append(_spectrum(S if all_usable else torch.where(for_members(usable, S), S, 0.0)))
         failed = ~torch.stack([usable, *(ok for _, _, ok, _ in found)]).all(0)
         for axis, (s, Q, _, retries) in enumerate(found):  # all axes of a member or none: each is measured through the others
-            held = state[f"values_{axis}"]
-            held.copy_(torch.where(failed[:, None], held, s.clamp(min=self.floor)))
-            if Q is not None:
-                basis = state[f"basis_{axis}"]
-                basis.copy_(torch.where(failed[:, None, None], basis, Q))
+            for name, new in (("values", s.clamp(min=self.floor)), ("basis", Q)):
+                if new is not None:
+                    held = state[f"{name}_{axis}"]
+                    torch.where(for_members(failed, held), held, new, out=held)
             error = spectral_residual(factors[axis], (s,) if Q is None else (s, Q), s.clamp(min=self.floor))
             renew_row(state["diagnosis"], axis, failed, error, s.amax(-1), self.floor, retries=retries)
         for name, value in count_failures(failed, state, is_empty(factors)).items():

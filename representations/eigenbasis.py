@@ -14,7 +14,9 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
-from gradmaker.linalg.factors import blocks, identity, rayleigh, transpose, turn
+from gradmaker.linalg.factors import blocks, identity, is_tiled, rayleigh, transpose, turn
+from gradmaker.linalg.fallbacks import none_of
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Fold, Frame, Grain, average
@@ -122,12 +124,12 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
             if Q is None:
                 overlaps.append(None)
                 continue
-            squares = torch.zeros_like(Q)
+            squares = torch.empty_like(Q) if not is_tiled(Q) else torch.zeros_like(Q)
             overlaps.append(squares)
             for (_, block), (_, basis), (_, overlap) in zip(blocks(F), blocks(Q), blocks(squares), strict=True):
                 new = _eigenvectors(block, basis)
                 non_finite = 0 * block.sum((-2, -1), keepdim=True)  # makes D non-finite too, for the solver to count
-                overlap.copy_((new.mT @ basis).square() + non_finite)
+                torch.square(new.mT @ basis, out=overlap).add_(non_finite)
                 basis.copy_(new)
         return overlaps
 
@@ -167,12 +169,13 @@ def _bases(state: State) -> list[Tensor | None]:
 
 def _eigenvectors(F: Tensor, before: Tensor) -> Tensor:
     """An eigenbasis of each factor; ``before`` where the decomposition fails.  # (B, d, d)"""
-    finite = torch.isfinite(F).all(-1).all(-1)[:, None, None]
+    finite = finite_members(F)
     try:
-        Q = torch.linalg.eigh(torch.where(finite, (F + F.mT) / 2, 0.0))[1]
+        Q = torch.linalg.eigh(F if none_of(~finite) else torch.where(finite[:, None, None], F, 0.0))[1]
     except RuntimeError:  # LAPACK and cuSOLVER may raise on finite input: pytorch#94772, #105359
         return before.clone()
-    return torch.where(finite & torch.isfinite(Q).all(-1).all(-1)[:, None, None], Q, before)
+    kept = finite & finite_members(Q)
+    return Q if none_of(~kept) else torch.where(kept[:, None, None], Q, before)
 
 
 def rotated_squares(evidence: Outer, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.eigen import symmetrise
+from gradmaker.linalg.halves import apply_triangles, moment, subtract_product_
 from gradmaker.linalg.mode_products import apply_factors
-from gradmaker.linalg.triangles import apply_triangles, moment, subtract_product_
 
 __all__ = ["GEOMETRIES", "STARTS", "Columns", "Gap", "Geometry", "divide", "rotate", "spectral_bound"]
 
@@ -58,7 +58,8 @@ def _bound_of_columns(x: Tensor, noise: Tensor) -> Tensor:
     x = x / scale
     lengths = ((x @ (x.mT @ x)) * x).sum(-1)  # squares of those of the rows of x x^T
     longest = _longest(x, lengths) @ x.mT
-    return scale.flatten().square() * _iterated(lambda V: (V @ x) @ x.mT, longest, noise)
+    bound: Tensor = scale.flatten().square() * _iterated(lambda V: (V @ x) @ x.mT, longest, noise)
+    return bound
 
 
 def _longest(A: Tensor, lengths: Tensor) -> Tensor:

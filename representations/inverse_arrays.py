@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmaker.linalg.triangles import moment
+from gradmaker.linalg.halves import moment
 
 __all__ = ["array_spectrum", "array_update_"]
 

@@ -38,10 +38,15 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
     reduction: Literal["sum", "subsample", "none"] = "sum"
     positions: int = 16
     """Positions that ``subsample`` keeps of an example."""
+    wide_sides: Literal["rows", "diagonal"] = "rows"
+    """Whether a side over ``max_dim`` is held by its rows all the same, or as a diagonal, as by `Kron`."""
 
     def __post_init__(self) -> None:
+        check_choice("wide_sides", self.wide_sides, ("rows", "diagonal"))
         check_choice("reduction", self.reduction, ("sum", "subsample", "none"))
         check_count("positions", self.positions, 1)
+        if self.wide_sides == "diagonal":
+            object.__setattr__(self, "inapplicable", NEWEST_ALONE)
 
     @property
     def grain(self) -> Grain:
@@ -51,9 +56,13 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
     def groups(self) -> bool:
         return self.reduction != "none"
 
+    def duplicate(self, state: State) -> State:
+        """The same tensors: they are replaced, never written to."""
+        return dict(state)
+
     def long_axes(self, shape: tuple[int, ...], max_dim: int) -> frozenset[int]:
-        """None: rows serve long axes."""
-        return frozenset()
+        """None where rows serve long axes."""
+        return frozenset() if self.wide_sides == "rows" else super().long_axes(shape, max_dim)
 
     def init(self, frame: Frame) -> State:
         names = zip(("left", "right"), frame.shape, strict=True)
@@ -75,17 +84,20 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
             _add_identity(state, outer, fold.share * evidence.counted)
         else:
             g = evidence.gradients.transpose(0, 1)  # (G, k, n, r, o)
-            _append(state, outer, g.reshape(len(g), -1, g.shape[-1]) * fold.alpha**0.5)
-            state[f"{outer}_mass"] += fold.mass
+            rows = g.reshape(len(g), -1, g.shape[-1])
+            _append(state, outer, rows if fold.alpha == 1.0 else rows * fold.alpha**0.5)
+            state[f"{outer}_mass"] = state[f"{outer}_mass"] + fold.mass
         if evidence.fresh:
             self._add_inputs(state, inner, evidence, fold.share)
 
     def _add_inputs(self, state: State, side: str, evidence: Outer, share: float) -> None:
         if isinstance(evidence.inputs, OneHot):
+            state[f"{side}_diagonal"] = state[f"{side}_diagonal"].clone()
             evidence.add_input_moment_(state[f"{side}_diagonal"], 1.0, share)
         else:
-            _append(state, side, _input_rows(evidence, evidence.inputs) * share**0.5)
-        state[f"{side}_mass"] += share * evidence.counted
+            rows = _input_rows(evidence, evidence.inputs)
+            _append(state, side, rows if share == 1.0 else rows * share**0.5)
+        state[f"{side}_mass"] = state[f"{side}_mass"] + share * evidence.counted
 
     def _reduced(self, evidence: Outer) -> Outer:
         if isinstance(evidence.inputs, OneHot) or self.reduction == "none":
@@ -101,19 +113,22 @@ class KronRows(FactoredAxes, ByExample, Unstacked):
         return apply_factors(self.factors(state), v)
 
     # ---------------------------------------------------------------- RowFactored and Factored: rows, then columns
-    def rows(self, state: State) -> list[Tensor | None]:
-        """``Y, X``; None for a factor that is formed or diagonal.  # (B, n, o), (B, n, i)"""
+    def rows(self, state: State) -> list[tuple[Tensor, Tensor] | None]:
+        """The rows of ``B`` and of ``A`` with their mass; None for a factor that is formed or diagonal.
+
+        # (B, n, o), (B,) and (B, n, i), (B,)
+        """
         found = []
         for side in ("left", "right"):
-            X = state.get(f"{side}_rows")
-            found.append(None if X is None else average(X, state[f"{side}_mass"].sqrt()))
+            X, mass = state.get(f"{side}_rows"), state[f"{side}_mass"]
+            found.append(None if X is None else (X, torch.where(mass > 0, mass, 1.0)))
         return found
 
     def factor(self, state: State, axis: int) -> Tensor:
         """``B`` or ``A``, formed.  # (B, d, d), or (B, d) when diagonal"""
-        side, X = ("left", "right")[axis], self.rows(state)[axis]
-        if X is not None:
-            return X.mT @ X
+        side = ("left", "right")[axis]
+        if (X := state.get(f"{side}_rows")) is not None:
+            return average(X.mT @ X, state[f"{side}_mass"])
         held = next(state[f"{side}_{form}"] for form in ("factor", "diagonal") if f"{side}_{form}" in state)
         return average(held, state[f"{side}_mass"])
 
@@ -159,15 +174,19 @@ def _add_identity(state: State, side: str, share: float | Tensor) -> None:
     """Add ``share I``, which is a mean over positions as the inputs' factor is: a diagonal, without rows."""
     rows = state.pop(f"{side}_rows", None)
     state[f"{side}_diagonal"] = (state[f"{side}_diagonal"] if rows is None else rows.sum(1)) + share
-    state[f"{side}_mass"] += share
+    state[f"{side}_mass"] = state[f"{side}_mass"] + share
 
 
 def _append(state: State, side: str, rows: Tensor) -> None:
-    """Add rows to a factor, which is formed once it has as many rows as columns."""
+    """Add rows to a factor, which is formed once it has as many rows as columns; or to a diagonal."""
+    if (diagonal := state.get(f"{side}_diagonal")) is not None:
+        state[f"{side}_diagonal"] = diagonal + rows.square().sum(1)
+        return
     if f"{side}_factor" in state:
         state[f"{side}_factor"] = state[f"{side}_factor"] + rows.mT @ rows
         return
-    rows = torch.cat([state.pop(f"{side}_rows"), rows], 1)
+    held = state.pop(f"{side}_rows")
+    rows = torch.cat([held, rows], 1) if held.shape[1] else rows.contiguous()  # as a loaded one is
     formed = rows.shape[1] >= rows.shape[2]
     state[f"{side}_factor" if formed else f"{side}_rows"] = rows.mT @ rows if formed else rows
 

@@ -172,6 +172,8 @@ def _of_inputs(evidence: Outer | Factors, rows: slice) -> Outer | Factors:
         return replace(evidence, A=_cut(evidence.A, rows))
     if isinstance(evidence.inputs, OneHot):  # a diagonal, which is never tiled
         return evidence
+    if rows == slice(0, evidence.inputs.shape[-1] + evidence.bias):
+        return evidence
     kept = evidence.inputs[..., rows]
     return replace(evidence, inputs=kept, bias=evidence.bias and rows.stop > evidence.inputs.shape[-1])
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
 from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows
 from gradmaker.linalg.finite import finite_members
+from gradmaker.linalg.halves import apply_triangles
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.state import State
-from gradmaker.linalg.triangles import apply_triangles
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, Representation
 from gradmaker.representations.geometries import GEOMETRIES, STARTS, Geometry, divide

@@ -43,6 +43,10 @@ class Spanned(Unstacked, Compact):
 
     inapplicable = NO_LIMIT
 
+    def duplicate(self, state: State) -> State:
+        """The same tensors: they are replaced, never written to."""
+        return dict(state)
+
     @abstractmethod
     def gram(self, state: State) -> Tensor:
         """``J J^T``.  # (B, N, N)"""

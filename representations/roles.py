@@ -16,6 +16,7 @@ from gradmaker.representations.base import Fold, Representation
 from gradmaker.representations.capabilities import Elementwise, Multiplies
 
 __all__ = [
+    "PROJECTED",
     "ByExample",
     "Compact",
     "FactoredAxes",
@@ -23,10 +24,12 @@ __all__ = [
     "OwnOrder",
     "PerStep",
     "PreconditionsRows",
+    "Projects",
     "Renewal",
     "Renewed",
     "SlowTensors",
     "Snapshots",
+    "SpansGradient",
     "Unstacked",
     "WholeLayers",
     "diagonal_axes",
@@ -161,12 +164,36 @@ class FoldsRows(Representation):
         """Fold the gradient in, in place; `update` with the formed gradient does the same."""
 
 
+class SpansGradient(Representation):
+    """A representation by rows ``J`` which the gradient of the step itself may be a combination of."""
+
+    @abstractmethod
+    def own(self, state: State) -> Tensor | None:
+        """``y`` with ``J^T y`` the gradient of the step whose evidence is held; None where that is not known.  # (B, N)"""
+
+    @abstractmethod
+    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
+        """``J^T z`` of each layer, by rows or formed; None where a layer is no single matrix.  # (B, N)"""
+
+    @abstractmethod
+    def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
+        """``J G`` of a block of one layer, by rows; None where `form` takes less work, or the layer has none.  # (B, N)"""
+
+
 class PreconditionsRows(Representation):
     """A representation of matrices that holds ``P``, of which a factor multiplies each side."""
 
     @abstractmethod
     def apply_rows(self, state: State, rows: FactoredGradient) -> FactoredGradient:
         """``P G`` by the rows of ``G``; `apply` of the formed gradient gives the same."""
+
+
+PROJECTED = "projected"
+"""What `Projects` keeps in a state until the step ends."""
+
+
+class Projects(Representation):
+    """A representation whose `update` projects gradients onto a basis; where `Fold.solved`, the result is kept in the state."""
 
 
 # ------------------------------------------------------------------ the times

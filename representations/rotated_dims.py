@@ -13,13 +13,33 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
+from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.fallbacks import count_failures
-from gradmaker.linalg.mode_products import apply_factors, mode_matrix
-from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.linalg.mode_products import add_product_, mode_matrix
+from gradmaker.linalg.orthogonal_iteration import (
+    off_diagonal,
+    orthonormal,
+    power_step,
+    rayleigh_quotients,
+    sort_axis,
+    sorted_eigenvectors,
+    staleness,
+)
+from gradmaker.linalg.rotation import coordinates, from_coordinates
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import FactoredAxes, OwnOrder, Renewal, Renewed, SlowTensors
+from gradmaker.representations.roles import (
+    PROJECTED,
+    FactoredAxes,
+    FoldsRows,
+    OwnOrder,
+    Projects,
+    Renewal,
+    Renewed,
+    SlowTensors,
+)
 
 __all__ = ["RotatedDims"]
 
@@ -32,7 +52,7 @@ With nothing, the second step would divide the rounding noise in the null space 
 
 
 @dataclass(frozen=True)
-class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
+class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Projects, Renewed, SlowTensors):
     """SOAP's curvature: ``C ~ Q diag(V) Q^T``, ``V = E (Q^T g)^2``, in the eigenbases ``Q = Q_1 (x) ... (x) Q_m`` of Shampoo.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. A new basis does not rotate it, but where the columns of the basis are
@@ -99,7 +119,13 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
     # ---------------------------------------------------------------- the statistic
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
         assert isinstance(evidence, Gradient)
-        G, early = self.unfold(evidence.gradient), fold.first or self.sequence == "basis_first"
+        self._update(state, self.unfold(evidence.gradient), fold)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        self._update(state, rows, fold)
+
+    def _update(self, state: State, G: Tensor | FactoredGradient, fold: Fold) -> None:
+        early = fold.first or self.sequence == "basis_first"
         if early:
             self._fold_factors(state, G, fold)
         if fold.first:
@@ -114,18 +140,25 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
     def refresh(self, state: State) -> None:
         self._renew(state, born=False)
 
-    def _fold_factors(self, state: State, G: Tensor, fold: Fold) -> None:
+    def _fold_factors(self, state: State, G: Tensor | FactoredGradient, fold: Fold) -> None:
         for axis in self._axes(state):
-            x = mode_matrix(G, axis)
-            state[f"factor_{axis}"].baddbmm_(x, x.mT, beta=fold.beta, alpha=fold.alpha)
+            if isinstance(G, FactoredGradient):
+                add_product_(state[f"factor_{axis}"], *G.moment_halves(axis), fold.beta, fold.alpha)
+            else:
+                x = mode_matrix(G, axis)
+                add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha)
         fold.weigh_(state["factor_mass"])
 
-    def _fold_moments(self, state: State, G: Tensor, fold: Fold, born: bool) -> None:
-        squares = apply_factors([None if Q is None else Q.mT for Q in self.bases(state)], G).square()
-        if born and self._axes(state):
-            squares = squares.flatten(1).mean(1).view(-1, *[1] * (G.ndim - 1)).expand_as(G)
+    def _fold_moments(self, state: State, G: Tensor | FactoredGradient, fold: Fold, born: bool) -> None:
+        rotated = coordinates(self.bases(state), G)
+        if fold.solved and isinstance(G, Tensor):  # by rows it takes less to project them again than to keep the result
+            state[PROJECTED] = rotated
         kept = 1 - (1 - BIRTH) * state["equal"] if fold.begins else torch.ones_like(state["equal"])
-        state["moments"].mul_((fold.beta * kept).view(-1, *[1] * (G.ndim - 1))).add_(squares, alpha=fold.alpha)
+        state["moments"].mul_(for_members(fold.beta * kept, rotated))
+        if born and self._axes(state):
+            state["moments"].add_(for_members(rotated.square().flatten(1).mean(1), rotated), alpha=fold.alpha)
+        else:
+            state["moments"].addcmul_(rotated, rotated, value=fold.alpha)
         state["mass"].mul_(kept)
         fold.weigh_(state["mass"])
         state["equal"].fill_(float(born and bool(self._axes(state)) and not fold.summed))
@@ -134,33 +167,30 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
         failed = torch.zeros_like(state["failing"], dtype=torch.bool)
         for axis in self._axes(state):
             H, Q = state[f"factor_{axis}"], state[f"basis_{axis}"]
-            stale = torch.isfinite(H).all(-1).all(-1)
+            image = Q.mT @ H  # H is symmetric
+            quotients = rayleigh_quotients(Q, image)
+            stale = torch.isfinite(quotients).all(-1)  # an entry of H that is not finite is in all of them
             failed |= ~stale
-            error = off_diagonal(H, Q)
+            error = off_diagonal(H, Q, image) if self.tolerance else staleness(H, quotients)
             if not born and self.tolerance:
                 stale &= error > self.tolerance
-            order = torch.arange(H.shape[-1], device=H.device).expand(len(H), -1)
-            new = order_new = None
-            if born or self.tracking == "eigh":
-                new = sorted_eigenvectors(torch.where(stale[:, None, None], H, 0.0))
-            elif self.tracking == "power":
-                new, order_new = power_step(H, Q)
-            else:
-                new = qr_steps(H, Q, self.tolerance)
-            right = torch.isfinite(new).all(-1).all(-1)
+            new, order = self._tracked(H, Q, image, stale, born)
+            right = torch.isfinite(new.sum((-2, -1)))
             stale, failed = stale & right, failed | (stale & ~right)
-            Q.copy_(torch.where(stale[:, None, None], new, Q))
-            diagnosis, done = state["diagnosis"], stale.to(H.dtype)
-            renew_row(diagnosis, axis, ~torch.isfinite(error), error, estimate_largest(H), iterations=done)
-            if order_new is not None:
-                self._permute(state, axis, torch.where(stale[:, None], order_new, order))
+            torch.where(stale[:, None, None], new, Q, out=Q)
+            largest = estimate_largest(H) if born else torch.linalg.vector_norm(image, dim=-1).amax(-1)
+            renew_row(state["diagnosis"], axis, ~torch.isfinite(error), error, largest, iterations=stale.to(H.dtype))
+            if order is not None:
+                same = torch.arange(H.shape[-1], device=H.device).expand_as(order)
+                state["moments"].copy_(sort_axis(state["moments"], torch.where(stale[:, None], order, same), axis + 1))
         for name, value in count_failures(failed, state).items():
             state[name].copy_(value)
 
-    def _permute(self, state: State, axis: int, order: Tensor) -> None:
-        V = state["moments"]
-        index = order.view(len(V), *[1] * axis, -1, *[1] * (V.ndim - axis - 2))
-        V.copy_(torch.take_along_dim(V, index, axis + 1))
+    def _tracked(self, H: Tensor, Q: Tensor, image: Tensor, stale: Tensor, born: bool) -> tuple[Tensor, Tensor | None]:
+        """The new basis, and how its columns are sorted where they are.  image: ``Q^T H``"""
+        if born or self.tracking == "eigh":
+            return sorted_eigenvectors(torch.where(stale[:, None, None], H, 0.0)), None
+        return power_step(H, Q, image) if self.tracking == "power" else (orthonormal(image.mT), None)
 
     def _axes(self, state: State) -> list[int]:
         return [axis for axis in range(state["moments"].ndim - 1) if f"basis_{axis}" in state]
@@ -173,8 +203,8 @@ class RotatedDims(FactoredAxes, OwnOrder, Renewed, SlowTensors):
 
     def matvec(self, state: State, v: Tensor) -> Tensor:
         bases = self.bases(state)
-        rotated = apply_factors([None if Q is None else Q.mT for Q in bases], self.unfold(v))
-        return apply_factors(bases, rotated * self.spectrum(state)).reshape(v.shape)
+        rotated = coordinates(bases, self.unfold(v))
+        return from_coordinates(bases, rotated * self.spectrum(state)).reshape(v.shape)
 
     # ---------------------------------------------------------------- Rotated
     def bases(self, state: State) -> list[Tensor | None]:

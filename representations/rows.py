@@ -1,18 +1,19 @@
-"""Rows ``J`` of the last batch, held as inputs and output gradients, and multiplied out only where that is cheaper.
+"""Rows ``J`` of the last batch, held as inputs and output gradients, or multiplied out where that takes less memory.
 
 Axes as in `gradmaker.curvature.evidence`; ``G = B H``: groups in a block's stack. State of layer ``j`` in chunk ``p`` of a
 step's evidence, each tensor with ``B`` first:
 
 - ``p.j.gradients``: (B, H, k, n, r, o);
 - ``p.j.inputs``: (B, H, n, r, i), or the indices (B, 1, n, r) that stand for one-hot inputs;
-- ``p.j.layout``: no elements; its shape is (B, H, rows, columns, bias, transposed, 0) with ``bias``, ``transposed`` 0 or 1.
+- ``p.j.layout``: no elements; its shape is (B, H, rows, columns, bias, transposed, 0) with ``bias``, ``transposed`` 0 or 1;
+- ``p.j.formed``: (B, N, H, rows, columns), in place of these three: of layers with many positions, as convolutions have;
+- ``p.own``: (B, N), coefficients of the rows in the gradient of the step, where these are known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -20,65 +21,19 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
+from gradmaker.linalg.factored_gradient import FactoredGradient, joined_rows
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.low_rank import Spanned
-from gradmaker.representations.roles import WholeLayers
+from gradmaker.representations.roles import SpansGradient, WholeLayers
+from gradmaker.representations.row_parts import FormedPart, OuterPart, Part
 
-__all__ = ["Part", "Rows", "chunks"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A layer's share of some rows, in each of ``B`` blocks: ``H`` groups of its evidence side by side."""
-
-    outer: Outer  # of G = B H groups
-    stack: int  # B
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the layer's share of a vector.  # (B, H, rows, columns)"""
-        G, o = self.outer.gradients.shape[1], self.outer.gradients.shape[-1]
-        a = self.outer.inputs
-        i = (a.size if isinstance(a, OneHot) else a.shape[-1]) + self.outer.bias
-        return (self.stack, G // self.stack, *((i, o) if self.outer.transposed else (o, i)))
-
-    @property
-    def size(self) -> int:
-        """Entries of a row, in one member of the stack."""
-        return prod(self.shape[1:])
-
-    def gram(self, other: Part) -> Tensor:
-        """``J J'^T`` of two chunks of one layer, by the way that takes less memory.  # (B, N, N')"""
-        N, M = self.outer.count, other.outer.count
-        products = N * self.outer.gradients.shape[3] * M * other.outer.gradients.shape[3]
-        if not self._same_layout(other) or products > prod(self.shape[2:]) * (N + M):  # a layer without calls is laid out flat
-            J = self.rows()
-            return J @ (J if other is self else other.rows()).mT
-        return self.outer.gram(other.outer).view(*self.shape[:2], N, M).sum(1)
-
-    def _same_layout(self, other: Part) -> bool:
-        """Whether both have one layout."""
-        mine, its = self.outer, other.outer
-        return (self.shape, mine.bias, mine.transposed) == (other.shape, its.bias, its.transposed)
-
-    def rows(self) -> Tensor:
-        """``J`` as a matrix.  # (B, N, P)"""
-        return self.outer.rows().reshape(self.outer.count, *self.shape[:2], -1).transpose(0, 1).flatten(2)
-
-    def project(self, v: Tensor) -> Tensor:
-        """``J v``.  # (B, H, rows, columns) -> (B, N)"""
-        return self.outer.project(v.flatten(0, 1)).view(*self.shape[:2], -1).sum(1)
-
-    def combine(self, z: Tensor) -> Tensor:
-        """``J^T z``.  # (B, N) -> (B, H, rows, columns)"""
-        z = z.unsqueeze(1).expand(-1, self.shape[1], -1).flatten(0, 1)
-        return self.outer.combine(z).reshape(self.shape)
+__all__ = ["Rows", "chunks"]
 
 
 @dataclass(frozen=True)
-class Rows(Spanned, WholeLayers):
+class Rows(Spanned, WholeLayers, SpansGradient):
     """All rows of the latest step, held as evidence: ``C = sum_N vec(J_N) vec(J_N)^T`` exactly.
 
     A running average would add rows without bound, so that ``decay`` does not apply: earlier rows are dropped. ``full`` couples
@@ -116,22 +71,32 @@ class Rows(Spanned, WholeLayers):
         fold.weigh_(mass)
         state["mass"] = mass
         chunk = len(chunks(state))
+        more = self.merges(parts)
         for j, part in enumerate(parts):
             assert isinstance(part, Outer)
-            new = self.lay(part, fold.alpha, f"{chunk}.{j}")
-            last = f"{chunk - 1}.{j}.gradients"
-            if self.merges(parts) and last in state:
-                state[last] = torch.cat([state[last], new[f"{chunk}.{j}.gradients"]], 2)
-            else:
-                state.update(new)
+            new = self.lay(part, fold.alpha / _mass(fold), f"{chunk}.{j}")
+            for form, axis in (("gradients", 2), ("formed", 1)) if more else ():
+                last, name = f"{chunk - 1}.{j}.{form}", f"{chunk}.{j}.{form}"
+                if last in state and name in new:
+                    state[last], new = torch.cat([state[last], new[name]], axis), {}
+            state.update(new)
+        if more:
+            state.pop(f"{chunk - 1}.own", None)
+        elif (own := self.shares(parts, fold)) is not None:
+            state[f"{chunk}.own"] = own
         self._check_count(state)
 
     def merges(self, parts: Sequence[Evidence]) -> bool:
         """Whether these are further cotangents for the inputs of the previous chunk."""
         return any(isinstance(part, Outer) and not part.fresh for part in parts)
 
+    def shares(self, parts: Sequence[Evidence], fold: Fold) -> Tensor | None:
+        """The coefficients of these rows, as they are held, in the gradient of the step; None if not known.  # (1, N)"""
+        known = [part.own for part in parts if isinstance(part, Outer) and part.own is not None]
+        return None if len(known) < len(parts) else (known[0] * ((fold.alpha * _mass(fold)) ** 0.5 / fold.share)).unsqueeze(0)
+
     def _check_count(self, state: State) -> None:
-        count = sum(parts[0].outer.count for parts in chunks(state))
+        count = sum(parts[0].count for parts in chunks(state))
         if count > self.max_rows:
             raise ValueError(
                 f"{type(self).__name__} would hold {count} rows (examples x cotangents), over max_rows={self.max_rows}: "
@@ -140,17 +105,34 @@ class Rows(Spanned, WholeLayers):
 
     def lay(self, part: Outer, alpha: float, name: str) -> State:
         """The state of a layer in a chunk of evidence with the weight ``alpha``."""
+        if self.forms(part):
+            J = part.rows() if alpha == 1.0 else part.rows() * alpha**0.5
+            return {f"{name}.formed": J.contiguous().unsqueeze(0)}
         g = part.gradients.movedim(1, 0)
         g = g if alpha == 1.0 else g * alpha**0.5
         a = part.inputs.index.unsqueeze(0) if isinstance(part.inputs, OneHot) else part.inputs
-        i = part.inputs.size if isinstance(part.inputs, OneHot) else part.inputs.shape[-1] + part.bias
+        bias = part.bias and self.apart(part)
+        if part.bias and not bias and isinstance(part.inputs, Tensor):
+            a = torch.cat([part.inputs, part.inputs.new_ones(*part.inputs.shape[:-1], 1)], -1)
+        i = part.width + part.bias
         G, o = len(g), g.shape[-1]
         shape = (i, o) if part.transposed else (o, i)
         return {
             f"{name}.gradients": g.contiguous().unsqueeze(0),
             f"{name}.inputs": a.contiguous().unsqueeze(0),
-            f"{name}.layout": g.new_empty(1, G, *shape, int(part.bias), int(part.transposed), 0),
+            f"{name}.layout": g.new_empty(1, G, *shape, int(bias), int(part.transposed), 0),
         }
+
+    def apart(self, part: Outer) -> bool:
+        """Whether the bias is no column of the inputs that are held."""
+        return isinstance(part.inputs, OneHot)
+
+    def forms(self, part: Outer) -> bool:
+        """Whether a layer's rows are multiplied out: which takes less memory and less work in all products."""
+        r, o = part.gradients.shape[3:]
+        if isinstance(part.inputs, OneHot) or r == 1:
+            return False
+        return o * (part.width + part.bias) <= r * (part.width + o)  # whatever their number: chunks are joined
 
     # ---------------------------------------------------------------- LowRank
     def gram(self, state: State) -> Tensor:
@@ -160,23 +142,39 @@ class Rows(Spanned, WholeLayers):
             lower = [torch.stack([x.gram(y) for x, y in zip(one, other, strict=True)]).sum(0) for other in held[: p + 1]]
             blocks.append(lower)
         whole = [[blocks[p][q] if q <= p else blocks[q][p].mT for q in range(len(held))] for p in range(len(held))]
-        return torch.cat([torch.cat(row, 2) for row in whole], 1) / _positive(state["mass"])[:, None, None]
+        return torch.cat([torch.cat(row, 2) for row in whole], 1)
 
     def project(self, state: State, v: Tensor) -> Tensor:
         out = []
         for parts, whole in zip(self.sketched(state), chunks(state), strict=True):
-            pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].outer.gradients.dtype)))
+            pieces = self.pick(state, whole, self._split(whole, v.to(whole[0].dtype)))
             out.append(torch.stack([x.project(u) for x, u in zip(parts, pieces, strict=True)]).sum(0))
-        return torch.cat(out, 1) / _positive(state["mass"]).sqrt().unsqueeze(1)
+        return torch.cat(out, 1)
 
     def combine(self, state: State, z: Tensor) -> Tensor:
         held = chunks(state)
-        z = (z / _positive(state["mass"]).sqrt().unsqueeze(1)).to(held[0][0].outer.gradients.dtype)
-        pieces = z.split([parts[0].outer.count for parts in held], 1)
+        pieces = z.to(held[0][0].dtype).split([parts[0].count for parts in held], 1)
         sums = [torch.cat([x.combine(y).flatten(1) for x in parts], 1) for parts, y in zip(held, pieces, strict=True)]
         out = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
         shape = held[0][0].shape
         return out if self.granularity == "full" else out.unflatten(1, shape[1 if shape[1] > 1 else 2 :])
+
+    def own(self, state: State) -> Tensor | None:
+        shares = [state.get(f"{p}.own") for p in range(len(chunks(state)))]
+        known = [x for x in shares if x is not None]
+        return None if len(known) < len(shares) else torch.cat(known, 1)
+
+    def weighted(self, state: State, z: Tensor) -> list[FactoredGradient | Tensor] | None:
+        held = chunks(state)
+        pieces = z.to(held[0][0].dtype).split([parts[0].count for parts in held], 1)
+        found = [[part.weighted(y) for part in parts] for parts, y in zip(held, pieces, strict=True)]
+        layers = [[rows for rows in layer if rows is not None] for layer in zip(*found, strict=True)]
+        return None if any(len(layer) < len(held) for layer in layers) else [_sum(layer) for layer in layers]
+
+    def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
+        found = [part.project_rows(rows) for (part,) in chunks(state)]
+        known = [x for x in found if x is not None]
+        return None if len(known) < len(found) else torch.cat(known, 1)
 
     def _split(self, parts: Sequence[Part], v: Tensor) -> list[Tensor]:
         """A block's vector, cut into layers.  # (B, *shape) -> each (B, H, rows, columns)"""
@@ -193,23 +191,42 @@ class Rows(Spanned, WholeLayers):
         return pieces
 
 
-def _positive(mass: Tensor) -> Tensor:
-    return torch.where(mass > 0, mass, 1.0)
+def _sum(layer: Sequence[FactoredGradient | Tensor]) -> FactoredGradient | Tensor:
+    rows = [x for x in layer if isinstance(x, FactoredGradient)]
+    if len(rows) == len(layer):
+        return joined_rows(rows)
+    formed = [x.form() if isinstance(x, FactoredGradient) else x for x in layer]
+    return torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]
+
+
+def _mass(fold: Fold) -> float:
+    """The mass of the newest step, which all of its evidence is divided by."""
+    return 1.0 if fold.summed else fold.share
 
 
 def chunks(state: State) -> list[list[Part]]:
     """The parts of every chunk, by layer."""
     found: list[list[Part]] = []
-    while f"{len(found)}.0.layout" in state:
-        p, parts = len(found), list[Part]()
-        while (name := f"{p}.{len(parts)}.") + "layout" in state:
-            parts.append(_part(*(state[name + key] for key in ("gradients", "inputs", "layout"))))
+    while parts := _parts(state, len(found)):
         found.append(parts)
     return found
 
 
-def _part(gradients: Tensor, inputs: Tensor, layout: Tensor) -> Part:
+def _parts(state: State, p: int) -> list[Part]:
+    """The parts of a chunk, by layer; none if there is no such chunk."""
+    parts = list[Part]()
+    while True:
+        name = f"{p}.{len(parts)}."
+        if name + "formed" in state:
+            parts.append(FormedPart(state[name + "formed"]))
+        elif name + "layout" in state:
+            parts.append(_part(*(state[name + key] for key in ("gradients", "inputs", "layout"))))
+        else:
+            return parts
+
+
+def _part(gradients: Tensor, inputs: Tensor, layout: Tensor) -> OuterPart:
     """A layer's share from its tensors in the state.  # (B, H, k, n, r, o), (B, H, n, r, i) or (B, 1, n, r)"""
     B, _, rows, columns, bias, transposed, _ = layout.shape
     a = OneHot(inputs[0, 0], rows if transposed else columns) if inputs.ndim == 4 else inputs.flatten(0, 1)
-    return Part(Outer(a, gradients.flatten(0, 1).transpose(0, 1), bool(bias), bool(transposed)), B)
+    return OuterPart(Outer(a, gradients.flatten(0, 1).transpose(0, 1), bool(bias), bool(transposed)), B)

@@ -17,7 +17,8 @@ from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_count
 from gradmaker.representations.base import Fold
 from gradmaker.representations.low_rank import form_rows
-from gradmaker.representations.rows import Part, Rows, chunks
+from gradmaker.representations.row_parts import OuterPart, Part
+from gradmaker.representations.rows import Rows, chunks
 
 __all__ = ["Sketched"]
 
@@ -67,7 +68,7 @@ class Sketched(Rows):
         count = last["sample.count"].shape[1] + 1 if last else 0
         drawn = {"sample.count": mass.new_empty(len(mass), count, 0)}
         for j, part in enumerate(chunks(state)[0]):
-            if prod(part.shape[2:]) > self.above:
+            if isinstance(part, OuterPart) and prod(part.shape[2:]) > self.above:
                 a = part.outer.inputs
                 inputs = 0 if isinstance(a, OneHot) else a.shape[-1]
                 for side, d in (("outputs", part.outer.gradients.shape[-1]), ("inputs", inputs)):
@@ -85,6 +86,19 @@ class Sketched(Rows):
     def merges(self, parts: Sequence[Evidence]) -> bool:
         """Not with a sketch of positions, which gives every cotangent its own inputs."""
         return self.positions is None and super().merges(parts)
+
+    def shares(self, parts: Sequence[Evidence], fold: Fold) -> Tensor | None:
+        """None with a sketch of positions, which changes the rows."""
+        return None if self.positions is not None else super().shares(parts, fold)
+
+    def apart(self, part: Outer) -> bool:
+        """Where coordinates are sampled, too: the bias always is one of them."""
+        return self.coordinates is not None or super().apart(part)
+
+    def forms(self, part: Outer) -> bool:
+        """Not where coordinates of inputs and of output gradients are sampled."""
+        sampled = self.coordinates is not None and part.gradients.shape[-1] * (part.width + part.bias) > self.above
+        return not sampled and super().forms(part)
 
     def lay(self, part: Outer, alpha: float, name: str) -> State:
         r = part.gradients.shape[3]
@@ -109,6 +123,8 @@ class Sketched(Rows):
         )
 
     def _sample(self, state: State, j: int, part: Part) -> Part:
+        if not isinstance(part, OuterPart):
+            return part
         g, a = part.outer.gradients, part.outer.inputs
         if (outputs := state.get(f"sample.{j}.outputs")) is not None:
             g = g[..., outputs[0].long()] * self._scale(g.shape[-1]) ** 0.5
@@ -128,6 +144,8 @@ class Sketched(Rows):
 
     def _pick(self, state: State, j: int, part: Part, v: Tensor) -> Tensor:
         """The sampled entries of a vector; their scale is split between rows and vector."""
+        if not isinstance(part, OuterPart):
+            return v
         own = part.outer
         v = v.mT if own.transposed else v
         if (outputs := state.get(f"sample.{j}.outputs")) is not None:

@@ -18,15 +18,15 @@ from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.powers import along_axes, axis_power, axis_spectrum, outer
-from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
+from gradmaker.linalg.roots import Root, apply_roots, apply_roots_to_rows, converted_roots, in_parts, keep_roots
 from gradmaker.linalg.state import State
-from gradmaker.options.checks import check_choice
+from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.capabilities import Factored
 from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import spectral_power
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.factor_solver import FactorSolver
-from gradmaker.solvers.roles import AppliesRows
+from gradmaker.solvers.roles import AppliesRows, HeldInForms
 
 __all__ = ["Decomposition", "Eigh"]
 
@@ -35,6 +35,11 @@ class Decomposition(Factorisation):
     """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards."""
 
     larger_ridges = 0
+
+    def attempt(self, F: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
+        if F.ndim == 2 or F.device.type != "cpu":
+            return super().attempt(F, ridge)
+        return self.matrix(F, ridge)  # LAPACK reads one triangle, and raises where it is not finite
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)
@@ -47,7 +52,7 @@ class Decomposition(Factorisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
+class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored], HeldInForms[Factored]):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
     - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step;
@@ -64,10 +69,14 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
     split: Split = "exact"
     mode: Mode = "absolute"
     placement: Placement = "before"
+    interval: int | None = None
+    """Number of steps that one refresh serves: for few, roots are held by their eigenvectors, not multiplied out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("split", self.split, get_args(Split))
+        if self.interval is not None:
+            check_count("interval", self.interval, 1)
         check_choice("mode", self.mode, RIDGES if self.split == "pi" else get_args(Mode))
         check_choice("placement", self.placement, get_args(Placement) if self.split == "exact" else ("before",))
 
@@ -84,10 +93,12 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
             return self._keep_exact(factors, (results, failed, retries), previous, order, gain)
         spectra = [parts[0] for parts in results]
         damped, ridges = self._damped(factors, spectra, order)
-        roots = [_power(parts, s, self.power / order) for parts, s in zip(results, damped, strict=True)]
+        powers = [s ** (self.power / order) for s in damped]
         found = [spectral_residual(*each) for each in zip(factors, results, damped, strict=True)]
+        parted = in_parts(self.interval, factors)
+        roots = [_root(results.pop(0), w, parts) for w, parts in zip(powers, parted, strict=True)]  # eigenvectors are freed
         diagnosis = diagnose(described(found, ridges), [s.amax(-1) for s in spectra], retries)
-        return keep_roots(roots, _add_infinite(failed, roots), previous, gain, diagnosis, is_empty(factors))
+        return keep_roots(roots, _add_infinite(failed, powers), previous, gain, diagnosis, is_empty(factors))
 
     def _damped(self, factors: Sequence[Tensor], spectra: Sequence[Tensor], order: float) -> tuple[list[Tensor], list[Tensor]]:
         """The damped spectrum of each factor, and the ridges for the diagnosis."""
@@ -162,6 +173,9 @@ class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored]):
         scale = cache["scale"].reshape(*cache["scale"].shape, *[1] * (rotated.ndim - cache["scale"].ndim))
         return apply_factors(bases, rotated * scale).reshape(g.shape)
 
+    def converted(self, saved: State, like: State) -> State:
+        return converted_roots(saved, like)
+
     def solve_rows(self, representation: Factored, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
         if self.split != "exact":
             return apply_roots_to_rows(cache, rows)
@@ -183,10 +197,11 @@ def _mean(s: Tensor) -> Tensor:
     return s.mean(-1)
 
 
-def _power(parts: Parts, damped: Tensor, exponent: float) -> Tensor:
-    """``Q diag(damped)^exponent Q^T``, or the diagonal.  # (B, d, d) or (B, d)"""
-    powered = damped**exponent
-    return conjugate(parts[1], powered) if len(parts) == 2 else powered
+def _root(parts: Parts, w: Tensor, parted: bool) -> Root:
+    """``Q diag(w) Q^T``, its parts, or the diagonal."""
+    if len(parts) == 1:
+        return w
+    return (w, parts[1]) if parted else conjugate(parts[1], w)
 
 
 def _add_infinite(failed: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.damping import Placement
+from gradmaker.linalg.factored_gradient import FactoredGradient, joined_rows
 from gradmaker.linalg.fallbacks import count_failures, try_all
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.capabilities import LowRank
 from gradmaker.representations.low_rank import form_rows
+from gradmaker.representations.roles import SpansGradient
 from gradmaker.solvers.cholesky import CholeskyInverse
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.eigh import Decomposition
+from gradmaker.solvers.roles import AppliesRows, SolvesOwn
 
 __all__ = ["Gram", "Tail"]
 
@@ -34,7 +37,7 @@ the gradient is first fitted by the rows: two more products with ``J`` and two w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gram(Defined[LowRank]):
+class Gram(Defined[LowRank], SolvesOwn[LowRank], AppliesRows[LowRank]):
     """``P g = t g + J^T M J g`` with a small symmetric ``M`` from ``K = J J^T = V S V^T``, by the products of `LowRank`.
 
     With a spectrum, ``P g = J^T V f(S) S^-1 V^T J g + t r``, where ``r`` is the part of ``g`` orthogonal to the rows.
@@ -96,11 +99,20 @@ class Gram(Defined[LowRank]):
         unit = self.damping if self.scale_preserving else 1.0
         counters = count_failures(failed, previous)
         if bool((~failed).all()):
-            return {**state, **new, "middle": unit * new["middle"], "gain": unit * new["gain"], **counters}
+            scaled = {name: unit * new[name] for name in ("middle", "gain")}
+            return {**state, **new, **scaled, **self._of_own(representation, state, K, scaled["middle"]), **counters}
         if previous is not None:  # with the rows of the same refresh
             return {**previous, **counters}
         nothing = {name: torch.zeros_like(x) for name, x in {**state, **new}.items()}
         return {**nothing, "gain": unit * torch.where(failed, self._default_gain(), new["gain"]), **counters}
+
+    def _of_own(self, representation: LowRank, state: State, K: Tensor, middle: Tensor) -> State:
+        """``z`` with ``P g = J^T z`` for the gradient ``g = J^T y`` of the step itself, if ``y`` is known.  # (B, N)"""
+        y = representation.own(state) if isinstance(representation, SpansGradient) else None
+        if y is None:
+            return {}
+        y = y.double().unsqueeze(-1)  # P J^T y = J^T (K + damping)^-1 y, without the cancellation of the identity
+        return {"own": (-self.damping * (middle @ y) if self._direct else middle @ (K @ y)).squeeze(-1)}
 
     def _default_gain(self) -> float:
         """The gain for zero curvature."""
@@ -178,6 +190,25 @@ class Gram(Defined[LowRank]):
         inner = torch.where(kept, (values - tail.unsqueeze(-1)) / torch.where(kept, s, 1.0), 0.0).unsqueeze(-1)
         z = V @ (inner * (V.mT @ representation.project(state, g).unsqueeze(-1)))
         return x, unit * (representation.combine(state, z.squeeze(-1)) + tail.view(-1, *[1] * (g.ndim - 1)) * g)
+
+    def solve_own(self, representation: LowRank, state: State, cache: State) -> list[FactoredGradient | Tensor] | None:
+        if not isinstance(representation, SpansGradient) or "own" not in cache:
+            return None
+        if any(cache.get(name) is not x for name, x in state.items()):  # rows of another step
+            return None
+        return representation.weighted(cache, cache["own"])
+
+    def by_rows(self, representation: LowRank) -> bool:
+        return isinstance(representation, SpansGradient) and representation.grain == "layer" and not _sampled(representation)
+
+    def solve_rows(self, representation: LowRank, cache: State, rows: FactoredGradient) -> FactoredGradient | Tensor:
+        assert isinstance(representation, SpansGradient)
+        z = None if "fit" in cache or "projector" in cache else representation.project_rows(cache, rows)
+        if z is None:  # what is orthogonal to the rows of the batch is found only in a gradient that is formed
+            return self.solve(representation, cache, rows.form())
+        spanned = representation.weighted(cache, (cache["middle"] @ z.double().unsqueeze(-1)).squeeze(-1))
+        assert spanned is not None and isinstance(spanned[0], FactoredGradient)  # as they could be projected on
+        return joined_rows([rows.scaled(cache["gain"].to(rows.g.dtype)), spanned[0]])
 
     def solve(self, representation: LowRank, cache: State, g: Tensor) -> Tensor:
         def combine(middle: str, z: Tensor) -> Tensor:

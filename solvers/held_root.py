@@ -7,18 +7,20 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.powers import along_axes
-from gradmaker.linalg.roots import apply_roots, held_roots
+from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, held_roots
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rooted
 from gradmaker.solvers.base import spectral_power
 from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["HeldRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldRoot(Defined[Rooted]):
+class HeldRoot(Defined[Rooted], AppliesRows[Rooted]):
     """``C^(-1/2) g = g x_1 X_1 x_2 X_2 ...`` with the ``X_k`` that the representation holds.
 
     The cache refers to the roots. The representation damps and refreshes them and handles failures.
@@ -46,3 +48,6 @@ class HeldRoot(Defined[Rooted]):
 
     def solve(self, representation: Rooted, cache: State, g: Tensor) -> Tensor:
         return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
+
+    def solve_rows(self, representation: Rooted, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        return apply_roots_to_rows(cache, rows)

@@ -68,14 +68,20 @@ def _minimax(low: float, high: float) -> Quintic:
     return a, b, c
 
 
-def polar_factor(G: Tensor, quintics: tuple[Quintic, ...]) -> Tensor:
-    """``U p(S) V^T`` of ``G = U S V^T`` over its Frobenius norm, ``p`` the composition; zero stays zero.  # (B, d, n)"""
+def polar_factor(G: Tensor, quintics: tuple[Quintic, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """``U p(S) V^T`` of ``G = U S V^T`` over its Frobenius norm, ``p`` the composition; zero stays zero.  # (B, d, n)
+
+    dtype: of the iteration and of the result; None: that of ``G``
+    """
     norm = torch.linalg.matrix_norm(G)
-    X = G / torch.where(norm > 0, norm, 1.0)[:, None, None]
-    X = X.mT if G.shape[-2] > G.shape[-1] else X
-    for a, b, c in quintics:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    M = G.mT if G.shape[-2] > G.shape[-1] else G
+    X = torch.empty(M.shape, dtype=dtype or G.dtype, device=G.device)
+    torch.div(M, torch.where(norm > 0, norm, 1.0)[:, None, None], out=X)
+    A, T, Y = X.new_empty(*X.shape[:-1], X.shape[-2]), X.new_empty(*X.shape[:-1], X.shape[-2]), torch.empty_like(X)
+    for a, b, c in quintics:  # four buffers serve all steps: fresh ones cost as much as the products where memory is trimmed
+        torch.bmm(X, X.mT, out=A)
+        torch.baddbmm(A, A, A, beta=b, alpha=c, out=T)
+        X, Y = torch.baddbmm(X, T, X, beta=a, out=Y), X
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 
@@ -86,7 +92,7 @@ class PolarFactor(DefinedByAxes[Momentary]):
     - ``method="quintic"``: Muon's polynomial; ``"polar_express"``: minimax ones for singular values down to ``lowest`` of the
       norm; ``"svd"``: exact, without directions below 1e-12 of the norm.
     - ``nuclear`` scales by the sum of the singular values: steepest descent in the spectral norm.
-    - ``half`` iterates in bfloat16.
+    - ``half`` iterates in bfloat16; None, as published, for gradients that are not of float64.
 
     Reference: Jordan et al. 2024, Muon; Amsel et al. 2025, arXiv:2505.16932; Carlson et al., AISTATS 2015 (spectral descent).
     """
@@ -102,7 +108,7 @@ class PolarFactor(DefinedByAxes[Momentary]):
     lowest: float = 1e-3
     gain: float = 1.0
     nuclear: bool = False
-    half: bool = False
+    half: bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, ("quintic", "polar_express", "svd"))
@@ -142,7 +148,10 @@ class PolarFactor(DefinedByAxes[Momentary]):
             U, s, Vh = torch.linalg.svd(G, full_matrices=False)
             X = (U * (s > 1e-12 * torch.linalg.vector_norm(s, dim=-1, keepdim=True)).unsqueeze(-2)) @ Vh
         else:
-            X = polar_factor(G.bfloat16() if self.half else G, self._quintics()).to(G.dtype)
-        length = (X * G).sum((-2, -1), keepdim=True) if self.nuclear else 1.0  # the sum of the singular values, where p = 1
-        out: Tensor = (X * self.gain * length).reshape(g.shape)
+            half = G.dtype != torch.float64 if self.half is None else self.half
+            X = polar_factor(G, self._quintics(), torch.bfloat16 if half else None)
+        scale = G.new_full((len(G), 1, 1), self.gain)
+        if self.nuclear:
+            scale *= (X * G).sum((-2, -1), keepdim=True)  # the sum of the singular values, where p = 1
+        out: Tensor = (X * scale).reshape(g.shape)
         return out

@@ -33,14 +33,16 @@ ROOTS: dict[str, Callable[..., Rooter]] = {
 }
 
 
-def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "largest") -> Rooter:
+def rooting(root: Root, damping: float, power: float = -0.5, mode: Mode = "largest", interval: int | None = None) -> Rooter:
     """The solver for ``(F_k + damping lambda_max(F_k) I)^power`` of every factor, or as another ``mode`` says.
+
+    interval: see `Eigh`; the other algorithms form the roots anyway
 
     ValueError for an unknown root, or for a mode that needs eigenvalues, which iterations do not compute.
     """
     check_choice("root", root, get_args(Root))
     if root == "eigh":
-        return Eigh(power=power, damping=damping, split="each", mode=mode)
+        return Eigh(power=power, damping=damping, split="each", mode=mode, interval=interval)
     return ROOTS[root](power=power, damping=damping, mode=mode)
 
 

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.diagnosis import unknown
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import identity, transpose
 from gradmaker.linalg.fallbacks import keep_previous
-from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.powers import along_axes
+from gradmaker.linalg.rotation import coordinates, from_coordinates
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
 from gradmaker.solvers.base import PowerSolver, spectral_power
 from gradmaker.solvers.definition import Defined
+from gradmaker.solvers.roles import AveragesInBasis
 
 __all__ = ["Rotate", "RotatingSolver"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
+class RotatingSolver(PowerSolver[Rotated], AveragesInBasis[Rotated], Defined[Rotated]):
     """``P g = Q [scale * (Q^T g)]`` with the basis that the representation holds.
 
     A member that fails keeps the basis of its previous scale: a stale ``P`` stays whole.
@@ -45,8 +48,7 @@ class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
         bases = {f"basis_{k}": Q for k, Q in enumerate(representation.bases(state)) if Q is not None}
         turned = {name: Q for name, Q in bases.items() if previous is None or Q is not previous[name]}
         new = {"scale": self.scale(representation, state), **bases}
-        checked = (new["scale"], *turned.values())
-        failed = ~torch.stack([torch.isfinite(x).flatten(1).all(1) for x in checked]).all(0)
+        failed = ~finite_members(new["scale"], *turned.values())
         default = {name: identity(Q) for name, Q in bases.items()} if previous is None else {}
         default["scale"] = new["scale"].new_tensor(self.gain)
         if "diagnosis" in state:
@@ -60,9 +62,19 @@ class RotatingSolver(PowerSolver[Rotated], Defined[Rotated]):
         return x, along_axes(bases, rotated / self.divisor(representation, state)).reshape(g.shape)
 
     def solve(self, representation: Rotated, cache: State, g: Tensor) -> Tensor:
-        bases = [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]  # None for an axis in the unit basis
-        rotated = apply_factors([None if Q is None else transpose(Q) for Q in bases], representation.unfold(g))
-        return apply_factors(bases, rotated * cache["scale"]).reshape(g.shape)
+        return self.solve_coordinates(cache, coordinates(self.bases(cache), representation.unfold(g))).reshape(g.shape)
+
+    def solve_rows(self, representation: Rotated, cache: State, rows: FactoredGradient) -> Tensor:
+        return self.solve_coordinates(cache, coordinates(self.bases(cache), rows))
+
+    def coordinates(self, representation: Rotated, cache: State, g: Tensor | FactoredGradient) -> Tensor:
+        return coordinates(self.bases(cache), g if isinstance(g, FactoredGradient) else representation.unfold(g))
+
+    def solve_coordinates(self, cache: State, x: Tensor) -> Tensor:
+        return from_coordinates(self.bases(cache), x * cache["scale"])
+
+    def bases(self, cache: State) -> list[Tensor | None]:
+        return [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,7 @@ class Rotate(RotatingSolver):
 
     def scale(self, representation: Rotated, state: State) -> Tensor:
         s: Tensor = representation.spectrum(state)
-        return (s.clamp(min=0) + self.damping) ** self.power
+        return s.clamp(min=0).add_(self.damping).pow_(self.power)
 
     def divisor(self, representation: Rotated, state: State) -> Tensor:
         s: Tensor = representation.spectrum(state)

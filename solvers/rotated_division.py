@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.factors import for_members
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
@@ -38,9 +39,10 @@ class RotatedDivision(RotatingSolver):
 
     def scale(self, representation: Rotated, state: State) -> Tensor:
         s = representation.spectrum(state)
-        mass = state["mass"].view(-1, *[1] * (s.ndim - 1))
-        share = torch.where(mass > 0, mass, 1.0) ** abs(self.power) if self.raw else 1.0
-        return torch.where(mass > 0, 1 / (s.clamp(min=0) ** abs(self.power) + self.damping / share), 0.0)
+        mass = for_members(state["mass"], s)
+        share = torch.where(mass > 0, mass, 1.0) ** abs(self.power) if self.raw else torch.ones_like(mass)
+        root = s.clamp(min=0).pow_(abs(self.power))
+        return root.add_(torch.where(mass > 0, self.damping / share, torch.inf)).reciprocal_()
 
     def divisor(self, representation: Rotated, state: State) -> Tensor:
         s, mass = representation.spectrum(state), state["mass"]

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from gradmaker.linalg.damping import Mode, damp, ridge_unit
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.fallbacks import Factorisation, Parts, factorise, is_empty
 from gradmaker.linalg.powers import axis_power
-from gradmaker.linalg.roots import apply_roots, keep_roots
+from gradmaker.linalg.roots import apply_roots, apply_roots_to_rows, keep_roots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.capabilities import RootFactored
 from gradmaker.solvers.definition import DefinedByAxes
 from gradmaker.solvers.factor_solver import FactorSolver
+from gradmaker.solvers.roles import AppliesRows
 
 __all__ = ["SvdRoot"]
 
@@ -61,7 +63,7 @@ def _decompose(R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SvdRoot(FactorSolver[RootFactored], DefinedByAxes[RootFactored]):
+class SvdRoot(FactorSolver[RootFactored], DefinedByAxes[RootFactored], AppliesRows[RootFactored]):
     """``C^power`` from ``V (S^2 + damping s_max^2)^(power/order) V^T`` of every ``R_k = U S V^T``, where ``F_k = R_k^T R_k``.
 
     Singular values have an error of ``u s_max``, so that eigenvalues ``s^2`` are accurate to ``u^2 lambda_max``; the damping
@@ -112,6 +114,9 @@ class SvdRoot(FactorSolver[RootFactored], DefinedByAxes[RootFactored]):
 
     def solve(self, representation: RootFactored, cache: State, g: Tensor) -> Tensor:
         return apply_roots(cache, representation.unfold(g)).reshape(g.shape)
+
+    def solve_rows(self, representation: RootFactored, cache: State, rows: FactoredGradient) -> FactoredGradient:
+        return apply_roots_to_rows(cache, rows)
 
 
 def _root(parts: Parts, damped: Tensor, scale: Tensor, exponent: float) -> Tensor:

@@ -231,7 +231,7 @@ def test_what_is_read_is_written_back(name: str, method: str, missing: bool) -> 
     before = {p: (p.grad, p.grad.clone(), p.grad.data_ptr()) for p in model.parameters() if p.grad is not None}
     into: dict[nn.Parameter, Tensor] = {}
     for block in maker.plan.blocks:
-        value = block.read()
+        value = block.read({})
         if value is None:
             assert all(site.read() is None for site in block.sites)
             continue
@@ -239,7 +239,7 @@ def test_what_is_read_is_written_back(name: str, method: str, missing: bool) -> 
             own = site.read()
             expected = torch.zeros_like(value[slot]) if own is None else own.reshape(value[slot].shape)
             assert torch.equal(value[slot], expected)
-        block.assign(replace(block.held, ready=frozenset(s.name for s in block.sites)), 2 * value, into)
+        block.assign(replace(block.held, ready=frozenset(s.name for s in block.sites)), 2 * value, {}, into)
     for p, (grad, was, where) in before.items():
         assert p.grad is grad and grad.data_ptr() == where and torch.equal(grad, was)  # written at the end of a step alone
         assert torch.equal(into[p], 2 * was)

@@ -64,7 +64,7 @@ ROWS = {
     "adamw": Row("torch AdamW", adamw),
     "torch_muon": Row("torch Muon", muon),
     "muon": Row("muon", front_door("muon", scale="rms")),
-    "soap": Row("soap", front_door("soap", skip_first=True)),
+    "soap": Row("soap", front_door("soap")),
     "shampoo": Row("shampoo", front_door("shampoo", grafting="adam", beta1=0.9)),
     "kfac": Row("kfac", kfac, (0.02, 0.04, 0.08, 0.16, 0.32)),
 }

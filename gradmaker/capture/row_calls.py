@@ -22,7 +22,7 @@ from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.sites import Site
 from gradmaker.linalg.factored_gradient import FactoredGradient
 
-__all__ = ["RowCalls", "RowLayer"]
+__all__ = ["RowCalls", "RowLayer", "readable"]
 
 SAVED: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 """Returns the hooks through which tensors are saved for a backward pass."""
@@ -158,7 +158,7 @@ class RowCalls:
             return
         if module in self._calls:
             self._calls[module] = None
-        elif len(args) == 1 and isinstance(output, Tensor) and _readable(layer, module, args[0], output):
+        elif len(args) == 1 and isinstance(output, Tensor) and readable(layer, module, args[0], output):
             self._calls[module] = _Call(layer, args[0], output)
 
     # ---------------------------------------------------------------- the backward pass
@@ -193,13 +193,28 @@ class RowCalls:
         self._calls, self._proven = {}, []
         return found
 
-    @torch.no_grad()
-    def form(self) -> None:
-        """Write the gradients that are held by rows to ``.grad``, as a whole backward pass does."""
-        for call in self._proven:
-            if call.g is not None:
-                _add(call.layer, call.layer.rows(call.x.detach(), call.g.detach()))
-        self._calls, self._proven = {}, []
+    @contextmanager
+    def written(self, held: Mapping[str, FactoredGradient]) -> Iterator[None]:
+        """Context in which gradients that are held by rows are in ``.grad``, as a whole backward pass leaves them."""
+        layers = [layer for layer in self._layers.values() if layer.site.name in held]
+        try:
+            for layer in layers:
+                _add(layer, held[layer.site.name])
+            yield
+        finally:
+            for p in (p for layer in layers for p in layer.parameters):
+                p.grad = None
+
+    def kept(self, held: Mapping[str, FactoredGradient], layers: Iterable[RowLayer]) -> dict[str, FactoredGradient]:
+        """The rows of these layers; those of others are written to ``.grad``."""
+        wanted = {(layer.site.name, *layer.parameters) for layer in layers}
+        found = dict[str, FactoredGradient]()
+        for layer in (each for each in self._layers.values() if each.site.name in held):
+            if (layer.site.name, *layer.parameters) in wanted:
+                found[layer.site.name] = held[layer.site.name]
+            else:
+                _add(layer, held[layer.site.name])
+        return found
 
     def _prove(self, loss: Tensor) -> list[Tensor]:
         """Find the calls that hold all uses of their layers in a loss. Returns the other leaves that it depends on.
@@ -220,7 +235,7 @@ class RowCalls:
         return list(leaves)
 
 
-def _readable(layer: RowLayer, module: nn.Module, x: Any, output: Tensor) -> bool:
+def readable(layer: RowLayer, module: nn.Module, x: Any, output: Tensor) -> bool:
     """Whether a call is one that rows can stand for: no other weight, dtype or kind of tensor, and rows that pay."""
     weight, own = layer.weight, vars(module)
     if "forward" in own or any(module._parameters.get(k) is not p or k in own for k, p in layer.held.items()):
@@ -265,6 +280,7 @@ def _leaves(loss: Tensor, calls: dict[Any, _Call]) -> set[Tensor] | None:
     return leaves
 
 
+@torch.no_grad()
 def _add(layer: RowLayer, rows: FactoredGradient) -> None:
     found: dict[nn.Parameter, Tensor] = {}
     layer.assign(rows, found)

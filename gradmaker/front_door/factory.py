@@ -29,6 +29,7 @@ from gradmaker.options.registry import METHODS
 from gradmaker.options.rules import Rule
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.preconditioner import PreconditionedGradientMaker
+from gradmaker.presets import expanded, spelled
 from gradmaker.reports.coverage import coverage
 
 __all__ = ["CoverageWarning", "optimizer"]
@@ -87,13 +88,16 @@ def optimizer(
             steps have one scale, else 1e-3.
         accumulation: backward passes for each step; needed only where the scale of the loss cannot be read from gradients.
         scaler: the loop's gradient scaler, if any.
-        options: of the method's config.
+        options: of the method's config, and ``preset``, the name of one of its presets; what it stands for is logged.
 
     Raises:
         ValueError: for an unknown method or option, a parameter without a method, or an average that is taken twice.
     """
     kind, known = _method(method)
     options = _as_in_a_loop({**known, **options})
+    if (preset := options.get("preset")) is not None:
+        options = expanded(kind, options, f"method {method_name(kind)!r}")
+        log.info("gradmaker: preset %r of %s: %s", preset, method_name(kind), spelled(kind.presets[preset]))
     if unknown := [k for k in options if current_name(kind, k) not in {f.name for f in fields(kind)}]:
         legal = [*(f.name for f in fields(kind)), *BASE_OPTIONS, "max_norm", "base", "adam", "accumulation", "scaler"]
         raise ValueError(f"optimizer: {unknown[0]!r} is no option of {kind.__name__}: {did_you_mean(unknown[0], legal)}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from gradmaker.config import GradientConfig
 from gradmaker.front_door.routes import BASE_OPTIONS, Route
-from gradmaker.preset import Preset
+from gradmaker.usage import Usage
 
 __all__ = ["param_groups"]
 
@@ -55,9 +55,9 @@ def _given(model: nn.Module, params: Any) -> list[dict[str, Any]]:
 def _options(
     route: Route, own: GradientConfig | None, group: Mapping[str, Any], flat: Mapping[str, Any], base: Any
 ) -> dict[str, Any]:
-    """The options of the base for a param group: of the route, else of the given group, else flat, else the method's preset."""
+    """The options of the base for a param group: of the route, else of the given group, else flat, else the method's usage."""
     values = {**flat, **group, **route.options}
-    if route.left and not (own is not None and own.preset.unit):
+    if route.left and not (own is not None and own.usage.unit):
         values["lr"] = route.options.get("lr", ADAM_LR)
     if "momentum" not in inspect.signature(base).parameters:
         return {k: values[k] for k in ("lr", "weight_decay") if k in values}
@@ -69,7 +69,7 @@ def _options(
                 "the base would average a second time: give beta1= for its average, or beta1=0 with this momentum"
             )
         values["momentum"] = 0.0
-    preset = Preset() if route.config is None else route.config.preset
-    values.setdefault("momentum", 0.0 if averages else preset.momentum)
+    usage = Usage() if route.config is None else route.config.usage
+    values.setdefault("momentum", 0.0 if averages else usage.momentum)
     values["nesterov"] = bool(values.get("nesterov")) and values["momentum"] > 0
     return {k: values[k] for k in BASE_OPTIONS if k in values}

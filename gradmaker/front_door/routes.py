@@ -11,7 +11,6 @@ from torch import nn
 from gradmaker.config import GradientConfig, build
 from gradmaker.front_door.left_to_adam import left_to_adam
 from gradmaker.groups import Group, claims, method_name, read_groups
-from gradmaker.options.registry import METHODS
 from gradmaker.plan import FALLBACK
 from gradmaker.preconditioner import PreconditionedGradientMaker
 
@@ -39,7 +38,7 @@ class Request:
     def __init__(
         self, model: nn.Module, kind: type[GradientConfig], options: dict[str, Any], groups: Any, adam: dict[str, Any]
     ) -> None:
-        what = f"method {next((k for k, m in METHODS.entries.items() if m.Config is kind), kind.__name__)!r}"
+        what = f"method {method_name(kind)!r}"
         self.asked = bool(adam)
         self.adam = {k: adam.pop(k) for k in BASE_OPTIONS if k in adam}
         self.given: list[dict[str, Any]] = []  # options of the base, for each group
@@ -48,7 +47,7 @@ class Request:
         default = {"method": "adam", **adam}
         if groups is not None:
             groups, self.given = _without_base(groups)
-        elif own.preset.hidden and not own.groups and (left := left_to_adam(model)):
+        elif own.usage.hidden and not own.groups and (left := left_to_adam(model)):
             groups, self.given, self.by_default = {left: default, "*": method_name(own)}, [self.adam, {}], True
         if groups is not None:
             options = {**options, "groups": groups}

@@ -68,7 +68,7 @@ def decompose_again(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     s, Q, ok = decompose(A)
     if A.dtype == torch.float64 or bool(ok.all()):
         return s, Q, ok, (~ok).to(s.dtype)
-    values, basis, right = decompose(A.double())
+    values, basis, right = decompose(symmetrise(A.double()))  # products leave it symmetric to float32 alone
     retried = ~ok
     s, Q = torch.where(ok[:, None], s, values.to(s.dtype)), torch.where(ok[:, None, None], Q, basis.to(Q.dtype))
     return s, Q, ok | right, retried.to(s.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmaker.linalg.mode_products import apply_factors
 
-__all__ = ["FactoredGradient", "ProbedRows", "transform_rows"]
+__all__ = ["FactoredGradient", "ProbedRows", "joined_rows", "transform_rows"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,13 @@ class FactoredGradient:
     def to(self, dtype: torch.dtype) -> FactoredGradient:
         """The same rows in another dtype."""
         return replace(self, g=self.g.to(dtype), a=self.a.to(dtype))
+
+
+def joined_rows(parts: Sequence[FactoredGradient]) -> FactoredGradient:
+    """The sum of some gradients, with the rows of all."""
+    if len(parts) == 1:
+        return parts[0]
+    return FactoredGradient(torch.cat([p.g for p in parts], 1), torch.cat([p.a for p in parts], 1))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.moments import add_moment_
+
 __all__ = [
     "add",
     "average_trace",
@@ -151,7 +153,9 @@ def average_trace(F: Tensor) -> Tensor:
 def conjugate(Q: Tensor, v: Tensor) -> Tensor:
     """``Q diag(v) Q^T``.  # Q dense or tiled, (B, d) -> as Q"""
     if not is_tiled(Q):
-        return (Q * v.unsqueeze(-2)) @ Q.mT
+        out = torch.empty(Q.shape, dtype=Q.dtype, device=Q.device)
+        add_moment_(out, (Q * v.unsqueeze(-2)).mT, Q.mT, beta=0, alpha=1)
+        return out
     return join([conjugate(q, w) for q, w in zip(split(Q), split_vector(v, Q), strict=True)], Q.shape[1])
 
 

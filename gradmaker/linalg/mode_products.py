@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.factors import blocks, dense, is_tiled
+from gradmaker.linalg.moments import add_moment_
 
 __all__ = ["add_product_", "apply_factors", "kronecker_product", "mode_matrix"]
 
@@ -42,11 +43,14 @@ def mode_matrix(g: Tensor, axis: int) -> Tensor:
 
 
 def add_product_(H: Tensor, X: Tensor, Y: Tensor, beta: float, alpha: float) -> None:
-    """``H <- beta H + alpha X Y`` in place, or the diagonal of it.  # (B, d, d) or (B, d); (B, d, n), (B, n, d)"""
+    """``H <- beta H + alpha X Y`` in place, where that is symmetric, or the diagonal of it.
+
+    # (B, d, d) or (B, d); (B, d, n), (B, n, d)
+    """
     if H.ndim == 2:
         H.mul_(beta).add_((X * Y.mT).sum(-1), alpha=alpha)
     else:
-        H.baddbmm_(X, Y, beta=beta, alpha=alpha)
+        add_moment_(H, X.mT, Y, beta, alpha)
 
 
 def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:

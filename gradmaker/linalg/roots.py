@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from math import prod
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradmaker.linalg.diagnosis import unknown
-from gradmaker.linalg.eigen import add_ridge, decompose, is_definite
-from gradmaker.linalg.factored_gradient import FactoredGradient, transform_rows
-from gradmaker.linalg.factors import identity
+from gradmaker.linalg.eigen import add_ridge, decompose, is_definite, symmetrise
+from gradmaker.linalg.factored_gradient import FactoredGradient
+from gradmaker.linalg.factors import conjugate, identity, is_tiled
 from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 
-__all__ = ["InverseRoot", "apply_roots", "apply_roots_to_rows", "held_roots", "integer_root", "keep_roots", "residual"]
+__all__ = [
+    "InverseRoot",
+    "Root",
+    "apply_roots",
+    "apply_roots_to_rows",
+    "converted_roots",
+    "held_roots",
+    "in_parts",
+    "integer_root",
+    "keep_roots",
+    "residual",
+]
+
+
+Root: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""``X``, or ``w``, ``Q`` of ``X = Q diag(w) Q^T``.  # (B, d, d) or (B, d); (B, d), (B, d, d)"""
+SMALLEST = 64
+"""Sides below which the calls of a root in parts cost more than its arithmetic saves."""
 
 
 def integer_root(power: float, order: float) -> int:
@@ -78,13 +96,29 @@ class InverseRoot(Factorisation):
 
     def last_resort(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)
-        X = (Q * ((s.clamp(min=0) + ridge.unsqueeze(-1)) ** (-1 / self.p)).unsqueeze(-2)) @ Q.mT
+        X = conjugate(Q, (s.clamp(min=0) + ridge.unsqueeze(-1)) ** (-1 / self.p))
         found, tolerance = residual(add_ridge(A, ridge), X, self.p)
         return self.parts(X, 0, found, ridge), ok & (s.amin(-1) + ridge > 0) & (found <= tolerance)
 
 
+def in_parts(interval: int | None, factors: Sequence[Tensor]) -> list[bool]:
+    """Whether a root ``X = Q diag(w) Q^T`` of each factor is held as ``w``, ``Q``, not multiplied out.
+
+    A matrix of ``R`` rows takes ``R d^2`` multiplications more in parts, and ``d^3`` are saved at a refresh. With an interval
+    of one, every product chooses, as ``R`` is known only then: a gradient may come by its rows.
+
+    interval: number of steps that one refresh serves; None: unknown, or many
+    """
+    sides = [F.shape[1] for F in factors]
+    few = [interval is not None and (interval == 1 or interval * prod(sides) < d * d) for d in sides]
+    return [
+        short and F.ndim == 3 and not is_tiled(F) and F.device.type == "cpu" and F.shape[1] >= SMALLEST
+        for short, F in zip(few, factors, strict=True)
+    ]
+
+
 def keep_roots(
-    roots: Sequence[Tensor],
+    roots: Sequence[Root],
     failed: Tensor,
     previous: State | None,
     gain: float,
@@ -95,24 +129,57 @@ def keep_roots(
 
     empty: as in `keep_previous`
     """
-    new = {f"root_{k}": X for k, X in enumerate(roots)}
-    share = gain ** (1 / len(roots))
-    default = {name: share * identity(X) for name, X in new.items()}
+    new, default, share = State(), State(), gain ** (1 / len(roots))
+    for k, root in enumerate(roots):
+        if isinstance(root, Tensor):
+            new[f"root_{k}"], default[f"root_{k}"] = root, share * identity(root)
+        else:
+            w, Q = root
+            new[f"power_{k}"], new[f"vectors_{k}"] = w, Q.mT  # as rows, since LAPACK gives them in column order
+            default[f"power_{k}"], default[f"vectors_{k}"] = share * identity(w), identity(Q)
     if diagnosis is not None:
         new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
     return keep_previous(new, failed, previous, default, empty)
 
 
+def converted_roots(saved: State, like: State) -> State:
+    """The roots of a saved cache in the forms of another, as `in_parts` decided otherwise for it."""
+    made = dict(saved)
+    for k in range(len(like)):
+        root, w, V = f"root_{k}", f"power_{k}", f"vectors_{k}"
+        if w in like and root in saved:
+            s, Q = torch.linalg.eigh(symmetrise(made.pop(root).double()))
+            made[w], made[V] = s.to(like[w].dtype), Q.mT.to(like[V].dtype)
+        elif root in like and w in saved:
+            made[root] = conjugate(made.pop(V).mT, made.pop(w))
+    return made
+
+
 def held_roots(cache: State) -> list[Tensor]:
-    """The roots in a cache, one for each factor.  # each (B, d, d) or (B, d)"""
+    """The roots in a cache, one for each factor, where all are multiplied out.  # each (B, d, d) or (B, d)"""
     return [cache[f"root_{k}"] for k in range(sum(name.startswith("root_") for name in cache))]
 
 
 def apply_roots_to_rows(cache: State, rows: FactoredGradient) -> FactoredGradient:
     """`apply_roots` of a matrix: the first root on the gradients of the outputs, the second, if there is one, on the inputs."""
-    return transform_rows(held_roots(cache), rows)
+    return FactoredGradient(_along(cache, rows.g, 0, 2), _along(cache, rows.a, 1, 2))
 
 
 def apply_roots(cache: State, g: Tensor) -> Tensor:
-    """``g x_1 X_1 x_2 X_2 ...`` with the roots in a cache.  # (B, d_1, ..., d_m)"""
-    return apply_factors(held_roots(cache), g)
+    """``g x_1 X_1 x_2 X_2 ...`` with the roots in a cache; axes beyond have none.  # (B, d_1, ..., d_m)"""
+    for k in range(g.ndim - 1):
+        g = _along(cache, g, k, k + 1)
+    return g
+
+
+def _along(cache: State, g: Tensor, k: int, axis: int) -> Tensor:
+    """The product with root ``k``, if there is one, along an axis.  # (B, d_1, ..., d_m)"""
+    before, V = [None] * (axis - 1), cache.get(f"vectors_{k}")
+    if V is None:
+        return apply_factors([*before, cache.get(f"root_{k}")], g)
+    w = cache[f"power_{k}"]
+    if g[0].numel() >= V.shape[-1] ** 2:  # as many rows as columns: the matrix takes less
+        return apply_factors([*before, conjugate(V.mT, w)], g)
+    for F in (V, w, V.mT):
+        g = apply_factors([*before, F], g)
+    return g

@@ -19,6 +19,7 @@ from gradmaker.loops.hook import REFUSES, Hook, refuse_overlap
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
 from gradmaker.loops.marks import Marks, any_nonzero, refuse_second, without_others
 from gradmaker.loops.reader import LossReader, UndeclaredError
+from gradmaker.loops.written_rows import WrittenRows
 from gradmaker.loss.head import Head
 from gradmaker.loss.likelihood import Likelihood
 from gradmaker.step.protocol import RecordingMaker
@@ -62,6 +63,7 @@ class Attachment:
         self.maker, self.optimizer = weakref.ref(maker), weakref.ref(inner)
         self.scaler, self._refusal = scaler, ""  # why a pass of this step could not be measured
         self._current: LoopPass | None = None
+        self._rows = WrittenRows()
         self._marks: Marks | None = None  # gradients at the end of the last backward pass
         self._called = False  # whether the model was called since the last step
         self._watched: Sequence[str] = ()
@@ -80,7 +82,7 @@ class Attachment:
         """Remove the hooks."""
         if self._current is not None:
             self._current.unwatch()
-        self._release()
+        self.forget()
         self.removed = True
         for handle in self._handles:
             handle.remove()
@@ -92,6 +94,7 @@ class Attachment:
     def forget(self) -> None:
         """Forget the passes of a step that begins again, from other statistics."""
         self._release()
+        self._rows.release()
         self._marks = None
 
     # ---------------------------------------------------------------- the forward pass
@@ -117,6 +120,7 @@ class Attachment:
         if recorded or self._checks_left:
             self._current = LoopPass(maker.new_tape() if recorded else None, Hook(self, "after_forward"))
             self._current.begin(model, args, kwargs)
+        self._rows.begin(maker.row_layers(), model if self._current is None else None)
 
     def after_forward(self, model: Any, args: Any, output: Any = None) -> None:
         """Put hooks on the outputs, for their gradients. ValueError for an output without logits."""
@@ -126,6 +130,7 @@ class Attachment:
         if current.depth:
             current.depth -= 1
             return
+        self._rows.returned()
         current.leave(output)
         if output is None:  # an exception
             self._release()
@@ -279,9 +284,10 @@ class Attachment:
         if self._refusal:
             raise UndeclaredError(self._refusal)
         self._warn_of_changes(maker)
-        with without_others(maker.model, self._served):
+        with without_others(maker.model, self._served), maker.step_state.holding(self._rows.proven(self._served)):
             maker.step_state.judge_anew()
             maker.precondition()
+        self._rows.release()
         self._marks = None
         self._called = False
         return True

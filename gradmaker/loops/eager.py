@@ -19,6 +19,7 @@ class Eager:
     """
 
     open = 0  # number of open contexts
+    compiling = False  # whether the hook that runs was called within compiled code
     stance: Any = None  # of torch's compiler, outside of them
     compiler: Any = None  # of the call that has begun
 

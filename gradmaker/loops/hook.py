@@ -29,6 +29,7 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         """Call the method, outside of what may be compiling the call of the model."""
         compiler, before = set_compiler(None), Eager.open
+        Eager.compiling = bool(compiler)
         try:
             owner = self.owner and self.owner()
             return getattr(owner, self.verb)(*args) if owner is not None and self.verb else None

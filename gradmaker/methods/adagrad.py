@@ -10,10 +10,10 @@ from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import Diagonal
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["AdagradGradientConfig", "AdagradGradientMaker"]
 
@@ -27,7 +27,7 @@ class AdagradGradientConfig(GradientConfig):
 
     inapplicable = BatchGradient.inapplicable | Diagonal.inapplicable | COVERS_ALL
 
-    preset = Preset(momentum=0.0)
+    usage = Usage(momentum=0.0)
     damping: float = 1e-10
     decay: float | None = None
     per_tensor: ClassVar[bool] = True

@@ -10,10 +10,10 @@ from gradmaker.config import COVERS_ALL, GradientConfig
 from gradmaker.curvature import BatchGradient
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import Diagonal
 from gradmaker.solvers import Division
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["AdamGradientConfig", "AdamGradientMaker"]
 
@@ -28,7 +28,7 @@ class AdamGradientConfig(GradientConfig):
 
     inapplicable = BatchGradient.inapplicable | Diagonal.inapplicable | COVERS_ALL
 
-    preset = Preset(momentum=0.0, unit=True)
+    usage = Usage(momentum=0.0, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.999
     beta1: float = 0.9

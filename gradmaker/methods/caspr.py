@@ -11,11 +11,11 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import RootedGradientConfig
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import KronDims, KronSum, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import AxisMean
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["CasprGradientConfig", "CasprGradientMaker"]
 
@@ -33,7 +33,7 @@ class CasprGradientConfig(RootedGradientConfig):
     Reference: Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR 2024, algorithm 1 and section 5 (ridge 1e-6).
     """
 
-    preset = Preset(hidden=True)
+    usage = Usage(hidden=True)
     damping: float = 1e-6
     decay: float | None = 0.999
     beta1: float = 0.9

@@ -14,11 +14,11 @@ from gradmaker.options.checks import check_choice
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import Diagonal, OneWayDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Division, HeldRoot
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["CasprAdaptiveGradientConfig", "CasprAdaptiveGradientMaker"]
 
@@ -39,7 +39,7 @@ class CasprAdaptiveGradientConfig(AxesGradientConfig):
     renamed_options = BASIS_INTERVAL
     slow_part = True
 
-    preset = Preset(hidden=True)
+    usage = Usage(hidden=True)
     damping: float = 1e-6
     decay: float | None = 0.999
     beta1: float = 0.9

@@ -11,10 +11,10 @@ from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice, check_count
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import Dense, Window
 from gradmaker.solvers import Eigh, Gram
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["FullAdagradGradientConfig", "FullAdagradGradientMaker"]
 
@@ -33,7 +33,7 @@ class FullAdagradGradientConfig(AxesGradientConfig):
 
     only_with: ClassVar[dict[str, dict[str, Any]]] = {"merge": {"block_size": bool}}
 
-    preset = Preset(momentum=0.0)
+    usage = Usage(momentum=0.0)
     damping: float = 1e-8
     decay: float | None = None
     max_dim: int = 4096

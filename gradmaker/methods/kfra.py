@@ -39,7 +39,9 @@ class KfraGradientConfig(KroneckerGradientConfig):
             raise ValueError(f"fisher={self.fisher!r}: KFRA is the recursion FisherRecursive(...); use kfac for another Fisher")
 
     def layer(self, site: Site) -> Triple:
-        return Triple(self.fisher, Kron(wide_sides=self.wide_sides), Cholesky(damping=self.damping, split="pi"))
+        return Triple(
+            self.fisher, Kron(wide_sides=self.wide_sides), Cholesky(damping=self.damping, interval=self.steps_of_refresh)
+        )
 
 
 @register("kfra")

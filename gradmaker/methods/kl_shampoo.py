@@ -11,11 +11,11 @@ from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import CrossDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["KlShampooGradientConfig", "KlShampooGradientMaker"]
 
@@ -32,7 +32,7 @@ class KlShampooGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
-    preset = Preset(hidden=True, unit=True)
+    usage = Usage(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.98
     beta1: float = 0.9
@@ -49,7 +49,7 @@ class KlShampooGradientConfig(AxesGradientConfig):
         return CrossDims(self.start, self.damping)
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(BatchGradient(), self._state(), PositiveRoot())
+        return Triple(BatchGradient(), self._state(), PositiveRoot(interval=self.steps_of_refresh))
 
 
 @register("kl_shampoo")

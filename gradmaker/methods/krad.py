@@ -12,13 +12,13 @@ from gradmaker.options.checks import check_choice
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import AlternatingInverse, InverseDims
 from gradmaker.representations.alternating_inverse import ONE_AXIS
 from gradmaker.representations.inverse_dims import Denominator
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import PositiveRoot
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["KradagradGradientConfig", "KradagradGradientMaker", "KradagradStarGradientConfig", "KradagradStarGradientMaker"]
 
@@ -46,7 +46,7 @@ class KradagradStarGradientConfig(HeldRootsGradientConfig):
     denominator is bounded by a scalar (square-root Woodbury).
     """
 
-    preset = Preset(hidden=True)
+    usage = Usage(hidden=True)
     damping: float = 1e-5
     decay: float | None = None
     grafting: str = "keep"
@@ -89,7 +89,7 @@ class KradagradGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
-    preset = Preset(hidden=True)
+    usage = Usage(hidden=True)
     damping: float = 1e-8
     decay: float | None = None
     preconditioner_interval: int | Schedule = 3

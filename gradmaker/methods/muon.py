@@ -14,11 +14,11 @@ from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import Diagonal, ZeroHistory
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.solvers import Division, PolarFactor
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["MuonGradientConfig", "MuonGradientMaker"]
 
@@ -48,8 +48,8 @@ class MuonGradientConfig(AxesGradientConfig):
     iteration: Literal["quintic", "polar_express", "svd"] = "quintic"
     steps: int = 5
     scale: Literal["aspect", "rms", "nuclear", "none"] = "aspect"
-    half: bool = False
-    """Whether to iterate in bfloat16."""
+    half: bool | None = None
+    """Whether to iterate in bfloat16; None, as published: where gradients are not of float64."""
     elementwise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,9 +58,9 @@ class MuonGradientConfig(AxesGradientConfig):
         self._solver(1.0)
 
     @property
-    def preset(self) -> Preset:  # type: ignore[override]
+    def usage(self) -> Usage:  # type: ignore[override]
         """Of hidden weights; with ``scale='rms'`` their step has the size of Adam's."""
-        return Preset(hidden=True, unit=self.scale == "rms")
+        return Usage(hidden=True, unit=self.scale == "rms")
 
     def _solver(self, gain: float) -> PolarFactor:
         return PolarFactor(method=self.iteration, steps=self.steps, gain=gain, nuclear=self.scale == "nuclear", half=self.half)

@@ -42,7 +42,7 @@ class UnitNaturalGradientConfig(GradientConfig):
     """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping))
+        return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping, interval=self.steps_of_refresh))
 
 
 @register("unit_ng")
@@ -66,7 +66,7 @@ class FullNaturalGradientConfig(GradientConfig):
     """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(self.fisher, Dense(granularity="full"), Cholesky(damping=self.damping))
+        return Triple(self.fisher, Dense(granularity="full"), Cholesky(damping=self.damping, interval=self.steps_of_refresh))
 
 
 @register("full_ng")
@@ -91,7 +91,7 @@ class LayerNaturalGradientConfig(GradientConfig):
     """Which Fisher matrix: FisherMC, FisherExact or FisherEmp."""
 
     def triple(self, site: Site) -> Triple | None:
-        return Triple(self.fisher, Dense(granularity="layer"), Cholesky(damping=self.damping))
+        return Triple(self.fisher, Dense(granularity="layer"), Cholesky(damping=self.damping, interval=self.steps_of_refresh))
 
 
 @register("layer_ng")

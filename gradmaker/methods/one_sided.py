@@ -13,10 +13,10 @@ from gradmaker.methods.tensor_axes import RootedGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import OneSided
 from gradmaker.schedule import Schedule
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["OneSidedGradientConfig", "OneSidedGradientMaker"]
 
@@ -28,7 +28,7 @@ class OneSidedGradientConfig(RootedGradientConfig):
     Reference: Xie et al., 2025, arXiv:2502.10273; An et al., 2025, arXiv:2503.20762, algorithm 1.
     """
 
-    preset = Preset(hidden=True)
+    usage = Usage(hidden=True)
     damping: float = 1e-6
     decay: float | None = 0.95
     grafting: str = "keep"

@@ -10,10 +10,11 @@ from gradmaker.curvature import BatchGradient
 from gradmaker.methods.tensor_axes import RootedGradientConfig
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
+from gradmaker.presets import Presets
 from gradmaker.representations import KronDims, RootKronDims
 from gradmaker.schedule import Schedule
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["ShampooGradientConfig", "ShampooGradientMaker"]
 
@@ -29,7 +30,8 @@ class ShampooGradientConfig(RootedGradientConfig):
     al., 2020, arXiv:2002.09018.
     """
 
-    preset = Preset(hidden=True)
+    usage = Usage(hidden=True)
+    presets: ClassVar[Presets] = {"large": {"block_size": 256, "curvature_interval": 10, "preconditioner_interval": 100}}
     damping: float = 1e-6
     decay: float | None = 0.95
     grafting: str = "keep"

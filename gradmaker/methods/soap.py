@@ -12,11 +12,11 @@ from gradmaker.options.checks import check_choice
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
-from gradmaker.preset import Preset
 from gradmaker.representations import RotatedDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import RotatedDivision
 from gradmaker.triple import Triple
+from gradmaker.usage import Usage
 
 __all__ = ["EshampooGradientConfig", "EshampooGradientMaker", "SoapGradientConfig", "SoapGradientMaker"]
 
@@ -26,22 +26,23 @@ class SoapGradientConfig(AxesGradientConfig):
     """SOAP: ``P g = Q [(Q^T m) / (sqrt(v) + damping)]``, Adam in the eigenbasis ``Q`` of Shampoo's factors.
 
     ``preconditioner_interval`` is the interval of the basis ``Q``, which is refreshed before the gradient of its step is used;
-    the second moment ``v`` is updated at every step. The reference skips the first step (``skip_first``); here it is taken with
-    the mean of ``v`` in every entry, which the next gradient replaces. Vectors get Adam.
+    the second moment ``v`` is updated at every step. As in the reference, the first gradient makes the basis alone, and its
+    step is zero; with ``skip_first=False`` it is taken with the mean of ``v`` in every entry, which the next gradient replaces.
+    Vectors get Adam.
 
     Reference: Vyas et al., ICLR 2025, arXiv:2409.11321, algorithm 3; defaults of its code.
     """
 
     renamed_options = BASIS_INTERVAL
 
-    preset = Preset(hidden=True, unit=True)
+    usage = Usage(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.95
     max_dim: int = 10000
     preconditioner_interval: int | Schedule = 10
     stagger: bool = False
-    skip_first: bool = False
+    skip_first: bool = True
     precondition_vectors: bool = False
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class EshampooGradientConfig(AxesGradientConfig):
 
     renamed_options = BASIS_INTERVAL
 
-    preset = Preset(hidden=True, unit=True)
+    usage = Usage(hidden=True, unit=True)
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.9

@@ -97,7 +97,8 @@ class RootedGradientConfig(HeldRootsGradientConfig):
 
     def rooter(self) -> Rooter:
         """The solver for the roots of factors. ValueError for a mode that ``root`` does not have."""
-        return rooting(self.root, self.damping, mode=self.mode)
+        interval = None if self.apply_dtype else self.steps_of_refresh  # what is rounded is the root itself
+        return rooting(self.root, self.damping, mode=self.mode, interval=interval)
 
     def check_root(self, order: float) -> None:
         """ValueError where the iteration ``root`` cannot compute the inverse root of a Kronecker product of this order."""

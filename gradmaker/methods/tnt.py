@@ -40,7 +40,8 @@ class TntGradientConfig(GradientConfig):
             return None
         if site.kind == "scale":
             return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping))
-        return Triple(self.fisher, TensorNormal(granularity="layer"), Cholesky(damping=self.damping, split="each"))
+        solver = Cholesky(damping=self.damping, split="each", interval=self.steps_of_refresh)
+        return Triple(self.fisher, TensorNormal(granularity="layer"), solver)
 
 
 @register("tnt")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import TYPE_CHECKING
 
 from gradmaker.blocks import Block
 from gradmaker.representations.base import Fold
-from gradmaker.representations.roles import PerStep
 from gradmaker.schedule import Clocks
 
 if TYPE_CHECKING:
@@ -29,8 +27,8 @@ class PlanClocks:
 
     def copy(self) -> PlanClocks:
         """A copy of all clocks."""
-        made = copy.copy(self)
-        made.of = {name: clocks.copy() for name, clocks in self.of.items()}
+        made = PlanClocks.__new__(PlanClocks)
+        made.methods, made.of = self.methods, {name: clocks.copy() for name, clocks in self.of.items()}
         return made
 
     def serving(self, methods: Mapping[str, GradientConfig]) -> PlanClocks:
@@ -49,21 +47,22 @@ class PlanClocks:
 
     def measure(self, step: int, blocks: Iterable[Block], among: Collection[str] | None = None) -> frozenset[str]:
         """The methods that measure at this step; to be called once for each step.  among: methods to consider; None: all"""
-        ending = {b.options.method for b in blocks if isinstance(b.triple.representation, PerStep)}
+        ending = {b.options.method for b in blocks if b.per_step}
         asked = [(name, clocks) for name, clocks in self.of.items() if among is None or name in among]
         return frozenset(name for name, clocks in asked if clocks.measure.tick(step) | (name in ending))
 
-    def retry(self, due: Collection[str], reached: Collection[str], step: int, blocks: Collection[Block]) -> None:
-        """Make measurements that brought no evidence due again at ``step``.  reached: sites with evidence"""
-        for name in due:
-            if not any(s.name in reached for b in blocks if b.options.method == name for s in b.sites):
-                self.of[name].measure.retry(step)
+    def retried(self, due: Collection[str], reached: Set[str], step: int, blocks: Collection[Block]) -> PlanClocks:
+        """Clocks by which measurements that brought no evidence are due again at ``step``.  reached: sites with evidence"""
+        lost = [name for name in due if all(b.names.isdisjoint(reached) for b in blocks if b.options.method == name)]
+        made = self.copy() if lost else self
+        for name in lost:
+            made.of[name].measure.retry(step)
+        return made
 
     def folds(self, step: int, blocks: Iterable[Block], weight: float) -> dict[Block, Fold]:
         """How evidence of a micro-batch enters the statistics of blocks; changes nothing.  weight: its share of the loss"""
         shown = self.copy()
-        for clocks in shown.of.values():
-            clocks.refresh.tick(step)
+        shown.tick(step)
         found = {}
         for block in blocks:
             clocks = shown.of[block.options.method]
@@ -74,13 +73,15 @@ class PlanClocks:
         name = block.options.method
         return self.of[name].refresh.due(step, block.share if self.methods[name].stagger else 0.0)
 
-    def refreshes(self, step: int, blocks: Collection[Block]) -> Iterator[tuple[Block, bool]]:
-        """Every block, and whether it is to be refreshed; may be called again for the same step."""
-        for name, clocks in self.of.items():
+    def tick(self, step: int) -> None:
+        """Begin the intervals of refreshes that begin at this step; may be called again for the same step."""
+        for clocks in self.of.values():
             clocks.refresh.tick(step)
-            for block in blocks:
-                if block.options.method == name:
-                    yield block, self._is_due(block, step)
+
+    def refreshes(self, step: int, blocks: Collection[Block]) -> list[tuple[Block, bool]]:
+        """Every block, and whether it is to be refreshed; may be called again for the same step."""
+        self.tick(step)
+        return [(b, self._is_due(b, step)) for name in self.of for b in blocks if b.options.method == name]
 
     def dump(self) -> dict[str, dict[str, dict[str, int]]]:
         """The state of all clocks, by method."""

@@ -57,10 +57,11 @@ class Draft:
             self._own[block] = refresh or not isinstance(block.triple.representation, SlowTensors)
         return self._held[block]
 
-    def put(self, block: Block, held: Held) -> None:
-        """Replace what a block holds in this draft."""
+    def put(self, block: Block, held: Held, reached: Set[str] = frozenset()) -> None:
+        """Replace what a block holds in this draft.  reached: sites whose evidence is in it now"""
         if held is not self.look(block):
             self._held[block] = held
+        self._reached |= reached
 
     @torch.no_grad()
     def fold(self, chunks: Iterable[Mapping[str, Evidence]], folds: Mapping[Block, Fold], known: Set[str]) -> None:

@@ -19,3 +19,4 @@ class Held:
     grafting_state: State = field(default_factory=dict)
     ready: frozenset[str] = frozenset()  # sites for which the cache is of a statistic with evidence
     fresh: frozenset[str] = frozenset()  # sites in their first step, which is left out
+    implicit: bool = False  # the cache is what the solver prepares from the statistic, and is not held

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
+from math import inf
 
 from gradmaker import by_rows
 from gradmaker.blocks import Block
@@ -21,11 +23,16 @@ def row_layers(blocks: Collection[Block], due: Collection[str]) -> list[RowLayer
     """
     if any(not b.triple.curvature.needs <= OF_CALLS for b in blocks if b.options.method in due):
         return []
-    return [b.row_layer for b in blocks if b.row_layer is not None and _takes_rows(b, b.options.method in due)]
+    return [layer for b in blocks for layer in _held(b, b.options.method in due)]
 
 
-def _takes_rows(block: Block, measured: bool) -> bool:
+def _held(block: Block, measured: bool) -> list[RowLayer]:
+    if measured and by_rows.owns(
+        block.triple, block.options
+    ):  # the rows are evidence, and `form` is all that is done with them
+        return [replace(layer, most=inf) for layer in block.row_layers]
     of_gradient = measured and not block.triple.curvature.of_passes
     if of_gradient and not by_rows.folds(block.triple):
-        return False
-    return of_gradient or by_rows.applies(block.triple, block.options)
+        return []
+    takes = of_gradient or (not block.full and by_rows.applies(block.triple, block.options))
+    return block.row_layers if takes else []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -56,13 +57,21 @@ class Facts:
     due: frozenset[str] | None = None  # methods that measure their curvature in it; None: the clocks were not read yet
     finite: bool = True
     checked: bool = False  # whether any tensor was checked for non-finite values
+    norms: tuple[tuple[Tensor, int, float], ...] = ()  # gradients at the last check, with version counters and norms
     shares: tuple[tuple[float, int], ...] = ()  # weight and number of examples of its micro-batches; 0: unknown
     work: Work = Work()
-    rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients that are not in `.grad`
+    rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients by rows, maybe not in `.grad`
     trial: QuadraticModel | None = None
     gradients: Gradients | None = None  # from before it; None: `.grad` is not the maker's
     left: tuple[tuple[nn.Parameter, Tensor | None, int], ...] = ()  # `.grad` after its end has failed, with version counters
     begun: Facts | None = None  # the state before its first micro-batch
+
+    def but(self, **changes: Any) -> Facts:
+        """The same with these fields changed: `dataclasses.replace` takes four times as long, and a step makes six of these."""
+        made = object.__new__(Facts)
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(changes)
+        return made
 
     @property
     def part(self) -> int:
@@ -81,6 +90,7 @@ class End:
 
     work: Work | None = None  # None: nothing to keep, since the step was not finite
     gradients: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)  # to be written to `.grad`
+    write: Callable[[], None] | None = None  # writes to `.grad` and to what the blocks hold, in place of `gradients`
     clocks: PlanClocks | None = None
     reports: tuple[Report, ...] = ()
     region: Region | None = None
@@ -117,7 +127,7 @@ class StepState:
         now = self._check("ask", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
         if now.due is None:
             clocks, due = self._asked(blocks)
-            self._now = replace(now, clocks=clocks, due=due)
+            self._now = now.but(clocks=clocks, due=due)
             return due
         return now.due
 
@@ -133,10 +143,10 @@ class StepState:
         """How evidence of a micro-batch enters the statistics of blocks.  weight: of its loss in that of the step"""
         return self._now.clocks.folds(self._now.index, blocks, weight)
 
-    def note(self, finite: bool) -> None:
-        """Record a check of the loss or the gradients."""
+    def note(self, finite: bool, norms: tuple[tuple[Tensor, int, float], ...] = ()) -> None:
+        """Record a check of the loss or the gradients.  norms: of the gradients, with their version counters"""
         now = self._check("note", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
-        self._now = replace(now, finite=now.finite and finite, checked=True)
+        self._now = now.but(finite=now.finite and finite, checked=True, norms=norms)
 
     def judge_anew(self) -> None:
         """Forget whether earlier passes were finite: the end of the step finds it in ``.grad``."""
@@ -155,61 +165,71 @@ class StepState:
         begun = _with_no_checks(now) if now.phase is Phase.BETWEEN else now.begun
         work = now.work if draft is None else draft.work()
         shares = (*now.shares, (weight, examples))
-        self._now = replace(now, phase=Phase.PASSES, shares=shares, work=work, begun=begun, unread=now.unread + unread)
+        self._now = now.but(phase=Phase.PASSES, shares=shares, work=work, begun=begun, unread=now.unread + unread)
 
     def hold(self, rows: Mapping[str, FactoredGradient]) -> None:
-        """Keep gradients of the one micro-batch of this step by their rows. RuntimeError if there are others."""
-        now = self._check("hold", Phase.PASSES)
-        if now.part != 1 and rows:
+        """Keep gradients of this step by their rows. RuntimeError if it has several micro-batches."""
+        now = self._check("hold", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        if now.part > 1 and rows:
             raise RuntimeError(f"step {now.index}: hold: rows are those of a step of one micro-batch, and this has {now.part}")
-        self._now = replace(now, rows=rows)
+        self._now = now.but(rows=rows)
+
+    @contextmanager
+    def holding(self, rows: Mapping[str, FactoredGradient]) -> Iterator[None]:
+        """Context that ends the step, with gradients of which the rows are known, too; not kept after an exception."""
+        self.hold(rows)
+        try:
+            yield
+        except BaseException:
+            self.hold({})
+            raise
 
     def keep_apart(self, before: Gradients) -> None:
         """Keep the ``.grad`` from before the first micro-batch. RuntimeError if it is kept already."""
         now = self._check("keep_apart", Phase.PASSES)
         if now.gradients is not None:
             raise RuntimeError(f"step {now.index}: keep_apart: the gradients from before the step are kept already")
-        self._now = replace(now, gradients=before)
+        self._now = now.but(gradients=before)
 
     def drop(self) -> None:
         """Remove the micro-batches from the step: their gradients, in a loop that is not the maker's, are gone."""
         now = self._check("drop", Phase.PASSES, Phase.FAILED)
         if now.gradients is not None:
             raise RuntimeError(f"step {now.index}: drop: only micro-batches of another loop can be removed")
-        self._now = replace(now.begun or now, phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
+        self._now = (now.begun or now).but(phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
 
     # ---------------------------------------------------------------- what is kept of the last step
     def remember(self, previous: Previous) -> None:
         """Keep this step for secants, with the pass that was measured last."""
-        self._now = replace(self._check("remember", Phase.PASSES), previous=previous)
+        self._now = self._check("remember", Phase.PASSES).but(previous=previous)
 
     def complete(self, pairs: dict[str, Evidence]) -> None:
         """Keep the secants of the last measured step, and release its batch."""
         now = self._check("complete", Phase.BETWEEN, Phase.PASSES)
         assert now.previous is not None
-        self._now = replace(now, previous=Previous([], {}, {}, now.previous.index, pairs))
+        self._now = now.but(previous=Previous([], {}, {}, now.previous.index, pairs))
 
     def judge(self, region: Region) -> None:
         """Set the state of the trust region at the beginning of a pass."""
-        self._now = replace(self._check("judge", Phase.BETWEEN, Phase.PASSES), region=region)
+        self._now = self._check("judge", Phase.BETWEEN, Phase.PASSES).but(region=region)
 
     def attempt(self, trial: QuadraticModel) -> None:
         """Set the quadratic model of this step, with the pass that was made last."""
-        self._now = replace(self._check("attempt", Phase.PASSES), trial=trial)
+        self._now = self._check("attempt", Phase.PASSES).but(trial=trial)
 
     def copied(self, previous: Previous | None) -> StepState:
         """The same state for a copy of the maker.  previous: the last measured step, without its batch"""
         made = StepState()
-        made._now = replace(self._now, previous=previous)
+        made._now = self._now.but(previous=previous)
         return made
 
     # ---------------------------------------------------------------- the end
     def end(self) -> None:
         """Begin the end of the step; after an exception, again."""
         now = self._check("end", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
-        self._now = replace(now, phase=Phase.ENDING)
+        self._now = now.but(phase=Phase.ENDING)
 
-    def refreshes(self, blocks: Collection[Block]) -> tuple[PlanClocks, Iterator[tuple[Block, bool]]]:
+    def refreshes(self, blocks: Collection[Block]) -> tuple[PlanClocks, list[tuple[Block, bool]]]:
         """Every block and whether it is to be refreshed, with the clocks after this."""
         clocks = self._check("refreshes", Phase.ENDING).clocks.copy()
         return clocks, clocks.refreshes(self._now.index, blocks)
@@ -218,7 +238,7 @@ class StepState:
         """Record an exception in the end: it may be called again, or the step begins again.  before: the state before `end`"""
         self._check("fail", Phase.ENDING)
         left = tuple((p, p.grad, -1 if p.grad is None else p.grad._version) for p, _ in before.gradients or ())
-        self._now = replace(before, phase=Phase.FAILED, left=left)
+        self._now = before.but(phase=Phase.FAILED, left=left)
 
     def begin_again(self) -> Gradients:
         """Begin the step again after an exception at its end. Returns ``.grad`` from before it, if it is unchanged since.
@@ -227,10 +247,10 @@ class StepState:
         """
         now = self._check("begin_again", Phase.FAILED)
         if now.gradients is None:
-            self._now = replace(now, phase=Phase.PASSES if now.shares else Phase.BETWEEN, left=())
+            self._now = now.but(phase=Phase.PASSES if now.shares else Phase.BETWEEN, left=())
             return ()
         untouched = all(p.grad is g and (g is None or g._version == version) for p, g, version in now.left)
-        self._now = replace(now.begun or now, phase=Phase.BETWEEN, gradients=None, left=())
+        self._now = (now.begun or now).but(phase=Phase.BETWEEN, gradients=None, left=())
         return now.gradients if untouched else ()
 
     def finish(self, end: End, blocks: Collection[Block], write: Callable[[], None]) -> None:
@@ -239,8 +259,8 @@ class StepState:
         blocks: of the plan.  write: writes the gradients into ``.grad``; the last action that may raise
         """
         now = self._check("finish", Phase.ENDING)
-        clocks, work = (end.clocks or now.clocks).copy(), end.work or Work()
-        clocks.retry(now.due or (), work.reached, now.index + 1, blocks)
+        work = end.work or Work()
+        clocks = (end.clocks or now.clocks).retried(now.due or (), work.reached, now.index + 1, blocks)
         done = Facts(
             index=now.index + 1,
             clocks=clocks,
@@ -256,21 +276,22 @@ class StepState:
         for block, held in work.held.items():
             block.held = held
         for block in blocks:
-            release(block.triple.representation, block.state)
+            if block.per_step:
+                release(block.triple.representation, block.state)
 
     # ---------------------------------------------------------------- another plan, another state
     def move(self, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> None:
         """Replace the blocks by those of another plan, which hold what the old ones held."""
         now = self._check("move", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         begun = None if now.begun is None else _with_clocks_of_plan(now.begun, blocks, methods)
-        self._now = replace(_with_clocks_of_plan(now, blocks, methods), work=now.work.moved(blocks), begun=begun)
+        self._now = _with_clocks_of_plan(now, blocks, methods).but(work=now.work.moved(blocks), begun=begun)
 
     def saved(self) -> Facts:
         """The state to save, without micro-batches of a loop that is not the maker's, whose gradients are not saved."""
         now = self._check("saved", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
         if now.gradients is not None or now.phase is Phase.BETWEEN:
             return now
-        return replace(now.begun or now, phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
+        return (now.begun or now).but(phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)
 
     def load(self, facts: Facts) -> None:
         """Replace the state by one of any step. RuntimeError while a step ends."""
@@ -280,14 +301,14 @@ class StepState:
 
 
 def _with_no_checks(facts: Facts) -> Facts:
-    return replace(facts, finite=True, checked=False) if facts.checked else facts
+    return facts.but(finite=True, checked=False) if facts.checked else facts
 
 
 def _with_clocks_of_plan(facts: Facts, blocks: Collection[Block], methods: Mapping[str, GradientConfig]) -> Facts:
     """The state with the clocks of another plan. Its new methods that measure once a step are due in this step, too."""
     clocks = facts.clocks.serving(methods)
     if facts.due is None:
-        return replace(facts, clocks=clocks)
+        return facts.but(clocks=clocks)
     recorded = {b.options.method for b in blocks if b.triple.curvature.of_passes}  # this pass was not recorded for them
     new = [name for name in methods if name not in facts.clocks.of and name not in recorded]
-    return replace(facts, clocks=clocks, due=facts.due | clocks.measure(facts.index, blocks, new))
+    return facts.but(clocks=clocks, due=facts.due | clocks.measure(facts.index, blocks, new))

@@ -131,7 +131,7 @@ def test_by_default_gradients_are_averaged_once_at_most(method: str) -> None:
         for p in group["params"]:
             assert not (group["momentum"] and of[p].beta1)
     momenta = {group["momentum"] for group in found.param_groups if group["method"] == method}
-    assert momenta == {0.0 if found.maker.config.beta1 else found.maker.config.preset.momentum}
+    assert momenta == {0.0 if found.maker.config.beta1 else found.maker.config.usage.momentum}
 
 
 def test_momentum_in_place_of_the_methods_own_average() -> None:
@@ -337,7 +337,7 @@ def test_a_method_that_treats_little_is_warned_of() -> None:
 
 
 def test_presets_are_of_configs() -> None:
-    assert GradientConfig.preset.momentum == 0.9 and not GradientConfig.preset.hidden
+    assert GradientConfig.usage.momentum == 0.9 and not GradientConfig.usage.hidden
 
 
 # --- every method ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "kfac": (SPARSE, 0.9),
     "ekfac": (SPARSE, 0.9),
     "shampoo": ({"preconditioner_interval": 2}, 0.9),
-    "soap": ({"preconditioner_interval": 2}, 0.0),
+    "soap": ({"preconditioner_interval": 2, "damping": 1e-4}, 0.0),
     "muon": ({}, 0.0),
     "adam": ({}, 0.0),
 }

@@ -231,7 +231,7 @@ def test_a_cholesky_that_always_fails_ends_at_eigh(monkeypatch):
     dtypes = counting(monkeypatch, "cholesky_ex", lambda original, A: (original(A)[0] * torch.nan, original(A)[1] + 1))
     eighs = counting(monkeypatch, "eigh", lambda original, A: original(A))
     cache = solver.prepare(Kron(), state, None)
-    per_factor = [torch.float32] * 6 + [torch.float64]  # the first choice, five larger ridges, float64
+    per_factor = [torch.float32] * 7 + [torch.float64]  # by certificate, by residual, five larger ridges, float64
     assert sorted(map(str, dtypes)) == sorted(map(str, per_factor * 2))
     assert eighs == [torch.float64] * 2
     assert not cache["failures"].any()

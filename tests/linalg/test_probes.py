@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradmaker.linalg import eigen
 from gradmaker.linalg.diagnosis import spectral_residual
-from gradmaker.linalg.eigen import decompose
+from gradmaker.linalg.eigen import decompose, decompose_again
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.probes import COUNT, SMALL, probes
 
@@ -172,3 +172,20 @@ def test_the_told_residual_is_no_less_than_that_of_all_entries(damped: bool) -> 
         else:
             full = (Q.T @ A @ Q - torch.diag(wrong)).abs().max() / wrong.max()
         torch.testing.assert_close(told[0], full, rtol=1e-6, atol=0)
+
+
+def test_a_retry_in_float64_is_of_a_symmetric_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A statistic by rows is symmetric up to rounding only, which float64 would take for an error."""
+    x = torch.randn(1, 40, 30)
+    A = x.mT @ ((x @ x.mT) @ x)
+    assert not torch.equal(A, A.mT)
+    original = torch.linalg.eigh
+
+    def wrong(M: Tensor) -> tuple[Tensor, Tensor]:
+        s, Q = original(M)
+        return (s, Q) if M.dtype == torch.float64 else (2 * s, Q)
+
+    monkeypatch.setattr(torch.linalg, "eigh", wrong)
+    s, _, ok, retries = decompose_again(A)
+    assert ok.all() and retries.tolist() == [1]
+    torch.testing.assert_close(s, torch.linalg.eigvalsh(A.double()).float(), rtol=1e-4, atol=1e-3)

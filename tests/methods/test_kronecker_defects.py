@@ -102,14 +102,14 @@ def test_a_small_matrix_stays_a_matrix_unless_asked() -> None:
 
 @pytest.mark.parametrize("method", ["soap", "eshampoo"])
 def test_the_first_step_is_a_step(method: str) -> None:
-    """The reference leaves the parameter alone; here that is the option ``skip_first``. The rotated moment starts isotropic."""
+    """The reference of SOAP leaves the parameter alone; without ``skip_first`` the rotated moment starts isotropic."""
     model = Matrices((4, 3))
     (g,) = gradients(4, 3, steps=1)
     found = {}
-    for name, extra in {"": {}, "skip": {"skip_first": True}}.items():
-        if method == "eshampoo" and extra:
+    for name, extra in {"": {"skip_first": False}, "skip": {}}.items():
+        if method == "eshampoo" and not extra:
             continue
-        maker: Any = from_config(model, {"method": method, "beta1": 0.0, **extra})
+        maker: Any = from_config(model, {"method": method, "beta1": 0.0, **(extra if method == "soap" else {})})
         model.w[0].grad = g.clone()
         maker.precondition()
         found[name] = model.w[0].grad.clone()

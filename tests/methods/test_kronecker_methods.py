@@ -237,9 +237,9 @@ def test_skfac_has_both_paths() -> None:
         step(maker, case)
         for block in maker.plan.blocks:
             forms |= {key.split("_")[1] for key in block.state if "mass" not in key}
-            for k, X in enumerate(block.triple.representation.rows(block.state)):
-                assert X is None or X.shape[1] < X.shape[2]
-                assert (X is None) == (f"inverse_{k}" in block.cache)
+            for k, held in enumerate(block.triple.representation.rows(block.state)):
+                assert held is None or held[0].shape[1] < held[0].shape[2]
+                assert (held is None) == (f"inverse_{k}" in block.cache)
     assert forms == {"rows", "factor"}
 
 

@@ -759,8 +759,8 @@ def test_products_of_rows(transposed: bool, lookup: bool) -> None:
     shape = (4, 3) if lookup else (5, 3)
     rows = Rows(granularity="layer")
     state, pieces = rows.init(frame(1, *(shape if transposed else shape[::-1]))), [evidence(2), evidence(3)]
-    rows.update(state, pieces[0], Fold(0.0, 0.25, 1.0))
-    rows.update(state, pieces[1], Fold(1.0, 0.75, 0.0))
+    rows.update(state, pieces[0], Fold(0.0, 0.25, 1.0, of_step=1.0))
+    rows.update(state, pieces[1], Fold(1.0, 0.75, 0.0, of_step=1.0))
     assert len(chunks(state)) == 2 and isinstance(rows, LowRank) and isinstance(rows, Spanned)
     J = torch.cat([0.5 * pieces[0].rows().flatten(1), 0.75**0.5 * pieces[1].rows().flatten(1)])
     v, z = random(1, *(shape if transposed else shape[::-1])), random(1, 10)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from gradmaker import from_config
 from gradmaker.curvature import Gradient
-from gradmaker.linalg.orthogonal_iteration import off_diagonal, power_step, qr_steps, sorted_eigenvectors
+from gradmaker.linalg.orthogonal_iteration import (
+    off_diagonal,
+    orthonormal,
+    power_step,
+    rayleigh_quotients,
+    sorted_eigenvectors,
+    staleness,
+)
 from gradmaker.representations import RotatedDims
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.solvers import RotatedDivision
@@ -138,7 +145,7 @@ SOAP_ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def test_soap(row: str) -> None:
     make, rule, options = SOAP_ROWS[row]
     case = make()
-    maker = from_config(case.model, {"method": "soap", **options})
+    maker = from_config(case.model, {"method": "soap", "skip_first": False, **options})
     names = {"block_size": "block"}
     own = {names.get(k, k): v for k, v in {"beta1": 0.95, **options}.items() if k in ("merge", "block_size", "beta1")}
     compare(case, maker, Reference(rule, **own), 5e-3, 1e-6)
@@ -157,7 +164,7 @@ def test_eshampoo(T: int, e: float, options: dict[str, Any]) -> None:
 def test_identity_basis_is_adam() -> None:
     """All axes too wide for a basis; the epsilon is added before the bias correction, as SOAP's code does."""
     steps = [[g] for g in gradients(3, 4)]
-    found = run({"method": "soap", "max_dim": 2, "damping": 1e-3}, steps)[0]
+    found = run({"method": "soap", "max_dim": 2, "damping": 1e-3, "skip_first": False}, steps)[0]
     m, v = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
     for (g,) in steps:
         m, v = 0.95 * m + 0.05 * g, 0.95 * v + 0.05 * g**2
@@ -227,7 +234,7 @@ def spd(d: int, count: int = 2) -> Tensor:
     return (Q * torch.logspace(0, -3, d, dtype=torch.float64)) @ Q.mT
 
 
-@pytest.mark.parametrize("step", [lambda A, Q: power_step(A, Q)[0], lambda A, Q: qr_steps(A, Q, 0.0)])
+@pytest.mark.parametrize("step", [lambda A, Q: power_step(A, Q)[0], lambda A, Q: orthonormal(A @ Q)])
 def test_tracking_converges_and_stays_orthogonal(step: Any) -> None:
     A = spd(6)
     Q = torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64))[0]
@@ -246,11 +253,27 @@ def test_the_order_of_a_power_step_is_that_of_the_moments() -> None:
     assert order.tolist() == [[1, 2, 0]] and torch.equal(Q.abs(), torch.eye(3, dtype=torch.float64)[:, [1, 2, 0]][None])
 
 
-def test_a_basis_that_still_fits_is_kept() -> None:
-    A = spd(5)
-    exact = sorted_eigenvectors(A)
-    assert torch.equal(qr_steps(A, exact, 0.01), exact)
-    mixed = exact.clone()
-    mixed[1] = torch.eye(5, dtype=torch.float64)
-    found = qr_steps(A, mixed, 0.01)
-    assert torch.equal(found[0], mixed[0]) and not torch.equal(found[1], mixed[1])
+@pytest.mark.parametrize("d", [6, 512])
+def test_the_factor_of_a_qr_is_that_of_its_definition(d: int) -> None:
+    """Padded where rows are aliased in a cache: upper triangular in it, orthogonal, and the same as unpadded."""
+    A = torch.randn(2, d, d, dtype=torch.float64)
+    Q = orthonormal(A)
+    assert Q.shape == A.shape and (Q.mT @ Q - torch.eye(d, dtype=torch.float64)).abs().max() < 1e-12
+    assert (Q.mT @ A).tril(-1).abs().max() < 1e-11
+    torch.testing.assert_close(Q, torch.linalg.qr(A)[0], rtol=0, atol=1e-9)
+
+
+def test_a_step_is_one_of_the_qr_algorithm() -> None:
+    """``B = Q^T A Q = Q_1 R_1``, ``Q Q_1``, but for signs."""
+    A, Q = spd(6), torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64))[0]
+    expected = Q @ torch.linalg.qr(Q.mT @ A @ Q)[0]
+    overlap = (expected.mT @ orthonormal(A @ Q)).abs()
+    assert (overlap - torch.eye(6, dtype=torch.float64)).abs().max() < 1e-10
+
+
+def test_staleness_is_the_off_diagonal_share() -> None:
+    A, Q = spd(6, 3), torch.linalg.qr(torch.randn(3, 6, 6, dtype=torch.float64))[0]
+    A[2] = 0
+    found = staleness(A, rayleigh_quotients(Q, Q.mT @ A))
+    torch.testing.assert_close(found, off_diagonal(A, Q), rtol=1e-10, atol=0)
+    assert staleness(A, torch.linalg.eigvalsh(A)).max() < 1e-7

@@ -185,7 +185,10 @@ METHODS_ON_AXES: dict[str, tuple[Callable[[Any], Rule], dict[str, Any]]] = {
         OFTEN | {"damping": 1e-3, "denominator": "tr", "grafting": "none"},
     ),
     "kradagrad": (lambda c: Alternating(c.damping, c.preconditioner_interval, c.start, c.decay), {}),
-    "soap": (lambda c: Soap(3, c.decay, c.damping, False), {"preconditioner_interval": 3, "damping": 1e-4, "beta1": 0.0}),
+    "soap": (
+        lambda c: Soap(3, c.decay, c.damping, False),
+        {"preconditioner_interval": 3, "damping": 1e-4, "beta1": 0.0, "skip_first": False},
+    ),
     "eshampoo": (
         lambda c: Eshampoo(1, c.decay, c.damping, 0.5),
         {"preconditioner_interval": 1, "tracking": "eigh", "tolerance": 0.0, "damping": 1e-3, "beta1": 0.0},

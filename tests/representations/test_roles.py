@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker import CustomGradientConfig, CustomGradientMaker
-from gradmaker.curvature import BatchGradient, Evidence, Gradient, kinds
+from gradmaker.capture.one_hot import OneHot
+from gradmaker.curvature import BatchGradient, Evidence, Gradient, Outer, kinds
 from gradmaker.curvature.products import Product
 from gradmaker.linalg.state import State
 from gradmaker.representations import (
@@ -29,6 +31,7 @@ from gradmaker.representations import (
     Position,
     Representation,
     RotatedDims,
+    Rows,
     TriangularQ,
     Window,
     ZeroHistory,
@@ -46,14 +49,17 @@ PLAYED = {
     roles.Compact: "Rows Sketched Window Truncated Implicit Position GaussianGraph Pairs KronPairs",
     roles.WholeLayers: "Dense Rows Sketched Window Truncated TriangularQ Pairs",
     roles.ByExample: "Kron KronRows Eigenbasis",
-    roles.FoldsRows: "InverseDims KronQ",
+    roles.SpansGradient: "Rows Sketched",
     roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
+    roles.SpansGradient: "Rows Sketched",
     roles.SlowTensors: "Eigenbasis RotatedDims CrossDims OneWayDims",
-    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims",
+    roles.FoldsRows: "KronDims RootKronDims TensorNormal OneSided ZeroHistory KronSum CrossDims OneWayDims InverseDims KronQ "
+    "RotatedDims",
     roles.Renewed: "Eigenbasis RotatedDims AlternatingInverse Pairs Implicit Position",
     roles.PerStep: "Implicit Position",
+    roles.Projects: "RotatedDims",
     roles.OwnOrder: "Eigenbasis RotatedDims AlternatingInverse OneWayDims",
 }
 
@@ -205,11 +211,25 @@ def test_products_are_in_copies_and_end_with_the_step() -> None:
     assert torch.equal(held.matvec(loaded, v), 4 * v)
 
 
-@pytest.mark.parametrize("held", [KronRows(), Window()], ids=lambda x: type(x).__name__)
-def test_copies_of_what_is_unstacked_are_its_own(held: Any) -> None:
-    state = held.init(frame(2, 3, stack=1))
-    copy = roles.duplicate(held, state)
-    assert copy.keys() == state.keys() and not any(copy[k] is x for k, x in state.items())
+@pytest.mark.parametrize(
+    "held, evidence",
+    [
+        (KronRows(), Outer(torch.ones(1, 2, 1, 3).double(), torch.ones(1, 1, 2, 1, 2).double())),
+        (KronRows(), Outer(OneHot(torch.tensor([[1], [2]]), 3), torch.ones(1, 1, 2, 1, 2).double())),
+        (KronRows(), Outer(torch.ones(1, 2, 1, 3).double(), torch.ones(0, 1, 2, 1, 2).double(), kind="inputs")),
+        (Rows(granularity="layer"), Outer(torch.ones(1, 2, 1, 3).double(), torch.ones(1, 1, 2, 1, 2).double())),
+        (Window(), Gradient(torch.ones(1, 2, 3).double())),
+    ],
+    ids=["KronRows", "one-hot", "inputs", "Rows", "Window"],
+)
+def test_an_update_of_a_copy_of_what_is_unstacked_leaves_the_original(held: Any, evidence: Any) -> None:
+    one_hot = isinstance(getattr(evidence, "inputs", None), OneHot)
+    state = held.init(replace(frame(2, 3, stack=1), diagonal=frozenset({1} if one_hot else ())))
+    for fold in (Fold(0.0, 1.0, 1.0), Fold(1.0, 0.5, 0.0), Fold(0.0, 1.0, 1.0)):  # two micro-batches, and the next step
+        before, copy = {k: x.clone() for k, x in state.items()}, roles.duplicate(held, state)
+        held.update(copy, evidence, fold)
+        assert state.keys() == before.keys() and all(torch.equal(x, before[k]) for k, x in state.items())
+        state = copy
 
 
 # --- times ----------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_a_lost_spectrum_keeps_the_basis_of_its_past(
 ) -> None:
     """Both are of one refresh, whether the host looks who has failed or, on an accelerator, does not."""
     if unread:
-        monkeypatch.setattr(fallbacks, "_some", lambda *_: True)
+        monkeypatch.setattr(fallbacks, "none_of", lambda *_: False)
     old, new, g = rotated(0, names), rotated(1, names), torch.randn(3, 4, 5)
     past = solver.prepare(representation, old, None)
     new["moments"][1] = torch.nan

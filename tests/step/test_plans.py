@@ -33,7 +33,8 @@ class Hidden(nn.Module):
 def made(method: str) -> tuple[Any, Case]:
     torch.manual_seed(0)
     case = models.build(Hidden, 6, 4)
-    return from_config(case.model, {"method": method, "fallback": "adam", "beta1": 0.9}), case
+    fallback = {"method": "adam", "nesterov_average": True}  # formed block by block, so that places are in its parts, too
+    return from_config(case.model, {"method": method, "fallback": fallback, "beta1": 0.9}), case
 
 
 def hide(case: Case, hidden: bool) -> None:
@@ -58,7 +59,7 @@ def test_a_fallback_that_comes_later_has_clocks(method: str) -> None:
         raw = case.model.body.weight.grad.clone()  # type: ignore[union-attr, operator]
         maker.precondition()
         assert not torch.equal(case.model.body.weight.grad, raw)  # type: ignore[union-attr, arg-type]
-    assert {b.name for b in maker.plan.blocks if b.cache} == {"body.weight", "body.bias", "head"}
+    assert {b.name for b in maker.plan.blocks if b.ready} == {"body.weight", "body.bias", "head"}
 
 
 @pytest.mark.parametrize("place", ["measurement", "first fold", "in a refresh", "in a solve"])

@@ -27,10 +27,12 @@ FLOORS = (
     Floor(("solvers",)),
     Floor(
         (
+            "averages",
             "blocks",
             "block_options",
             "by_rows",
             "config",
+            "elementwise",
             "failures",
             "gathering",
             "grafting",
@@ -39,7 +41,7 @@ FLOORS = (
             "placement",
             "plan",
             "precision",
-            "preset",
+            "presets",
             "scale",
             "schedule",
             "stacking",
@@ -47,6 +49,7 @@ FLOORS = (
             "step",
             "triple",
             "trust_region",
+            "usage",
         )
     ),
     Floor(("checkpoint", "costs", "loops", "reports", "self_checks")),

@@ -16,11 +16,14 @@ OF_TORCH = frozenset(
         "_backward_hooks",
         "_backward_pre_hooks",
         "_base",  # of a view
+        "_cdata",  # of a storage
         "_buffers",
         "_current_graph_task_id",
         "_dynamo",
         "_execution_engine",
         "_functorch",
+        "_fused_adagrad_",
+        "_fused_adamw_",
         "_get_tracing_state",
         "_global_backward_hooks",
         "_global_forward_hooks",
@@ -31,6 +34,7 @@ OF_TORCH = frozenset(
         "_linalg_solve_ex",
         "_linalg_svd",
         "_local_scalar_dense",
+        "_make_wrapper_subclass",
         "_modules",
         "_optimizer_step_pre_hooks",
         "_parameters",

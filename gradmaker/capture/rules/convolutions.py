@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmaker.capture.patches import Patches, Window
 from gradmaker.capture.rules.calls import Call, LayerRule, Layout, batch_first
 
 __all__ = ["ConvRule", "ConvTransposeRule"]
@@ -61,6 +62,15 @@ def _weight_gradient(module: Any, x: Tensor, g: Tensor, padding: list[int], extr
     return found[1]
 
 
+def _window(module: Any) -> Window | None:
+    """The kernel and the padding of a convolution of images whose patches need not be formed; None for others."""
+    plain = len(module.kernel_size) == 2 and module.groups == 1 and module.padding_mode == "zeros"
+    if not plain or any(x != 1 for x in (*module.stride, *module.dilation)):
+        return None
+    left, right, above, below = module._reversed_padding_repeated_twice
+    return Window(tuple(module.kernel_size), (above, below), (left, right))
+
+
 class ConvRule(LayerRule):
     """Convolutions as linear maps of patches, one matrix a group (Grosse & Martens 2016, arXiv:1602.01407, section 3)."""
 
@@ -71,7 +81,14 @@ class ConvRule(LayerRule):
         return G, module.out_channels // G, module.in_channels // G * prod(module.kernel_size)
 
     def inputs(self, module: nn.Conv2d, call: Call, layout: Layout) -> Tensor:
-        return _as_inputs(_grouped(module, _patches(module, self._padded(module, call))), layout)
+        def form() -> Tensor:
+            return _as_inputs(_grouped(module, _patches(module, self._padded(module, call))), layout)
+
+        images = _batched(module, call.input)
+        window = _window(module)
+        if window is None or len(images) % layout.count or layout.order == "second" or not window.pays(images):
+            return form()
+        return Patches(images, window, form, layout.count)
 
     def _padded(self, module: nn.Conv2d, call: Call) -> Tensor:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

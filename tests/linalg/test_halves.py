@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmaker.linalg import triangles
+from gradmaker.linalg import halves
+from gradmaker.linalg.halves import apply_triangles, moment, subtract_product_
 from gradmaker.linalg.mode_products import apply_factors
-from gradmaker.linalg.triangles import apply_triangles, moment, subtract_product_
 from tests import oracles
 
 
@@ -18,7 +18,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 @pytest.fixture(params=[1, 256], autouse=True)
 def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triangles, "SMALLEST", request.param)
+    monkeypatch.setattr(halves, "SMALLEST", request.param)
 
 
 @pytest.mark.parametrize("d", [1, 3, 10, 261])

@@ -1,14 +1,14 @@
-"""The defaults of `gradmaker.optimizer` for a method."""
+"""How a method is used: the defaults of `gradmaker.optimizer`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Preset"]
+__all__ = ["Usage"]
 
 
 @dataclass(frozen=True)
-class Preset:
+class Usage:
     """How a method is used where its paper and reference code use it."""
 
     momentum: float = 0.9

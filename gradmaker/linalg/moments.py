@@ -1,0 +1,26 @@
+"""Second moments of rows, folded into symmetric matrices in place."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["add_moment_"]
+
+STRIPES = 4
+"""torch has no ``syrk``: four stripes of rows, up to the diagonal, take 5/8 of the product, and a copy gives the rest."""
+SIDE, ENTRIES = 256, 1 << 16
+"""The least side, and entries of the rows, from which that is faster: 1.14 ms for 1.53 at a side of 785 and 128 rows, 7.1 for
+10.2 at 512 and 2048 rows, and no gain at 256 and 128 rows (float32, one CPU core)."""
+
+
+def add_moment_(out: Tensor, weighed: Tensor, rows: Tensor, beta: float, alpha: float) -> None:
+    """``out <- beta out + alpha weighed^T rows``, where that is symmetric.  # (B, d, d), (B, R, d), (B, R, d)"""
+    R, d = rows.shape[1:]
+    if out.device.type != "cpu" or d < SIDE or R * d < ENTRIES:
+        out.baddbmm_(weighed.mT, rows, beta=beta, alpha=alpha)
+        return
+    width = -(-d // STRIPES)
+    for start in range(0, d, width):
+        end = min(start + width, d)
+        out[:, start:end, :end].baddbmm_(weighed[..., start:end].mT, rows[..., :end], beta=beta, alpha=alpha)
+        out[:, :start, start:end].copy_(out[:, start:end, :start].mT)
