@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradmaker.linalg.halves import moment
+
 __all__ = ["array_spectrum", "array_update_"]
 
 CUT = 1e-2
@@ -89,7 +91,7 @@ def _graded(C: Tensor) -> tuple[Tensor, Tensor]:
     that ``C^T U`` has the digits of ``C``: as exact as an SVD of ``C``, which takes twice as long. One host read: the size of
     the lower part, the largest of the stack.
     """
-    s, U = torch.linalg.eigh(C @ C.mT)
+    s, U = torch.linalg.eigh(moment(C))
     k = int((s < CUT * s[..., -1:]).sum(-1).amax())
     if not k:
         return s, U

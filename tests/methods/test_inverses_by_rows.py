@@ -28,13 +28,14 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "psgd_whiten": {"method": "psgd_whiten", "damping": 0.0},
     "psgd_whiten_quad": {"method": "psgd_whiten", "damping": 0.0, "geometry": "QUAD", "curvature_interval": 2},
+    "psgd_whiten_bounds": {"method": "psgd_whiten", "damping": 0.0, "geometry": "QEP", "curvature_interval": 9},
     "psgd_whiten_graft": {"method": "psgd_whiten", "damping": 0.0, "geometry": "EQ", "grafting": "keep"},
     "kbfgs": {"method": "kbfgs", "beta1": 0.0},
 }
 
 
-def trained(options: dict[str, Any], seen: list[Any] | None = None) -> list[Tensor]:
-    """The preconditioned gradients of some steps of one run."""
+def trained(options: dict[str, Any], growth: float = 1.0) -> list[Tensor]:
+    """The preconditioned gradients of some steps of one run.  growth: of the loss from step to step"""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 34), nn.Tanh(), nn.Linear(34, 30), nn.Tanh(), nn.Linear(30, 5)).double()
     maker: Any = from_config(model, options)
@@ -43,7 +44,7 @@ def trained(options: dict[str, Any], seen: list[Any] | None = None) -> list[Tens
         x = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
         optimizer.zero_grad()
         y = maker.setup_model_call(model, x)
-        maker.setup_loss_call(F.cross_entropy, y, torch.arange(6) % 5)
+        maker.setup_loss_call(lambda y, t, scale=growth**t: scale * F.cross_entropy(y, t), y, torch.arange(6) % 5)
         maker.forward_and_backward()
         found.append(oracles.gradient_vector(model))
         optimizer.step()
@@ -61,11 +62,12 @@ def test_steps_by_rows_are_those_of_formed_gradients(name: str, monkeypatch: pyt
             original(self, state, rows, fold)
 
         monkeypatch.setattr(kind, "update_rows", counted)
-    by_rows = trained(METHODS[name])
+    growth = 10.0 if name == "psgd_whiten_bounds" else 1.0
+    by_rows = trained(METHODS[name], growth)
     assert bool(folded) == (name != "kbfgs")
     monkeypatch.setattr(PlannedMaker, "row_layers", lambda self: [])
     count = len(folded)
-    formed = trained(METHODS[name])
+    formed = trained(METHODS[name], growth)
     assert len(folded) == count
     for t, (found, expected) in enumerate(zip(by_rows, formed, strict=True)):
         assert oracles.relative_error(found, expected) < 1e-10, t
