@@ -32,7 +32,6 @@ class Row:
     make: Make
     kinds: tuple[str, ...] = KINDS
     note: str = ""
-    exact: Mapping[str, Any] = field(default_factory=dict)  # options under which others have the same mathematics
 
 
 def intervals(kind: str, refresh: bool = True) -> dict[str, int]:
@@ -83,14 +82,14 @@ def declare(maker: Any, case: Case) -> None:
 
 def sgd(case: Case, kind: str, rate: float) -> Step:
     """The reference: SGD with momentum."""
-    return of_torch(lambda ps: torch.optim.SGD(ps, lr=rate, momentum=0.9))(case, kind, rate)
+    return of_torch(lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9))(case, kind, rate)
 
 
-def of_torch(make: Callable[[Any], torch.optim.Optimizer]) -> Make:
-    """Steps of an optimizer alone."""
+def of_torch(make: Callable[[Any, float], torch.optim.Optimizer]) -> Make:
+    """Steps of an optimizer alone, made of parameters and a learning rate."""
 
     def made(case: Case, kind: str, rate: float) -> Step:
-        optimizer = make(list(case.model.parameters()))
+        optimizer = make(list(case.model.parameters()), rate)
 
         def step() -> None:
             optimizer.zero_grad()

@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from own_rows import OWN, RATE, Row, sgd
+from peer_rows import PEERS
 from timing import measure
 from workloads import WORKLOADS, build
 
@@ -34,8 +36,16 @@ QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
 SOURCES = ("gradmaker", "curvature", "representations", "solvers")
 
 
+def version_of(row: Row, own: str) -> str:
+    """The version that a cell is measured on: of the package, or `own` for rows of this library."""
+    try:
+        return own if row.library == "gradmaker" else metadata.version(row.library)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
 def sources() -> str:
-    """A hash of the library's sources: the version that a cell was measured on."""
+    """A hash of the library's sources."""
     digest = hashlib.blake2b(digest_size=6)
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -67,7 +77,7 @@ def selected(rows: Iterable[str], workloads: Iterable[str], only: str, quick: bo
     for workload, families in plan:
         if workloads and not any(fnmatch.fnmatch(workload, rule) for rule in workloads):
             continue
-        for row in OWN:
+        for row in (*OWN, *PEERS):
             named = not rows or any(fnmatch.fnmatch(name, rule) for rule in rows for name in (row.name, row.family))
             ours = (row.library == "gradmaker") == (only == "ours") or only == "all"
             if named and ours and any(fnmatch.fnmatch(row.family, rule) for rule in families):
@@ -86,10 +96,11 @@ def main(
 ) -> None:
     """Measure what is asked for and is not known, and write the page."""
     torch.set_num_threads(1)
-    start, version = perf_counter(), sources()
+    start, own = perf_counter(), sources()
     known: dict[str, Any] = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {}
     for workload, row in selected(rows or (), workloads or (), only, quick):
         key = f"{workload}/{row.name}"
+        version = version_of(row, own)
         if known.get(key, {}).get("version") == version:
             continue
         if perf_counter() - start > 60 * time_limit:

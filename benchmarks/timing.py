@@ -11,6 +11,7 @@ from time import perf_counter, process_time
 WINDOW = {"T10": 10}
 """Steps of a window, for kinds whose steps are not all alike: a whole period."""
 LEAST = 0.05  # seconds of a window of equal steps
+LONG = 3.0  # seconds of a step of which one window is enough
 MOST = 10  # steps of such a window
 REFERENCE = 5  # steps of SGD before and after
 
@@ -46,12 +47,16 @@ class Timed:
     def __init__(self, kind: str, step: Step) -> None:
         self.step, self.count, self.alike = step, WINDOW.get(kind, 1), kind not in WINDOW
         window(step, 2 if self.alike else self.count)  # the first step of all kinds measures and refreshes
+        one = window(step, 1) if self.alike else 0.0
+        self.long = one > LONG
         if self.alike:
-            self.count = min(MOST, max(1, ceil(LEAST / window(step, 1))))
+            self.count = min(MOST, max(1, ceil(LEAST / one)))
         self.found: list[tuple[float, float]] = []
 
     def turn(self, sgd: Step) -> None:
-        """A window between two of SGD."""
+        """A window between two of SGD; only one of long steps."""
+        if self.long and self.found:
+            return
         before = self._warm(sgd, REFERENCE)
         own = self._warm(self.step, self.count) if self.alike else window(self.step, self.count)
         self.found.append((own, (before + self._warm(sgd, REFERENCE)) / 2))
