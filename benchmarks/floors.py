@@ -1,4 +1,4 @@
-"""The floor of a step: what its products, convolutions and decompositions take alone, measured in the same run at the same sizes.
+"""The floor of a step: the products, convolutions and decompositions in it alone, measured in the same run at the same sizes.
 
 Each is recorded with its arguments while a step runs, and repeated by itself. What remains of a step is element-wise work,
 copies, reads of the host and Python.
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmaker.costs.flops import DECOMPOSITIONS, FLOPS
 
-__all__ = ["Floor", "Products", "floor"]
+__all__ = ["Floor", "Products", "floor", "record"]
 
 LEAST = 4e-3  # seconds of one timing
 ROUNDS = 3
@@ -96,6 +96,10 @@ class Products(TorchDispatchMode):
         self.counts[key] += 1
         return out
 
+    def gflop(self) -> float:
+        """Of all that was recorded, in units of 10^9."""
+        return sum(self.counts[key] * call.flops for key, call in self.calls.items()) / 1e9
+
     def floor(self) -> Floor:
         """FLOPs and seconds of all that was recorded."""
         made = Floor()
@@ -119,9 +123,14 @@ def _copy(value: Any) -> Any:
     return type(value)(map(_copy, value)) if isinstance(value, (list, tuple)) else value
 
 
-def floor(step: Callable[[], object]) -> Floor:
-    """The floor of one step."""
+def record(step: Callable[[], object]) -> Products:
+    """The operators of one step."""
     recorded = Products()
     with recorded:
         step()
-    return recorded.floor()
+    return recorded
+
+
+def floor(step: Callable[[], object]) -> Floor:
+    """The floor of one step."""
+    return record(step).floor()

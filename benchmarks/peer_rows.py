@@ -212,7 +212,7 @@ ASDL_KFAC = "KfacGradientMaker"
 PEERS = (
     Row("ASDL kfac", "kfac", "asdfghjkl", asdl(of_asdl(ASDL_KFAC, fisher_type="fisher_mc"), **ASDL)),
     Row("ASDL kfac-emp", "kfac", "asdfghjkl", asdl(of_asdl(ASDL_KFAC, fisher_type="fisher_emp"), **ASDL)),
-    Row("SINGD", "kfac", "singd", singd, ALONE, "inverse-free, empirical Fisher"),
+    Row("SINGD", "inverse-free", "singd", singd, ALONE, "of the kind of kfac-emp"),
     Row("ASDL kfac, no average", "kfac0", "asdfghjkl", asdl(of_asdl(ASDL_KFAC, fisher_type="fisher_mc")), ALONE),
     Row("ASDL skfac", "kfac0", "asdfghjkl", asdl(of_asdl(ASDL_KFAC, fisher_type="fisher_mc", swift=True)), ALONE),
     Row("ASDL ekfac", "ekfac", "asdfghjkl", asdl(asdl_ekfac), ALONE, "repaired: the release returns the raw gradient"),
@@ -230,7 +230,7 @@ PEERS = (
             preconditioning_compute_steps=EVERY.__getitem__,
         ),
     ),
-    Row("SIRFShampoo", "shampoo", "sirfshampoo", sirfshampoo, ALONE, "inverse-free"),
+    Row("SIRFShampoo", "inverse-free", "sirfshampoo", sirfshampoo, ALONE, "of the kind of shampoo"),
     Row(
         "HeavyBall SOAP",
         "soap",
@@ -274,7 +274,9 @@ PEERS = (
     Row("ASDL kbfgs", "kbfgs", "asdfghjkl", asdl(asdl_kbfgs, damping=0.3, ema_decay=0.1), ALONE, "repaired: see the code"),
     Row("ASDL seng", "seng", "asdfghjkl", asdl(of_asdl("SengGradientMaker"), damping=0.05), ALONE, "sketches of 256"),
     Row("ASDL smw", "smw_ng", "asdfghjkl", asdl_smw, ("T1",)),
-    Row("torch Muon", "muon", "torch", matrices(lambda ps, lr: torch.optim.Muon(ps, lr, weight_decay=0.0)), ("T1",), "bfloat16"),
+    Row(
+        "torch Muon", "muon", "torch", matrices(lambda ps, lr: torch.optim.Muon(ps, lr, weight_decay=0.0)), ("T1",), "bfloat16"
+    ),
     Row("pytorch_optimizer Muon", "muon", "pytorch_optimizer", matrices(lambda ps, lr: _muon(ps, lr)), ("T1",), "bfloat16"),
     Row("torch AdamW, fused", "adam", "torch", of_torch(lambda ps, lr: torch.optim.AdamW(ps, lr, fused=True)), ("T1",)),
     Row("torch Adagrad, fused", "adagrad", "torch", of_torch(lambda ps, lr: torch.optim.Adagrad(ps, lr, fused=True)), ("T1",)),

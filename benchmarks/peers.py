@@ -5,7 +5,7 @@
 
 CPU time of one thread, interleaved with SGD in one process: means over whole windows of steps, medians over windows. Kinds of
 steps: `plain` neither measures nor refreshes, `stat` measures, `T1` does both at every step, `T10` both at every tenth. Cells
-that the JSON file holds for the same sources are not measured again.
+that the JSON file holds for the same sources, or the same version of a peer, are not measured again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -21,21 +22,29 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from floors import floor, record
 from own_rows import OWN, RATE, Row, sgd
 from peer_rows import PEERS
+from peers_page import render
+from row_checks import equal_to_formed, equal_to_peer, learning, peak_ratio
 from timing import measure
 from workloads import WORKLOADS, build
 
+from gradmaker.compare.cost import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "peers.md"
+EQUAL_ON = "mlp128-b32"  # where directions are compared: rows pay in all of its layers
 QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mlp512", ("*",)),
     *((name, ("kfac", "shampoo", "soap", "smw_ng")) for name in ("mlp128", "mlp128-b32", "conv", "gpt2l")),
 )
 """The short matrix: workloads with patterns of families."""
 SOURCES = ("gradmaker", "curvature", "representations", "solvers")
+Found = dict[str, Any]
 
 
+# ------------------------------------------------------------------ versions
 def version_of(row: Row, own: str) -> str:
     """The version that a cell is measured on: of the package, or `own` for rows of this library."""
     try:
@@ -53,24 +62,55 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def time_of(row: Row, workload: str, windows: int, limit: float) -> dict[str, Any]:
+# ------------------------------------------------------------------ cells
+def attempt(run: Callable[[], Any]) -> Any:
+    """What it returns; the error, where peers cannot do it."""
+    try:
+        torch.manual_seed(0)
+        return run()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def time_of(row: Row, workload: str, windows: int, limit: float) -> Found:
     """Ratios of every kind of step of a row."""
     steps = {kind: row.make(build(workload), kind, RATE) for kind in row.kinds}
     found = measure(steps, sgd(build(workload), "", RATE), windows, limit)
     return {kind: ratio.as_dict() for kind, ratio in found.items()}
 
 
-def cell(row: Row, workload: str, windows: int, limit: float) -> dict[str, Any]:
+def floors_of(row: Row, workload: str) -> Found:
+    """Of each kind of step; of peers the FLOPs of a step that does everything."""
+    found: Found = {}
+    own = row.library == "gradmaker"
+    for kind in (k for k in row.kinds if k != "T10" and (own or k == "T1")):
+        step = row.make(build(workload), kind, RATE)
+        for _ in range(2):
+            step()
+        found[kind] = floor(step).as_dict() if own else {"all_gflop": round(record(step).gflop(), 4)}
+    return found
+
+
+def cell(row: Row, workload: str, windows: int, limit: float) -> Found:
     """What is measured of a row on a workload; an error in its place says why there is nothing."""
     start = perf_counter()
-    try:
-        torch.manual_seed(0)
-        found: dict[str, Any] = {"time": time_of(row, workload, windows, limit)}
-    except Exception as error:
-        found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    found: Found = {"time": attempt(lambda: time_of(row, workload, windows, limit))}
+    if "error" not in found["time"]:
+        found["memory"] = attempt(lambda: peak_ratio(row, workload))
+        found["floor"] = attempt(lambda: floors_of(row, workload))
     return found | {"seconds": round(perf_counter() - start, 1)}
 
 
+def checks(row: Row) -> Found:
+    """Of a row on any workload: learning, and for ours equal directions."""
+    found: Found = {"learning": attempt(lambda: learning(row))}
+    if row.library == "gradmaker":
+        found["formed"] = attempt(lambda: equal_to_formed(row, EQUAL_ON))
+        found["peer"] = attempt(lambda: equal_to_peer(row.name, EQUAL_ON))
+    return found
+
+
+# ------------------------------------------------------------------ what is asked for
 def selected(rows: Iterable[str], workloads: Iterable[str], only: str, quick: bool) -> Iterator[tuple[str, Row]]:
     """Workloads and rows of a run, by names or patterns."""
     plan = QUICK if quick else tuple((name, ("*",)) for name in WORKLOADS)
@@ -84,38 +124,57 @@ def selected(rows: Iterable[str], workloads: Iterable[str], only: str, quick: bo
                 yield workload, row
 
 
+def is_known(found: Found | None, version: str) -> bool:
+    return found is not None and found["version"] == version and "error" not in str(found)
+
+
+def read(path: Path) -> Found:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cells": {}, "rows": {}}
+
+
+def write(path: Path, known: Found) -> None:
+    path.with_suffix(".json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    path.write_text(render(known, (*OWN, *PEERS)), encoding="utf-8")
+
+
 def main(
     rows: Annotated[list[str] | None, typer.Option(help="Rows or families, or patterns of them; default: all.")] = None,
     workloads: Annotated[list[str] | None, typer.Option(help="Workloads, or patterns of them; default: all.")] = None,
     only: Annotated[Literal["all", "ours", "peers"], typer.Option(help="Whose rows.")] = "all",
     quick: Annotated[bool, typer.Option(help="The short matrix.")] = False,
+    checked: Annotated[bool, typer.Option(help="Learning on digits and equal directions too.")] = True,
     windows: Annotated[int, typer.Option(help="Windows of each kind of step.")] = 10,
-    limit: Annotated[float, typer.Option(help="Seconds of a cell after which three windows suffice.")] = 20.0,
+    limit: Annotated[float, typer.Option(help="Seconds of a cell after which three windows suffice.")] = 12.0,
     time_limit: Annotated[float, typer.Option(help="Minutes after which no further cell is begun.")] = 180.0,
     out: Annotated[Path, typer.Option(help="Markdown file; a JSON file is written beside it.")] = PAGE,
 ) -> None:
     """Measure what is asked for and is not known, and write the page."""
     torch.set_num_threads(1)
-    start, own = perf_counter(), sources()
-    known: dict[str, Any] = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {}
-    for workload, row in selected(rows or (), workloads or (), only, quick):
-        key = f"{workload}/{row.name}"
-        version = version_of(row, own)
-        if known.get(key, {}).get("version") == version:
-            continue
+    warnings.filterwarnings("ignore")  # peers warn at every step
+    start, own, known = perf_counter(), sources(), read(out.with_suffix(".json"))
+    known["machine"] = machine("cpu")
+    wanted = list(selected(rows or (), workloads or (), only, quick))
+    missing = [(w, row) for w, row in wanted if not is_known(known["cells"].get(f"{w}/{row.name}"), version_of(row, own))]
+    print(f"{len(missing)} of {len(wanted)} cells to measure, about {len(missing) * 20 / 60:.0f} minutes", flush=True)
+    for workload, row in missing:
         if perf_counter() - start > 60 * time_limit:
             break
-        known[key] = {"version": version, **cell(row, workload, windows, limit)}
-        print(f"{key:28}", line(known[key]), flush=True)
-        out.with_suffix(".json").write_text(json.dumps(known, indent=1) + "\n")
+        key, version = f"{workload}/{row.name}", version_of(row, own)
+        known["cells"][key] = {"version": version, **cell(row, workload, windows, limit)}
+        print(f"{key:28}", line(known["cells"][key]), flush=True)
+        if checked and not is_known(known["rows"].get(row.name), version):
+            known["rows"][row.name] = {"version": version, **checks(row)}
+            print(f"{'':28}", {k: v for k, v in known["rows"][row.name].items() if k != "version"}, flush=True)
+        write(out, known)
+    write(out, known)
 
 
-def line(found: dict[str, Any]) -> str:
+def line(found: Found) -> str:
     """A cell as one line of text."""
-    if "error" in found:
-        return str(found["error"])
+    if "error" in found["time"]:
+        return str(found["time"]["error"])
     ratios = "  ".join(f"{kind} {r['ratio']:6.2f} (+-{100 * r['spread']:2.0f}%)" for kind, r in found["time"].items())
-    return f"{ratios}  [{found['seconds']:.0f} s]"
+    return f"{ratios}  memory {found['memory']}  [{found['seconds']:.0f} s]"
 
 
 if __name__ == "__main__":
