@@ -35,11 +35,12 @@ from gradmaker.compare.cost import machine
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "peers.md"
 EQUAL_ON = "mlp128-b32"  # where directions are compared: rows pay in all of its layers
+SOME = ("kfac", "kfac-emp", "shampoo", "soap", "smw_ng", "ASDL kfac", "pytorch_optimizer SOAP", "ASDL smw")
 QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mlp512", ("*",)),
-    *((name, ("kfac", "shampoo", "soap", "smw_ng")) for name in ("mlp128", "mlp128-b32", "conv", "gpt2l")),
+    *((workload, SOME) for workload in ("mlp128", "mlp128-b32", "conv", "gpt2l")),
 )
-"""The short matrix: workloads with patterns of families."""
+"""The short matrix: workloads with patterns of rows."""
 SOURCES = ("gradmaker", "curvature", "representations", "solvers")
 Found = dict[str, Any]
 
@@ -114,13 +115,13 @@ def checks(row: Row) -> Found:
 def selected(rows: Iterable[str], workloads: Iterable[str], only: str, quick: bool) -> Iterator[tuple[str, Row]]:
     """Workloads and rows of a run, by names or patterns."""
     plan = QUICK if quick else tuple((name, ("*",)) for name in WORKLOADS)
-    for workload, families in plan:
+    for workload, names in plan:
         if workloads and not any(fnmatch.fnmatch(workload, rule) for rule in workloads):
             continue
         for row in (*OWN, *PEERS):
             named = not rows or any(fnmatch.fnmatch(name, rule) for rule in rows for name in (row.name, row.family))
             ours = (row.library == "gradmaker") == (only == "ours") or only == "all"
-            if named and ours and any(fnmatch.fnmatch(row.family, rule) for rule in families):
+            if named and ours and any(fnmatch.fnmatch(row.name, rule) for rule in names):
                 yield workload, row
 
 

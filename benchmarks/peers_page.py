@@ -78,10 +78,30 @@ def show(value: float | None, digits: int = 2) -> str:
 def render(known: Found, rows: Sequence[Row]) -> str:
     """The page."""
     facts = ", ".join(f"{key} {value}" for key, value in known.get("machine", {}).items())
-    lines = [HEAD, f"On {facts}.", "", MISSING, "", "## Targets", "", *targets(known, rows), ""]
+    lines = [HEAD, f"On {facts}.", "", MISSING, "", "## In short", "", *short(known, rows), ""]
+    lines += ["## Targets", "", *targets(known, rows), ""]
     for name, (what, _) in WORKLOADS.items():
         lines += [f"## {name}: {what}", "", *table(known, rows, name), ""]
     return "\n".join([*lines, "## Checks", "", *checks(known, rows)]) + "\n"
+
+
+def short(known: Found, rows: Sequence[Row], workload: str = "mlp512") -> Iterator[str]:
+    """Each row of this library beside the lowest number of its peers, a column at a time."""
+    yield f"{WORKLOADS[workload][0] if workload in WORKLOADS else workload}: this library / the best peer of its family."
+    yield ""
+    yield "| row | plain | T=1 | T=10 | memory |"
+    yield "|---|---|---|---|---|"
+    for row in (row for row in rows if row.library == "gradmaker"):
+        if (cell := known["cells"].get(f"{workload}/{row.name}")) is not None:
+            pairs = ((ratio(cell, measure), best_of_peers(known, rows, row, workload, measure)) for measure in MEASURES)
+            yield f"| {row.name} | {' | '.join(f'{show(own)} / {show(best)}' for own, best in pairs)} |"
+
+
+def best_of_peers(known: Found, rows: Sequence[Row], row: Row, workload: str, measure: str) -> float | None:
+    """The lowest ratio of the peers of a row."""
+    peers = [p.name for p in rows if p.family == row.family and p.library != "gradmaker"]
+    theirs = [r for name in peers if (r := ratio(known["cells"].get(f"{workload}/{name}"), measure)) is not None]
+    return min(theirs, default=None)
 
 
 def table(known: Found, rows: Sequence[Row], workload: str) -> Iterator[str]:
@@ -153,9 +173,7 @@ def wanted_of(known: Found, rows: Sequence[Row], row: Row, workload: str, at: in
     if given is not None:
         return given, ""
     measure, cell = MEASURES[at], known["cells"][f"{workload}/{row.name}"]
-    peers = [p.name for p in rows if p.family == row.family and p.library != "gradmaker"]
-    theirs = [r for name in peers if (r := ratio(known["cells"].get(f"{workload}/{name}"), measure)) is not None]
-    best = min(theirs, default=None)
+    best = best_of_peers(known, rows, row, workload, measure)
     if measure == "memory":
         return best, ""
     if row.family in OF_PEER:
