@@ -66,12 +66,16 @@ def _method_of(owner: Any, name: str, at: int, after: bool = False) -> Callable[
     return planted
 
 
-def _part(axis: str, name: str, at: int) -> Callable[[Any, Case], Any]:
+def _part(axis: str, at: int, *names: str) -> Callable[[Any, Case], Any]:
+    """names: methods of the part that do the same for different forms of a gradient"""
+
     @contextmanager
     def planted(maker: Any, case: Case) -> Iterator[None]:
         owner = type(getattr(maker.plan.blocks[-1].triple, axis))
+        bomb = Bomb(at)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, Bomb(at).wrap(getattr(owner, name)))
+            for name in (each for each in names if hasattr(owner, each)):
+                patch.setattr(owner, name, bomb.wrap(getattr(owner, name)))
             yield
 
     return planted
@@ -119,20 +123,22 @@ def _backward(maker: Any, case: Case) -> Iterator[Any]:
     yield loss
 
 
+FOLDS = ("update", "update_rows")
+SOLVES = ("solve", "solve_rows", "solve_coordinates", "solve_own")
 PLACES: dict[str, Callable[[Any, Case], Any]] = {
     "model": _model,
     "loss": _loss,
     "backward": _backward,
     "measurement": _measure,
-    "first fold": _part("representation", "update", 1),
-    "second fold": _part("representation", "update", 2),
+    "first fold": _part("representation", 1, *FOLDS),
+    "second fold": _part("representation", 2, *FOLDS),
     "after a fold": _method_of(Block, "update", 1, after=True),
     "second refresh": _method_of(Block, "prepare", 2),
     "after a refresh": _method_of(Block, "prepare", 1, after=True),
-    "in a refresh": _part("solver", "prepare", 1),
+    "in a refresh": _part("solver", 1, "prepare"),
     "second solve": _method_of(Block, "solve", 2),
     "after a solve": _method_of(Block, "solve", 1, after=True),
-    "in a solve": _part("solver", "solve", 1),
+    "in a solve": _part("solver", 1, *SOLVES),
     "second write": _method_of(Block, "assign", 2),
     "in a write": _method_of(Site, "assign", 2),
     "after a write": _method_of(Block, "assign", 1, after=True),
