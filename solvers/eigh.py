@@ -35,11 +35,7 @@ class Decomposition(Factorisation):
     """Parts ``(s, Q)``, or ``(s,)`` for a diagonal. No ridge: the spectrum is damped afterwards."""
 
     larger_ridges = 0
-
-    def attempt(self, F: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
-        if F.ndim == 2 or F.device.type != "cpu":
-            return super().attempt(F, ridge)
-        return self.matrix(F, ridge)  # LAPACK reads one triangle, and raises where it is not finite
+    one_triangle = True
 
     def matrix(self, A: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         s, Q, ok = decompose(A)

@@ -55,12 +55,15 @@ class Factorisation(ABC):
     symmetric: ClassVar[bool] = True
     """Whether factors are symmetric up to rounding, and are symmetrised."""
 
+    one_triangle: ClassVar[bool] = False
+    """Whether `matrix` reads one triangle, so that the first attempt needs no symmetric copy; a retry in float64 does."""
+
     certified: ClassVar[bool] = False
     """Whether the first attempt is judged by a certificate; what that refuses, `matrix` judges before any retry."""
 
     def attempt(self, F: Tensor, ridge: Tensor) -> tuple[Parts, Tensor]:
         """The first attempt, at factors that need not be finite.  # (B, d, d) or (B, d), (B,) -> parts, (B,)"""
-        A, safe, finite = _sanitise(F, ridge, self.symmetric)
+        A, safe, finite = _sanitise(F, ridge, self.symmetric and not self.one_triangle)
         parts, ok = (self.diagonal if A.ndim == 2 else self.matrix)(A, safe)
         return parts, ok & finite
 
