@@ -264,7 +264,7 @@ class Outer(Evidence):
         """``J J'^T`` of each group without ``J``: ``sum_rs (a_r . a'_s)(g_r . g'_s)``.  # (G, N, N')"""
         mine, its = (x.gradients.transpose(0, 1) for x in (self, other))
         (G, k, n, r, _), (_, h, m, s, _) = mine.shape, its.shape
-        products = (mine.flatten(1, 3) @ its.flatten(1, 3).mT).view(G, k, n, r, h, m, s)
+        products = torch.bmm(mine.flatten(1, 3), its.flatten(1, 3).mT).view(G, k, n, r, h, m, s)
         products.mul_(self._input_products(other).view(G, 1, n, r, 1, m, s))
         return (products if r == s == 1 else products.sum((3, 6))).view(G, k * n, h * m)
 
@@ -274,7 +274,7 @@ class Outer(Evidence):
             same = self.inputs.index.reshape(-1, 1) == other.inputs.index.reshape(1, -1)
             return same.to(self.gradients.dtype).unsqueeze(0)
         assert isinstance(self.inputs, Tensor) and isinstance(other.inputs, Tensor)
-        products = self.inputs.flatten(1, 2) @ other.inputs.flatten(1, 2).mT
+        products = torch.bmm(self.inputs.flatten(1, 2), other.inputs.flatten(1, 2).mT)
         return products.add_(1) if self.bias else products
 
     def project(self, v: Tensor) -> Tensor:

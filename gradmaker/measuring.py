@@ -19,7 +19,7 @@ from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
-from gradmaker.linalg.arithmetic import norms, plain_arithmetic, sums_to_finite
+from gradmaker.linalg.arithmetic import norms, plain_arithmetic, sums_to_finite, total
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
@@ -213,15 +213,19 @@ class MeasuringMaker(PlannedMaker):
         output_gradients: of the backward pass, for curvatures that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, beside its weight (that of a GradScaler).
         """
-        masked, empty = self._note_finite(check, terms)
+        with_outputs = output_gradients is not None
+        curvatures = [c for c in self._curvatures() if ("main_backward" in c.needs) == with_outputs]
+        if not curvatures and not check:
+            return
+        masked, empty = self._note_finite(check, terms if curvatures else [])
         empty |= tape.sized and not tape.batch
         if not self.step_state.now.finite:
             return
         if output_gradients is not None:
             output_gradients = scaled(output_gradients, 1 / (weight * scale))
-        for curvature in self._curvatures():
+        for curvature in curvatures:
             held = curvature not in self.plan.per_step  # a statistic accumulates no loss without terms
-            if ("main_backward" in curvature.needs) == (output_gradients is not None) and not (empty and held):
+            if not (empty and held):
                 step = self._step(curvature, draft.part, self._due, tape, terms, masked, output_gradients, head, extra)
                 if not step.sites:
                     continue
@@ -264,13 +268,14 @@ class MeasuringMaker(PlannedMaker):
         dense = [g for g in grads if g.layout is torch.strided and not g.is_complex()]
         others = [g for g in grads if g.layout is not torch.strided or g.is_complex()]
         kept = [t.valid() for t in terms]
-        flags = [sums_to_finite(t) for t in (*check, *others)]
-        read = [*norms(dense), *flags, *(v.any() for v in kept), *(t.masked() for t in terms)]
+        totals = [total(t) for t in (*check, *others)]
+        read = [*norms(dense), *totals, *(v.any() for v in kept), *(t.masked() for t in terms)]
         values = torch.stack(read).tolist() if read else []
-        sizes, finite = values[: len(dense)], values[len(dense) : len(dense) + len(flags)]
+        sizes, sums = values[: len(dense)], values[len(dense) : len(dense) + len(totals)]
         kept_any, masked = (values[len(values) - k * len(terms) :][: len(terms)] for k in (2, 1))
         regular = all(map(isfinite, sizes)) or bool(torch.stack([sums_to_finite(g) for g in dense]).all())
-        self.step_state.note(regular and all(finite), tuple(zip(dense, (g._version for g in dense), sizes, strict=True)))
+        seen = tuple(zip(dense, (g._version for g in dense), sizes, strict=True))
+        self.step_state.note(regular and all(map(isfinite, sums)), seen)
         return any(masked), bool(kept) and not any(kept_any)
 
     def _check_again(self) -> None:

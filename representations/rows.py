@@ -70,7 +70,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
             mass.zero_()
         fold.weigh_(mass)
         state["mass"] = mass
-        chunk = len(chunks(state))
+        chunk = _count(state)
         more = self.merges(parts)
         for j, part in enumerate(parts):
             assert isinstance(part, Outer)
@@ -159,7 +159,7 @@ class Rows(Spanned, WholeLayers, SpansGradient):
         return out if self.granularity == "full" else out.unflatten(1, shape[1 if shape[1] > 1 else 2 :])
 
     def own(self, state: State) -> Tensor | None:
-        shares = [state.get(f"{p}.own") for p in range(len(chunks(state)))]
+        shares = [state.get(f"{p}.own") for p in range(_count(state))]
         known = [x for x in shares if x is not None]
         return None if len(known) < len(shares) else torch.cat(known, 1)
 
@@ -209,6 +209,14 @@ def _sum(layer: Sequence[FactoredGradient | Tensor]) -> FactoredGradient | Tenso
 def _mass(fold: Fold) -> float:
     """The mass of the newest step, which all of its evidence is divided by."""
     return 1.0 if fold.summed else fold.share
+
+
+def _count(state: State) -> int:
+    """The number of chunks."""
+    p = 0
+    while f"{p}.0.formed" in state or f"{p}.0.layout" in state:
+        p += 1
+    return p
 
 
 def chunks(state: State) -> list[list[Part]]:

@@ -1,11 +1,21 @@
-"""Module hooks that do nothing in a copy of the model."""
+"""Module hooks that do nothing in a copy of the model, and what they read of an output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ModuleHook"]
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+__all__ = ["ModuleHook", "edge_of"]
+
+
+def edge_of(output: Tensor) -> Any:
+    """The gradient edge of a tensor, read without the modes that record the calls of a pass."""
+    with torch._C.DisableTorchFunction():
+        return get_gradient_edge(output)
 
 
 class ModuleHook:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from gradmaker.capture.borrowing import is_pass
-from gradmaker.capture.hooks import ModuleHook
+from gradmaker.capture.hooks import ModuleHook, edge_of
 from gradmaker.capture.rules.calls import LayerRule
 from gradmaker.capture.rules.layers import rule_for
 from gradmaker.capture.sites import Site
@@ -113,7 +112,7 @@ class _Call:
     def __init__(self, layer: RowLayer, x: Tensor, output: Tensor) -> None:
         self.layer, self.x, self.version = layer, x, x._version
         self.source: Any = x.grad_fn  # what the gradient of the input goes to, unless that is a leaf
-        self.edge: Any = get_gradient_edge(output)
+        self.edge: Any = edge_of(output)
         self.reached = False  # whether the loss depends on it
         self.g: Tensor | None = None
 

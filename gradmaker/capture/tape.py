@@ -14,12 +14,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from gradmaker.capture.arrangement import APART, Arrangement, Structure, key_of, pattern
 from gradmaker.capture.batch_norms import FrozenNorms
 from gradmaker.capture.borrowing import borrowed, foreign
-from gradmaker.capture.hooks import ModuleHook
+from gradmaker.capture.hooks import ModuleHook, edge_of
 from gradmaker.capture.rules.attention import Projection, ProjectionHooks
 from gradmaker.capture.rules.calls import Call, Layout
 from gradmaker.reentrant import reenters
@@ -178,7 +177,7 @@ class Tape:
             self._late[module] = self._late.get(module, 0) + 1
 
     def _append(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
-        edges = [get_gradient_edge(v) for v in outputs]
+        edges = [edge_of(v) for v in outputs]
         shapes = [v.shape for v in outputs]
         device = outputs[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["norms", "plain_arithmetic", "sums_to_finite"]
+__all__ = ["norms", "plain_arithmetic", "sums_to_finite", "total"]
 
 
 def plain_arithmetic(model: nn.Module) -> torch.autocast:
@@ -18,6 +18,15 @@ def plain_arithmetic(model: nn.Module) -> torch.autocast:
 def sums_to_finite(value: Tensor) -> Tensor:
     """Whether all elements are finite, by their sum, which needs no mask.  # () bool"""
     return value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()
+
+
+def total(value: Tensor) -> Tensor:
+    """A number that is finite where all elements are, by their sum: of one real element itself.  # ()"""
+    if value.is_complex():
+        return torch.where(sums_to_finite(value), 0.0, torch.nan)
+    if value.numel() == 1 and value.layout is torch.strided:
+        return value.detach().reshape(())
+    return value.detach().sum(dtype=torch.promote_types(value.dtype, torch.float32))
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -61,9 +61,9 @@ def certify_inverse(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     Non-finite entries make it non-finite, which is refused.  # symmetric (B, d, d) -> (B,), bool (B,)
     """
     V, s = _signs(A), A.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(1)  # (1, 2, d), (B, 1, d)
-    W = (V / s) @ A
-    found = _worst((W @ X) * s - V)
-    size = torch.maximum(_norm(((V * s) @ X) * s), (X.diagonal(dim1=-2, dim2=-1) * s.squeeze(1).square()).amax(-1))
+    W = torch.bmm(V / s, A)  # `@` takes four operators for one
+    found = _worst(torch.bmm(W, X) * s - V)
+    size = torch.maximum(_norm(torch.bmm(V * s, X) * s), (X.diagonal(dim1=-2, dim2=-1) * s.squeeze(1).square()).amax(-1))
     tolerance = INVERSE * (torch.finfo(A.dtype).eps / 2) * _norm(W / s) * size
     return found, found <= tolerance.clamp(max=LARGEST)
 
@@ -76,8 +76,8 @@ def certify_triangle(A: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
     """
     V, s = _signs(A), A.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(1)
     scaled = V / s
-    W = scaled @ A
-    wrong = _worst(((scaled @ U.mT) @ U - W) / s)
+    W = torch.bmm(scaled, A)
+    wrong = _worst((torch.bmm(torch.bmm(scaled, U.mT), U) - W) / s)
     half = torch.linalg.solve_triangular(U.mT, W.mT, upper=False)
     found = _worst(torch.linalg.solve_triangular(U, half, upper=True).mT * s - V)
     tolerance = TRIANGLE * (torch.finfo(A.dtype).eps / 2) * A.shape[-1] ** 0.5

@@ -37,12 +37,11 @@ def diagnose(
     infos: iterations, residual, ridge for each factor, each (B, 3); largest: each (B,); retries: (m, B)
     scales: divisors of the factors before the factorisation, each (B,)
     """
-    rows = []
-    for k, (info, top) in enumerate(zip(infos, largest, strict=True)):
-        iterations, residual, ridge = info.unbind(-1)
-        unit = torch.ones_like(top) if scales is None else scales[k]
-        rows.append(torch.stack([iterations, residual, top * unit, ridge * unit, retries[k].to(top.dtype)], -1))
-    return torch.stack(rows, 1)
+    (iterations, residual, ridge), top = torch.stack(list(infos), 1).unbind(-1), torch.stack(list(largest), 1)  # (B, m) each
+    if scales is not None:
+        unit = torch.stack(list(scales), 1)
+        top, ridge = top * unit, ridge * unit
+    return torch.stack([iterations, residual, top, ridge, retries.mT.to(top.dtype)], -1)
 
 
 def described(residuals: Sequence[Tensor], ridges: Sequence[Tensor]) -> list[Tensor]:
@@ -121,6 +120,7 @@ def _iterate(F: Tensor) -> Tensor:
     widest_axis = F.diagonal(dim1=-2, dim2=-1).argmax(-1)
     v = torch.take_along_dim(F, widest_axis[:, None, None], 1)  # (B, 1, d): a row, with which products are faster
     for _ in range(2):
-        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(F.dtype).tiny) @ F @ F
+        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(F.dtype).tiny)
+        v = torch.bmm(torch.bmm(v, F), F)  # `@` takes four operators for one
     top: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
     return top

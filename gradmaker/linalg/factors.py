@@ -132,8 +132,10 @@ def diagonal_of(F: Tensor) -> Tensor:
     """The diagonal.  # (B, d)"""
     if F.ndim == 2:
         return F
+    if not is_tiled(F):
+        return F.diagonal(dim1=-2, dim2=-1)
     rows = torch.arange(F.shape[1], device=F.device)
-    return F[:, rows, rows % F.shape[2]] if is_tiled(F) else F.diagonal(dim1=-2, dim2=-1)
+    return F[:, rows, rows % F.shape[2]]
 
 
 def add(F: Tensor, G: Tensor) -> Tensor:

@@ -20,7 +20,10 @@ def add_moment_(out: Tensor, weighed: Tensor, rows: Tensor, beta: float, alpha: 
         out.baddbmm_(weighed.mT, rows, beta=beta, alpha=alpha)
         return
     width = -(-d // STRIPES)
+    turned = weighed.mT
     for start in range(0, d, width):
         end = min(start + width, d)
-        out[:, start:end, :end].baddbmm_(weighed[..., start:end].mT, rows[..., :end], beta=beta, alpha=alpha)
-        out[:, :start, start:end].copy_(out[:, start:end, :start].mT)
+        stripe = out.narrow(1, start, end - start)
+        stripe.narrow(2, 0, end).baddbmm_(turned.narrow(1, start, end - start), rows.narrow(2, 0, end), beta=beta, alpha=alpha)
+        if start:
+            out.narrow(2, start, end - start).narrow(1, 0, start).copy_(stripe.narrow(2, 0, start).mT)

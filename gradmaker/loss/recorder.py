@@ -118,13 +118,18 @@ def _cross_entropy(call: LossCall, factor: Tensor) -> Weighting:
     arguments = call.arguments
     z, target, smoothing = arguments["input"], arguments["target"], arguments.get("label_smoothing", 0.0)
     axis = min(1, z.ndim - 1)
-    w = _given(arguments["weight"], z.new_ones(z.shape[axis]))
+    given = arguments["weight"]
     if target.shape == z.shape:  # probabilities: torch's mean divides by the number of rows, not by their weights
+        w = _given(given, z.new_ones(z.shape[axis]))
         q = (1 - smoothing) * target + smoothing / z.shape[axis]
         weight = (q * w.reshape(-1, *[1] * (z.ndim - axis - 1))).sum(axis)
         total = weight.new_full((), weight.numel())
+    elif given is None:  # the weight of every class is 1
+        observed = (target != arguments["ignore_index"]).to(torch.promote_types(z.dtype, torch.float32))
+        weight = (1 - smoothing) * observed + smoothing * observed if smoothing else observed
+        total = observed.sum()
     else:
-        valid = target != arguments["ignore_index"]
+        w, valid = compute(given), target != arguments["ignore_index"]
         observed = w[target.masked_fill(~valid, 0).long()] * valid
         weight = (1 - smoothing) * observed + smoothing * w.mean() * valid
         total = observed.sum()
