@@ -25,17 +25,20 @@ import typer
 from torch import Tensor, nn
 
 import gradmaker
+from gradmaker import METHODS
 from gradmaker.compare.cost import cpu_peak, machine
+from gradmaker.presets import spelled
 
 PAGE = Path(__file__).resolve().parent / "gpt2.md"
 PRESETS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "kfac": ("kfac", {"warmup_steps": 0}),
-    "shampoo": ("shampoo", {"block_size": 1024, "warmup_steps": 0}),
-    "soap": ("soap", {"block_size": 1024}),
-    "kl_shampoo": ("kl_shampoo", {"block_size": 1024}),
-    "muon": ("muon", {"half": True}),
+    "kfac": ("kfac", {"preset": "large", "warmup_steps": 0}),
+    "shampoo": ("shampoo", {"preset": "large", "warmup_steps": 0}),
+    "soap": ("soap", {"preset": "large"}),
+    "kl_shampoo": ("kl_shampoo", {"preset": "large"}),
+    "muon": ("muon", {"preset": "large"}),
 }
-"""Method and options; the intervals of measurements and refreshes are those of the run, but of Muon, which has none."""
+"""Method and options; the interval of refreshes is that of the run, but of Muon, which has none. What is measured is a run
+under way: warm-up steps, which refresh at every step, are left out."""
 WITHOUT_INTERVALS = ("muon",)
 LENGTH = 64
 TIME, MEMORY = 3.0, 1.5
@@ -74,7 +77,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def preset(name: str, interval: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """The optimizer of a preset."""
     method, options = PRESETS[name]
-    clocks = {} if name in WITHOUT_INTERVALS else {"curvature_interval": interval, "preconditioner_interval": interval}
+    clocks = {} if name in WITHOUT_INTERVALS else {"preconditioner_interval": interval}
     return lambda model: gradmaker.optimizer(model, method, lr=1e-5, **{**options, **clocks})
 
 
@@ -130,14 +133,16 @@ def render(known: Mapping[str, Any]) -> str:
 
 
 def shown(name: str) -> str:
-    """A preset as it is written in code."""
+    """A preset as it is written in code, and the options that it stands for."""
     method, options = PRESETS[name]
-    return f"{name}: `{', '.join([repr(method), *(f'{key}={value!r}' for key, value in options.items())])}`"
+    stands_for = METHODS[method].Config.presets.get(options.get("preset"), {}) if method in METHODS else {}
+    said = f"`{', '.join([repr(method), spelled(options)])}`"
+    return f"{said}: `{spelled(stands_for)}`" if stands_for else said
 
 
 def main(
     presets: Annotated[list[str] | None, typer.Argument(help="Presets; default: all.")] = None,
-    interval: Annotated[int, typer.Option(help="Steps between measurements and refreshes, and of a window.")] = 20,
+    interval: Annotated[int, typer.Option(help="Steps between refreshes, and of a window.")] = 20,
     narrow: Annotated[bool, typer.Option(help="A narrow model of the same structure.")] = False,
     out: Annotated[Path, typer.Option(help="Markdown file; a JSON file is written beside it.")] = PAGE,
 ) -> None:

@@ -143,6 +143,7 @@ def main(
     workloads: Annotated[list[str] | None, typer.Option(help="Workloads, or patterns of them; default: all.")] = None,
     only: Annotated[Literal["all", "ours", "peers"], typer.Option(help="Whose rows.")] = "all",
     quick: Annotated[bool, typer.Option(help="The short matrix.")] = False,
+    again: Annotated[bool, typer.Option(help="Measure known cells again.")] = False,
     checked: Annotated[bool, typer.Option(help="Learning on digits and equal directions too.")] = True,
     windows: Annotated[int, typer.Option(help="Windows of each kind of step.")] = 10,
     limit: Annotated[float, typer.Option(help="Seconds of a cell after which three windows suffice.")] = 12.0,
@@ -155,7 +156,8 @@ def main(
     start, own, known = perf_counter(), sources(), read(out.with_suffix(".json"))
     known["machine"] = machine("cpu")
     wanted = list(selected(rows or (), workloads or (), only, quick))
-    missing = [(w, row) for w, row in wanted if not is_known(known["cells"].get(f"{w}/{row.name}"), version_of(row, own))]
+    cells = known["cells"]
+    missing = [(w, row) for w, row in wanted if again or not is_known(cells.get(f"{w}/{row.name}"), version_of(row, own))]
     print(f"{len(missing)} of {len(wanted)} cells to measure, about {len(missing) * 20 / 60:.0f} minutes", flush=True)
     for workload, row in missing:
         if perf_counter() - start > 60 * time_limit:

@@ -136,6 +136,10 @@ class Outer(Evidence):
         shape = [-1 if a == axis else 1 for a in range(self.gradients.ndim)]
         return replace(self, gradients=self.gradients * factors.to(self.gradients).view(shape), own=None)
 
+    def settled(self) -> Outer:
+        """The same with inputs that are formed, so that it may be held when those of the call have changed."""
+        return replace(self, inputs=self.inputs.form()) if isinstance(self.inputs, Patches) else self
+
     def inputs_alone(self) -> Outer:
         """The inputs without output gradients, of the kind ``inputs``."""
         return replace(self, gradients=self.gradients[:0], fresh=True, kind="inputs", own=None)

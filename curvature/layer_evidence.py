@@ -82,7 +82,7 @@ def _calls(tape: Tape, gradients: OutputGradients, module: nn.Module) -> Iterato
 
 def _own(inputs: Tensor | OneHot, call: Call) -> Tensor | OneHot:
     """Inputs that do not change with those of the call, into which a loop may write the next batch."""
-    if not isinstance(inputs, Tensor):
+    if not isinstance(inputs, Tensor) or isinstance(inputs, Patches):  # what holds patches forms them, see `Outer.settled`
         return inputs
     plain = type(inputs) is type(call.input) is Tensor
     return inputs if plain and inputs.untyped_storage()._cdata != call.input.untyped_storage()._cdata else inputs.clone()

@@ -11,13 +11,13 @@ from gradmaker.averages import basis_of
 from gradmaker.block_options import BlockOptions
 from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence import Evidence, Outer
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
 from gradmaker.precision import Precision
 from gradmaker.representations.base import Fold, Frame, Representation
-from gradmaker.representations.roles import FoldsRows, SpansGradient
+from gradmaker.representations.roles import FoldsMoments, FoldsRows, SpansGradient
 from gradmaker.solvers.roles import AppliesRows, SolvesOwn
 from gradmaker.step.held import Held
 from gradmaker.triple import Triple
@@ -70,8 +70,10 @@ def update(representation: Representation, state: State, evidence: Evidence, fol
     if isinstance(evidence, RowGradient):
         assert isinstance(representation, FoldsRows)
         representation.update_rows(state, evidence.factored, fold)
-    else:
-        representation.update(state, evidence, fold)
+        return
+    if isinstance(evidence, Outer) and not isinstance(representation, FoldsMoments):
+        evidence = evidence.settled()
+    representation.update(state, evidence, fold)
 
 
 def solve(triple: Triple, options: BlockOptions, cache: State, raw: FactoredGradient) -> FactoredGradient | Tensor:

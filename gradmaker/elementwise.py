@@ -147,7 +147,8 @@ class Elementwise:
         masses = _moved([h.state["mass"] for h in before], self.decay)
         if not self.corrected:
             masses = [torch.ones_like(mass) for mass in masses]
-        steps = [(float(mass[0]), float(count[0])) for mass, count in zip(masses, counts, strict=True)]  # equal in all members
+        read = torch.stack([x[0] for x in (*masses, *counts)]).tolist()  # equal in all members of a block
+        steps = list(zip(read[: len(due)], read[len(due) :], strict=True))
         alone = alone and len(set(steps)) == 1 and len(due) == len(self.members)
         if not alone:
             due = [each.copied(gradients=True) for each in due]

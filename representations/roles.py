@@ -20,6 +20,7 @@ __all__ = [
     "ByExample",
     "Compact",
     "FactoredAxes",
+    "FoldsMoments",
     "FoldsRows",
     "OwnOrder",
     "PerStep",
@@ -178,6 +179,10 @@ class SpansGradient(Representation):
     @abstractmethod
     def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
         """``J G`` of a block of one layer, by rows; None where `form` takes less work, or the layer has none.  # (B, N)"""
+
+
+class FoldsMoments(Representation):
+    """A representation that folds moments of layer inputs and output gradients in at once, and holds no rows of them."""
 
 
 class PreconditionsRows(Representation):

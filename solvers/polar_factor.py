@@ -74,15 +74,16 @@ def polar_factor(G: Tensor, quintics: tuple[Quintic, ...], dtype: torch.dtype | 
     dtype: of the iteration and of the result; None: that of ``G``
     """
     norm = torch.linalg.matrix_norm(G)
-    M = G.mT if G.shape[-2] > G.shape[-1] else G
-    X = torch.empty(M.shape, dtype=dtype or G.dtype, device=G.device)
-    torch.div(M, torch.where(norm > 0, norm, 1.0)[:, None, None], out=X)
-    A, T, Y = X.new_empty(*X.shape[:-1], X.shape[-2]), X.new_empty(*X.shape[:-1], X.shape[-2]), torch.empty_like(X)
+    tall = G.shape[-2] > G.shape[-1]  # then the short Gram matrix is X^T X, and multiplies from the right
+    side = min(G.shape[-2:])
+    X = torch.empty(G.shape, dtype=dtype or G.dtype, device=G.device)
+    torch.div(G, torch.where(norm > 0, norm, 1.0)[:, None, None], out=X)
+    A, T, Y = X.new_empty(len(X), side, side), X.new_empty(len(X), side, side), torch.empty_like(X)
     for a, b, c in quintics:  # four buffers serve all steps: fresh ones cost as much as the products where memory is trimmed
-        torch.bmm(X, X.mT, out=A)
+        torch.bmm(*((X.mT, X) if tall else (X, X.mT)), out=A)
         torch.baddbmm(A, A, A, beta=b, alpha=c, out=T)
-        X, Y = torch.baddbmm(X, T, X, beta=a, out=Y), X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+        X, Y = torch.baddbmm(X, *((X, T) if tall else (T, X)), beta=a, out=Y), X
+    return X
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from gradmaker import from_config
 from gradmaker.linalg import fused
+from gradmaker.step.state import StepState
 from tests.live import Live
 from tests.test_state import equal_states
 
@@ -265,8 +268,10 @@ class Planted(Exception):
     """Nothing else raises it."""
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("name", ["adam", "adagrad"])
-def test_an_exception_leaves_all_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_leaves_all_as_it_was(name: str, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what writes, or before."""
     run, calm = Run({"method": name}), Run({"method": name})
     for index in range(4):
         calm.step(index)
@@ -276,6 +281,9 @@ def test_an_exception_leaves_all_as_it_was(name: str, monkeypatch: pytest.Monkey
         before = run.maker.state_dict()["sites"], [p.grad.clone() for p in run.model.parameters()]  # type: ignore[union-attr]
         with monkeypatch.context() as patch:
             patch.setattr(torch, "_fused_adamw_" if name == "adam" else "_foreach_copy_", raising)
+            if early:
+                patch.undo()
+                patch.setattr(StepState, "finish", raising)
             with pytest.raises(Planted):
                 run.maker.precondition()
         assert equal_states(run.maker.state_dict()["sites"], before[0])
@@ -290,12 +298,12 @@ def raising(*_: Any, **__: Any) -> None:
     raise Planted
 
 
-def test_a_copy_of_the_maker_has_tensors_of_its_own() -> None:
-    import copy
-
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_maker_has_tensors_of_its_own(copied: Callable[[Run], Run]) -> None:
     run = Run({"method": "adam"})
     run.step(0)
-    other = copy.deepcopy(run)
+    run.maker._declared = {}
+    other = copied(run)
     before = other.maker.state_dict()
     run.step(1)
     assert equal_states(other.maker.state_dict(), before)

@@ -26,8 +26,8 @@ def test_a_preset_is_its_options(method: str, preset: str) -> None:
 
 def test_given_options_override_a_preset() -> None:
     model = nn.Linear(4, 3)
-    found = from_config(model, {"method": "shampoo", "preset": "large", "block_size": 2}).config
-    assert found.block_size == 2
+    found = from_config(model, {"method": "shampoo", "preset": "large", "max_dim": 2}).config
+    assert found.max_dim == 2
 
 
 def test_wrong_presets_are_refused() -> None:
@@ -44,14 +44,14 @@ def test_the_optimizer_tells_what_a_preset_stands_for(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "gradmaker"):
         made = gradmaker.optimizer(model, "shampoo", lr=0.1, preset="large")
     told = next(r.getMessage() for r in caplog.records if "preset" in r.getMessage())
-    assert "'large' of shampoo" in told and "block_size=" in told
-    assert made.maker.config.block_size == METHODS["shampoo"].Config.presets["large"]["block_size"]
+    assert "'large' of shampoo" in told and "max_dim=" in told
+    assert made.maker.config.max_dim == METHODS["shampoo"].Config.presets["large"]["max_dim"]
     model(torch.randn(5, 4)).square().sum().backward()
     made.step()
 
 
 def test_groups_take_presets() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    groups = {"0.*": {"method": "shampoo", "preset": "large"}, "*": "adam"}
+    groups = {"0.*": {"method": "muon", "preset": "large"}, "*": "adam"}
     config = from_config(model, {"method": "adam", "groups": groups}).config
-    assert config.groups[0].config.block_size == METHODS["shampoo"].Config.presets["large"]["block_size"]
+    assert config.groups[0].config.iteration == "polar_express"

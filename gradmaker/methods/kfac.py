@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gradmaker.capture.sites import Site
 from gradmaker.gathering import STACK_LIMIT
@@ -11,6 +11,7 @@ from gradmaker.methods.weight_sharing import SharingGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.presets import Presets
 from gradmaker.representations import Kron, KronRows
 from gradmaker.solvers import AnySolver, Cholesky, Eigh, FactorWoodbury
 from gradmaker.triple import Triple
@@ -30,6 +31,15 @@ class KfacGradientConfig(SharingGradientConfig):
     2016, arXiv:1602.01407; weight sharing (expand, reduce): Eschenhagen et al., NeurIPS 2023, arXiv:2311.00636.
     """
 
+    presets: ClassVar[Presets] = {
+        "large": {
+            "embeddings": False,
+            "wide_sides": "blocks",
+            "max_dim": 768,
+            "curvature_interval": 10,
+            "preconditioner_interval": 100,
+        }
+    }
     split: Literal["pi", "exact"] = "pi"
 
     def __post_init__(self) -> None:

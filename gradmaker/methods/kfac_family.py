@@ -9,7 +9,7 @@ from typing import Literal
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature, FisherMC
 from gradmaker.methods.trust_region import TrustRegionGradientConfig
-from gradmaker.options.checks import check_choice
+from gradmaker.options.checks import check_choice, check_kind
 from gradmaker.representations import Dense
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import Cholesky
@@ -29,6 +29,8 @@ class KroneckerGradientConfig(TrustRegionGradientConfig, ABC):
     """Whether the bias is one more input in the block of its layer, or a block of its own."""
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
     """The form of a factor with a side over ``max_dim``: diagonal, or block diagonal with blocks of at most that size."""
+    embeddings: bool = True
+    """Whether tables of embeddings, and those tied to a head, have factors; otherwise they get ``fallback``."""
     curvature_interval: int | Schedule = 10
     preconditioner_interval: int | Schedule = 10
     warmup_steps: int = 100
@@ -38,6 +40,7 @@ class KroneckerGradientConfig(TrustRegionGradientConfig, ABC):
         super().__post_init__()
         check_choice("bias", self.bias, ["joint", "separate"])
         check_choice("wide_sides", self.wide_sides, ["diagonal", "blocks"])
+        check_kind("embeddings", self.embeddings, bool)
 
     @property
     def joint_bias(self) -> bool:  # type: ignore[override]
@@ -53,7 +56,7 @@ class KroneckerGradientConfig(TrustRegionGradientConfig, ABC):
         return site.kind == "scale" and {*self.fisher.gives} <= {*Dense.takes}
 
     def triple(self, site: Site) -> Triple | None:
-        if site.kind == "generic":
+        if site.kind == "generic" or (site.kind in ("embedding", "tied") and not self.embeddings):
             return None
         if self.unit_wise(site):
             return Triple(self.fisher, Dense(granularity="unit"), Cholesky(damping=self.damping))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gradmaker.capture.shapes import Merge
 from gradmaker.capture.sites import Site
@@ -11,6 +12,7 @@ from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.presets import Presets
 from gradmaker.representations import CrossDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import PositiveRoot
@@ -33,6 +35,9 @@ class KlShampooGradientConfig(AxesGradientConfig):
     renamed_options = BASIS_INTERVAL
 
     usage = Usage(hidden=True, unit=True)
+    presets: ClassVar[Presets] = {
+        "large": {"max_dim": 1024, "curvature_interval": 10, "preconditioner_interval": 100, "stagger": True}
+    }
     damping: float = 1e-8
     decay: float | None = 0.98
     beta1: float = 0.9

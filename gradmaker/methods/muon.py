@@ -14,6 +14,7 @@ from gradmaker.methods.tensor_axes import AxesGradientConfig
 from gradmaker.options.checks import check_choice
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.presets import Presets
 from gradmaker.representations import Diagonal, ZeroHistory
 from gradmaker.representations.base import NO_LIMIT
 from gradmaker.solvers import Division, PolarFactor
@@ -40,6 +41,7 @@ class MuonGradientConfig(AxesGradientConfig):
         "half": {"iteration": ("quintic", "polar_express")},
     }
 
+    presets: ClassVar[Presets] = {"large": {"iteration": "polar_express", "steps": 4}}
     damping: float = 1e-8
     decay: float | None = 0.999
     beta1: float = 0.95

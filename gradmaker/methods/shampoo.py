@@ -31,7 +31,7 @@ class ShampooGradientConfig(RootedGradientConfig):
     """
 
     usage = Usage(hidden=True)
-    presets: ClassVar[Presets] = {"large": {"block_size": 256, "curvature_interval": 10, "preconditioner_interval": 100}}
+    presets: ClassVar[Presets] = {"large": {"max_dim": 1024, "curvature_interval": 10, "preconditioner_interval": 100}}
     damping: float = 1e-6
     decay: float | None = 0.95
     grafting: str = "keep"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import BatchGradient
@@ -12,6 +12,7 @@ from gradmaker.options.checks import check_choice
 from gradmaker.options.deprecations import BASIS_INTERVAL
 from gradmaker.options.registry import register
 from gradmaker.preconditioner import Preconditioned
+from gradmaker.presets import Presets
 from gradmaker.representations import RotatedDims
 from gradmaker.schedule import Schedule
 from gradmaker.solvers import RotatedDivision
@@ -36,6 +37,7 @@ class SoapGradientConfig(AxesGradientConfig):
     renamed_options = BASIS_INTERVAL
 
     usage = Usage(hidden=True, unit=True)
+    presets: ClassVar[Presets] = {"large": {"max_dim": 1024, "preconditioner_interval": 100, "stagger": True}}
     damping: float = 1e-8
     decay: float | None = 0.95
     beta1: float = 0.95

@@ -86,4 +86,6 @@ def test_gpt2_narrow(gpt2: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path
     gpt2.main(None, 2, True, out)
     known = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["presets"]
     assert all(known[name]["ratio"] > 0 and known[name]["memory"] > 0.5 for name in gpt2.PRESETS if name != "wrong")
-    assert "damping=-1.0" in known["wrong"]["error"] and "| muon: `'muon', half=True`" in out.read_text(encoding="utf-8")
+    assert "damping=-1.0" in known["wrong"]["error"] and "| `'muon', preset='large'`: `iteration=" in out.read_text(
+        encoding="utf-8"
+    )

@@ -88,3 +88,24 @@ def test_wide_layers_of_stride_one_take_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     for a, b in zip(factors(True), factors(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "smw_ng", "skfac"])
+def test_inputs_that_a_loop_writes_into_later_are_those_of_the_pass(method: str) -> None:
+    """What holds rows until the end of the step has formed them by then."""
+    from gradmaker import from_config
+
+    def gradients(spoil: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 64, 3)).double()
+        x, t = torch.randn(4, 16, 8, 8, dtype=torch.float64), torch.randint(3, (4,))
+        maker = from_config(model, {"method": method})
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), t)
+        maker.accumulate()
+        if spoil:
+            x.fill_(7.0)
+        maker.precondition()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)

@@ -14,6 +14,7 @@ from gradmaker.curvature import CURVATURES, Curvature, FisherForward, GradientPr
 from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
 from gradmaker.curvature.products import Factors, Product
 from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
+from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.curvature.tied import Tied
 from gradmaker.representations import Dense, KronPairs, KronQ, Pairs, ProbeDiagonal, Representation
 from gradmaker.solvers import SOLVERS
@@ -23,7 +24,7 @@ from tests.test_triples import LEGAL, mapping, step
 
 
 def test_the_set_is_closed() -> None:
-    assert set(Evidence.__subclasses__()) == {Outer, Joint, Gradient, Pair, Product, Factors, Tied}
+    assert set(Evidence.__subclasses__()) == {Outer, Joint, Gradient, RowGradient, Pair, Product, Factors, Tied}
     assert not any(found.__subclasses__() for found in Evidence.__subclasses__())
     assert all(len(set(found.kinds)) == len(found.kinds) > 0 for found in Evidence.__subclasses__())
 
@@ -108,7 +109,7 @@ def solvers_of(representation: Representation) -> Iterator[Any]:
 # --- the base class -------------------------------------------------------------------------------------------------------
 def test_a_new_curvature_knows_eight_names() -> None:
     names = {n for n in (*vars(Curvature), *Curvature.__annotations__) if not n.startswith("_")}
-    assert names == {"gives", "definite", "layerwise", "inapplicable", "needs", "of_passes", "measure"}
+    assert names == {"gives", "definite", "layerwise", "inapplicable", "needs", "of_passes", "measure", "by_rows"}
 
 
 @pytest.mark.parametrize("name", CURVATURES)

@@ -263,6 +263,11 @@ def damped_probes(method: str) -> dict[str, Any]:
     return {"damping": 0.1} if method in ("adahessian", "esgd", "saddle_free_diagonal") else {}
 
 
+def in_its_own_dtype(method: str) -> dict[str, Any]:
+    """Muon iterates in bfloat16, as published: three digits, whatever the model's dtype."""
+    return {"half": False} if method == "muon" else {}
+
+
 @every_method
 @pytest.mark.parametrize("dtype, cosine", [(torch.float32, 0.9999), (torch.bfloat16, 0.9)])
 @pytest.mark.parametrize("name", ["mlp", "convolution", "layer_norm", "embedding"])
@@ -276,7 +281,8 @@ def test_low_precision_models(method: str, dtype: torch.dtype, cosine: float, na
     low = Case(copy.deepcopy(exact.model).to(dtype), exact.x.to(dtype) if exact.x.is_floating_point() else exact.x, *exact[2:])
     directions = []
     for case in (exact, low):
-        maker = maker_of(method, case.model, **without_draws(method), **damped_probes(method), **without_search(method))
+        options = {**without_draws(method), **damped_probes(method), **without_search(method), **in_its_own_dtype(method)}
+        maker = maker_of(method, case.model, **options)
         passes(maker, case)
         assert all(p.grad is None or p.grad.dtype == p.dtype for p in case.model.parameters())
         directions.append(oracles.gradient_vector(case.model).double())

@@ -50,6 +50,7 @@ PLAYED = {
     roles.WholeLayers: "Dense Rows Sketched Window Truncated TriangularQ Pairs",
     roles.ByExample: "Kron KronRows Eigenbasis",
     roles.SpansGradient: "Rows Sketched",
+    roles.FoldsMoments: "Kron",
     roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",

@@ -179,6 +179,14 @@ def test_rows_are_used_where_they_are_the_gradient(name: str, method: str) -> No
     assert counts == [held, 0]
 
 
+@pytest.mark.filterwarnings("ignore::gradmaker.loops.attachment.ChangedGradientWarning")
+@pytest.mark.parametrize("name", [name for name in LOOPS if ".data" not in name])
+def test_versions_and_identities_prove_it_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where no product with a vector is compared."""
+    monkeypatch.setattr("gradmaker.loops.written_rows._agrees", lambda *_: True)
+    test_rows_are_used_where_they_are_the_gradient(name, "shampoo")
+
+
 def test_a_pass_with_a_graph_of_its_own_is_formed() -> None:
     run = Attached("shampoo")
     for _ in range(3):

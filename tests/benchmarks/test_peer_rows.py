@@ -157,7 +157,14 @@ def test_memory_is_a_ratio_to_sgd(peers: ModuleType, small: str) -> None:
 def test_a_run_resumes_and_writes_its_page(peers: ModuleType, small: str, tmp_path: Path) -> None:
     sys.modules["row_checks"].peak_of_sgd.cache_clear()
     out = tmp_path / "peers.md"
-    run: dict[str, Any] = {"rows": ["adam", "smw_ng"], "workloads": None, "only": "ours", "quick": False, "checked": False}
+    run: dict[str, Any] = {
+        "rows": ["adam", "smw_ng"],
+        "workloads": None,
+        "only": "ours",
+        "quick": False,
+        "again": False,
+        "checked": False,
+    }
     run |= {"windows": 2, "limit": 1.0, "time_limit": 1.0, "out": out}
     peers.main(**run)
     known = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
@@ -170,6 +177,8 @@ def test_a_run_resumes_and_writes_its_page(peers: ModuleType, small: str, tmp_pa
     assert again["small/adam"]["time"]["T1"]["ratio"] == 77.0  # known for these sources
     assert again["small/smw_ng"]["version"] == peers.sources()  # measured again
     page = out.read_text(encoding="utf-8")
+    peers.main(**{**run, "rows": ["adam"], "again": True})
+    assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["cells"]["small/adam"]["time"]["T1"]["ratio"] < 77
     assert "| adam | - | - | 77.00 |" in page and "Not run: kfac, " in page
 
 
