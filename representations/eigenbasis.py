@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
+from gradmaker.linalg.eigen import eigh
 from gradmaker.linalg.factors import blocks, identity, is_tiled, rayleigh, transpose, turn
 from gradmaker.linalg.fallbacks import none_of
 from gradmaker.linalg.finite import finite_members
@@ -171,7 +172,7 @@ def _eigenvectors(F: Tensor, before: Tensor) -> Tensor:
     """An eigenbasis of each factor; ``before`` where the decomposition fails.  # (B, d, d)"""
     finite = finite_members(F)
     try:
-        Q = torch.linalg.eigh(F if none_of(~finite) else torch.where(finite[:, None, None], F, 0.0))[1]
+        Q = eigh(F if none_of(~finite) else torch.where(finite[:, None, None], F, 0.0))[1]
     except RuntimeError:  # LAPACK and cuSOLVER may raise on finite input: pytorch#94772, #105359
         return before.clone()
     kept = finite & finite_members(Q)

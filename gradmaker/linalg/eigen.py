@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradmaker.linalg.probes import probes
 
-__all__ = ["add_ridge", "agrees", "decompose", "decompose_again", "is_definite", "largest_eigenvalue", "symmetrise"]
+__all__ = ["add_ridge", "agrees", "decompose", "decompose_again", "eigh", "is_definite", "largest_eigenvalue", "symmetrise"]
 
 NOISE = 1e-2
 """Negative eigenvalues up to this share of the largest are rounding (bf16 statistics: 5e-4); beyond, ``A`` is indefinite."""
@@ -15,6 +15,9 @@ EXACT = 256
 """Roundoffs that a decomposition may be off on a vector, relative to the norms: 5-20 are seen up to a side of 1500, and 40
 where the spectrum falls by 1e12. They grow more slowly than ``sqrt(d)``. One wrong entry of the usual size ``1/sqrt(d)`` in the
 basis makes ``1/d``, 1e4 roundoffs of float32 at a side of 784."""
+PADDED, PADDING = 512, 8
+"""At sides that are multiples of 512, columns share cache lines: 11.9, 87.6 ms at 512, 1024, and 10.8, 68.4 at 520, 1032; in
+float64 26.3, 167.7 and 22.4, 148.9 (one CPU core). At other multiples of 128 it gains less than a tenth."""
 
 
 def symmetrise(A: Tensor) -> Tensor:
@@ -34,6 +37,23 @@ def is_definite(s: Tensor) -> Tensor:
     return torch.isfinite(s).all(-1) & (s.amin(-1) >= -NOISE * s.abs().amax(-1))
 
 
+def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`, with another side where that is faster: eigenvalues of ``-2 |A|``, below all others, are appended.
+
+    # symmetric (B, d, d) -> (B, d), (B, d, d)
+    """
+    B, d = A.shape[:2]
+    if A.device.type != "cpu" or d % PADDED:
+        s, Q = torch.linalg.eigh(A)
+        return s, Q
+    size = torch.linalg.vector_norm(A, dim=(-2, -1))
+    padded = A.new_zeros(B, d + PADDING, d + PADDING)
+    padded[:, :d, :d] = A
+    padded.diagonal(dim1=-2, dim2=-1)[:, d:] = torch.where(size > 0, -2 * size, -1.0).unsqueeze(-1)
+    s, Q = torch.linalg.eigh(padded)
+    return s[:, PADDING:], Q[:, :d, PADDING:]
+
+
 def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigendecomposition ``A = Q diag(s) Q^T``: spectrum, basis, accepted members.  # (B, d), (B, d, d), (B,)
 
@@ -42,7 +62,7 @@ def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     and all of ``A`` compared.
     """
     try:
-        s, Q = torch.linalg.eigh(A)
+        s, Q = eigh(A)
     except RuntimeError:  # one member fails the whole call
         s, Q = _decompose_one_by_one(A)
     return s, Q, agrees(A, s, Q)
