@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import average_trace
-from gradmaker.linalg.fallbacks import keep_previous, scalars, try_all
+from gradmaker.linalg.fallbacks import keep_previous, none_of, scalars, try_all
 from gradmaker.linalg.powers import axis_power, balanced_ridges
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import RowFactored
@@ -45,14 +45,16 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored], App
             else:  # what the identity subtracts is X^T core X, with the rows as they are held
                 X, mass = one
                 core = (inverse / (r * mass)[:, None, None]).to(X.dtype)
-                new |= {f"rows_{k}": X, f"core_{k}": core, f"gain_{k}": r.reciprocal()}
+                new |= {f"rows_{k}": X, f"core_{k}": core, f"gain_{k}": r.reciprocal(), f"own_{k}": inverse.to(X.dtype)}
         before = previous if previous is not None and _same_shapes(new, previous) else None
-        return keep_previous(new, failed, before, {name: self._zero_curvature(name, x) for name, x in new.items()})
+        alone = before is None and not none_of(failed)
+        default = {name: self._zero_curvature(name, x) for name, x in new.items()} if alone else {}
+        return keep_previous(new, failed, before, default)
 
     def _zero_curvature(self, name: str, x: Tensor) -> Tensor:
         """Entries of the cache for a zero factor, whose inverse is ``I / sqrt(damping)``."""
         gain = self.damping**-0.5
-        if name.startswith("inverse"):
+        if name.startswith(("inverse", "own")):
             unit = x.new_full(x.shape[-1:], gain)
             return unit if x.ndim == 2 else torch.diag(unit)
         return x.new_tensor(gain if name.startswith("gain") else 0.0)
@@ -78,12 +80,12 @@ class FactorWoodbury(InverseSolver[RowFactored], DefinedByAxes[RowFactored], App
         return _apply(cache, 0, _apply(cache, 1, G).mT).mT.reshape(g.shape)
 
     def solve_rows(self, representation: RowFactored, cache: State, rows: FactoredGradient) -> FactoredGradient:
-        return FactoredGradient(_apply(cache, 0, rows.g), _apply(cache, 1, rows.a))
+        return FactoredGradient(*(_apply_rows(cache, k, v) for k, v in enumerate((rows.g, rows.a))))
 
 
 def _gram(X: Tensor, mass: Tensor) -> Tensor:
     """``X X^T / m``, to be inverted in double precision.  # (B, n, n)"""
-    return (X @ X.mT).double() / mass[:, None, None]
+    return torch.bmm(X, X.mT).double() / mass[:, None, None]
 
 
 def _apply(cache: State, k: int, v: Tensor) -> Tensor:
@@ -92,7 +94,18 @@ def _apply(cache: State, k: int, v: Tensor) -> Tensor:
         return v * inverse.unsqueeze(1) if inverse.ndim == 2 else v @ inverse
     X, core, gain = (cache[f"{name}_{k}"] for name in ("rows", "core", "gain"))
     out = v * gain.view(-1, 1, 1)
-    return out.baddbmm_((v @ X.mT) @ core, X, alpha=-1)
+    return out.baddbmm_(torch.bmm(torch.bmm(v, X.mT), core), X, alpha=-1)
+
+
+def _apply_rows(cache: State, k: int, v: Tensor) -> Tensor:
+    """`_apply` to the rows of a gradient. For the rows ``X`` of the factor itself, as inputs are in the step of a refresh:
+
+    ``X (X^T X / m + r)^-1 = (X X^T / m + r)^-1 X``, one product for three.
+    """
+    X = cache.get(f"rows_{k}")
+    if X is not None and X.device.type == "cpu" and X.shape == v.shape and torch.equal(X, v):
+        return torch.bmm(cache[f"own_{k}"], v)
+    return _apply(cache, k, v)
 
 
 def _invert(matrices: list[Tensor], ridges: list[Tensor]) -> tuple[list[Tensor], Tensor]:
