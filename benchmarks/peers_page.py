@@ -27,6 +27,8 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
 """On `mlp512`: plain, T=1, T=10, memory."""
 OF_PEER = {"adam": 1.1, "adagrad": 1.1}
 """Rows that are to be within a factor of the whole step of the best peer."""
+BEGIN, END = "<!-- speed: made by benchmarks/peers.py -->", "<!-- end of speed -->"
+"""Marks of the table in the README."""
 BOUND = 1.25
 """A row this close to its floor is at its bound."""
 MISSING = (
@@ -95,6 +97,12 @@ def short(known: Found, rows: Sequence[Row], workload: str = "mlp512") -> Iterat
         if (cell := known["cells"].get(f"{workload}/{row.name}")) is not None:
             pairs = ((ratio(cell, measure), best_of_peers(known, rows, row, workload, measure)) for measure in MEASURES)
             yield f"| {row.name} | {' | '.join(f'{show(own)} / {show(best)}' for own, best in pairs)} |"
+
+
+def in_readme(text: str, known: Found, rows: Sequence[Row]) -> str:
+    """The text of the README with the table of now."""
+    before, rest = text.split(BEGIN)
+    return "\n".join([before + BEGIN, *short(known, rows), END + rest.split(END)[1]])
 
 
 def best_of_peers(known: Found, rows: Sequence[Row], row: Row, workload: str, measure: str) -> float | None:

@@ -183,9 +183,13 @@ class Block:
     def read(self, rows: Mapping[str, FactoredGradient] = NO_ROWS) -> Tensor | FactoredGradient | None:
         """The gradients of all sites, zeros where there is none; None if there is none at all.  # (B, *shape)
 
-        rows: by site, gradients that are held by rows and are not in ``.grad``
+        rows: by site, gradients that are held by rows, and may not be in ``.grad``
         """
-        return self.layout.read(rows) if self.full else rows.get(self.sites[0].name) or self.layout.read()
+        if self.full:
+            return self.layout.read(rows)
+        given = rows.get(self.sites[0].name)
+        formed = given is None or (self.sites[0].has_gradient and not by_rows.applies(self.triple, self.options))
+        return self.layout.read() if formed else given
 
     def assign(
         self, held: Held, value: by_rows.Value, rows: Mapping[str, FactoredGradient], into: dict[nn.Parameter, Tensor]

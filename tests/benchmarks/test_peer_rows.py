@@ -227,3 +227,10 @@ def test_models_of_all_workloads_are_what_they_are_called(peers: ModuleType) -> 
         F.cross_entropy(case.model(case.x).transpose(1, 2), case.t).item(), rel=1e-6
     )
     assert isinstance(case.double().model, nn.Module) and case.x.dtype == torch.long
+
+
+def test_the_readme_has_the_table_of_the_json_file(peers: ModuleType) -> None:
+    page, known = sys.modules["peers_page"], json.loads((FOLDER / "peers.json").read_text(encoding="utf-8"))
+    text, rows = (ROOT / "README.md").read_text(encoding="utf-8"), (*peers.OWN, *peers.PEERS)
+    assert page.in_readme(text, known, rows) == text
+    assert (FOLDER / "peers.md").read_text(encoding="utf-8") == page.render(known, rows)
