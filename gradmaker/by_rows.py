@@ -11,7 +11,7 @@ from gradmaker.averages import basis_of
 from gradmaker.block_options import BlockOptions
 from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
@@ -68,8 +68,12 @@ def owns(triple: Triple, options: BlockOptions) -> bool:
 def update(representation: Representation, state: State, evidence: Evidence, fold: Fold) -> None:
     """Fold evidence into ``state`` in place, by rows where it is given so."""
     if isinstance(evidence, RowGradient):
+        rows = evidence.factored
+        if type(rows) is FactoredGradient and rows.cancels():
+            representation.update(state, Gradient(rows.form()), fold)
+            return
         assert isinstance(representation, FoldsRows)
-        representation.update_rows(state, evidence.factored, fold)
+        representation.update_rows(state, rows, fold)
         return
     if isinstance(evidence, Outer) and not isinstance(representation, FoldsMoments):
         evidence = evidence.settled()

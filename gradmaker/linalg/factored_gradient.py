@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from gradmaker.linalg.mode_products import apply_factors
+from gradmaker.linalg.probes import probes
 
 __all__ = ["FactoredGradient", "ProbedRows", "joined_rows", "transform_rows"]
+
+CANCELLED = 1e-3
+"""Share of ``|g|^2 |a|^2`` below which squares of ``G`` are formed: above, those by rows have lost three digits at most. Rows
+without a common direction leave one over their number."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,24 @@ class FactoredGradient:
         return ((self.g @ self.g.mT) * (self.a @ self.a.mT)).sum((-2, -1))
 
     def length(self) -> Tensor:
-        """``|G|``; rounding may make the square negative where rows cancel.  # (B,)"""
+        """``|G|``: by rows, or formed where these nearly cancel.  # (B,)"""
+        if self.cancels():
+            formed: Tensor = torch.linalg.vector_norm(self.form().flatten(1), dim=1)
+            return formed
         return self.squared_norm().clamp(min=0).sqrt()
+
+    def cancels(self) -> bool:
+        """Whether squares of ``G`` by rows may lose digits to the rounding of ``|g|^2 |a|^2``: rows of a member nearly cancel.
+
+        ``|G|^2`` is estimated by products with a few vectors of signs. True where a read of the host would wait.
+        """
+        if self.g.device.type != "cpu":
+            return True
+        V = probes(self.a.new_empty(1, self.a.shape[2], self.a.shape[2]).expand(1, -1, -1))  # (k, i)
+        image = self.g.mT @ (self.a @ V.T)  # (B, o, k)
+        size = image.square().sum((1, 2)) * (self.a.shape[2] / V.square().sum())
+        whole = self.g.square().sum((1, 2)) * self.a.square().sum((1, 2))
+        return not bool((size > CANCELLED * whole).all())
 
     def bound(self) -> Tensor:
         """``|g| |a|``, a bound on ``|G|``: finite where the rows are, and then ``G`` is too.  # ()"""

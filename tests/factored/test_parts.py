@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradmaker import by_rows
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.evidence import Gradient, kinds
+from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.linalg.factored_gradient import FactoredGradient, transform_rows
 from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker
-from gradmaker.representations import REPRESENTATIONS
+from gradmaker.representations import REPRESENTATIONS, KronDims
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.roles import FoldsRows
 from gradmaker.solvers import SOLVERS
 from gradmaker.solvers.roles import AppliesRows
 from gradmaker.triple import legality
-from tests import models
+from tests import models, oracles
 
 O, I, R = 9, 13, 6  # noqa: E741
 
@@ -113,3 +115,19 @@ def test_statistics_by_rows(name: str) -> None:
 def relative(found: Tensor, expected: Tensor) -> float:
     size = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / (size or 1.0)
+
+
+def test_statistics_of_rows_that_nearly_cancel_are_those_of_the_formed_gradient() -> None:
+    """As at the optimum of a batch: products of the rows alone would be rounding of the single rows."""
+    generator = torch.Generator().manual_seed(0)
+    g, a = torch.randn(1, 32, 20, generator=generator), torch.randn(1, 32, 30, generator=generator)
+    near = a + 1e-4 * torch.randn(1, 32, 30, generator=generator)
+    rows = FactoredGradient(torch.cat([g, -g], 1), torch.cat([a, near], 1))
+    exact = FactoredGradient(rows.g.double(), rows.a.double()).form()
+    state = {
+        k: v.clone() for k, v in KronDims().init(Frame(1, (20, 30), frozenset(), torch.float32, torch.device("cpu"))).items()
+    }
+    by_rows.update(KronDims(), state, RowGradient(rows), Fold(0.0, 1.0, 1.0))
+    found = next(v for v in state.values() if v.shape == (1, 20, 20)).double()
+    assert oracles.relative_error(found, exact @ exact.mT) < 1e-3
+    assert oracles.relative_error(rows.moment(0).double(), exact @ exact.mT) > 0.1

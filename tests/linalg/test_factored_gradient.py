@@ -29,3 +29,13 @@ def test_rows_pay_where_they_are_fewer_than_equal_sides(rows: int, pays: bool) -
 
 def test_rows_are_converted() -> None:
     assert ROWS.to(torch.float32).form().dtype == torch.float32
+
+
+def test_a_length_is_right_where_rows_cancel() -> None:
+    """A gradient near zero, as at the optimum of a batch: the sum by rows would be rounding, or negative."""
+    g, a = torch.randn(1, 64, 8, generator=G), torch.randn(1, 64, 9, generator=G)
+    rows = FactoredGradient(torch.cat([g, -g], 1), torch.cat([a, a + 1e-4 * torch.randn(1, 64, 9, generator=G)], 1))
+    exact = FactoredGradient(rows.g.double(), rows.a.double()).form().norm()
+    assert abs(float(rows.length()) / float(exact) - 1) < 1e-2
+    assert abs(float(rows.squared_norm().clamp(min=0).sqrt()) / float(exact) - 1) > 0.1
+    assert FactoredGradient(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)).length().tolist() == [0.0]
