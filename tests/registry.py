@@ -49,6 +49,11 @@ def without_draws(method: str) -> dict[str, Any]:
     return {"fisher": FisherExact()}
 
 
+def from_the_first(method: str) -> dict[str, Any]:
+    """Without a first step that is left out, after which the second is made of signs in a basis: those of noise among them."""
+    return legal_options(method, skip_first=False)
+
+
 def without_search(method: str) -> dict[str, Any]:
     """The step of the model in the plain Krylov space, where a method would search the loss itself: that magnifies rounding."""
     return legal_options(method, search="model", precondition=False)

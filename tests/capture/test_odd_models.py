@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradmaker import METHODS
 from gradmaker.curvature import FisherEmp, FisherExact
 from gradmaker.reports.spectrum import hvp
+from tests.registry import from_the_first
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -244,7 +245,8 @@ def test_a_scripted_part_is_as_it_was_or_refused(method: str) -> None:
         run(method, model, ignore=("1",))
         return
     held = [id(p) for p in model.parameters()]
-    found, expected = run(method, model), run(method, around(scripted=False))
+    options = from_the_first(method)
+    found, expected = run(method, model, **options), run(method, around(scripted=False), **options)
     assert torch.allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
     assert [id(p) for p in model.parameters()] == held
 

@@ -109,7 +109,7 @@ def test_the_base_optimizer_may_be_any_that_steps() -> None:
 
 # --- clipping and decay ---------------------------------------------------------------------------------------------------
 def test_clipping_acts_on_the_preconditioned_gradient() -> None:
-    case, optimizer = front("soap", max_norm=0.2, options={"beta1": 0.0})
+    case, optimizer = front("soap", max_norm=0.2, options={"beta1": 0.0, "skip_first": False})
     x, t = next(batches(case))
     backward(case, optimizer, x, t)
     optimizer.step()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradmaker as gm
 from gradmaker.loops.attachment import ChangedGradientWarning
 from tests.recipes.watched import METHODS, Micro, Watch, close, equal
+from tests.registry import from_the_first
 from tests.test_state import equal_states
 
 
@@ -162,7 +163,7 @@ def mixed(dtype: torch.dtype) -> tuple[type[Classifier], Any]:
 def test_autocast(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The weights of the terms are read from gradients in half precision."""
     kind, plugin = mixed(dtype)
-    module = kind(method)
+    module = kind(method, **from_the_first(method))
     module.model.float()
     trainer(tmp_path, plugins=[plugin], accumulate_grad_batches=4).fit(module, loader(torch.float32))
 

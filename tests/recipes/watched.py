@@ -70,8 +70,8 @@ def gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
 def close(found: list[Gradients], expected: list[Gradients], rtol: float = 1e-10) -> None:
     """The same steps, by the norm of each tensor."""
     assert len(found) == len(expected) > 1
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys() and any(g.any() for g in b.values())
+    for j, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.keys() == b.keys() and (j == 0 or any(g.any() for g in b.values()))  # SOAP leaves the first step out
         for name, g in b.items():
             assert (a[name] - g).norm() <= rtol * g.norm(), name
 
