@@ -108,9 +108,9 @@ def test_the_weight_gradients_are_not_computed(method: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         refreshed = type(maker)._refresh
 
-        def look(self: Any, draft: Any) -> Any:
+        def look(self: Any, *args: Any) -> Any:
             seen.append(weight.grad)
-            return refreshed(self, draft)
+            return refreshed(self, *args)
 
         patch.setattr(type(maker), "_refresh", look)
         step(maker, case)
