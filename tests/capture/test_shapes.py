@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import Any
 
 import pytest
@@ -206,7 +207,7 @@ def test_parts_equal_separate_parameters(
 ) -> None:
     """To 1e-12, with the method's own averages, refreshes, lengths; noise that is drawn by name is made the same for all."""
     monkeypatch.setattr(
-        probe, "_normal", lambda _, like: torch.linspace(-1, 2, like[0].numel()).reshape(like[:1].shape) + 0 * like
+        probe, "_normal", lambda _, shape: torch.linspace(-1, 2, prod(shape[1:])).expand(shape[0], -1).reshape(shape)
     )
     parts = 2 if len(shape) > 1 else 4
     config = {"method": method, "block_size": block_size, **SCHEDULE}
