@@ -63,6 +63,8 @@ class WrittenRows:
         self._hooks.close()
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():  # a block that is compiled by itself, which reading its graph would break
+            return
         layer = self._layers.get(module)
         if layer is None:
             return
