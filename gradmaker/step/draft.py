@@ -73,6 +73,7 @@ class Draft:
             for block, fold in folds.items():
                 held = self.writable(block, block.may_refresh(chunk, fold, known))
                 block.update(held, chunk, fold, self._reached, known)
+            del chunk  # before the next one is made: the budget of a curvature is for one
 
     def owns(self, block: Block) -> bool:
         """Whether the statistic of a block in this draft may be changed in place by a refresh."""

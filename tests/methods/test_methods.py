@@ -342,12 +342,18 @@ def test_tensors_of_any_order(method: str, shape: tuple[int, ...], grafting: str
     assert case.run().item() < first
 
 
+WOODBURY = ("smw_ng", "tonga", "mfac")
+"""Methods of low rank that subtract terms 1 / damping times as large as the gradient."""
+
+
 # --- (vii) layers without gradients ---------------------------------------------------------------------------------------
 @every_method
 def test_unused_layer(method: str) -> None:
     """Its `.grad` stays None and everything else is as if it were left out."""
     case, twin = (suited(method, models.unused) for _ in range(2))
     left_out, options = legal_options(method, ignore=("idle",)), without_search(method)
+    if method in WOODBURY:  # a block with such a layer holds its rows formed, and the subtraction magnifies their rounding
+        options = {**options, "damping": 0.1}
     makers = maker_of(method, case.model, **options), maker_of(method, twin.model, **left_out, **options)
     for _ in range(3):
         passes(makers[0], case)
