@@ -66,7 +66,7 @@ class WrittenRows:
         if torch.compiler.is_compiling():  # a block that is compiled by itself, which reading its graph would break
             return
         layer = self._layers.get(module)
-        if torch.compiler.is_compiling() or layer is None:  # a compiled block has no product node to show
+        if layer is None:
             return
         again = module in self._calls
         self._calls[module] = None
