@@ -115,10 +115,12 @@ OWN: dict[tuple[str, str], list[Any]] = {
 }
 """Values of options that are a method's own; by the type of the default where nothing is said. ``""`` is every method."""
 PROBES = ("psgd", "psgd_kf", "adahessian", "esgd", "saddle_free_diagonal")
+KFAC_FAMILY = [name for name in NAMED if hasattr(METHODS[name].Config, "embeddings")]
 ELSEWHERE: dict[tuple[str, str], str] = {
     ("neumann_practical", "rate"): "it is for the weights of `undisplaced` alone: tests/methods/test_options.py",
     **{(method, "mode"): "the same product in another way: tests/methods/test_probes.py" for method in PROBES},
     **{(method, "failures_allowed"): "of what does not happen here: tests/test_failures.py" for method in NAMED},
+    **{(method, "embeddings"): "of other models: tests/methods/test_embeddings.py" for method in KFAC_FAMILY},
     **{(method, "groups"): "of several methods: tests/test_method_groups.py" for method in NAMED},
     **{
         (method, name): "of other models and inputs: tests/self_checks/test_structures.py"

@@ -282,7 +282,8 @@ class Products(TorchDispatchMode):
 def test_a_measured_gradient_is_projected_once() -> None:
     """Two products there and two back, whether the step measures or not; and nothing of it stays."""
     model = Weights(((4, 5),))
-    maker = from_config(model, {"method": "soap", "preconditioner_interval": 4, "curvature_interval": 2})
+    options = {"method": "soap", "preconditioner_interval": 4, "curvature_interval": 2, "skip_first": False}
+    maker = from_config(model, options)
     for index in range(8):
         with Products() as counted:
             step(maker, model, index)

@@ -91,7 +91,9 @@ def test_every_row_of_this_library_steps(peers: ModuleType, small: str) -> None:
     for row in own.OWN:
         case = workloads.build(small)
         before = sys.modules["row_checks"].flat(case)
-        row.make(case, row.kinds[-1], 1e-2)()
+        step = row.make(case, row.kinds[-1], 1e-2)
+        for _ in range(2):  # SOAP leaves its first step out
+            step()
         after = sys.modules["row_checks"].flat(case)
         assert after.isfinite().all() and not torch.equal(before, after), row.name
 

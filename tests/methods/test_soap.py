@@ -277,3 +277,19 @@ def test_staleness_is_the_off_diagonal_share() -> None:
     found = staleness(A, rayleigh_quotients(Q, Q.mT @ A))
     torch.testing.assert_close(found, off_diagonal(A, Q), rtol=1e-10, atol=0)
     assert staleness(A, torch.linalg.eigvalsh(A)).max() < 1e-7
+
+
+def test_the_step_after_the_one_left_out_measures_whatever_the_interval() -> None:
+    """The first gradient makes the basis alone: without another, nothing would be there to divide by until the interval is over."""
+    model = nn.Linear(4, 3).double()
+    maker: Any = from_config(model, {"method": "soap", "curvature_interval": 5, "preconditioner_interval": 5})
+    lengths, measured = [], []
+    for k in range(8):
+        torch.manual_seed(k)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        maker.precondition()
+        lengths.append(float(model.weight.grad.norm()) if model.weight.grad is not None else 0.0)
+        measured.append(float(maker.plan.blocks[0].state["mass"].sum()))
+    assert lengths[0] == 0 and min(lengths[1:]) > 0
+    assert measured[1] > measured[0] and measured[1] == measured[2]
