@@ -44,18 +44,30 @@ class SoapGradientConfig(AxesGradientConfig):
     max_dim: int = 10000
     preconditioner_interval: int | Schedule = 10
     stagger: bool = False
-    skip_first: bool = True
+    skip_first: bool | None = None
+    """Whether the first gradient makes the basis alone, as in the reference; None: where every step measures."""
     precondition_vectors: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("skip_first", "precondition_vectors"):
+        for name in ("precondition_vectors", *(() if self.skip_first is None else ("skip_first",))):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected bool")
         self._state()
 
+    @property
+    def _skips_first(self) -> bool:
+        """ValueError for ``skip_first=True`` beside an interval: between measurements a gradient is not in what divides it."""
+        every = self.curvature_interval == 1
+        if self.skip_first and not every:
+            raise ValueError(
+                "skip_first=True: it goes with curvature_interval=1: moments of one gradient alone are zero in places, and "
+                f"gradients that are not in them are divided by that; got curvature_interval={self.curvature_interval!r}"
+            )
+        return every if self.skip_first is None else self.skip_first
+
     def _state(self) -> RotatedDims:
-        return RotatedDims(skip_first=self.skip_first, vectors=self.precondition_vectors)
+        return RotatedDims(skip_first=self._skips_first, vectors=self.precondition_vectors)
 
     def triple(self, site: Site) -> Triple | None:
         return Triple(BatchGradient(), self._state(), RotatedDivision(power=-0.5, damping=self.damping, raw=True))

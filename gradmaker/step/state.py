@@ -260,8 +260,7 @@ class StepState:
         """
         now = self._check("finish", Phase.ENDING)
         work = end.work or Work()
-        left_out = {name for held in work.held.values() for name in held.fresh}  # a first step: the next one measures again
-        clocks = (end.clocks or now.clocks).retried(now.due or (), work.reached - left_out, now.index + 1, blocks)
+        clocks = (end.clocks or now.clocks).retried(now.due or (), work.reached, now.index + 1, blocks)
         done = Facts(
             index=now.index + 1,
             clocks=clocks,
