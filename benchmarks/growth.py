@@ -132,6 +132,9 @@ def plot(known: Mapping[str, Any], path: Path) -> None:
         for name, found in rows.items():
             sizes = [int(size) for size in found]
             panel.loglog(sizes, [values["T1"] for values in found.values()], marker=".", label=name)
+        sizes = sorted({int(size) for found in rows.values() for size in found})
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
         panel.set_xlabel(axis)
     panels[0][0].set_ylabel("ms, all at every step")
     panels[0][0].legend(fontsize=7)
