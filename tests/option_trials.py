@@ -82,6 +82,7 @@ OWN: dict[tuple[str, str], list[Any]] = {
     ("", "max_skew"): [1.0],
     ("", "scale"): [9.0],
     ("muon", "half"): [True],  # trials are in float64, in which None is False
+    ("soap", "skip_first"): [False],
     ("muon", "scale"): ["rms", "nuclear", "none"],
     ("shampoo", "exponent"): [0.5],
     ("caspr", "root"): ["newton", "higher_order", "newton_schulz", "denman_beavers"],  # svd is another rounding: test_caspr.py

@@ -103,7 +103,15 @@ def test_what_no_trial_shows_has_a_reason_and_a_test() -> None:
         config: Any = METHODS[method].Config()
         assert name in vars(config) and name not in config.inapplicable_options(), f"{method}.{name}: stale"
         assert name in (ROOT / reason.rpartition(": ")[2]).read_text(encoding="utf-8"), reason
-    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {"rate", "mode", "failures_allowed", "groups", "root", *CHECKS}
+    assert {name for _, name in (*ELSEWHERE, *OTHER_PARTS)} == {
+        "rate",
+        "mode",
+        "failures_allowed",
+        "groups",
+        "embeddings",
+        "root",
+        *CHECKS,
+    }
 
 
 @pytest.mark.parametrize(
