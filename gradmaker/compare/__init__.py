@@ -5,8 +5,9 @@ and memory, figures and report. It needs the extra ``compare``.
 """
 
 from gradmaker.compare.comparison import compare
-from gradmaker.compare.data import Data
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.result import Comparison
+from gradmaker.compare.task import Metric, Task, load_task
+from gradmaker.compare.tuning import Budget, Tuning
 
-__all__ = ["Comparison", "Data", "InputError", "compare"]
+__all__ = ["Budget", "Comparison", "InputError", "Metric", "Task", "Tuning", "compare", "load_task"]

@@ -1,12 +1,13 @@
 """`compare`: plans the trials, runs those that are not on disk yet, selects learning rates and writes the report."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gradmaker.compare import cost
@@ -15,7 +16,9 @@ from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.result import Comparison, RowResult, select
 from gradmaker.compare.rows import Method, Row, parse_rows
 from gradmaker.compare.store import Store
+from gradmaker.compare.task import Task
 from gradmaker.compare.trial import SCHEDULES, Loss, Record, Setting, Trial, digest, initial_model, run_trial, steps_per_epoch
+from gradmaker.compare.tuning import Budget, Tuning
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.version import __version__
 
@@ -85,44 +88,64 @@ class Runner:
 
 
 def compare(
-    model: Callable[[], nn.Module],
-    data: Data,
+    task: Task,
     methods: Iterable[Method] | Mapping[str, Any],
     *,
-    loss: Loss = F.cross_entropy,
     learning_rates: Sequence[float] | None = None,
+    tuning: Tuning | Mapping[str, Any] | str | Path = "grid",
+    budget: Budget | str | int | None = None,
     seeds: int | Sequence[int] = 3,
-    epochs: int = 20,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     momentum: float | None = None,
     schedule: str = "cosine",
     validation: float = 0.1,
+    vary: Mapping[str, Sequence[int]] | None = None,
+    target: float | None = None,
+    workers: int | None = 1,
+    tensorboard: bool = False,
     device: torch.device | str = "cpu",
     out: str | Path = "runs/compare",
     progress: bool = True,
     command: str = "",
     callback: Callback | None = None,
 ) -> Comparison:
-    """Train every method from the same initial parameters over its learning rates, and write a report into `out`.
+    """Train every method from the same initial parameters, choose its options on validation, and write a report into `out`.
 
     A second call with the same arguments reads finished trials from `out` and runs the others. After Ctrl-C, the report has
     the trials that finished. Returns the comparison. InputError, before any training, for arguments that cannot be used.
 
     Args:
-        model: function that returns the model; called under the seed, so that all methods start from the same parameters.
         methods: names of METHODS or of torch.optim, mappings for `from_config` (with the further keys `label`,
             `learning_rates`, `optimizer`), mappings from labels to these, paths of YAML files of them.
-        loss: function of outputs and targets; a mean over the batch.
         learning_rates: the grid for rows without one; None: `gradmaker.compare.rows.DEFAULTS`.
+        tuning: how the options of a row are searched: `Tuning`, or its `search`, or the path of a YAML file.
+        budget: length of every training: "20 epochs", "500 steps", "60 seconds"; None: that of the task, or 20 epochs.
+        batch_size: None: that of the task.
         momentum: momentum of SGD in the rows that have one by default; None: as in `DEFAULTS`.
         schedule: constant, linear or cosine (to zero over the training).
-        validation: fraction of the training samples held out to select the learning rate.
+        validation: fraction of the training examples held out to select, where the task has no validation part.
+        vary: settings changed one at a time after the search, `{"batch_size": [32, 128], "interval": [1, 10, 100]}`.
+        target: value of the metric for steps and seconds to a target; None: chosen from the results.
+        workers: trainings at a time, each in a process of its own; None: as many as there are cores.
+        tensorboard: whether to write event files (the extra `tensorboard`).
         command: command line that the report shows.
         callback: called after every epoch with the trial, the epoch and its mean loss.
     """
     require_extra()
     from gradmaker.compare.progress import board
 
+    later = {"vary": vary, "target": target, "tensorboard": tensorboard, "workers": workers not in (1, None)}
+    if missing := [name for name, value in later.items() if value]:
+        raise NotImplementedError(f"{', '.join(missing)}: not built yet")
+    Tuning.parse(tuning)
+    length = Budget.parse(task.options.get("budget", "20 epochs") if budget is None else budget)
+    if length.unit != "epochs":
+        raise NotImplementedError(f"budget={length}: only epochs yet")
+    epochs = int(length.amount)
+    batch_size = task.batch_size if batch_size is None else batch_size
+    loss, given = task.loss, task.model
+    model = partial(copy.deepcopy, given) if isinstance(given, nn.Module) else given
+    data = Data(task.name, *task.train, *task.test)
     seeds = _checked_seeds(seeds)
     _check_numbers(epochs, batch_size, momentum, schedule)
     rows = parse_rows(methods, learning_rates, momentum)

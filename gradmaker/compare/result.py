@@ -10,6 +10,7 @@ from typing import Any
 from gradmaker.compare.cost import Cost
 from gradmaker.compare.rows import Row
 from gradmaker.compare.trial import Record, Setting
+from gradmaker.compare.verdicts import Difference, Point, Reach, Sensitivity
 
 SELECTION = (
     "The learning rate of every row is the one whose training with the first seed ends with the highest validation accuracy "
@@ -30,7 +31,12 @@ HEADINGS = {
 
 @dataclass
 class RowResult:
-    """A row and its trials: `search` over learning rates with the first seed, `finals` over seeds at the selected rate."""
+    """A row and its trials: `search` over options with the first seed, `finals` over seeds at the selected ones.
+
+    Args:
+        refusal: why the row cannot be trained at all; it has no trials then.
+        chosen: the selected options besides the learning rate.
+    """
 
     row: Row
     config: dict[str, Any]
@@ -38,6 +44,8 @@ class RowResult:
     finals: list[Record] = field(default_factory=list)
     learning_rate: float | None = None
     cost: Cost | None = None
+    refusal: str = ""
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> list[Record]:
@@ -115,10 +123,41 @@ class Comparison:
     classes: bool
     files: dict[str, Path] = field(default_factory=dict)
     complete: bool = True
+    sensitivity: list[Sensitivity] = field(default_factory=list)
 
     def table(self) -> list[dict[str, Any]]:
         """The summary of every row that has a finished or diverged training."""
         return [result.summary() for result in self.measured]
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Comparison":
+        """The comparison that a results.json holds; `write_report` writes its report again."""
+        raise NotImplementedError
+
+    def merge(self, *others: "Comparison") -> "Comparison":
+        """One comparison with the rows of all. InputError where settings differ or two rows have one label."""
+        raise NotImplementedError
+
+    @property
+    def trained(self) -> bool:
+        """Whether any training finished without divergence or failure."""
+        return any(result.finished for result in self.rows)
+
+    def differences(self) -> list[Difference]:
+        """Paired tests between all pairs of rows, on the metric over common seeds."""
+        raise NotImplementedError
+
+    def reaches(self, target: float | None = None) -> list[Reach]:
+        """Steps and seconds to a target of the metric; None: the worst end of a row that is no outlier."""
+        raise NotImplementedError
+
+    def pareto(self, cost: str = "seconds") -> list[Point]:
+        """All rows as metric against `seconds`, `step_ratio` or `memory_ratio`, with the front marked."""
+        raise NotImplementedError
+
+    def verdict(self) -> list[str]:
+        """What the numbers show, in sentences."""
+        raise NotImplementedError
 
     @property
     def measured(self) -> list[RowResult]:

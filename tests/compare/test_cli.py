@@ -90,7 +90,7 @@ def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--lr", "0"], "expected positive numbers"),
         (["--lr", "-1"], "expected positive numbers"),
         (["--seeds", "0"], "at least one seed"),
-        (["--epochs", "0"], "epochs=0: expected an integer of at least 1"),
+        (["--epochs", "0"], "budget=0: expected a positive number of epochs"),
         (["--hidden", "0"], "hidden=[0]: expected widths of at least 1"),
         (["--threads", "0"], "threads=0: expected an integer of at least 1"),
         (["--device", "abacus"], "cannot be used"),

@@ -18,15 +18,15 @@ pytest.importorskip("rich")
 
 from gradmaker.compare import (
     Comparison,
-    Data,
     InputError,
+    Task,
     compare,
     comparison as comparison_module,
     cost as cost_module,
     report as report_module,
     trial as trial_module,
 )
-from gradmaker.compare.data import IMAGES, load, split
+from gradmaker.compare.data import IMAGES, Data, load, split
 from gradmaker.compare.report import shown_command
 from gradmaker.compare.result import select
 from gradmaker.compare.rows import DEFAULTS, FALLBACK, optimizers, parse_rows, read_yaml
@@ -47,6 +47,11 @@ def tiny_model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
+def task_of(data: Data, model: object = tiny_model, **options: object) -> Task:
+    parts = {"train": (data.train_inputs, data.train_targets), "test": (data.test_inputs, data.test_targets)}
+    return Task(model=model, name=data.name, **parts, **options)  # type: ignore[arg-type]
+
+
 def blank_plots(comparison: Comparison) -> dict[str, Path]:
     files = {name: comparison.out / f"{name}.png" for name in ("overview", *report_module.CAPTIONS)}
     for file in files.values():
@@ -55,8 +60,8 @@ def blank_plots(comparison: Comparison) -> dict[str, Path]:
 
 
 def run(out: Path, methods: object = METHODS, **options: object) -> Comparison:
-    chosen = {"seeds": 2, "epochs": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "progress": False, **options}
-    return compare(tiny_model, tiny_data(), methods, out=out, **chosen)  # type: ignore[arg-type]
+    chosen = {"seeds": 2, "budget": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "progress": False, **options}
+    return compare(task_of(tiny_data()), methods, out=out, **chosen)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +148,7 @@ def test_resume_reads_finished_trials(tmp_path: Path, trainings: list[str]) -> N
 def test_changed_setting_trains_again_and_keeps_the_old(tmp_path: Path, trainings: list[str]) -> None:
     run(tmp_path, ["sgd"], seeds=1)
     trainings.clear()
-    changed = run(tmp_path, ["sgd"], seeds=1, epochs=3)
+    changed = run(tmp_path, ["sgd"], seeds=1, budget=3)
     assert len(trainings) == 2
     assert [len(record.epoch_steps) for record in changed.rows[0].finals] == [3]
     assert len(Store(tmp_path).records) == 4
@@ -294,8 +299,8 @@ def test_grid_of_a_row_and_labels(tmp_path: Path) -> None:
 
 def test_regression_reports_losses(tmp_path: Path) -> None:
     model = lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
-    options = {"loss": nn.MSELoss(), "seeds": 1, "epochs": 2, "batch_size": 16, "out": tmp_path, "progress": False}
-    result = compare(model, tiny_data(classes=False), ["sgd"], **options)  # type: ignore[arg-type]
+    options = {"seeds": 1, "budget": 2, "batch_size": 16, "out": tmp_path, "progress": False}
+    result = compare(task_of(tiny_data(classes=False), model, loss=nn.MSELoss()), ["sgd"], **options)  # type: ignore[arg-type]
     line = result.table()[0]
     assert line["test_accuracy"] is None and line["test_loss"] > 0 and "test loss" in (tmp_path / "report.md").read_text()
 
@@ -333,7 +338,7 @@ def test_rows_are_parsed(tmp_path: Path) -> None:
         (["sgd"], {"learning_rates": []}, "at least one learning rate"),
         ([{"method": "adam", "learning_rates": "high"}], {}, "expected numbers"),
         (["sgd"], {"seeds": 0}, "at least one seed"),
-        (["sgd"], {"epochs": 0}, "epochs=0: expected an integer of at least 1"),
+        (["sgd"], {"budget": 0}, "budget=0: expected a positive number"),
         (["sgd"], {"batch_size": 0}, "batch_size=0: expected an integer of at least 1"),
         (["sgd"], {"momentum": 1.0}, "momentum=1.0: expected 0 <= momentum < 1"),
         (["sgd"], {"schedule": "cosin"}, "did you mean 'cosine'"),
