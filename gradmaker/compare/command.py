@@ -14,22 +14,21 @@ from gradmaker.compare.comparison import compare as run_comparison
 from gradmaker.compare.data import NAMES
 from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.compare.models import MODELS
+from gradmaker.compare.parsing import DEFAULT_METHODS, Method
 from gradmaker.compare.presets import PRESETS
 from gradmaker.compare.prices import cost
-from gradmaker.compare.rows import Method
 from gradmaker.compare.task import builtin_task
 from gradmaker.options.registry import METHODS
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
 )
-ORDER = ("kfac", "shampoo")  # default rows after SGD and Adam, where they are registered
 
 
 @app.command()
 def compare(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files. Default: sgd adam kfac shampoo.")
+        list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files. Default: sgd torch.Adam kfac shampoo.")
     ] = None,
     data: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "digits",
     data_dir: Annotated[
@@ -102,7 +101,7 @@ def _import(modules: Sequence[str]) -> None:
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
     """The methods of the command line and of the file; without any, the default rows."""
     chosen: list[Method] = [*(names or ()), *([config] if config else ())]
-    return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
+    return chosen or list(DEFAULT_METHODS)
 
 
 def _prepare(device: str, threads: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The figures: loss against steps and time, accuracy against epochs, learning-rate search, and an overview."""
+"""The figures: loss against steps and time, metric against steps, learning-rate search, and an overview."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gradmaker.compare.result import Comparison, RowResult
+from gradmaker.compare.result import Comparison
+from gradmaker.compare.row_result import RowResult
 from gradmaker.compare.trial import Record
 
 # Okabe & Ito, Color Universal Design, 2008: distinguishable with colour blindness; without the yellow, too pale for lines.
@@ -105,27 +106,26 @@ def _loss_time(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> No
 
 
 def _accuracy(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
-    name, scale = ("test_accuracy", 100.0) if comparison.classes else ("test_loss", 1.0)
+    name, percent = comparison.metric, comparison.metric == "accuracy"
+    scale = 100.0 if percent else 1.0
     ends: list[float] = []
     for result in comparison.measured:
-        curves = [
-            (numpy.arange(1.0, 1 + len(r.epoch_steps)), scale * numpy.asarray(getattr(r, name), float)) for r in result.finished
-        ]
-        _band(axis, curves, looks[result.row.label], result, marker="o" if comparison.setting.epochs <= 10 else None)
+        curves = [(numpy.asarray(r.marks, float), scale * numpy.asarray(r.test[name], float)) for r in result.finished]
+        _band(axis, curves, looks[result.row.label], result, marker="o" if len(curves) and len(curves[0][0]) <= 10 else None)
         ends += [float(y[len(y) // 4 :].min()) for _, y in curves if len(y)]
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if comparison.classes and ends:
+    if percent and ends:
         # the limit ignores the first quarter of the training, which may be far below the ends of the curves
         low = min(ends)
         axis.set_ylim(bottom=max(0.0, low - 0.35 * (100.2 - low) - 0.2))
-    title, label = ("Test accuracy", "test accuracy (%)") if comparison.classes else ("Test loss", "test loss")
-    _decorate(axis, f"{title} against epochs", "epoch", label, log=not comparison.classes)
+    _decorate(axis, f"Test {name} against steps", "step", f"test {name}{' (%)' if percent else ''}", log=name == "loss")
 
 
 def _search(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
-    name, scale = ("validation_accuracy", 100.0) if comparison.classes else ("validation_loss", 1.0)
+    name, percent = comparison.metric, comparison.metric == "accuracy"
+    scale = 100.0 if percent else 1.0
     for result in comparison.measured:
-        points = sorted((r.learning_rate, scale * r.end(name)) for r in result.search if r.status == "finished")
+        points = sorted((r.learning_rate, scale * r.end("validation", name)) for r in result.search if r.status == "finished")
         if points:
             rates, scores = zip(*points, strict=True)
             axis.plot(rates, scores, marker="o", markersize=4, label=result.row.label, **looks[result.row.label])
@@ -134,14 +134,14 @@ def _search(axis: Axes, comparison: Comparison, looks: dict[str, Look]) -> None:
             axis.plot(*zip(*chosen, strict=True), marker="o", markersize=9, mfc="none", mec=colour, mew=1.6, zorder=4)
     axis.set_xscale("log")
     _plain_ticks(axis.xaxis)
-    label = "validation accuracy (%)" if comparison.classes else "validation loss"
-    _decorate(axis, "Learning-rate search (ring: selected)", "learning rate", label, log=not comparison.classes)
+    label = f"validation {name}{' (%)' if percent else ''}"
+    _decorate(axis, "Learning-rate search (ring: selected)", "learning rate", label, log=name == "loss")
 
 
 PANELS: dict[str, Panel] = {
     "loss_steps": _loss_steps,
     "loss_time": _loss_time,
-    "accuracy_epochs": _accuracy,
+    "test_steps": _accuracy,
     "learning_rates": _search,
 }
 
@@ -163,8 +163,8 @@ def _loss(record: Record) -> Any:
 
 
 def _clock(record: Record) -> Any:
-    """Training seconds at the steps of the curve, interpolated between the ends of epochs."""
-    return numpy.interp(record.curve_steps, [0, *record.epoch_steps], [0.0, *record.epoch_time])
+    """Training seconds at the steps of the curve, interpolated between the evaluations."""
+    return numpy.interp(record.curve_steps, [0, *record.marks], [0.0, *record.seconds])
 
 
 def _decorate(axis: Axes, title: str, x: str, y: str, log: bool) -> None:

@@ -12,16 +12,18 @@ import pandas
 
 from gradmaker.compare.cost import MEMORY_NOTE, REFERENCE, ROUNDS, is_reference
 from gradmaker.compare.plots import SMOOTHING, write_plots
-from gradmaker.compare.result import SELECTION, Comparison, RowResult, count
+from gradmaker.compare.result import Comparison
+from gradmaker.compare.row_result import SELECTION, RowResult, count
 from gradmaker.compare.store import RESULTS, Store
 from gradmaker.compare.trial import Record
 
+PARTS = ("train", "validation", "test")
 TEMPLATE = "report.html.j2"
 CAPTIONS = {
     "loss_steps": "Loss of the mini-batches against steps.",
     "loss_time": "The same losses against training time, evaluation left out.",
-    "accuracy_epochs": "On the test samples after every epoch; the axis does not start at zero.",
-    "learning_rates": "On the validation samples after the last epoch, first seed.",
+    "test_steps": "On the test part at every evaluation; the axis does not start at zero.",
+    "learning_rates": "On the validation part at the end, first seed.",
 }
 
 
@@ -32,13 +34,16 @@ def write_report(comparison: Comparison, store: Store) -> None:
     names = {"html": "report.html", "markdown": "report.md", "csv": "results.csv", "json": RESULTS}
     comparison.files = {**{kind: out / name for kind, name in names.items()}, **plots}
     pandas.DataFrame(comparison.table()).to_csv(comparison.files["csv"], index=False)
+    comparison.files["trials"] = out / "trials.csv"
+    pandas.DataFrame(comparison.trainings()).to_csv(comparison.files["trials"], index=False)
     comparison.files["markdown"].write_text(markdown(comparison), encoding="utf-8")
     comparison.files["html"].write_text(html(comparison, plots), encoding="utf-8")
     store.report = {
         "complete": comparison.complete,
         "facts": facts(comparison),
         "machine": comparison.machine,
-        "rows": [{**result.summary(), "config": result.config} for result in comparison.rows if result.finals],
+        "rows": [{**result.summary(), "config": result.config} for result in comparison.measured],
+        "verdict": comparison.verdict(),
     }
     store.write()
 
@@ -49,11 +54,12 @@ def markdown(comparison: Comparison) -> str:
     rows = [headings, ["---", *["---:"] * (len(headings) - 2), "---"], *(result.cells() for result in comparison.measured)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     listed = "\n".join(f"- {name}: {value}" for name, value in (facts(comparison) | comparison.machine).items())
+    verdict = "\n".join(f"- {sentence}" for sentence in comparison.verdict())
     notes = "\n".join(f"- {note}" for note in notes_of(comparison))
     title = f"# {title_of(comparison)}"
     warning = [] if comparison.complete else ["**Interrupted: not all trials were run.**"]
-    picture = "![loss against steps and time, accuracy against epochs](overview.png)"
-    return "\n\n".join([title, *warning, table, picture, "## How", notes, listed]) + "\n"
+    picture = "![loss against steps and time, test metric against steps](overview.png)"
+    return "\n\n".join([title, *warning, table, *([verdict] if verdict else []), picture, "## How", notes, listed]) + "\n"
 
 
 def html(comparison: Comparison, plots: dict[str, Path]) -> str:
@@ -88,8 +94,8 @@ def facts(comparison: Comparison) -> dict[str, Any]:
     """The settings that all rows share."""
     setting, data = comparison.setting, comparison.data
     return {
-        "data": f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test samples",
-        "epochs": setting.epochs,
+        "data": f"{data['name']}: {', '.join(f'{data[part]} {part}' for part in PARTS if data[part])}",
+        "budget": setting.budget,
         "batch size": setting.batch_size,
         "learning-rate schedule": setting.schedule,
         "loss": setting.loss,
@@ -117,7 +123,7 @@ def notes_of(comparison: Comparison) -> list[str]:
         SELECTION,
         f"Step time is the median over up to {ROUNDS} rounds in one process; in each, a block of steps of the row stands "
         f"between two blocks of plain SGD ({reference}, no maker), long enough to hold the refreshes of the preconditioner. "
-        "'time' is the training time of one seed, evaluation left out; it was not interleaved.",
+        "'steps x step time' is the number of steps of a training times that median: the load of the machine is not in it.",
         f"Memory: {MEMORY_NOTE.get(kind, 'not measured on this device')}.",
         "A training diverged when its loss was not finite, or when its mean over the last quarter of the last epoch was above "
         "the first step's; it is left out of means and figures and counted in the notes; (2/3) behind a value means "
@@ -127,8 +133,8 @@ def notes_of(comparison: Comparison) -> list[str]:
 
 def _sizes(comparison: Comparison) -> list[str]:
     setting = comparison.setting
-    counts = (len(comparison.measured), "method"), (setting.epochs, "epoch"), (len(comparison.seeds), "seed")
-    return [*(count(number, noun) for number, noun in counts), f"batch size {setting.batch_size}"]
+    counts = (len(comparison.measured), "method"), (len(comparison.seeds), "seed")
+    return [*(count(number, noun) for number, noun in counts), setting.budget, f"batch size {setting.batch_size}"]
 
 
 def _configuration(result: RowResult) -> dict[str, Any]:
@@ -137,14 +143,15 @@ def _configuration(result: RowResult) -> dict[str, Any]:
 
 def _trials(result: RowResult) -> list[list[str]]:
     """Table rows of all trainings of a row, each once."""
-    return [_trial(r) for r in {(r.learning_rate, r.seed): r for r in [*result.search, *result.finals]}.values()]
+    return [_trial(r, result.metric) for r in result.trials]
 
 
-def _trial(record: Record) -> list[str]:
+def _trial(record: Record, metric: str) -> list[str]:
     """Cells of a training, in the order of the headings in the template."""
-    loss, test_loss = (_last(record.end(name), ".4g") for name in ("train_loss", "test_loss"))
-    validation, test = (_last(100 * record.end(name), ".2f", " %") for name in ("validation_accuracy", "test_accuracy"))
-    rate = f"{record.learning_rate:g}"
+    loss, test_loss = (_last(record.end(part), ".4g") for part in ("train", "test"))
+    scale, form, unit = (100, ".2f", " %") if metric == "accuracy" else (1, ".4g", "")
+    validation, test = (_last(scale * record.end(part, metric), form, unit) for part in ("validation", "test"))
+    rate = ", ".join([f"{record.learning_rate:g}", *(f"{name} {value}" for name, value in record.parameters.items())])
     return [record.label, rate, str(record.seed), record.status, loss, validation, test, test_loss, record.message]
 
 

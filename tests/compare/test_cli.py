@@ -77,7 +77,7 @@ def test_methods_of_a_module_of_the_user(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command._methods(None, None)[:2] == ["sgd", "adam"]
+    assert command._methods(None, None)[:2] == ["sgd", "torch.Adam"]
     assert command._methods(["kfac"], None) == ["kfac"]
 
 
