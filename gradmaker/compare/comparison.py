@@ -117,7 +117,10 @@ def compare(
     with board(trials, progress) as shown:
         trainer = _trainer(problem, count, shown, setting, callback)
         runner = Runner(problem, setting, tuned, seeds, store, trainer, shown)
-        _run(runner, comparison, checked_vary, count, progress)
+        try:
+            _run(runner, comparison, checked_vary, count, progress)
+        finally:
+            trainer.close()
     write(comparison, store, progress)
     if tensorboard:
         from gradmaker.compare.trials.events import write_events

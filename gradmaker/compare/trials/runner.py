@@ -83,7 +83,7 @@ class Runner:
             for name, values in settings.items()
             for value in values
             for line in self._varied(
-                [r for r in results if r.finals and (name == "batch_size" or r.row.takes(name))], name, value
+                [r for r in results if r.finished and (name == "batch_size" or r.row.takes(name))], name, value
             )
         ]
 
