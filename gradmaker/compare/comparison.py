@@ -137,7 +137,7 @@ def write(comparison: Comparison, store: Store | None = None, shown: bool = Fals
     from gradmaker.compare.report import write_report
 
     store = Store(comparison.out) if store is None else store
-    store.records |= {record.key: record for result in comparison.rows for record in result.trials}
+    store.records |= {record.key: record for record in comparison.records()}
     store.comparison = comparison.plain()
     write_report(comparison, store)
     if shown:
@@ -159,7 +159,7 @@ def _run(runner: Runner, comparison: Comparison, settings: Mapping[str, Sequence
             for result in group if shown else ():
                 print_selection(console, result, comparison.metric)
         runner.costs(able)
-        comparison.sensitivity = runner.vary(able, settings)
+        comparison.sensitivity, comparison.varied = runner.vary(able, settings)
     except KeyboardInterrupt:
         comparison.complete = False
         runner.board.progress.stop()

@@ -125,9 +125,9 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"between two blocks of plain SGD ({reference}, no maker), long enough to hold the refreshes of the preconditioner. "
         "'steps x step time' is the number of steps of a training times that median: the load of the machine is not in it.",
         f"Memory: {MEMORY_NOTE.get(kind, 'not measured on this device')}.",
-        "A training diverged when its loss was not finite, or when its mean over the last quarter of the last epoch was above "
-        "the first step's; it is left out of means and figures and counted in the notes; (2/3) behind a value means "
-        "that two of three seeds ended well.",
+        "A training diverged when its loss was not finite, or when its mean over the last quarter before the last "
+        "evaluation was more than a quarter above that of the first step; it is left out of means and figures and counted in "
+        "the notes; (2/3) behind a value means that two of three seeds ended well.",
     ]
 
 

@@ -89,7 +89,11 @@ def test_random_points_are_those_of_a_hypercube_and_common_to_rows() -> None:
 
 def test_optuna_finds_the_optimum_and_repeats_itself() -> None:
     pytest.importorskip("optuna")
-    spaces = [Space(RATE, low=1e-4, high=1e0, log=True), Space("momentum", (0.0, 0.5)), Space("interval", low=1, high=9, integer=True)]
+    spaces = [
+        Space(RATE, low=1e-4, high=1e0, log=True),
+        Space("momentum", (0.0, 0.5)),
+        Space("interval", low=1, high=9, integer=True),
+    ]
 
     def tried() -> list[dict[str, Any]]:
         search, choices = OptunaSearch(spaces, 25, 1), []
@@ -102,7 +106,9 @@ def test_optuna_finds_the_optimum_and_repeats_itself() -> None:
     first = tried()
     assert len(first) == 25 and first == tried()
     assert min(abs(math.log(choice[RATE] / 0.01)) for choice in first) < 0.7
-    assert {choice["momentum"] for choice in first} == {0.0, 0.5} and all(isinstance(choice["interval"], int) for choice in first)
+    assert {choice["momentum"] for choice in first} == {0.0, 0.5} and all(
+        isinstance(choice["interval"], int) for choice in first
+    )
 
 
 def test_spaces() -> None:
@@ -131,7 +137,8 @@ def test_illegal_spaces(given: Any, message: str) -> None:
 
 def test_tuning_from_yaml(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(
-        "tuning:\n  search: random\n  trials: 4\n  space:\n    damping: {low: 1e-4, high: 1e-2, log: true}\n    weight_decay: [0, 1e-4]\n"
+        "tuning:\n  search: random\n  trials: 4\n  space:\n"
+        "    damping: {low: 1e-4, high: 1e-2, log: true}\n    weight_decay: [0, 1e-4]\n"
     )
     tuning = Tuning.parse(str(tmp_path / "t.yaml"))
     assert tuning == Tuning.parse(tmp_path / "t.yaml") and tuning.search == "random" and tuning.trials == 4
@@ -173,7 +180,10 @@ def test_budgets() -> None:
     assert all(Budget.parse(text) == Budget.parse(str(Budget.parse(text))) for text in texts.values())
 
 
-@pytest.mark.parametrize(("budget", "marks"), [("3 epochs", [8, 16, 24]), ("20 steps", list(range(1, 21))), ("50 steps", [3 * k for k in range(1, 17)] + [50])])
+@pytest.mark.parametrize(
+    ("budget", "marks"),
+    [("3 epochs", [8, 16, 24]), ("20 steps", list(range(1, 21))), ("50 steps", [3 * k for k in range(1, 17)] + [50])],
+)
 def test_marks_of_a_clock(budget: str, marks: list[int]) -> None:
     clock, found = Clock(Budget.parse(budget), 8), []
     while not clock.over:
