@@ -21,7 +21,6 @@ from gradmaker.compare import (
     Task,
     compare,
     cost as cost_module,
-    report as report_module,
     trial as trial_module,
 )
 from gradmaker.compare.batches.reading import Call
@@ -37,6 +36,7 @@ from gradmaker.compare.store import Store
 from gradmaker.compare.trial import Record, Session
 from gradmaker.compare.trials import pool as pool_module
 
+pytestmark = pytest.mark.usefixtures("bare")  # but the fixture `done`, which is made before
 METHODS = ["sgd", "gradient", "adam"]
 FIXED = {"extend": 0}  # grids stay as they are
 
@@ -57,24 +57,9 @@ def task_of(data: Data, model: object = tiny_model, **options: object) -> Task:
     return Task(model=model, name=data.name, **parts, **options)  # type: ignore[arg-type]
 
 
-def blank_plots(comparison: Comparison) -> dict[str, Path]:
-    files = {name: comparison.out / f"{name}.png" for name in ("overview", *report_module.CAPTIONS)}
-    for file in files.values():
-        file.touch()
-    return files
-
-
 def run(out: Path, methods: object = METHODS, **options: object) -> Comparison:
     chosen = {"seeds": 2, "budget": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "tuning": FIXED, **options}
     return compare(task_of(tiny_data()), methods, out=out, progress=False, **chosen)  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds, no drawing; the module's fixture `done` draws."""
-    monkeypatch.setattr(report_module, "write_plots", blank_plots)
-    monkeypatch.setattr(cost_module, "ROUNDS", 3)
-    monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +95,6 @@ def test_methods_share_initialisation_and_batches_of_a_seed(tmp_path: Path, monk
         return step(self, call)
 
     monkeypatch.setattr(Session, "step", spy)
-    monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
     run(tmp_path, ["sgd", "adam", "adamw"], seeds=[3, 4], learning_rates=[0.1])
     assert len(starts) == 6
     first, second = starts[0::2], starts[1::2]
@@ -192,7 +176,6 @@ def test_divergence_and_failure_are_reported(tmp_path: Path, monkeypatch: pytest
         return step(self, call)
 
     monkeypatch.setattr(Session, "step", failing)
-    monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
     rows = [{"optimizer": "SGD", "learning_rates": [0.1, 1e20]}, {"label": "wild", "optimizer": "SGD", "learning_rates": 1e20}]
     result = run(tmp_path, [*rows, "rmsprop"])
     mild, wild, failed = result.rows
