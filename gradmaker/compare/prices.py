@@ -15,6 +15,7 @@ from gradmaker.compare.cost import REFERENCE, Cost, measure
 from gradmaker.compare.data import Data, split
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.models import MODELS, factory
+from gradmaker.compare.plan_report import plan_report
 from gradmaker.compare.presets import HIDDEN, PRESETS
 from gradmaker.compare.rows import Method, Row, parse_rows
 from gradmaker.compare.trial import Setting, initial_model
@@ -58,17 +59,31 @@ def _price(row: Row, model: Callable[[], nn.Module], batch: torch.Tensor) -> Pri
 
 
 def cost(
-    model: Annotated[str, typer.Argument(help=f"One of {', '.join(MODELS)}.")],
-    methods: Annotated[list[str], typer.Argument(help="Methods, torch optimizers or YAML files.")],
+    model: Annotated[str | None, typer.Argument(help=f"One of {', '.join(MODELS)}; none with --task.")] = None,
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files.")] = None,
     data: Annotated[str, typer.Option(help=f"Shapes of which data: {', '.join(PRESETS)}.")] = "digits",
     hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     measured: Annotated[bool, typer.Option("--measure", help="Measure the steps, too.")] = False,
+    task: Annotated[str | None, typer.Option(help="module:function that returns a model and the batch of a rank.")] = None,
+    world: Annotated[int, typer.Option(help="Ranks, with --task.")] = 1,
+    mesh: Annotated[str | None, typer.Option(help="Replicas x shards, as in 8x8. Default: no shards.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a rank: tells what does not fit, and what mends it.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB that a rank sends in a second.")] = None,
+    flops: Annotated[float | None, typer.Option(help="TFLOP that a rank computes in a second.")] = None,
+    reduce_at: Annotated[str, typer.Option(help="When factors are reduced to owners: refresh or measurement.")] = "refresh",
+    results: Annotated[str, typer.Option(help="What owners return: roots, gradients, or the smaller.")] = "smaller",
 ) -> None:
-    """Predict seconds and bytes of a step of each method from shapes alone, on random data."""
+    """Predict seconds and bytes of a step of each method from shapes alone, on random data; with --task, of many ranks."""
     try:
+        if task is not None:
+            given: list[Method] = [*([model] if model else []), *(methods or [])]
+            options = {"reduce_at": reduce_at, "results": results}
+            return typer.echo(plan_report(task, given, world, mesh, memory, bandwidth, flops, **options), nl=False)
+        if model is None or not methods:
+            raise InputError("give a model and methods, as in: gradmaker cost mlp kfac, or a --task")
         if data not in PRESETS:
             raise InputError(f"data={data!r}: {did_you_mean(data, PRESETS)}")
         preset, chosen = PRESETS[data], list[Method](methods)

@@ -1,17 +1,18 @@
 """Owners of refreshes: a pure function of sizes, so that every rank computes the same answer without asking the others.
 
-A block is cut no further than balance needs: into its members, the matrices of a member, the diagonal blocks of a matrix.
+A block is cut no further than balance needs: into runs of members, the matrices of a member, the diagonal blocks of a matrix.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Literal
 
 from gradmaker.options.checks import check_count
 
@@ -52,7 +53,7 @@ class Matrix:
 class BlockWork:
     """The sizes of a block: a stack of equal members.
 
-    cost: operations of a refresh of one member; bytes: what the owner of one member holds.
+    cost: operations of a refresh of one member, in a whole number; bytes: what the owner of one member holds.
     matrices: what a refresh works on, one by one; empty where it takes a member as a whole.
     whole: whether not even the members can be refreshed apart.
     """
@@ -65,26 +66,33 @@ class BlockWork:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if not self.members or len({*self.members}) < len(self.members):
-            raise ValueError(f"{self.name}: members={self.members!r}: expected distinct names")
+        if not self.members:
+            raise ValueError(f"{self.name}: members=(): expected at least one")
         for name in ("cost", "bytes"):
             check_count(name, getattr(self, name), 0)
+
+    def total(self, what: Literal["cost", "bytes"]) -> int:
+        """That of all members; of a block that is refreshed as a whole it is given at once."""
+        each: int = getattr(self, what)
+        return each * (1 if self.whole else len(self.members))
 
 
 @dataclass(frozen=True, order=True)
 class Piece:
-    """A part of a block that is refreshed by one rank.
+    """A part of a block that is refreshed by one rank: a run of members, a matrix of one member, or a diagonal block of that.
 
-    path: of indices: empty for the block, then a member, a matrix of it, a diagonal block of that
+    path: index of the matrix, then that of its diagonal block
     """
 
     block: str
+    start: int
+    stop: int
     path: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sized:
-    """A piece with its cost, its bytes, and what it can be cut into."""
+    """A piece with its cost, its bytes, and the block that it is of."""
 
     piece: Piece
     cost: int
@@ -92,36 +100,36 @@ class Sized:
     work: BlockWork
 
     def cut(self) -> list[Sized]:
-        """The pieces of the next level that has several; itself if there are none."""
-        found, depth = [self], len(self.piece.path)
-        while len(found) == 1 and depth < 3:
-            found, depth = found[0]._next(), depth + 1
-        return found if len(found) > 1 else [self]
-
-    def _next(self) -> list[Sized]:
-        path, work = self.piece.path, self.work
-        if not path:
-            if work.whole:
-                return [self]
-            return [Sized(Piece(work.name, (j,)), work.cost, work.bytes, work) for j in range(len(work.members))]
-        if len(path) == 1:
-            costs, sizes = [m.cubes for m in work.matrices], [m.entries for m in work.matrices]
-        elif len(path) == 2:
-            matrix = work.matrices[path[1]]
-            if matrix.width == 1:
-                return [self]
-            costs, sizes = [w**3 for w in matrix.tiles], [w**2 for w in matrix.tiles]
-        else:
+        """What it falls into next: halves of a run, matrices, diagonal blocks; itself if it is one computation."""
+        p, work = self.piece, self.work
+        if work.whole:
             return [self]
-        parts = zip(_shares(self.cost, costs), _shares(self.bytes, sizes), strict=True)
-        return [Sized(Piece(work.name, (*path, j)), *each, work) for j, each in enumerate(parts)] or [self]
+        if (count := p.stop - p.start) > 1:
+            halves = [(p.start, p.start + count // 2), (p.start + count // 2, p.stop)]
+            return [self._run(*half) for half in halves]
+        if not p.path and len(work.matrices) > 1:
+            return self._parts([m.cubes for m in work.matrices], [m.entries for m in work.matrices])
+        if not p.path and work.matrices:
+            return replace(self, piece=replace(p, path=(0,))).cut()
+        if len(p.path) == 1 and len(tiles := work.matrices[p.path[0]].tiles) > 1:
+            return self._parts([w**3 for w in tiles], [w**2 for w in tiles])
+        return [self]
+
+    def _run(self, start: int, stop: int) -> Sized:
+        work, count = self.work, stop - start
+        return Sized(Piece(work.name, start, stop), work.cost * count, work.bytes * count, work)
+
+    def _parts(self, costs: Sequence[int], sizes: Sequence[int]) -> list[Sized]:
+        """The parts of one member."""
+        p, found = self.piece, zip(_shares(self.cost, costs), _shares(self.bytes, sizes), strict=True)
+        return [Sized(replace(p, path=(*p.path, j)), *each, self.work) for j, each in enumerate(found)]
 
 
 def _shares(total: int, weights: Sequence[int]) -> list[int]:
     """A whole number in proportion to weights, without a rest: the last one that has a weight takes what rounding leaves."""
     every = sum(weights)
     if not every:
-        return [total, *[0] * (len(weights) - 1)] if weights else []
+        return [total, *[0] * (len(weights) - 1)]
     made = [total * w // every for w in weights]
     made[max(j for j, w in enumerate(weights) if w)] += total - sum(made)
     return made
@@ -152,9 +160,9 @@ class Assignment:
         """The piece that keeps the ranks from balance, since it cannot be cut; empty if none does."""
         if self.largest is None or self.least <= 1 + 1 / FINE:
             return ""
-        path, work = self.largest.piece.path, self.largest.work
-        member = work.members[path[0]] if path and not work.whole else work.name
-        what = f"{work.matrices[path[1]].name} of {member}" if len(path) > 1 else member
+        piece, work = self.largest.piece, self.largest.work
+        member = work.name if work.whole else work.members[piece.start]
+        what = f"{work.matrices[piece.path[0]].name} of {member}" if piece.path else member
         return f"{what}, which cannot be cut, keeps {self.world} ranks at {self.least:.1f} times their mean"
 
 
@@ -191,8 +199,7 @@ def assign(blocks: Iterable[BlockWork], world: int) -> Assignment:
 
 def _pieces(works: Sequence[BlockWork], world: int) -> list[Sized]:
     """All blocks in pieces, none of which costs much more than its share, if it can be cut further; by bytes without a cost."""
-    counts = [1 if w.whole else len(w.members) for w in works]
-    waiting = [Sized(Piece(w.name), w.cost * n, w.bytes * n, w) for w, n in zip(works, counts, strict=True)]
+    waiting = [Sized(Piece(w.name, 0, len(w.members)), w.total("cost"), w.total("bytes"), w) for w in works]
     total: Counter[str] = Counter()
     for p in waiting:
         total["cost" if p.cost else "bytes"] += p.cost or p.bytes
