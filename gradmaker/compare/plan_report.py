@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import nn
 
 from gradmaker.compare.errors import InputError
+from gradmaker.compare.rank_task import RankTask, read_task
 from gradmaker.compare.rows import Method, Row, optimizers, parse_rows
-from gradmaker.compare.tasks import Task, read_task
 from gradmaker.costs.block_sizes import Member
 from gradmaker.costs.ranks import Passes, RankCost, cost_of_ranks, passes_of
 from gradmaker.costs.traffic import Collective, Scheme
@@ -49,7 +49,7 @@ class Planned:
 class Planner:
     """Prices rows of one task; blocks that were priced once are known."""
 
-    task: Task
+    task: RankTask
     memory: float | None = None  # bytes
     known: dict[object, Member] = field(default_factory=dict)
     makers: dict[str, Any] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def read_mesh(mesh: str | None, world: int) -> int:
 
 
 def plan_report(
-    task: str | Task,
+    task: str | RankTask,
     methods: Sequence[Method] = (),
     world: int = 1,
     mesh: str | None = None,

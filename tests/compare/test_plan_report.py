@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from gradmaker.compare import command
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.plan_report import Planner, plan_report, read_mesh, sized
+from gradmaker.compare.rank_task import RankTask, read_task
 from gradmaker.compare.rows import parse_rows
-from gradmaker.compare.tasks import Task, read_task
 from gradmaker.costs.traffic import Scheme
 
 TASK = """
@@ -115,7 +115,7 @@ def test_meshes() -> None:
 
 def mended(memory: float, method: dict[str, Any], scheme: Scheme) -> str:
     with torch.device("meta"):
-        task = Task(nn.Sequential(nn.Embedding(3000, 64), nn.Linear(64, 2048)), torch.zeros(4, 8, dtype=torch.long))
+        task = RankTask(nn.Sequential(nn.Embedding(3000, 64), nn.Linear(64, 2048)), torch.zeros(4, 8, dtype=torch.long))
     (row,) = parse_rows([method])
     planner = Planner(task, memory)
     found = planner.plan(row, scheme)
@@ -137,7 +137,7 @@ def test_options_that_mend() -> None:
 def test_objects_are_tasks() -> None:
     assert isinstance(read_task("planned_task:object").batch, dict)
     made = SimpleNamespace(model=nn.Linear(2, 2).to("meta"), batch=torch.zeros(1, 2, device="meta"))
-    assert "6 parameters on 1 ranks" in plan_report(Task(made.model, made.batch), ["adam"])
+    assert "6 parameters on 1 ranks" in plan_report(RankTask(made.model, made.batch), ["adam"])
 
 
 def test_bytes_in_words() -> None:

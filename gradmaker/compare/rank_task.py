@@ -15,18 +15,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradmaker.compare.errors import InputError
 from gradmaker.options.suggestions import did_you_mean
 
-__all__ = ["Task", "read_task"]
+__all__ = ["RankTask", "read_task"]
 
 
 @dataclass(frozen=True)
-class Task:
+class RankTask:
     """A model and the batch of one rank: a tensor, a tuple of arguments, or a mapping of named ones."""
 
     model: nn.Module
     batch: Any
 
 
-def read_task(name: str) -> Task:
+def read_task(name: str) -> RankTask:
     """Call ``module:function`` on the meta device. InputError where there is none, or it returns no model and batch.
 
     The function takes no arguments, and returns a pair or an object with these attributes. The module may lie in the working
@@ -60,7 +60,7 @@ def _found(name: str, module: str, function: str) -> Any:
     return make
 
 
-def _checked(name: str, made: Any) -> Task:
+def _checked(name: str, made: Any) -> RankTask:
     pair = made if isinstance(made, tuple) and len(made) == 2 else (getattr(made, "model", None), getattr(made, "batch", None))
     model, batch = pair
     if not isinstance(model, nn.Module) or batch is None or not any(isinstance(t, Tensor) for t in tree_leaves(_plain(batch))):
@@ -73,7 +73,7 @@ def _checked(name: str, made: Any) -> Task:
         raise InputError(
             f"task={name!r}: {placed} has data: make the model in the function, and give it no device and no weights"
         )
-    return Task(model, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, _plain(batch)))
+    return RankTask(model, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, _plain(batch)))
 
 
 def _plain(batch: Any) -> Any:
