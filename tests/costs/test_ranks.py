@@ -39,6 +39,8 @@ def test_bytes_of_replicas_by_hand() -> None:
         Collective("measurement", "factors", "all_reduce"): factors,
     }
     assert communicated(maker("shampoo"), 4) == {GRADIENTS: 28 * WORD}  # of the reduced gradient, the same everywhere
+    of_ekfac = communicated(maker("ekfac"), 4)[Collective("measurement", "factors", "all_reduce")]
+    assert of_ekfac == factors + 28 * WORD  # and the scales in a basis that ranks share
 
 
 @pytest.mark.parametrize("reduce_at", ["refresh", "measurement"])
@@ -133,6 +135,15 @@ def test_one_layer_on_many_ranks_is_cut_by_sides_and_said() -> None:
     assert cost.why.startswith("factor 1 of weight, which cannot be cut, keeps 4 ranks at 3.9")
     gradients = priced(made, Scheme("owners", 4, results="gradients"))
     assert gradients.why == "weight, which cannot be cut, keeps 4 ranks at 4.0 times their mean"
+
+
+def test_flops_of_measurements_by_hand() -> None:
+    """K-FAC adds ``2 d^2`` for each position and side, on every rank; Shampoo forms ``G G^T`` and ``G^T G`` on the owner."""
+    for world in (1, 4):
+        cost = priced(maker(curvature_interval=5), Scheme("owners" if world > 1 else "replicated", world), positions=8)
+        assert cost.flops["measurement"] == 8 * 2 * (4**2 + 7**2) / 5
+    assert priced(maker("shampoo"), Scheme("owners", 4)).flops["measurement"] == 0
+    assert priced(maker("shampoo"), Scheme()).flops["measurement"] == 2 * (4 * 4 * 6 + 6 * 6 * 4) + 2 * 4 * 4
 
 
 def test_seconds() -> None:
