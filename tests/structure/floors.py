@@ -53,7 +53,7 @@ FLOORS = (
         )
     ),
     Floor(("checkpoint", "costs", "loops", "reports", "self_checks")),
-    Floor(("maker", "measuring", "planned", "preconditioner")),
+    Floor(("maker", "measuring", "on_ranks", "planned", "preconditioner")),
     Floor(("methods",)),
     Floor(("damping_sweep", "front_door")),
     Floor((INIT, "__main__", "cli", "compare")),
