@@ -94,6 +94,7 @@ def resolved(page: Path, link: str) -> Path | None:
 
 
 def docs_place(target: Path) -> str | None:
+    """Where a file of `docs/` lies in the site; None for others."""
     return target.relative_to(ROOT / "docs").as_posix() if target.is_relative_to(ROOT / "docs") else None
 
 
