@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.docs.test_readme import ROOT
+from tests.docs.test_docs import anchors
+from tests.docs.test_readme import ROOT, blocks
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("material")
@@ -51,3 +53,54 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
                 assert (page.parent / link.partition("?")[0]).resolve().is_file(), f"{page.name}: {link}"
     for style in site.rglob("*.css"):
         assert not re.search(r"url\(\"?https?:|@import \"?https?:", style.read_text(encoding="utf-8")), style.name
+
+
+# --- the ways through it --------------------------------------------------------------------------------------------------
+PATH = ("README.md", "docs/quick_start.md", "docs/which.md", "docs/compare.md")
+"""Of a newcomer: the README, one's own model, the choice of a method, the report."""
+STEPS = {
+    "docs/quick_start.md": ("1. Install", "2. Change one line", "6. Compare on your model"),
+    "docs/which.md": ("Decide", "What a step costs"),
+    "docs/compare.md": ("From Python", "What is written"),
+}
+
+
+def links(page: Path) -> set[Path]:
+    """The files that a page links to."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text))
+    return {(page.parent / link).resolve() for link in found if link and "://" not in link}
+
+
+@pytest.mark.parametrize("place", range(len(PATH)))
+def test_the_path_of_a_newcomer(place: int) -> None:
+    """Each page leads to the next, shows something that runs, and sends nobody to the source."""
+    page = ROOT / PATH[place]
+    assert not [link for link in links(page) if link.suffix == ".py"]
+    assert page.name == "which.md" or any(block.label == "python" for block in blocks(page))
+    if place + 1 < len(PATH):
+        assert ROOT / PATH[place + 1] in links(page)
+    for step in STEPS.get(PATH[place], ()):
+        assert re.sub(r"[^\w\- ]", "", step.lower()).replace(" ", "-") in anchors(page)
+
+
+def test_the_own_model_comes_to_a_report() -> None:
+    """The blocks of the quick start make an optimizer of a model, and the report of a comparison on its data."""
+    text = "\n".join(block.text for block in blocks(ROOT / "docs" / "quick_start.md") if block.label == "python")
+    assert text.index("gradmaker.optimizer(model") < text.index("compare(") < text.index('result.files["html"]')
+
+
+def test_every_page_is_within_three_links_of_the_first() -> None:
+    found, frontier = set(), {ROOT / "docs" / "index.md"}
+    for _ in range(4):
+        found |= frontier
+        frontier = {link for page in frontier for link in links(page) if link.suffix == ".md" and link.is_file()} - found
+    pages = {path for path in (ROOT / "docs").glob("**/*.md") if "reference" not in path.parts}
+    assert not {page.relative_to(ROOT).as_posix() for page in pages - found}
+
+
+def test_citation_names_the_version() -> None:
+    import gradmaker
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == gradmaker.__version__ and cited["license"] == "MIT" and cited["cff-version"] == "1.2.0"
