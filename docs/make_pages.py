@@ -68,10 +68,11 @@ def step_time(name: str, row: str) -> str:
 
 
 def results(name: str) -> str:
-    """The table of an experiment."""
+    """The table of an experiment; without times where all had the same."""
     found = experiment(name)
-    rows = [[row, measured.shown(found, row), measured.time_of(found, row)] for row in found.values]
-    return measured.table(["row", found.measure, f"time of a step / {found.baselines[0]}"], rows)
+    head = ["row", found.measure, *([f"time of a step / {found.baselines[0]}"] if found.times else [])]
+    rows = [[row, measured.shown(found, row), *([measured.time_of(found, row)] if found.times else [])] for row in found.values]
+    return measured.table(head, rows)
 
 
 def compared(file: str) -> str:

@@ -64,6 +64,13 @@ def test_pages_of_measurements_are_current() -> None:
         assert generated.target(name).read_text(encoding="utf-8") == generated.render(name), "run python docs/make_pages.py"
 
 
+def test_the_taxonomy_names_every_part() -> None:
+    generated = script(ROOT / "docs" / "make_taxonomy.py")
+    text = generated.PAGE.read_text(encoding="utf-8")
+    assert text == generated.render(), "run python docs/make_taxonomy.py"
+    assert all(f"| [`{part}`](" in text for parts in generated.AXES.values() for part in parts)
+
+
 def test_the_reference_is_current() -> None:
     generated = script(ROOT / "docs" / "make_reference.py")
     pages = generated.pages()
