@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator
+from configparser import ConfigParser
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".json": "json"}
 
 # ------------------------------------------------------------------ configuration
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Entries of pages that are not there yet are dropped; the sources are put under the name that they install as."""
+    """Drops entries of pages that are not there yet, names the version, puts the sources under the name that they install as."""
     config.nav = present(config.nav, Path(config.docs_dir))
+    config.copyright = f"gradmaker {version()}, MIT licence"
     link_sources()
     return config
 
@@ -44,6 +46,13 @@ def present(nav: Any, docs: Path) -> Any:
         kept_by_title = {title: present(entry, docs) for title, entry in nav.items()}
         return {title: entry for title, entry in kept_by_title.items() if entry}
     return None if nav in PENDING and not (docs / nav).exists() else nav
+
+
+def version() -> str:
+    """That of `setup.cfg`."""
+    declared = ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    return declared["metadata"]["version"]
 
 
 def link_sources() -> None:
