@@ -30,7 +30,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".json": "json"}
 
 # ------------------------------------------------------------------ configuration
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Drops entries of pages that are not there yet, names the version, puts the sources under the name that they install as."""
+    """Drops entries of pages that are not there yet, names the version, puts the sources where they install."""
     config.nav = present(config.nav, Path(config.docs_dir))
     config.copyright = f"gradmaker {version()}, MIT licence"
     link_sources()
