@@ -62,9 +62,10 @@ def seconds_to_adamw(row: str) -> str:
     return f"{next(seconds for seconds, loss in points(row) if loss <= goal):.0f}"
 
 
-def step_time(name: str, row: str) -> str:
-    """Time of a step over that of the first baseline."""
-    return measured.time_of(experiment(name), row)
+def step_time(name: str, row: str, other: str | None = None) -> str:
+    """Time of a step over that of another row, by default the first baseline."""
+    times = experiment(name).times
+    return f"{times[row] / times[other or experiment(name).baselines[0]]:.2f}"
 
 
 def results(name: str) -> str:
