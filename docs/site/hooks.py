@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from configparser import ConfigParser
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-API = ROOT / "build" / "api" / "gradmaker"
+SOURCES = tempfile.TemporaryDirectory()
+"""Of the reference; two builds may run at once."""
 AXES = ("curvature", "representations", "solvers")
 PENDING = ("fidelity.md", "command.md", "poster.md", "scale.md", "processes.md")
 """Pages that have a place in the navigation and need not be there."""
@@ -29,11 +32,13 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".json": "json"}
 
 
 # ------------------------------------------------------------------ configuration
+@event_priority(100)  # before the plugin that reads the sources
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Drops entries of pages that are not there yet, names the version, puts the sources where they install."""
     config.nav = present(config.nav, Path(config.docs_dir))
     config.copyright = f"gradmaker {version()}, MIT licence"
-    link_sources()
+    put_sources_together(Path(SOURCES.name))
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [SOURCES.name]
     return config
 
 
@@ -55,16 +60,12 @@ def version() -> str:
     return declared["metadata"]["version"]
 
 
-def link_sources() -> None:
-    """One tree of links, as an installation has it: `gradmaker/` with the folders of the three axes inside."""
-    API.mkdir(parents=True, exist_ok=True)
-    sources = [*(ROOT / "gradmaker").iterdir(), *(ROOT / axis for axis in AXES)]
-    for source in sources:
-        with suppress(FileExistsError):  # two builds may run at once
-            (API / source.name).symlink_to(source)
-    for link in API.iterdir():
-        if not link.exists():
-            link.unlink(missing_ok=True)
+def put_sources_together(folder: Path) -> None:
+    """A copy as an installation has it: `gradmaker/` with the folders of the three axes inside."""
+    leave_out = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "gradmaker", folder / "gradmaker", ignore=leave_out)
+    for axis in AXES:
+        shutil.copytree(ROOT / axis, folder / "gradmaker" / axis, ignore=leave_out)
 
 
 # ------------------------------------------------------------------ files of the repository
