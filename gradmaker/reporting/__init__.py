@@ -21,7 +21,7 @@ in the file, which takes 0.7 MB. It needs the extra ``compare``.
 ... )
 >>> paths = write(document, "runs/example")
 >>> sorted(paths)
-['html', 'json', 'loss.pdf', 'loss.svg']
+['html', 'json', 'loss.pdf', 'loss.svg', 'markdown']
 >>> Document.from_json(paths["json"].read_text()).answer
 ('K-FAC reaches a loss of 0.2 in fewer steps than Adam.',)
 
@@ -33,7 +33,8 @@ each method on each layer. Thin a curve to some 200 points before it goes in: th
 
 from gradmaker.reporting.document import Block, Code, Document, Facts, Section, Text
 from gradmaker.reporting.figure import Axis, Figure, HeatMap, Rule, Series
-from gradmaker.reporting.files import write, write_figures
+from gradmaker.reporting.files import write, write_figures, write_picture
+from gradmaker.reporting.markdown import markdown
 from gradmaker.reporting.page import html
 from gradmaker.reporting.table import Column, Table
 
@@ -52,6 +53,8 @@ __all__ = [
     "Table",
     "Text",
     "html",
+    "markdown",
     "write",
     "write_figures",
+    "write_picture",
 ]

@@ -10,27 +10,25 @@ from gradmaker.reporting.palette import pattern
 HEIGHT = 300
 HIDDEN = "hidden"  # the signal with the names of rows that are switched off
 SHOWN = {"filter": f"indexof({HIDDEN}, datum.row) < 0"}
-# Of a log axis: powers of ten, with 2 and 5 between over less than three decades, and all over less than one.
-LABELLED_TICKS = (
-    "indexof(domain('{0}')[1] > 1e3 * domain('{0}')[0] ? [1] : domain('{0}')[1] > 10 * domain('{0}')[0] ? [1, 2, 5] : "
-    "[1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9], "
-    "toNumber(format(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)), '.3~r'))) >= 0"
-)
+MANTISSA = "toNumber(format(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)), '.3~r'))"
 
 
 def layers(figure: Figure, slots: Mapping[str, int], look: Look) -> Spec:
     """The parts of the specification that are about series."""
-    names = list(dict.fromkeys(name for series in figure.series for name in series.details))
+    names = _details(figure)
     values = [{**point, "n": n} for n, series in enumerate(figure.series) for point in _points(series, names)]
     layers = [layer for marks in _MARKS for layer in marks(figure, look)]
     return {
         "height": figure.height or (BAND * len(_names(figure)) if figure.lying else HEIGHT),
-        "params": [{"name": HIDDEN, "value": []}],
         "data": {"values": values},
-        "transform": [SHOWN, *_texts(figure)],
+        **({} if look.complete else {"params": [{"name": HIDDEN, "value": []}], "transform": [SHOWN, *_texts(figure)]}),
         "encoding": {"x": _axis("x", figure), "y": _axis("y", figure), **_row_scales(figure, slots, look)},
         "layer": [*layers, *_pointer(figure, names, look), *_rules(figure, look)],
     }
+
+
+def _details(figure: Figure) -> list[str]:
+    return list(dict.fromkeys(name for series in figure.series for name in series.details))
 
 
 def _names(figure: Figure) -> set[Any]:
@@ -90,7 +88,7 @@ def _single_points(figure: Figure, look: Look) -> Iterable[Spec]:
 def _bars(figure: Figure, look: Look) -> Iterable[Spec]:
     if any(series.mark == "bars" for series in figure.series):
         order = {"field": "n", "type": "quantitative"}
-        told = {"tooltip": _tooltip(figure, list(dict.fromkeys(name for series in figure.series for name in series.details)))}
+        told = {} if look.complete else {"tooltip": _tooltip(figure, _details(figure))}
         yield {"transform": [_only("bars")], "mark": {"type": "bar"}, "encoding": {"order": order, **told}}
 
 
@@ -157,9 +155,18 @@ def _axis(field: Literal["x", "y"], figure: Figure) -> Spec:
         return {"field": field, "type": "nominal", "sort": None, "title": axis.title or None, "axis": {"labelLimit": 200}}
     label = written("datum.value", axis.format)
     if axis.scale == "log":
-        label = f"{LABELLED_TICKS.format(field)} ? ({label}) : ''"
+        label = f"indexof({_mantissas(field, figure)}, {MANTISSA}) >= 0 ? ({label}) : ''"
     ticks = {"labelExpr": label, "tickCount": 6, "labelSeparation": 6}
     return {"field": field, "type": "quantitative", "title": axis.title, "scale": _scale(axis, figure), "axis": ticks}
+
+
+def _mantissas(field: Literal["x", "y"], figure: Figure) -> list[float]:
+    """Labels of a log axis: powers of ten, with 2 and 5 between over less than three decades, and all over less than one."""
+    values = [v for series in figure.series for v in getattr(series, field) if isinstance(v, float | int)]
+    low, high = (figure.x if field == "x" else figure.y).limits or (min(values), max(values))
+    if high > 1e3 * low:
+        return [1]
+    return [1, 2, 5] if high > 10 * low else [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9]
 
 
 def _scale(axis: Axis, figure: Figure) -> Spec:

@@ -62,8 +62,12 @@ class Column:
     def _number(self, value: float, spread: Value) -> str:
         scale, unit, form = _form(self.kind, value)
         form, unit = self.format or form, self.unit or unit
-        deviation = f" ± {spread / scale:{form}}" if isinstance(spread, float | int) else ""
-        return f"{value / scale:{form}}{deviation}" + (f" {unit}" if unit else "")
+        numbers = [number for number in (value, spread) if isinstance(number, float | int)]
+        try:
+            written = [f"{number if scale == 1.0 else number / scale:{form}}" for number in numbers]
+        except ValueError:
+            raise ValueError(f"column {self.key!r}: format={form!r} does not write {numbers}") from None
+        return " ± ".join(written) + (f" {unit}" if unit else "")
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,6 @@ def _form(kind: Kind, value: float) -> tuple[float, str, str]:
         return 0.01, "%", ".1f"
     units = {"seconds": SECONDS, "bytes": BYTES}.get(kind)
     if units is None:
-        return 1.0, "", ".4g"
+        return 1.0, "", ",d" if isinstance(value, int) else ",.0f" if 1e4 <= abs(value) < 1e9 else ".4g"
     scale, unit = next(((scale, unit) for scale, unit in units if abs(value) >= scale), units[-1])
     return scale, unit, ".3g"
