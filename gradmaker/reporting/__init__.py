@@ -36,10 +36,11 @@ from gradmaker.reporting.figure import Axis, Figure, HeatMap, Rule, Series
 from gradmaker.reporting.files import write, write_figures, write_picture
 from gradmaker.reporting.markdown import markdown
 from gradmaker.reporting.page import html
-from gradmaker.reporting.table import Column, Table
+from gradmaker.reporting.table import Best, Column, Table
 
 __all__ = [
     "Axis",
+    "Best",
     "Block",
     "Code",
     "Column",

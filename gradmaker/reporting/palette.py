@@ -1,5 +1,7 @@
 """Colours of rows: twenty for light and twenty for dark paper, and the looks of the figures that matplotlib draws."""
 
+from typing import Any
+
 # Farthest points of OKLab (Ottosson 2020) with a contrast of at least 3 to the paper: any two are 0.1 or more apart on both.
 LIGHT = tuple(
     "#0070a6 #cc6004 #118659 #b54d98 #58290a #540096 #df59fc #5d164b #99007a #006129 "
@@ -22,3 +24,25 @@ def colour(slot: int) -> str:
 def pattern(slot: int) -> list[int]:
     """Lengths of dashes and gaps in pixels; empty: a solid line."""
     return list(PATTERNS[slot // SOLID % len(PATTERNS)])
+
+
+# What matplotlib draws beside the reports, in the same looks.
+GREY = "#6E6E6E"  # of references
+DASHES = ("-", "--", ":", "-.")
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+}

@@ -6,6 +6,7 @@ from typing import Literal
 
 from gradmaker.reporting.figure import Value, finite
 
+Best = Literal["", "low", "high"]
 Kind = Literal["row", "text", "number", "percent", "seconds", "bytes"]
 KINDS = ("row", "text", "number", "percent", "seconds", "bytes")
 SECONDS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -35,7 +36,7 @@ class Column:
     format: str = ""
     unit: str = ""
     spread: str = ""
-    best: Literal["", "low", "high"] = ""
+    best: Best = ""
     help: str = ""
 
     def __post_init__(self) -> None:
