@@ -17,7 +17,7 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
 del _root
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time makers and configs are found through `METHODS`
-    from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare
+    from gradmaker.compare import Comparison as Comparison, Task as Task, compare as compare
     from gradmaker.config import GradientConfig as GradientConfig
     from gradmaker.costs.layers import cost_report as cost_report
     from gradmaker.costs.prediction import cost as cost
@@ -176,7 +176,6 @@ _MODULES = {
     "CostError": "errors",
     "CostlyMethodWarning": "errors",
     "CoverageWarning": "front_door.factory",
-    "Data": "compare",
     "GradientConfig": "config",
     "GradientMaker": "maker",
     "METHODS": "options.registry",
@@ -188,6 +187,7 @@ _MODULES = {
     "SelfCheckError": "errors",
     "SelfCheckWarning": "errors",
     "SkippedStepWarning": "front_door.optimizer",
+    "Task": "compare",
     "Triple": "triple",
     "TripleError": "triple",
     "compare": "compare",

@@ -5,20 +5,21 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from gradmaker.compare.cost import REFERENCE, Cost, measure
-from gradmaker.compare.data import Data, split
+from gradmaker.compare.data import Data
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.models import MODELS, factory
 from gradmaker.compare.plan_report import plan_report
+from gradmaker.compare.parsing import Method, parse_rows
 from gradmaker.compare.presets import HIDDEN, PRESETS
-from gradmaker.compare.rows import Method, Row, parse_rows
-from gradmaker.compare.trial import Setting, initial_model
+from gradmaker.compare.problem import prepare, seeded
+from gradmaker.compare.rows import Row
+from gradmaker.compare.task import Task
 from gradmaker.costs.prediction import StepCost, cost as predict, cost_of_gradient
 from gradmaker.errors import CostError
 from gradmaker.options.suggestions import did_you_mean
@@ -43,11 +44,13 @@ def prices(rows: Sequence[Row], model: Callable[[], nn.Module], batch: torch.Ten
 
 
 def _price(row: Row, model: Callable[[], nn.Module], batch: torch.Tensor) -> Price:
-    network = initial_model(model, 0, str(batch.device)).train()
+    with seeded(0, str(batch.device)):
+        network = model().to(batch.device).train()
     kind = row.optimizer_class()
 
     def optimizer(parameters: object) -> torch.optim.Optimizer:
-        return kind(parameters, lr=1e-4, **row.options)
+        made: torch.optim.Optimizer = kind(parameters, lr=1e-4, **row.options)
+        return made
 
     try:
         maker = row.build_maker(network)
@@ -94,11 +97,9 @@ def cost(
         widths = tuple(hidden or (preset.hidden if model == preset.model else HIDDEN.get(model, ())))
         make, rows = factory(model, shapes, widths), parse_rows(chosen)
         found = prices([REFERENCE, ADAM, *rows], make, inputs[:size].to(device))
-        names = dict.fromkeys(("loss", "data", "model", "version"), "")
-        setting = Setting(epochs=1, batch_size=size, schedule="constant", validation=0.5, device=device, **names)
         able = {row.label: row for row in rows if found[row.label].cost is not None}
-        parts = split(shapes.to(device), 0.5)
-        costs = measure(able, make, parts, F.cross_entropy, setting, lambda: None) if measured and able else {}
+        problem = prepare(Task(model=make, train=(inputs, shapes.train_targets)), device, 0.5)
+        costs = measure(able, problem, size, lambda: None) if measured and able else {}
         Console().print(table(rows, found, costs, measured))
         for row in rows:
             if found[row.label].cost is None:
