@@ -117,6 +117,8 @@ class Measured:
     """What an approximation holds and does after batches."""
 
     held: HeldCurvature
+    triples: list[Triple]
+    draws: bool  # whether another seed gives another approximation
     direction: Tensor  # (P,) P g, in float64
     gradient: Tensor  # (P,) g of the last batch, as it was preconditioned
     damping: float | None
@@ -126,13 +128,15 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
-def measured_of(approximation: Approximation, problem: Problem, batches: Sequence[Batch], seed: int, repeats: int) -> Measured:
+def measured_of(
+    approximation: Approximation, problem: Problem, batches: Sequence[Batch], seed: int, repeats: int, double: bool
+) -> Measured:
     """Measure a fresh maker on batches at constant weights; a given maker as it is, without a change of it.
 
-    repeats: how often each batch is measured
+    repeats: how often each batch is measured; double: whether matrices are formed in float64
     """
     if approximation.maker is not None:
-        return _held(approximation.maker, problem, batches[-1])
+        return _held(approximation.maker, problem, batches[-1], double)
     maker = approximation.make(problem, seed)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -145,7 +149,7 @@ def measured_of(approximation: Approximation, problem: Problem, batches: Sequenc
             if any(block.held.fresh for block in maker.plan.blocks):  # the first step is left out
                 _step(maker, problem, batches[-1])
                 direction = _direction(problem)
-            held = HeldCurvature(maker, problem.layers)
+            held = HeldCurvature(maker, problem.layers, double)
             if len(batches) == 1 and seconds < 1.0:  # the first step has made the self-checks
                 seconds = _time(maker, problem, batches[-1])
     finally:
@@ -156,7 +160,10 @@ def measured_of(approximation: Approximation, problem: Problem, batches: Sequenc
     left = sorted(maker.plan.plain)
     if left:
         notes.append(f"left to the plain gradient: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}")
-    return Measured(held, direction, gradient, damping, power, seconds, sum(b.bytes for b in maker.plan.blocks), notes)
+    triples = _triples(maker)
+    draws = any("seed" not in triple.curvature.inapplicable for triple in triples)
+    bytes_ = sum(b.bytes for b in maker.plan.blocks)
+    return Measured(held, triples, draws, direction, gradient, damping, power, seconds, bytes_, notes)
 
 
 def _step(maker: PreconditionedGradientMaker, problem: Problem, batch: Batch) -> None:
@@ -196,8 +203,8 @@ def _solver_of(maker: PreconditionedGradientMaker) -> tuple[float | None, float]
     return (float(damping) if damping is not None and absolute else None), solver.exponent
 
 
-def _held(maker: PreconditionedGradientMaker, problem: Problem, batch: Batch) -> Measured:
-    held = HeldCurvature(maker, problem.layers)
+def _held(maker: PreconditionedGradientMaker, problem: Problem, batch: Batch, double: bool) -> Measured:
+    held = HeldCurvature(maker, problem.layers, double)
     if not held.matrix_known:
         raise ValueError(
             f"approximations: the maker of {type(maker).__name__} holds no curvature matrix: it has to have made a step, and "
@@ -206,4 +213,9 @@ def _held(maker: PreconditionedGradientMaker, problem: Problem, batch: Batch) ->
     gradient = _gradient(problem, batch)
     damping, power = _solver_of(maker)
     bytes_ = sum(b.bytes for b in maker.plan.blocks)
-    return Measured(held, held.inverse_product(gradient), gradient, damping, power, float("nan"), bytes_)
+    triples = _triples(maker)
+    return Measured(held, triples, False, held.inverse_product(gradient), gradient, damping, power, float("nan"), bytes_)
+
+
+def _triples(maker: PreconditionedGradientMaker) -> list[Triple]:
+    return list(dict.fromkeys(block.triple for block in maker.plan.blocks))

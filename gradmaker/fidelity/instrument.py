@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,9 @@ from gradmaker.fidelity.dense_runs import DenseRuns
 from gradmaker.fidelity.layers import Layers
 from gradmaker.fidelity.meter import Meter, meter
 from gradmaker.fidelity.notes import notes_of
+from gradmaker.fidelity.probe_runs import ProbeRuns
 from gradmaker.fidelity.problem import Batch, Loss, Problem, read_batches
-from gradmaker.fidelity.references import REFERENCES, ReferenceName, reference_of
+from gradmaker.fidelity.references import REFERENCES, Reference, ReferenceName, reference_of
 from gradmaker.fidelity.result import Fidelity
 from gradmaker.fidelity.run import Options, Run
 from gradmaker.fidelity.values import Kept
@@ -24,9 +25,18 @@ from gradmaker.version import __version__
 
 __all__ = ["fidelity"]
 
+
+class Measures(Protocol):
+    """The measures against the reference matrix of a batch."""
+
+    def of_reference(self, run: Run, damping: float | None) -> None:
+        """Add those of the reference itself."""
+
+    def of_approximation(self, run: Run, label: str, measured: Measured) -> None:
+        """Add those of an approximation."""
+
+
 LineSearches = Literal["all", "whole", "none"]
-LARGE = 10_000
-"""Parameters of a layer up to which it is no surprise that its products take a fraction of a second."""
 
 
 def fidelity(
@@ -89,7 +99,7 @@ def fidelity(
     is_dense = parts.size <= dense_limit
     search = line_searches or ("all" if is_dense else "whole")
     check_choice("line_searches", search, ("all", "whole", "none"))
-    options = Options(damping, repeats, dense_limit, probes, iterations, seed, search, layerwise)
+    options = Options(damping, repeats, is_dense, probes, iterations, seed, search, layerwise)
     groups = [read] if reference == "second_moment" else [[batch] for batch in read]
     with problem.undisturbed(), meter(progress, "reference") as bar:
         bar.expect(len(groups) * (1 + len(given) * seeds))
@@ -98,7 +108,7 @@ def fidelity(
             for number, group in enumerate(groups)
             for run in _runs(problem, group, number, reference, given, options, seeds, bar)
         ]
-    return _result(parts, reference, runs, given, options, is_dense, read)
+    return _result(parts, reference, runs, given, options, read)
 
 
 def _runs(
@@ -112,19 +122,19 @@ def _runs(
     bar: Meter,
 ) -> list[Run]:
     """The runs of a batch, one for each seed."""
-    reference = reference_of(name, problem, batches)
-    measures = DenseRuns(reference, options)
+    measures = _measures(reference_of(name, problem, batches), options, bar)
     run = Run(problem, batches[-1], number, 0, loss=float(problem.evaluate(batches[-1])[1].detach()))
     found: list[Run] = []
     for seed in range(seeds):
         run = run.of_seed(seed)
         for one in given:
             bar.advance(one.label)
-            if seed and not _draws(one, found[0].measured):
+            if seed and not found[0].measured[one.label].draws:
                 continue
-            measured = measured_of(one, problem, batches, seed, options.repeats)
+            measured = measured_of(one, problem, batches, seed, options.repeats, options.dense)
             run.measured[one.label] = measured
             measures.of_approximation(run, one.label, measured)
+            measured.held.release()
         if not seed:
             dampings = [m.damping for m in run.measured.values() if m.damping is not None]
             measures.of_reference(run, options.damping if options.damping is not None else next(iter(dampings), None))
@@ -133,11 +143,8 @@ def _runs(
     return found
 
 
-def _draws(approximation: Approximation, measured: dict[str, Measured]) -> bool:
-    """Whether another seed gives another approximation."""
-    blocks = measured[approximation.label].held.blocks
-    drawn = any("seed" not in own.block.triple.curvature.inapplicable for own in blocks)
-    return approximation.maker is None and (drawn or not blocks)
+def _measures(reference: Reference, options: Options, bar: Meter) -> Measures:
+    return DenseRuns(reference, options) if options.dense else ProbeRuns(reference, options, bar)
 
 
 def _result(
@@ -146,7 +153,6 @@ def _result(
     runs: list[Run],
     given: list[Approximation],
     options: Options,
-    is_dense: bool,
     batches: list[Batch],
 ) -> Fidelity:
     first = runs[0].measured
@@ -155,7 +161,7 @@ def _result(
     setting = {
         "reference": reference,
         "parameters": layers.size,
-        "how": "dense" if is_dense else f"by {options.probes} probes",
+        "how": "dense" if options.dense else f"by {options.probes} probes",
         "runs": count,
         "device": str(layers.device),
         "dtype": str(layers.parameters[0].dtype).removeprefix("torch."),

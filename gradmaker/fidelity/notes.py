@@ -20,8 +20,7 @@ def notes_of(
     notes = []
     for a in given:
         m = measured[a.label]
-        triples = list(dict.fromkeys(own.block.triple for own in m.held.blocks))
-        found = [note for triple in triples for note in _of_triple(triple, batches * repeats)]
+        found = [note for triple in m.triples for note in _of_triple(triple, batches * repeats)]
         if m.damping is None:
             found.append("its damping is not in units of the curvature: the exact inverse is that at damping=, or at 1e-3")
         if m.power != -1.0:

@@ -239,7 +239,10 @@ class OfOutputs(Reference):
         if self.draw is None:
             return None
         every = range(len(self.layers.parameters))
-        return torch.stack([self.layers.flat(self._vjp(every, self.draw(generator))) for _ in range(count)]), False
+        rows = self.gradient.new_empty(count, self.layers.size)
+        for k in range(count):
+            rows[k] = self.layers.flat(self._vjp(every, self.draw(generator)))
+        return rows, False
 
 
 class Hessian(Reference):

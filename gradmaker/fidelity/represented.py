@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from gradmaker.blocks import Block
 from gradmaker.fidelity.layers import Layers
 from gradmaker.linalg.factors import dense
-from gradmaker.linalg.state import State
 from gradmaker.representations.base import Representation
 from gradmaker.representations.capabilities import Elementwise, Factored, LowRank, Rotated
 from gradmaker.representations.roles import PerStep
@@ -19,14 +18,14 @@ from gradmaker.step.protocol import MakerOfSteps
 
 __all__ = ["HeldBlock", "HeldCurvature"]
 
-LARGEST = 4096
-"""Side of the largest block of which a dense matrix is formed to know its spectrum."""
+LARGEST = 2048
+"""Side of the largest matrix of which eigenvalues are computed."""
 
 
 class HeldBlock:
     """A block, with the place of each entry of its members in the flat vector."""
 
-    def __init__(self, block: Block, layers: Layers) -> None:
+    def __init__(self, block: Block, layers: Layers, double: bool) -> None:
         self.block, self.held = block, block.held
         # entries of frozen parameters lie behind the end of the flat vector
         places = {p: torch.arange(s.start, s.stop).view_as(p).double() for p, s in _slices(layers)}
@@ -38,7 +37,8 @@ class HeldBlock:
         flat = torch.cat([x.reshape(-1) if block.full else x.reshape(-1, side) for x in found])
         self.index = flat.reshape(-1, side).long().to(layers.device)  # (B, p)
         self.representation: Representation = block.triple.representation
-        self.state: State = {k: v.double() if v.is_floating_point() else v for k, v in self.held.state.items()}
+        wide = {k: v.double() if double and v.is_floating_point() else v for k, v in self.held.state.items()}
+        self.dtype, self.state = torch.float64 if double else block.frame.dtype, wide
 
     @property
     def side(self) -> int:
@@ -55,8 +55,8 @@ class HeldBlock:
 
     def product(self, v: Tensor) -> Tensor:
         """``C v``.  # (P,) -> (B, p), at `index`"""
-        own = _padded(v.double())[self.index].reshape(-1, *self.block.frame.shape)
-        return self.representation.matvec(self.state, own).reshape(self.index.shape)
+        own = _padded(v.to(self.dtype))[self.index].reshape(-1, *self.block.frame.shape)
+        return self.representation.matvec(self.state, own).reshape(self.index.shape).double()
 
     def inverse_product(self, v: Tensor) -> Tensor:
         """``P v``, as the step applies it.  # (P,) -> (B, p), at `index`"""
@@ -66,48 +66,72 @@ class HeldBlock:
         return self.block.applied(held.cache, own).reshape(self.index.shape).double()
 
     def eigenvalues(self) -> Tensor | None:
-        """The eigenvalues of ``C`` of all members; None where they are not known without a matrix that is too large.  # (n,)"""
-        representation, state = self.representation, self.state
+        """The eigenvalues of ``C`` of each member; None where a matrix is too large to know them.  # (B, p)"""
+        representation, state, B = self.representation, self.state, len(self.index)
         if isinstance(representation, Elementwise):
-            return representation.diagonal(state).reshape(-1)
+            return representation.diagonal(state).reshape(B, -1)
         if isinstance(representation, Rotated):
-            return representation.spectrum(state).reshape(-1)
+            return representation.spectrum(state).reshape(B, -1)
         if isinstance(representation, LowRank):
             gram = torch.linalg.eigvalsh(representation.gram(state))
-            rest = gram.new_zeros(len(gram), max(0, self.side - gram.shape[1]))
-            return torch.cat([gram[:, -min(self.side, gram.shape[1]) :], rest], 1).reshape(-1)
+            rest = gram.new_zeros(B, max(0, self.side - gram.shape[1]))
+            return torch.cat([gram[:, -min(self.side, gram.shape[1]) :], rest], 1)
         if isinstance(representation, Factored):
             return self._of_factors(representation)
-        return torch.linalg.eigvalsh(self.curvature()).reshape(-1) if self.side <= LARGEST else None
+        return torch.linalg.eigvalsh(self.curvature()) if self.side <= LARGEST else None
 
-    def _of_factors(self, representation: Factored) -> Tensor:
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """``tr C`` and ``|C|_F^2`` of each member; None where they are not known.  # (B,), (B,)"""
+        representation = self.representation
+        if isinstance(representation, Factored) and not isinstance(representation, (Elementwise, Rotated, LowRank)):
+            factors = representation.factors(self.state)
+            if representation.order(len(factors)) == 1:
+                return self._of_product(factors)
+        s = self.eigenvalues()
+        return None if s is None else (s.double().sum(1), s.double().square().sum(1))
+
+    def _of_product(self, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Traces and squared norms of a Kronecker product from those of its factors."""
+        traces = squares = torch.ones(len(self.index), dtype=torch.float64, device=self.index.device)
+        sides = 1
+        for F in factors:
+            full = F if F.ndim == 2 else dense(F)
+            diagonal = full if F.ndim == 2 else full.diagonal(dim1=-2, dim2=-1)
+            traces = traces * diagonal.double().sum(1)
+            squares = squares * full.double().flatten(1).square().sum(1)
+            sides *= full.shape[1]
+        return traces * (self.side // sides), squares * (self.side // sides)
+
+    def _of_factors(self, representation: Factored) -> Tensor | None:
         factors = representation.factors(self.state)
+        if any(F.ndim > 2 and F.shape[1] > LARGEST for F in factors):
+            return None
         found = torch.ones(len(self.index), 1, dtype=torch.float64, device=self.index.device)
         for F in factors:
             s = F if F.ndim == 2 else torch.linalg.eigvalsh(dense(F))
             found = (found.unsqueeze(-1) * s.clamp(min=0).unsqueeze(1)).reshape(len(found), -1)
         found = found ** (1 / representation.order(len(factors)))
-        return found.repeat_interleave(self.side // found.shape[1], 1).reshape(-1)  # identity along axes without a factor
+        return found.repeat_interleave(self.side // found.shape[1], 1)  # the identity along axes without a factor
 
 
 class HeldCurvature:
     """The curvature that all blocks of a maker hold, and the parameters that they leave out."""
 
-    def __init__(self, maker: MakerOfSteps, layers: Layers) -> None:
+    def __init__(self, maker: MakerOfSteps, layers: Layers, double: bool = True) -> None:
         self.layers = layers
         measured = maker.step_state.now.measured
         held = [block for block in maker.plan.blocks if any(s.name in measured for s in block.sites)]
-        self.blocks = [HeldBlock(b, layers) for b in held if not isinstance(b.triple.representation, PerStep)]
-        self.per_step = len(self.blocks) < len(held)
+        self.blocks = [HeldBlock(b, layers, double) for b in held if not isinstance(b.triple.representation, PerStep)]
+        self.matrix_known = 0 < len(self.blocks) == len(held)
+        """Whether ``C`` is held at all: a matrix-free method has products of its own step alone."""
         covered = torch.zeros(layers.size + 1, dtype=torch.bool, device=layers.device)
         for own in self.blocks:
             covered[own.index.reshape(-1)] = True
         self.covered = covered[:-1]
 
-    @property
-    def matrix_known(self) -> bool:
-        """Whether ``C`` is held at all: a matrix-free method has products of its own step alone."""
-        return bool(self.blocks) and not self.per_step
+    def release(self) -> None:
+        """Drop the tensors."""
+        self.blocks = []
 
     def matrix(self) -> Tensor:
         """``C``, zero for parameters that are left out.  # (P, P)"""
@@ -141,29 +165,44 @@ class HeldCurvature:
             out[own.index] = own.inverse_product(v)
         return out[:-1]
 
-    def within(self, index: Tensor) -> list[HeldBlock]:
-        """The blocks with entries in a layer."""
-        inside = _padded(_chosen(self.covered, index))
-        return [own for own in self.blocks if bool(inside[own.index].any())]
-
     def eigenvalues(self, index: Tensor | None = None) -> Tensor | None:
         """Eigenvalues of a layer's block, or of the whole matrix, zeros for what is left out.  # (p,)
 
         None where a block is too large to know them, or spreads over other layers
         """
-        inside = _padded(torch.ones_like(self.covered) if index is None else _chosen(self.covered, index))
         found = []
+        for own, alone in self._inside(index):
+            if alone is None or (s := own.eigenvalues()) is None:
+                return None
+            found.append(s[alone].reshape(-1).double())
+        known = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=self.covered.device)
+        missing = (self.layers.size if index is None else len(index)) - len(known)
+        return torch.cat([known, known.new_zeros(missing)])
+
+    def trace(self, index: Tensor | None = None) -> float | None:
+        """``tr C`` of a layer's block, or of the whole matrix; None where it is not known."""
+        return self._moment(index, 0)
+
+    def square_norm(self, index: Tensor | None = None) -> float | None:
+        """``|C|_F^2``, in the same way."""
+        return self._moment(index, 1)
+
+    def _moment(self, index: Tensor | None, which: int) -> float | None:
+        total = 0.0
+        for own, alone in self._inside(index):
+            if alone is None or (found := own.moments()) is None:
+                return None
+            total += float(found[which][alone].sum())
+        return total
+
+    def _inside(self, index: Tensor | None) -> Iterator[tuple[HeldBlock, Tensor | None]]:
+        """The blocks with entries in a layer, and which members lie in it; None if some lie partly outside.  # , (B,)"""
+        inside = _padded(torch.ones_like(self.covered) if index is None else _chosen(self.covered, index))
         for own in self.blocks:
             members = inside[own.index]
-            if not bool(members.any()):
-                continue
-            alone = members.all(1)
-            if bool((members.any(1) & ~alone).any()) or (s := own.eigenvalues()) is None:
-                return None
-            found.append(s.reshape(len(own.index), -1)[alone].reshape(-1))
-        known = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=self.covered.device)
-        missing = int(inside.sum()) - len(known)
-        return torch.cat([known, known.new_zeros(missing)])
+            if bool(members.any()):
+                alone = members.all(1)
+                yield own, None if bool((members.any(1) & ~alone).any()) else alone
 
 
 def _slices(layers: Layers) -> Iterable[tuple[Tensor, slice]]:

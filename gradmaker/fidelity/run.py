@@ -26,7 +26,7 @@ class Options:
 
     damping: float | None
     repeats: int
-    dense_limit: int
+    dense: bool  # by matrices of the whole model
     probes: int
     iterations: int
     seed: int
