@@ -43,12 +43,14 @@ def both(case: Case, reference: Any, probes: int, given: Any = None, **options: 
 
 def within(v: Value, expected: float) -> bool:
     """Whether a sampled value is within five standard errors; an error after the best scalar in units of its cosine."""
-    if v.measure != "error_scaled":
+    if abs(v.value - expected) < 5 * v.error + 1e-9 or v.measure != "error_scaled":
         return abs(v.value - expected) < 5 * v.error + 1e-9
-    value, low, high, true = (
-        max(0.0, 1 - min(1.0, x) ** 2) ** 0.5 for x in (v.value, v.value + v.error, v.value - v.error, expected)
-    )
-    return abs(value - true) < 5 * max(value - low, high - value) + 1e-9
+    value, low, high, true = map(_cosine, (v.value, v.value + v.error, v.value - v.error, expected))
+    return abs(value - true) < 5 * max(value - low, high - value)
+
+
+def _cosine(sine: float) -> float:
+    return max(0.0, 1 - min(1.0, sine) ** 2) ** 0.5
 
 
 def compare(dense: gradmaker.Fidelity, sampled: gradmaker.Fidelity) -> int:
