@@ -14,8 +14,8 @@ from gradmaker.compare.cost import REFERENCE, Cost, measure
 from gradmaker.compare.data import Data
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.models import MODELS, factory
-from gradmaker.compare.plan_report import plan_report
 from gradmaker.compare.parsing import Method, parse_rows
+from gradmaker.compare.plan_report import plan_report
 from gradmaker.compare.presets import HIDDEN, PRESETS
 from gradmaker.compare.problem import prepare, seeded
 from gradmaker.compare.rows import Row
