@@ -30,14 +30,9 @@ __all__ = ["DEFAULTS", "Planned", "plan_report", "read_mesh"]
 DEFAULTS: tuple[Method, ...] = ("adamw", "kfac", "shampoo", "soap", "muon")
 GIB, TERA = 2**30, 1e12
 WIDTHS = (8192, 4096, 2048, 1024, 512)  # limits on sides that are tried
-BALANCE = "block_size cuts tensors into blocks of their own, and groups leave a layer to another method, where the method has them"
+BALANCE = "block_size cuts tensors into blocks of their own, and groups leave a layer to another method"
 OF_MODEL = ("weights", "gradients")  # what is communicated without a method, too
 NAMES = {
-    "statistics": "statistics on every rank",
-    "roots": "roots on every rank",
-    "owned": "what the fullest owner holds",
-    "evidence": "the evidence of a measured step",
-}
     "statistics": "statistics on every rank",
     "roots": "roots on every rank",
     "owned": "what the fullest owner holds",
