@@ -40,11 +40,11 @@ WORLDS = (1, 8, 64, 512)
 RUNS = 3
 Found = dict[str, Any]
 OF_MODEL = """
-Scheme `owners`, factors reduced at each measurement, at most 8 shards; the batch of a rank is that of
-`examples/large_shapes.py`. Embeddings and heads are Adam's, by `groups`. GiB that the method holds on the fullest rank, beside the
-two moments of Adam on the same shards; temporary tensors of the largest refresh and of a measured step; FLOPs of an average step
-over those of the passes, on the busiest rank; balance of owners; GiB that a rank sends in an average step for the method, beside
-those of the model without.
+Scheme `owners`, factors reduced at each measurement, at most 8 shards; a rank's batch as in `examples/large_shapes.py`.
+Embeddings and heads are Adam's, by `groups`. GiB that the method holds on the fullest rank, beside the two moments of Adam on
+the same shards; temporary tensors of the largest refresh and of a measured step; FLOPs of an average step over those of the
+passes, on the busiest rank; balance of owners; GiB that a rank sends in an average step for the method, beside those of the
+model without.
 """
 LITERATURE = (
     (
