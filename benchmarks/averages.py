@@ -7,6 +7,7 @@ python benchmarks/averages.py --publish docs      put picture and numbers into t
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import typer
 from torch import nn
 
 from gradmaker.compare import compare
-from gradmaker.compare.data import load
+from gradmaker.compare.task import builtin_task
 
 DECAYS = (0.9, 0.95, 0.99, 0.999, None)
 RATES = {"shampoo": [0.03, 0.1, 0.3, 1.0, 3.0], "caspr": [0.001, 0.003, 0.01, 0.03, 0.1]}
@@ -53,7 +54,8 @@ def main(
     """Compare and, if asked, publish."""
     torch.set_num_threads(1)
     command = "python benchmarks/averages.py"
-    compare(model, load("digits"), rows(), epochs=epochs, batch_size=64, seeds=seeds, out=out, command=command)
+    task = replace(builtin_task("digits"), model=model, batch_size=64)
+    compare(task, rows(), budget=epochs, seeds=seeds, out=out, command=command)
     if publish_to is not None:
         publish(out, publish_to)
 

@@ -21,8 +21,8 @@ import typer
 from networks import ViT, resnet18, vit_tiny
 from torch import nn
 
-from gradmaker.compare import compare
-from gradmaker.compare.data import Data, load
+from gradmaker.compare import Task, compare
+from gradmaker.compare.task import builtin_task
 
 
 class Size(NamedTuple):
@@ -50,13 +50,9 @@ for _row in METHODS[2:]:
     _row["optimizer"] = {"name": "SGD"}
 
 
-def subset(data: Data, train: int, test: int) -> Data:
+def subset(task: Task, train: int, test: int) -> Task:
     """The first images of both parts; both are in random order."""
-    parts = {name: getattr(data, name)[: train if name.startswith("train") else test] for name in PARTS}
-    return replace(data, **parts)
-
-
-PARTS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
+    return replace(task, train=tuple(part[:train] for part in task.train), test=tuple(part[:test] for part in task.test))
 
 
 def publish(out: Path, docs: Path) -> None:
@@ -84,15 +80,13 @@ def main(
     size = FULL if full else SMALL
     if only is not None and only not in size.networks:
         raise typer.BadParameter(f"{only!r}: legal are {', '.join(size.networks)}", param_hint="--only")
-    data = subset(load("cifar10", data_dir), size.train, size.test)
+    task = subset(builtin_task("cifar10", data_dir), size.train, size.test)
     for name, model in size.networks.items():
         if only in (None, name):
             compare(
-                model,
-                data,
+                replace(task, model=model, batch_size=128),
                 METHODS,
-                epochs=epochs or size.epochs[name],
-                batch_size=128,
+                budget=epochs or size.epochs[name],
                 seeds=seeds,
                 out=out / name,
                 device=device,

@@ -10,6 +10,7 @@ Shipped defaults, SGD on top, 5 epochs at batch 512, three seeds; each row's lea
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ import typer
 from torch import nn
 
 from gradmaker.compare import compare
-from gradmaker.compare.data import load
+from gradmaker.compare.task import builtin_task
 
 METHODS = ["sgd", "adam", "kfac", "shampoo"]
 
@@ -49,7 +50,8 @@ def main(
     """Compare and, if asked, publish."""
     torch.set_num_threads(threads)
     command = "python examples/mnist_mlp.py"
-    compare(model, load("mnist", data_dir), METHODS, epochs=5, batch_size=512, seeds=3, out=out, device=device, command=command)
+    task = replace(builtin_task("mnist", data_dir), model=model, batch_size=512)
+    compare(task, METHODS, budget="5 epochs", seeds=3, out=out, device=device, command=command)
     if publish_to is not None:
         publish(out, publish_to)
 

@@ -17,7 +17,7 @@ if (_root / "setup.cfg").is_file():  # a checkout: curvature/, representations/ 
 del _root
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time makers and configs are found through `METHODS`
-    from gradmaker.compare import Comparison as Comparison, Data as Data, compare as compare
+    from gradmaker.compare import Comparison as Comparison, Task as Task, compare as compare
     from gradmaker.config import GradientConfig as GradientConfig
     from gradmaker.costs.layers import cost_report as cost_report
     from gradmaker.costs.prediction import cost as cost
@@ -27,6 +27,12 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time makers and confi
         CostlyMethodWarning as CostlyMethodWarning,
         SelfCheckError as SelfCheckError,
         SelfCheckWarning as SelfCheckWarning,
+    )
+    from gradmaker.fidelity import (
+        Fidelity as Fidelity,
+        FidelityAlong as FidelityAlong,
+        fidelity as fidelity,
+        fidelity_along as fidelity_along,
     )
     from gradmaker.front_door.bases import BaseOptimizerWarning as BaseOptimizerWarning
     from gradmaker.front_door.factory import CoverageWarning as CoverageWarning, optimizer as optimizer
@@ -176,7 +182,8 @@ _MODULES = {
     "CostError": "errors",
     "CostlyMethodWarning": "errors",
     "CoverageWarning": "front_door.factory",
-    "Data": "compare",
+    "Fidelity": "fidelity",
+    "FidelityAlong": "fidelity",
     "GradientConfig": "config",
     "GradientMaker": "maker",
     "METHODS": "options.registry",
@@ -188,12 +195,15 @@ _MODULES = {
     "SelfCheckError": "errors",
     "SelfCheckWarning": "errors",
     "SkippedStepWarning": "front_door.optimizer",
+    "Task": "compare",
     "Triple": "triple",
     "TripleError": "triple",
     "compare": "compare",
     "cost": "costs.prediction",
     "cost_report": "costs.layers",
     "damping_sweep": "damping_sweep",
+    "fidelity": "fidelity",
+    "fidelity_along": "fidelity",
     "from_config": "methods",
     "legality": "triple",
     "optimizer": "front_door.factory",

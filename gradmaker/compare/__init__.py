@@ -4,9 +4,11 @@ This folder implements `compare` and the command `gradmaker compare`: rows, data
 and memory, figures and report. It needs the extra ``compare``.
 """
 
-from gradmaker.compare.comparison import compare
-from gradmaker.compare.data import Data
+from gradmaker.compare.comparison import compare, write
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.result import Comparison
+from gradmaker.compare.search.budgets import Budget
+from gradmaker.compare.search.tuning import Tuning
+from gradmaker.compare.task import Metric, Task, load_task
 
-__all__ = ["Comparison", "Data", "InputError", "compare"]
+__all__ = ["Budget", "Comparison", "InputError", "Metric", "Task", "Tuning", "compare", "load_task", "write"]

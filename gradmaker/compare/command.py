@@ -11,25 +11,24 @@ import torch
 import typer
 
 from gradmaker.compare.comparison import compare as run_comparison
-from gradmaker.compare.data import NAMES, load
+from gradmaker.compare.data import NAMES
 from gradmaker.compare.errors import InputError, require_extra
-from gradmaker.compare.models import MODELS, factory
-from gradmaker.compare.presets import HIDDEN, PRESETS
+from gradmaker.compare.models import MODELS
+from gradmaker.compare.parsing import DEFAULT_METHODS, Method
+from gradmaker.compare.presets import PRESETS
 from gradmaker.compare.prices import cost
-from gradmaker.compare.rows import Method
+from gradmaker.compare.task import builtin_task
 from gradmaker.options.registry import METHODS
-from gradmaker.options.suggestions import did_you_mean
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Gradient preconditioning, compared."
 )
-ORDER = ("kfac", "shampoo")  # default rows after SGD and Adam, where they are registered
 
 
 @app.command()
 def compare(
     methods: Annotated[
-        list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files. Default: sgd adam kfac shampoo.")
+        list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files. Default: sgd torch.Adam kfac shampoo.")
     ] = None,
     data: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "digits",
     data_dir: Annotated[
@@ -62,21 +61,14 @@ def compare(
         _import(modules or ())
         if list_methods:
             return _print_methods()
-        if data not in PRESETS:
-            raise InputError(f"data={data!r}: {did_you_mean(data, PRESETS)}")
-        preset = PRESETS[data]
-        _prepare(device, preset.threads if threads is None else threads)
-        loaded = load(data, data_dir)
-        name = model or preset.model
-        widths = hidden or (preset.hidden if name == preset.model else HIDDEN.get(name, ()))
+        _prepare(device, PRESETS[data].threads if threads is None and data in PRESETS else threads)
         run_comparison(
-            factory(name, loaded, widths),
-            loaded,
+            builtin_task(data, data_dir, model, hidden),
             _methods(methods, config),
             learning_rates=lr or None,
             seeds=seeds,
-            epochs=preset.epochs if epochs is None else epochs,
-            batch_size=preset.batch_size if batch_size is None else batch_size,
+            budget=epochs,
+            batch_size=batch_size,
             momentum=momentum,
             schedule=schedule,
             device=device,
@@ -109,7 +101,7 @@ def _import(modules: Sequence[str]) -> None:
 def _methods(names: Sequence[str] | None, config: Path | None) -> list[Method]:
     """The methods of the command line and of the file; without any, the default rows."""
     chosen: list[Method] = [*(names or ()), *([config] if config else ())]
-    return chosen or ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
+    return chosen or list(DEFAULT_METHODS)
 
 
 def _prepare(device: str, threads: int | None) -> None:

@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from gradmaker.compare.cost import REFERENCE, Cost, measure
-from gradmaker.compare.data import Data, split
+from gradmaker.compare.data import Data
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.models import MODELS, factory
+from gradmaker.compare.parsing import Method, parse_rows
+from gradmaker.compare.plan_report import plan_report
 from gradmaker.compare.presets import HIDDEN, PRESETS
-from gradmaker.compare.rows import Method, Row, parse_rows
-from gradmaker.compare.trial import Setting, initial_model
+from gradmaker.compare.problem import prepare, seeded
+from gradmaker.compare.rows import Row
+from gradmaker.compare.task import Task
 from gradmaker.costs.prediction import StepCost, cost as predict, cost_of_gradient
 from gradmaker.errors import CostError
 from gradmaker.options.suggestions import did_you_mean
@@ -42,11 +44,13 @@ def prices(rows: Sequence[Row], model: Callable[[], nn.Module], batch: torch.Ten
 
 
 def _price(row: Row, model: Callable[[], nn.Module], batch: torch.Tensor) -> Price:
-    network = initial_model(model, 0, str(batch.device)).train()
+    with seeded(0, str(batch.device)):
+        network = model().to(batch.device).train()
     kind = row.optimizer_class()
 
     def optimizer(parameters: object) -> torch.optim.Optimizer:
-        return kind(parameters, lr=1e-4, **row.options)
+        made: torch.optim.Optimizer = kind(parameters, lr=1e-4, **row.options)
+        return made
 
     try:
         maker = row.build_maker(network)
@@ -58,17 +62,31 @@ def _price(row: Row, model: Callable[[], nn.Module], batch: torch.Tensor) -> Pri
 
 
 def cost(
-    model: Annotated[str, typer.Argument(help=f"One of {', '.join(MODELS)}.")],
-    methods: Annotated[list[str], typer.Argument(help="Methods, torch optimizers or YAML files.")],
+    model: Annotated[str | None, typer.Argument(help=f"One of {', '.join(MODELS)}; none with --task.")] = None,
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods, torch optimizers or YAML files.")] = None,
     data: Annotated[str, typer.Option(help=f"Shapes of which data: {', '.join(PRESETS)}.")] = "digits",
     hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer; repeat for more layers.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     measured: Annotated[bool, typer.Option("--measure", help="Measure the steps, too.")] = False,
+    task: Annotated[str | None, typer.Option(help="module:function that returns a model and the batch of a rank.")] = None,
+    world: Annotated[int, typer.Option(help="Ranks, with --task.")] = 1,
+    mesh: Annotated[str | None, typer.Option(help="Replicas x shards, as in 8x8. Default: no shards.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a rank: tells what does not fit, and what mends it.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB that a rank sends in a second.")] = None,
+    flops: Annotated[float | None, typer.Option(help="TFLOP that a rank computes in a second.")] = None,
+    reduce_at: Annotated[str, typer.Option(help="When factors are reduced to owners: refresh or measurement.")] = "refresh",
+    results: Annotated[str, typer.Option(help="What owners return: roots, gradients, or the smaller.")] = "smaller",
 ) -> None:
-    """Predict seconds and bytes of a step of each method from shapes alone, on random data."""
+    """Predict seconds and bytes of a step of each method from shapes alone, on random data; with --task, of many ranks."""
     try:
+        if task is not None:
+            given: list[Method] = [*([model] if model else []), *(methods or [])]
+            options = {"reduce_at": reduce_at, "results": results}
+            return typer.echo(plan_report(task, given, world, mesh, memory, bandwidth, flops, **options), nl=False)
+        if model is None or not methods:
+            raise InputError("give a model and methods, as in: gradmaker cost mlp kfac, or a --task")
         if data not in PRESETS:
             raise InputError(f"data={data!r}: {did_you_mean(data, PRESETS)}")
         preset, chosen = PRESETS[data], list[Method](methods)
@@ -79,11 +97,9 @@ def cost(
         widths = tuple(hidden or (preset.hidden if model == preset.model else HIDDEN.get(model, ())))
         make, rows = factory(model, shapes, widths), parse_rows(chosen)
         found = prices([REFERENCE, ADAM, *rows], make, inputs[:size].to(device))
-        names = dict.fromkeys(("loss", "data", "model", "version"), "")
-        setting = Setting(epochs=1, batch_size=size, schedule="constant", validation=0.5, device=device, **names)
         able = {row.label: row for row in rows if found[row.label].cost is not None}
-        parts = split(shapes.to(device), 0.5)
-        costs = measure(able, make, parts, F.cross_entropy, setting, lambda: None) if measured and able else {}
+        problem = prepare(Task(model=make, train=(inputs, shapes.train_targets)), device, 0.5)
+        costs = measure(able, problem, size, lambda: None) if measured and able else {}
         Console().print(table(rows, found, costs, measured))
         for row in rows:
             if found[row.label].cost is None:

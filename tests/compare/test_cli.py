@@ -77,7 +77,7 @@ def test_methods_of_a_module_of_the_user(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command._methods(None, None)[:2] == ["sgd", "adam"]
+    assert command._methods(None, None)[:2] == ["sgd", "torch.Adam"]
     assert command._methods(["kfac"], None) == ["kfac"]
 
 
@@ -90,7 +90,7 @@ def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--lr", "0"], "expected positive numbers"),
         (["--lr", "-1"], "expected positive numbers"),
         (["--seeds", "0"], "at least one seed"),
-        (["--epochs", "0"], "epochs=0: expected an integer of at least 1"),
+        (["--epochs", "0"], "budget=0: expected a positive number of epochs"),
         (["--hidden", "0"], "hidden=[0]: expected widths of at least 1"),
         (["--threads", "0"], "threads=0: expected an integer of at least 1"),
         (["--device", "abacus"], "cannot be used"),

@@ -293,7 +293,7 @@ def test_parts_are_in_the_table_of_legal_triples() -> None:
 
 def test_rows_of_the_comparison() -> None:
     pytest.importorskip("yaml")
-    from gradmaker.compare.rows import parse_rows
+    from gradmaker.compare.parsing import parse_rows
 
     for name, options in OPTIONS.items():
         load(name)
@@ -318,18 +318,17 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
 def test_a_comparison_trains_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    from gradmaker.compare import Data, compare as run
+    from gradmaker.compare import Task, compare as run
 
     load("method")
     x = torch.randn(40, 5)
     t = (x[:, 0] > 0).long()
     found = run(
-        lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)),
-        Data("tiny", x[:30], t[:30], x[30:], t[30:]),
+        Task(model=nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), train=(x[:30], t[:30]), test=(x[30:], t[30:])),
         ["exact_small"],
         out=tmp_path,
         seeds=1,
-        epochs=1,
+        budget=1,
         batch_size=10,
         learning_rates=[0.1],
         progress=False,
