@@ -51,8 +51,8 @@ class Comparison:
     @classmethod
     def from_json(cls, path: str | Path) -> "Comparison":
         """The comparison that a results.json holds. InputError for a file without one."""
-        path = Path(path)
-        content = read_results(path / "results.json" if path.is_dir() else path)
+        path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+        content = read_results(path)
         stored = content.get("comparison")
         if not stored:
             raise InputError(f"{str(path)!r} holds no comparison that came to an end: run it again")
