@@ -12,7 +12,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner, Result
 
 from gradmaker import METHODS
-from gradmaker.compare import command, cost as cost_module
+from gradmaker.commands import app as command, options
+from gradmaker.compare import cost as cost_module
 
 SHORT = ["--epochs", "1", "--seeds", "1", "--threads", "1", "--hidden", "16", "--lr", "0.1"]
 
@@ -21,7 +22,7 @@ SHORT = ["--epochs", "1", "--seeds", "1", "--threads", "1", "--hidden", "16", "-
 def short_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_module, "ROUNDS", 3)
     monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)
-    monkeypatch.setattr(command.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(options.torch, "set_num_threads", lambda count: None)
     monkeypatch.setenv("COLUMNS", "200")
 
 

@@ -56,7 +56,7 @@ FLOORS = (
     Floor(("maker", "measuring", "planned", "preconditioner")),
     Floor(("methods",)),
     Floor(("damping_sweep", "front_door")),
-    Floor((INIT, "__main__", "cli", "compare")),
+    Floor((INIT, "__main__", "cli", "commands", "compare", "step_costs")),
 )
 
 
