@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradmaker import METHODS
-from gradmaker.compare.cost import REFERENCE, Bench, machine, measure
-from gradmaker.compare.data import Data, Split, split
-from gradmaker.compare.rows import Row, parse_rows
-from gradmaker.compare.trial import Setting
+from gradmaker.compare import Task
+from gradmaker.compare.cost import CALLS, REFERENCE, Bench, machine, measure
+from gradmaker.compare.parsing import parse_rows
+from gradmaker.compare.problem import Problem, prepare
+from gradmaker.compare.rows import Row
 
 LEFT_OUT = (
     "gradient",
@@ -68,19 +69,19 @@ class Attention(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
 
-def images(count: int, *shape: int) -> Data:
+def images(count: int, *shape: int) -> tuple[Tensor, Tensor]:
     """Random images with random labels of ten classes: costs do not depend on what they show."""
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(count, *shape, generator=generator), torch.randint(10, (count,), generator=generator)
-    return Data("random", x, t, x[:64], t[:64])
+    return x, t
 
 
-def tokens(count: int, length: int) -> Data:
+def tokens(count: int, length: int) -> tuple[Tensor, Tensor]:
     """Random sequences of tokens with one label."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(1000, (count, length), generator=generator)
     t = torch.randint(20, (count,), generator=generator)
-    return Data("random", x, t, x[:64], t[:64])
+    return x, t
 
 
 def mlp() -> nn.Module:
@@ -96,16 +97,16 @@ def conv() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 10))
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Data, int]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], int]] = {
     "MLP 784-512-512-10, batch 512": (mlp, images(4096, 1, 28, 28), 512),
     "3 convolutions on 32x32, batch 64": (conv, images(512, 3, 32, 32), 64),
     "2-layer Transformer, width 128, 32 tokens, batch 64": (Transformer, tokens(512, 32), 64),
 }
 
 
-def flops(row: Row, model: Callable[[], nn.Module], parts: Split, setting: Setting) -> float:
+def flops(row: Row, problem: Problem, batch: int) -> float:
     """FLOPs of matrix products in a step, averaged over a period after warm-up."""
-    bench = Bench(row, model, parts, F.cross_entropy, setting)
+    bench = Bench(row, problem, problem.first_calls(batch, CALLS))
     config = getattr(bench.session.maker, "config", None)
     bench.run(getattr(config, "warmup_steps", 0) + 1)
     period = max([getattr(config, f"{k}_interval", 1) for k in ("curvature", "preconditioner")])
@@ -129,22 +130,11 @@ def main(
     for name, (model, data, batch) in CASES.items():
         if case not in name:
             continue
-        parts = split(data, 0.1)
-        setting = Setting(
-            epochs=1,
-            batch_size=batch,
-            schedule="constant",
-            validation=0.1,
-            device=device,
-            loss="",
-            data="",
-            model=case,
-            version="",
-        )
-        costs = measure({row.label: row for row in rows}, model, parts, F.cross_entropy, setting, lambda: None)
-        base = flops(REFERENCE, model, parts, setting)
+        problem = prepare(Task(model=model, train=data), device)
+        costs = measure({row.label: row for row in rows}, problem, batch, lambda: None)
+        base = flops(REFERENCE, problem, batch)
         results[name] = {
-            row.label: {**costs[row.label].as_dict(), "flop_ratio": flops(row, model, parts, setting) / base} for row in rows
+            row.label: {**costs[row.label].as_dict(), "flop_ratio": flops(row, problem, batch) / base} for row in rows
         }
         print(name, json.dumps(results[name], indent=1))
     facts = machine(device)

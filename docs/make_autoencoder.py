@@ -150,13 +150,13 @@ def draw(saved: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    from gradmaker.compare.plots import PALETTE, STYLE
+    from gradmaker.reporting.palette import LIGHT, STYLE
 
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2, sharey=True)
-        for (row, found), colour in zip(rows_of(saved).items(), PALETTE, strict=False):
+        for (row, found), colour in zip(rows_of(saved).items(), LIGHT, strict=False):
             dash = "--" if is_baseline(found) else "-"
             for axes, across in zip(panels, (_seconds, _epochs), strict=True):
                 _line(axes, found, [across(p, found[0], saved) for p in mean_curve(found)], color=colour, ls=dash, label=row)

@@ -8,6 +8,8 @@ from typer.core import TyperGroup
 from gradmaker.commands.compare import compare
 from gradmaker.commands.cost import cost
 from gradmaker.commands.methods import methods
+from gradmaker.commands.show import show
+from gradmaker.commands.train import train
 from gradmaker.compare.errors import InputError
 from gradmaker.version import __version__
 
@@ -71,5 +73,5 @@ def _main(
     pass
 
 
-for subcommand in (compare, cost, methods):
+for subcommand in (compare, cost, train, methods, show):
     app.command()(subcommand)

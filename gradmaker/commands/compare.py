@@ -28,20 +28,18 @@ from gradmaker.commands.options import (
 )
 from gradmaker.commands.settings import as_yaml, given_as_data, settings, write_config
 from gradmaker.compare.comparison import compare as run_comparison
-from gradmaker.compare.result import Comparison
-from gradmaker.options.registry import METHODS
+from gradmaker.compare.errors import InputError
+from gradmaker.compare.parsing import DEFAULT_METHODS
+from gradmaker.options.yaml_text import parse_yaml
 
 __all__ = ["compare"]
-
-ORDER = ("kfac", "shampoo")  # default rows after SGD and Adam, where they are registered
-TRAINED = "finished"
 
 
 def compare(
     ctx: typer.Context,
     methods: Annotated[
         list[str] | None,
-        typer.Argument(help="Methods, torch optimizers or YAML files of them. Default: sgd adam kfac shampoo."),
+        typer.Argument(help="Methods, torch optimizers or YAML files of them. Default: sgd torch.Adam kfac shampoo."),
     ] = None,
     task: TaskPath = None,
     data: DataName = "digits",
@@ -58,11 +56,11 @@ def compare(
     tuning: Annotated[
         str | None, typer.Option(help="How options are searched: grid, random, optuna, or a YAML file. Default: grid.")
     ] = None,
-    vary_batch_size: Annotated[
-        list[int] | None, typer.Option(help="Train with this batch size, too, all else as selected; repeat for more.")
-    ] = None,
-    vary_interval: Annotated[
-        list[int] | None, typer.Option(help="Train with this interval of measurements and refreshes, too; repeat for more.")
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An option and values that are trained, too, all else as selected: batch_size=32,128 or interval=1,10; repeat."
+        ),
     ] = None,
     target: Annotated[float | None, typer.Option(help="Value of the metric for steps and seconds to a target.")] = None,
     momentum: Annotated[
@@ -87,20 +85,19 @@ def compare(
     refused, fails or diverges is a row that says so.
 
     \b
-    gradmaker compare sgd adam kfac --data mnist --epochs 5
+    gradmaker compare sgd torch.Adam kfac --data mnist --epochs 5
     gradmaker compare sgd kfac --task my_module:make_task --budget '500 steps'
     gradmaker compare --config runs/digits/config.yaml --seeds 5
     """  # noqa: D301 - the \b keeps the lines of the paragraph apart
     import_modules(modules or ())
     prepare(device, threads_of(data, task, threads))
     chosen = task_of(task, data, data_dir, model, hidden)
-    rows = given_as_data(ctx, "methods", methods) or _default_rows()
+    rows = given_as_data(ctx, "methods", methods) or list(DEFAULT_METHODS)
     length = budget or (f"{epochs} epochs" if epochs is not None else chosen.options.get("budget", "20 epochs"))
     folder = out or Path("runs") / chosen.name
-    vary = _varied(given_as_data(ctx, "vary", None), vary_batch_size, vary_interval)
+    varied = given_as_data(ctx, "vary", _varied(vary or ()))
     search = given_as_data(ctx, "tuning", tuning) or "grid"
-    size = chosen.batch_size if batch_size is None else batch_size
-    whole = settings(ctx, methods=rows, budget=length, epochs=None, batch_size=size, tuning=search, vary=vary, out=folder)
+    whole = settings(ctx, methods=rows, budget=length, epochs=None, tuning=search, vary=varied, out=folder)
     if print_config:
         return typer.echo(as_yaml(whole), nl=False)
     write_config(whole, folder)
@@ -111,11 +108,11 @@ def compare(
         tuning=search,
         budget=length,
         seeds=seeds,
-        batch_size=size,
+        batch_size=batch_size,
         momentum=momentum,
         schedule=schedule,
         validation=validation,
-        vary=vary,
+        vary=varied,
         target=target,
         workers=workers or None,
         tensorboard=tensorboard,
@@ -124,22 +121,17 @@ def compare(
         progress=not quiet,
         command=shlex.join(["gradmaker", *sys.argv[1:]]),
     )
-    if not trained(found):
+    if not found.trained:
         typer.echo("error: nothing trained: every training was refused, failed or diverged; the report says why", err=True)
         raise typer.Exit(1)
 
 
-def trained(found: Comparison) -> bool:
-    """Whether a training of any row ended well."""
-    return any(record.status == TRAINED for row in found.rows for record in (*row.search, *row.finals))
-
-
-def _default_rows() -> list[str]:
-    return ["sgd", "adam", *(name for name in ORDER if name in METHODS)]
-
-
-def _varied(given: Any, sizes: Sequence[int] | None, intervals: Sequence[int] | None) -> dict[str, list[int]] | None:
-    """The settings that are varied: of the file, and of the command line, which goes before."""
-    options = {"batch_size": list(sizes or ()), "interval": list(intervals or ())}
-    made = {**(given or {}), **{name: values for name, values in options.items() if values}}
-    return made or None
+def _varied(given: Sequence[str]) -> dict[str, list[Any]]:
+    """Options with their values, from `name=value,value`. InputError for other text."""
+    made = {}
+    for text in given:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise InputError(f"vary={text!r}: expected an option and values, as in batch_size=32,128")
+        made[name.strip().replace("-", "_")] = [parse_yaml(value) for value in values.split(",")]
+    return made

@@ -24,8 +24,9 @@ from gradmaker.commands.options import (
 from gradmaker.commands.settings import as_yaml, given_as_data, settings, write_config
 from gradmaker.compare.cost import REFERENCE
 from gradmaker.compare.errors import InputError
+from gradmaker.compare.parsing import DEFAULT_METHODS, parse_rows
 from gradmaker.compare.presets import PRESETS
-from gradmaker.compare.rows import Row, parse_rows
+from gradmaker.compare.rows import Row
 from gradmaker.step_costs.cell import Cell, How
 from gradmaker.step_costs.pages import write
 from gradmaker.step_costs.predicted import Predicted, predicted
@@ -35,14 +36,13 @@ from gradmaker.step_costs.subjects import Subject, builtin, of_task
 __all__ = ["cost"]
 
 ADAM = Row(label="Adam of torch", maker=None, optimizer="Adam", learning_rates=(1e-3,))
-DEFAULT = ("sgd", "adam", "kfac", "shampoo")
 
 
 def cost(
     ctx: typer.Context,
     methods: Annotated[
         list[str] | None,
-        typer.Argument(help="Methods, torch optimizers or YAML files of them. Default: sgd adam kfac shampoo."),
+        typer.Argument(help="Methods, torch optimizers or YAML files of them. Default: sgd torch.Adam kfac shampoo."),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -84,7 +84,7 @@ def cost(
     """  # noqa: D301 - the \b keeps the lines of the paragraph apart
     import_modules(modules or ())
     prepare(device, threads)
-    entries = given_as_data(ctx, "methods", methods) or list(DEFAULT)
+    entries = given_as_data(ctx, "methods", methods) or list(DEFAULT_METHODS)
     sizes = tuple(batch_size or ([PRESETS[data].batch_size] if data in PRESETS else [64]))
     intervals = tuple(interval or ((1, 10, 100) if measure else ()))
     _check(sizes, intervals, windows)

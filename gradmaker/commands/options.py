@@ -103,6 +103,4 @@ def task_of(task: str | None, data: str, data_dir: Path | None, model: str | Non
         return builtin_task(data, data_dir, model, hidden)
     if model or hidden:
         raise InputError("--task brings its own model: leave --model and --hidden out")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     return load_task(task)

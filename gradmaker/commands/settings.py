@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from gradmaker.compare.errors import InputError
-from gradmaker.compare.rows import read_yaml
+from gradmaker.compare.parsing import read_yaml
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.version import __version__
 
@@ -16,7 +16,7 @@ __all__ = ["as_yaml", "given_as_data", "read_config", "settings", "write_config"
 CONFIG = "config.yaml"
 NOT_KEPT = ("config", "print_config", "quiet", "list_methods", "version")
 """Options that say how a run is started, not what it does."""
-DATA = ("methods", "tuning", "vary", "approximations", "tasks")
+DATA = ("method", "methods", "tuning", "vary", "approximations", "tasks")
 """Options that a file may give as lists and mappings, which a command line cannot."""
 KEY = "gradmaker"
 

@@ -4,10 +4,11 @@ This folder implements `compare` and the command `gradmaker compare`: rows, data
 and memory, figures and report. It needs the extra ``compare``.
 """
 
-from gradmaker.compare.comparison import compare
+from gradmaker.compare.comparison import compare, write
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.result import Comparison
+from gradmaker.compare.search.budgets import Budget
+from gradmaker.compare.search.tuning import Tuning
 from gradmaker.compare.task import Metric, Task, load_task
-from gradmaker.compare.tuning import Budget, Tuning
 
-__all__ = ["Budget", "Comparison", "InputError", "Metric", "Task", "Tuning", "compare", "load_task"]
+__all__ = ["Budget", "Comparison", "InputError", "Metric", "Task", "Tuning", "compare", "load_task", "write"]

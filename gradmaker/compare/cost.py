@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -16,11 +16,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
-from gradmaker.compare.data import Split
+from gradmaker.compare.batches.reading import Call
+from gradmaker.compare.problem import Problem, synchronize
 from gradmaker.compare.rows import Row
-from gradmaker.compare.trial import Loss, Session, Setting, batch_order, initial_model, synchronize
+from gradmaker.compare.trial import Session
 
 ROUNDS = 15
 SECONDS = 4.0  # measuring time of a row; it bounds the number of rounds, of which there are at least three
@@ -30,6 +30,7 @@ WARM_UP = 200
 WARMING = ("start_step", "warmup_steps")
 INTERVALS = ("curvature_interval", "preconditioner_interval")
 REFERENCE = Row(label="plain SGD", maker=None, optimizer="SGD", options={"momentum": 0.9}, learning_rates=(1e-3,))
+CALLS = 50  # most batches of the timed steps, which are held in memory
 RATE = 1e-4  # learning rate of timed steps, small so that they do not diverge
 MEMORY_NOTE = {
     "cpu": "highest sum of live CPU tensor bytes (model, gradients, optimizer and maker state, temporaries; not the data) "
@@ -53,13 +54,11 @@ class Cost:
 
 
 class Bench:
-    """A row that is timed: its own copy of the model, and the batches that all rows share."""
+    """A row that is timed: its own copy of the model, and calls that all rows share."""
 
-    def __init__(self, row: Row, model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting) -> None:
-        self.split, self.device = split, setting.device
-        network = initial_model(model, 0, setting.device).train()
-        self.session = Session(row, network, RATE, loss, 1, "constant")
-        self.order = batch_order(len(split.train[0]), setting.batch_size, 0, 0, setting.device)
+    def __init__(self, row: Row, problem: Problem, calls: Sequence[Call]) -> None:
+        self.device, self.calls = problem.device, calls
+        self.session = Session(row, problem.initial_model(0).train(), RATE, problem.loss)
         config = getattr(self.session.maker, "config", None)
         intervals = [getattr(config, name, 1) for name in INTERVALS]
         # a scheduled interval is no number: its refreshes are averaged over the longest block
@@ -80,29 +79,22 @@ class Bench:
         synchronize(self.device)
         start = perf_counter()
         for _ in range(steps):
-            rows = self.order[self.done % len(self.order)]
-            self.session.step(self.split.train[0][rows], self.split.train[1][rows])
+            self.session.step(self.calls[self.done % len(self.calls)])
             self.done += 1
         synchronize(self.device)
         return (perf_counter() - start) / steps
 
 
-def measure(
-    rows: Mapping[str, Row],
-    model: Callable[[], nn.Module],
-    split: Split,
-    loss: Loss,
-    setting: Setting,
-    tick: Callable[[], None],
-) -> dict[str, Cost]:
+def measure(rows: Mapping[str, Row], problem: Problem, batch_size: int, tick: Callable[[], None]) -> dict[str, Cost]:
     """Measure the cost of every row; returns costs by the keys of `rows`.
 
     Args:
         tick: called after each measured row and round.
     """
-    peak = {key: peak_bytes(row, model, split, loss, setting) for key, row in rows.items()}
-    reference = peak_bytes(REFERENCE, model, split, loss, setting)
-    seconds, ratio = _timed(rows, model, split, loss, setting, tick)
+    calls = problem.first_calls(batch_size, CALLS)
+    peak = {key: peak_bytes(row, problem, calls) for key, row in rows.items()}
+    reference = peak_bytes(REFERENCE, problem, calls)
+    seconds, ratio = _timed(rows, problem, calls, tick)
     return {
         key: Cost(seconds[key], ratio[key], bytes_, bytes_ / reference if bytes_ and reference else None)
         for key, bytes_ in peak.items()
@@ -115,16 +107,11 @@ def is_reference(row: Row) -> bool:
 
 
 def _timed(
-    rows: Mapping[str, Row],
-    model: Callable[[], nn.Module],
-    split: Split,
-    loss: Loss,
-    setting: Setting,
-    tick: Callable[[], None],
+    rows: Mapping[str, Row], problem: Problem, calls: Sequence[Call], tick: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds and ratios over rounds. In a round, a block of the row is between two blocks of SGD: drift cancels."""
-    reference = Bench(REFERENCE, model, split, loss, setting)
-    benches = {key: Bench(row, model, split, loss, setting) for key, row in rows.items()}
+    reference = Bench(REFERENCE, problem, calls)
+    benches = {key: Bench(row, problem, calls) for key, row in rows.items()}
     for bench in (reference, *benches.values()):
         bench.prepare()
     seconds: dict[str, list[float]] = {key: [] for key in rows}
@@ -143,18 +130,18 @@ def _timed(
     return {key: median(values) for key, values in seconds.items()}, {key: median(values) for key, values in ratios.items()}
 
 
-def peak_bytes(row: Row, model: Callable[[], nn.Module], split: Split, loss: Loss, setting: Setting) -> int | None:
+def peak_bytes(row: Row, problem: Problem, calls: Sequence[Call]) -> int | None:
     """Peak memory of building the row and running steps with a refresh of the preconditioner; None elsewhere."""
     if is_reference(row):
         row = REFERENCE
     gc.collect()
 
     def work() -> None:
-        bench = Bench(row, model, split, loss, setting)
+        bench = Bench(row, problem, calls)
         bench.run(min(bench.block, 10) + 1)
         bench.session.close()
 
-    return peak_of(work, setting.device)
+    return peak_of(work, problem.device)
 
 
 def peak_of(work: Callable[[], None], device: str) -> int | None:

@@ -1,6 +1,5 @@
 """Data sets as four tensors: digits of scikit-learn, and MNIST and CIFAR-10 from the hub or a local folder."""
 
-import hashlib
 import io
 import os
 from dataclasses import dataclass, replace
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmaker.compare.batches.sources import SPLIT_SEED
 from gradmaker.compare.errors import InputError, require_extra
 from gradmaker.options.suggestions import did_you_mean
 
-SPLIT_SEED = 0  # splits are part of the data: they are the same in every run and for every method
 IMAGES = {"mnist": ("ylecun/mnist", "image"), "cifar10": ("uoft-cs/cifar10", "img")}  # hub name, image column
 NAMES = ("digits", *IMAGES)
 
@@ -33,47 +32,6 @@ class Data:
             inputs, targets = getattr(self, f"{part}_inputs"), getattr(self, f"{part}_targets")
             if len(inputs) != len(targets) or not len(inputs):
                 raise InputError(f"data {self.name!r}: {len(inputs)} {part} inputs do not match {len(targets)} {part} targets")
-
-    @property
-    def classes(self) -> bool:
-        """Whether the targets are class indices."""
-        return not self.train_targets.is_floating_point()
-
-    def to(self, device: torch.device | str) -> "Data":
-        """The same data on another device."""
-        return Data(self.name, *(tensor.to(device) for tensor in self._tensors()))
-
-    def fingerprint(self) -> str:
-        """A hash of all values, which distinguishes data sets of one name."""
-        digest = hashlib.blake2b(digest_size=8)
-        for tensor in self._tensors():
-            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.train_inputs, self.train_targets, self.test_inputs, self.test_targets
-
-
-@dataclass(frozen=True)
-class Split:
-    """Inputs and targets for training, validation (selects the learning rate) and test (is reported)."""
-
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def split(data: Data, fraction: float) -> Split:
-    """Hold out a random `fraction` of the training samples, the same in every run. InputError where a part is empty."""
-    size = len(data.train_inputs)
-    held = max(1, round(fraction * size))
-    if not 0 < fraction < 1 or held >= size:
-        raise InputError(f"validation={fraction}: expected a fraction in (0, 1) that splits {size} samples in two parts")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(SPLIT_SEED)).to(data.train_inputs.device)
-    held_out, kept = order[:held], order[held:]
-    pick = {name: (data.train_inputs[rows], data.train_targets[rows]) for name, rows in (("train", kept), ("held", held_out))}
-    return Split(pick["train"], pick["held"], (data.test_inputs, data.test_targets))
 
 
 def load(name: str, folder: str | Path | None = None) -> Data:

@@ -18,7 +18,7 @@ class Preset:
 
 
 PRESETS = {
-    "digits": Preset((1, 8, 8), "mlp", (128, 128), 20, 64, threads=1),  # layers this small are slower with a second thread
+    "digits": Preset((1, 8, 8), "mlp", (32, 32), 20, 64, threads=1),  # small enough for methods with one dense matrix
     "mnist": Preset((1, 28, 28), "mlp", (512, 512), 5, 512),  # the MLP of the case study of Osawa et al. 2023, arXiv:2305.04684
     "cifar10": Preset((3, 32, 32), "conv", (32, 64, 128), 10, 256),
 }

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +17,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from gradmaker.compare.result import Comparison, RowResult, count
+from gradmaker.compare.result import Comparison
+from gradmaker.compare.row_result import RowResult, count
+from gradmaker.compare.trial import Record
 
 
 class Board:
@@ -27,7 +30,7 @@ class Board:
         self.total = progress.add_task("trials", total=trials, loss="")
         self.running = progress.add_task("", total=None, visible=False, loss="")
 
-    def start(self, name: str, steps: int) -> None:
+    def start(self, name: str, steps: int | None) -> None:
         """Start the bar of a trial, or of the measurement of costs."""
         self.progress.reset(self.running, description=name, total=steps, visible=True, loss="")
 
@@ -60,23 +63,31 @@ def board(trials: int, shown: bool) -> Iterator[Board]:
         yield Board(progress, trials)
 
 
-def print_selection(console: Console, result: RowResult) -> None:
-    """Print the selected learning rate of a row and the results of its search."""
-    rates = ", ".join(f"{r.learning_rate:g}: {_outcome(result, r.learning_rate)}" for r in result.search)
-    console.print(f"[bold]{result.row.label}[/]  lr [bold]{result.learning_rate:g}[/]  [dim]({rates})[/]", highlight=False)
+def print_selection(console: Console, result: RowResult, metric: str) -> None:
+    """Print the selected options of a row and the results of its search."""
+    tried = ", ".join(f"{_options(r)}: {_outcome(r, metric)}" for r in result.search)
+    console.print(f"[bold]{result.row.label}[/]  lr [bold]{result.learning_rate:g}[/]  [dim]({tried})[/]", highlight=False)
 
 
-def _outcome(result: RowResult, rate: float) -> str:
-    record = next(r for r in result.search if r.learning_rate == rate)
+def print_refusal(console: Console, result: RowResult) -> None:
+    """Print why a row is not trained."""
+    console.print(f"[bold]{result.row.label}[/]  refused: {escape(result.refusal)}", highlight=False, soft_wrap=True)
+
+
+def _options(record: Record) -> str:
+    return ", ".join([f"{record.learning_rate:g}", *(f"{name} {value}" for name, value in record.parameters.items())])
+
+
+def _outcome(record: Record, metric: str) -> str:
     if record.status != "finished":
         return record.status
-    accuracy = record.end("validation_accuracy")
-    return f"{100 * accuracy:.2f} %" if accuracy == accuracy else f"loss {record.end('validation_loss'):.4g}"
+    value = record.end("validation", metric)
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{metric} {value:.4g}"
 
 
 def print_summary(console: Console, comparison: Comparison) -> None:
     """Print the summary table, its notes and the path of the report."""
-    sizes = count(len(comparison.seeds), "seed"), count(comparison.setting.epochs, "epoch")
+    sizes = count(len(comparison.seeds), "seed"), comparison.setting.budget
     table = Table(title=", ".join((comparison.data["name"], *sizes, *([] if comparison.complete else ["interrupted"]))))
     for column, heading in enumerate(comparison.headings[:-1]):
         table.add_column(heading, justify="right" if column else "left", no_wrap=column < 3, overflow="fold")
@@ -85,10 +96,12 @@ def print_summary(console: Console, comparison: Comparison) -> None:
     console.print(table)
     for result in comparison.measured:
         if note := result.cells()[-1]:
-            console.print(f"  {result.row.label}: {note}", highlight=False)
+            console.print(f"  {result.row.label}: {escape(note)}", highlight=False)
+    for sentence in comparison.verdict():
+        console.print(f"  {escape(sentence)}", highlight=False)
     console.print(f"  report: {_relative(comparison.files['html'])}", highlight=False, soft_wrap=True)
-    others = ", ".join(path.name for name, path in comparison.files.items() if name != "html")
-    console.print(f"  beside it: {others}", style="dim", highlight=False)
+    others = ", ".join(path.name for name, path in comparison.files.items() if name != "html" and path.parent == comparison.out)
+    console.print(f"  beside it: {others}, figures as SVG and PDF", style="dim", highlight=False)
 
 
 def print_resume(console: Console, out: Path, command: str) -> None:

@@ -1,106 +1,22 @@
-"""The result of a comparison: selected learning rate and trials of every row, and the summary table."""
+"""The result of a comparison: all rows with their settings, tests between them, and what is saved and read again."""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from gradmaker.compare.cost import Cost
-from gradmaker.compare.rows import Row
+from gradmaker.compare import verdicts
+from gradmaker.compare.answer import Found, sentences
+from gradmaker.compare.errors import InputError
+from gradmaker.compare.row_result import HEADINGS, RowResult, mean
+from gradmaker.compare.saved import row_from_plain, row_to_plain
+from gradmaker.compare.store import read_results
 from gradmaker.compare.trial import Record, Setting
 from gradmaker.compare.verdicts import Difference, Point, Reach, Sensitivity
 
-SELECTION = (
-    "The learning rate of every row is the one whose training with the first seed ends with the highest validation accuracy "
-    "(ties: the lowest validation loss); without classes, with the lowest validation loss. Validation samples are held out of "
-    "the training set. Test samples choose nothing. Diverged and failed trainings are never chosen while another ended well."
-)
-HEADINGS = {
-    "method": "method",
-    "learning_rate": "lr",
-    "test": "test accuracy",
-    "train_loss": "train loss",
-    "step_ratio": "step time / SGD",
-    "memory_ratio": "memory / SGD",
-    "seconds": "time",
-    "note": "note",
-}
-
-
-@dataclass
-class RowResult:
-    """A row and its trials: `search` over options with the first seed, `finals` over seeds at the selected ones.
-
-    Args:
-        refusal: why the row cannot be trained at all; it has no trials then.
-        chosen: the selected options besides the learning rate.
-    """
-
-    row: Row
-    config: dict[str, Any]
-    search: list[Record] = field(default_factory=list)
-    finals: list[Record] = field(default_factory=list)
-    learning_rate: float | None = None
-    cost: Cost | None = None
-    refusal: str = ""
-    chosen: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def finished(self) -> list[Record]:
-        """The trainings of `finals` that finished without divergence or failure."""
-        return [record for record in self.finals if record.status == "finished"]
-
-    def summary(self) -> dict[str, Any]:
-        """A line of results.csv: means and sample standard deviations over finished seeds."""
-        accuracy, loss = ([r.end(name) for r in self.finished] for name in ("test_accuracy", "test_loss"))
-        return {
-            "method": self.row.label,
-            "learning_rate": self.learning_rate,
-            "seeds": len(self.finals),
-            "finished": len(self.finished),
-            "test_accuracy": mean(accuracy),
-            "test_accuracy_std": deviation(accuracy),
-            "test_loss": mean(loss),
-            "test_loss_std": deviation(loss),
-            "train_loss": mean([r.end("train_loss") for r in self.finished]),
-            "step_ratio": self.cost.step_ratio if self.cost else None,
-            "step_seconds": self.cost.step_seconds if self.cost else None,
-            "memory_ratio": self.cost.memory_ratio if self.cost else None,
-            "peak_bytes": self.cost.peak_bytes if self.cost else None,
-            "seconds": mean([r.epoch_time[-1] for r in self.finished]),
-            "note": "; ".join(self._notes()),
-        }
-
-    def cells(self) -> list[str]:
-        """The summary as text, in the order of `HEADINGS`."""
-        line = self.summary()
-        test = _deviating(line["test_accuracy"], line["test_accuracy_std"], 100, ".2f", " %")
-        if line["test_accuracy"] is None:
-            test = _deviating(line["test_loss"], line["test_loss_std"], 1, ".4g", " (loss)")
-        if 0 < line["finished"] < line["seeds"]:
-            test += f" ({line['finished']}/{line['seeds']})"
-        return [
-            line["method"],
-            _number(line["learning_rate"], "g"),
-            test,
-            _number(line["train_loss"], ".2g"),
-            _number(line["step_ratio"], ".2f"),
-            _number(line["memory_ratio"], ".2f"),
-            _number(line["seconds"], ".1f", " s"),
-            line["note"],
-        ]
-
-    def _notes(self) -> Iterable[str]:
-        for status in ("diverged", "failed"):
-            if bad := [record for record in self.finals if record.status == status]:
-                yield f"{len(bad)} of {count(len(self.finals), 'seed')} {status}"
-            if bad := [record for record in self.search if record.status == status]:
-                yield f"{status} at lr {', '.join(f'{record.learning_rate:g}' for record in bad)}"
-        grid = sorted(self.row.learning_rates)
-        if self.finished and len(grid) > 1 and self.learning_rate in (grid[0], grid[-1]):
-            yield "lr at the edge of its grid"
+KEPT = ("seeds", "model", "data", "machine", "command", "metric", "higher", "tuning", "target", "complete")
+OWN = ("budget", "batch_size", "schedule", "validation", "loss", "metrics", "data")  # of a setting, which rows must share
 
 
 @dataclass
@@ -108,6 +24,8 @@ class Comparison:
     """All rows, their settings, and the paths of the report.
 
     Args:
+        metric: name of the metric that selects and is tested; `higher` says whether a higher value is better.
+        tuning: how options were searched.
         files: paths of outputs by name (html, markdown, csv, json and the plots).
         complete: False when the run was interrupted.
     """
@@ -120,90 +38,146 @@ class Comparison:
     data: dict[str, Any]
     machine: dict[str, Any]
     command: str
-    classes: bool
+    metric: str
+    higher: bool
+    tuning: dict[str, Any] = field(default_factory=dict)
+    target: float | None = None
     files: dict[str, Path] = field(default_factory=dict)
     complete: bool = True
     sensitivity: list[Sensitivity] = field(default_factory=list)
 
-    def table(self) -> list[dict[str, Any]]:
-        """The summary of every row that has a finished or diverged training."""
-        return [result.summary() for result in self.measured]
-
     @classmethod
     def from_json(cls, path: str | Path) -> "Comparison":
-        """The comparison that a results.json holds; `write_report` writes its report again."""
-        raise NotImplementedError
+        """The comparison that a results.json holds. InputError for a file without one."""
+        path = Path(path)
+        content = read_results(path / "results.json" if path.is_dir() else path)
+        stored = content.get("comparison")
+        if not stored:
+            raise InputError(f"{str(path)!r} holds no comparison that came to an end: run it again")
+        records = {key: Record(**record) for key, record in content["trials"].items()}
+        kept = {name: stored[name] for name in KEPT}
+        setting = Setting(**{**stored["setting"], "metrics": tuple(stored["setting"]["metrics"])})
+        rows = [row_from_plain(row, records) for row in stored["rows"]]
+        varied = [Sensitivity(**line) for line in stored["sensitivity"]]
+        kept["seeds"] = tuple(kept["seeds"])
+        return cls(rows=rows, setting=setting, out=path.resolve().parent, sensitivity=varied, **kept)
+
+    def plain(self) -> dict[str, Any]:
+        """What `from_json` reads, in types of JSON; trainings by their keys."""
+        return {
+            **{name: getattr(self, name) for name in KEPT},
+            "setting": asdict(self.setting),
+            "rows": [row_to_plain(result) for result in self.rows],
+            "sensitivity": [asdict(line) for line in self.sensitivity],
+        }
 
     def merge(self, *others: "Comparison") -> "Comparison":
         """One comparison with the rows of all. InputError where settings differ or two rows have one label."""
-        raise NotImplementedError
+        for other in others:
+            for name in OWN:
+                own, given = getattr(self.setting, name), getattr(other.setting, name)
+                if own != given:
+                    raise InputError(f"comparisons of different {name} cannot be merged: {own!r} and {given!r}")
+        rows = [result for comparison in (self, *others) for result in comparison.rows]
+        labels = [result.row.label for result in rows]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise InputError(f"two rows are called {twice!r}: give one of them another label")
+        seeds = tuple(dict.fromkeys(seed for comparison in (self, *others) for seed in comparison.seeds))
+        varied = [line for comparison in (self, *others) for line in comparison.sensitivity]
+        complete = all(comparison.complete for comparison in (self, *others))
+        return replace(self, rows=rows, seeds=seeds, sensitivity=varied, complete=complete, files={}, command="")
+
+    def table(self) -> list[dict[str, Any]]:
+        """The summary of every row."""
+        return [result.summary() for result in self.measured]
 
     @property
     def trained(self) -> bool:
         """Whether any training finished without divergence or failure."""
         return any(result.finished for result in self.rows)
 
-    def differences(self) -> list[Difference]:
-        """Paired tests between all pairs of rows, on the metric over common seeds."""
-        raise NotImplementedError
-
-    def reaches(self, target: float | None = None) -> list[Reach]:
-        """Steps and seconds to a target of the metric; None: the worst end of a row that is no outlier."""
-        raise NotImplementedError
-
-    def pareto(self, cost: str = "seconds") -> list[Point]:
-        """All rows as metric against `seconds`, `step_ratio` or `memory_ratio`, with the front marked."""
-        raise NotImplementedError
-
-    def verdict(self) -> list[str]:
-        """What the numbers show, in sentences."""
-        raise NotImplementedError
-
     @property
     def measured(self) -> list[RowResult]:
-        """The rows with at least one training at the selected learning rate."""
-        return [result for result in self.rows if result.finals]
+        """The rows with a training at the selected options, and those that were refused."""
+        return [result for result in self.rows if result.finals or result.refusal]
 
     @property
     def headings(self) -> list[str]:
         """Headings of the columns of `RowResult.cells`."""
-        return list((HEADINGS if self.classes else {**HEADINGS, "test": "test loss"}).values())
+        return list({**HEADINGS, "test": f"test {self.metric}"}.values())
 
+    def differences(self) -> list[Difference]:
+        """Paired tests between all pairs of rows, on the metric over common seeds."""
+        ends = {
+            result.row.label: {record.seed: record.end("test", self.metric) for record in result.finished}
+            for result in self.rows
+            if result.finished
+        }
+        return verdicts.differences(ends, self.higher)
 
-def select(search: Sequence[Record]) -> Record:
-    """The record whose learning rate is selected, by validation only: see `SELECTION`."""
-    return max(
-        search, key=lambda r: (r.status == "finished", _score(r.end("validation_accuracy")), -_cost(r.end("validation_loss")))
-    )
+    def reaches(self, target: float | None = None) -> list[Reach]:
+        """Steps and seconds to a target of the metric; None: the target of the comparison, or the worst mean end of a row."""
+        if (wanted := self.target if target is None else target) is None:
+            ends = [value for result in self.rows if (value := mean(result.ends())) is not None]
+            wanted = (min if self.higher else max)(ends, default=math.nan)
+        return [
+            verdicts.reach(
+                result.row.label,
+                wanted,
+                [(record.marks, record.test.get(self.metric, [])) for record in result.finals],
+                result.cost.step_seconds if result.cost else None,
+                self.higher,
+            )
+            for result in self.rows
+            if result.finals
+        ]
 
+    def pareto(self, cost: str = "seconds") -> list[Point]:
+        """All rows as metric against `seconds`, `step_ratio` or `memory_ratio`, with the front marked."""
+        if cost not in ("seconds", "step_ratio", "step_seconds", "memory_ratio", "peak_bytes"):
+            raise ValueError(f"cost={cost!r}: expected seconds, step_ratio, step_seconds, memory_ratio or peak_bytes")
+        lines = [result.summary() for result in self.rows if result.finished]
+        points = [(line["method"], line[f"test_{self.metric}"], line[cost]) for line in lines]
+        return verdicts.front([point for point in points if None not in point], self.higher)
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None without values or where one is not finite."""
-    return fmean(values) if values and all(map(math.isfinite, values)) else None
+    def verdict(self) -> list[str]:
+        """What the numbers show, in sentences."""
+        ends = {result.row.label: end for result in self.rows if (end := mean(result.ends())) is not None}
+        found = Found(
+            metric=self.metric,
+            higher=self.higher,
+            ends=ends,
+            plain=self.plain_rows,
+            tests=self.differences(),
+            reaches=self.reaches(),
+            points=self.pareto(),
+            bad=[result.row.label for result in self.measured if not result.finished],
+        )
+        return sentences(found)
 
+    @property
+    def plain_rows(self) -> list[str]:
+        """The rows without a method."""
+        return [result.row.label for result in self.rows if result.row.maker is None]
 
-def deviation(values: Sequence[float]) -> float | None:
-    """The sample standard deviation; None for fewer than two values."""
-    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 seed, 3 seeds."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _score(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
-
-
-def _cost(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _deviating(center: float | None, std: float | None, scale: float, form: str, unit: str) -> str:
-    deviation = "" if std is None else f" \u00b1 {std * scale:{form}}"
-    return "-" if center is None else f"{center * scale:{form}}{deviation}{unit}"
+    def trainings(self) -> list[dict[str, Any]]:
+        """A line for every training, for trials.csv."""
+        return [
+            {
+                "method": record.label,
+                "learning_rate": record.learning_rate,
+                **record.parameters,
+                "batch_size": record.batch_size,
+                "seed": record.seed,
+                "status": record.status,
+                "steps": record.marks[-1] if record.marks else 0,
+                "train_loss": record.end("train"),
+                **{f"validation_{name}": record.end("validation", name) for name in record.validation},
+                **{f"test_{name}": record.end("test", name) for name in record.test},
+                "message": record.message,
+                **record.machine,
+                "config": json.dumps(record.config),
+            }
+            for result in self.rows
+            for record in result.trials
+        ]

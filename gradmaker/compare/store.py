@@ -9,7 +9,7 @@ from typing import Any
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.trial import Record
 
-FORMAT = 1
+FORMAT = 2
 RESULTS = "results.json"
 
 
@@ -23,12 +23,14 @@ class Store:
         self.records = {key: Record(**record) for key, record in content.get("trials", {}).items()}
         self.costs: dict[str, dict[str, Any]] = content.get("costs", {})
         self.report: dict[str, Any] = content.get("report", {})
+        self.comparison: dict[str, Any] = content.get("comparison", {})
 
     def write(self) -> None:
         """Replace the file atomically: an interrupted write keeps the old one."""
         content = {
             "format": FORMAT,
             "report": self.report,
+            "comparison": self.comparison,
             "costs": self.costs,
             "trials": {key: asdict(record) for key, record in self.records.items()},
         }
@@ -47,12 +49,17 @@ class Store:
             raise InputError(f"cannot write to the output folder {str(out)!r}: {error.strerror}") from error
 
     def _read(self) -> dict[str, Any]:
-        if not self.path.exists():
-            return {}
-        try:
-            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            if content.get("format") == FORMAT:
-                return content
-        except (ValueError, AttributeError):
-            pass
-        raise InputError(f"{str(self.path)!r} is not a results file of this version: move it away or choose another --out")
+        return read_results(self.path) if self.path.exists() else {}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a results.json. InputError for a file that cannot be read or is none of this version."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format") == FORMAT:
+            return content
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except (ValueError, AttributeError):
+        pass
+    raise InputError(f"{str(path)!r} is not a results file of this version: move it away or choose another --out")

@@ -1,7 +1,9 @@
 """`Task`: a model, its data, loss and metrics, as one object."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch.nn.functional as F
@@ -66,8 +68,42 @@ class Task:
 
 
 def load_task(path: str) -> Task:
-    """The task of `my_module:make_task`, a function without arguments or a `Task`. InputError for any other."""
-    raise NotImplementedError
+    """The task of `my_module:make_task`, a function without arguments or a `Task`. InputError for any other.
+
+    Modules of the working folder are found, too.
+    """
+    name, _, attribute = path.partition(":")
+    if not name or not attribute:
+        raise InputError(f"task={path!r}: expected my_module:make_task")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = import_module(name)
+    except Exception as error:  # the module of a user may raise anything
+        missing = isinstance(error, ModuleNotFoundError) and name.startswith(str(error.name))
+        reason = "no such module here or installed" if missing else f"{type(error).__name__}: {_line(error)}"
+        raise InputError(f"task={path!r}: {name} cannot be imported: {reason}") from error
+    if not hasattr(module, attribute):
+        legal = [
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_") and (callable(value) or isinstance(value, Task))
+        ]
+        raise InputError(f"task={path!r}: {name} has no {attribute!r}: {did_you_mean(attribute, legal)}")
+    found = getattr(module, attribute)
+    try:
+        made = found if isinstance(found, Task) else found()
+    except InputError:
+        raise
+    except Exception as error:  # as above
+        raise InputError(f"task={path!r}: {attribute} raised {type(error).__name__}: {_line(error)}") from error
+    if not isinstance(made, Task):
+        raise InputError(f"task={path!r}: {attribute} returned a {type(made).__name__}, expected a Task")
+    return made
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def builtin_task(name: str, folder: Any = None, model: str | None = None, hidden: Sequence[int] | None = None) -> Task:

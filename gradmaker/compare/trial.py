@@ -1,10 +1,9 @@
-"""One training of a row at one learning rate from one seed, and its record."""
+"""One training of a row with one set of options from one seed, and its record."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
@@ -12,29 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmaker.compare.data import Split
+from gradmaker.compare.batches.reading import Call
+from gradmaker.compare.problem import Problem, seeded, synchronize
 from gradmaker.compare.rows import Row
+from gradmaker.compare.search.budgets import Budget, Clock
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rate at a fraction of the training
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 CURVE_POINTS = 2000  # longer loss curves are averaged to this many points
-EVALUATION_BATCH = 2048
+MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words for it, where the type is RuntimeError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """The settings that all trials of a comparison share; part of the key of a trial."""
 
-    epochs: int
+    budget: str
     batch_size: int
     schedule: str
     validation: float
     device: str
     loss: str
+    metrics: tuple[str, ...]
     data: str
     model: str
     version: str
@@ -42,62 +43,86 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """A training to run: row, learning rate and seed."""
+    """A training to run: row, options that the search gave it, learning rate, seed and setting."""
 
     row: Row
     config: dict[str, Any]
     learning_rate: float
     seed: int
+    setting: Setting
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
-    def key(self, setting: Setting) -> str:
+    def key(self) -> str:
         """A hash of all that determines the training; it does not depend on the label of the row."""
-        return digest({"config": self.config, "rate": self.learning_rate, "seed": self.seed, **asdict(setting)})
+        return digest({"config": self.config, "rate": self.learning_rate, "seed": self.seed, **asdict(self.setting)})
 
     def __str__(self) -> str:
-        return f"{self.row.label}  lr {self.learning_rate:g}  seed {self.seed}"
+        options = "".join(f"  {name} {value}" for name, value in self.parameters.items())
+        return f"{self.row.label}  lr {self.learning_rate:g}{options}  seed {self.seed}"
 
 
 @dataclass
 class Record:
-    """The measurements of one training. Losses are means over samples; times are seconds without evaluation."""
+    """The measurements of one training. Losses are means over examples; times are seconds without evaluation.
+
+    Args:
+        key: names the training in results.json.
+        status: finished, diverged, failed, or out of memory.
+        parameters: options that the search chose, besides the learning rate.
+        machine: versions and machine on which it ran.
+        marks: steps at which it was evaluated: the ends of epochs, or twenty of a budget in steps or seconds.
+        train_loss: mean over the steps since the mark before.
+        validation, test: `loss` and metrics by name, at the marks.
+    """
 
     label: str
     method: str
     config: dict[str, Any]
     learning_rate: float
     seed: int
-    status: str = "finished"  # or "diverged", "failed"
+    key: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+    status: str = "finished"
     message: str = ""
     curve_steps: list[float] = field(default_factory=list)
     curve_loss: list[float | None] = field(default_factory=list)
-    epoch_steps: list[int] = field(default_factory=list)
-    epoch_time: list[float] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     train_loss: list[float | None] = field(default_factory=list)
-    validation_loss: list[float | None] = field(default_factory=list)
-    validation_accuracy: list[float | None] = field(default_factory=list)
-    test_loss: list[float | None] = field(default_factory=list)
-    test_accuracy: list[float | None] = field(default_factory=list)
+    validation: dict[str, list[float | None]] = field(default_factory=dict)
+    test: dict[str, list[float | None]] = field(default_factory=dict)
 
-    def end(self, name: str) -> float:
-        """The last value of a per-epoch list; NaN when there is none."""
-        values: list[float | None] = getattr(self, name)
+    def end(self, part: str, name: str = "loss") -> float:
+        """The last value of `train`, `validation` or `test`; NaN when there is none."""
+        values = self.train_loss if part == "train" else getattr(self, part).get(name)
         return math.nan if not values or values[-1] is None else float(values[-1])
 
 
 class Session:
     """A model with maker, optimizer and scheduler; one call of `step` is one update."""
 
-    def __init__(self, row: Row, model: nn.Module, learning_rate: float, loss: Loss, steps: int, schedule: str) -> None:
+    def __init__(
+        self,
+        row: Row,
+        model: nn.Module,
+        learning_rate: float,
+        loss: Callable[[Any, Any], Tensor],
+        schedule: str = "constant",
+        done: Callable[[int], float] = lambda step: 0.0,
+    ) -> None:
+        """Build maker and optimizer; `done` gives the fraction of the training after a number of steps."""
         self.model, self.loss = model, loss
         self.maker = row.build_maker(model)
         self.optimizer = row.build_optimizer(model, learning_rate)
         factor = SCHEDULES[schedule]
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(min(1.0, step / max(1, steps))))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(min(1.0, done(step))))
 
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def step(self, call: Call) -> Tensor:
         """Compute the gradient, precondition it, update the weights; returns the loss without waiting for the device."""
         self.optimizer.zero_grad()
-        value = self._backward(inputs, targets) if self.maker is None else self._make_gradient(inputs, targets)
+        value = self._backward(call) if self.maker is None else self._make_gradient(call)
         self.optimizer.step()
         self.scheduler.step()
         return value
@@ -107,14 +132,14 @@ class Session:
         if self.maker is not None:
             self.maker.remove()
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        value = self.loss(self.model(inputs), targets)
+    def _backward(self, call: Call) -> Tensor:
+        value = self.loss(call.outputs(self.model), call.targets)
         value.backward()
         return value.detach()
 
-    def _make_gradient(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = self.maker.setup_model_call(self.model, inputs)
-        self.maker.setup_loss_call(self.loss, outputs, targets)
+    def _make_gradient(self, call: Call) -> Tensor:
+        outputs = self.maker.setup_model_call(self.model, *call.args, **call.kwargs)
+        self.maker.setup_loss_call(self.loss, outputs, call.targets)
         _, value = self.maker.forward_and_backward()
         return torch.as_tensor(value).detach()
 
@@ -124,143 +149,124 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
 
-@contextmanager
-def seeded(seed: int, device: str) -> Iterator[None]:
-    """Context with torch's global generators at `seed`; restores their states afterwards."""
-    cuda = [torch.cuda.current_device()] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        yield
-
-
-def initial_model(model: Callable[[], nn.Module], seed: int, device: str) -> nn.Module:
-    """The initial model under a seed, the same for every method."""
-    with seeded(seed, device):
-        return model().to(device)
-
-
-def batch_order(size: int, batch_size: int, seed: int, epoch: int, device: str) -> Tensor:
-    """Sample indices (steps, batch) of one epoch: they depend on seed and epoch only; the last, smaller batch is dropped."""
-    batch_size = min(batch_size, size)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[: size // batch_size * batch_size].view(-1, batch_size).to(device)
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device, before a clock is read."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 def run_trial(
     trial: Trial,
-    model: Callable[[], nn.Module],
-    split: Split,
-    loss: Loss,
-    setting: Setting,
+    problem: Problem,
     on_step: Callable[[], None],
-    on_epoch: Callable[[int, float], None],
+    on_mark: Callable[[int, float], None],
+    machine: dict[str, Any],
+    on_end: Callable[[Session], None] = lambda session: None,
 ) -> Record:
-    """Train and return the record; a trial that diverges or raises has the status diverged or failed.
+    """Train and return the record; a trial that diverges or raises has the status diverged, failed or out of memory.
 
     Args:
         on_step: called at every step, without the loss, which would wait for the device.
-        on_epoch: called with the epoch's number and its mean loss.
+        on_mark: called after each evaluation with its number and the mean loss since the last.
+        machine: for the record.
+        on_end: called with the trained model, its maker and its optimizer.
     """
-    record = Record(trial.row.label, trial.row.method, trial.config, trial.learning_rate, trial.seed)
+    record = blank(trial, machine)
     try:
-        with seeded(trial.seed, setting.device):
-            network = model().to(setting.device)
-            _train(record, trial, network, split, loss, setting, on_step, on_epoch)
+        with seeded(trial.seed, problem.device):
+            network = problem.model().to(problem.device)
+            _train(record, trial, network, problem, on_step, on_mark, on_end)
     except Exception as error:  # the failure of one method must not end the comparison
-        record.status, record.message = "failed", f"{type(error).__name__}: {error}"
+        record.status, record.message = _status(error), f"{type(error).__name__}: {error}"
     return _downsampled(record)
+
+
+def blank(trial: Trial, machine: dict[str, Any]) -> Record:
+    """The record of a training before its first step."""
+    return Record(
+        label=trial.row.label,
+        method=trial.row.method,
+        config=trial.config,
+        learning_rate=trial.learning_rate,
+        seed=trial.seed,
+        key=trial.key(),
+        parameters=dict(trial.parameters),
+        batch_size=trial.setting.batch_size,
+        machine=machine,
+    )
+
+
+def _status(error: Exception) -> str:
+    lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in MEMORY)
+    return "out of memory" if lacking else "failed"
 
 
 def _train(
     record: Record,
     trial: Trial,
     network: nn.Module,
-    split: Split,
-    loss: Loss,
-    setting: Setting,
+    problem: Problem,
     on_step: Callable[[], None],
-    on_epoch: Callable[[int, float], None],
+    on_mark: Callable[[int, float], None],
+    on_end: Callable[[Session], None],
 ) -> None:
-    size = len(split.train[0])
-    steps = steps_per_epoch(size, setting) * setting.epochs
-    session = Session(trial.row, network, trial.learning_rate, loss, steps, setting.schedule)
+    setting = trial.setting
+    clock = Clock(Budget.parse(setting.budget), problem.train.steps(setting.batch_size))
+    session = Session(trial.row, network, trial.learning_rate, problem.loss, setting.schedule, clock.done)
+    calls = _stream(problem, setting, trial.seed)
     try:
-        for epoch in range(1, setting.epochs + 1):
-            order = batch_order(size, setting.batch_size, trial.seed, epoch, setting.device)
-            losses, seconds = _epoch(session, split, order, setting.device, on_step)
-            _note(record, losses, seconds, evaluate(network, loss, *split.validation), evaluate(network, loss, *split.test))
-            on_epoch(epoch, sum(losses) / len(losses))
+        while not clock.over:
+            losses, seconds = _leg(session, calls, clock, problem.device, on_step)
+            found = {name: problem.evaluate(network, getattr(problem, name)) for name in ("validation", "test")}
+            _note(record, losses, seconds, found)
+            on_mark(len(record.marks), sum(losses) / len(losses))
             if _diverged(record):
                 return
+        on_end(session)
     finally:
         session.close()
 
 
-def steps_per_epoch(size: int, setting: Setting) -> int:
-    """Number of updates in one epoch."""
-    return size // min(setting.batch_size, size)
+def _stream(problem: Problem, setting: Setting, seed: int) -> Iterator[Call]:
+    """The calls of all epochs, one after the other; they depend on the seed alone."""
+    epoch = 1
+    while True:
+        yield from problem.calls(setting.batch_size, seed, epoch)
+        epoch += 1
 
 
-def _epoch(
-    session: Session, split: Split, order: Tensor, device: str, on_step: Callable[[], None]
+def _leg(
+    session: Session, calls: Iterator[Call], clock: Clock, device: str, on_step: Callable[[], None]
 ) -> tuple[list[float], float]:
-    """Train one epoch; returns losses by step and seconds. It waits for the device only at the end."""
+    """Train to the next mark; returns losses by step and seconds. It waits for the device only where the clock has to."""
     session.model.train()
-    losses = []
+    losses: list[Tensor] = []
     synchronize(device)
     start = perf_counter()
-    for rows in order:
-        losses.append(session.step(split.train[0][rows], split.train[1][rows]))
+    while clock.goes_on(len(losses), perf_counter() - start):
+        losses.append(session.step(next(calls)))
         on_step()
+        if clock.by_time:
+            synchronize(device)
     synchronize(device)
-    return torch.stack(losses).double().tolist(), perf_counter() - start
+    seconds = perf_counter() - start
+    clock.end_leg(len(losses), seconds)
+    return torch.stack(losses).double().tolist(), seconds
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> tuple[float, float | None]:
-    """Mean loss, and accuracy where targets are classes."""
-    model.eval()
-    total, right = 0.0, 0
-    for x, t in zip(inputs.split(EVALUATION_BATCH), targets.split(EVALUATION_BATCH), strict=True):
-        y = model(x)
-        total += float(loss(y, t)) * len(x)
-        right += 0 if t.is_floating_point() else int((y.argmax(dim=1) == t).sum())
-    accuracy = None if targets.is_floating_point() else right / targets.numel()
-    return total / len(inputs), accuracy
-
-
-def _note(
-    record: Record,
-    losses: list[float],
-    seconds: float,
-    validation: tuple[float, float | None],
-    test: tuple[float, float | None],
-) -> None:
-    first = record.epoch_steps[-1] if record.epoch_steps else 0
+def _note(record: Record, losses: list[float], seconds: float, found: Mapping[str, Mapping[str, float]]) -> None:
+    first = record.marks[-1] if record.marks else 0
     record.curve_steps += range(first + 1, first + len(losses) + 1)
     record.curve_loss += [_finite(value) for value in losses]
-    record.epoch_steps.append(first + len(losses))
-    record.epoch_time.append(round((record.epoch_time or [0.0])[-1] + seconds, 5))
+    record.marks.append(first + len(losses))
+    record.seconds.append(round((record.seconds or [0.0])[-1] + seconds, 5))
     record.train_loss.append(_finite(sum(losses) / len(losses)))
-    record.validation_loss.append(_finite(validation[0]))
-    record.validation_accuracy.append(validation[1])
-    record.test_loss.append(_finite(test[0]))
-    record.test_accuracy.append(test[1])
+    for part, values in found.items():
+        for name, value in values.items():
+            getattr(record, part).setdefault(name, []).append(_finite(value))
 
 
 def _diverged(record: Record) -> bool:
-    """Set the status; True if a loss is not finite. Also diverged: last quarter of the last epoch above the first step."""
-    if None in (*record.curve_loss, record.validation_loss[-1]):
-        record.status, record.message = "diverged", f"loss is not finite in epoch {len(record.epoch_steps)}"
+    """Set the status; True if a loss is not finite. Also diverged: last quarter since the last mark above the first step."""
+    if None in (*record.curve_loss, record.validation["loss"][-1]):
+        record.status, record.message = "diverged", f"loss is not finite after {record.marks[-1]} steps"
         return True
     losses = [value for value in record.curve_loss if value is not None]
-    tail = losses[-max(1, len(losses) // len(record.epoch_steps) // 4) :]
+    tail = losses[-max(1, len(losses) // len(record.marks) // 4) :]
     first, last = losses[0], sum(tail) / len(tail)
     record.status, record.message = "finished", ""
     if last > first:

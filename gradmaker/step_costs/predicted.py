@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from gradmaker.compare.batches.reading import Call
 from gradmaker.compare.rows import Row
 from gradmaker.costs.prediction import StepCost, cost as predict, cost_of_gradient
 from gradmaker.errors import CostError
@@ -54,12 +56,17 @@ def _cost(row: Row, subject: Subject, size: int, device: str) -> StepCost:
     made = make(row, subject, size, device)
     kind = row.optimizer_class()
 
-    def optimizer(parameters: object) -> torch.optim.Optimizer:
+    def optimizer(parameters: object) -> Any:
         return kind(parameters, lr=1e-4, **row.options)
 
     try:
         if made.maker is None:
-            return cost_of_gradient(made.model, made.batch.inputs, optimizer=optimizer)
-        return predict(made.maker, made.batch.inputs, optimizer=optimizer)
+            return cost_of_gradient(made.model, _inputs(made.batch), optimizer=optimizer)
+        return predict(made.maker, _inputs(made.batch), optimizer=optimizer)
     finally:
         made.close()
+
+
+def _inputs(call: Call) -> Any:
+    """The arguments of a call as the cost model takes them."""
+    return dict(call.kwargs) if call.kwargs else (call.args[0] if len(call.args) == 1 else call.args)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from gradmaker.compare.batches.reading import Call
+from gradmaker.compare.batches.trees import moved
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.rows import Row
-from gradmaker.step_costs.subjects import Batch, Subject, seeded_model
+from gradmaker.step_costs.subjects import Subject, seeded_model
 
 __all__ = ["INTERVALS", "KINDS", "Made", "clocks_of", "make", "with_intervals"]
 
@@ -26,7 +28,7 @@ class Made:
     """A row on a model: calling it is one step of training."""
 
     subject: Subject
-    batch: Batch
+    batch: Call
     model: nn.Module
     maker: Any
     optimizer: torch.optim.Optimizer
@@ -34,7 +36,7 @@ class Made:
     def __call__(self) -> None:
         self.optimizer.zero_grad()
         if self.maker is None:
-            self.subject.loss(self.model(*self.batch.args, **self.batch.kwargs), self.batch.targets).backward()
+            self.subject.loss(self.batch.outputs(self.model), self.batch.targets).backward()
         else:
             outputs = self.maker.setup_model_call(self.model, *self.batch.args, **self.batch.kwargs)
             self.maker.setup_loss_call(self.subject.loss, outputs, self.batch.targets)
@@ -60,15 +62,9 @@ def _bytes(tree: Any) -> int:
 def make(row: Row, subject: Subject, size: int, device: str) -> Made:
     """Build a row on the model of a subject."""
     model = seeded_model(subject, device)
-    batch = _on(subject.batch(size), device)
+    call = subject.batch(size)
+    batch = replace(call, **{name: moved(getattr(call, name), device) for name in ("args", "kwargs", "targets")})
     return Made(subject, batch, model, row.build_maker(model), row.build_optimizer(model, RATE))
-
-
-def _on(batch: Batch, device: str) -> Batch:
-    def moved(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-
-    return Batch(tree_map(moved, batch.args), tree_map(moved, batch.targets), tree_map(moved, dict(batch.kwargs)))
 
 
 def clocks_of(row: Row, subject: Subject, device: str) -> tuple[str, ...]:

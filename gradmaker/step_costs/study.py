@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def study(
 ) -> Costs:
     """Measure all rows on all subjects at all batch sizes; cells that the folder has of the same rows and setting are kept."""
     setting = {"gradmaker": __version__, "device": how.device, "intervals": list(how.intervals), "floors": how.floors}
-    configs = {row.label: _config(row) for row in rows}
+    configs = {row.label: row.describe() for row in rows}
     costs = Costs(machine(how.device), {**setting, "rows": configs})
     known = _known(out, costs)
     out.mkdir(parents=True, exist_ok=True)
@@ -115,14 +115,6 @@ def study(
 
 def _cells(rows: Sequence[Row], subjects: Sequence[Subject], sizes: Sequence[int]) -> Iterator[tuple[Subject, int, Row]]:
     return ((subject, size, row) for subject in subjects for size in sizes for row in rows)
-
-
-def _config(row: Row) -> dict[str, Any]:
-    return row.describe() if row.maker is None else {"maker": _plain(row.maker), **row.describe()}
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(options), default=str))  # type: ignore[no-any-return]
 
 
 def _known(out: Path, costs: Costs) -> dict[tuple[str, str, int], Cell]:

@@ -6,14 +6,13 @@ import math
 import os
 import platform
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("vl_convert")
 pytest.importorskip("rich")
 
 from gradmaker.compare import (
@@ -21,19 +20,26 @@ from gradmaker.compare import (
     InputError,
     Task,
     compare,
-    comparison as comparison_module,
     cost as cost_module,
-    report as report_module,
+    page as page_module,
     trial as trial_module,
 )
-from gradmaker.compare.data import IMAGES, Data, load, split
-from gradmaker.compare.report import shown_command
-from gradmaker.compare.result import select
-from gradmaker.compare.rows import DEFAULTS, FALLBACK, optimizers, parse_rows, read_yaml
+from gradmaker.compare.batches.reading import Call
+from gradmaker.compare.batches.sources import TensorSamples
+from gradmaker.compare.data import IMAGES, Data, load
+from gradmaker.compare.page import shown_command
+from gradmaker.compare.parsing import parse_rows, read_yaml
+from gradmaker.compare.problem import prepare
+from gradmaker.compare.rates import DEFAULTS, FALLBACK
+from gradmaker.compare.row_result import select
+from gradmaker.compare.rows import optimizers
 from gradmaker.compare.store import Store
-from gradmaker.compare.trial import Record, Session, batch_order, initial_model
+from gradmaker.compare.trial import Record, Session
+from gradmaker.compare.trials import pool as pool_module
+from gradmaker.reporting import Document, files as files_module
 
 METHODS = ["sgd", "gradient", "adam"]
+FIXED = {"extend": 0}  # grids stay as they are
 
 
 def tiny_data(classes: bool = True) -> Data:
@@ -52,22 +58,16 @@ def task_of(data: Data, model: object = tiny_model, **options: object) -> Task:
     return Task(model=model, name=data.name, **parts, **options)  # type: ignore[arg-type]
 
 
-def blank_plots(comparison: Comparison) -> dict[str, Path]:
-    files = {name: comparison.out / f"{name}.png" for name in ("overview", *report_module.CAPTIONS)}
-    for file in files.values():
-        file.touch()
-    return files
-
-
 def run(out: Path, methods: object = METHODS, **options: object) -> Comparison:
-    chosen = {"seeds": 2, "budget": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "progress": False, **options}
-    return compare(task_of(tiny_data()), methods, out=out, **chosen)  # type: ignore[arg-type]
+    chosen = {"seeds": 2, "budget": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "tuning": FIXED, **options}
+    return compare(task_of(tiny_data()), methods, out=out, progress=False, **chosen)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds, no drawing; the module's fixture `done` draws."""
-    monkeypatch.setattr(report_module, "write_plots", blank_plots)
+    monkeypatch.setattr(files_module, "write_figures", lambda document, folder: {})
+    monkeypatch.setattr(page_module, "write_picture", lambda document, names, path: path.touch())
     monkeypatch.setattr(cost_module, "ROUNDS", 3)
     monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)
 
@@ -83,13 +83,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The trials that are trained, not read."""
     names: list[str] = []
-    train = comparison_module.run_trial
+    train = trial_module.run_trial
 
     def counted(trial: trial_module.Trial, *rest: object) -> Record:
         names.append(str(trial))
         return train(trial, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(comparison_module, "run_trial", counted)
+    monkeypatch.setattr(pool_module, "run_trial", counted)
     return names
 
 
@@ -98,11 +98,11 @@ def test_methods_share_initialisation_and_batches_of_a_seed(tmp_path: Path, monk
     batches: list[torch.Tensor] = []
     step = Session.step
 
-    def spy(self: Session, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def spy(self: Session, call: Call) -> torch.Tensor:
         if self.scheduler.last_epoch == 0:
             starts.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
-            batches.append(inputs.clone())
-        return step(self, inputs, targets)
+            batches.append(call.args[0].clone())
+        return step(self, call)
 
     monkeypatch.setattr(Session, "step", spy)
     monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
@@ -116,10 +116,11 @@ def test_methods_share_initialisation_and_batches_of_a_seed(tmp_path: Path, monk
 
 
 def test_batch_order_covers_the_epoch_and_changes_with_it() -> None:
-    first, second = (batch_order(20, 6, 1, epoch, "cpu") for epoch in (1, 2))
-    assert first.shape == (3, 6) and len(set(first.flatten().tolist())) == 18
-    assert not torch.equal(first, second) and torch.equal(first, batch_order(20, 6, 1, 1, "cpu"))
-    assert batch_order(5, 64, 0, 1, "cpu").shape == (1, 5)
+    source = TensorSamples(torch.arange(20))
+    first, second, again = (torch.stack(list(source.epoch(6, 1, epoch))) for epoch in (1, 2, 1))
+    assert first.shape == (3, 6) == (source.steps(6), 6) and len(set(first.flatten().tolist())) == 18
+    assert not torch.equal(first, second) and torch.equal(first, again)
+    assert [len(batch) for batch in TensorSamples(torch.arange(5)).epoch(64, 0, 1)] == [5]
 
 
 def test_gradient_maker_with_sgd_is_sgd(done: Comparison) -> None:
@@ -150,7 +151,7 @@ def test_changed_setting_trains_again_and_keeps_the_old(tmp_path: Path, training
     trainings.clear()
     changed = run(tmp_path, ["sgd"], seeds=1, budget=3)
     assert len(trainings) == 2
-    assert [len(record.epoch_steps) for record in changed.rows[0].finals] == [3]
+    assert [len(record.marks) for record in changed.rows[0].finals] == [3]
     assert len(Store(tmp_path).records) == 4
 
 
@@ -180,10 +181,10 @@ def test_interrupt_keeps_results_and_resume_completes(tmp_path: Path, trainings:
 def test_divergence_and_failure_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Session.step
 
-    def failing(self: Session, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def failing(self: Session, call: Call) -> torch.Tensor:
         if isinstance(self.optimizer, torch.optim.RMSprop) and self.scheduler.last_epoch >= 2:
             raise RuntimeError("planted")
-        return step(self, inputs, targets)
+        return step(self, call)
 
     monkeypatch.setattr(Session, "step", failing)
     monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
@@ -209,10 +210,11 @@ def test_failed_trials_are_run_again(tmp_path: Path, trainings: list[str], monke
 
 def test_report_is_self_contained_and_complete(done: Comparison) -> None:
     page = done.files["html"].read_text(encoding="utf-8")
-    assert not re.search(r"""(src|href)\s*=\s*(?!["']data:)|url\(|@import|https?://|<script""", page)
-    assert page.count("data:image/png;base64,") == 4
+    text = re.sub(r'<script type="text/plain".*?</script>', "", page, flags=re.DOTALL)
+    assert not re.search(r"""(src|href)\s*=\s*(?!["']data:)|url\(|@import|https?://(?!vega\.github\.io/schema)""", text)
     for result in done.rows:
-        assert f"<td>{result.row.label}</td>" in page and f"<summary>{result.row.label}</summary>" in page
+        assert f"</span>{result.row.label}</td>" in page and f"<summary>{result.row.label}</summary>" in page
+    assert Document.from_json(done.files["document"].read_text()).answer == tuple(done.verdict())
     assert "gradmaker compare --tiny" in page and done.machine["torch"] in page and "validation" in page
     assert platform.node() not in done.machine.values()
 
@@ -237,15 +239,26 @@ def test_files_agree(done: Comparison) -> None:
     for row, line, kept, result in zip(table, lines, stored, done.rows, strict=True):
         assert float(line["test_accuracy"]) == pytest.approx(row["test_accuracy"]) == kept["test_accuracy"]
         assert float(line["learning_rate"]) == row["learning_rate"] == kept["learning_rate"]
-        assert "| " + " | ".join(result.cells()) + " |" in markdown
-        assert "".join(f"<td>{cell}</td>" for cell in result.cells()) in page
-        ends = [record.end("test_accuracy") for record in result.finished]
+        told = result.cells()[2].split(" (")[0]  # the metric with its deviation
+        assert f"| {result.row.label} | " in markdown and told in markdown and f">{told}</td>" in page
+        ends = [record.end("test", "accuracy") for record in result.finished]
         assert row["test_accuracy"] == pytest.approx(sum(ends) / len(ends))
 
 
-def test_plots_are_images(done: Comparison) -> None:
-    for name in ("overview", "loss_steps", "loss_time", "accuracy_epochs", "learning_rates"):
-        assert done.files[name].read_bytes().startswith(b"\x89PNG")
+def test_figures_are_files(done: Comparison) -> None:
+    assert done.files["overview"].read_bytes().startswith(b"\x89PNG")
+    for name in (
+        "front_seconds",
+        "front_memory_ratio",
+        "loss_steps",
+        "loss_seconds",
+        "metric_steps",
+        "metric_seconds",
+        "search",
+    ):
+        assert done.files[f"{name}.pdf"].read_bytes().startswith(b"%PDF")
+        picture = done.files[f"{name}.svg"].read_text(encoding="utf-8")
+        assert picture.startswith("<svg") and all(result.row.label in picture for result in done.rows if result.finished)
 
 
 def test_ratios(done: Comparison) -> None:
@@ -256,38 +269,40 @@ def test_ratios(done: Comparison) -> None:
 
 
 def test_peak_memory_counts_model_gradient_momentum() -> None:
-    parts = split(tiny_data(), 0.1)
-    setting = trial_module.Setting(
-        epochs=1, batch_size=16, schedule="constant", validation=0.1, device="cpu", loss="", data="", model="", version=""
-    )
     model = lambda: nn.Linear(6, 50_000)  # noqa: E731
+    problem = prepare(task_of(tiny_data(), model, loss=lambda y, t: y.square().mean()), "cpu")
+    calls = problem.first_calls(16, 4)
     parameters = 4 * (6 + 1) * 50_000
-    peak = cost_module.peak_bytes(parse_rows(["sgd"])[0], model, parts, lambda y, t: y.square().mean(), setting)
+    peak = cost_module.peak_bytes(parse_rows(["sgd"])[0], problem, calls)
     assert peak is not None
-    adam = cost_module.peak_bytes(parse_rows(["adam"])[0], model, parts, lambda y, t: y.square().mean(), setting)
+    adam = cost_module.peak_bytes(parse_rows(["adam"])[0], problem, calls)
     assert adam is not None and adam > peak + 0.9 * parameters  # two moments against one
     assert 3 * parameters < peak < 3 * parameters + 6 * 4 * 16 * 50_000  # and a few activations of the batch
 
 
 def test_selection_is_by_validation_alone() -> None:
     def record(rate: float, validation: float, test: float, loss: float = 0.5, status: str = "finished") -> Record:
-        known = {"validation_accuracy": [validation], "test_accuracy": [test], "validation_loss": [loss], "test_loss": [loss]}
+        parts = {"validation": (validation, loss), "test": (test, loss)}
+        known = {part: {"accuracy": [value], "loss": [own]} for part, (value, own) in parts.items()}
         return Record("m", "m", {}, rate, 0, status=status, **known)  # type: ignore[arg-type]
 
-    assert select([record(1, 0.8, 0.99), record(2, 0.9, 0.5)]).learning_rate == 2
-    assert select([record(1, 0.9, 0.9, 0.5), record(2, 0.9, 0.1, 0.4)]).learning_rate == 2
-    assert select([record(1, 0.9, 0.9, status="diverged"), record(2, 0.1, 0.1)]).learning_rate == 2
-    values = replace(record(1, 0, 0), validation_accuracy=[None], validation_loss=[0.3])
-    assert select([replace(values, learning_rate=3, validation_loss=[math.nan]), values]).learning_rate == 1
+    def best(*records: Record, metric: str = "accuracy", higher: bool = True) -> float:
+        return select(records, metric, higher).learning_rate
+
+    assert best(record(1, 0.8, 0.99), record(2, 0.9, 0.5)) == 2
+    assert best(record(1, 0.8, 0.99), record(2, 0.9, 0.5), higher=False) == 1
+    assert best(record(1, 0.9, 0.9, 0.5), record(2, 0.9, 0.1, 0.4)) == 2
+    assert best(record(1, 0.9, 0.9, status="diverged"), record(2, 0.1, 0.1)) == 2
+    assert best(record(3, 0, 0, math.nan), record(1, 0, 0, 0.3), record(2, 0, 0, 0.4), metric="loss", higher=False) == 1
 
 
 def test_training_never_sees_validation_samples() -> None:
     data = tiny_data()
-    parts, again = split(data, 0.25), split(data, 0.25)
-    assert len(parts.train[0]) == 60 and len(parts.validation[0]) == 20
-    rows = {tuple(row.tolist()) for row in parts.train[0]}
-    assert not rows & {tuple(row.tolist()) for row in parts.validation[0]}
-    assert torch.equal(parts.train[0], again.train[0]) and torch.equal(parts.test[0], data.test_inputs)
+    parts, again = (prepare(task_of(data), "cpu", 0.25) for _ in range(2))
+    assert parts.train.size == 60 and parts.validation.size == 20
+    train, held, test, same = (next(part.all(80))[0] for part in (parts.train, parts.validation, parts.test, again.train))
+    assert not {tuple(row.tolist()) for row in train} & {tuple(row.tolist()) for row in held}
+    assert torch.equal(train, same) and torch.equal(test, data.test_inputs)
 
 
 def test_grid_of_a_row_and_labels(tmp_path: Path) -> None:
@@ -302,7 +317,7 @@ def test_regression_reports_losses(tmp_path: Path) -> None:
     options = {"seeds": 1, "budget": 2, "batch_size": 16, "out": tmp_path, "progress": False}
     result = compare(task_of(tiny_data(classes=False), model, loss=nn.MSELoss()), ["sgd"], **options)  # type: ignore[arg-type]
     line = result.table()[0]
-    assert line["test_accuracy"] is None and line["test_loss"] > 0 and "test loss" in (tmp_path / "report.md").read_text()
+    assert "test_accuracy" not in line and line["test_loss"] > 0 and "test loss" in (tmp_path / "report.md").read_text()
 
 
 def test_rows_are_parsed(tmp_path: Path) -> None:
@@ -369,7 +384,8 @@ def test_bad_yaml(tmp_path: Path) -> None:
 
 
 def test_initial_model_depends_on_the_seed_alone() -> None:
-    first, second, other = (next(initial_model(tiny_model, seed, "cpu").parameters()) for seed in (1, 1, 2))
+    problem = prepare(task_of(tiny_data()), "cpu")
+    first, second, other = (next(problem.initial_model(seed).parameters()) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -377,7 +393,7 @@ def test_digits() -> None:
     data = load("digits")
     assert data.train_inputs.shape == (1437, 1, 8, 8) and data.test_inputs.shape == (360, 1, 8, 8)
     assert data.train_inputs.mean().abs() < 1e-5 and data.test_targets.bincount().min() >= 34
-    assert data.fingerprint() == load("digits").fingerprint()
+    assert torch.equal(data.train_inputs, load("digits").train_inputs)
 
 
 @pytest.mark.filterwarnings("ignore")

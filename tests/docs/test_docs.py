@@ -92,7 +92,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_yaml_blocks_are_rows(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
-    from gradmaker.compare.rows import parse_rows
+    from gradmaker.compare.parsing import parse_rows
 
     found = [block for page in PAGES for block in blocks(page) if block.label == "yaml"]
     assert found

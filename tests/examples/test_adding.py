@@ -293,7 +293,7 @@ def test_parts_are_in_the_table_of_legal_triples() -> None:
 
 def test_rows_of_the_comparison() -> None:
     pytest.importorskip("yaml")
-    from gradmaker.compare.rows import parse_rows
+    from gradmaker.compare.parsing import parse_rows
 
     for name, options in OPTIONS.items():
         load(name)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gradmaker import METHODS, GradientMaker, PreconditionedGradientMaker, from_config
 from gradmaker.compare.data import load
-from gradmaker.compare.rows import Row, parse_rows
+from gradmaker.compare.parsing import parse_rows
+from gradmaker.compare.rows import Row
 from tests import models
 
 METHOD: dict[str, dict[str, Any]] = {

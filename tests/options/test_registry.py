@@ -115,7 +115,7 @@ def test_the_decorator_gives_back_what_it_decorates() -> None:
 
 def test_rows_of_the_comparison() -> None:
     pytest.importorskip("yaml")
-    from gradmaker.compare.rows import parse_rows
+    from gradmaker.compare.parsing import parse_rows
 
     register("mine", MineGradientMaker)
     row, other = parse_rows(["mine", {"method": "mine", "scale": 2.0, "label": "twice"}], None, None)

@@ -56,7 +56,7 @@ FLOORS = (
     Floor(("maker", "measuring", "planned", "preconditioner")),
     Floor(("methods",)),
     Floor(("damping_sweep", "front_door")),
-    Floor((INIT, "__main__", "cli", "commands", "compare", "step_costs")),
+    Floor((INIT, "__main__", "cli", "commands", "compare", "reporting", "step_costs")),
 )
 
 

@@ -1,0 +1,1 @@
+"""Trainings of a comparison: one after the other or in processes, read from the store where they were completed before."""
