@@ -29,10 +29,10 @@ SGD = REFERENCE
 
 @dataclass(frozen=True)
 class Part:
-    """Milliseconds of a part, those of its products and decompositions alone, and its GFLOPs."""
+    """Milliseconds of a part, those of its products and decompositions alone, and its FLOPs."""
 
     ms: float
-    gflop: float
+    flops: float
     floor_ms: float | None = None
 
 
@@ -167,8 +167,8 @@ def _part(found: Mapping[str, Ratio], floors: Mapping[str, Floor], timed: bool, 
         return round(value[kind] - (value[without] if without else 0.0), 5)
 
     ms = difference({name: ratio.ms for name, ratio in found.items()})
-    gflop = difference({name: sum(floor.flops.values()) / 1e9 for name, floor in floors.items()})
-    return Part(ms, gflop, difference({name: 1e3 * floor.total for name, floor in floors.items()}) if timed else None)
+    flops = round(difference({name: sum(floor.flops.values()) for name, floor in floors.items()}))
+    return Part(ms, flops, difference({name: 1e3 * floor.total for name, floor in floors.items()}) if timed else None)
 
 
 def _memory(cell: Cell, row: Row, clocks: tuple[str, ...], subject: Subject, how: How) -> None:

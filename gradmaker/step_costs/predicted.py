@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from gradmaker.compare.batches.reading import Call
 from gradmaker.compare.rows import Row
 from gradmaker.costs.prediction import StepCost, cost as predict, cost_of_gradient

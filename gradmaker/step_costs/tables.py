@@ -27,7 +27,7 @@ def line(cell: Cell) -> dict[str, Any]:
     found |= {f"T={T} predicted ms": ms for T, ms in cell.predicted_ms.items()}
     found |= {"peak bytes": cell.peak_bytes, "memory x SGD": cell.memory_ratio, "state bytes": cell.state_bytes}
     found |= {"predicted held bytes": cell.predicted_held, "predicted step bytes": cell.predicted_peak}
-    found |= {"GFLOP": round(sum(part.gflop for part in cell.parts.values()), 5), "x floor": cell.floor_ratio}
+    found |= {"FLOP": sum(part.flops for part in cell.parts.values()), "x floor": cell.floor_ratio}
     return found | {"note": cell.message or cell.unpredicted}
 
 
@@ -95,7 +95,7 @@ def _parts(cells: Sequence[Cell]) -> list[dict[str, str]]:
             "batch": str(cell.batch_size),
             **{f"{name}, ms": _part(cell, name) for name in names},
             "together, ms": next((f"{p.ms:.2f} ({name})" for name, p in cell.parts.items() if name not in names), "-"),
-            "GFLOP": f"{sum(part.gflop for part in cell.parts.values()):.3g}",
+            "GFLOP": f"{sum(part.flops for part in cell.parts.values()) / 1e9:.3g}",
             "x floor": _number(cell.floor_ratio),
         }
         for cell in cells
