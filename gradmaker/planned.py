@@ -22,6 +22,7 @@ from gradmaker.loss.terms import Terms
 from gradmaker.maker import GradientMaker
 from gradmaker.options.registry import METHODS
 from gradmaker.plan import Plan, make_plan
+from gradmaker.scale.ranks import refuse_ranks
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.whole import Whole
 from gradmaker.stacking import carry
@@ -68,6 +69,12 @@ class PlannedMaker(GradientMaker):
 
     def purposes(self) -> frozenset[str]:
         return self.plan.purposes()
+
+    def _refuse_ranks(self) -> None:
+        """RefusedError for what several processes would compute differently."""
+        self.plan.refuse_ranks()
+        if self.trust_region is not None and self.trust_region.repeats:
+            refuse_ranks("adaptive_damping and rescale repeat the loss of each rank alone")
 
     # ---------------------------------------------------------------- passes
     def begin_pass(self) -> bool:
@@ -191,6 +198,7 @@ class PlannedMaker(GradientMaker):
             notes=extra.notes,
             own=extra.own,
             rows=self.step_state.now.rows,
+            share=extra.share,
         )
 
     # ---------------------------------------------------------------- secants

@@ -25,6 +25,7 @@ from gradmaker.commands.settings import as_yaml, given_as_data, settings, write_
 from gradmaker.compare.cost import REFERENCE
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.parsing import DEFAULT_METHODS, parse_rows
+from gradmaker.compare.plan_report import plan_report
 from gradmaker.compare.presets import PRESETS
 from gradmaker.compare.rows import Row
 from gradmaker.step_costs.cell import Cell, How
@@ -62,6 +63,16 @@ def cost(
     floors: Annotated[bool, typer.Option(help="Time the products and decompositions of a step alone, too.")] = True,
     windows: Annotated[int, typer.Option(help="Windows of steps of which the median is reported.")] = 7,
     seconds: Annotated[float, typer.Option(help="Seconds of a row at one size after which three windows suffice.")] = 4.0,
+    world: Annotated[
+        int | None,
+        typer.Option(help="Plan for so many ranks without data; --task returns a model and the batch of a rank."),
+    ] = None,
+    mesh: Annotated[str | None, typer.Option(help="Replicas x shards, as in 8x8, with --world. Default: no shards.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a rank: tells what does not fit, and what mends it.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB that a rank sends in a second.")] = None,
+    flops: Annotated[float | None, typer.Option(help="TFLOP that a rank computes in a second.")] = None,
+    reduce_at: Annotated[str, typer.Option(help="When factors are reduced to owners: refresh or measurement.")] = "refresh",
+    results: Annotated[str, typer.Option(help="What owners return: roots, gradients, or the smaller.")] = "smaller",
     out: Out = None,
     device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -70,7 +81,7 @@ def cost(
     print_config: PrintConfig = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict what a step of each method costs, from shapes alone; with --measure, measure it.
+    """Predict what a step of each method costs, from shapes alone; with --measure, measure it; with --world, plan many ranks.
 
     Predicted are seconds and bytes of a step with the intervals of the method, or with --interval. Measured is a step taken
     apart into passes, statistics, refresh and application, its time at intervals T of both, peak memory, state
@@ -81,18 +92,22 @@ def cost(
     gradmaker cost kfac soap adam --data mnist
     gradmaker cost kfac shampoo --data mnist --width 128 --width 512 --batch-size 32 --batch-size 512 --measure
     gradmaker cost --config poster.yaml
+    gradmaker cost kfac shampoo --task examples.large_shapes:llama_7b --world 64 --mesh 8x8 --memory 24
     """  # noqa: D301 - the \b keeps the lines of the paragraph apart
     import_modules(modules or ())
     prepare(device, threads)
-    entries = given_as_data(ctx, "methods", methods) or list(DEFAULT_METHODS)
+    entries = given_as_data(ctx, "methods", methods)
     sizes = tuple(batch_size or ([PRESETS[data].batch_size] if data in PRESETS else [64]))
     intervals = tuple(interval or ((1, 10, 100) if measure else ()))
     _check(sizes, intervals, windows)
     folder = out or Path("runs") / "cost"
-    whole = settings(ctx, methods=entries, batch_size=sizes, interval=intervals, out=folder)
+    whole = settings(ctx, methods=entries or list(DEFAULT_METHODS), batch_size=sizes, interval=intervals, out=folder)
     if print_config:
         return typer.echo(as_yaml(whole), nl=False)
-    rows = parse_rows(entries)
+    if world is not None:
+        scheme = {"reduce_at": reduce_at, "results": results}
+        return typer.echo(plan_report(_one(task), entries or (), world, mesh, memory, bandwidth, flops, **scheme), nl=False)
+    rows = parse_rows(entries or list(DEFAULT_METHODS))
     subjects = _subjects(task, data, model, hidden, width, device)
     if not measure:
         return _predict(rows, subjects, sizes, intervals, device)
@@ -105,6 +120,13 @@ def cost(
     if all(cell.status != "measured" for cell in found.cells):
         typer.echo("error: nothing was measured: every row was refused; the report says why", err=True)
         raise typer.Exit(1)
+
+
+def _one(tasks: Sequence[str] | None) -> str:
+    """The task of a plan."""
+    if tasks is None or len(tasks) != 1:
+        raise InputError("--world plans one --task module:function, which returns a model and the batch of a rank")
+    return tasks[0]
 
 
 def _check(sizes: Sequence[int], intervals: Sequence[int], windows: int) -> None:

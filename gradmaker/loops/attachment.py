@@ -110,7 +110,7 @@ class Attachment:
             self._current.depth += 1
             return
         self._release()
-        maker.plan.refuse_ranks()
+        maker.plan.refuse_ranks(attached=True)
         self._serve(maker)
         self._called, self._watched = True, ()
         if self.before_first is not None:
@@ -277,7 +277,7 @@ class Attachment:
         maker.follow()
         maker.plan.own.check()
         self._release()
-        maker.plan.refuse_ranks()
+        maker.plan.refuse_ranks(attached=True)
         self._serve(maker)
         if not self._kept(maker) and not self._steps_unmeasured(maker):
             return False

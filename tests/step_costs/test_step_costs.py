@@ -84,7 +84,9 @@ def test_flops_of_parts_are_those_by_hand(subject: Subject) -> None:
     assert cell.parts["passes"].flops == passes
     assert cell.parts["application"].flops == pytest.approx(applied, rel=0.01)
     assert cell.parts["statistics"].flops == factors + sampled
-    assert cell.parts["refresh"].flops == pytest.approx(sum(7 / 3 * (i**3 + o**3) for i, o in padded), rel=0.1)  # Cholesky, inverse
+    assert cell.parts["refresh"].flops == pytest.approx(
+        sum(7 / 3 * (i**3 + o**3) for i, o in padded), rel=0.1
+    )  # Cholesky, inverse
 
 
 def test_memory_and_state(subject: Subject) -> None:
