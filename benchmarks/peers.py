@@ -22,15 +22,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from floors import floor, record
 from own_rows import OWN, RATE, Row, sgd
 from peer_rows import PEERS
 from peers_page import in_page, render
 from row_checks import equal_to_formed, equal_to_peer, learning, peak_ratio
-from timing import measure
 from workloads import WORKLOADS, build
 
 from gradmaker.compare.cost import machine
+from gradmaker.costs.floor import floor, record
+from gradmaker.costs.timing import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT, PAGE = ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "peers.md"

@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from gradmaker.compare.errors import InputError
+from gradmaker.compare.parsing import Method, parse_rows
 from gradmaker.compare.rank_task import RankTask, read_task
-from gradmaker.compare.rows import Method, Row, optimizers, parse_rows
+from gradmaker.compare.rows import Row, optimizers
 from gradmaker.costs.block_sizes import Member
 from gradmaker.costs.ranks import Passes, RankCost, cost_of_ranks, passes_of
 from gradmaker.costs.traffic import Collective, Scheme

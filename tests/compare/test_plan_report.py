@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from gradmaker.compare import command
+from gradmaker.commands.app import app
 from gradmaker.compare.errors import InputError
+from gradmaker.compare.parsing import parse_rows
 from gradmaker.compare.plan_report import Planner, plan_report, read_mesh, sized
 from gradmaker.compare.rank_task import RankTask, read_task
-from gradmaker.compare.rows import parse_rows
 from gradmaker.costs.traffic import Scheme
 
 TASK = """
@@ -47,7 +47,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(command.app, ["cost", *arguments])
+    return CliRunner().invoke(app, ["cost", *arguments])
 
 
 def test_the_report() -> None:
@@ -77,7 +77,7 @@ def test_default_methods() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["kfac"], "give a model and methods"),
+        (["kfac", "--world", "2"], "--world plans one --task module:function"),
         (["--task", "planned_task"], "expected module:function"),
         (["--task", "planned_tusk:pair"], "no module 'planned_tusk' here or installed"),
         (["--task", "planned_task:pear"], "did you mean 'pair'"),
@@ -96,7 +96,7 @@ def test_default_methods() -> None:
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], reason: str) -> None:
-    found = invoke(*arguments)
+    found = invoke(*arguments, *([] if "--world" in arguments else ["--world", "2"]))
     assert found.exit_code == 2 and reason in found.output and "Traceback" not in found.output
     assert len(found.output.strip().splitlines()) == 1
 

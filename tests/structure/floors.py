@@ -56,7 +56,7 @@ FLOORS = (
     Floor(("maker", "measuring", "on_ranks", "planned", "preconditioner")),
     Floor(("methods",)),
     Floor(("damping_sweep", "front_door")),
-    Floor((INIT, "__main__", "cli", "compare", "fidelity", "reporting")),
+    Floor((INIT, "__main__", "cli", "commands", "compare", "fidelity", "reporting", "step_costs")),
 )
 
 

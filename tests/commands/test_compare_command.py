@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses, and a short run."""
+"""`gradmaker compare`: what it prints, what it refuses, and short runs."""
 
 import json
 import subprocess
@@ -11,8 +11,9 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner, Result
 
-from gradmaker import METHODS
-from gradmaker.compare import command, cost as cost_module
+from gradmaker.commands import options
+from gradmaker.commands.app import app
+from gradmaker.compare import cost as cost_module
 
 SHORT = ["--epochs", "1", "--seeds", "1", "--threads", "1", "--hidden", "16", "--lr", "0.1"]
 
@@ -21,18 +22,12 @@ SHORT = ["--epochs", "1", "--seeds", "1", "--threads", "1", "--hidden", "16", "-
 def short_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_module, "ROUNDS", 3)
     monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)
-    monkeypatch.setattr(command.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(options.torch, "set_num_threads", lambda count: None)
     monkeypatch.setenv("COLUMNS", "200")
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(command.app, ["compare", *arguments])
-
-
-def test_list_names_every_method() -> None:
-    result = invoke("--list")
-    assert result.exit_code == 0
-    assert [line.split()[0] for line in result.output.splitlines()] == list(METHODS)
+    return CliRunner().invoke(app, ["compare", *arguments])
 
 
 def test_short_digits_run_and_its_resume(tmp_path: Path) -> None:
@@ -72,13 +67,9 @@ def test_methods_of_a_module_of_the_user(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["report"]["rows"]
     assert [row["method"] for row in rows] == ["mine", "sgd"] and rows[0]["config"]["maker"]["method"] == "mine"
-    assert invoke("--list").output.splitlines()[-1].split(maxsplit=1) == ["mine", "Adam under another name."]
+    listed = CliRunner().invoke(app, ["methods", "mine", "--import", "my_methods", "--json"])
+    assert [(one["name"], one["what"]) for one in json.loads(listed.output)] == [("mine", "Adam under another name.")]
     del sys.modules["my_methods"]
-
-
-def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command._methods(None, None)[:2] == ["sgd", "torch.Adam"]
-    assert command._methods(["kfac"], None) == ["kfac"]
 
 
 @pytest.mark.parametrize(
@@ -90,10 +81,15 @@ def test_default_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--lr", "0"], "expected positive numbers"),
         (["--lr", "-1"], "expected positive numbers"),
         (["--seeds", "0"], "at least one seed"),
-        (["--epochs", "0"], "budget=0: expected a positive number of epochs"),
+        (["--epochs", "0"], "budget='0 epochs': expected a positive number of epochs"),
         (["--hidden", "0"], "hidden=[0]: expected widths of at least 1"),
         (["--threads", "0"], "threads=0: expected an integer of at least 1"),
-        (["--device", "abacus"], "cannot be used"),
+        (["--device", "abacus"], "device='abacus' cannot be used on this machine: expected cpu"),
+        (["--epoch", "1"], "No such option: --epoch"),
+        (["--seeds", "few"], "Invalid value for '--seeds'"),
+        (["--vary", "32"], "vary='32': expected an option and values, as in batch_size=32,128"),
+        (["--task", "no_such_module:make"], "no such module here or installed"),
+        (["--task", "json:make", "--model", "mlp"], "--task brings its own model"),
         (["--config", "absent.yaml"], "cannot read"),
         (["--model", "conv", *["--hidden", "4"] * 5], "too many"),
     ],
@@ -140,25 +136,3 @@ def test_module_runs() -> None:
         [sys.executable, "-m", "gradmaker", "compare", "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0 and "--data-dir" in result.stdout
-
-
-def test_costs_are_predicted_and_measured() -> None:
-    arguments = ["cost", "mlp", "sgd", "kfac", "newton", "--hidden", "200", "--batch-size", "8"]
-    result = CliRunner().invoke(command.app, arguments)
-    assert result.exit_code == 0, result.output
-    head, sgd, kfac, reason = result.output.splitlines()
-    assert head.split() == ["method", "ms", "x", "SGD", "x", "Adam", "MB", "held", "MB", "in", "a", "step"]
-    assert sgd.split()[0] == "sgd" and float(sgd.split()[2]) == pytest.approx(1, abs=0.05)
-    assert kfac.split()[0] == "kfac" and float(kfac.split()[2]) > 1 and float(kfac.split()[4]) > 0
-    assert reason.startswith("newton: Dense(full) would hold")
-    seen = CliRunner().invoke(command.app, ["cost", "mlp", "sgd", "--hidden", "4", "--batch-size", "8", "--measure"])
-    assert seen.exit_code == 0 and float(seen.output.splitlines()[1].split()[-1]) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [(["mpl", "adam"], "did you mean"), (["mlp", "kfak"], "kfac"), (["mlp", "sgd", "--data", "x"], "data")],
-)
-def test_illegal_costs(arguments: list[str], reason: str) -> None:
-    result = CliRunner().invoke(command.app, ["cost", *arguments])
-    assert result.exit_code == 2 and reason in result.output

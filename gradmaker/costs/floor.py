@@ -1,4 +1,4 @@
-"""The floor of a step: the products, convolutions and decompositions in it alone, measured in the same run at the same sizes.
+"""The floor of a step: its products, convolutions and decompositions alone, measured in the same run at the same sizes.
 
 Each is recorded with its arguments while a step runs, and repeated by itself. What remains of a step is element-wise work,
 copies, reads of the host and Python.
@@ -10,14 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from time import process_time
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradmaker.costs.flops import DECOMPOSITIONS, FLOPS
+from gradmaker.costs.timing import clock
 
 __all__ = ["Floor", "Products", "floor", "record"]
 
@@ -34,13 +35,16 @@ class Floor:
 
     @property
     def total(self) -> float:
+        """Seconds of all kinds."""
         return sum(self.seconds.values())
 
     def add(self, kind: str, flops: float, seconds: float) -> None:
+        """Add work of a kind."""
         self.flops[kind] = self.flops.get(kind, 0.0) + flops
         self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
 
     def as_dict(self) -> dict[str, Any]:
+        """Milliseconds and GFLOPs by kind, for JSON."""
         return {
             "ms": round(1e3 * self.total, 4),
             "gflop": {kind: round(n / 1e9, 4) for kind, n in self.flops.items()},
@@ -58,13 +62,14 @@ class _Call:
     flops: float
 
     def seconds(self) -> float:
-        """CPU seconds of the call alone: the median of some rounds."""
+        """Seconds of the call alone: the median of some rounds."""
+        now = clock(next((t.device for t in tree_leaves([self.args, self.kwargs]) if isinstance(t, Tensor)), "cpu"))
 
         def run(count: int) -> float:
-            start = process_time()
+            start = now()
             for _ in range(count):
                 self.func(*self.args, **self.kwargs)
-            return (process_time() - start) / count
+            return (now() - start) / count
 
         with torch.no_grad():
             one = run(1)

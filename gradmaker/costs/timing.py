@@ -1,4 +1,7 @@
-"""CPU time of each kind of step against SGD in the same process: means over whole windows of steps, medians over windows."""
+"""Time of each kind of step against SGD in the same process: means over whole windows of steps, medians over windows.
+
+On a CPU it is the CPU time of the process, which other processes of a shared machine disturb least.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from statistics import median
 from time import perf_counter, process_time
+
+import torch
+
+__all__ = ["Ratio", "Step", "Timed", "clock", "measure", "window"]
 
 WINDOW = {"T10": 10}
 """Steps of a window, for kinds whose steps are not all alike: a whole period."""
@@ -30,27 +37,41 @@ class Ratio:
     spread: float  # interquartile range of the ratios over their median
 
     def as_dict(self) -> dict[str, float]:
+        """The values for JSON."""
         return {key: round(value, 5) for key, value in asdict(self).items()}
 
 
-def window(step: Step, count: int) -> float:
-    """CPU seconds of a step: the mean of a window."""
-    start = process_time()
+def clock(device: torch.device | str) -> Callable[[], float]:
+    """A function that reads seconds: CPU time of this process, or wall time when the work queued on a CUDA device is done."""
+    if torch.device(device).type != "cuda":
+        return process_time
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return perf_counter()
+
+    return now
+
+
+def window(step: Step, count: int, now: Callable[[], float] = process_time) -> float:
+    """Seconds of a step: the mean of a window."""
+    start = now()
     for _ in range(count):
         step()
-    return (process_time() - start) / count
+    return (now() - start) / count
 
 
 class Timed:
     """One kind of step: its window, and what was measured. The step before a window of equal steps warms the caches."""
 
-    def __init__(self, kind: str, step: Step) -> None:
+    def __init__(self, kind: str, step: Step, now: Callable[[], float] = process_time) -> None:
+        self.now = now
         self.step, self.count, self.alike = step, WINDOW.get(kind, 1), kind not in WINDOW
-        window(step, 2 if self.alike else self.count)  # the first step of all kinds measures and refreshes
-        one = window(step, 1) if self.alike else 0.0
+        window(step, 2 if self.alike else self.count, now)  # the first step of all kinds measures and refreshes
+        one = window(step, 1, now) if self.alike else 0.0
         self.long = one > LONG
         if self.alike:
-            self.count = min(MOST, max(1, ceil(LEAST / one)))
+            self.count = min(MOST, max(1, ceil(LEAST / max(one, 1e-6))))
         self.found: list[tuple[float, float]] = []
 
     def turn(self, sgd: Step) -> None:
@@ -58,15 +79,15 @@ class Timed:
         if self.long and self.found:
             return
         before = self._warm(sgd, REFERENCE)
-        own = self._warm(self.step, self.count) if self.alike else window(self.step, self.count)
+        own = self._warm(self.step, self.count) if self.alike else window(self.step, self.count, self.now)
         self.found.append((own, (before + self._warm(sgd, REFERENCE)) / 2))
 
-    @staticmethod
-    def _warm(step: Step, count: int) -> float:
+    def _warm(self, step: Step, count: int) -> float:
         step()
-        return window(step, count)
+        return window(step, count, self.now)
 
     def ratio(self) -> Ratio:
+        """The medians of what was measured."""
         own, sgd = (median(values) for values in zip(*self.found, strict=True))
         ratios = sorted(a / b for a, b in self.found)
         quarter = len(ratios) // 4
@@ -74,14 +95,17 @@ class Timed:
         return Ratio(median(ratios), 1e3 * own, 1e3 * sgd, len(ratios), self.count, spread)
 
 
-def measure(steps: Mapping[str, Step], sgd: Step, windows: int, limit: float, least: int = 3) -> dict[str, Ratio]:
+def measure(
+    steps: Mapping[str, Step], sgd: Step, windows: int, limit: float, least: int = 3, device: torch.device | str = "cpu"
+) -> dict[str, Ratio]:
     """Ratios of all kinds of steps, interleaved.
 
     limit: wall seconds after which no further windows are begun, once every kind has `least` of them
     """
     start = perf_counter()
-    window(sgd, 3)
-    timed = {kind: Timed(kind, step) for kind, step in steps.items()}
+    now = clock(device)
+    window(sgd, 3, now)
+    timed = {kind: Timed(kind, step, now) for kind, step in steps.items()}
     for turn in range(windows):
         if turn >= least and perf_counter() - start > limit:
             break
