@@ -31,7 +31,6 @@ from gradmaker.compare.cost import machine
 from gradmaker.costs.block_sizes import BlockSizes, Member, sizes_of
 from gradmaker.costs.ranks import Passes, cost_of_ranks, passes_of
 from gradmaker.costs.traffic import Scheme, communicated
-from gradmaker.presets import spelled
 from gradmaker.scale.assignment import Piece, assign
 
 PAGE = Path(__file__).resolve().parent / "scale.md"
@@ -41,10 +40,11 @@ WORLDS = (1, 8, 64, 512)
 RUNS = 3
 Found = dict[str, Any]
 OF_MODEL = """
-Scheme `owners`, factors reduced at each measurement, at most 8 shards, a rank's batch that of `examples/large_shapes.py`. GiB that
-the method holds on the fullest rank, beside the two moments of Adam on the same shards; the temporary tensors of its largest
-refresh; FLOPs of an average step over those of the passes, on the busiest rank; balance of owners; GiB that a rank sends in an
-average step for the method, beside those of the model without one.
+Scheme `owners`, factors reduced at each measurement, at most 8 shards; a rank's batch as in `examples/large_shapes.py`.
+Embeddings and heads are Adam's, by `groups`. GiB that the method holds on the fullest rank, beside the two moments of Adam on
+the same shards; temporary tensors of the largest refresh and of a measured step; FLOPs of an average step over those of the
+passes, on the busiest rank; balance of owners; GiB that a rank sends in an average step for the method, beside those of the
+model without.
 """
 LITERATURE = (
     (
@@ -183,24 +183,25 @@ def growth(name: str) -> list[Found]:
         model, batch = LARGE[name]()
         passes = passes_of(model, batch)
     adam = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
-    found, known = list[Found](), dict[object, Member]()
-    for method, options in LARGE_ROWS.items():
-        maker: Any = gm.from_config(model, {"method": method, **options})
+    found, known, last = list[Found](), dict[object, Member](), len(list(model.children())) - 1
+    for label, given in LARGE_ROWS.items():
+        method = str(given["method"])
+        groups: dict[Any, str] = {("0.*", f"{last}.*"): "adam", "*": method}
+        maker: Any = gm.from_config(model, {**given, "groups": groups})
         for world in WORLDS:
             shards = min(world, 8)
             scheme = Scheme("owners", world, shards, reduce_at="measurement") if world > 1 else Scheme()
             c = cost_of_ranks(maker, passes, scheme, known)
             model_bytes = sum(c.memory[k] for k in ("parameters", "gradients", "optimizer"))
-            own = c.bytes - model_bytes - c.memory["workspace"]
+            own = c.bytes - model_bytes - c.memory["workspace"] - c.memory.get("evidence", 0)
             of_model = sum(v for k, v in c.traffic.wire.items() if k.what in ("weights", "gradients"))
             found.append(
                 {
-                    "method": method,
-                    "options": spelled(options),
+                    "method": label,
                     "world": world,
                     "held": own,
                     "adam": adam // shards,
-                    "workspace": c.memory["workspace"],
+                    "workspace": c.memory["workspace"] + c.memory.get("evidence", 0),
                     "flops": sum(c.flops.values()) / passes.flops,
                     "balance": c.balance,
                     "sent": c.sent - of_model,
@@ -211,13 +212,17 @@ def growth(name: str) -> list[Found]:
 
 
 LARGE = {"GPT-2 small": gpt2_small, "Llama 7B": llama_7b}
-LARGE_ROWS: dict[str, dict[str, Any]] = {name: {"preset": "large"} for name in ("kfac", "shampoo", "soap")} | {"muon": {}}
+LARGE_ROWS: dict[str, dict[str, Any]] = {
+    **{f"{name}, large": {"method": name, "preset": "large"} for name in ("kfac", "shampoo", "soap")},
+    "shampoo, large, block_size=1024": {"method": "shampoo", "preset": "large", "block_size": 1024},
+    "muon": {"method": "muon"},
+}
+"""With their preset, if they have one."""
 
 
 # ------------------------------------------------------------------ the page
 def render(known: Mapping[str, Any]) -> str:
     """The page."""
-    assert __doc__ is not None
     facts = ", ".join(f"{key} {value}" for key, value in known["machine"].items())
     lines = ["# Work that is shared between processes", "", *_said(), "", f"On {facts}.", ""]
     return "\n".join([*lines, *_measured(known), *_modelled(known), *_literature()]) + "\n"
@@ -266,11 +271,10 @@ def _modelled(known: Mapping[str, Any]) -> Iterator[str]:
         yield "| method | ranks | GiB held | Adam's | GiB workspace | FLOPs | balance | GiB sent | without |"
         yield "|---" * 9 + "|"
         for r in rows:
-            label = f"{r['method']}, {r['options']}" if r["options"] else r["method"]
             sizes = [r[k] / 2**30 for k in ("held", "adam", "workspace")]
             cells = [*(f"{x:.3g}" for x in sizes), f"{r['flops']:.2%}", f"{r['balance']:.2f}"]
             sent = [f"{r[k] / 2**30:.3g}" for k in ("sent", "sent_of_model")]
-            yield f"| {label} | {r['world']} | {' | '.join([*cells, *sent])} |"
+            yield f"| {r['method']} | {r['world']} | {' | '.join([*cells, *sent])} |"
         yield ""
 
 

@@ -104,9 +104,9 @@ class Step:
         return self.tape.examples
 
     @property
-    def examples_of_all(self) -> int:
-        """`examples`, those of the other ranks included."""
-        return self.examples if self.share is None else self.share.total
+    def examples_of_all(self) -> float:
+        """The number of examples that a mean is taken over, those of the other ranks included."""
+        return self.examples if self.share is None else self.examples / self.share.factor
 
     def place(self, terms: Terms, index: int) -> Place | None:
         """The rows of terms in the batch of all ranks; None in a single process.  index: of the call of the loss"""

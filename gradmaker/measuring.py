@@ -294,8 +294,11 @@ class MeasuringMaker(PlannedMaker):
         if ranks is None or now.gradients is not None:
             return
         parameters = [p for p in self.plan.own.all if self.served is None or p in self.served]
-        if not agree_on_gradients(ranks, parameters, now.finite, now.part) and now.finite:
+        finite, findings = agree_on_gradients(ranks, parameters, now.finite, [float(now.part), self._findings()])
+        if now.finite and not finite:
             self.step_state.note(False)
+        if findings:
+            self._share_findings(ranks)
 
     # ---------------------------------------------------------------- what is finite
     def _all_finite(self, loss: Tensor) -> bool:

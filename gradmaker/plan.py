@@ -96,9 +96,9 @@ class Plan:
         }
         return frozenset(purpose for purpose, legal in found.items() if legal)
 
-    def refuse_ranks(self, attached: bool = False) -> None:
-        """RuntimeError for curvatures that several processes would measure differently.  attached: to a loop"""
-        if passes := [c for c in self.curvatures(of_passes=True) if attached or not c.by_parts]:
+    def refuse_ranks(self) -> None:
+        """RefusedError for curvatures that several processes would measure differently."""
+        if passes := [c for c in self.curvatures(of_passes=True) if not c.by_parts]:
             refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
     def asks(self, what: Need, due: Collection[str] | None = None) -> bool:

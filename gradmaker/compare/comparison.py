@@ -117,7 +117,10 @@ def compare(
     with board(trials, progress) as shown:
         trainer = _trainer(problem, count, shown, setting, callback)
         runner = Runner(problem, setting, tuned, seeds, store, trainer, shown)
-        _run(runner, comparison, checked_vary, count, progress)
+        try:
+            _run(runner, comparison, checked_vary, count, progress)
+        finally:
+            trainer.close()
     write(comparison, store, progress)
     if tensorboard:
         from gradmaker.compare.trials.events import write_events
@@ -134,7 +137,7 @@ def write(comparison: Comparison, store: Store | None = None, shown: bool = Fals
     from gradmaker.compare.progress import print_summary
 
     store = Store(comparison.out) if store is None else store
-    store.records |= {record.key: record for result in comparison.rows for record in result.trials}
+    store.records |= {record.key: record for record in comparison.records()}
     store.comparison = comparison.plain()
     write_report(comparison, store)
     if shown:
@@ -156,7 +159,7 @@ def _run(runner: Runner, comparison: Comparison, settings: Mapping[str, Sequence
             for result in group if shown else ():
                 print_selection(console, result, comparison.metric)
         runner.costs(able)
-        comparison.sensitivity = runner.vary(able, settings)
+        comparison.sensitivity, comparison.varied = runner.vary(able, settings)
     except KeyboardInterrupt:
         comparison.complete = False
         runner.board.progress.stop()

@@ -1,6 +1,7 @@
 """The figures of a comparison: metric against cost, curves over steps and time, searches, sensitivity."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Literal
 
@@ -58,10 +59,13 @@ def metric_curves(comparison: Comparison, over: Literal["steps", "seconds"]) -> 
     if not series:
         return None
     axis = Axis("step") if over == "steps" else Axis(COSTS["seconds"][1], "log")
+    values = replace(metric_axis(comparison), limits=_limits(comparison, series))
     rules = [Rule(reach.target, "target") for reach in comparison.reaches()[:1]]
     title = f"Test {comparison.metric} against {'steps' if over == 'steps' else 'time'}"
     caption = "On the test part at every evaluation; bands reach from the lowest to the highest seed."
-    return Figure(f"metric_{over}", title, axis, metric_axis(comparison), series, caption, rules)
+    if values.limits:
+        caption += " The axis leaves out the first quarter of the training."
+    return Figure(f"metric_{over}", title, axis, values, series, caption, rules)
 
 
 def search_figure(comparison: Comparison) -> Figure | None:
@@ -69,10 +73,10 @@ def search_figure(comparison: Comparison) -> Figure | None:
     series = []
     for result in comparison.rows:
         tried = [(r.learning_rate, r.end("validation", comparison.metric)) for r in result.search if r.status == "finished"]
-        if len(tried) > 1:
+        if tried:
             chosen = {"selected": ["yes" if rate == result.learning_rate else "no" for rate, _ in sorted(tried)]}
             series.append(Series(result.row.label, *_columns(sorted(tried)), details=chosen))
-    if not series:
+    if all(len(one.x) < 2 for one in series):
         return None
     axis = metric_axis(comparison, "validation")
     caption = "On the validation part at the end of the training, first seed; the selected rate is told under the pointer."
@@ -93,6 +97,17 @@ def sensitivity(comparison: Comparison) -> Iterable[Figure]:
             yield Figure(f"sensitivity_{parameter}", title, axis, metric_axis(comparison), series, "All else as selected.")
 
 
+def _limits(comparison: Comparison, series: Sequence[Series]) -> tuple[float, float] | None:
+    """Of an accuracy, which begins far below the values that are compared: from the last three quarters of the curves."""
+    if comparison.metric != "accuracy":
+        return None
+    lows = [y for one in series for y in (one.low or one.y)[len(one.y) // 4 :] if isinstance(y, float)]
+    highs = [y for one in series for y in (one.high or one.y) if isinstance(y, float)]
+    low, high = min(lows, default=0.0), max(highs, default=1.0)
+    margin = 0.05 * (high - low) + 1e-3
+    return max(0.0, low - margin), min(1.0, high + margin)
+
+
 # --- curves ---------------------------------------------------------------------------------------------------------------
 def _series(comparison: Comparison, over: str, curve_of: Callable[[Record], Curve]) -> Iterable[Series]:
     """A curve of every row, mean and ends over seeds at equal steps; on the axis of time by the median time of a step."""
@@ -101,10 +116,15 @@ def _series(comparison: Comparison, over: str, curve_of: Callable[[Record], Curv
         curves = [curve for record in result.finished if (curve := curve_of(record))]
         if scale is not None and curves:
             points = list(zip(*curves, strict=False))  # a budget in seconds may end at other steps in each seed
-            x = [scale * seeds[0][0] for seeds in points]
-            values = [[y for _, y in seeds] for seeds in points]
+            x = [_short(scale * seeds[0][0]) for seeds in points]
+            values = [[_short(y) for _, y in seeds] for seeds in points]
             ends = (list(map(min, values)), list(map(max, values))) if len(curves) > 1 else (None, None)
-            yield Series(result.row.label, x, list(map(fmean, values)), *ends)
+            yield Series(result.row.label, x, [_short(fmean(seeds)) for seeds in values], *ends)
+
+
+def _short(value: float) -> float:
+    """The digits that the page can show."""
+    return float(f"{value:.6g}")
 
 
 def _scale(result: RowResult, over: str) -> float | None:

@@ -87,15 +87,15 @@ def summary(comparison: Comparison) -> Table:
     reaches = {reach.label: reach for reach in comparison.reaches()}
     columns = (
         Column("method", kind="row"),
-        Column("options", kind="text"),
         _metric_column(comparison, "metric", f"test {comparison.metric}", "std"),
-        Column("seeds", kind="text", help="trainings at the selected options that ended well, of all"),
-        Column("train_loss", "train loss", format=".2g"),
-        Column("step_ratio", "step time / SGD", format=".2f"),
-        Column("memory_ratio", "memory / SGD", format=".2f"),
         Column("steps", "steps to target", format="g", best="low"),
         Column("seconds", "time to target", "seconds", best="low", help="steps to the target × median time of a step"),
+        Column("step_ratio", "step time / SGD", format=".2f"),
+        Column("memory_ratio", "memory / SGD", format=".2f"),
         Column("whole", "training time", "seconds", help="all steps × median time of a step, evaluation left out"),
+        Column("train_loss", "train loss", format=".2g"),
+        Column("seeds", kind="text", help="trainings at the selected options that ended well, of all"),
+        Column("options", kind="text"),
         Column("note", kind="text"),
     )
     rows = []
@@ -137,7 +137,7 @@ def _races(comparison: Comparison) -> Iterable[Table]:
         for row in rows:
             row |= {"steps share": _share(row["steps"], base.steps), "time share": _share(row["seconds"], base.seconds)}
     target = written(comparison.metric, reaches[0].target)
-    origin = "as given" if comparison.target is not None else "the worst mean end of a row, so that all can reach it"
+    origin = "as given" if comparison.target is not None else "the worst mean end of a row"
     caption = (
         f"Target: {target} of test {comparison.metric} ({origin}). Medians over seeds; time is steps × median time of a step."
     )

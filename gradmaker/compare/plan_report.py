@@ -30,8 +30,14 @@ __all__ = ["DEFAULTS", "Planned", "plan_report", "read_mesh"]
 DEFAULTS: tuple[Method, ...] = ("adamw", "kfac", "shampoo", "soap", "muon")
 GIB, TERA = 2**30, 1e12
 WIDTHS = (8192, 4096, 2048, 1024, 512)  # limits on sides that are tried
+BALANCE = "block_size cuts tensors into blocks of their own, and groups leave a layer to another method"
 OF_MODEL = ("weights", "gradients")  # what is communicated without a method, too
-NAMES = {"statistics": "statistics on every rank", "roots": "roots on every rank", "owned": "what the fullest owner holds"}
+NAMES = {
+    "statistics": "statistics on every rank",
+    "roots": "roots on every rank",
+    "owned": "what the fullest owner holds",
+    "evidence": "the evidence of a measured step",
+}
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ def _table(planned: Sequence[Planned], flops: float | None, bandwidth: float | N
     made = Table(box=None)
     for name in ("method", "scheme"):
         made.add_column(name, no_wrap=True)
-    heads = ("GiB", "model", "method", "workspace", "TFLOP", "balance", "GiB sent", *(("s",) if timed else ()))
+    heads = ("GiB", "model", "method", "passing", "TFLOP", "balance", "GiB sent", *(("s",) if timed else ()))
     for head in heads:
         made.add_column(head, justify="right")
     for p in planned:
@@ -214,7 +220,8 @@ def _table(planned: Sequence[Planned], flops: float | None, bandwidth: float | N
             continue
         c, m = p.cost, p.cost.memory
         model = sum(m[k] for k in ("parameters", "gradients", "optimizer"))
-        sizes = [f"{n / GIB:.2f}" for n in (c.bytes, model, c.bytes - model - m["workspace"], m["workspace"])]
+        passing = m["workspace"] + m["evidence"]
+        sizes = [f"{n / GIB:.2f}" for n in (c.bytes, model, c.bytes - model - passing, passing)]
         seconds = [f"{c.seconds(flops * TERA, bandwidth * 1e9):.3g}"] if flops is not None and bandwidth is not None else []
         work = f"{sum(c.flops.values()) / TERA:.3g}"
         made.add_row(p.label, p.scheme.name, *sizes, work, f"{c.balance:.2f}", f"{c.sent / GIB:.3f}", *seconds)
@@ -267,4 +274,4 @@ def _remarks(planned: Sequence[Planned], memory: float | None) -> Iterator[str]:
             size = f"{sized(p.cost.bytes)} do not fit into {sized(memory)}"
             yield f"{name}: {size}; {_most(p.cost, memory)}; {p.mended}"
         if p.cost.why:
-            yield f"{name}: {p.cost.why}"
+            yield f"{name}: {p.cost.why}; {BALANCE}"

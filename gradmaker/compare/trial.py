@@ -21,6 +21,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rat
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
+MARGIN = 0.25  # a loss that ends higher than it began by less may be noise of a training that is too slow
 CURVE_POINTS = 2000  # longer loss curves are averaged to this many points
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words for it, where the type is RuntimeError
 
@@ -253,7 +254,7 @@ def _note(record: Record, losses: list[float], seconds: float, found: Mapping[st
 
 
 def _diverged(record: Record) -> bool:
-    """Set the status; True if a loss is not finite. Also diverged: last quarter since the last mark above the first step."""
+    """Set the status; True if a loss is not finite. Also diverged: a loss that ends far above its start."""
     if None in (*record.curve_loss, record.validation["loss"][-1]):
         record.status, record.message = "diverged", f"loss is not finite after {record.marks[-1]} steps"
         return True
@@ -261,8 +262,8 @@ def _diverged(record: Record) -> bool:
     tail = losses[-max(1, len(losses) // len(record.marks) // 4) :]
     first, last = losses[0], sum(tail) / len(tail)
     record.status, record.message = "finished", ""
-    if last > first:
-        record.status, record.message = "diverged", f"the loss ends at {last:.3g}, above the initial {first:.3g}"
+    if last - first > MARGIN * abs(first):
+        record.status, record.message = "diverged", f"the loss ends at {last:.3g}, far above the initial {first:.3g}"
     return False
 
 

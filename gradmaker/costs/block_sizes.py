@@ -16,15 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradmaker.blocks import Block
 from gradmaker.costs.counting import Recorder
 from gradmaker.costs.trial import quiet
-from gradmaker.curvature.evidence import Gradient, kinds
+from gradmaker.curvature.evidence import Gradient, Outer, kinds
 from gradmaker.curvature.products import Product
 from gradmaker.errors import CostError
 from gradmaker.linalg.factors import tile_width
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.capabilities import Elementwise
-from gradmaker.representations.roles import FactoredAxes, Unstacked, has_refresh, renewal, slow
+from gradmaker.representations.roles import FactoredAxes, has_refresh, renewal, slow
 from gradmaker.scale.assignment import BlockWork, Matrix
+from gradmaker.scale.parts import adds
 
 __all__ = ["BlockSizes", "Member", "sizes_of"]
 
@@ -38,7 +39,7 @@ class Member:
     entries: of its gradient; width: bytes of one of them as it is preconditioned.
     state, cache, average: bytes held of the statistic, of the last refresh, of running averages; what is in two counts once.
     summed: bytes of the statistic to which the passes of every rank add; zero if it is made of the reduced gradient.
-    rows: whether that is no sum but rows of the batch, which are gathered.
+    rows: bytes of the rows of one position, where it is no sum of what ranks have, so that rows are gathered.
     moment: FLOPs of one measurement by the reduced gradient; positions: FLOPs of one by each position of the passes.
     refresh, apply: FLOPs; workspace: bytes of temporary tensors in a refresh.
     steady: whether the cache is as old as the last refresh, and no younger; elementwise: whether ``P`` is a diagonal.
@@ -51,7 +52,7 @@ class Member:
     cache: int
     average: int
     summed: int
-    rows: bool
+    rows: int
     moment: float
     positions: float
     refresh: float
@@ -72,6 +73,11 @@ class BlockSizes:
     @property
     def name(self) -> str:
         return self.block.name
+
+    @property
+    def gathered(self) -> bool:
+        """Whether the evidence of ranks is put together before it is folded in, since the statistic is no sum of theirs."""
+        return bool(self.one.summed) and not adds(self.block)
 
     def work(self, cost: float, size: int) -> BlockWork:
         """The block for `assign`.  cost: FLOPs of a member's owner; size: bytes that it holds"""
@@ -143,7 +149,7 @@ def _tried(block: Block, recorder: Recorder) -> Member:
         cache=_bytes(own),
         average=_per_member(block, block.average) + _per_member(block, block.grafting_state),
         summed=_summed(block, frame, state) if of_passes else 0,
-        rows=isinstance(representation, Unstacked),
+        rows=_rows(block, frame) if of_passes else 0,
         moment=moment,
         positions=positions,
         refresh=refresh,
@@ -188,7 +194,18 @@ def _summed(block: Block, frame: Frame, state: State) -> int:
     if not block.triple.curvature.layerwise or kinds(Gradient) <= block.triple.curvature.gives:
         return _bytes([frame.zeros(*frame.shape)])
     kept = slow(representation, state)
-    return _bytes(v for k, v in state.items() if v.ndim > 1 and k not in kept)
+    return _bytes(v for k, v in state.items() if k not in kept and (v.ndim > 1 or adds(block)))
+
+
+def _rows(block: Block, frame: Frame) -> int:
+    """Bytes of the inputs and output gradients of one position that are gathered; zero where sums are."""
+    curvature = block.triple.curvature
+    if adds(block) or not any(kind.evidence is Outer for kind in curvature.gives):
+        return 0
+    site = block.sites[0]
+    G, o, i = site.shape
+    samples = int(getattr(curvature, "samples", 1))
+    return G * (i - site.bias + samples * o) * torch.empty(0, dtype=frame.dtype).element_size()
 
 
 def _per_member(block: Block, state: State) -> int:

@@ -91,15 +91,28 @@ def cost_of_ranks(
     """
     maker_: Any = maker
     blocks, every = sizes_of(maker_.plan.blocks, known), intervals(maker_.plan.methods)
-    made = traffic(maker.model, blocks, scheme, every)
+    made = traffic(maker.model, blocks, scheme, every, passes.positions)
     model = _of_model(maker.model, scheme, moments)
     shares = [_Share(b, scheme, every[b.block.options.method], passes) for b in blocks]
     if scheme.name == "replicated":
-        held = {k: sum(s.held[k] * s.count for s in shares) for k in HELD}
+        held = {k: sum(s.held[k] * s.count for s in shares) for k in HELD} | {"evidence": _evidence(blocks, scheme, passes)}
         flops = {k: sum(s.flops[k] * s.count for s in shares) for k in WORK}
         workspace = max((b.one.workspace * len(b.members) for b in blocks), default=0)
         return RankCost(scheme, model | held | {"workspace": workspace}, flops, passes, made, None, _largest(blocks), blocks)
     return _of_owners(blocks, shares, scheme, model, passes, made)
+
+
+def _evidence(blocks: Sequence[BlockSizes], scheme: Scheme, passes: Passes) -> int:
+    """Bytes of a measured step before its end: sums of this rank, or its rows and those of all ranks for the largest block.
+
+    Owners get sums block by block. One process folds evidence in as it comes.
+    """
+    if scheme.world == 1:
+        return 0
+    sums = [b.one.summed * len(b.members) for b in blocks if not b.gathered]
+    rows = [b.one.rows * len(b.block.sites) * passes.positions for b in blocks if b.gathered]
+    kept = sum(sums) if scheme.name == "replicated" else max(sums, default=0)
+    return kept + sum(rows) + scheme.world * max(rows, default=0)
 
 
 HELD = ("statistics", "roots", "averages")
@@ -149,6 +162,7 @@ def _of_owners(
         for k in (*HELD, *WORK) if s.sharded else ():
             everywhere[k] += (s.common[k] + s.own[k]) * s.count / s.sharded
     held = {k: round(everywhere[k]) for k in HELD} | {"owned": max(found.bytes)}
+    held["evidence"] = _evidence(blocks, scheme, passes)
     flops = {k: everywhere[k] for k in WORK} | {"owned": float(max(found.costs))}
     workspace = max((b.one.workspace for b in blocks), default=0)
     return RankCost(scheme, model | held | {"workspace": workspace}, flops, passes, made, found, _largest(blocks), blocks)

@@ -12,6 +12,8 @@ from torch import nn
 
 from gradmaker.costs.block_sizes import BlockSizes, sizes_of
 from gradmaker.options.checks import check_choice, check_count
+from gradmaker.scale.ranks import NUMBERS
+from gradmaker.scale.rows import LENGTH
 from gradmaker.schedule import FAR, as_schedule
 
 __all__ = ["Collective", "Every", "Scheme", "Traffic", "communicated", "intervals", "returns_roots", "wire"]
@@ -21,8 +23,9 @@ When: TypeAlias = Literal["step", "measurement", "refresh"]
 Name: TypeAlias = Literal["replicated", "owners"]
 Results: TypeAlias = Literal["smaller", "roots", "gradients"]
 
-INTEGER = 8  # bytes of an entry of the two small collectives
-FLAGS = 2  # entries of the one before evidence is folded in: finite, failed
+TABLE = 8 * NUMBERS  # bytes of what a rank brings to a meeting
+PRESENT = 4  # bytes in which a rank says whether it has something
+MEETINGS = 2  # of a pass: its share of the batch before the backward pass, whether it was finite after it
 
 
 class Collective(NamedTuple):
@@ -129,30 +132,64 @@ def returns_roots(b: BlockSizes, scheme: Scheme, every: Every) -> bool:
     return b.one.cache <= every.refresh * b.one.entries * b.one.width
 
 
-def communicated(maker: Any, world: int, scheme: Name = "replicated", **options: Any) -> dict[Collective, int]:
-    """Bytes that a call of each kind of collective carries, of all blocks together; of one process nothing.
+def communicated(
+    maker: Any, world: int, scheme: Name = "replicated", positions: int = 0, **options: Any
+) -> dict[Collective, int]:
+    """Bytes that the collectives of each kind carry in a step of one declared pass; of one process nothing.
 
     The bytes of an all_reduce, reduce or broadcast are those of the tensor, of an all_gather those of the result, of a
     reduce_scatter those of the input, of an all_to_all those of the input of a rank, averaged over the ranks.
 
-    maker: with a plan and a model, which may be on the meta device; options: of `Scheme`
+    maker: with a plan and a model, which may be on the meta device; positions: of the batch of a rank, where rows are gathered;
+    options: of `Scheme`
     """
     made = Scheme(scheme, world, **options)
-    return dict(traffic(maker.model, sizes_of(maker.plan.blocks), made, intervals(maker.plan.methods)).bytes)
+    sizes = sizes_of(maker.plan.blocks)
+    return dict(traffic(maker.model, sizes, made, intervals(maker.plan.methods), positions).bytes)
 
 
-def traffic(model: nn.Module, blocks: Sequence[BlockSizes], scheme: Scheme, every: Mapping[str, Every]) -> Traffic:
+def traffic(
+    model: nn.Module, blocks: Sequence[BlockSizes], scheme: Scheme, every: Mapping[str, Every], positions: int = 0
+) -> Traffic:
     """The traffic of a model whose gradients are reduced, and of the blocks of its plan."""
     made = Traffic()
     _of_model(model, scheme, made)
-    if any(b.one.summed for b in blocks):
-        often = min((every[b.block.options.method] for b in blocks if b.one.summed), key=lambda e: e.measurement)
-        made.add(Collective("measurement", "counts", "all_reduce"), 2 * INTEGER * scheme.world, scheme.world, often)
-        made.add(Collective("measurement", "flags", "all_reduce"), FLAGS * INTEGER, scheme.world, often)
-    for b in blocks:
-        of_block = _replicated if scheme.name == "replicated" else _owned
-        of_block(b, scheme, every[b.block.options.method], made)
+    of_passes = [b for b in blocks if b.one.summed]
+    if blocks:
+        trained = sum(p.requires_grad for p in model.parameters())
+        made.add(Collective("step", "meetings", "all_reduce"), MEETINGS * TABLE * scheme.world, scheme.world, Every())
+        made.add(Collective("step", "presence", "all_reduce"), PRESENT * trained * scheme.world, scheme.world, Every())
+    for b in of_passes:
+        _evidence(b, scheme, every[b.block.options.method], positions, made)
+    for curvature in dict.fromkeys(b.block.triple.curvature for b in of_passes if b.gathered):
+        often = min((every[b.block.options.method] for b in of_passes if b.block.triple.curvature == curvature), key=_often)
+        made.add(Collective("measurement", "meetings", "all_reduce"), TABLE * scheme.world, scheme.world, often)
+    for b in blocks if scheme.name == "owners" else ():
+        _returned(b, scheme, every[b.block.options.method], made)
     return made
+
+
+def _often(every: Every) -> int:
+    return every.measurement
+
+
+def _evidence(b: BlockSizes, scheme: Scheme, every: Every, positions: int, made: Traffic) -> None:
+    """Sums of evidence are reduced, to all ranks or to owners; what is no sum of theirs is gathered by all, in rows."""
+    world, sites, size = scheme.world, len(b.block.sites), b.one.summed * len(b.members)
+    if not b.gathered:
+        made.add(Collective("measurement", "presence", "all_reduce"), PRESENT * sites * world, world, every)
+        if scheme.name == "replicated":
+            made.add(Collective("measurement", "factors", "all_reduce"), size, world, every)
+        else:
+            made.add(Collective(scheme.reduce_at, "factors", "reduce"), size, world, every)
+        return
+    made.add(Collective("measurement", "meetings", "all_reduce"), TABLE * world, world, every)
+    made.add(Collective("measurement", "shapes", "all_reduce"), 8 * LENGTH * sites * world, world, every)
+    if b.one.rows:
+        made.add(Collective("measurement", "rows", "all_gather"), b.one.rows * sites * positions * world, world, every)
+    else:
+        made.add(Collective("measurement", "presence", "all_reduce"), PRESENT * sites * world, world, every)
+        made.add(Collective("measurement", "vectors", "all_reduce"), size, world, every)
 
 
 def _of_model(model: nn.Module, scheme: Scheme, made: Traffic) -> None:
@@ -171,27 +208,14 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _replicated(b: BlockSizes, scheme: Scheme, every: Every, made: Traffic) -> None:
-    """Sums are reduced to all ranks, in one bucket a measurement, and rows gathered by all."""
-    size = b.one.summed * len(b.members)
-    if b.one.rows:
-        made.add(Collective("measurement", "rows", "all_gather"), size * scheme.world, scheme.world, every)
-    else:
-        made.add(Collective("measurement", "factors", "all_reduce"), size, scheme.world, every)
-
-
-def _owned(b: BlockSizes, scheme: Scheme, every: Every, made: Traffic) -> None:
-    """Sums are reduced to owners; roots, or preconditioned gradients, come back."""
+def _returned(b: BlockSizes, scheme: Scheme, every: Every, made: Traffic) -> None:
+    """What owners return: roots, or preconditioned gradients."""
     count, world, one = len(b.members), scheme.world, b.one
-    if one.rows:
-        _replicated(b, scheme, every, made)
-    else:
-        made.add(Collective(scheme.reduce_at, "factors", "reduce"), one.summed * count, world, every)
     result = one.entries * one.width * count
     if returns_roots(b, scheme, every):
         made.add(Collective("refresh", "roots", "broadcast"), one.cache * count, world, every)
     elif scheme.shards > 1 and one.elementwise:
-        pass  # every rank computes its own shard
+        return  # every rank computes its own shard
     elif scheme.shards == 1:
         made.add(Collective("step", "preconditioned", "all_gather"), result, world, every)
     else:  # each replica has all shards: it serves the owners that it contains, and the others get what these return

@@ -117,6 +117,13 @@ class Terms(ABC):
         """The same terms with the other order of rows."""
         return replace(self, order="last" if self.order == "first" else "first")
 
+    def scaled(self, factor: float) -> Terms:
+        """The terms of the loss times a factor."""
+        scales = ("omega", "assumed", "curvature", "scale", "factor")
+        power = {"factor": 0.5}  # S of Lambda = S S^T
+        found = {k: getattr(self, k) * factor ** power.get(k, 1) for k in scales if getattr(self, k, None) is not None}
+        return replace(self, denominator=self.denominator / factor, **found)
+
     def spread(self, values: Tensor) -> Tensor:
         """Values of terms, broadcast to all coordinates of each.  # (m,) -> like z"""
         shape = list(self.z.shape)

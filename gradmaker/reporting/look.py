@@ -42,7 +42,6 @@ def config(look: Look) -> Spec:
     }
     return {
         "font": look.font,
-        "aria": not look.complete,
         "background": "#ffffff" if look.complete else "transparent",
         "axis": axis,
         "view": {"stroke": None},

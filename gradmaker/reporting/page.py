@@ -20,6 +20,7 @@ from gradmaker.reporting.vega import VERSION, spec
 from gradmaker.version import __version__
 
 PACKAGE = "gradmaker.reporting"
+LONG = 24  # letters of a text from which on it is broken into lines
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def _cell(column: Column, row: Mapping[str, Value], best: float | None, slots: M
     is_best = best is not None and value == best
     slot = slots.get(str(value)) if column.kind == "row" else None
     order = ("" if value is None else value) if column.numeric else None
-    return Cell(column.text(row), f"{kind} best" if is_best else kind, order, slot)
+    text = column.text(row)
+    looks = [kind, *(["best"] if is_best else []), *(["long"] if kind == "text" and len(text) > LONG else [])]
+    return Cell(text, " ".join(looks), order, slot)
 
 
 def bundles(document: Document) -> dict[str, str]:

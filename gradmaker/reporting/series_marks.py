@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from gradmaker.reporting.figure import Axis, Figure, Series
+from gradmaker.reporting.figure import Axis, Figure, Series, Value
 from gradmaker.reporting.look import BAND, Look, Spec, written
 from gradmaker.reporting.palette import pattern
 
@@ -37,10 +37,15 @@ def _names(figure: Figure) -> set[Any]:
 
 def _points(series: Series, names: list[str]) -> Iterable[Spec]:
     for i, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
-        point: Spec = {"row": series.row, "mark": series.mark, "x": x, "y": y}
+        point: Spec = {"row": series.row, "mark": series.mark, "x": _short(x), "y": _short(y)}
         if series.low is not None and series.high is not None:
-            point |= {"low": series.low[i], "high": series.high[i]}
+            point |= {"low": _short(series.low[i]), "high": _short(series.high[i])}
         yield point | {f"d{k}": series.details[name][i] for k, name in enumerate(names) if name in series.details}
+
+
+def _short(value: Value) -> Value:
+    """No more digits than are drawn or shown."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _row_scales(figure: Figure, slots: Mapping[str, int], look: Look) -> Spec:

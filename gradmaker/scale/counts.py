@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isclose, isfinite
@@ -12,9 +13,15 @@ from torch import Tensor
 from gradmaker.loss.likelihood import weightings
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.loss.share import Share
+from gradmaker.loss.terms import Terms
 from gradmaker.scale.ranks import Ranks, RefusedError
 
-__all__ = ["count", "share_of"]
+__all__ = ["UnevenRanksWarning", "count", "share_of", "share_of_replica"]
+
+
+class UnevenRanksWarning(UserWarning):
+    """The ranks have means over different numbers of terms, whose mean is not that of the whole batch."""
+
 
 CALLS = 4
 REDUCTIONS = ("none", "mean", "sum")
@@ -74,6 +81,30 @@ def share_of(ranks: Ranks, examples: int | None, numbers: Sequence[float], weigh
     if not any(found[0]):  # nothing on any rank: as one process has it
         return Share(ranks.rank, sizes, rows, 1 / ranks.size, False)
     return Share(ranks.rank, sizes, rows, own, own == 0 or sizes[ranks.rank] == 0)
+
+
+def share_of_replica(ranks: Ranks, terms: Sequence[Terms], examples: int, trouble: float) -> tuple[Share, float]:
+    """The share of this rank where another loop averages the gradients of the ranks: ``L = (1 / W) sum_r L_r``.
+
+    trouble: 0, or more where this rank cannot measure its pass. Returns the largest of them, too.
+    """
+    omega = [t.omega.double() for t in terms]
+    weight, counted = sum(float(w.sum()) for w in omega), sum(float((w != 0).sum()) for w in omega)
+    rows = [float(w.numel()) for w in omega[:CALLS]]
+    table = ranks.meet([float(examples), trouble, weight, counted, *rows] + [0.0] * (CALLS - len(rows)))
+    each = [row for row in table if row[3]]
+    if len({row[3] for row in each}) > 1 and _alike([row[2] for row in each]):
+        numbers = [int(row[3]) for row in table]
+        warnings.warn(
+            f"the losses of the ranks are means over {numbers} terms, and the mean of their gradients is not that of the whole "
+            "batch: the curvature is that of the mean of the ranks' losses. Drop uneven last batches, or scale each loss by its"
+            " share",
+            UnevenRanksWarning,
+            stacklevel=2,
+        )
+    found = tuple(tuple(int(row[4 + j]) for row in table) for j in range(len(rows)))
+    sizes = tuple(int(row[0]) for row in table)
+    return Share(ranks.rank, sizes, found, 1 / ranks.size, examples == 0), max(row[1] for row in table)
 
 
 def _groups(flat: Sequence[float]) -> list[tuple[float, float, float, float]]:

@@ -89,10 +89,10 @@ def _fold(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, k
     _fold_sums(ranks, part, adding, draft, known)
     others = {b: f for b, f in folds.items() if b not in adding}
     if others:
-        many = max(row[0] for row in ranks.meet([float(part.examples)])) > 1
+        examples = [int(row[0]) for row in ranks.meet([float(part.examples)])]
     for block, fold in others.items():
         chunks = [{k: e for k, e in chunk.items() if k in block.names} for chunk in part.chunks]
-        draft.fold(gathered(ranks, block.sites, chunks, many, block.frame.dtype), {block: fold}, known)
+        draft.fold(gathered(ranks, block.sites, chunks, examples, block.frame.dtype), {block: fold}, known)
 
 
 def _fold_sums(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:

@@ -72,10 +72,10 @@ def sum_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def agree_on_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], finite: bool, passes: int) -> bool:
-    """Whether the step is finite on all ranks. RefusedError where their gradients or numbers of passes differ.
+def agree_on_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], finite: bool, own: list[float]) -> tuple[bool, bool]:
+    """Whether the step is finite on all ranks, and whether findings differ. RefusedError for other gradients or passes.
 
-    parameters: whose gradients another loop has reduced; passes: that were measured
+    parameters: whose gradients another loop has reduced; own: the number of measured passes, and of findings
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     dense = [g.to_dense() if g.layout is not torch.strided else g for g in gradients]
@@ -83,9 +83,9 @@ def agree_on_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], finite:
     sums = torch.stack([torch.stack([g.double().sum(), g.double().abs().sum()]) for g in real]).cpu() if real else None
     weighed = 0.0 if sums is None else float((sums[:, 0] * torch.arange(1, len(sums) + 1)).sum())
     size = 0.0 if sums is None else float((sums[:, 1] * torch.arange(1, len(sums) + 1)).sum())
-    table = ranks.meet([float(finite), float(len(gradients)), weighed, size, float(passes)])
+    table = ranks.meet([float(finite), float(len(gradients)), weighed, size, *own])
     if not all(row[0] for row in table):
-        return False
+        return False, False
     first = table[0]
     if any(row[4] != first[4] for row in table):
         raise RefusedError(f"the ranks have measured {[int(row[4]) for row in table]} passes in one step: make equally many")
@@ -94,4 +94,4 @@ def agree_on_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], finite:
             "the gradients differ between ranks at the step: wrap the model in DistributedDataParallel, end no_sync() with a "
             "pass that synchronises, or average .grad over the ranks before optimizer.step()"
         )
-    return True
+    return True, len({row[5] for row in table}) > 1

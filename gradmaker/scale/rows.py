@@ -68,17 +68,17 @@ def merged(chunks: Sequence[Mapping[str, Evidence]]) -> list[dict[str, Evidence]
 
 
 def gathered(
-    ranks: Ranks, sites: Sequence[Site], chunks: Sequence[Mapping[str, Evidence]], many: bool, dtype: torch.dtype
+    ranks: Ranks, sites: Sequence[Site], chunks: Sequence[Mapping[str, Evidence]], examples: Sequence[int], dtype: torch.dtype
 ) -> list[dict[str, Evidence]]:
     """The evidence of all ranks. RefusedError for evidence that is neither rows nor a gradient.
 
-    sites: of one block, with what any rank may have; many: whether any rank has several examples; dtype: of the statistics
+    sites: of one block, with what any rank may have; examples: of the ranks; dtype: of the statistics
     """
     for chunk in chunks:
         if other := {type(e).__name__ for e in chunk.values() if not isinstance(e, (Outer, Gradient))}:
             raise RefusedError(f"several processes: evidence of the class {', '.join(sorted(other))} cannot be gathered")
     rows = {name: e for name, e in (chunks[0] if chunks else {}).items() if isinstance(e, Outer)}
-    first: dict[str, Evidence] = dict(_gathered_rows(ranks, sites, rows, many, dtype))
+    first: dict[str, Evidence] = dict(_gathered_rows(ranks, sites, rows, examples, dtype))
     sums = [{k: e.gradient for k, e in chunk.items() if isinstance(e, Gradient)} for chunk in chunks]
     made = _summed_gradients(ranks, sites, [chunk for chunk in sums if chunk], dtype)
     return [{**first, **(made[0] if made else {})}, *made[1:]]
@@ -102,7 +102,7 @@ def _summed_gradients(
 
 # ------------------------------------------------------------------ rows: in the order of the ranks
 def _gathered_rows(
-    ranks: Ranks, sites: Sequence[Site], own: Mapping[str, Outer], many: bool, dtype: torch.dtype
+    ranks: Ranks, sites: Sequence[Site], own: Mapping[str, Outer], examples: Sequence[int], dtype: torch.dtype
 ) -> dict[str, Outer]:
     table = torch.zeros(ranks.size, len(sites), LENGTH, dtype=torch.int64)
     for j, site in enumerate(sites):
@@ -116,9 +116,17 @@ def _gathered_rows(
     for j, site in enumerate(sites):
         each = [_outer(shapes[r][j], parts[r], j) for r in range(ranks.size)]
         if had := [outer for outer in each if outer is not None]:
-            together = many and all(outer.gradients.shape[2] == 1 for outer in had)  # no row is one example's
-            found[site.name] = _concatenated(had, 2 if together else 1)
+            found[site.name] = _concatenated(had, 2 if _together(site, shapes, j, examples) else 1)
     return found
+
+
+def _together(site: Site, shapes: Sequence[Sequence[_Shape | None]], j: int, examples: Sequence[int]) -> bool:
+    """Whether all rows of a batch are one: no row is one example's. RefusedError where the ranks do not agree on it."""
+    known = [(row[j], n) for row, n in zip(shapes, examples, strict=True)]
+    several = [shape.n == 1 for shape, n in known if shape is not None and n > 1]
+    if any(several) and not all(several):
+        raise RefusedError(f"{site.name}: some ranks separate the examples of their batches, and some do not")
+    return any(several)
 
 
 def _exchanged(

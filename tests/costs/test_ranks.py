@@ -15,7 +15,11 @@ from gradmaker.costs.traffic import Collective, Scheme, communicated, wire
 
 WORD = 4  # bytes of a float32
 GRADIENTS = Collective("step", "gradients", "all_reduce")
-COUNTS, FLAGS = (Collective("measurement", what, "all_reduce") for what in ("counts", "flags"))
+MEETINGS, PRESENCE, EVIDENCE = (
+    Collective(when, what, "all_reduce")
+    for when, what in (("step", "meetings"), ("step", "presence"), ("measurement", "presence"))
+)
+SMALL = {MEETINGS: 2 * 4 * 24 * 8, PRESENCE: 4 * 2 * 4}  # of 4 ranks: two tables of 24 numbers a rank, a flag for each tensor
 
 
 def maker(method: str = "kfac", **options: Any) -> Any:
@@ -30,41 +34,38 @@ def test_one_process_communicates_nothing() -> None:
 
 
 def test_bytes_of_replicas_by_hand() -> None:
-    """The gradient, both factors at a measurement, a table of two integers for each rank, two flags."""
-    factors = (4 * 4 + 7 * 7) * WORD
+    """The gradient, both factors with their masses at a measurement, two meetings, a flag for each tensor and each site."""
+    factors = (4 * 4 + 7 * 7 + 2) * WORD
     assert communicated(maker(), 4) == {
         GRADIENTS: (4 * 6 + 4) * WORD,
-        COUNTS: 4 * 2 * 8,
-        FLAGS: 2 * 8,
+        **SMALL,
+        EVIDENCE: 4 * 4,
         Collective("measurement", "factors", "all_reduce"): factors,
     }
-    assert communicated(maker("shampoo"), 4) == {GRADIENTS: 28 * WORD}  # of the reduced gradient, the same everywhere
-    of_ekfac = communicated(maker("ekfac"), 4)[Collective("measurement", "factors", "all_reduce")]
-    assert of_ekfac == factors + 28 * WORD  # and the scales in a basis that ranks share
+    assert communicated(maker("shampoo"), 4) == {GRADIENTS: 28 * WORD, **SMALL}  # of the reduced gradient, the same everywhere
+
+
+def test_bytes_of_rows_by_hand() -> None:
+    """EKFAC's scales are no sum of those of the ranks: inputs and output gradients of 8 positions a rank are gathered."""
+    assert communicated(maker("ekfac"), 4, positions=8) == {
+        GRADIENTS: 28 * WORD,
+        **SMALL,
+        Collective("measurement", "meetings", "all_reduce"): 2 * 4 * 24 * 8,
+        Collective("measurement", "shapes", "all_reduce"): 4 * 12 * 8,
+        Collective("measurement", "rows", "all_gather"): 4 * 8 * (6 + 4) * WORD,
+    }
 
 
 @pytest.mark.parametrize("reduce_at", ["refresh", "measurement"])
 def test_bytes_of_owners_by_hand(reduce_at: Any) -> None:
     """Factors to owners; back come roots where these are smaller than the gradients of an interval, else gradients."""
-    factors = Collective(reduce_at, "factors", "reduce")
+    common = {GRADIENTS: 28 * WORD, **SMALL, EVIDENCE: 16, Collective(reduce_at, "factors", "reduce"): 67 * WORD}
     rare = communicated(maker(preconditioner_interval=100), 4, "owners", reduce_at=reduce_at)
-    report = (2 * 5 + 1 + 1) * WORD  # of the refresh, beside the roots
-    assert rare == {
-        GRADIENTS: 28 * WORD,
-        COUNTS: 64,
-        FLAGS: 16,
-        factors: 65 * WORD,
-        Collective("refresh", "roots", "broadcast"): rare[Collective("refresh", "roots", "broadcast")],
-    }
-    assert 65 * WORD < rare[Collective("refresh", "roots", "broadcast")] <= 65 * WORD + 2 * report
+    roots = rare.pop(Collective("refresh", "roots", "broadcast"))
+    report = (2 * 5 + 2 * 2) * WORD  # of the refresh, beside the roots
+    assert rare == common and 65 * WORD < roots <= 65 * WORD + report
     often = communicated(maker(preconditioner_interval=1, warmup_steps=0), 4, "owners", reduce_at=reduce_at)
-    assert often == {
-        GRADIENTS: 28 * WORD,
-        COUNTS: 64,
-        FLAGS: 16,
-        factors: 65 * WORD,
-        Collective("step", "preconditioned", "all_gather"): 28 * WORD,
-    }
+    assert often == {**common, Collective("step", "preconditioned", "all_gather"): 28 * WORD}
 
 
 def test_bytes_of_shards_by_hand() -> None:
@@ -75,11 +76,12 @@ def test_bytes_of_shards_by_hand() -> None:
         Collective("step", "weights", "all_gather"): 2 * 28 * WORD,
         Collective("step", "gradients", "reduce_scatter"): 28 * WORD,
         GRADIENTS: 14 * WORD,
+        **SMALL,
         Collective("step", "shards", "all_to_all"): 2 * here,
         Collective("step", "preconditioned", "all_gather"): 2 * here,
     }
     alone = communicated(maker("adam"), 4, "owners", shards=2)  # an element-wise method serves its own shard
-    assert {k.what for k in alone} == {"weights", "gradients"}
+    assert {k.what for k in alone} == {"weights", "gradients", "meetings", "presence"}
 
 
 def test_wire_by_hand() -> None:
@@ -121,7 +123,9 @@ def test_memory_against_traffic() -> None:
     local, owned = (priced(made, Scheme("owners", 16, reduce_at=at, results="gradients")) for at in ("refresh", "measurement"))
     assert local.memory["statistics"] == 16 * (2 * 600**2 + 2) * WORD and owned.memory["statistics"] == 0
     kinds = [Collective(at, "factors", "reduce") for at in ("refresh", "measurement")]
-    assert owned.traffic.bytes[kinds[1]] == local.traffic.bytes[kinds[0]] == 16 * 2 * 600**2 * WORD
+    assert owned.traffic.bytes[kinds[1]] == local.traffic.bytes[kinds[0]] == 16 * (2 * 600**2 + 2) * WORD
+    assert local.memory["evidence"] == (2 * 600**2 + 2) * WORD
+    assert priced(made, Scheme("replicated", 16)).memory["evidence"] == 16 * local.memory["evidence"]
     assert owned.traffic.wire[kinds[1]] == 10 * local.traffic.wire[kinds[0]]
     roots = priced(made, Scheme("owners", 16, results="roots"))
     assert roots.memory["roots"] >= 16 * 2 * 600**2 * WORD and local.memory["roots"] == 0
