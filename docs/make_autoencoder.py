@@ -1,4 +1,4 @@
-"""Writes docs/autoencoder.md's tables and picture from docs/data/autoencoder.json, after taking in new trainings if asked.
+"""Writes docs/data/autoencoder.md's tables and picture from docs/data/autoencoder.json, after taking in new trainings if asked.
 
 python docs/make_autoencoder.py                               what lies between two marks of the page is replaced
 python docs/make_autoencoder.py --take runs/autoencoder       first put what examples/mnist_autoencoder.py has saved there
@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-PAGE = Path(__file__).resolve().with_name("autoencoder.md")
-SAVED = PAGE.parent / "data" / "autoencoder.json"
-PICTURE = PAGE.parent / "images" / "autoencoder.png"
+PAGE = Path(__file__).resolve().parent / "data" / "autoencoder.md"
+SAVED = PAGE.with_suffix(".json")
+PICTURE = PAGE.parents[1] / "images" / "autoencoder.png"
 SEARCH = 0  # the seed that chose the settings
 SECONDS, STEPS, ERROR, LOSS = range(4)  # of a point of a curve
 
@@ -150,13 +150,13 @@ def draw(saved: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    from gradmaker.compare.plots import PALETTE, STYLE
+    from gradmaker.reporting.palette import LIGHT, STYLE
 
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2, sharey=True)
-        for (row, found), colour in zip(rows_of(saved).items(), PALETTE, strict=False):
+        for (row, found), colour in zip(rows_of(saved).items(), LIGHT, strict=False):
             dash = "--" if is_baseline(found) else "-"
             for axes, across in zip(panels, (_seconds, _epochs), strict=True):
                 _line(axes, found, [across(p, found[0], saved) for p in mean_curve(found)], color=colour, ls=dash, label=row)

@@ -1,4 +1,4 @@
-"""Writes tables and picture of docs/quadratic.md from docs/data/quadratic.json: what lies between two marks is replaced.
+"""Writes tables and picture of docs/data/quadratic.md from docs/data/quadratic.json: what lies between two marks is replaced.
 
 The numbers are those of examples/kradagrad_quadratic.py.
 """
@@ -26,7 +26,7 @@ def load(docs: Path) -> dict[str, Any]:
 def render(docs: Path = DOCS) -> str:
     """The page with the tables of now."""
     saved = load(docs)
-    text = (docs / "quadratic.md").read_text(encoding="utf-8")
+    text = (docs / "data" / "quadratic.md").read_text(encoding="utf-8")
     for name, body in tables(saved).items():
         block = f"<!-- {name} -->\n{body}\n<!-- end {name} -->"
         text = re.sub(
@@ -37,7 +37,7 @@ def render(docs: Path = DOCS) -> str:
 
 def write(docs: Path = DOCS) -> None:
     """Page and picture."""
-    (docs / "quadratic.md").write_text(render(docs), encoding="utf-8")
+    (docs / "data" / "quadratic.md").write_text(render(docs), encoding="utf-8")
     (docs / "images").mkdir(exist_ok=True)
     draw(load(docs), docs / "images" / "quadratic.png")
 
@@ -131,7 +131,7 @@ def draw(saved: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from gradmaker.compare.plots import STYLE
+    from gradmaker.reporting.palette import STYLE
 
     conditions = sorted({row["condition"] for row in saved["tuned"]})
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
@@ -159,13 +159,13 @@ def _iterations(count: int) -> list[int]:
 
 def _looks(saved: dict[str, Any], condition: float) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Grey for the methods without a preconditioner."""
-    from gradmaker.compare.plots import DASHES, PALETTE
+    from gradmaker.reporting.palette import DASHES, LIGHT
 
     rows = [row for row in saved["tuned"] if row["condition"] == condition]
     plain = [row for row in rows if row["method"] in GREY]
     made = [row for row in rows if row["method"] not in GREY]
     looks = [(row, {"color": "#6E6E6E", "linestyle": DASHES[k % 4]}) for k, row in enumerate(plain)]
-    return looks + [(row, {"color": PALETTE[k % 7], "linestyle": DASHES[k // 7 % 4]}) for k, row in enumerate(made)]
+    return looks + [(row, {"color": LIGHT[k % 7], "linestyle": DASHES[k // 7 % 4]}) for k, row in enumerate(made)]
 
 
 if __name__ == "__main__":

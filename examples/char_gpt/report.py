@@ -149,10 +149,10 @@ def draw(trainings: Records, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from gradmaker.compare.plots import PALETTE, REFERENCE_COLOUR, STYLE
+    from gradmaker.reporting.palette import GREY, LIGHT, STYLE
 
-    torchs = {"adamw": {"color": REFERENCE_COLOUR, "linestyle": "--"}, "torch_muon": {"color": "black", "linestyle": "--"}}
-    looks = torchs | {row: {"color": c} for row, c in zip([row for row in ROWS if row not in torchs], PALETTE, strict=False)}
+    torchs = {"adamw": {"color": GREY, "linestyle": "--"}, "torch_muon": {"color": "black", "linestyle": "--"}}
+    looks = torchs | {row: {"color": c} for row, c in zip([row for row in ROWS if row not in torchs], LIGHT, strict=False)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.2, 4.4), layout="constrained")
         FigureCanvasAgg(figure)

@@ -190,9 +190,9 @@ def draw(trainings: Records, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from gradmaker.compare.plots import PALETTE, REFERENCE_COLOUR, STYLE
+    from gradmaker.reporting.palette import GREY, LIGHT, STYLE
 
-    colours = dict(zip(LABELS, (REFERENCE_COLOUR, *PALETTE), strict=False))
+    colours = dict(zip(LABELS, (GREY, *LIGHT), strict=False))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.2, 4.3), layout="constrained")
         FigureCanvasAgg(figure)

@@ -100,8 +100,8 @@ def print_summary(console: Console, comparison: Comparison) -> None:
     for sentence in comparison.verdict():
         console.print(f"  {escape(sentence)}", highlight=False)
     console.print(f"  report: {_relative(comparison.files['html'])}", highlight=False, soft_wrap=True)
-    others = ", ".join(path.name for name, path in comparison.files.items() if name != "html")
-    console.print(f"  beside it: {others}", style="dim", highlight=False)
+    others = ", ".join(path.name for name, path in comparison.files.items() if name != "html" and path.parent == comparison.out)
+    console.print(f"  beside it: {others}, figures as SVG and PDF", style="dim", highlight=False)
 
 
 def print_resume(console: Console, out: Path, command: str) -> None:

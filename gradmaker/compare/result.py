@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmaker.compare import verdicts
+from gradmaker.compare.answer import Found, sentences
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.row_result import HEADINGS, RowResult, mean
 from gradmaker.compare.saved import row_from_plain, row_to_plain
@@ -50,8 +51,8 @@ class Comparison:
     @classmethod
     def from_json(cls, path: str | Path) -> "Comparison":
         """The comparison that a results.json holds. InputError for a file without one."""
-        path = Path(path)
-        content = read_results(path / "results.json" if path.is_dir() else path)
+        path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+        content = read_results(path)
         stored = content.get("comparison")
         if not stored:
             raise InputError(f"{str(path)!r} holds no comparison that came to an end: run it again")
@@ -121,7 +122,10 @@ class Comparison:
         return verdicts.differences(ends, self.higher)
 
     def reaches(self, target: float | None = None) -> list[Reach]:
-        """Steps and seconds to a target of the metric; None: the target of the comparison, or the worst mean end of a row."""
+        """Steps and seconds to a target of the metric; None: the target of the comparison, or the worst mean end of a row.
+
+        A training that did not finish counts as one that has not reached it.
+        """
         if (wanted := self.target if target is None else target) is None:
             ends = [value for result in self.rows if (value := mean(result.ends())) is not None]
             wanted = (min if self.higher else max)(ends, default=math.nan)
@@ -129,7 +133,10 @@ class Comparison:
             verdicts.reach(
                 result.row.label,
                 wanted,
-                [(record.marks, record.test.get(self.metric, [])) for record in result.finals],
+                [
+                    (record.marks, record.test.get(self.metric, []) if record.status == "finished" else [])
+                    for record in result.finals
+                ],
                 result.cost.step_seconds if result.cost else None,
                 self.higher,
             )
@@ -147,8 +154,23 @@ class Comparison:
 
     def verdict(self) -> list[str]:
         """What the numbers show, in sentences."""
-        bad = [result.row.label for result in self.measured if not result.finished]
-        return verdicts.sentences(self.metric, self.differences(), self.reaches(), self.pareto(), bad)
+        ends = {result.row.label: end for result in self.rows if (end := mean(result.ends())) is not None}
+        found = Found(
+            metric=self.metric,
+            higher=self.higher,
+            ends=ends,
+            plain=self.plain_rows,
+            tests=self.differences(),
+            reaches=self.reaches(),
+            points=self.pareto(),
+            bad=[result.row.label for result in self.measured if not result.finished],
+        )
+        return sentences(found)
+
+    @property
+    def plain_rows(self) -> list[str]:
+        """The rows without a method."""
+        return [result.row.label for result in self.rows if result.row.maker is None]
 
     def trainings(self) -> list[dict[str, Any]]:
         """A line for every training, for trials.csv."""

@@ -151,7 +151,12 @@ def digest(value: Any) -> str:
 
 
 def run_trial(
-    trial: Trial, problem: Problem, on_step: Callable[[], None], on_mark: Callable[[int, float], None], machine: dict[str, Any]
+    trial: Trial,
+    problem: Problem,
+    on_step: Callable[[], None],
+    on_mark: Callable[[int, float], None],
+    machine: dict[str, Any],
+    on_end: Callable[[Session], None] = lambda session: None,
 ) -> Record:
     """Train and return the record; a trial that diverges or raises has the status diverged, failed or out of memory.
 
@@ -159,12 +164,13 @@ def run_trial(
         on_step: called at every step, without the loss, which would wait for the device.
         on_mark: called after each evaluation with its number and the mean loss since the last.
         machine: for the record.
+        on_end: called with the trained model, its maker and its optimizer.
     """
     record = blank(trial, machine)
     try:
         with seeded(trial.seed, problem.device):
             network = problem.model().to(problem.device)
-            _train(record, trial, network, problem, on_step, on_mark)
+            _train(record, trial, network, problem, on_step, on_mark, on_end)
     except Exception as error:  # the failure of one method must not end the comparison
         record.status, record.message = _status(error), f"{type(error).__name__}: {error}"
     return _downsampled(record)
@@ -197,6 +203,7 @@ def _train(
     problem: Problem,
     on_step: Callable[[], None],
     on_mark: Callable[[int, float], None],
+    on_end: Callable[[Session], None],
 ) -> None:
     setting = trial.setting
     clock = Clock(Budget.parse(setting.budget), problem.train.steps(setting.batch_size))
@@ -210,6 +217,7 @@ def _train(
             on_mark(len(record.marks), sum(losses) / len(losses))
             if _diverged(record):
                 return
+        on_end(session)
     finally:
         session.close()
 

@@ -124,30 +124,3 @@ def front(points: Sequence[tuple[str, float, float]], higher: bool) -> list[Poin
         return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in signed)
 
     return [Point(*point, front=not dominated(own)) for point, own in zip(points, signed, strict=True)]
-
-
-def sentences(
-    metric: str,
-    found: Sequence[Difference],
-    reaches: Sequence[Reach],
-    points: Sequence[Point],
-    bad: Sequence[str],
-) -> list[str]:
-    """The verdict in sentences."""
-    said = [f"{d.reading} in test {metric} ({_interval(d)}, p = {d.p:.2g})." for d in found if d.shown]
-    if found and not said:
-        said.append(f"No difference in test {metric} between any two rows is shown by these seeds (Student's t, paired).")
-    timed = [r for r in reaches if r.seconds is not None]
-    if len(timed) > 1:
-        fastest = min(timed, key=lambda r: r.seconds or 0.0)
-        told = f"{fastest.steps:g} steps, {fastest.seconds:.2g} s"
-        said.append(f"{fastest.label} is the first to reach test {metric} {fastest.target:.4g} by steps x step time ({told}).")
-    if best := [point.label for point in points if point.front]:
-        said.append(f"On the front of test {metric} against time: {', '.join(best)}.")
-    if bad:
-        said.append(f"Not trained to an end: {', '.join(bad)}; see the notes.")
-    return said
-
-
-def _interval(d: Difference) -> str:
-    return f"{d.first} - {d.second}: {d.mean:+.4g}, 95 % {d.low:+.4g} to {d.high:+.4g}"

@@ -262,6 +262,8 @@ def test_tasks_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (tmp_path / "toy_broken.py").write_text("import no_such_module_at_all\n")
     assert load_task("toy_of_mine:make_task").name == "task" and load_task("toy_of_mine:ready").test is None
+    first, again = (load_task("toy_of_mine:make_task").model for _ in range(2))
+    assert isinstance(first, nn.Linear) and isinstance(again, nn.Linear) and torch.equal(first.weight, again.weight)
     for path, message in {
         "toy_of_mine": "expected my_module:make_task",
         "toy_of_yours:make_task": "no such module here or installed",

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +11,15 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from gradmaker.compare import Comparison, InputError, compare
-from gradmaker.compare.store import Store, read_results
+from gradmaker.compare.store import read_results
 from tests.compare.toy import Hungry, Killed, toy_task
 
 pytestmark = pytest.mark.usefixtures("bare")
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-import sys, time
-from gradmaker.compare import compare, cost, report
-from tests.compare.toy import toy_task
-cost.measure = lambda rows, *_: {}
-report.write_plots = lambda comparison: {}
-def slowly(trial, number, loss):
-    time.sleep(0.02)
-given = {"learning_rates": [0.1], "seeds": 40, "budget": "2 epochs", "progress": False}
-compare(toy_task(), ["sgd", "gradient"], out=sys.argv[1], callback=slowly, **given)
-"""
 
 
 def run(out: Path, methods: Any, **options: Any) -> Comparison:
     chosen = {"learning_rates": [0.1], "seeds": 2, "budget": "2 epochs", **options}
     return compare(toy_task(), methods, out=out, progress=False, **chosen)
-
-
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
-    results = tmp_path / "results.json"
-    while not results.exists() and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = read_results(results)["trials"]
-    assert 1 <= len(done) < 80 and not (tmp_path / "report.html").exists()
-    told: list[str] = []
-    result = run(tmp_path, ["sgd", "gradient"], seeds=40, callback=lambda trial, number, loss: told.append(trial.key()))
-    assert result.trained and len(set(told)) == 80 - len(done) and not set(told) & set(done)
-    assert {key: record.test for key, record in Store(tmp_path).records.items() if key in done} == {
-        key: record["test"] for key, record in done.items()
-    }
 
 
 def test_processes_train_as_this_one_does_and_may_be_killed(tmp_path: Path) -> None:

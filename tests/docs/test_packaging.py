@@ -110,7 +110,21 @@ def test_bare_checkout_runs_from_its_root() -> None:
     assert python(code, ROOT, checkout_on_path=False) == expected
 
 
-EXTRAS = ["datasets", "jinja2", "matplotlib", "numpy", "pandas", "PIL", "rich", "scipy", "sklearn", "typer", "yaml"]
+EXTRAS = [
+    "datasets",
+    "itables",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "PIL",
+    "rich",
+    "scipy",
+    "sklearn",
+    "typer",
+    "vl_convert",
+    "yaml",
+]
 """What a plain install does not have."""
 PLAIN = f"""
 import importlib, sys, warnings
@@ -318,7 +332,9 @@ def archives(built: Path) -> dict[str, set[str]]:
 
 
 def templates() -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "gradmaker" / "compare").glob("*.j2")}
+    """What pages are made of, beside Python."""
+    found = (path for ending in ("j2", "css", "js") for path in (ROOT / "gradmaker").rglob(f"*.{ending}"))
+    return {path.relative_to(ROOT).as_posix() for path in found}
 
 
 def test_wheel_contents(archives: dict[str, set[str]]) -> None:

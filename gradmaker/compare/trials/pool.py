@@ -12,7 +12,7 @@ from gradmaker.compare.cost import machine
 from gradmaker.compare.errors import require_extra
 from gradmaker.compare.problem import Problem, prepare
 from gradmaker.compare.task import Task
-from gradmaker.compare.trial import Record, Trial, blank, run_trial
+from gradmaker.compare.trial import Record, Session, Trial, blank, run_trial
 from gradmaker.options.registry import METHODS
 
 ENDED = "its process was ended before the training was; the system does so where memory runs out"
@@ -37,12 +37,13 @@ class Inline:
     on_start: Callable[[Trial], None]
     on_step: Callable[[], None]
     on_mark: Told
+    on_end: Callable[[Session], None] = lambda session: None
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Record]]:
         facts = machine(self.problem.device)
         for trial in trials:
             self.on_start(trial)
-            yield trial, run_trial(trial, self.problem, self.on_step, Marks(self.on_mark, trial), facts)
+            yield trial, run_trial(trial, self.problem, self.on_step, Marks(self.on_mark, trial), facts, self.on_end)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -87,8 +88,7 @@ class Processes:
 
     def _run(self, trials: Sequence[Trial], workers: int) -> Iterator[tuple[Trial, Record | None]]:
         """Trainings with their records as they end; None for one whose process ended, or another beside it."""
-        waiting = list(trials)
-        running: dict[Any, Trial] = {}
+        waiting, running = list(trials), dict[Any, Trial]()
         while waiting or running:
             # no more than can run: what is under way when a process ends is under suspicion
             while waiting and len(running) < workers:
