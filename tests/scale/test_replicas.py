@@ -109,8 +109,8 @@ def error(a: Any, b: Any) -> float:
     """The largest relative difference of tensors."""
     pairs = list(zip(replicas.leaves(a), replicas.leaves(b), strict=True))
     assert pairs
-    largest = max(float(y.norm()) for _, y in pairs)  # a gradient that is zero in theory is rounding alone
-    return max(float((x - y).norm()) / max(float(y.norm()), 1e-4 * largest) for x, y in pairs)
+    largest = max(float(y.double().norm()) for _, y in pairs)  # a gradient that is zero in theory is rounding alone
+    return max(float((x.double() - y.double()).norm()) / max(float(y.double().norm()), 1e-4 * largest) for x, y in pairs)
 
 
 def check_method(found: list[dict[Any, Any]], name: str, world: int) -> None:
@@ -158,9 +158,8 @@ def test_options_of_the_wrapper(two: list[dict[Any, Any]], name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(two: list[dict[Any, Any]], name: str) -> None:
-    assert error(same(two, ("loss", name)), replicas.of_loss(name, None, 2)) < (
-        1e-6 if name == "own" else 1e-11
-    )  # the root of a singular Hessian
+    limit = 1e-6 if name == "own" else 1e-11  # by the root of a singular Hessian
+    assert error(same(two, ("loss", name)), replicas.of_loss(name, None, 2)) < limit
 
 
 @pytest.mark.filterwarnings("ignore")
