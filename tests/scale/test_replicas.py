@@ -82,6 +82,7 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo")}
     found["one layer"] = attempt(faults.fired_on_one_rank, rank)
     found["refused"] = attempt(faults.refused, rank)
+    found["limit"], found["alone"] = attempt(faults.limit, rank), attempt(faults.alone, rank)
     return found
 
 
@@ -204,6 +205,13 @@ def test_a_layer_that_fires_on_one_rank(two: list[dict[Any, Any]]) -> None:
 def test_refusals_by_name(two: list[dict[Any, Any]], what: str, words: str) -> None:
     for result in two:
         assert words in result["refused"][what]
+
+
+def test_a_rank_that_does_not_come_ends_the_others_in_time(two: list[dict[Any, Any]]) -> None:
+    text, seconds, _ = two[0]["alone"]
+    assert "imed out" in text and seconds < 20
+    same([{"after": result["alone"][2]} for result in two], "after")
+    assert [result["limit"] for result in two] == [60, 60]
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------------
