@@ -17,6 +17,7 @@ from gradmaker.compare.models import MODELS, factory
 from gradmaker.compare.presets import HIDDEN, PRESETS
 from gradmaker.compare.prices import cost
 from gradmaker.compare.rows import Method
+from gradmaker.fidelity.command import fidelity
 from gradmaker.options.registry import METHODS
 from gradmaker.options.suggestions import did_you_mean
 
@@ -91,6 +92,7 @@ def compare(
 
 
 app.command()(cost)
+app.command()(fidelity)
 
 
 def _import(modules: Sequence[str]) -> None:
