@@ -1,7 +1,7 @@
 """How long Shampoo and CASPR should remember their statistics: on digits.
 
 python benchmarks/averages.py                     into runs/averages; finished trainings are not repeated
-python benchmarks/averages.py --publish docs      put page, picture and numbers into the documentation
+python benchmarks/averages.py --publish docs      put picture and numbers into the documentation
 """
 
 from __future__ import annotations
@@ -20,17 +20,6 @@ from gradmaker.compare.task import builtin_task
 
 DECAYS = (0.9, 0.95, 0.99, 0.999, None)
 RATES = {"shampoo": [0.03, 0.1, 0.3, 1.0, 3.0], "caspr": [0.001, 0.003, 0.01, 0.03, 0.1]}
-NOTE = """
-## Reading
-
-The number is `decay`, the weight of the old statistic; "sum" is `decay=None`: the regret bounds of Shampoo and CASPR are of
-sums alone. Whether the average is divided by `1 - decay^t` (`averaging="corrected"`) or not (`"plain"`) makes no row of its
-own: under a relative ridge and a grafted length the two are one method, as a test says to 1e-9.
-
-One of the 144 validation images is 0.7 per cent, so that rates are chosen by little. CASPR with the rate 0.03 fits the training
-images a hundred times better than with 0.003, and test images less well by half a point or more: what differs between its rows
-is the rate. Between rows of one rate no decay is better than another by more than the spread of the seeds.
-"""
 
 
 def rows() -> dict[str, Any]:
@@ -48,9 +37,7 @@ def model() -> nn.Module:
 
 
 def publish(out: Path, docs: Path) -> None:
-    """Copy the page, its picture and the numbers."""
-    page = (out / "report.md").read_text().replace("(overview.png)", "(images/averages.png)")
-    (docs / "averages.md").write_text(page.rstrip() + "\n" + NOTE)
+    """Copy the picture and the numbers; `docs/make_pages.py` writes what is said of them."""
     for name, place in (("overview.png", "images/averages.png"), ("results.json", "data/averages.json")):
         (docs / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / name, docs / place)

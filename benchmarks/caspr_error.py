@@ -230,10 +230,10 @@ The last line leaves `sqrt(r)` out, where nothing is promised.""",
 }
 
 
-def render(content: dict[str, Any], reading: str) -> str:
+def render(content: dict[str, Any]) -> str:
     """The page."""
     facts = [f"- {key}: {value}" for key, value in {**content["facts"], **content["settings"]}.items()]
-    return "\n".join([HEAD, *lines_of(content), *([reading.strip(), ""] if reading else []), "## How", "", *facts, ""])
+    return "\n".join([HEAD, *lines_of(content), "## How", "", *facts, ""])
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -262,22 +262,6 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 
 # ------------------------------------------------------------------ the run
-READING = """## What the numbers say
-
-- As a picture of `A` and of its root, CASPR with p = 2 is nearer than Shampoo with exponents 1/4 on every problem but `sum`,
-  for every seed, by 0.01 to 0.06 of `|A|` and 0.005 to 0.06 of its root. That is in line with the claim of the paper, but small
-  beside what the exponent does: Shampoo with exponents 1/2 (Morwani et al. 2024) is nearer still, by more, on those six, and
-  CASPR-adaptive, which is no Kronecker sum, comes close behind it.
-- For the inverse root, which is what is applied, the order depends on the problem: CASPR p = 2 is nearer than Shampoo 1/4 on
-  `kron`, `lowrank`, `query` and `up`, farther on `mlp` and `digits`, and almost the same on `sum`.
-- Exponents 1/2, KL-Shampoo and CASPR-adaptive miss the inverse root of `kron` and `lowrank`, though they have `A` nearly right:
-  every factor has a ridge of its own, so that their product reaches far below the one ridge of `A`, 1e-6 of the largest
-  eigenvalue. On `digits` and in the Transformer exponents 1/2 and CASPR-adaptive are the nearest in all three measures.
-- Unit-wise AdaGrad is nearer to `A` than one side, on which all units are tied, on all problems but `digits`, by up to 0.16.
-  Both sides together, which is CASPR, are nearer still, by 0.05 to 0.43, on all but `sum` and `up`, where the spread of the
-  seeds is larger than the difference: correlations between units weigh more than what tying them loses.
-- Every link of the chain holds. Without `sqrt(r)` the last one fails on `kron`, `mlp` and `digits`.
-"""
 
 
 def measure(path: Path, settings: dict[str, Any], text: Path | None, chosen: list[str]) -> dict[str, Any]:
@@ -321,7 +305,7 @@ def main(
     settings = {"seeds": seeds, "drawn": drawn, "recorded": recorded, "text": text.name if text else "pydoc_data/topics.py"}
     content = measure(out / "caspr_error.json", settings, text, only or names)
     draw(content, out / "caspr_error.png")
-    (out / "caspr.md").write_text(render(content, READING), encoding="utf-8")
+    (out / "caspr.md").write_text(render(content), encoding="utf-8")
     if publish_to is not None:
         publish(out, publish_to)
 
@@ -331,8 +315,8 @@ def publish(out: Path, docs: Path) -> None:
     for name, place in (("caspr_error.png", "images/caspr_error.png"), ("caspr_error.json", "data/caspr_error.json")):
         (docs / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / name, docs / place)
-    page = (out / "caspr.md").read_text(encoding="utf-8").replace("(caspr_error.png)", "(images/caspr_error.png)")
-    (docs / "caspr.md").write_text(page, encoding="utf-8")
+    page = (out / "caspr.md").read_text(encoding="utf-8").replace("(caspr_error.png)", "(../images/caspr_error.png)")
+    (docs / "data" / "caspr.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

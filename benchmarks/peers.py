@@ -22,18 +22,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from floors import floor, record
 from own_rows import OWN, RATE, Row, sgd
 from peer_rows import PEERS
-from peers_page import in_readme, render
+from peers_page import in_page, render
 from row_checks import equal_to_formed, equal_to_peer, learning, peak_ratio
-from timing import measure
 from workloads import WORKLOADS, build
 
 from gradmaker.compare.cost import machine
+from gradmaker.costs.floor import floor, record
+from gradmaker.costs.timing import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "benchmarks" / "peers.md"
+SHORT, PAGE = ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "peers.md"
 EQUAL_ON = "mlp128-b32"  # where directions are compared: rows pay in all of its layers
 SOME = ("kfac", "kfac-emp", "shampoo", "soap", "smw_ng", "ASDL kfac", "pytorch_optimizer SOAP", "ASDL smw")
 QUICK: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -137,7 +137,7 @@ def write(path: Path, known: Found) -> None:
     path.with_suffix(".json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     path.write_text(render(known, (*OWN, *PEERS)), encoding="utf-8")
     if path == PAGE:
-        README.write_text(in_readme(README.read_text(encoding="utf-8"), known, (*OWN, *PEERS)), encoding="utf-8")
+        SHORT.write_text(in_page(SHORT.read_text(encoding="utf-8"), known, (*OWN, *PEERS)), encoding="utf-8")
 
 
 def main(

@@ -28,7 +28,7 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
 OF_PEER = {"adam": 1.1, "adagrad": 1.1}
 """Rows that are to be within a factor of the whole step of the best peer."""
 BEGIN, END = "<!-- speed: made by benchmarks/peers.py -->", "<!-- end of speed -->"
-"""Marks of the table in the README."""
+"""Marks of the short table in docs/speed.md."""
 BOUND = 1.25
 """A row this close to its floor is at its bound."""
 MISSING = (
@@ -99,8 +99,8 @@ def short(known: Found, rows: Sequence[Row], workload: str = "mlp512") -> Iterat
             yield f"| {row.name} | {' | '.join(f'{show(own)} / {show(best)}' for own, best in pairs)} |"
 
 
-def in_readme(text: str, known: Found, rows: Sequence[Row]) -> str:
-    """The text of the README with the table of now."""
+def in_page(text: str, known: Found, rows: Sequence[Row]) -> str:
+    """The text of a page with the short table of now."""
     before, rest = text.split(BEGIN)
     return "\n".join([before + BEGIN, *short(known, rows), END + rest.split(END)[1]])
 

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from floors import Floor, floor
 from own_rows import OWN, RATE, Row, Step, sgd
-from timing import measure
 from workloads import WORKLOADS, build
 
 from gradmaker.compare.cost import machine
+from gradmaker.costs.floor import Floor, floor
+from gradmaker.costs.timing import measure
 
 PAGE = Path(__file__).resolve().parent / "profile.md"
 PARTS = {"passes": ("sgd",), "application": ("plain", "sgd"), "statistics": ("stat", "plain"), "refresh": ("T1", "stat")}

@@ -43,6 +43,8 @@ class Curvature(ABC):
     """Whether the evidence is made of the inputs and output gradients of layers."""
     by_rows: ClassVar[bool] = False
     """Whether `measure` gives the gradient of a block by its rows where `Step.rows` has them."""
+    by_parts: ClassVar[bool] = False
+    """Whether the evidence of the parts of a batch makes up that of the batch, so that ranks measure each their own part."""
     inapplicable: ClassVar[dict[str, str]] = {}
     """Options of a config without effect on this curvature, each with the reason and an alternative: configs refuse them."""
 

@@ -58,6 +58,7 @@ class _CotangentFisher(Curvature):
     """A Fisher matrix whose cotangents at the loss go through vector-Jacobian products, in passes of their own."""
 
     gives: ClassVar[frozenset[Kind]] = kinds(Outer)
+    by_parts: ClassVar[bool] = True
     inapplicable = NO_REDUCTION
 
     def splits(self, step: Step) -> bool:
@@ -135,7 +136,7 @@ class FisherMC(_CotangentFisher):
         check_count("samples", self.samples, 1)
 
     def cotangents(self, step: Step, terms: Terms, index: int) -> Iterator[Tensor]:
-        yield terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device))
+        yield terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device), step.place(terms, index))
 
 
 def _mixed(step: Step) -> bool:
@@ -160,6 +161,7 @@ class FisherEmp(Curvature):
     """
 
     gives: ClassVar[frozenset[Kind]] = kinds(Outer)
+    by_parts: ClassVar[bool] = True
     examples: Literal["sequence", "token"] = "sequence"
 
     def __post_init__(self) -> None:
@@ -196,7 +198,7 @@ class FisherEmp(Curvature):
         yield LazyEvidence(step, found, mask, True, self._numbers(step).sqrt())
 
     def _mixed_examples(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        evidence = examples_alone(step)
+        evidence = examples_alone(step) if step.share is None else None  # each rank alone: the others would wait
         if evidence is not None:
             yield evidence
         elif step.terms and step.head is not None and not step.tape.ungrouped:
@@ -227,4 +229,5 @@ class FisherEmp(Curvature):
         """``M_n``; for an unrecognised loss, by the declared reduction.  # (n,)"""
         if step.terms:
             return numbers(step.terms, step.examples)
-        return torch.full((step.examples,), float(step.examples) if step.reduction == "mean" else 1.0, dtype=torch.float64)
+        total = float(step.examples_of_all if step.reduction == "mean" else 1)
+        return torch.full((step.examples,), total, dtype=torch.float64)

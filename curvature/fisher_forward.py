@@ -46,6 +46,7 @@ class FisherForward(Curvature):
     """
 
     gives: ClassVar[frozenset[Kind]] = kinds((Outer, "inputs"))
+    by_parts: ClassVar[bool] = True
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     @property

@@ -39,6 +39,7 @@ class HessianProbe(Pooled):
     """
 
     gives: ClassVar[frozenset[Kind]] = kinds(Pair)
+    by_parts: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
     inapplicable = NO_CALLS | NO_OUTPUTS | NO_REDUCTION
 

@@ -31,6 +31,7 @@ class SampledGradient(Curvature):
     """
 
     gives: ClassVar[frozenset[Kind]] = kinds(Gradient)
+    by_parts: ClassVar[bool] = True
     inapplicable = NO_REDUCTION
 
     samples: int = 1
@@ -47,7 +48,8 @@ class SampledGradient(Curvature):
             )
         sites = step.active()
         for index, terms in enumerate(step.terms):
-            for cotangent in terms.sample(self.samples, step.generator(f"loss {index}", terms.z.device)):
+            generator = step.generator(f"loss {index}", terms.z.device)
+            for cotangent in terms.sample(self.samples, generator, step.place(terms, index)):
                 yield _gradients(step, sites, terms.z, cotangent)
 
 

@@ -16,7 +16,8 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.real_pairs import real_dtype
 from gradmaker.loss.head import Head
-from gradmaker.loss.terms import Terms
+from gradmaker.loss.share import Share
+from gradmaker.loss.terms import Place, Terms
 from gradmaker.passes.batches import Batch, Batches
 from gradmaker.passes.graph import Graph
 from gradmaker.passes.replay import Replay
@@ -63,6 +64,7 @@ class Extra:
     previous: Previous | None = None
     notes: dict[str, LayerSums] = field(default_factory=dict)
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
+    share: Share | None = None  # as in `Step`
 
 
 NOTHING = Extra()
@@ -90,6 +92,7 @@ class Step:
     notes: dict[str, LayerSums] = field(default_factory=dict)  # by site, kept for the secants of the next step
     own: Callable[[], Batch] | None = None  # the declared calls, to be evaluated on some of the examples
     rows: Mapping[str, FactoredGradient] = field(default_factory=dict)  # by site: gradients that are not in ``.grad``
+    share: Share | None = None  # of this pass in that of all ranks; None: there is one process
 
     def loss_gradients(self) -> list[Tensor]:
         """``dL/dz`` of each of `terms`."""
@@ -99,6 +102,15 @@ class Step:
     def examples(self) -> int:
         """Batch size, or 1 where no layer separates the examples."""
         return self.tape.examples
+
+    @property
+    def examples_of_all(self) -> float:
+        """The number of examples that a mean is taken over, those of the other ranks included."""
+        return self.examples if self.share is None else self.examples / self.share.factor
+
+    def place(self, terms: Terms, index: int) -> Place | None:
+        """The rows of terms in the batch of all ranks; None in a single process.  index: of the call of the loss"""
+        return None if self.share is None else self.share.place(terms, index)
 
     def earlier(self) -> dict[nn.Parameter, Tensor]:
         """Gradients of the earlier micro-batches of this step, times their weights; empty where none were kept."""

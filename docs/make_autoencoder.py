@@ -1,4 +1,4 @@
-"""Writes docs/autoencoder.md's tables and picture from docs/data/autoencoder.json, after taking in new trainings if asked.
+"""Writes docs/data/autoencoder.md's tables and picture from docs/data/autoencoder.json, after taking in new trainings if asked.
 
 python docs/make_autoencoder.py                               what lies between two marks of the page is replaced
 python docs/make_autoencoder.py --take runs/autoencoder       first put what examples/mnist_autoencoder.py has saved there
@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-PAGE = Path(__file__).resolve().with_name("autoencoder.md")
-SAVED = PAGE.parent / "data" / "autoencoder.json"
-PICTURE = PAGE.parent / "images" / "autoencoder.png"
+PAGE = Path(__file__).resolve().parent / "data" / "autoencoder.md"
+SAVED = PAGE.with_suffix(".json")
+PICTURE = PAGE.parents[1] / "images" / "autoencoder.png"
 SEARCH = 0  # the seed that chose the settings
 SECONDS, STEPS, ERROR, LOSS = range(4)  # of a point of a curve
 

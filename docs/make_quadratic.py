@@ -1,4 +1,4 @@
-"""Writes tables and picture of docs/quadratic.md from docs/data/quadratic.json: what lies between two marks is replaced.
+"""Writes tables and picture of docs/data/quadratic.md from docs/data/quadratic.json: what lies between two marks is replaced.
 
 The numbers are those of examples/kradagrad_quadratic.py.
 """
@@ -26,7 +26,7 @@ def load(docs: Path) -> dict[str, Any]:
 def render(docs: Path = DOCS) -> str:
     """The page with the tables of now."""
     saved = load(docs)
-    text = (docs / "quadratic.md").read_text(encoding="utf-8")
+    text = (docs / "data" / "quadratic.md").read_text(encoding="utf-8")
     for name, body in tables(saved).items():
         block = f"<!-- {name} -->\n{body}\n<!-- end {name} -->"
         text = re.sub(
@@ -37,7 +37,7 @@ def render(docs: Path = DOCS) -> str:
 
 def write(docs: Path = DOCS) -> None:
     """Page and picture."""
-    (docs / "quadratic.md").write_text(render(docs), encoding="utf-8")
+    (docs / "data" / "quadratic.md").write_text(render(docs), encoding="utf-8")
     (docs / "images").mkdir(exist_ok=True)
     draw(load(docs), docs / "images" / "quadratic.png")
 

@@ -3,7 +3,7 @@
     python examples/cifar10.py                        from the hub, into runs/cifar10; small networks on 5000 images
     python examples/cifar10.py --data-dir cifar10     from a local folder with train.parquet and test.parquet
     python examples/cifar10.py --full --device cuda   all images and the published widths
-    python examples/cifar10.py --publish docs         put page, pictures and numbers into the documentation
+    python examples/cifar10.py --publish docs         put pictures and numbers into the documentation
 
 Shipped defaults, three seeds; each row's learning rate is chosen on a tenth of the training images, from as many for each row.
 """
@@ -56,16 +56,12 @@ def subset(task: Task, train: int, test: int) -> Task:
 
 
 def publish(out: Path, docs: Path) -> None:
-    """One page of both reports, their pictures and numbers."""
-    pages = []
+    """Copy pictures and numbers of both reports; `docs/make_pages.py` writes what is said of them."""
     for home in sorted(path.parent for path in out.glob("*/report.md")):
-        page = (home / "report.md").read_text().replace("(overview.png)", f"(images/cifar10-{home.name}.png)")
-        pages.append(page.rstrip().replace("\n# ", "\n## "))
         for name, place in (("overview.png", "images/cifar10-{}.png"), ("results.json", "data/cifar10-{}.json")):
             target = docs / place.format(home.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(home / name, target)
-    (docs / "cifar10.md").write_text("\n\n".join(pages) + "\n")
 
 
 def main(

@@ -33,7 +33,7 @@ def publish(out: Path, docs: Path) -> None:
         (docs / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / name, docs / place)
     content = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    (docs / "tagger.md").write_text(markdown(content, picture, numbers), encoding="utf-8")
+    (docs / "data" / "tagger.md").write_text(markdown(content, f"../{picture}", Path(numbers).name), encoding="utf-8")
 
 
 def main(

@@ -28,6 +28,12 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time makers and confi
         SelfCheckError as SelfCheckError,
         SelfCheckWarning as SelfCheckWarning,
     )
+    from gradmaker.fidelity import (
+        Fidelity as Fidelity,
+        FidelityAlong as FidelityAlong,
+        fidelity as fidelity,
+        fidelity_along as fidelity_along,
+    )
     from gradmaker.front_door.bases import BaseOptimizerWarning as BaseOptimizerWarning
     from gradmaker.front_door.factory import CoverageWarning as CoverageWarning, optimizer as optimizer
     from gradmaker.front_door.optimizer import (
@@ -176,6 +182,8 @@ _MODULES = {
     "CostError": "errors",
     "CostlyMethodWarning": "errors",
     "CoverageWarning": "front_door.factory",
+    "Fidelity": "fidelity",
+    "FidelityAlong": "fidelity",
     "GradientConfig": "config",
     "GradientMaker": "maker",
     "METHODS": "options.registry",
@@ -194,6 +202,8 @@ _MODULES = {
     "cost": "costs.prediction",
     "cost_report": "costs.layers",
     "damping_sweep": "damping_sweep",
+    "fidelity": "fidelity",
+    "fidelity_along": "fidelity",
     "from_config": "methods",
     "legality": "triple",
     "optimizer": "front_door.factory",

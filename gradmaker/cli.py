@@ -12,6 +12,6 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    from gradmaker.compare.command import app
+    from gradmaker.commands.app import app
 
     app(prog_name="gradmaker")

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradmaker.blocks import Block
+from gradmaker.on_ranks import OnRanks, scaled_loss
 from gradmaker.options.registry import register
 from gradmaker.passes.batches import Declared
-from gradmaker.passes.deferred import Deferred, depends_on, describe, resolve
-from gradmaker.scale.ranks import ranks
+from gradmaker.passes.deferred import Deferred, declared_call, depends_on, describe, resolve
 from gradmaker.state_format import FORMAT, check_format
 from gradmaker.step.state import End, Facts, Phase, StepState
 
@@ -27,7 +28,7 @@ class PlainGradientConfig:
 
 
 @register("gradient")
-class GradientMaker:
+class GradientMaker(OnRanks):
     """A maker of the plain gradient, with the protocol of all makers.
 
     Calls are declared, not made, so that a maker can record the forward pass, run further passes, or repeat the step:
@@ -40,6 +41,8 @@ class GradientMaker:
     Config: ClassVar[Any] = PlainGradientConfig
 
     def __init__(self, model: nn.Module, config: Any = None) -> None:
+        super().__init__()
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         config = self.Config() if config is None else config
@@ -70,7 +73,7 @@ class GradientMaker:
 
         function: usually the model, or any callable that uses it.
         """
-        call = _deferred("setup_model_call", function, args, kwargs)
+        call = declared_call("setup_model_call", function, args, kwargs)
         self._declared = {"": Declared(call)}
         return call
 
@@ -91,7 +94,7 @@ class GradientMaker:
             raise RuntimeError(f"{verb}: call setup_model_call(model, ...) first")
         if purpose not in self.purposes():
             raise ValueError(f"{verb}: {type(self).__name__} with this config has no use for a second batch")
-        self._declared[purpose] = Declared(_deferred(verb, function, args, kwargs))
+        self._declared[purpose] = Declared(declared_call(verb, function, args, kwargs))
         return self._declared[purpose].call
 
     def purposes(self) -> frozenset[str]:
@@ -191,19 +194,17 @@ class GradientMaker:
             if declared.loss is None:
                 raise RuntimeError(f"setup_{purpose}_call: no loss was declared on its result, by setup_loss_call")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        several = ranks() > 1  # a reducer may hold .grad as views of its buffers, and write into them
-        before = [(p, p.grad.clone() if several and p.grad is not None else p.grad) for p in parameters]
-        # Gradients that were not reduced yet, as under no_sync(), are reduced together with those of this pass.
-        joined = several and self.step_state.now.gradients is not None
+        before = [(p, p.grad) for p in parameters]
         undo = self._mark()
         try:
-            for p in parameters if not joined else ():
+            for p in parameters:
                 p.grad = None
-            output, loss = self._run(weight, alone)
+            with self._together():
+                output, loss = self._run(weight, alone)
+            self._reduce(parameters)
             if parameters and not self.step_state.now.rows and all(p.grad is None for p in parameters):
                 raise RuntimeError(f"the loss {self._loss!r} depends on no trainable parameter of the maker's model")
-            if not joined:
-                self._merge(before, in_place)
+            self._merge(before, in_place)
         except BaseException:
             for p, g in before:
                 p.grad = g
@@ -270,11 +271,14 @@ class GradientMaker:
 
     def _run(self, weight: float, alone: bool = False) -> tuple[Any, Tensor]:
         """The passes of a micro-batch.  alone: as in `_accumulate`"""
-        known: dict[int, Any] = {}
-        output, loss = self._forward(known)
-        (loss * weight if weight != 1.0 else loss).backward()
+        with self._noting_losses() as recorder:
+            output, own = self._forward({})
+        share = self._share(recorder, own, self._declared[""].counted(0), weight, "mean")
+        if share is None or not share.empty:
+            loss = scaled_loss(own, share)
+            (loss * weight if weight != 1.0 else loss).backward()
         self.step_state.accumulate(weight, 0)
-        return output, loss
+        return output, own
 
     def _forward(self, known: dict[int, Any]) -> tuple[Any, Tensor]:
         """Run the declared calls. ValueError unless the loss has one element.  known: gets the values of all deferred parts"""
@@ -305,13 +309,6 @@ class GradientMaker:
 
     def remove(self) -> None:
         """Remove all hooks from the model and the optimizer."""
-
-
-def _deferred(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
-    if not callable(function):
-        raise TypeError(f"{verb}: expected a callable first, got {type(function).__name__}")
-    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
-    return Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")
 
 
 @torch.no_grad()

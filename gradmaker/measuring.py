@@ -23,14 +23,18 @@ from gradmaker.linalg.arithmetic import norms, plain_arithmetic, sums_to_finite,
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.loss.head import Head
 from gradmaker.loss.recorder import LossRecorder
+from gradmaker.loss.share import Share
 from gradmaker.loss.terms import Terms
+from gradmaker.on_ranks import scaled_loss
 from gradmaker.passes.batches import Batch, Batches, terms_of
 from gradmaker.passes.deferred import resolve
 from gradmaker.passes.graph import Graph
 from gradmaker.planned import PlannedMaker
-from gradmaker.scale.ranks import ranks
+from gradmaker.scale.evidence import measure_part, put_together, sum_pooled
+from gradmaker.scale.replicas import agree_on_gradients
 from gradmaker.self_checks import Inputs
 from gradmaker.step.draft import Draft
+from gradmaker.step.pool import PooledEvidence
 from gradmaker.step.secants import remembered
 
 __all__ = ["MeasuringMaker"]
@@ -41,7 +45,7 @@ class MeasuringMaker(PlannedMaker):
 
     # ---------------------------------------------------------------- passes
     def _run(self, weight: float, alone: bool = False) -> tuple[Any, Tensor]:
-        self.plan.refuse_ranks()
+        self._refuse_ranks()
         self.plan.own.check()
         self._complete()
         recorded = self.begin_pass()
@@ -52,10 +56,15 @@ class MeasuringMaker(PlannedMaker):
         batches = Batches.of(self.model, self._declared, self.config) if self._repeats() else None
         with tape.recording():
             with LossRecorder() as recorder, rows.recording():
-                output, loss = self._forward(known)
-            tape.end_forward([loss])
+                output, plain = self._forward(known)
+            tape.end_forward([plain])
+            share = self._count(recorder, plain, weight)
+            if share is not None and share.empty:
+                self.step_state.accumulate(weight, 0, self.step_state.draft())
+                return output, plain
+            loss = scaled_loss(plain, share)
             logits = None if self._logits is None else resolve(self._logits, known)
-            terms = terms_of(recorder, loss, logits, self.config.likelihood)
+            terms = terms_of(recorder, loss, logits, self.config.likelihood, 1.0 if share is None else share.factor)
             head = Head.of(loss, output, terms, recorder)
             checked = self.is_to_be_checked(tape, head)
             if batches is not None:
@@ -78,7 +87,7 @@ class MeasuringMaker(PlannedMaker):
                 held = rows.kept(held, self.row_layers())  # there may be another plan
             terms = head.terms or terms  # with rows in the order that the self-checks found
             of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
-            extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
+            extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches), share=share)
             draft = self.step_state.draft()
             self.measure_pass(draft, tape, terms, weight, [loss, *_bounds(held)], head=head, extra=extra)
             self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra)
@@ -88,17 +97,26 @@ class MeasuringMaker(PlannedMaker):
             made = Pass(batches.own.replay, weight, extra.notes)
             measured = self.plan.measured(self._due)
             self.step_state.remember(remembered(self.step_state.now, self.model, made, measured))
-        return output, loss
+        return output, plain
+
+    def _count(self, recorder: LossRecorder | None, loss: Tensor, weight: float) -> Share | None:
+        """The share of this rank's pass in that of all ranks."""
+        examples = self._declared[""].counted(self.config.batch_axis)
+        return self._share(recorder, loss, examples, weight, self.config.loss_reduction)
 
     def _run_unrecorded(self, weight: float, rows: RowCalls) -> tuple[Any, Tensor]:
-        with rows.recording():
-            output, loss = self._forward(dict[int, Any]())
-        rows.backward(loss * weight if weight != 1.0 else loss)
+        with self._noting_losses() as recorder, rows.recording():
+            output, plain = self._forward(dict[int, Any]())
+        share = self._count(recorder, plain, weight)
         self.step_state.accumulate(weight, 0)
+        if share is not None and share.empty:
+            return output, plain
+        loss = scaled_loss(plain, share)
+        rows.backward(loss * weight if weight != 1.0 else loss)
         held = rows.gradients()
         self.step_state.hold(held)
         self._note_finite([loss, *_bounds(held)], [])
-        return output, loss
+        return output, plain
 
     def _is_partial(self, tape: Tape, head: Head, found: OutputGradients, weight: float, checked: bool) -> bool:
         """Whether gradients of examples are weighted by `loss_reduction`, as the recognised terms are not all of the loss."""
@@ -183,7 +201,7 @@ class MeasuringMaker(PlannedMaker):
         curvatures = [c for c in self._curvatures() if "calls" in c.needs]
         owned = any("main_backward" not in c.needs for c in curvatures) and not head.declared
         explained = owned and self.config.self_check == "error"  # otherwise `explain` has checked it
-        own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
+        own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight else None
         costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
         shares = any("main_backward" in c.needs and "loss_reduction" not in c.inapplicable for c in curvatures)  # of examples
         output_gradients = output_gradients if explained or shares else None
@@ -232,7 +250,7 @@ class MeasuringMaker(PlannedMaker):
                 if curvature.layerwise:
                     step.check_calls()
                 with plain_arithmetic(self.model), borrowing():
-                    self._take(draft, curvature, curvature.measure(step), weight)
+                    self._take(draft, curvature, curvature.measure(step), weight, examples=tape.batch)
 
     def _take(
         self,
@@ -242,13 +260,45 @@ class MeasuringMaker(PlannedMaker):
         weight: float,
         pooled: bool = True,
         done: Set[Block] = frozenset(),
+        examples: int = 0,
     ) -> None:
-        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out"""
+        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out
+
+        examples: of the pass
+        """
         if isinstance(curvature, Pooled) and pooled:
             draft.pool(curvature, chunks, weight)
             return
         blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature and b not in done]
-        draft.fold(chunks, self.step_state.folds(blocks, weight), self.step_state.now.ever)
+        folds = self.step_state.folds(blocks, weight)
+        if curvature.of_passes and pooled and self.ranks is not None:
+            draft.keep(measure_part(curvature, chunks, folds, examples))
+            return
+        draft.fold(chunks, folds, self.step_state.now.ever)
+
+    # ---------------------------------------------------------------- several processes
+    def _put_together(self, draft: Draft) -> None:
+        """Fold the evidence that the ranks have kept for the end of the step into a draft."""
+        if (ranks := self.ranks) is not None:
+            with plain_arithmetic(self.model):
+                put_together(ranks, self.plan, self.step_state, draft)
+
+    def _pooled(self) -> PooledEvidence:
+        """The pooled evidence of this step, of all ranks."""
+        pooled, ranks = self.step_state.now.work.pooled, self.ranks
+        return pooled if ranks is None else sum_pooled(ranks, self.plan, self._due, pooled)
+
+    def _agree_on_step(self) -> None:
+        """Agree with the other ranks on a step whose gradients another loop has reduced: whether it is finite."""
+        ranks, now = self.ranks, self.step_state.now
+        if ranks is None or now.gradients is not None:
+            return
+        parameters = [p for p in self.plan.own.all if self.served is None or p in self.served]
+        finite, findings = agree_on_gradients(ranks, parameters, now.finite, [float(now.part), self._findings()])
+        if now.finite and not finite:
+            self.step_state.note(False)
+        if findings:
+            self._share_findings(ranks)
 
     # ---------------------------------------------------------------- what is finite
     def _all_finite(self, loss: Tensor) -> bool:

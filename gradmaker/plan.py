@@ -97,8 +97,8 @@ class Plan:
         return frozenset(purpose for purpose, legal in found.items() if legal)
 
     def refuse_ranks(self) -> None:
-        """RuntimeError for curvatures that several processes would measure differently."""
-        if passes := self.curvatures(of_passes=True):
+        """RefusedError for curvatures that several processes would measure differently."""
+        if passes := [c for c in self.curvatures(of_passes=True) if not c.by_parts]:
             refuse_ranks(f"{', '.join(type(c).__name__ for c in passes)} is measured on the passes of each rank alone")
 
     def asks(self, what: Need, due: Collection[str] | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Set
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from gradmaker.loss.terms import Terms
 from gradmaker.maker import GradientMaker
 from gradmaker.options.registry import METHODS
 from gradmaker.plan import Plan, make_plan
+from gradmaker.scale.ranks import Ranks, RefusedError, refuse_ranks
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.whole import Whole
 from gradmaker.stacking import carry
@@ -68,6 +70,12 @@ class PlannedMaker(GradientMaker):
 
     def purposes(self) -> frozenset[str]:
         return self.plan.purposes()
+
+    def _refuse_ranks(self) -> None:
+        """RefusedError for what several processes would compute differently."""
+        self.plan.refuse_ranks()
+        if self.trust_region is not None and self.trust_region.repeats:
+            refuse_ranks("adaptive_damping and rescale repeat the loss of each rank alone")
 
     # ---------------------------------------------------------------- passes
     def begin_pass(self) -> bool:
@@ -131,6 +139,20 @@ class PlannedMaker(GradientMaker):
         self.step_state.move(plan.blocks, plan.methods)
         self._damp_plan()
 
+    def _findings(self) -> float:
+        return float(zlib.crc32("/".join(sorted(self._unseen)).encode()))
+
+    def _share_findings(self, ranks: Ranks) -> None:
+        told = ranks.objects((sorted(self._unseen), bool(self.step_state.now.work.parts)))
+        found = frozenset(name for unseen, _ in told for name in unseen)
+        if any(measured and set(unseen) != found for unseen, measured in told):
+            raise RefusedError(
+                "self-checks find parameters with uses outside of the calls of their layers, and not the same on all ranks: "
+                f"{[unseen for unseen, _ in told]}. Let all ranks make the same calls, or leave these out by ignore="
+            )
+        if found != self._unseen:
+            self.plan_again(found)
+
     def _undo(self, before: Facts) -> None:
         """Restore an earlier state of the step; a newer plan is kept, as the findings of the self-checks are."""
         self.step_state.undo(before)
@@ -191,6 +213,7 @@ class PlannedMaker(GradientMaker):
             notes=extra.notes,
             own=extra.own,
             rows=self.step_state.now.rows,
+            share=extra.share,
         )
 
     # ---------------------------------------------------------------- secants

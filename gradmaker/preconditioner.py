@@ -78,6 +78,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
             self._check_again()
         elif not state.now.checked:
             self._note_finite([], [])
+        self._agree_on_step()
         return self._solve() if state.now.finite else End(gradients=self._of_rows({}), reports=state.now.reports)
 
     def _check_passes(self) -> None:
@@ -90,6 +91,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     @torch.no_grad()
     def _solve(self) -> End:
         draft = self.step_state.draft()
+        self._put_together(draft)  # the evidence of other ranks with that of this one
         done, found, write = self._at_once(draft)
         self._measure_gradient(draft, done)
         rest = [block for block in self.plan.blocks if block not in done]
@@ -141,13 +143,14 @@ class PreconditionedGradientMaker(MeasuringMaker):
         done: blocks that have had their step
         """
         now, own = self.step_state.now, self.plan.curvatures(of_passes=False, due=self._due)
-        if not now.work.pooled and all(b in done for b in self.plan.measured(self._due) if b.triple.curvature in own):
+        pooled_pairs = self._pooled()
+        if not pooled_pairs and all(b in done for b in self.plan.measured(self._due) if b.triple.curvature in own):
             return
         with plain_arithmetic(self.model), borrowing():
             for curvature in own:
                 step = self._step(curvature, 0, self._due, done=done)
                 self._take(draft, curvature, curvature.measure(step), 1.0, done=done)
-            for curvature, pooled in now.work.pooled.items():
+            for curvature, pooled in pooled_pairs.items():
                 chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
                 self._take(draft, curvature, chunks, 1.0, pooled=False)
 

@@ -14,13 +14,13 @@ from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import WholeLayers
+from gradmaker.representations.roles import Additive, WholeLayers
 
 __all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
-class Dense(WholeLayers):
+class Dense(WholeLayers, Additive):
     """The whole matrix of every block, ``C = sum_N vec(J_N) vec(J_N)^T``.
 
     ``full`` is the exact natural gradient; ``layer`` its block diagonal, with one block for all groups of a convolution and all

@@ -13,13 +13,14 @@ from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_diagonal
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
-from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, average
+from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, average
+from gradmaker.representations.roles import Additive
 
 __all__ = ["Diagonal"]
 
 
 @dataclass(frozen=True)
-class Diagonal(Representation):
+class Diagonal(Additive):
     """The diagonal of ``C``: ``d = sum_N J_N * J_N``.
 
     Of examples (``granularity="layer"``) it is the diagonal of a Fisher matrix, of mini-batch gradients (``"tensor"``) the

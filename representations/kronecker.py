@@ -24,7 +24,7 @@ from gradmaker.linalg.nearest_product import nearest_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import ByExample, FactoredAxes, FoldsMoments, FoldsRows
+from gradmaker.representations.roles import Additive, ByExample, FactoredAxes, FoldsMoments, FoldsRows
 
 __all__ = ["Kron", "KronDims"]
 
@@ -34,7 +34,7 @@ def _allocate(frame: Frame, axis: int, size: int, longest: int | None = None) ->
 
 
 @dataclass(frozen=True)
-class Kron(FactoredAxes, ByExample, FoldsMoments):
+class Kron(FactoredAxes, ByExample, FoldsMoments, Additive):
     """K-FAC's factors of a layer: ``C ~ B (x) A``, ``B = sum_knr g g^T``, ``A = mean_nr a a^T``.
 
     ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` first averages

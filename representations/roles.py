@@ -17,6 +17,7 @@ from gradmaker.representations.capabilities import Elementwise, Multiplies
 
 __all__ = [
     "PROJECTED",
+    "Additive",
     "ByExample",
     "Compact",
     "FactoredAxes",
@@ -110,6 +111,10 @@ def widen(representation: Multiplies, state: State, P: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------ the state
+class Additive(Representation):
+    """The statistic of rows is a sum over them, zero at the beginning: those of the parts of a batch add up to the batch's."""
+
+
 class Unstacked(Representation):
     """A representation whose state has other shapes or names after every update: its members are never stacked."""
 

@@ -20,7 +20,7 @@ from gradmaker.compare.search.budgets import Budget
 from gradmaker.compare.search.tuning import Tuning
 from gradmaker.compare.store import Store
 from gradmaker.compare.task import Task
-from gradmaker.compare.trial import SCHEDULES, Setting, Trial, digest
+from gradmaker.compare.trial import SCHEDULES, Session, Setting, Trial, digest
 from gradmaker.compare.trials.pool import Inline, Processes, Trainer, check_pool, workers_of
 from gradmaker.compare.trials.runner import Runner
 from gradmaker.options.suggestions import did_you_mean
@@ -53,6 +53,7 @@ def compare(
     progress: bool = True,
     command: str = "",
     callback: Callback | None = None,
+    on_end: Callable[[Session], None] = lambda session: None,
 ) -> Comparison:
     """Train every method from the same initial parameters, choose its options on validation, and write a report into `out`.
 
@@ -77,6 +78,7 @@ def compare(
         tensorboard: whether to write event files (the extra `tensorboard`).
         command: command line that the report shows.
         callback: called after every evaluation with the trial, its number and the mean loss since the one before.
+        on_end: called with model, maker and optimizer of every training that ended well, where workers=1.
     """
     require_extra()
     from gradmaker.compare.progress import board
@@ -115,9 +117,12 @@ def compare(
     able = [result for result in results if not result.refusal]
     trials = sum(tuned.planned(result.row) + len(seeds) - 1 for result in able)
     with board(trials, progress) as shown:
-        trainer = _trainer(problem, count, shown, setting, callback)
+        trainer = _trainer(problem, count, shown, setting, callback, on_end)
         runner = Runner(problem, setting, tuned, seeds, store, trainer, shown)
-        _run(runner, comparison, checked_vary, count, progress)
+        try:
+            _run(runner, comparison, checked_vary, count, progress)
+        finally:
+            trainer.close()
     write(comparison, store, progress)
     if tensorboard:
         from gradmaker.compare.trials.events import write_events
@@ -134,7 +139,7 @@ def write(comparison: Comparison, store: Store | None = None, shown: bool = Fals
     from gradmaker.compare.progress import print_summary
 
     store = Store(comparison.out) if store is None else store
-    store.records |= {record.key: record for result in comparison.rows for record in result.trials}
+    store.records |= {record.key: record for record in comparison.records()}
     store.comparison = comparison.plain()
     write_report(comparison, store)
     if shown:
@@ -156,7 +161,7 @@ def _run(runner: Runner, comparison: Comparison, settings: Mapping[str, Sequence
             for result in group if shown else ():
                 print_selection(console, result, comparison.metric)
         runner.costs(able)
-        comparison.sensitivity = runner.vary(able, settings)
+        comparison.sensitivity, comparison.varied = runner.vary(able, settings)
     except KeyboardInterrupt:
         comparison.complete = False
         runner.board.progress.stop()
@@ -168,7 +173,14 @@ def _run(runner: Runner, comparison: Comparison, settings: Mapping[str, Sequence
         raise
 
 
-def _trainer(problem: Problem, workers: int, board: "Board", setting: Setting, callback: Callback | None) -> Trainer:
+def _trainer(
+    problem: Problem,
+    workers: int,
+    board: "Board",
+    setting: Setting,
+    callback: Callback | None,
+    on_end: Callable[[Session], None],
+) -> Trainer:
     def start(trial: Trial) -> None:
         steps = Budget.parse(setting.budget).steps(problem.train.steps(trial.setting.batch_size))
         board.start(str(trial), steps)
@@ -179,7 +191,7 @@ def _trainer(problem: Problem, workers: int, board: "Board", setting: Setting, c
             callback(trial, number, loss)
 
     if workers == 1:
-        return Inline(problem, start, board.step, mark)
+        return Inline(problem, start, board.step, mark, on_end)
     check_pool()
     return Processes(problem.task, problem.device, setting.validation, workers, mark)
 

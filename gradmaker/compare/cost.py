@@ -141,8 +141,13 @@ def peak_bytes(row: Row, problem: Problem, calls: Sequence[Call]) -> int | None:
         bench.run(min(bench.block, 10) + 1)
         bench.session.close()
 
+    return peak_of(work, problem.device)
+
+
+def peak_of(work: Callable[[], None], device: str) -> int | None:
+    """Peak bytes of tensors on a device while something runs; None where they cannot be measured."""
     measures = {"cuda": _cuda_peak, "cpu": cpu_peak}
-    kind = torch.device(problem.device).type
+    kind = torch.device(device).type
     return measures[kind](work) if kind in measures else None
 
 

@@ -28,6 +28,7 @@ class Comparison:
         tuning: how options were searched.
         files: paths of outputs by name (html, markdown, csv, json and the plots).
         complete: False when the run was interrupted.
+        varied: the trainings of `sensitivity`.
     """
 
     rows: list[RowResult]
@@ -45,6 +46,7 @@ class Comparison:
     files: dict[str, Path] = field(default_factory=dict)
     complete: bool = True
     sensitivity: list[Sensitivity] = field(default_factory=list)
+    varied: list[Record] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Comparison":
@@ -60,7 +62,9 @@ class Comparison:
         rows = [row_from_plain(row, records) for row in stored["rows"]]
         varied = [Sensitivity(**line) for line in stored["sensitivity"]]
         kept["seeds"] = tuple(kept["seeds"])
-        return cls(rows=rows, setting=setting, out=path.resolve().parent, sensitivity=varied, **kept)
+        out = (path if path.is_dir() else path.parent).resolve()
+        others = [records[key] for key in stored["varied"]]
+        return cls(rows=rows, setting=setting, out=out, sensitivity=varied, varied=others, **kept)
 
     def plain(self) -> dict[str, Any]:
         """What `from_json` reads, in types of JSON; trainings by their keys."""
@@ -69,6 +73,7 @@ class Comparison:
             "setting": asdict(self.setting),
             "rows": [row_to_plain(result) for result in self.rows],
             "sensitivity": [asdict(line) for line in self.sensitivity],
+            "varied": [record.key for record in self.varied],
         }
 
     def merge(self, *others: "Comparison") -> "Comparison":
@@ -83,9 +88,10 @@ class Comparison:
         if twice := next((label for label in labels if labels.count(label) > 1), None):
             raise InputError(f"two rows are called {twice!r}: give one of them another label")
         seeds = tuple(dict.fromkeys(seed for comparison in (self, *others) for seed in comparison.seeds))
-        varied = [line for comparison in (self, *others) for line in comparison.sensitivity]
+        lines = [line for comparison in (self, *others) for line in comparison.sensitivity]
+        varied = [record for comparison in (self, *others) for record in comparison.varied]
         complete = all(comparison.complete for comparison in (self, *others))
-        return replace(self, rows=rows, seeds=seeds, sensitivity=varied, complete=complete, files={}, command="")
+        return replace(self, rows=rows, seeds=seeds, sensitivity=lines, varied=varied, complete=complete, files={}, command="")
 
     def table(self) -> list[dict[str, Any]]:
         """The summary of every row."""
@@ -178,6 +184,9 @@ class Comparison:
                 **record.machine,
                 "config": json.dumps(record.config),
             }
-            for result in self.rows
-            for record in result.trials
+            for record in self.records()
         ]
+
+    def records(self) -> list[Record]:
+        """All trainings."""
+        return [*(record for result in self.rows for record in result.trials), *self.varied]

@@ -21,6 +21,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rat
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
+MARGIN = 0.25  # a loss that ends higher than it began by less may be noise of a training that is too slow
 CURVE_POINTS = 2000  # longer loss curves are averaged to this many points
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words for it, where the type is RuntimeError
 
@@ -150,7 +151,12 @@ def digest(value: Any) -> str:
 
 
 def run_trial(
-    trial: Trial, problem: Problem, on_step: Callable[[], None], on_mark: Callable[[int, float], None], machine: dict[str, Any]
+    trial: Trial,
+    problem: Problem,
+    on_step: Callable[[], None],
+    on_mark: Callable[[int, float], None],
+    machine: dict[str, Any],
+    on_end: Callable[[Session], None] = lambda session: None,
 ) -> Record:
     """Train and return the record; a trial that diverges or raises has the status diverged, failed or out of memory.
 
@@ -158,12 +164,13 @@ def run_trial(
         on_step: called at every step, without the loss, which would wait for the device.
         on_mark: called after each evaluation with its number and the mean loss since the last.
         machine: for the record.
+        on_end: called with the trained model, its maker and its optimizer.
     """
     record = blank(trial, machine)
     try:
         with seeded(trial.seed, problem.device):
             network = problem.model().to(problem.device)
-            _train(record, trial, network, problem, on_step, on_mark)
+            _train(record, trial, network, problem, on_step, on_mark, on_end)
     except Exception as error:  # the failure of one method must not end the comparison
         record.status, record.message = _status(error), f"{type(error).__name__}: {error}"
     return _downsampled(record)
@@ -196,6 +203,7 @@ def _train(
     problem: Problem,
     on_step: Callable[[], None],
     on_mark: Callable[[int, float], None],
+    on_end: Callable[[Session], None],
 ) -> None:
     setting = trial.setting
     clock = Clock(Budget.parse(setting.budget), problem.train.steps(setting.batch_size))
@@ -209,6 +217,7 @@ def _train(
             on_mark(len(record.marks), sum(losses) / len(losses))
             if _diverged(record):
                 return
+        on_end(session)
     finally:
         session.close()
 
@@ -253,7 +262,7 @@ def _note(record: Record, losses: list[float], seconds: float, found: Mapping[st
 
 
 def _diverged(record: Record) -> bool:
-    """Set the status; True if a loss is not finite. Also diverged: last quarter since the last mark above the first step."""
+    """Set the status; True if a loss is not finite. Also diverged: a loss that ends far above its start."""
     if None in (*record.curve_loss, record.validation["loss"][-1]):
         record.status, record.message = "diverged", f"loss is not finite after {record.marks[-1]} steps"
         return True
@@ -261,8 +270,8 @@ def _diverged(record: Record) -> bool:
     tail = losses[-max(1, len(losses) // len(record.marks) // 4) :]
     first, last = losses[0], sum(tail) / len(tail)
     record.status, record.message = "finished", ""
-    if last > first:
-        record.status, record.message = "diverged", f"the loss ends at {last:.3g}, above the initial {first:.3g}"
+    if last - first > MARGIN * abs(first):
+        record.status, record.message = "diverged", f"the loss ends at {last:.3g}, far above the initial {first:.3g}"
     return False
 
 

@@ -16,13 +16,13 @@ from gradmaker.capture.sites import Site
 from gradmaker.costs.counting import Recorder
 from gradmaker.costs.flops import OWN
 from gradmaker.costs.prediction import explained
-from gradmaker.costs.trial import Loop, PredictedMaker, arguments, build_like, trying
+from gradmaker.costs.trial import PredictedMaker, arguments, build_like, trying
 from gradmaker.curvature.evidence import Gradient, kinds
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.schedule import as_schedule
 
-__all__ = ["CostReport", "LayerCost", "cost_report"]
+__all__ = ["CostReport", "LayerCost", "cost_report", "module_flops"]
 
 HEADER = ("parameters", "step", "statistic", "refresh", "apply", "bytes", "overhead")
 
@@ -73,7 +73,7 @@ def cost_report(maker: PredictedMaker, batch: Any) -> CostReport:
     batch: the input of the model, a tensor or a tuple of arguments
     """
     with explained(), trying(maker.model, build_like(maker), batch) as (loop, recorder):
-        passes = _passes(loop)
+        passes = module_flops(loop.model, loop.batch)
         rows, spent = [], 0.0
         for block in loop.maker.plan.blocks:
             if block.cache:
@@ -84,12 +84,15 @@ def cost_report(maker: PredictedMaker, batch: Any) -> CostReport:
     return CostReport(rows, spent / total if total else float("inf"))
 
 
-def _passes(loop: Loop) -> dict[str, float]:
-    """FLOPs of forward and backward pass by module: three times those of the forward pass."""
-    args, kwargs = arguments(loop.batch)
+def module_flops(model: nn.Module, batch: Any) -> dict[str, float]:
+    """FLOPs of forward and backward pass by module, three times those of the forward pass; of the model under an empty name.
+
+    Model and batch may be on the meta device.
+    """
+    args, kwargs = arguments(batch)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=OWN) as counter:
-        loop.model(*args, **kwargs)
-    name = type(loop.model).__name__
+        model(*args, **kwargs)
+    name = type(model).__name__
     found = {module: float(3 * sum(ops.values())) for module, ops in counter.get_flop_counts().items()}
     inner = {module.removeprefix(f"{name}."): flops for module, flops in found.items() if module not in ("Global", name)}
     return {**inner, "": found.get("Global", 0.0)}

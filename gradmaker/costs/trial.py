@@ -25,7 +25,7 @@ from gradmaker.groups import Group
 from gradmaker.representations.roles import PerStep
 from gradmaker.step.state import StepState
 
-__all__ = ["Loop", "Loss", "Optimizing", "Steps", "build_like", "default_loss", "run", "trying"]
+__all__ = ["Loop", "Loss", "Optimizing", "Steps", "build_like", "default_loss", "fake_tensor", "quiet", "run", "trying"]
 
 Loss = Callable[[Any], Tensor]
 Optimizing = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -58,11 +58,19 @@ class Steps:
     peak: int
 
 
+def fake_tensor(t: Tensor, mode: FakeTensorMode) -> Tensor:
+    """The same shape and dtype without data; what is on the meta device becomes a tensor of the host, as if it had data."""
+    if not t.is_meta:
+        return mode.from_tensor(t.detach())
+    with mode:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+
 def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a model whose tensors have no data, without hooks."""
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
-        fake = mode.from_tensor(t.detach())
+        fake = fake_tensor(t, mode)
         memo[id(t)] = nn.Parameter(fake, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else fake
     for module in model.modules():
         for name, hooks in vars(module).items():
@@ -172,8 +180,8 @@ def trying(
     """
     mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder(deadline)
     copied = fake_model(model, mode)
-    fake = tree_map(lambda t: mode.from_tensor(t.detach()) if isinstance(t, Tensor) else t, batch)
-    with warnings.catch_warnings(), _host_random(), _quiet(), mode, recorder, torch.enable_grad():
+    fake = tree_map(lambda t: fake_tensor(t, mode) if isinstance(t, Tensor) else t, batch)
+    with warnings.catch_warnings(), _host_random(), quiet(), mode, recorder, torch.enable_grad():
         warnings.simplefilter("ignore")
         made = None if build is None else build(copied)
         chosen = None if optimizer is None else optimizer(copied.parameters())
@@ -183,7 +191,7 @@ def trying(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps torch from logging exceptions that are caught here, as where a layer rule does not fit a layer."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True

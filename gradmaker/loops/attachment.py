@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmaker.capture.borrowing import borrowing, is_pass
+from gradmaker.curvature.step import Extra
 from gradmaker.loops import checks
 from gradmaker.loops.hook import REFUSES, Hook, refuse_overlap
 from gradmaker.loops.loop_pass import LoopPass, at_the_end
@@ -174,22 +175,24 @@ class Attachment:
         maker.step_state.judge_anew()
         with current.measuring():
             current.draft = maker.step_state.draft()
-            try:
-                found = self._terms(maker, current, gradient)
-            except UndeclaredError as error:  # no matter, if the pass turns out to be part of no step
-                found, current.refusal = None, str(error)
-            if found is None:
-                current.unread = not current.refusal
+            with maker.meeting():
+                try:
+                    found = None if current.empty else self._terms(maker, current, gradient)
+                except UndeclaredError as error:  # no matter, if the pass turns out to be part of no step
+                    found, current.refusal = None, str(error)
+            current.agree(maker, found is not None)
+            if found is None or current.unread or current.refusal:
                 return
             value, loss_gradient = found
             current.others.expect(current.losses[current.at].output if current.at in current.losses else value, gradient)
             outputs = [t.z for t in current.terms] or [value]
-            head = Head(outputs, current.terms, known=[loss_gradient])
+            head = Head(outputs, current.terms, known=[loss_gradient * current.factor])
             if maker.is_to_be_checked(tape, head) and bool(torch.isfinite(gradient).all()):
                 maker.check(tape, head, None)
             current.terms = head.terms  # with rows in the order that the self-checks found
             current.draft = maker.step_state.draft()
-            maker.measure_pass(current.draft, tape, current.terms, current.weight, [value, gradient], head=head)
+            check, extra = [value, gradient], Extra(share=current.share)
+            maker.measure_pass(current.draft, tape, current.terms, current.weight, check, head=head, extra=extra)
 
     def _terms(self, maker: RecordingMaker, current: LoopPass, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the terms of the loss, inside of the model or outside. Returns its argument there and ``dL/dz``, unscaled."""
@@ -230,7 +233,8 @@ class Attachment:
         with torch.no_grad(), borrowing():
             gradients = tape.harvest()
             if not current.unread and not current.refusal:
-                maker.measure_pass(draft, tape, current.terms, current.weight, [], gradients, scale=current.scale)
+                scale, extra = current.scale / current.factor, Extra(share=current.share)
+                maker.measure_pass(draft, tape, current.terms, current.weight, [], gradients, extra=extra, scale=scale)
         maker.step_state.accumulate(current.weight, tape.batch, draft, unread=current.unread)
         self._refusal = current.refusal or self._refusal
         self._mark(maker)

@@ -19,8 +19,10 @@ from gradmaker.loops.marks import Marks
 from gradmaker.loops.other_outputs import OtherOutputs
 from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.loss.recorder import LossCall, LossRecorder
+from gradmaker.loss.share import Share
 from gradmaker.loss.terms import Terms
 from gradmaker.step.draft import Draft
+from gradmaker.step.protocol import RecordingMaker
 from gradmaker.trees import tensors
 
 __all__ = ["LoopPass", "at_the_end"]
@@ -53,6 +55,7 @@ class LoopPass:
         self.weight = 1.0  # of its loss, as the terms have it, in that of the step
         self.unread = False  # whether the gradient did not show the weights of its terms
         self.refusal = ""  # why it must not be part of a step
+        self.share: Share | None = None  # of its loss in that of all ranks; None: there is one process
         self.watched: list[str] = []
         self.others = OtherOutputs([])
         self.trace = Trace(tape is not None)
@@ -98,6 +101,26 @@ class LoopPass:
         self.watched = list(places)
         for name, value in places.items():
             self._handles.callback(value.register_hook(_OutputHook(owner, arrived, self, name)).remove)
+
+    @property
+    def factor(self) -> float:
+        """Of its loss in that of all ranks."""
+        return 1.0 if self.share is None else self.share.factor
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no examples, as a rank may that has run out of data."""
+        return self.tape is not None and self.tape.sized and not self.tape.batch
+
+    def agree(self, maker: RecordingMaker, known: bool) -> None:
+        """Let all ranks measure this pass, or none.  known: whether its terms are"""
+        assert self.tape is not None
+        own = 0.0 if known or self.empty else 2.0 if self.refusal else 1.0
+        self.share, worst = maker.share_of_replica(self.terms if known else (), self.tape.batch, own)
+        self.terms = [t.scaled(self.factor) for t in self.terms] if self.share is not None else self.terms
+        self.unread = worst == 1.0
+        if worst == 2.0 and not self.refusal:
+            self.refusal = "another rank could not measure its pass of this step, and says why"
 
     def terms_inside(self, gradient: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Find the terms of the loss inside, with their exact weights. Returns its output and ``dL/dz`` there.

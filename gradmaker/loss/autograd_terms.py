@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gradmaker.errors import SelfCheckError
 from gradmaker.loss.recorder import compute, log_axis
-from gradmaker.loss.terms import CategoricalTerms, GaussianTerms, Terms, rows_of
+from gradmaker.loss.terms import CategoricalTerms, GaussianTerms, Place, Terms, rows_of
 from gradmaker.reentrant import nodes
 
 __all__ = ["WIDEST", "AutogradTerms", "Output", "autograd_terms", "centred", "hessian_products", "of_logits"]
@@ -70,9 +70,9 @@ class AutogradTerms(Terms):
     def _columns(self, rows: Tensor, c: Tensor) -> Tensor:
         return self.factor[rows, :, c.unsqueeze(1)]
 
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        noise = self.factor.new_empty(samples, *self.factor.shape[:2]).normal_(generator=generator)
-        return torch.einsum("mcd,kmd->kmc", self.factor, noise)
+    def _draw(self, samples: int, generator: torch.Generator, place: Place) -> Tensor:
+        noise = self.factor.new_empty(samples, place.total, self.factor.shape[1]).normal_(generator=generator)
+        return torch.einsum("mcd,kmd->kmc", self.factor, place.of(noise, 1))
 
     def _inner(self, u: Tensor, v: Tensor) -> Tensor:
         return (self._to(u) * self._to(v)).sum()

@@ -27,6 +27,7 @@ __all__ = [
     "loss_gradients_of",
     "read_terms",
     "terms_from_gradient",
+    "weightings",
 ]
 
 
@@ -179,6 +180,12 @@ def loss_gradients_of(recorder: LossRecorder, loss: Tensor, terms: list[Terms]) 
         calls = [(loss, torch.ones_like(loss)) for _ in terms]
     pairs = zip(calls, terms, strict=True)
     return [torch.autograd.grad(out, t.z, factor, retain_graph=True, allow_unused=True)[0] for (out, factor), t in pairs]
+
+
+def weightings(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, int, Weighting]]:
+    """The recorded calls that the loss depends on, each with the number of its terms and their weights."""
+    found = [(call, w) for call, _, w in _weighted(recorder, loss)]
+    return [(call, LIKELIHOODS[w.likelihood]().read(w).omega.numel(), w) for call, w in found]
 
 
 def _weighted(recorder: LossRecorder, loss: Tensor) -> list[tuple[LossCall, Tensor, Weighting]]:

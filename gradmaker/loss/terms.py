@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gradmaker.loss.recorder import compute
 
-__all__ = ["BernoulliTerms", "CategoricalTerms", "GaussianTerms", "Terms", "effective_number", "rows_of"]
+__all__ = ["BernoulliTerms", "CategoricalTerms", "GaussianTerms", "Place", "Terms", "effective_number", "rows_of"]
 
 
 def rows_of(x: Tensor, axis: int | None) -> Tensor:
@@ -41,6 +41,23 @@ def effective_number(weights: Sequence[Tensor]) -> Tensor:
     wide = [w.double().reshape(-1) for w in weights]  # squares may underflow in float32
     total, squares = (torch.stack([x.sum() for x in each]).sum() for each in (wide, [w.square() for w in wide]))
     return torch.where(squares > 0, total / torch.where(squares > 0, squares, 1.0), 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The rows of some terms among those of a larger batch: what is drawn for them is what is drawn for these rows there."""
+
+    total: int  # rows of the larger batch
+    index: Tensor  # (m,) of these
+
+    @classmethod
+    def whole(cls, m: int) -> Place:
+        """All rows of a batch."""
+        return cls(m, torch.arange(m))
+
+    def of(self, drawn: Tensor, axis: int) -> Tensor:
+        """The rows of numbers that were drawn for the larger batch."""
+        return drawn if len(self.index) == self.total else drawn.index_select(axis, self.index.to(drawn.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +117,13 @@ class Terms(ABC):
         """The same terms with the other order of rows."""
         return replace(self, order="last" if self.order == "first" else "first")
 
+    def scaled(self, factor: float) -> Terms:
+        """The terms of the loss times a factor."""
+        scales = ("omega", "assumed", "curvature", "scale", "factor")
+        power = {"factor": 0.5}  # S of Lambda = S S^T
+        found = {k: getattr(self, k) * factor ** power.get(k, 1) for k in scales if getattr(self, k, None) is not None}
+        return replace(self, denominator=self.denominator / factor, **found)
+
     def spread(self, values: Tensor) -> Tensor:
         """Values of terms, broadcast to all coordinates of each.  # (m,) -> like z"""
         shape = list(self.z.shape)
@@ -126,15 +150,17 @@ class Terms(ABC):
             yield self._chunk(examples, start, min(start + size, total))
 
     @torch.no_grad()
-    def sample(self, samples: int, generator: torch.Generator) -> Tensor:
+    def sample(self, samples: int, generator: torch.Generator, place: Place | None = None) -> Tensor:
         """Gradients at targets drawn from the model, divided by ``sqrt(samples)``: ``E sum_k s_k s_k^T = Lambda``.
 
         Targets of different terms are independent; the user's targets are not used. ValueError for samples below 1.
+        place: of the terms in the batch of all ranks; None: they are all of it
         # (samples, *z.shape)
         """
         if samples < 1:
             raise ValueError(f"samples={samples}: expected an integer of at least 1")
-        return self._restore(self._draw(samples, generator) / samples**0.5)
+        place = Place.whole(self.omega.numel()) if place is None else place
+        return self._restore(self._draw(samples, generator, place) / samples**0.5)
 
     @torch.no_grad()
     def empirical(self, gradient: Tensor, examples: int, root: Tensor) -> Tensor:
@@ -195,7 +221,7 @@ class Terms(ABC):
         """Column ``c`` of the factor of each row.  # (k, n), (k,) -> (k, n, C)"""
 
     @abstractmethod
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
+    def _draw(self, samples: int, generator: torch.Generator, place: Place) -> Tensor:
         """Gradients at sampled targets.  # (samples, m, C)"""
 
     @abstractmethod
@@ -219,11 +245,12 @@ class CategoricalTerms(Terms):
         scale = self.omega[rows] * self.p[rows, c.unsqueeze(1)]
         return out.mul_(scale.sqrt().unsqueeze(-1))
 
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
+    def _draw(self, samples: int, generator: torch.Generator, place: Place) -> Tensor:
         # by the inverse of the cumulative sum: torch.multinomial synchronises with the host for a single sample
         m, C = self.p.shape
         total = self.p.cumsum(-1)
-        u = torch.rand(m, samples, generator=generator, dtype=self.p.dtype, device=self.p.device)
+        u = torch.rand(place.total, samples, generator=generator, dtype=self.p.dtype, device=self.p.device)
+        u = place.of(u, 0)
         label = torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=C - 1)
         out = self.p.repeat(samples, 1, 1)
         out.scatter_add_(2, label.mT.unsqueeze(-1), out.new_full((samples, m, 1), -1.0))
@@ -252,9 +279,9 @@ class GaussianTerms(Terms):
         out[torch.arange(len(c), device=c.device), :, c] = self.curvature[rows, c.unsqueeze(1)].sqrt()
         return out
 
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        noise = self.omega.new_empty(samples, *self.curvature.shape).normal_(generator=generator)
-        return noise.mul_(self.curvature.sqrt())
+    def _draw(self, samples: int, generator: torch.Generator, place: Place) -> Tensor:
+        noise = self.omega.new_empty(samples, place.total, self.curvature.shape[1]).normal_(generator=generator)
+        return place.of(noise, 1).mul_(self.curvature.sqrt())
 
     def _inner(self, u: Tensor, v: Tensor) -> Tensor:
         return torch.where(self.curvature != 0, self.curvature * u * v, 0.0).sum()
@@ -273,6 +300,9 @@ class BernoulliTerms(GaussianTerms):
     def _weights(self) -> Tensor:
         return self.scale
 
-    def _draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        label = torch.bernoulli(self.sigma.expand(samples, -1, -1), generator=generator)
+    def _draw(self, samples: int, generator: torch.Generator, place: Place) -> Tensor:
+        sigma = self.sigma
+        if len(sigma) < place.total:  # the other rows are drawn too, as one number each, and left out
+            sigma = sigma.new_full((place.total, sigma.shape[1]), 0.5).index_copy_(0, place.index.to(sigma.device), sigma)
+        label = place.of(torch.bernoulli(sigma.expand(samples, -1, -1), generator=generator), 1)
         return (self.sigma - label).mul_(self.scale.sqrt())

@@ -79,10 +79,12 @@ class Declared:
         return made
 
 
-def terms_of(recorder: LossRecorder, loss: Tensor, logits: Tensor | None, likelihood: Likelihood | None) -> list[Terms]:
-    """The terms of a loss: those of its recognised calls, else those of the declared likelihood."""
+def terms_of(
+    recorder: LossRecorder, loss: Tensor, logits: Tensor | None, likelihood: Likelihood | None, factor: float = 1.0
+) -> list[Terms]:
+    """The terms of a loss: those of its recognised calls, else those of the declared likelihood, times a factor."""
     terms = read_terms(recorder, loss)
-    return terms if terms or likelihood is None or logits is None else [likelihood.terms(logits)]
+    return terms if terms or likelihood is None or logits is None else [likelihood.terms(logits, factor)]
 
 
 def mass_of(terms: list[Terms]) -> Tensor | None:

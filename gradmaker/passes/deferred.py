@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from typing import Any, NoReturn
 
-__all__ = ["Deferred", "arguments", "exchange", "resolve"]
+from torch import nn
+
+__all__ = ["Deferred", "arguments", "declared_call", "exchange", "resolve"]
 
 _SLOTS = ("_function", "_args", "_kwargs", "_text")
 
@@ -177,3 +179,11 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(member)
     else:
         yield value
+
+
+def declared_call(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
+    """A call that runs later, by a verb of the protocol. TypeError for what is not callable."""
+    if not callable(function):
+        raise TypeError(f"{verb}: expected a callable first, got {type(function).__name__}")
+    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", repr(function))
+    return Deferred(function, args, kwargs, f"{name}({describe(args, kwargs)})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.roles import Pooled
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import SlowTensors
+from gradmaker.scale.parts import Part, Parts
 from gradmaker.stacking import carry
 from gradmaker.step import pool
 from gradmaker.step.held import Held
@@ -27,14 +28,17 @@ class Work:
     held: Mapping[Block, Held] = field(default_factory=dict)  # by block that the step has changed
     reached: frozenset[str] = frozenset()  # sites with evidence in this step
     pooled: PooledEvidence = field(default_factory=dict)
+    parts: Parts = field(default_factory=dict)  # of several processes, until the end of the step
 
     def moved(self, blocks: Iterable[Block]) -> Work:
         """The same changes for the blocks of another plan, which hold what the old blocks held."""
+        blocks = list(blocks)
+        parts = {key: part.moved(blocks) for key, part in self.parts.items()}
         if not self.held:
-            return self
+            return replace(self, parts=parts)
         fresh = {block: block.writable(block.held) for block in blocks}
         carry(self.held.items(), fresh.items(), ("state",))
-        return Work(fresh, self.reached, self.pooled)
+        return Work(fresh, self.reached, self.pooled, parts)
 
 
 class Draft:
@@ -44,6 +48,7 @@ class Draft:
         """part: index of the micro-batch that is measured"""
         self.base, self.part = base, part
         self._held, self._reached, self._pooled = dict(base.held), set(base.reached), base.pooled
+        self._parts = dict(base.parts)
         self._own: dict[Block, bool] = {}  # blocks with a statistic of this draft's own; whether its slow tensors are, too
 
     def look(self, block: Block) -> Held:
@@ -83,6 +88,15 @@ class Draft:
         """Keep evidence of a pooled curvature for the end of the step."""
         self._pooled = pool.add(self._pooled, curvature, list(chunks), weight)
 
+    def keep(self, part: Part) -> None:
+        """Keep the evidence of this rank for the end of the step."""
+        self._parts[self.part, part.curvature] = part
+
+    def take_parts(self) -> Parts:
+        """The evidence of this rank, which is no longer kept."""
+        parts, self._parts = self._parts, {}
+        return parts
+
     @property
     def reached(self) -> frozenset[str]:
         """Sites with evidence in this step."""
@@ -90,4 +104,4 @@ class Draft:
 
     def work(self) -> Work:
         """The changes of the step, those of this draft included."""
-        return Work(dict(self._held), self.reached, self._pooled)
+        return Work(dict(self._held), self.reached, self._pooled, dict(self._parts))

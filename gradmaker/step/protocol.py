@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,8 +13,9 @@ from gradmaker.capture.row_calls import RowLayer
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.config import GradientConfig
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.curvature.step import Previous
+from gradmaker.curvature.step import NOTHING, Extra, Previous
 from gradmaker.loss.head import Head
+from gradmaker.loss.share import Share
 from gradmaker.loss.terms import Terms
 from gradmaker.plan import Plan
 from gradmaker.step.draft import Draft
@@ -59,10 +62,12 @@ class RecordingMaker(MakerOfSteps, Protocol):
         check: list[Tensor],
         output_gradients: OutputGradients | None = None,
         head: Head | None = None,
-        *,
+        extra: Extra = NOTHING,
         scale: float = 1.0,
     ) -> None: ...
     def precondition(self) -> None: ...
+    def meeting(self) -> AbstractContextManager[None]: ...
+    def share_of_replica(self, terms: Sequence[Terms], examples: int, trouble: float) -> tuple[Share | None, float]: ...
 
 
 class CheckedMaker(MakerOfSteps, Protocol):

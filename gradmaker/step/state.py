@@ -289,6 +289,8 @@ class StepState:
     def saved(self) -> Facts:
         """The state to save, without micro-batches of a loop that is not the maker's, whose gradients are not saved."""
         now = self._check("saved", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)
+        if now.gradients is not None and now.work.parts:
+            raise RuntimeError("several processes: evidence of a step is put together at its end: save between steps")
         if now.gradients is not None or now.phase is Phase.BETWEEN:
             return now
         return (now.begun or now).but(phase=Phase.BETWEEN, due=now.due, clocks=now.clocks)

@@ -61,11 +61,16 @@ class TrustRegion:
 
     def refuse_loop(self) -> None:
         """ValueError for options that repeat the loss, which an attached loop does not declare."""
-        if self.options.adaptive_damping is not None or self._rescales:
+        if self.repeats:
             raise ValueError(
                 "attach: adaptive_damping and rescale have to repeat the loss, which attach() does not see: declare it with "
                 "setup_model_call and setup_loss_call, or leave them out (adaptive_damping=None, rescale='none')"
             )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether any of its options repeats the loss."""
+        return self.options.adaptive_damping is not None or self._rescales
 
     @property
     def _rescales(self) -> bool:

@@ -231,8 +231,8 @@ def test_models_of_all_workloads_are_what_they_are_called(peers: ModuleType) -> 
     assert isinstance(case.double().model, nn.Module) and case.x.dtype == torch.long
 
 
-def test_the_readme_has_the_table_of_the_json_file(peers: ModuleType) -> None:
+def test_the_page_of_speed_has_the_table_of_the_json_file(peers: ModuleType) -> None:
     page, known = sys.modules["peers_page"], json.loads((FOLDER / "peers.json").read_text(encoding="utf-8"))
-    text, rows = (ROOT / "README.md").read_text(encoding="utf-8"), (*peers.OWN, *peers.PEERS)
-    assert page.in_readme(text, known, rows) == text
+    text, rows = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), (*peers.OWN, *peers.PEERS)
+    assert page.in_page(text, known, rows) == text
     assert (FOLDER / "peers.md").read_text(encoding="utf-8") == page.render(known, rows)

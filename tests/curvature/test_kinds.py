@@ -107,9 +107,9 @@ def solvers_of(representation: Representation) -> Iterator[Any]:
 
 
 # --- the base class -------------------------------------------------------------------------------------------------------
-def test_a_new_curvature_knows_eight_names() -> None:
+def test_a_new_curvature_knows_nine_names() -> None:
     names = {n for n in (*vars(Curvature), *Curvature.__annotations__) if not n.startswith("_")}
-    assert names == {"gives", "definite", "layerwise", "inapplicable", "needs", "of_passes", "measure", "by_rows"}
+    assert names == {"gives", "definite", "layerwise", "inapplicable", "needs", "of_passes", "measure", "by_rows", "by_parts"}
 
 
 @pytest.mark.parametrize("name", CURVATURES)

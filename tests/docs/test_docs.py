@@ -42,10 +42,41 @@ def script(path: Path) -> ModuleType:
 
 
 # --- methods and options --------------------------------------------------------------------------------------------------
-def test_method_tables_are_current() -> None:
+def test_pages_of_methods_are_current() -> None:
     generated = script(ROOT / "docs" / "make_methods.py")
-    assert generated.README.read_text(encoding="utf-8") == generated.readme(), "run python docs/make_methods.py"
-    assert generated.PAGE.read_text(encoding="utf-8") == generated.render(), "run python docs/make_methods.py"
+    pages = generated.pages()
+    assert set(pages) == {generated.PAGE, *generated.FOLDER.glob("*.md")}
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, "run python docs/make_methods.py"
+
+
+def test_every_method_says_when_it_helps_and_what_it_costs() -> None:
+    for name in METHODS:
+        page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        helps, costs = page.split("## When it helps\n")[1].split("## What it costs\n")
+        assert helps.strip() and costs.strip(), name
+
+
+def test_pages_of_measurements_are_current() -> None:
+    """Each number of docs/which.md and docs/experiments.md is that of a committed output."""
+    generated = script(ROOT / "docs" / "make_pages.py")
+    for name in generated.PAGES:
+        assert generated.target(name).read_text(encoding="utf-8") == generated.render(name), "run python docs/make_pages.py"
+
+
+def test_the_taxonomy_names_every_part() -> None:
+    generated = script(ROOT / "docs" / "make_taxonomy.py")
+    text = generated.PAGE.read_text(encoding="utf-8")
+    assert text == generated.render(), "run python docs/make_taxonomy.py"
+    assert all(f"| [`{part}`](" in text for parts in generated.AXES.values() for part in parts)
+
+
+def test_the_reference_is_current() -> None:
+    generated = script(ROOT / "docs" / "make_reference.py")
+    pages = generated.pages()
+    assert set(pages) == {generated.PAGE, *generated.FOLDER.glob("*.md")}
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, "run python docs/make_reference.py"
 
 
 @pytest.mark.parametrize("name", NAMED)

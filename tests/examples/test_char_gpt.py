@@ -163,12 +163,12 @@ def test_a_run_is_fair_and_complete(finished: tuple[Any, Path, dict[str, Any]]) 
 
 def test_the_page_states_the_numbers(finished: tuple[Any, Path, dict[str, Any]]) -> None:
     _, out, _ = finished
-    page = (out / "docs" / "char_gpt.md").read_text()
+    page = (out / "docs" / "data" / "char_gpt.md").read_text()
     trainings = json.loads((out / "docs" / "data" / "char_gpt.json").read_text())["trainings"]
     for row, (label, *_) in ROWS.items():
         losses = [r["test"] for r in report.final(trainings, row)]
         assert f"| {label} |" in page and f" | {mean(losses):.3f} ± {stdev(losses):.3f} | " in page
-    assert "(images/char_gpt.png)" in page and (out / "docs" / "images" / "char_gpt.png").stat().st_size > 10000
+    assert "(../images/char_gpt.png)" in page and (out / "docs" / "images" / "char_gpt.png").stat().st_size > 10000
     assert max(map(len, (line for line in page.splitlines() if not line.startswith("|")))) <= 128
 
 
@@ -207,8 +207,8 @@ def published() -> dict[str, Any]:
 
 def test_the_published_page_is_that_of_its_numbers() -> None:
     content = published()
-    page = report.markdown(content, "images/char_gpt.png", "data/char_gpt.json")
-    assert (ROOT / "docs" / "char_gpt.md").read_text(encoding="utf-8") == page
+    page = report.markdown(content, "../images/char_gpt.png", "char_gpt.json")
+    assert (ROOT / "docs" / "data" / "char_gpt.md").read_text(encoding="utf-8") == page
     assert content["setting"] == vars(Setting()), "the defaults have changed since"
 
 

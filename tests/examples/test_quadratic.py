@@ -193,7 +193,7 @@ def test_saved_numbers_agree_with_the_references() -> None:
 
 
 def test_the_page_is_current() -> None:
-    page = (ROOT / "docs" / "quadratic.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "data" / "quadratic.md").read_text(encoding="utf-8")
     assert page == pages.render(), "run python docs/make_quadratic.py"
     saved = pages.load(ROOT / "docs")
     for name, body in pages.tables(saved).items():
@@ -230,16 +230,16 @@ def small(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[int], None
     monkeypatch.setattr(quadratic, "GRID", range(-12, -7, 2))
     monkeypatch.setattr(quadratic, "WIDEST", range(-12, -7, 2))
     monkeypatch.setattr(quadratic, "MOVES", (1,))
-    (folder / "docs").mkdir()
+    (folder / "docs" / "data").mkdir(parents=True)
     page = "\n".join(f"<!-- {n} -->\n<!-- end {n} -->" for n in ("published", "tuned 1e+04", "starts", "time", "machine"))
-    (folder / "docs" / "quadratic.md").write_text(page)
+    (folder / "docs" / "data" / "quadratic.md").write_text(page)
     return lambda size: quadratic.main(folder / "runs", folder / "docs", size, 12, 1, [1e4], [6])
 
 
 def test_the_command_writes_the_page_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = small(monkeypatch, tmp_path)
     command(6)
-    page = (tmp_path / "docs" / "quadratic.md").read_text()
+    page = (tmp_path / "docs" / "data" / "quadratic.md").read_text()
     assert all(page.count(f"| {name} |") >= 2 for name, row in quadratic.ROWS.items() if row.tuned and any(row.reference))
     assert (tmp_path / "docs" / "images" / "quadratic.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "runs" / "results.json").read_text())
@@ -253,6 +253,6 @@ def test_the_command_writes_the_page_and_resumes(tmp_path: Path, monkeypatch: py
     command(6)
     again = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert len(calls) == 1 and again["trials"][lost]["end"] == expected
-    assert (tmp_path / "docs" / "quadratic.md").read_text().split("<!-- machine")[0] == page.split("<!-- machine")[0]
+    assert (tmp_path / "docs" / "data" / "quadratic.md").read_text().split("<!-- machine")[0] == page.split("<!-- machine")[0]
     with pytest.raises(Exception, match="holds trials of"):
         command(5)

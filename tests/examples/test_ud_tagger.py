@@ -315,14 +315,14 @@ def test_a_run_is_fair_and_complete(finished: tuple[Any, Path, dict[str, Any]]) 
 
 def test_the_page_states_the_numbers(finished: tuple[Any, Path, dict[str, Any]]) -> None:
     _, out, _ = finished
-    page = (out / "docs" / "tagger.md").read_text()
+    page = (out / "docs" / "data" / "tagger.md").read_text()
     trainings = json.loads((out / "results.json").read_text())["trainings"]
     test = {m: [100 * r["test"] for r in trainings if (r["method"], r["phase"]) == (m, "final")] for m in METHODS}
     for method, label in report.LABELS.items():
         assert f"| {label} | {mean(test[method]):.2f} ± {stdev(test[method]):.2f} |" in page
     gaps = [a - b for a, b in zip(test["caspr"], test["shampoo"], strict=True)]
     assert f"| CASPR - Shampoo | {mean(gaps):+.2f} ± {stdev(gaps):.2f} |" in page
-    assert "(images/tagger.png)" in page and (out / "docs" / "images" / "tagger.png").stat().st_size > 10000
+    assert "(../images/tagger.png)" in page and (out / "docs" / "images" / "tagger.png").stat().st_size > 10000
     assert max(map(len, (line for line in page.splitlines() if not line.startswith("|")))) <= 128
 
 
@@ -345,6 +345,6 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 
 def test_the_published_page_is_that_of_its_numbers() -> None:
     content = json.loads((ROOT / "docs" / "data" / "tagger.json").read_text(encoding="utf-8"))
-    page = report.markdown(content, "images/tagger.png", "data/tagger.json")
-    assert (ROOT / "docs" / "tagger.md").read_text(encoding="utf-8") == page
+    page = report.markdown(content, "../images/tagger.png", "tagger.json")
+    assert (ROOT / "docs" / "data" / "tagger.md").read_text(encoding="utf-8") == page
     assert content["setting"] == json.loads(json.dumps(vars(Setting()))), "the defaults have changed since"

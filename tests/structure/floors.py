@@ -53,10 +53,10 @@ FLOORS = (
         )
     ),
     Floor(("checkpoint", "costs", "loops", "reports", "self_checks")),
-    Floor(("maker", "measuring", "planned", "preconditioner")),
+    Floor(("maker", "measuring", "on_ranks", "planned", "preconditioner")),
     Floor(("methods",)),
     Floor(("damping_sweep", "front_door")),
-    Floor((INIT, "__main__", "cli", "compare", "reporting")),
+    Floor((INIT, "__main__", "cli", "commands", "compare", "fidelity", "reporting", "step_costs")),
 )
 
 

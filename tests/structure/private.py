@@ -30,6 +30,7 @@ OF_TORCH = frozenset(
         "_get_raw",  # of a formula of FLOPs that takes tensors
         "_in_projection",
         "_in_projection_packed",
+        "_join_config",  # of DistributedDataParallel
         "_linalg_eigh",
         "_linalg_solve_ex",
         "_linalg_svd",

@@ -143,8 +143,10 @@ class ReadyBatches(Source):
 
     def steps(self, batch_size: int) -> int:
         if self.length is None:
-            source = self._epoch()
-            self.length = len(source) if isinstance(source, Sized) else sum(1 for _ in self.all(batch_size))
+            try:
+                self.length = len(self._epoch())
+            except TypeError:  # it has no length, or its data set has none
+                self.length = sum(1 for _ in self.all(batch_size))
             if not self.length:
                 raise InputError("the data have no batch")
         return self.length
@@ -230,7 +232,9 @@ def hashed(value: Any) -> str:
     for leaf in leaves(value, tensors_only=False):
         if isinstance(leaf, Tensor):
             digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-            digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if leaf.numel() else b"")
+            digest.update(
+                leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
+            )
         else:
             digest.update(pickle.dumps(leaf))
     return digest.hexdigest()

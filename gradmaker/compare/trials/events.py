@@ -12,12 +12,11 @@ def write_events(comparison: Comparison) -> None:
     """Write a run for every training into the folder `tensorboard` beside the report; what is there already stays."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for result in comparison.rows:
-        for record in result.trials:
-            folder = comparison.out / FOLDER / run_name(record)
-            if not folder.exists():
-                with SummaryWriter(str(folder)) as writer:
-                    _write(writer, record)
+    for record in comparison.records():
+        folder = comparison.out / FOLDER / run_name(record)
+        if not folder.exists():
+            with SummaryWriter(str(folder)) as writer:
+                _write(writer, record)
     comparison.files["tensorboard"] = comparison.out / FOLDER
 
 

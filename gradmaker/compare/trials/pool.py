@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,10 +12,11 @@ from gradmaker.compare.cost import machine
 from gradmaker.compare.errors import require_extra
 from gradmaker.compare.problem import Problem, prepare
 from gradmaker.compare.task import Task
-from gradmaker.compare.trial import Record, Trial, blank, run_trial
+from gradmaker.compare.trial import Record, Session, Trial, blank, run_trial
 from gradmaker.options.registry import METHODS
 
-ENDED = "its process ended before the training ({}); the system ends processes so when memory runs out"
+ENDED = "its process was ended before the training was; the system does so where memory runs out"
+Told = Callable[[Trial, int, float], None]
 
 
 class Trainer(Protocol):
@@ -22,6 +24,9 @@ class Trainer(Protocol):
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Record]]:
         """Trainings and their records, as they end."""
+
+    def close(self) -> None:
+        """End what was started."""
 
 
 @dataclass
@@ -31,20 +36,24 @@ class Inline:
     problem: Problem
     on_start: Callable[[Trial], None]
     on_step: Callable[[], None]
-    on_mark: Callable[[Trial, int, float], None]
+    on_mark: Told
+    on_end: Callable[[Session], None] = lambda session: None
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Record]]:
         facts = machine(self.problem.device)
         for trial in trials:
             self.on_start(trial)
-            yield trial, run_trial(trial, self.problem, self.on_step, Marks(self.on_mark, trial), facts)
+            yield trial, run_trial(trial, self.problem, self.on_step, Marks(self.on_mark, trial), facts, self.on_end)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 @dataclass
 class Marks:
     """Tells of the evaluations of a trial."""
 
-    told: Callable[[Trial, int, float], None]
+    told: Told
     trial: Trial
 
     def __call__(self, number: int, loss: float) -> None:
@@ -52,49 +61,71 @@ class Marks:
         self.told(self.trial, number, loss)
 
 
-@dataclass
 class Processes:
     """Runs so many trainings at a time, each in a process; one that is killed does not end the others."""
 
-    task: Task
-    device: str
-    validation: float
-    workers: int
-    on_mark: Callable[[Trial, int, float], None]
+    def __init__(self, task: Task, device: str, validation: float, workers: int, on_mark: Told) -> None:
+        self.workers, self.on_mark = workers, on_mark
+        own = {name: maker for name, maker in METHODS.items() if not maker.__module__.startswith("gradmaker.")}
+        self.start = (task, device, validation, max(1, torch.get_num_threads() // workers), own)
+        self.pools: dict[int, Any] = {}
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Record]]:
-        waiting = list(trials)
-        for workers, kept in ((self.workers, trials), (1, waiting)):
-            groups = [list(kept)] if workers > 1 else [[trial] for trial in kept]
-            for group in groups:
-                for trial, record in self._together(group, workers, alone=workers == 1):
-                    waiting.remove(trial)
-                    for number, loss in enumerate(record.train_loss, 1):
-                        self.on_mark(trial, number, float("nan") if loss is None else loss)
-                    yield trial, record
-            if not waiting:
-                return
+        suspects: list[Trial] = []
+        for trial, record in self._run(trials, self.workers):
+            if record is None:
+                suspects.append(trial)
+            else:
+                yield trial, self._told(trial, record)
+        # the end of a process ends all trainings that are under way: each of them is tried again alone
+        for trial, record in self._run(suspects, 1):
+            yield trial, self._told(trial, record or _ended(trial))
 
-    def _together(self, trials: Sequence[Trial], workers: int, alone: bool) -> Iterator[tuple[Trial, Record]]:
-        """Records of those whose process did not end; with `alone`, a record that says so of the others."""
-        from joblib.externals.loky import as_completed
-        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
-
-        threads = max(1, torch.get_num_threads() // workers)
-        own = {name: maker for name, maker in METHODS.items() if not maker.__module__.startswith("gradmaker.")}
-        start = (self.task, self.device, self.validation, threads, own)
-        pool = ProcessPoolExecutor(max_workers=workers, initializer=_begin, initargs=start)
-        try:
-            futures = {pool.submit(_work, trial): trial for trial in trials}
-            for future in as_completed(futures):
-                trial = futures[future]
-                try:
-                    yield trial, future.result()
-                except BrokenProcessPool as error:
-                    if alone:
-                        yield trial, _ended(trial, error)
-        finally:
+    def close(self) -> None:
+        for pool in self.pools.values():
             pool.shutdown(kill_workers=True)
+        self.pools = {}
+
+    def _run(self, trials: Sequence[Trial], workers: int) -> Iterator[tuple[Trial, Record | None]]:
+        """Trainings with their records as they end; None for one whose process ended, or another beside it."""
+        waiting, running = list(trials), dict[Any, Trial]()
+        while waiting or running:
+            # no more than can run: what is under way when a process ends is under suspicion
+            while waiting and len(running) < workers:
+                trial = waiting.pop(0)
+                running[self._submit(trial, workers)] = trial
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), self._result(future, workers)
+
+    def _submit(self, trial: Trial, workers: int) -> Any:
+        from joblib.externals.loky.process_executor import ProcessPoolExecutor
+
+        if workers not in self.pools:
+            self.pools[workers] = ProcessPoolExecutor(max_workers=workers, initializer=_begin, initargs=self.start)
+        try:
+            return self.pools[workers].submit(_work, trial)
+        except RuntimeError:  # a worker ended while it was idle
+            self._drop(workers)
+            return self._submit(trial, workers)
+
+    def _result(self, future: Any, workers: int) -> Record | None:
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
+        try:
+            record: Record = future.result()
+        except BrokenProcessPool:
+            self._drop(workers)
+            return None
+        return record
+
+    def _drop(self, workers: int) -> None:
+        if (pool := self.pools.pop(workers, None)) is not None:
+            pool.shutdown(kill_workers=True)
+
+    def _told(self, trial: Trial, record: Record) -> Record:
+        for number, loss in enumerate(record.train_loss, 1):
+            self.on_mark(trial, number, float("nan") if loss is None else loss)
+        return record
 
 
 def workers_of(given: int | None) -> int:
@@ -125,9 +156,7 @@ def _work(trial: Trial) -> Record:
     return run_trial(trial, _STATE["problem"], lambda: None, lambda number, loss: None, _STATE["machine"])
 
 
-def _ended(trial: Trial, error: Exception) -> Record:
-    words = str(error)
-    signal = next((name for name in ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGBUS") if name in words), type(error).__name__)
+def _ended(trial: Trial) -> Record:
     record = blank(trial, {})
-    record.status, record.message = "failed", ENDED.format(signal)
+    record.status, record.message = "failed", ENDED
     return record

@@ -76,35 +76,38 @@ class Runner:
         for result in able:
             result.cost = found.get(digest(result.config))
 
-    def vary(self, results: Sequence[RowResult], settings: Mapping[str, Sequence[Any]]) -> list[Sensitivity]:
-        """Train the rows with one setting changed at a time, with all seeds."""
-        return [
-            line
-            for name, values in settings.items()
-            for value in values
-            for line in self._varied(
-                [r for r in results if r.finals and (name == "batch_size" or r.row.takes(name))], name, value
-            )
-        ]
+    def vary(
+        self, results: Sequence[RowResult], settings: Mapping[str, Sequence[Any]]
+    ) -> tuple[list[Sensitivity], list[Record]]:
+        """Train the rows with one setting changed at a time, with all seeds; returns means and trainings."""
+        lines: list[Sensitivity] = []
+        trained: list[Record] = []
+        for name, values in settings.items():
+            able = [r for r in results if r.finished and (name == "batch_size" or r.row.takes(name))]
+            for value in values:
+                records, prices = self._varied(able, name, value)
+                trained += records
+                for k, result in enumerate(able):
+                    own = records[k * len(self.seeds) : (k + 1) * len(self.seeds)]
+                    lines.append(self._line(result.row.label, name, value, own, prices[k]))
+        return lines, trained
 
-    def _varied(self, results: Sequence[RowResult], name: str, value: Any) -> list[Sensitivity]:
+    def _varied(self, results: Sequence[RowResult], name: str, value: Any) -> tuple[list[Record], list[cost.Cost | None]]:
+        """The trainings of each row, seed by seed, and its cost."""
         whole = name == "batch_size"
         setting = replace(self.setting, batch_size=value) if whole else self.setting
         given = {} if whole else {name: value}
-        pairs = [(result, seed) for result in results for seed in self.seeds]
-        records = self.train([self._trial(r, {**chosen_of(r), **given}, seed, setting) for r, seed in pairs])
-        rows = {r.row.label: r.row.with_options({**r.chosen, **given}) for r in results if r.finished}
-        costs = self._measured({digest(row.describe()): row for row in rows.values()}, setting.batch_size)
-        lines = []
-        for k, result in enumerate(results):
-            own = records[k * len(self.seeds) : (k + 1) * len(self.seeds)]
-            ends = [record.end("test", self.problem.metric) for record in own if record.status == "finished"]
-            row = rows.get(result.row.label)
-            price = costs.get(digest(row.describe())) if row else None
-            bad = next((record.status for record in own if record.status != "finished"), "finished")
-            seconds = price.step_seconds if price else None
-            lines.append(Sensitivity(result.row.label, name, value, mean(ends), deviation(ends), seconds, bad))
-        return lines
+        trials = [self._trial(r, {**chosen_of(r), **given}, seed, setting) for r in results for seed in self.seeds]
+        records = self.train(trials)
+        rows = [r.row.with_options({**r.chosen, **given}) for r in results]
+        keys = [digest(row.describe()) for row in rows]
+        costs = self._measured(dict(zip(keys, rows, strict=True)), setting.batch_size)
+        return records, [costs.get(key) for key in keys]
+
+    def _line(self, label: str, name: str, value: Any, own: Sequence[Record], price: cost.Cost | None) -> Sensitivity:
+        ends = [record.end("test", self.problem.metric) for record in own if record.status == "finished"]
+        status = next((record.status for record in own if record.status != "finished"), "finished")
+        return Sensitivity(label, name, value, mean(ends), deviation(ends), price.step_seconds if price else None, status)
 
     def _measured(self, rows: Mapping[str, Row], batch_size: int) -> dict[str, cost.Cost]:
         """Costs by key; stored ones are reused unless rows, model, setting or machine changed. A row that raises has none."""

@@ -1,0 +1,129 @@
+"""Evidence of the ranks' parts of a batch, put together at the end of a step.
+
+*Summed*: where a statistic is a sum over examples, each rank folds its own into zeros, and the sums are added up in one
+collective. *Gathered*: elsewhere every rank gets the rows of all ranks, in their order, and folds what one process would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+
+import torch
+
+from gradmaker.blocks import Block
+from gradmaker.capture.sites import Site
+from gradmaker.curvature import Curvature
+from gradmaker.curvature.evidence import Evidence, Outer, Pair
+from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.tied import Tied
+from gradmaker.plan import Plan
+from gradmaker.representations.base import Fold
+from gradmaker.scale.parts import Part, adds, zeros
+from gradmaker.scale.ranks import Ranks
+from gradmaker.scale.rows import gathered, merged
+from gradmaker.step.draft import Draft
+from gradmaker.step.pool import PooledEvidence
+from gradmaker.step.state import StepState
+
+__all__ = ["measure_part", "put_together", "sum_pooled"]
+
+
+def measure_part(
+    curvature: Curvature, chunks: Iterable[Mapping[str, Evidence]], folds: Mapping[Block, Fold], examples: int
+) -> Part:
+    """Fold the evidence of this rank's examples into zeros where statistics add up, and keep it elsewhere.
+
+    folds: by block of the curvature, with the weight of the micro-batch; examples: of this rank
+    """
+    adding = {b: replace(f, beta=1.0, mass=0.0, summed=False, refresh=False) for b, f in folds.items() if adds(b)}
+    others = {s.name for b in folds if b not in adding for s in b.sites}
+    sums, reached, kept = {b: zeros(b) for b in adding}, set[str](), list[Mapping[str, Evidence]]()
+    with torch.no_grad():
+        for chunk in chunks:
+            for block, fold in adding.items():
+                block.update(sums[block], chunk, fold, reached, block.names)
+            kept.append({k: _settled(chunk[k]) for k in chunk if k in others})
+            del chunk
+    return Part(curvature, examples, sums, frozenset(reached), tuple(merged(kept)) if others else ())
+
+
+def put_together(ranks: Ranks, plan: Plan, state: StepState, draft: Draft) -> None:
+    """Fold what the ranks have kept in this step into a draft, one micro-batch after another."""
+    parts, now = draft.take_parts(), state.now
+    due = now.due or frozenset()
+    for curvature in plan.curvatures(of_passes=True, due=due):
+        blocks = [b for b in plan.measured(due) if b.triple.curvature == curvature]
+        for j, (weight, _) in enumerate(() if isinstance(curvature, Pooled) else now.shares):
+            part = parts.get((j, curvature), Part(curvature))
+            _fold(ranks, part, state.folds(blocks, weight), draft, now.ever)
+
+
+@torch.no_grad()
+def sum_pooled(ranks: Ranks, plan: Plan, due: Set[str], pooled: PooledEvidence) -> PooledEvidence:
+    """Pairs of one vector and its images, summed over the ranks."""
+    found: dict[Pooled, list[dict[str, Pair]]] = {}
+    for curvature in (c for c in plan.curvatures(of_passes=True, due=frozenset(due)) if isinstance(c, Pooled)):
+        chunks, sites = pooled.get(curvature, ()), plan.sites(curvature, frozenset(due))
+        most = max(int(row[0]) for row in ranks.meet([float(len(chunks))]))
+        found[curvature] = [_sum_of_pairs(ranks, plan, sites, chunks[j] if j < len(chunks) else {}) for j in range(most)]
+    return {curvature: chunks for curvature, chunks in found.items() if chunks}
+
+
+def _sum_of_pairs(ranks: Ranks, plan: Plan, sites: Sequence[Site], own: Mapping[str, Pair]) -> dict[str, Pair]:
+    frames = {s.name: b.frame for b in plan.blocks for s in b.sites}
+    holders = ranks.present([s.name in own for s in sites])
+    made: dict[str, Pair] = {}
+    for site, owners in ((s, r) for s, r in zip(sites, holders, strict=True) if r):
+        zeros = torch.zeros(site.shape, dtype=frames[site.name].dtype, device=ranks.device)
+        v = own[site.name].v if owners[0] == ranks.rank else zeros
+        made[site.name] = Pair(v.clone(), own[site.name].cv.clone() if site.name in own else zeros.clone())
+    ranks.sum_([t for pair in made.values() for t in (pair.v, pair.cv)])
+    return made
+
+
+@torch.no_grad()
+def _fold(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:
+    """Fold the evidence of all ranks into a draft.  known: sites with evidence from before this step"""
+    adding = {b: f for b, f in folds.items() if adds(b)}
+    _fold_sums(ranks, part, adding, draft, known)
+    others = {b: f for b, f in folds.items() if b not in adding}
+    if others:
+        examples = [int(row[0]) for row in ranks.meet([float(part.examples)])]
+    for block, fold in others.items():
+        chunks = [{k: e for k, e in chunk.items() if k in block.names} for chunk in part.chunks]
+        draft.fold(gathered(ranks, block.sites, chunks, examples, block.frame.dtype), {block: fold}, known)
+
+
+def _fold_sums(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:
+    """Let the statistics of the sites with evidence on any rank decay, and add the sums of all ranks."""
+    sites = [(b, s) for b in folds for s in b.sites]
+    reached = [pair for pair, r in zip(sites, ranks.present([s.name in part.reached for _, s in sites]), strict=True) if r]
+    own = {b: part.sums[b] if b in part.sums else zeros(b) for b in dict.fromkeys(b for b, _ in reached)}
+    ranks.sum_([value for held in own.values() for value in held.state.values()])
+    empty = {s.name: _nothing(s, part.curvature, b.frame.dtype, ranks.device) for b, s in reached}
+    draft.fold([empty], {b: folds[b] for b in own}, known)
+    for block, held in own.items():
+        state = draft.writable(block, False).state
+        for name, value in held.state.items():
+            state[name] += value
+
+
+def _settled(evidence: Evidence) -> Evidence:
+    return evidence.settled() if isinstance(evidence, Outer) else evidence
+
+
+def _nothing(site: Site, curvature: Curvature, dtype: torch.dtype, device: torch.device) -> Evidence:
+    """Evidence of no examples."""
+    if site.uses:
+        return Tied(tuple(_no_rows(use, curvature, dtype, device) for use in site.uses))
+    return _no_rows(site, curvature, dtype, device)
+
+
+def _no_rows(site: Site, curvature: Curvature, dtype: torch.dtype, device: torch.device) -> Outer:
+    G, o, i = site.shape
+    transposed, bias = site.rule is not None and site.rule.transposed, site.bias if site.rule is not None else True
+    o, i = (i, o) if transposed else (o, i)
+    inputs = torch.zeros(G, 0, 1, i - bias, dtype=dtype, device=device)
+    made = Outer(inputs, inputs.new_zeros(1, G, 0, 1, o), bias, transposed)
+    return made.inputs_alone() if any(kind.kind == "inputs" for kind in curvature.gives) else made

@@ -1,0 +1,130 @@
+"""Faults on one rank of two: all ranks end with an error, or go on together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradmaker as gm
+from tests.scale.replicas import batch, declare, net
+
+
+def step_of(maker: Any, model: nn.Module, rank: int, step: int = 0, loss: Any = F.cross_entropy) -> None:
+    x, t = batch(step)
+    part = slice(6 * rank, 6 * rank + 6)
+    model.zero_grad()
+    declare(maker, model, x[part], t[part], loss)
+    maker.forward_and_backward()
+
+
+def raised(maker: Any, model: nn.Module, rank: int, loss: Any) -> str:
+    try:
+        step_of(maker, model, rank, 0, loss)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def told_of_a_forward_pass(rank: int) -> Any:
+    """Rank 1 raises in its forward pass; afterwards both go on."""
+    model = net()
+    maker = gm.KfacGradientMaker(model)
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        if rank == 1:
+            raise ValueError("no such file")
+        return F.cross_entropy(z, t)
+
+    text = raised(maker, model, rank, loss)
+    kept = all(p.grad is None for p in model.parameters()) and maker.step == 0
+    step_of(maker, model, rank)
+    return text, kept, [p.grad for p in model.parameters()]
+
+
+def told_of_a_backward_pass(rank: int) -> Any:
+    """Rank 0 raises in its backward pass."""
+    model = net()
+    maker = gm.from_config(model, {"method": "shampoo"})
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            if rank == 0:
+                raise ValueError("broken backward")
+            return g
+
+    return raised(maker, model, rank, lambda z, t: F.cross_entropy(Broken.apply(z), t))
+
+
+def skipped(method: str, rank: int) -> Any:
+    """The loss of rank 1 is not finite: no rank takes the step."""
+    model = net()
+    maker: Any = gm.from_config(model, {"method": method})
+    step_of(maker, model, rank)
+    before = [v.clone() for b in maker.plan.blocks for v in b.state.values()]
+    step_of(maker, model, rank, 1, lambda z, t: F.cross_entropy(z, t) * (float("nan") if rank == 1 else 1.0))
+    same = all(torch.equal(a, b) for a, b in zip(before, (v for b in maker.plan.blocks for v in b.state.values()), strict=True))
+    step_of(maker, model, rank, 2)
+    return same, maker.skipped, [p.grad for p in model.parameters()]
+
+
+class Branch(nn.Module):
+    """A layer that is used on one rank alone."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.body, self.used = net(), used
+        self.extra = nn.Linear(3, 3).double()
+        with torch.no_grad():
+            self.extra.weight.copy_(torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.body(x)
+        return self.extra(z) if self.used else z
+
+
+def fired_on_one_rank(rank: int) -> Any:
+    model = Branch(rank == 1)
+    maker = gm.KfacGradientMaker(model)
+    step_of(maker, model, rank)
+    return [p.grad for p in model.parameters()], [v for b in maker.plan.blocks for v in b.state.values()]
+
+
+def refused(rank: int) -> dict[str, str]:
+    """What is refused by name."""
+    found = {}
+    model = net()
+    static = DistributedDataParallel(model, static_graph=True)
+    found["static_graph"] = raised(gm.KfacGradientMaker(model), static, rank, F.cross_entropy)
+    model = net()
+    maker = gm.KfacGradientMaker(model)
+    x, t = batch(0)
+    declare(maker, model, x, t)
+    try:
+        maker.accumulate(0.5 if rank else 0.25)
+    except RuntimeError as error:
+        found["weights"] = str(error)
+    model = net()
+    found["losses"] = raised(gm.KfacGradientMaker(model), model, rank, lambda z, t: F.cross_entropy(z, t) * (1 + rank) * 2.5)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attached = gm.KfacGradientMaker(model).attach(optimizer)
+    F.cross_entropy(model(x[6 * rank : 6 * rank + 6]), t[6 * rank : 6 * rank + 6]).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        found["not reduced"] = str(error)
+    attached.remove()
+    model = net()
+    wrapped = DistributedDataParallel(model)
+    with wrapped.join():
+        found["join"] = raised(gm.KfacGradientMaker(model), wrapped, rank, F.cross_entropy)
+    return found
