@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from gradmaker.commands.compare import compare
 from gradmaker.commands.cost import cost
+from gradmaker.commands.fidelity import fidelity
 from gradmaker.commands.methods import methods
 from gradmaker.commands.show import show
 from gradmaker.commands.train import train
@@ -73,5 +74,5 @@ def _main(
     pass
 
 
-for subcommand in (compare, cost, train, methods, show):
+for subcommand in (compare, fidelity, cost, train, methods, show):
     app.command()(subcommand)
