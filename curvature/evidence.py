@@ -308,9 +308,11 @@ class Outer(Evidence):
             out = weighted.new_zeros(1, self.inputs.size, weighted.shape[-1])
             out.index_add_(1, self.inputs.index.long().flatten(), weighted.flatten(1, 2))
             return out if self.transposed else out.mT
-        out = weighted.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
+        G, i, o = len(weighted), self.inputs.shape[-1], weighted.shape[-1]
+        out = weighted.new_empty(G, o, i + self.bias)
+        out[..., :i].baddbmm_(weighted.flatten(1, 2).mT, self.inputs.flatten(1, 2), beta=0)
         if self.bias:
-            out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
+            out[..., i] = weighted.sum((1, 2))
         return out.mT if self.transposed else out
 
 

@@ -183,7 +183,8 @@ class MeasuringMaker(PlannedMaker):
         curvatures = [c for c in self._curvatures() if "calls" in c.needs]
         owned = any("main_backward" not in c.needs for c in curvatures) and not head.declared
         explained = owned and self.config.self_check == "error"  # otherwise `explain` has checked it
-        own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
+        given = {p: p.grad for p in self.model.parameters() if p.grad is not None} if weight and ranks() == 1 else None
+        own = given if given is None or weight == 1 else {p: g / weight for p, g in given.items()}
         costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
         shares = any("main_backward" in c.needs and "loss_reduction" not in c.inapplicable for c in curvatures)  # of examples
         output_gradients = output_gradients if explained or shares else None
