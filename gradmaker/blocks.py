@@ -345,14 +345,17 @@ class Block:
             raw = raw.form()
         grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
         if self.basis is not None:
-            x, average = averaged(held.average, projected(held.state, self.triple, self.basis, cache, raw), self.options)
-            value = self.basis.solve_coordinates(cache, x)
+            given_once = [projected(held.state, self.triple, self.basis, cache, raw)]
+            *found, average = averaged(held.average, given_once.pop(), self.options)
+            value = self.basis.solve_coordinates(cache, found.pop())
         else:
             assert isinstance(raw, Tensor)
             g, average = averaged(held.average, raw, self.options)
+            kept = raw if (rule := self.options.grafting) else g
+            del raw  # what nobody reads again is released before products
             value = self.applied(cache, g)
-            if rule := self.options.grafting:
-                value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
+            if rule:
+                value = rule.rescale(grafting_state, value, g, kept) if started else rule.target(grafting_state, g, kept)
         for slot in self._without_gradient(held, given):
             for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():

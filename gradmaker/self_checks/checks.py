@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +244,7 @@ def _norm(x: Tensor, y: Tensor | None = None) -> float:
     """``|x - y|`` in float64, by pieces: the copies of a whole gradient would be the most that a first step holds."""
     pieces = x.reshape(-1).split(PIECE)
     differences = pieces if y is None else (a - b for a, b in zip(pieces, y.reshape(-1).split(PIECE), strict=True))
-    return sum(float(each.abs().double().square().sum()) for each in differences) ** 0.5
+    return sqrt(sum(float(each.abs().double().square().sum()) for each in differences))
 
 
 def _rounding(p: Tensor) -> float:
