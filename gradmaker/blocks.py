@@ -215,9 +215,9 @@ class Block:
         measured: names of all sites with evidence so far; evidence: of those with evidence in this step.
         own: whether the statistic may be changed in place.
         """
-        known = self.names & measured
-        if not due and known == held.ready and not held.fresh and self.renewed_at_refreshes:
+        if self.is_current(held, measured, due):
             return held, False
+        known = self.names & measured
         representation, new = self.triple.representation, known - held.ready
         turning = (known if due else new).difference(evidence if isinstance(representation, OwnOrder) else ())
         state, cache = self._renewed(held.state, turning, own), held.cache
@@ -238,6 +238,10 @@ class Block:
         if due:
             average = turned_average(average, self.basis, representation, held.cache, cache, self.held.state)
         return replace(held, state=state, cache=cache, average=average, ready=known, fresh=fresh), bool(old or new)
+
+    def is_current(self, held: Held, measured: Set[str], due: bool) -> bool:
+        """Whether `prepare` has nothing to do."""
+        return not due and self.names & measured == held.ready and not held.fresh and self.renewed_at_refreshes
 
     @cached_property
     def renewed_at_refreshes(self) -> bool:

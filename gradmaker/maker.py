@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.blocks import Block
+from gradmaker.linalg.writes import make
 from gradmaker.options.registry import register
 from gradmaker.passes.batches import Declared
 from gradmaker.passes.deferred import Deferred, depends_on, describe, resolve
@@ -228,7 +229,7 @@ class GradientMaker:
         self.step_state.end()
         try:
             end = self._end()
-            write = end.write or partial(_write, end.gradients, before.gradients or ())
+            write = end.write or partial(_write, end.gradients, before.gradients or (), end.folds)
             self.step_state.finish(end, self._blocks(), write)
         except BaseException:
             self.step_state.fail(before)
@@ -315,10 +316,15 @@ def _deferred(verb: str, function: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 @torch.no_grad()
-def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+def _write(
+    gradients: Mapping[nn.Parameter, Tensor],
+    before: Iterable[tuple[nn.Parameter, Tensor | None]],
+    folds: Sequence[partial[object]],
+) -> None:
     """``.grad <- gradient + .grad from before the step``, in the storage that it had before.
 
-    gradients: preconditioned ones, of some parameters.  Until the one call that writes, an exception leaves all as it was.
+    gradients: preconditioned ones, of some parameters; folds: writes into statistics.  Until the one call that writes, an
+    exception leaves all as it was.
     """
     for p in gradients:
         if p.grad is not None and (p.grad.is_conj() or p.grad.is_neg()):  # views that no one call writes to
@@ -334,6 +340,7 @@ def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.P
         targets += [g for g, _ in both]
     if targets:
         torch._foreach_copy_(targets, values)
+    make(folds)
     for p, g in (*earlier.items(), *formed):
         p.grad = g
 

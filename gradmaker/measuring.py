@@ -80,8 +80,8 @@ class MeasuringMaker(PlannedMaker):
             of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches))
             draft = self.step_state.draft()
-            self.measure_pass(draft, tape, terms, weight, [loss, *_bounds(held)], head=head, extra=extra)
-            self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra)
+            self.measure_pass(draft, tape, terms, weight, [loss, *_bounds(held)], head=head, extra=extra, last=alone)
+            self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra, last=alone)
             self.step_state.accumulate(weight, tape.batch, draft)
             self.step_state.hold(held)
         if batches is not None and self.plan.asks("previous", self._due) and self.step_state.now.finite:
@@ -208,11 +208,13 @@ class MeasuringMaker(PlannedMaker):
         head: Head | None = None,
         extra: Extra = NOTHING,
         scale: float = 1.0,
+        last: bool = False,
     ) -> None:
         """Measure the curvatures of a recorded pass into a draft, if all tensors are finite.
 
         output_gradients: of the backward pass, for curvatures that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, beside its weight (that of a GradScaler).
+        last: whether this pass is all of the step, which ends at once.
         """
         with_outputs = output_gradients is not None
         curvatures = [c for c in self._curvatures() if ("main_backward" in c.needs) == with_outputs]
@@ -233,7 +235,7 @@ class MeasuringMaker(PlannedMaker):
                 if curvature.layerwise:
                     step.check_calls()
                 with plain_arithmetic(self.model), borrowing():
-                    self._take(draft, curvature, curvature.measure(step), weight)
+                    self._take(draft, curvature, curvature.measure(step), weight, last=last)
 
     def _take(
         self,
@@ -243,13 +245,18 @@ class MeasuringMaker(PlannedMaker):
         weight: float,
         pooled: bool = True,
         done: Set[Block] = frozenset(),
+        last: bool = False,
     ) -> None:
-        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out"""
+        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out.
+
+        last: as in `Draft.fold`
+        """
         if isinstance(curvature, Pooled) and pooled:
             draft.pool(curvature, chunks, weight)
             return
         blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature == curvature and b not in done]
-        draft.fold(chunks, self.step_state.folds(blocks, weight), self.step_state.now.ever)
+        last = last and ranks() == 1
+        draft.fold(chunks, self.step_state.folds(blocks, weight), self.step_state.now.ever, last)
 
     # ---------------------------------------------------------------- what is finite
     def _all_finite(self, loss: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
@@ -99,7 +100,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 if self._started or ((rule := block.options.grafting) and rule.leads):
                     block.assign(draft.look(block), value, self.step_state.now.rows, found)
         found, region = self._limited(self._of_rows(found))
-        return End(draft.work(), found, write, clocks, reports, region)
+        return End(draft.work(), found, write, clocks, reports, region, draft.writes())
 
     @torch.no_grad()
     def _of_rows(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -146,7 +147,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         with plain_arithmetic(self.model), borrowing():
             for curvature in own:
                 step = self._step(curvature, 0, self._due, done=done)
-                self._take(draft, curvature, curvature.measure(step), 1.0, done=done)
+                self._take(draft, curvature, curvature.measure(step), 1.0, done=done, last=True)
             for curvature, pooled in now.work.pooled.items():
                 chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
                 self._take(draft, curvature, chunks, 1.0, pooled=False)
@@ -162,7 +163,12 @@ class PreconditionedGradientMaker(MeasuringMaker):
         clocks, turns = self.step_state.refreshes(blocks)
         measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
         for block, due in turns:
-            held, done = block.prepare(draft.look(block), measured, due, draft.reached, draft.owns(block))
+            before = draft.look(block)
+            whole = before if block.is_current(before, measured, due) else draft.whole(block)
+            held, done = block.prepare(whole, measured, due, draft.reached, draft.owns(block))
+            if whole is not before:
+                held = replace(held, state=before.state)  # which gets its evidence at the end
+            del whole  # before that of the next block is made
             draft.put(block, held)
             if done:
                 refreshed.append((block, held))

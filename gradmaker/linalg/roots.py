@@ -131,18 +131,25 @@ def keep_roots(
     empty: as in `keep_previous`.  by_columns: whether eigenvectors are held as ``Q``, which may be the tensor of a statistic,
     and not as ``Q^T``, which is what LAPACK gives
     """
-    new, default, share = State(), State(), gain ** (1 / len(roots))
+    new = State()
     for k, root in enumerate(roots):
         if isinstance(root, Tensor):
-            new[f"root_{k}"], default[f"root_{k}"] = root, share * identity(root)
+            new[f"root_{k}"] = root
         else:
             w, Q = root
             vectors, held = (f"basis_{k}", Q) if by_columns else (f"vectors_{k}", Q.mT)
             new[f"power_{k}"], new[vectors] = w, held
-            default[f"power_{k}"], default[vectors] = share * identity(w), identity(Q)
     if diagnosis is not None:
-        new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
+        new["diagnosis"] = diagnosis
+    default = _without_root(new, gain ** (1 / len(roots))) if previous is None else {}
     return keep_previous(new, failed, previous, default, empty)
+
+
+def _without_root(new: State, share: float) -> State:
+    """What members hold that failed at their first refresh."""
+    found = {name: identity(x) for name, x in new.items() if name != "diagnosis"}
+    scaled = {name: share * x for name, x in found.items() if name.startswith(("root_", "power_"))}
+    return found | scaled | {name: unknown(x) for name, x in new.items() if name == "diagnosis"}
 
 
 def converted_roots(saved: State, like: State) -> State:
