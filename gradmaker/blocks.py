@@ -37,12 +37,15 @@ from gradmaker.step.held import Held
 
 __all__ = ["Block"]
 
+SMALL = {"failures", "failing", "diagnosis"}
+"""Entries of a cache that say what happened at its refreshes."""
+
 
 class Block:
     """A stack of equal blocks of a curvature matrix.
 
     What it holds changes only at the end of a step: until then a step works on copies, `writable`, and methods return
-    what the block would hold.
+    what the block would hold. But for a cache that its statistic gives again: see `gradmaker.step.refreshing`.
     """
 
     def __init__(self, placements: list[Placement]) -> None:
@@ -58,6 +61,8 @@ class Block:
         self.row_layers = by_rows.layers_of(self.sites, self.frame, self.full)
         self.names = frozenset(site.name for site in self.sites)
         self.held = self.empty()
+        self.versions: tuple[int, ...] = ()  # of its statistic at the end of the last step that changed the block
+        self.released = False  # whether the cache is to be made again from the statistic
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
     def empty(self) -> Held:
@@ -142,7 +147,7 @@ class Block:
 
     def writable(self, held: Held, refresh: bool = True) -> Held:
         """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
-        return replace(held, state=duplicate(self.triple.representation, held.state, refresh))
+        return replace(held, state=duplicate(self.triple.representation, held.state, refresh), current=False)
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
         """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
@@ -286,6 +291,20 @@ class Block:
     def explicit(self, held: Held) -> Held:
         """The same with its cache."""
         return replace(held, cache=self.refreshed(held.state, None), implicit=False) if held.implicit else held
+
+    def release(self) -> None:
+        """Remove what is large from the cache, in place: whoever refers to the cache has it back after `restore`."""
+        self.released = True
+        for name in self.held.cache.keys() - SMALL:
+            del self.held.cache[name]
+
+    def restore(self) -> None:
+        """Make a released cache again."""
+        if self.released:
+            cache = self.refreshed(self.held.state, None) | self.held.cache
+            self.held.cache.clear()
+            self.held.cache.update(cache)
+            self.released = False
 
     def empty_cache(self) -> State:
         """A cache of zeros; empty where names and shapes are not known yet."""

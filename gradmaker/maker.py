@@ -233,6 +233,7 @@ class GradientMaker:
             self.step_state.finish(end, self._blocks(), write)
         except BaseException:
             self.step_state.fail(before)
+            self._restore()
             raise
 
     def _begin_again(self) -> None:
@@ -264,6 +265,9 @@ class GradientMaker:
     def _undo(self, before: Facts) -> None:
         """Restore an earlier state of the step."""
         self.step_state.undo(before)
+
+    def _restore(self) -> None:
+        """After an exception at the end of a step: restore what was released."""
 
     def _blocks(self) -> list[Block]:
         """The blocks, which hold the statistics."""

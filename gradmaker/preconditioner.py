@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Set
-from dataclasses import replace
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
@@ -31,6 +30,7 @@ from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.clocks import PlanClocks
 from gradmaker.step.draft import Draft
 from gradmaker.step.held import Held
+from gradmaker.step.refreshing import refresh, release
 from gradmaker.step.secants import dump_secants, load_secants
 from gradmaker.step.state import End
 from gradmaker.trust_region.policy import TrustRegion
@@ -67,6 +67,10 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def _blocks(self) -> list[Block]:
         return self.plan.blocks
+
+    def _restore(self) -> None:
+        for block in self.plan.blocks:
+            block.restore()
 
     def _end(self) -> End:
         state = self.step_state
@@ -162,16 +166,10 @@ class PreconditionedGradientMaker(MeasuringMaker):
         reports = self._failures.check(now.reports)  # reports of earlier steps, copied to the host since
         clocks, turns = self.step_state.refreshes(blocks)
         measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
+        release(draft, turns)
         for block, due in turns:
-            before = draft.look(block)
-            whole = before if block.is_current(before, measured, due) else draft.whole(block)
-            held, done = block.prepare(whole, measured, due, draft.reached, draft.owns(block))
-            if whole is not before:
-                held = replace(held, state=before.state)  # which gets its evidence at the end
-            del whole  # before that of the next block is made
-            draft.put(block, held)
-            if done:
-                refreshed.append((block, held))
+            if refresh(draft, block, measured, due):
+                refreshed.append((block, draft.look(block)))
         return clocks, self._failures.check(reports + self._failures.count(refreshed, self.step))
 
     def _solved(self, draft: Draft, block: Block) -> tuple[Block, Value] | None:

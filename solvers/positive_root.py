@@ -16,13 +16,13 @@ from gradmaker.options.checks import check_count
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.definition import DefinedByAxes
-from gradmaker.solvers.roles import AppliesRows, HeldInForms
+from gradmaker.solvers.roles import AppliesRows, HeldInForms, Remade
 
 __all__ = ["PositiveRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse], HeldInForms[Inverse]):
+class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse], HeldInForms[Inverse], Remade[Inverse]):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
     A block whose refreshes have all failed keeps its gradient.

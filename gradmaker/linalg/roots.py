@@ -14,7 +14,7 @@ from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, is_definite, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import conjugate, identity, is_tiled
-from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
+from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous, none_of
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 
@@ -141,7 +141,7 @@ def keep_roots(
             new[f"power_{k}"], new[vectors] = w, held
     if diagnosis is not None:
         new["diagnosis"] = diagnosis
-    default = _without_root(new, gain ** (1 / len(roots))) if previous is None else {}
+    default = _without_root(new, gain ** (1 / len(roots))) if previous is None and not none_of(failed) else {}
     return keep_previous(new, failed, previous, default, empty)
 
 

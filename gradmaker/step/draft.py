@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -95,6 +95,7 @@ class Draft:
         found = late.recorded(block, held, chunk, fold, self._reached, known)
         if found:
             self._late[block] = found
+            self._held[block] = replace(held, current=False)
             self._reached |= block.names
         return found is not None
 

@@ -276,7 +276,7 @@ class StepState:
         write()
         self._now = done
         for block, held in work.held.items():
-            block.held = held
+            block.held, block.versions, block.released = held, held.versions() if held.current else (), False
         for block in blocks:
             if block.per_step:
                 release(block.triple.representation, block.state)
