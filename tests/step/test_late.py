@@ -16,6 +16,7 @@ from gradmaker.linalg.moments import add_moment_
 from gradmaker.linalg.writes import Recorder, make
 from gradmaker.representations import Kron, KronDims
 from gradmaker.representations.root_dims import RootKronDims
+from gradmaker.solvers import CG
 from gradmaker.step import late
 from tests.test_state import equal_states
 
@@ -111,17 +112,16 @@ def test_an_exception_before_the_last_write_leaves_the_statistic(method: str, mo
 
 
 def test_evidence_is_not_what_the_step_writes_to() -> None:
-    """``.grad`` is written before the statistic: a gradient that was formed is copied."""
+    """``.grad`` is written before the statistic: a gradient that is held there is copied."""
     maker, model, step = steps_of("shampoo", attached=True, decay=0.5)
     step(0)
-    state = maker.plan.blocks[0].state
-    before = state["factor_0"].clone()
-    model[0].weight.grad = None  # type: ignore[index, union-attr]
-    gradients: list[Tensor] = []
-    model[0].weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))  # type: ignore[index, operator]
+    bias: Any = model.get_parameter("0.bias")
+    (state,) = (block.state for block in maker.plan.blocks if block.name == "0.bias")
+    before, gradients = state["factor_0"].clone(), list[Tensor]()
+    bias.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
     step(1)
     (g,) = gradients
-    torch.testing.assert_close(state["factor_0"][0], 0.5 * before[0] + 0.5 * g @ g.T, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state["factor_0"][0], 0.5 * before[0] + 0.5 * torch.outer(g, g), rtol=1e-4, atol=0)
 
 
 def test_a_subclass_with_an_update_of_its_own_folds_at_once() -> None:
@@ -140,3 +140,18 @@ def test_recorded_writes_are_made_in_order_and_once() -> None:
     make(recorder.calls)
     add_moment_(expected, rows, rows, 0.5, 2.0)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("first", ["late", "at once"])
+def test_a_cache_that_is_the_statistic_stays_as_it_was(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between refreshes, as of a solver that only multiplies with it."""
+    parts: dict[str, Any] = {"representation": KronDims(), "solver": CG(damping=1.0, iterations=5)}
+    maker, _, step = steps_of("custom", preconditioner_interval=4, **parts)
+    with monkeypatch.context() as patch:
+        if first == "at once":
+            patch.setattr(late, "recorded", lambda *_: None)
+        step(0)
+    cache = {k: v.clone() for k, v in maker.plan.blocks[0].cache.items()}
+    for k in range(1, 4):
+        step(k)
+    assert all(torch.equal(maker.plan.blocks[0].cache[k], v) for k, v in cache.items())

@@ -38,6 +38,7 @@ def test_an_exception_makes_it_again(method: str, monkeypatch: pytest.MonkeyPatc
             patch.setattr(owner, name, raising)
             with pytest.raises(MemoryError, match="planted"):
                 step(3)
+        assert not any(block.released for block in maker.plan.blocks)
         assert equal_states(maker.state_dict(), before)
     assert released == [True] * 4
     step(4)
