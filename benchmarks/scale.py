@@ -11,6 +11,7 @@ beside these the bytes of `gradmaker.costs.traffic`. Second part: the cost model
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 import typer
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import gradmaker as gm
 from examples.large_shapes import gpt2_small, llama, llama_7b
