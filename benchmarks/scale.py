@@ -5,8 +5,8 @@
 First part: gloo processes on this machine, each with one thread, refresh the blocks of a small GPT by their owners, as
 `gradmaker.scale.assignment.assign` deals them: statistics are reduced to owners, roots are broadcast. CPU seconds of a rank
 without those of communication, bytes that its blocks hold, and bytes that every collective carried, counted where it is called;
-beside these the bytes of `gradmaker.costs.traffic`; two counters of a refresh travel as float32 here, 8 bytes less for each member
-than in int64. Second part: the cost model alone, up to 512 ranks.
+beside these the bytes of `gradmaker.costs.traffic`; two counters of a refresh travel as float32 here, 8 bytes less for each
+member than in int64. Second part: the cost model alone, up to 512 ranks.
 """
 
 from __future__ import annotations
