@@ -58,9 +58,39 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "views": {"gradient_as_bucket_view": True},
     "unused": {"find_unused_parameters": True},
 }
+CUSTOM = {"curvature": {"FisherForward": {}}, "representation": {"Kron": {}}, "solver": {"Eigh": {}}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "intervals": {"method": "ekfac", "curvature_interval": 2, "preconditioner_interval": 3},
+    "sum over steps": {"method": "kfac", "decay": None},
+    "newest alone": {"method": "kfac", "decay": 0},
+    "inputs alone": {
+        "method": "custom",
+        "curvature": {"FisherForward": {}},
+        "representation": {"Kron": {}},
+        "solver": {"Eigh": {}},
+    },
+    "clip": {"method": "kfac", "clip": 1e-3, "clip_learning_rate": 0.01},
+    "groups": {"method": "kfac", "groups": {"0*": "ekfac", "2*": "shampoo", "*": "kfac"}},
+    "samples": {"method": "unit_ng", "fisher": {"FisherMC": {"samples": 3}}},
+    "empirical": {"method": "smw_ng"},
+}
+EXACT: dict[str, dict[str, Any]] = {
+    "kfac": {"method": "kfac", "fisher": {"FisherExact": {}}},
+    "ekfac": {"method": "ekfac", "fisher": {"FisherExact": {}}},
+    "skfac": {"method": "skfac", "fisher": {"FisherExact": {}}},
+    "seng": {"method": "seng"},
+}
+"""Without samples, which are drawn for positions."""
 SAVED = ["kfac", "ekfac", "adam"]
 LOSSES = ["sum", "class weights", "terms, mean", "terms, sum", "gaussian", "bernoulli", "two", "own"]
 LAYERS = ["convolution", "tokens", "tied", "twice", "norm", "attention"]
+
+
+WORK: list[tuple[str, Any, dict[str, dict[str, Any]]]] = [
+    ("micro", replicas.attached_micro_batches, {k: {"method": k} for k in ("kfac", "ekfac", "adam")}),
+    ("options", replicas.of_options, OPTIONS),
+    ("lengths", replicas.of_lengths, EXACT),
+]
 
 
 def methods_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
@@ -73,6 +103,8 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("attached", k): attempt(replicas.attached, options, rank, world) for k, options in ATTACHED.items()}
     for name, options in WRAPPERS.items():
         found["wrapper", name] = attempt(lambda o=options: replicas.attached(ATTACHED["kfac"], rank, world, **o))
+    for kind, work, options_of in WORK:
+        found |= {(kind, name): attempt(work, options, rank, world) for name, options in options_of.items()}
     found |= {("loss", name): attempt(replicas.of_loss, name, rank, world) for name in LOSSES}
     found |= {("layers", name): attempt(replicas.of_model, name, rank, world) for name in LAYERS}
     found |= {("saved", name): attempt(replicas.saved, name, rank, world, folder) for name in SAVED}
@@ -154,6 +186,12 @@ def test_attached(two: list[dict[Any, Any]], name: str) -> None:
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_options_of_the_wrapper(two: list[dict[Any, Any]], name: str) -> None:
     assert error(same(two, ("wrapper", name)), replicas.attached(ATTACHED["kfac"], None, 2)) < 1e-11
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, _, options in WORK for name in options])
+def test_options_and_loops(two: list[dict[Any, Any]], kind: str, name: str) -> None:
+    work, options = next((work, options) for each, work, options in WORK if each == kind)
+    assert error(same(two, (kind, name)), work(options[name], None, 2)) < 1e-10
 
 
 @pytest.mark.filterwarnings("ignore")
