@@ -242,8 +242,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"between two blocks of plain SGD ({reference}, no maker), long enough to hold the refreshes of the preconditioner. "
         "Times of trainings are steps × that median: the load of the machine is not in them.",
         f"Memory: {MEMORY_NOTE.get(kind, 'not measured on this device')}.",
-        "A training diverged when its loss was not finite, or when its mean over the last quarter before the last evaluation was "
-        "more than a quarter above that of the first step; it is left out of means and figures and counted in the notes.",
+        "A training diverged when its loss was not finite, or when its mean over the last quarter before the last evaluation "
+        "was more than a quarter above that of the first step; it is left out of means and figures and counted in the notes.",
         *(["There is no test part: the validation part stands for it."] if comparison.data.get("test_is_validation") else []),
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,12 @@ import pytest
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without figures, costs without measurement."""
-    from gradmaker.compare import cost, report
-
-    def blank(comparison: Any) -> dict[str, Path]:
-        files = {name: comparison.out / f"{name}.png" for name in ("overview", *report.CAPTIONS)}
-        for file in files.values():
-            file.touch()
-        return files
+    from gradmaker.compare import cost, page
+    from gradmaker.reporting import files
 
     def priced(rows: Mapping[str, Any], *_: object) -> dict[str, cost.Cost]:
         return {key: cost.Cost(0.5, 1.0, 8, 1.0) for key in rows}
 
-    monkeypatch.setattr(report, "write_plots", blank)
+    monkeypatch.setattr(files, "write_figures", lambda document, folder: {})
+    monkeypatch.setattr(page, "write_picture", lambda document, names, path: path.touch())
     monkeypatch.setattr(cost, "measure", priced)

@@ -21,7 +21,6 @@ from gradmaker.compare import (
     Task,
     compare,
     cost as cost_module,
-    page as page_module,
     trial as trial_module,
 )
 from gradmaker.compare.batches.reading import Call
@@ -36,8 +35,9 @@ from gradmaker.compare.rows import optimizers
 from gradmaker.compare.store import Store
 from gradmaker.compare.trial import Record, Session
 from gradmaker.compare.trials import pool as pool_module
-from gradmaker.reporting import Document, files as files_module
+from gradmaker.reporting import Document
 
+pytestmark = pytest.mark.usefixtures("bare")  # but the fixture `done`, which is made before
 METHODS = ["sgd", "gradient", "adam"]
 FIXED = {"extend": 0}  # grids stay as they are
 
@@ -61,15 +61,6 @@ def task_of(data: Data, model: object = tiny_model, **options: object) -> Task:
 def run(out: Path, methods: object = METHODS, **options: object) -> Comparison:
     chosen = {"seeds": 2, "budget": 2, "batch_size": 16, "learning_rates": [0.01, 0.1], "tuning": FIXED, **options}
     return compare(task_of(tiny_data()), methods, out=out, progress=False, **chosen)  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds, no drawing; the module's fixture `done` draws."""
-    monkeypatch.setattr(files_module, "write_figures", lambda document, folder: {})
-    monkeypatch.setattr(page_module, "write_picture", lambda document, names, path: path.touch())
-    monkeypatch.setattr(cost_module, "ROUNDS", 3)
-    monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +96,6 @@ def test_methods_share_initialisation_and_batches_of_a_seed(tmp_path: Path, monk
         return step(self, call)
 
     monkeypatch.setattr(Session, "step", spy)
-    monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
     run(tmp_path, ["sgd", "adam", "adamw"], seeds=[3, 4], learning_rates=[0.1])
     assert len(starts) == 6
     first, second = starts[0::2], starts[1::2]
@@ -187,7 +177,6 @@ def test_divergence_and_failure_are_reported(tmp_path: Path, monkeypatch: pytest
         return step(self, call)
 
     monkeypatch.setattr(Session, "step", failing)
-    monkeypatch.setattr(cost_module, "measure", lambda rows, *_: {key: cost_module.Cost(1.0, 1.0, 1, 1.0) for key in rows})
     rows = [{"optimizer": "SGD", "learning_rates": [0.1, 1e20]}, {"label": "wild", "optimizer": "SGD", "learning_rates": 1e20}]
     result = run(tmp_path, [*rows, "rmsprop"])
     mild, wild, failed = result.rows

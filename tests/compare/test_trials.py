@@ -23,10 +23,9 @@ pytestmark = pytest.mark.usefixtures("bare")
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, time
-from gradmaker.compare import compare, cost, report
+from gradmaker.compare import compare, cost
 from tests.compare.toy import toy_task
 cost.measure = lambda rows, *_: {}
-report.write_plots = lambda comparison: {}
 def slowly(trial, number, loss):
     time.sleep(0.02)
 given = {"learning_rates": [0.1], "seeds": 40, "budget": "2 epochs", "progress": False}

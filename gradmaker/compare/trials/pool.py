@@ -88,7 +88,8 @@ class Processes:
 
     def _run(self, trials: Sequence[Trial], workers: int) -> Iterator[tuple[Trial, Record | None]]:
         """Trainings with their records as they end; None for one whose process ended, or another beside it."""
-        waiting, running = list(trials), dict[Any, Trial]()
+        waiting = list(trials)
+        running: dict[Any, Trial] = {}
         while waiting or running:
             # no more than can run: what is under way when a process ends is under suspicion
             while waiting and len(running) < workers:
