@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from gradmaker import METHODS, GradientConfig, optimizer
-from gradmaker.compare.rows import parse_rows
+from gradmaker.compare.parsing import parse_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))

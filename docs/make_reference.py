@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "methods": ("Methods", ("gradmaker.methods",)),
     "compare": ("Comparisons, costs, sweeps", ("gradmaker.compare", "gradmaker.costs", "gradmaker.damping_sweep")),
-    "reports": ("Curvature and coverage of a model", ("gradmaker.reports",)),
+    "reports": ("Curvature, fidelity and coverage of a model", ("gradmaker.reports", "gradmaker.fidelity")),
     "curvature": ("Curvature", ("gradmaker.curvature",)),
     "representations": ("Representations", ("gradmaker.representations",)),
     "solvers": ("Solvers", ("gradmaker.solvers",)),
@@ -42,6 +42,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 """File name -> title, and the modules whose public names it has."""
 MODULES = (
     "gradmaker",
+    "gradmaker.compare",
+    "gradmaker.fidelity",
     "gradmaker.schedule",
     "gradmaker.reports.spectrum",
     "gradmaker.reports.coverage",

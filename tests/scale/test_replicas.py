@@ -82,6 +82,7 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo")}
     found["one layer"] = attempt(faults.fired_on_one_rank, rank)
     found["refused"] = attempt(faults.refused, rank)
+    found["limit"], found["alone"] = attempt(faults.limit, rank), attempt(faults.alone, rank)
     return found
 
 
@@ -109,8 +110,8 @@ def error(a: Any, b: Any) -> float:
     """The largest relative difference of tensors."""
     pairs = list(zip(replicas.leaves(a), replicas.leaves(b), strict=True))
     assert pairs
-    largest = max(float(y.norm()) for _, y in pairs)  # a gradient that is zero in theory is rounding alone
-    return max(float((x - y).norm()) / max(float(y.norm()), 1e-4 * largest) for x, y in pairs)
+    largest = max(float(y.double().norm()) for _, y in pairs)  # a gradient that is zero in theory is rounding alone
+    return max(float((x.double() - y.double()).norm()) / max(float(y.double().norm()), 1e-4 * largest) for x, y in pairs)
 
 
 def check_method(found: list[dict[Any, Any]], name: str, world: int) -> None:
@@ -158,9 +159,8 @@ def test_options_of_the_wrapper(two: list[dict[Any, Any]], name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(two: list[dict[Any, Any]], name: str) -> None:
-    assert error(same(two, ("loss", name)), replicas.of_loss(name, None, 2)) < (
-        1e-6 if name == "own" else 1e-11
-    )  # the root of a singular Hessian
+    limit = 1e-6 if name == "own" else 1e-11  # by the root of a singular Hessian
+    assert error(same(two, ("loss", name)), replicas.of_loss(name, None, 2)) < limit
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -205,6 +205,13 @@ def test_a_layer_that_fires_on_one_rank(two: list[dict[Any, Any]]) -> None:
 def test_refusals_by_name(two: list[dict[Any, Any]], what: str, words: str) -> None:
     for result in two:
         assert words in result["refused"][what]
+
+
+def test_a_rank_that_does_not_come_ends_the_others_in_time(two: list[dict[Any, Any]]) -> None:
+    text, seconds, _ = two[0]["alone"]
+    assert "imed out" in text and seconds < 20
+    same([{"after": result["alone"][2]} for result in two], "after")
+    assert [result["limit"] for result in two] == [60, 60]
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------------
