@@ -64,7 +64,7 @@ def fidelity(
         held = loaded.train_inputs[: batches * batch_size], loaded.train_targets[: batches * batch_size]
         along = fidelity_along(
             net,
-            F.cross_entropy if loaded.classes else F.mse_loss,
+            F.mse_loss if loaded.train_targets.is_floating_point() else F.cross_entropy,
             list(zip(held[0].split(batch_size), held[1].split(batch_size), strict=True)),
             _approximations(methods),
             cast("ReferenceName", reference),
