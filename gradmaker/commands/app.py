@@ -13,7 +13,6 @@ from gradmaker.commands.settings import HELP_ASKED
 from gradmaker.commands.show import show
 from gradmaker.commands.train import train
 from gradmaker.compare.errors import InputError
-from gradmaker.fidelity.command import fidelity
 from gradmaker.version import __version__
 
 __all__ = ["app"]
