@@ -25,6 +25,7 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.patches import Patches
 from gradmaker.curvature.special_rows import input_rows, one_hot_squares
 from gradmaker.linalg.moments import add_moment_
+from gradmaker.linalg.writes import Writer, at_once
 
 __all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
 
@@ -160,7 +161,7 @@ class Outer(Evidence):
         return replace(self, inputs=inputs, gradients=self.gradients.sum(3, keepdim=True), weights=weights, own=None)
 
     # ---------------------------------------------------------------- moments, for Kronecker factors
-    def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+    def add_input_moment_(self, out: Tensor, beta: float, alpha: float, write: Writer = at_once) -> None:
         """``out <- beta out + alpha sum_nr a a^T`` over the `counted` positions; the diagonal for one-hot inputs or a vector.
 
         It is a sum, not a mean, so that the parts of a batch add up to the batch however it is cut.
@@ -168,32 +169,37 @@ class Outer(Evidence):
         ``out``: (G, i, i) or (G, i), with the bias as the last coordinate.
         """
         if isinstance(self.inputs, OneHot):
-            out.mul_(beta)
-            out[0].index_add_(0, self.inputs.index.reshape(-1), self._index_weights(out.dtype), alpha=alpha)
+            write(out.mul_, beta)
+            write(out[0].index_add_, 0, self.inputs.index.reshape(-1), self._index_weights(out.dtype), alpha=alpha)
             return
         if isinstance(self.inputs, Patches) and self.weights is None and out.ndim == 3:
-            self._add_moment_of_patches_(self.inputs, out, beta, alpha)
+            self._add_moment_of_patches_(self.inputs, out, beta, alpha, write)
             return
         G, n, r, i = self.inputs.shape
         x = self.inputs.reshape(G, n * r, i)
         weighed = x if self.weights is None else x * self.weights.reshape(1, n * r, 1)
         if out.ndim == 2:
-            out[:, :i].mul_(beta).add_((weighed * x).sum(1), alpha=alpha)
+            _add_(out[:, :i], (weighed * x).sum(1), beta, alpha, write)
         else:
-            add_moment_(out[:, :i, :i], weighed, x, beta, alpha)
-        if self.bias and out.ndim == 3:
-            out[:, :i, i].mul_(beta).add_(weighed.sum(1), alpha=alpha)
-            out[:, i, :i].copy_(out[:, :i, i])
-        if self.bias:
-            (out[:, i] if out.ndim == 2 else out[:, i, i]).mul_(beta).add_(alpha * self.counted)
+            add_moment_(out[:, :i, :i], weighed, x, beta, alpha, write)
+        self._add_bias_(weighed.sum(1) if self.bias and out.ndim == 3 else None, out, beta, alpha, write)
 
-    def _add_moment_of_patches_(self, a: Patches, out: Tensor, beta: float, alpha: float) -> None:
+    def _add_moment_of_patches_(self, a: Patches, out: Tensor, beta: float, alpha: float, write: Writer) -> None:
         i = a.shape[-1]
-        out[:, :i, :i].mul_(beta).add_(a.moment(), alpha=alpha)
-        if self.bias:
-            out[:, :i, i].mul_(beta).add_(a.total(), alpha=alpha)
-            out[:, i, :i].copy_(out[:, :i, i])
-            out[:, i, i].mul_(beta).add_(alpha * self.counted)
+        _add_(out[:, :i, :i], a.moment(), beta, alpha, write)
+        self._add_bias_(a.total() if self.bias else None, out, beta, alpha, write)
+
+    def _add_bias_(self, total: Tensor | None, out: Tensor, beta: float, alpha: float, write: Writer) -> None:
+        """The row and the column of the bias.  total: ``sum_nr a``; None for a diagonal"""
+        if not self.bias:
+            return
+        i = out.shape[1] - 1
+        if total is not None:
+            _add_(out[:, :i, i], total, beta, alpha, write)
+            write(out[:, i, :i].copy_, out[:, :i, i])
+        corner = out[:, i] if out.ndim == 2 else out[:, i, i]
+        write(corner.mul_, beta)
+        write(corner.add_, alpha * self.counted)
 
     def total(self) -> Tensor:
         """``sum_nr a`` over the `counted` positions, the bias last.  # (G, i)"""
@@ -209,21 +215,21 @@ class Outer(Evidence):
         w = torch.ones_like(index, dtype=dtype) if self.weights is None else self.weights.reshape(-1).to(dtype)
         return w if self.inputs.padding is None else w * (index != self.inputs.padding)
 
-    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float, write: Writer = at_once) -> None:
         """``out <- beta out + alpha sum_knr g g^T``.  # (G, o, o), or its diagonal (G, o)
 
         For the kind ``inputs`` it adds ``alpha c I``, ``c`` the number of `counted` positions: the mean over them is ``I``.
         """
         if self.kind == "inputs":
-            out.mul_(beta)
-            (out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_(alpha * self.counted)
+            write(out.mul_, beta)
+            write((out if out.ndim == 2 else out.diagonal(dim1=-2, dim2=-1)).add_, alpha * self.counted)
             return
         k, G, n, r, o = self.gradients.shape
         g = self.gradients.transpose(0, 1).reshape(G, k * n * r, o)
         if out.ndim == 2:
-            out.mul_(beta).add_((g * g).sum(1), alpha=alpha)
+            _add_(out, (g * g).sum(1), beta, alpha, write)
         else:
-            add_moment_(out, g, g, beta, alpha)
+            add_moment_(out, g, g, beta, alpha, write)
 
     # ---------------------------------------------------------------- products of J
     def rows(self) -> Tensor:
@@ -308,10 +314,18 @@ class Outer(Evidence):
             out = weighted.new_zeros(1, self.inputs.size, weighted.shape[-1])
             out.index_add_(1, self.inputs.index.long().flatten(), weighted.flatten(1, 2))
             return out if self.transposed else out.mT
-        out = weighted.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
+        G, i, o = len(weighted), self.inputs.shape[-1], weighted.shape[-1]
+        out = weighted.new_empty(G, o, i + self.bias)
+        out[..., :i].baddbmm_(weighted.flatten(1, 2).mT, self.inputs.flatten(1, 2), beta=0)
         if self.bias:
-            out = torch.cat([out, weighted.sum((1, 2)).unsqueeze(-1)], -1)
+            out[..., i] = weighted.sum((1, 2))
         return out.mT if self.transposed else out
+
+
+def _add_(out: Tensor, x: Tensor, beta: float, alpha: float, write: Writer) -> None:
+    """``out <- beta out + alpha x``."""
+    write(out.mul_, beta)
+    write(out.add_, x, alpha=alpha)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence
+from gradmaker.linalg.writes import Writer, at_once
 
 __all__ = ["Factors", "Layers", "Product"]
 
@@ -23,13 +24,15 @@ class Factors(Evidence):
     fresh: bool = True  # as in `Outer`
     counted: int | Tensor = 1  # positions that ``A`` is the mean over  # or ()
 
-    def add_input_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+    def add_input_moment_(self, out: Tensor, beta: float, alpha: float, write: Writer = at_once) -> None:
         """``out <- beta out + alpha c A`` with the number ``c`` of `counted` positions, or its diagonal."""
-        out.mul_(beta).add_(_as_form(self.A, out.ndim) * self.counted, alpha=alpha)
+        write(out.mul_, beta)
+        write(out.add_, _as_form(self.A, out.ndim) * self.counted, alpha=alpha)
 
-    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float) -> None:
+    def add_gradient_moment_(self, out: Tensor, beta: float, alpha: float, write: Writer = at_once) -> None:
         """``out <- beta out + alpha B``, or its diagonal."""
-        out.mul_(beta).add_(_as_form(self.B, out.ndim), alpha=alpha)
+        write(out.mul_, beta)
+        write(out.add_, _as_form(self.B, out.ndim), alpha=alpha)
 
     def rows(self) -> Tensor:
         spectra = (torch.linalg.eigh(_as_form(F, 3)) for F in (self.A, self.B))

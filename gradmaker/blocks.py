@@ -37,12 +37,15 @@ from gradmaker.step.held import Held
 
 __all__ = ["Block"]
 
+SMALL = {"failures", "failing", "diagnosis"}
+"""Entries of a cache that say what happened at its refreshes."""
+
 
 class Block:
     """A stack of equal blocks of a curvature matrix.
 
     What it holds changes only at the end of a step: until then a step works on copies, `writable`, and methods return
-    what the block would hold.
+    what the block would hold. But for a cache that its statistic gives again: see `gradmaker.step.refreshing`.
     """
 
     def __init__(self, placements: list[Placement]) -> None:
@@ -58,6 +61,8 @@ class Block:
         self.row_layers = by_rows.layers_of(self.sites, self.frame, self.full)
         self.names = frozenset(site.name for site in self.sites)
         self.held = self.empty()
+        self.versions: tuple[int, ...] = ()  # of its statistic at the end of the last step that changed the block
+        self.released = False  # whether the cache is to be made again from the statistic
         self.share = 0.0  # offset of its refresh, as a share of the interval
 
     def empty(self) -> Held:
@@ -142,7 +147,7 @@ class Block:
 
     def writable(self, held: Held, refresh: bool = True) -> Held:
         """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
-        return replace(held, state=duplicate(self.triple.representation, held.state, refresh))
+        return replace(held, state=duplicate(self.triple.representation, held.state, refresh), current=False)
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
         """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
@@ -215,9 +220,9 @@ class Block:
         measured: names of all sites with evidence so far; evidence: of those with evidence in this step.
         own: whether the statistic may be changed in place.
         """
-        known = self.names & measured
-        if not due and known == held.ready and not held.fresh and self.renewed_at_refreshes:
+        if self.is_current(held, measured, due):
             return held, False
+        known = self.names & measured
         representation, new = self.triple.representation, known - held.ready
         turning = (known if due else new).difference(evidence if isinstance(representation, OwnOrder) else ())
         state, cache = self._renewed(held.state, turning, own), held.cache
@@ -238,6 +243,10 @@ class Block:
         if due:
             average = turned_average(average, self.basis, representation, held.cache, cache, self.held.state)
         return replace(held, state=state, cache=cache, average=average, ready=known, fresh=fresh), bool(old or new)
+
+    def is_current(self, held: Held, measured: Set[str], due: bool) -> bool:
+        """Whether `prepare` has nothing to do."""
+        return not due and self.names & measured == held.ready and not held.fresh and self.renewed_at_refreshes
 
     @cached_property
     def renewed_at_refreshes(self) -> bool:
@@ -282,6 +291,20 @@ class Block:
     def explicit(self, held: Held) -> Held:
         """The same with its cache."""
         return replace(held, cache=self.refreshed(held.state, None), implicit=False) if held.implicit else held
+
+    def release(self) -> None:
+        """Remove what is large from the cache, in place: whoever refers to the cache has it back after `restore`."""
+        self.released = True
+        for name in self.held.cache.keys() - SMALL:
+            del self.held.cache[name]
+
+    def restore(self) -> None:
+        """Make a released cache again."""
+        if self.released:
+            cache = self.refreshed(self.held.state, None) | self.held.cache
+            self.held.cache.clear()
+            self.held.cache.update(cache)
+            self.released = False
 
     def empty_cache(self) -> State:
         """A cache of zeros; empty where names and shapes are not known yet."""
@@ -345,14 +368,17 @@ class Block:
             raw = raw.form()
         grafting_state = {k: v.clone() for k, v in held.grafting_state.items()}
         if self.basis is not None:
-            x, average = averaged(held.average, projected(held.state, self.triple, self.basis, cache, raw), self.options)
-            value = self.basis.solve_coordinates(cache, x)
+            given_once = [projected(held.state, self.triple, self.basis, cache, raw)]
+            *found, average = averaged(held.average, given_once.pop(), self.options)
+            value = self.basis.solve_coordinates(cache, found.pop())
         else:
             assert isinstance(raw, Tensor)
             g, average = averaged(held.average, raw, self.options)
+            kept = raw if (rule := self.options.grafting) else g
+            del raw  # what nobody reads again is released before products
             value = self.applied(cache, g)
-            if rule := self.options.grafting:
-                value = rule.rescale(grafting_state, value, g, raw) if started else rule.target(grafting_state, g, raw)
+            if rule:
+                value = rule.rescale(grafting_state, value, g, kept) if started else rule.target(grafting_state, g, kept)
         for slot in self._without_gradient(held, given):
             for new, old in ((average, held.average), (grafting_state, held.grafting_state)):
                 for key, moved in new.items():

@@ -93,6 +93,7 @@ def held_tensors(state: Any, path: str = "") -> list[str]:
 
 
 def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
+    block.restore()
     cache = block.explicit(block.held).cache or block.empty_cache()
     if block.full:
         whole = _dump_slot(block, slice(None), cache, bool(block.ready))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradmaker.blocks import Block
+from gradmaker.linalg.writes import make
 from gradmaker.on_ranks import OnRanks, scaled_loss
 from gradmaker.options.registry import register
 from gradmaker.passes.batches import Declared
@@ -229,10 +230,11 @@ class GradientMaker(OnRanks):
         self.step_state.end()
         try:
             end = self._end()
-            write = end.write or partial(_write, end.gradients, before.gradients or ())
+            write = end.write or partial(_write, end.gradients, before.gradients or (), end.folds)
             self.step_state.finish(end, self._blocks(), write)
         except BaseException:
             self.step_state.fail(before)
+            self._restore()
             raise
 
     def _begin_again(self) -> None:
@@ -264,6 +266,9 @@ class GradientMaker(OnRanks):
     def _undo(self, before: Facts) -> None:
         """Restore an earlier state of the step."""
         self.step_state.undo(before)
+
+    def _restore(self) -> None:
+        """After an exception at the end of a step: restore what was released."""
 
     def _blocks(self) -> list[Block]:
         """The blocks, which hold the statistics."""
@@ -312,10 +317,15 @@ class GradientMaker(OnRanks):
 
 
 @torch.no_grad()
-def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+def _write(
+    gradients: Mapping[nn.Parameter, Tensor],
+    before: Iterable[tuple[nn.Parameter, Tensor | None]],
+    folds: Sequence[partial[object]],
+) -> None:
     """``.grad <- gradient + .grad from before the step``, in the storage that it had before.
 
-    gradients: preconditioned ones, of some parameters.  Until the one call that writes, an exception leaves all as it was.
+    gradients: preconditioned ones, of some parameters; folds: writes into statistics.  Until the one call that writes, an
+    exception leaves all as it was.
     """
     for p in gradients:
         if p.grad is not None and (p.grad.is_conj() or p.grad.is_neg()):  # views that no one call writes to
@@ -331,6 +341,7 @@ def _write(gradients: Mapping[nn.Parameter, Tensor], before: Iterable[tuple[nn.P
         targets += [g for g, _ in both]
     if targets:
         torch._foreach_copy_(targets, values)
+    make(folds)
     for p, g in (*earlier.items(), *formed):
         p.grad = g
 

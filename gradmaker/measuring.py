@@ -89,8 +89,8 @@ class MeasuringMaker(PlannedMaker):
             of_all = [] if self._is_partial(tape, head, output_gradients, weight, checked) else terms
             extra = Extra(graph, batches, self.step_state.now.previous, own=partial(self._own_batch, batches), share=share)
             draft = self.step_state.draft()
-            self.measure_pass(draft, tape, terms, weight, [loss, *_bounds(held)], head=head, extra=extra)
-            self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra)
+            self.measure_pass(draft, tape, terms, weight, [loss, *_bounds(held)], head=head, extra=extra, last=alone)
+            self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra, last=alone)
             self.step_state.accumulate(weight, tape.batch, draft)
             self.step_state.hold(held)
         if batches is not None and self.plan.asks("previous", self._due) and self.step_state.now.finite:
@@ -201,7 +201,8 @@ class MeasuringMaker(PlannedMaker):
         curvatures = [c for c in self._curvatures() if "calls" in c.needs]
         owned = any("main_backward" not in c.needs for c in curvatures) and not head.declared
         explained = owned and self.config.self_check == "error"  # otherwise `explain` has checked it
-        own = {p: p.grad / weight for p in self.model.parameters() if p.grad is not None} if weight else None
+        given = {p: p.grad for p in self.model.parameters() if p.grad is not None} if weight else None
+        own = given if given is None or weight == 1 else {p: g / weight for p, g in given.items()}
         costly = any("seed" in c.inapplicable or self._whole(c) for c in curvatures)
         shares = any("main_backward" in c.needs and "loss_reduction" not in c.inapplicable for c in curvatures)  # of examples
         output_gradients = output_gradients if explained or shares else None
@@ -225,11 +226,13 @@ class MeasuringMaker(PlannedMaker):
         head: Head | None = None,
         extra: Extra = NOTHING,
         scale: float = 1.0,
+        last: bool = False,
     ) -> None:
         """Measure the curvatures of a recorded pass into a draft, if all tensors are finite.
 
         output_gradients: of the backward pass, for curvatures that need just these; the others are measured without.
         scale: factor of the loss that was differentiated, beside its weight (that of a GradScaler).
+        last: whether this pass is all of the step, which ends at once.
         """
         with_outputs = output_gradients is not None
         curvatures = [c for c in self._curvatures() if ("main_backward" in c.needs) == with_outputs]
@@ -250,7 +253,7 @@ class MeasuringMaker(PlannedMaker):
                 if curvature.layerwise:
                     step.check_calls()
                 with plain_arithmetic(self.model), borrowing():
-                    self._take(draft, curvature, curvature.measure(step), weight, examples=tape.batch)
+                    self._take(draft, curvature, curvature.measure(step), weight, examples=tape.batch, last=last)
 
     def _take(
         self,
@@ -261,10 +264,11 @@ class MeasuringMaker(PlannedMaker):
         pooled: bool = True,
         done: Set[Block] = frozenset(),
         examples: int = 0,
+        last: bool = False,
     ) -> None:
-        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out
+        """pooled: whether evidence of a `Pooled` curvature is kept for the end of the step; done: blocks to be left out.
 
-        examples: of the pass
+        examples: of the pass; last: as in `Draft.fold`
         """
         if isinstance(curvature, Pooled) and pooled:
             draft.pool(curvature, chunks, weight)
@@ -274,7 +278,7 @@ class MeasuringMaker(PlannedMaker):
         if curvature.of_passes and pooled and self.ranks is not None:
             draft.keep(measure_part(curvature, chunks, folds, examples))
             return
-        draft.fold(chunks, folds, self.step_state.now.ever)
+        draft.fold(chunks, folds, self.step_state.now.ever, last and self.ranks is None)
 
     # ---------------------------------------------------------------- several processes
     def _put_together(self, draft: Draft) -> None:

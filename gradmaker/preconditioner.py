@@ -30,6 +30,7 @@ from gradmaker.reports.verification import Verification, verify
 from gradmaker.step.clocks import PlanClocks
 from gradmaker.step.draft import Draft
 from gradmaker.step.held import Held
+from gradmaker.step.refreshing import refresh, release
 from gradmaker.step.secants import dump_secants, load_secants
 from gradmaker.step.state import End
 from gradmaker.trust_region.policy import TrustRegion
@@ -67,6 +68,10 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def _blocks(self) -> list[Block]:
         return self.plan.blocks
 
+    def _restore(self) -> None:
+        for block in self.plan.blocks:
+            block.restore()
+
     def _end(self) -> End:
         state = self.step_state
         if self.trust_region is not None:
@@ -101,7 +106,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
                 if self._started or ((rule := block.options.grafting) and rule.leads):
                     block.assign(draft.look(block), value, self.step_state.now.rows, found)
         found, region = self._limited(self._of_rows(found))
-        return End(draft.work(), found, write, clocks, reports, region)
+        return End(draft.work(), found, write, clocks, reports, region, draft.writes())
 
     @torch.no_grad()
     def _of_rows(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -149,7 +154,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         with plain_arithmetic(self.model), borrowing():
             for curvature in own:
                 step = self._step(curvature, 0, self._due, done=done)
-                self._take(draft, curvature, curvature.measure(step), 1.0, done=done)
+                self._take(draft, curvature, curvature.measure(step), 1.0, done=done, last=True)
             for curvature, pooled in pooled_pairs.items():
                 chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
                 self._take(draft, curvature, chunks, 1.0, pooled=False)
@@ -164,11 +169,10 @@ class PreconditionedGradientMaker(MeasuringMaker):
         reports = self._failures.check(now.reports)  # reports of earlier steps, copied to the host since
         clocks, turns = self.step_state.refreshes(blocks)
         measured, refreshed = now.ever | draft.reached, list[tuple[Block, Held]]()
+        release(draft, turns)
         for block, due in turns:
-            held, done = block.prepare(draft.look(block), measured, due, draft.reached, draft.owns(block))
-            draft.put(block, held)
-            if done:
-                refreshed.append((block, held))
+            if refresh(draft, block, measured, due):
+                refreshed.append((block, draft.look(block)))
         return clocks, self._failures.check(reports + self._failures.count(refreshed, self.step))
 
     def _solved(self, draft: Draft, block: Block) -> tuple[Block, Value] | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer, at_once
 
-__all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "average"]
+__all__ = ["NEWEST_ALONE", "NO_LIMIT", "NO_REFRESH", "Fold", "Frame", "Grain", "Representation", "average", "settle"]
 
 NEWEST_ALONE = {"decay": "the newest step alone is held, as with decay=0; larger batches or accumulate() average more"}
 _AT_ONCE = "P itself is held, and every step applies it as it is; curvature_interval says how often it is updated"
@@ -94,21 +95,31 @@ class Fold:
         """The weight of a counted position in a mean."""
         return self.alpha if self.of_step is None else self.of_step
 
-    def weigh_(self, mass: Tensor) -> None:
+    def weigh_(self, mass: Tensor, write: Writer = at_once) -> None:
         """Update the mass of a statistic that is a sum over examples.  # (B,)"""
         if self.summed:
-            mass.fill_(1.0)
+            write(mass.fill_, 1.0)
         else:
-            mass.mul_(self.beta).add_(self.mass)
+            write(mass.mul_, self.beta)
+            write(mass.add_, self.mass)
 
-    def weigh_mean_(self, mass: Tensor, counted: float | Tensor) -> None:
+    def weigh_mean_(self, mass: Tensor, counted: float | Tensor, write: Writer = at_once) -> None:
         """Update the mass of a statistic that is a mean over ``counted`` positions.  # (B,), ()"""
-        mass.mul_(self.beta).add_(self.share * counted)
+        write(mass.mul_, self.beta)
+        write(mass.add_, self.share * counted)
 
 
 def average(total: Tensor, mass: Tensor) -> Tensor:
     """``S / mass``, the bias-corrected statistic; zero where there was no evidence.  # (B, ...), (B,) -> (B, ...)"""
+    if mass.device.type == "cpu" and bool((mass == 1).all()):
+        return total  # the statistic itself, which nothing writes to
     return total / torch.where(mass > 0, mass, 1.0).view(-1, *[1] * (total.ndim - 1))
+
+
+def settle(total: Tensor, mass: Tensor) -> None:
+    """Make a sum its own `average`, in place: what nobody adds evidence to any more needs no second copy."""
+    total.div_(torch.where(mass > 0, mass, 1.0).view(-1, *[1] * (total.ndim - 1)))
+    mass.copy_(mass > 0)
 
 
 class Representation(ABC):

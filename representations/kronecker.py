@@ -6,6 +6,7 @@ everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from typing import ClassVar, Literal
@@ -22,9 +23,10 @@ from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import add_product_, apply_factors, kronecker_product, mode_matrix
 from gradmaker.linalg.nearest_product import nearest_product
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer, at_once
 from gradmaker.options.checks import check_choice, check_interval
-from gradmaker.representations.base import Fold, Frame, Grain, average
-from gradmaker.representations.roles import Additive, ByExample, FactoredAxes, FoldsMoments, FoldsRows
+from gradmaker.representations.base import Fold, Frame, Grain, average, settle
+from gradmaker.representations.roles import Additive, ByExample, FactoredAxes, FoldsLast, FoldsMoments, FoldsRows
 
 __all__ = ["Kron", "KronDims"]
 
@@ -34,7 +36,7 @@ def _allocate(frame: Frame, axis: int, size: int, longest: int | None = None) ->
 
 
 @dataclass(frozen=True)
-class Kron(FactoredAxes, ByExample, FoldsMoments, Additive):
+class Kron(FactoredAxes, ByExample, FoldsMoments, FoldsLast, Additive):
     """K-FAC's factors of a layer: ``C ~ B (x) A``, ``B = sum_knr g g^T``, ``A = mean_nr a a^T``.
 
     ``sharing`` says how weight-sharing positions ``r`` enter: ``expand`` counts each as an example, ``reduce`` first averages
@@ -50,6 +52,7 @@ class Kron(FactoredAxes, ByExample, FoldsMoments, Additive):
 
     takes: ClassVar[frozenset[Kind]] = kinds(Outer, Factors, (Outer, "inputs"), Tied)
 
+    folds_twice: ClassVar[bool] = False  # a Cholesky factorisation takes two folds' time, and a decomposition twenty
     sharing: Literal["expand", "reduce"] = "expand"
     wide_sides: Literal["diagonal", "blocks"] = "diagonal"
 
@@ -88,29 +91,34 @@ class Kron(FactoredAxes, ByExample, FoldsMoments, Additive):
                 (evidence.lookup, _of_lookups(state), "left"),
             ):
                 if part is not None:
-                    self._fold(own, part, fold)
+                    self.fold(own, part, fold, at_once)
                 else:
                     _fold_nothing(own, inner, fold, fresh)
             return
-        assert isinstance(evidence, (Outer, Factors))
-        self._fold(state, evidence, fold)
+        self.fold(state, evidence, fold, at_once)
 
-    def _fold(self, state: State, evidence: Outer | Factors, fold: Fold) -> None:
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
         """Fold the evidence of one use."""
+        assert isinstance(evidence, (Outer, Factors))
         if self.sharing == "reduce" and isinstance(evidence, Outer) and not isinstance(evidence.inputs, OneHot):
             evidence = evidence.reduced()
         inner, outer = ("left", "right") if evidence.transposed else ("right", "left")
         inputs_alone = evidence.kind == "inputs"  # the identity is a mean too: it does not add up
         for rows, block in blocks(state[outer]):
-            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, fold.share if inputs_alone else fold.alpha)
+            alpha = fold.share if inputs_alone else fold.alpha
+            _of_outputs(evidence, rows).add_gradient_moment_(block, fold.beta, alpha, write)
         if inputs_alone:
-            fold.weigh_mean_(state[f"{outer}_mass"], evidence.counted)
+            fold.weigh_mean_(state[f"{outer}_mass"], evidence.counted, write)
         else:
-            fold.weigh_(state[f"{outer}_mass"])
+            fold.weigh_(state[f"{outer}_mass"], write)
         if evidence.fresh:
             for rows, block in blocks(state[inner]):
-                _of_inputs(evidence, rows).add_input_moment_(block, fold.beta, fold.share)
-            fold.weigh_mean_(state[f"{inner}_mass"], evidence.counted)
+                _of_inputs(evidence, rows).add_input_moment_(block, fold.beta, fold.share, write)
+            fold.weigh_mean_(state[f"{inner}_mass"], evidence.counted, write)
+
+    def settle(self, state: State) -> None:
+        for mass in (name for name in state if name.endswith("_mass")):
+            settle(state[mass.removesuffix("_mass")], state[mass])
 
     def to_dense(self, state: State) -> Tensor:
         return kronecker_product(self.factors(state))
@@ -184,7 +192,7 @@ def _cut(F: Tensor, rows: slice) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KronDims(FactoredAxes, FoldsRows):
+class KronDims(FactoredAxes, FoldsRows, FoldsLast):
     """Shampoo's factors, one for each axis: ``H_k = sum mat_k(G) mat_k(G)^T`` and ``C ~ (H_1 (x) ... (x) H_m)^(1/m)``.
 
     ``C = L (x) R / tr(L)`` (``exponent=1, balanced``) fits a covariance that is a Kronecker product better.
@@ -214,17 +222,32 @@ class KronDims(FactoredAxes, FoldsRows):
         return {**factors, "mass": frame.zeros()}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
+        self.fold(state, evidence, fold, at_once)
+
+    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
+        self.fold(state, rows, fold, at_once)
+
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
+        for axis, (X, Y) in enumerate(self._halves(evidence)):
+            add_product_(state[f"factor_{axis}"], X, Y, fold.beta, fold.alpha, write)
+        fold.weigh_(state["mass"], write)
+
+    def _halves(self, evidence: Evidence | FactoredGradient) -> Iterator[tuple[Tensor, Tensor]]:
+        """Two matrices for each axis, whose product is the moment along it."""
+        if isinstance(evidence, FactoredGradient):
+            yield from (evidence.moment_halves(axis) for axis in (0, 1))
+            return
         assert isinstance(evidence, Gradient)
         G = self.unfold(evidence.gradient)
         for axis in range(G.ndim - 1):
             x = mode_matrix(G, axis)
-            add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha)
-        fold.weigh_(state["mass"])
+            yield x, x.mT
 
-    def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
-        for axis in (0, 1):
-            add_product_(state[f"factor_{axis}"], *rows.moment_halves(axis), fold.beta, fold.alpha)
-        fold.weigh_(state["mass"])
+    def settle(self, state: State) -> None:
+        for name in (name for name in state if name != "mass"):
+            total, mass = state[name], state["mass"].clone()
+            settle(total, mass)
+        state["mass"].copy_(state["mass"] > 0)
 
     def to_dense(self, state: State) -> Tensor:
         return kronecker_product(self._roots(state))

@@ -12,8 +12,9 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import add_product_
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer, at_once
 from gradmaker.representations.base import NEWEST_ALONE, Fold, Frame, Grain, average
-from gradmaker.representations.roles import FactoredAxes, FoldsRows, widen
+from gradmaker.representations.roles import FactoredAxes, FoldsLast, FoldsRows, widen
 
 __all__ = ["OneSided", "ZeroHistory"]
 
@@ -78,7 +79,7 @@ class OneSided(FactoredAxes, FoldsRows):
 
 
 @dataclass(frozen=True)
-class ZeroHistory(OneSided):
+class ZeroHistory(OneSided, FoldsLast):
     """``C = (G G^T) (x) I`` of the newest gradient: one-sided Shampoo without an average, whatever ``decay`` is.
 
     Reference: Bernstein, Newhouse 2024, "Old optimizer, new norm", arXiv:2409.20325, proposition 5.
@@ -93,11 +94,20 @@ class ZeroHistory(OneSided):
         return {"gradient": frame.zeros(rows, torch.Size(rest).numel()), "wide": wide}
 
     def update(self, state: State, evidence: Evidence, fold: Fold) -> None:
-        assert isinstance(evidence, Gradient)
-        state["gradient"].copy_(self.unfold(evidence.gradient))
+        self.fold(state, evidence, fold, at_once)
 
     def update_rows(self, state: State, rows: FactoredGradient, fold: Fold) -> None:
-        torch.bmm(rows.g.mT, rows.a, out=state["gradient"])
+        self.fold(state, rows, fold, at_once)
+
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
+        if isinstance(evidence, FactoredGradient):
+            write(torch.bmm, evidence.g.mT, evidence.a, out=state["gradient"])
+            return
+        assert isinstance(evidence, Gradient)
+        write(state["gradient"].copy_, self.unfold(evidence.gradient))
+
+    def settle(self, state: State) -> None:
+        """The newest gradient has no mass."""
 
     def unfactored(self, state: State) -> int:
         return state["gradient"].shape[2]

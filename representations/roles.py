@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import prod
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gradmaker.curvature.evidence import Evidence
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import kronecker_product
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer
 from gradmaker.representations.base import Fold, Representation
 from gradmaker.representations.capabilities import Elementwise, Multiplies
 
@@ -21,6 +23,7 @@ __all__ = [
     "ByExample",
     "Compact",
     "FactoredAxes",
+    "FoldsLast",
     "FoldsMoments",
     "FoldsRows",
     "OwnOrder",
@@ -184,6 +187,31 @@ class SpansGradient(Representation):
     @abstractmethod
     def project_rows(self, state: State, rows: FactoredGradient) -> Tensor | None:
         """``J G`` of a block of one layer, by rows; None where `form` takes less work, or the layer has none.  # (B, N)"""
+
+
+class FoldsLast(Representation):
+    """A representation whose `update` reads the statistic only to write it, so that the writes may come last in a step.
+
+    A subclass with an `update` of its own folds at once, unless it has a `fold` of its own.
+    """
+
+    folds_last: ClassVar[bool] = False
+    folds_twice: ClassVar[bool] = True
+    """Whether a second fold takes little beside a refresh at every step, for which it is made in a copy first."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = vars(cls)
+        if "fold" in own or own.keys() & {"update", "update_rows"}:
+            cls.folds_last = "fold" in own
+
+    @abstractmethod
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
+        """`update`, or `update_rows`, by a writer."""
+
+    @abstractmethod
+    def settle(self, state: State) -> None:
+        """Divide sums by their masses, in place, for a copy of a statistic that gets no more evidence."""
 
 
 class FoldsMoments(Representation):

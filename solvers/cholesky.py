@@ -16,7 +16,7 @@ from gradmaker.linalg.diagnosis import diagnose, estimate_largest, unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import identity, is_tiled
-from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, keep_previous, scalars
+from gradmaker.linalg.fallbacks import Parts, factorise, is_empty, keep_previous, none_of, scalars
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.powers import axis_power, balanced_ridges
 from gradmaker.linalg.roots import InverseRoot, integer_root, residual
@@ -26,7 +26,7 @@ from gradmaker.options.checks import check_choice, check_count
 from gradmaker.representations.capabilities import Factored
 from gradmaker.solvers.base import InverseSolver
 from gradmaker.solvers.definition import DefinedByAxes
-from gradmaker.solvers.roles import AppliesRows, HeldInForms
+from gradmaker.solvers.roles import AppliesRows, HeldInForms, Remade
 
 __all__ = ["Cholesky", "CholeskyInverse"]
 
@@ -88,7 +88,9 @@ class _DescribedTriangle(CholeskyTriangle):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Factored], HeldInForms[Factored]):
+class Cholesky(
+    InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Factored], HeldInForms[Factored], Remade[Factored]
+):
     """``P = (F_1 + r_1 I)^-1 (x) (F_2 + r_2 I)^-1``; for a dense matrix ``(C + lambda I)^-1``.
 
     ``split`` is the rule for the ridges ``r``, see `gradmaker.linalg.damping`. A block whose refreshes have
@@ -125,7 +127,7 @@ class Cholesky(InverseSolver[Factored], DefinedByAxes[Factored], AppliesRows[Fac
         new = {_name(k, triangle): X for k, ((X, _), triangle) in enumerate(zip(results, triangles, strict=True))}
         largest = [estimate_largest(F) for F in factors]
         new["diagnosis"] = diagnose([info for _, info in results], largest, retries)
-        default = self._zero_curvature(new) if previous is None else {}
+        default = self._zero_curvature(new) if previous is None and not none_of(failed) else {}
         return keep_previous(new, failed, previous, default, is_empty(factors))
 
     def _zero_curvature(self, cache: State) -> State:

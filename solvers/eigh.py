@@ -26,7 +26,7 @@ from gradmaker.representations.roles import widen
 from gradmaker.solvers.base import spectral_power
 from gradmaker.solvers.definition import Defined
 from gradmaker.solvers.factor_solver import FactorSolver
-from gradmaker.solvers.roles import AppliesRows, HeldInForms
+from gradmaker.solvers.roles import AppliesRows, HeldInForms, Remade
 
 __all__ = ["Decomposition", "Eigh"]
 
@@ -48,7 +48,7 @@ class Decomposition(Factorisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored], HeldInForms[Factored]):
+class Eigh(FactorSolver[Factored], Defined[Factored], AppliesRows[Factored], HeldInForms[Factored], Remade[Factored]):
     """``(C + lambda I)^power`` for any negative power, with ``C = (Q_1 S_1 Q_1^T (x) Q_2 S_2 Q_2^T)^(1/order)``.
 
     - ``split="exact"``: ``Q [((S_1 (x) S_2)^(1/order) + lambda)^power * (Q^T g)]``, two products a factor and step;

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gradmaker.linalg.factored_gradient import FactoredGradient
@@ -17,13 +16,13 @@ from gradmaker.options.checks import check_count
 from gradmaker.representations.capabilities import Inverse
 from gradmaker.solvers.base import PowerSolver
 from gradmaker.solvers.definition import DefinedByAxes
-from gradmaker.solvers.roles import AppliesRows, HeldInForms
+from gradmaker.solvers.roles import AppliesRows, HeldInForms, Remade
 
 __all__ = ["PositiveRoot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse], HeldInForms[Inverse]):
+class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inverse], HeldInForms[Inverse], Remade[Inverse]):
     """``C^power`` from ``(L_k + damping I)^(|power|/order)`` of every factor of ``C^-1 = (L_1 (x) ... (x) L_m)^(1/order)``.
 
     A block whose refreshes have all failed keeps its gradient.
@@ -51,10 +50,13 @@ class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inv
         powers = self._powers(representation, spectra)
         shapes = [s if Q is None else Q for s, Q in spectra]
         parted = zip(spectra, powers, in_parts(self.interval, shapes), strict=True)
-        roots: list[Root] = [(w, _copied(Q)) if Q is not None and parts else _multiplied(w, Q) for (_, Q), w, parts in parted]
+        roots: list[Root] = [
+            (w, Q.contiguous()) if Q is not None and parts else _multiplied(w, Q) for (_, Q), w, parts in parted
+        ]
         held = [x for x in (*state.values(), *powers) if x.is_floating_point()]
         finite = finite_members(*held)
-        return keep_roots(roots, ~finite, previous, 1.0, representation.report(state, spectra, self.damping))
+        diagnosis = representation.report(state, spectra, self.damping)
+        return keep_roots(roots, ~finite, previous, 1.0, diagnosis, by_columns=True)
 
     def axes(self, representation: Inverse, state: State) -> list[Tensor]:
         spectra = representation.spectra(state)
@@ -68,11 +70,6 @@ class PositiveRoot(PowerSolver[Inverse], DefinedByAxes[Inverse], AppliesRows[Inv
 
     def solve_rows(self, representation: Inverse, cache: State, rows: FactoredGradient) -> FactoredGradient:
         return apply_roots_to_rows(cache, rows)
-
-
-def _copied(Q: Tensor) -> Tensor:
-    """A copy in column order, as `keep_roots` holds it.  # (B, d, d)"""
-    return Q.mT.clone(memory_format=torch.contiguous_format).mT
 
 
 def _multiplied(w: Tensor, Q: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.solvers.base import Needed, Solver
 
-__all__ = ["AppliesRows", "AveragesInBasis", "HeldInForms", "SolvesOwn"]
+__all__ = ["AppliesRows", "AveragesInBasis", "HeldInForms", "Remade", "SolvesOwn"]
 
 
 class AppliesRows(Solver[Needed]):
@@ -51,6 +51,10 @@ class SolvesOwn(Solver[Needed]):
 
         None where the rows are not known to make it up, or the cache is of another step.
         """
+
+
+class Remade(Solver[Needed]):
+    """A solver whose cache is a function of the statistic alone where no member has failed: `prepare` makes it again."""
 
 
 class HeldInForms(Solver[Needed]):

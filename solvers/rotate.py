@@ -13,8 +13,9 @@ from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import identity, transpose
 from gradmaker.linalg.fallbacks import keep_previous
 from gradmaker.linalg.finite import finite_members
+from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.powers import along_axes
-from gradmaker.linalg.rotation import coordinates, from_coordinates
+from gradmaker.linalg.rotation import coordinates
 from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
 from gradmaker.solvers.base import PowerSolver, spectral_power
@@ -71,7 +72,9 @@ class RotatingSolver(PowerSolver[Rotated], AveragesInBasis[Rotated], Defined[Rot
         return coordinates(self.bases(cache), g if isinstance(g, FactoredGradient) else representation.unfold(g))
 
     def solve_coordinates(self, cache: State, x: Tensor) -> Tensor:
-        return from_coordinates(self.bases(cache), x * cache["scale"])
+        scaled = [x * cache["scale"]]
+        del x
+        return apply_factors(self.bases(cache), scaled.pop())  # the first product releases it
 
     def bases(self, cache: State) -> list[Tensor | None]:
         return [cache.get(f"basis_{k}") for k in range(cache["scale"].ndim - 1)]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradmaker import from_config, maker as maker_module
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
+from gradmaker.step.draft import Draft
 from tests import models
 from tests.methods.test_methods import PRECONDITIONED
 from tests.models import Case
@@ -123,7 +124,7 @@ def _backward(maker: Any, case: Case) -> Iterator[Any]:
     yield loss
 
 
-FOLDS = ("update", "update_rows")
+FOLDS = ("update", "update_rows", "fold")
 SOLVES = ("solve", "solve_rows", "solve_coordinates", "solve_own")
 PLACES: dict[str, Callable[[Any, Case], Any]] = {
     "model": _model,
@@ -132,7 +133,7 @@ PLACES: dict[str, Callable[[Any, Case], Any]] = {
     "measurement": _measure,
     "first fold": _part("representation", 1, *FOLDS),
     "second fold": _part("representation", 2, *FOLDS),
-    "after a fold": _method_of(Block, "update", 1, after=True),
+    "after a fold": _method_of(Draft, "fold", 1, after=True),
     "second refresh": _method_of(Block, "prepare", 2),
     "after a refresh": _method_of(Block, "prepare", 1, after=True),
     "in a refresh": _part("solver", 1, "prepare"),
@@ -351,13 +352,15 @@ def test_an_update_that_ends_in_the_middle_leaves_the_statistic(method: str, key
     maker, case = maker_of(method, **formed)
     before = maker.state_dict()
 
-    def update(self: Any, state: Any, evidence: Any, fold: Any) -> None:
+    def update(self: Any, state: Any, evidence: Any, fold: Any, write: Any = None) -> None:
         state[key].add_(1)
         raise Planted
 
     maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(maker.plan.blocks[0].triple.representation), "update", update)
+        owner = type(maker.plan.blocks[0].triple.representation)
+        for name in (each for each in FOLDS if hasattr(owner, each)):
+            patch.setattr(owner, name, update)
         with pytest.raises(Planted):
             maker.forward_and_backward()
     assert equal_states(maker.state_dict(), before)

@@ -3,11 +3,13 @@
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from gradmaker.commands.compare import compare
 from gradmaker.commands.cost import cost
+from gradmaker.commands.fidelity import fidelity
 from gradmaker.commands.methods import methods
+from gradmaker.commands.settings import HELP_ASKED
 from gradmaker.commands.show import show
 from gradmaker.commands.train import train
 from gradmaker.compare.errors import InputError
@@ -26,6 +28,14 @@ Start with `gradmaker compare`, which needs no arguments. Every subcommand reads
 Exit status: 0 something was done; 1 nothing was: every training failed or diverged, every row was refused; 2 the input cannot
 be used, with one sentence that says what to change; 130 interrupted, what was finished is kept.
 """
+
+
+class Command(TyperCommand):
+    """A subcommand whose help does not depend on the file of options that stands beside it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[HELP_ASKED] = "--help" in args
+        return super().parse_args(ctx, args)
 
 
 class Group(TyperGroup):
@@ -73,5 +83,5 @@ def _main(
     pass
 
 
-for subcommand in (compare, cost, train, methods, show):
-    app.command()(subcommand)
+for subcommand in (compare, fidelity, cost, train, methods, show):
+    app.command(cls=Command)(subcommand)

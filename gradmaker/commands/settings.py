@@ -11,20 +11,20 @@ from gradmaker.compare.parsing import read_yaml
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.version import __version__
 
-__all__ = ["as_yaml", "given_as_data", "read_config", "settings", "write_config"]
+__all__ = ["HELP_ASKED", "as_yaml", "given_as_data", "read_config", "settings", "write_config"]
 
 CONFIG = "config.yaml"
 NOT_KEPT = ("config", "print_config", "quiet", "list_methods", "version")
 """Options that say how a run is started, not what it does."""
 DATA = ("method", "methods", "tuning", "vary", "approximations", "tasks")
 """Options that a file may give as lists and mappings, which a command line cannot."""
-KEY = "gradmaker"
+KEY, HELP_ASKED = "gradmaker", "gradmaker help"
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """The options of a file become defaults of the command line. InputError for options that the subcommand lacks."""
-    if path is None:
-        return None
+    if path is None or ctx.meta.get(HELP_ASKED):
+        return path
     content = read_yaml(path)
     if isinstance(content, list):
         content = {"methods": content}

@@ -13,12 +13,14 @@ from gradmaker.compare.comparison import write as write_comparison
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.result import Comparison
 from gradmaker.compare.store import RESULTS
+from gradmaker.fidelity.result import Fidelity
 from gradmaker.step_costs.pages import write as write_costs
 from gradmaker.step_costs.study import JSON as COST, read as read_costs
 
 __all__ = ["show"]
 
-NAMES = (RESULTS, COST)
+FIDELITY = "fidelity.json"
+NAMES = (RESULTS, COST, FIDELITY)
 """Files of a report's folder that it can be written from."""
 
 
@@ -29,7 +31,8 @@ def show(
     """Write a report again from its JSON, without a measurement; of several, one report of the rows of all.
 
     Without --out, one report is written where it lies; several are written to runs/merged. Comparisons are merged if they share
-    task, budget and batch size; costs if they share machine and intervals.
+    task, budget and batch size; costs if they share machine and intervals, fidelities (of other
+    batches, seeds or steps) if they share layers and approximations.
 
     \b
     gradmaker show runs/digits
@@ -81,6 +84,18 @@ def _cost(files: Sequence[Path], out: Path) -> Path:
     return write_costs(reduce(lambda one, two: one.merged(two), others, first), out)["markdown"]
 
 
-KEYS = {"trials": "a comparison", "cells": "costs"}
+def _fidelity(files: Sequence[Path], out: Path) -> Path:
+    first, *others = (Fidelity.from_json(file) for file in files)
+    try:
+        return first.joined(others).write(out)["html"]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+KEYS = {"trials": "a comparison", "cells": "costs", "coupling": "a fidelity"}
 """What the JSON files of each kind alone have."""
-WRITERS: dict[str, Callable[[Sequence[Path], Path], Path]] = {"a comparison": _comparison, "costs": _cost}
+WRITERS: dict[str, Callable[[Sequence[Path], Path], Path]] = {
+    "a comparison": _comparison,
+    "costs": _cost,
+    "a fidelity": _fidelity,
+}

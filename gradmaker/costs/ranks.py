@@ -124,15 +124,16 @@ class _Share:
 
     def __init__(self, b: BlockSizes, scheme: Scheme, every: Every, passes: Passes) -> None:
         one, self.count, self.b = b.one, len(b.members), b
-        measured = (one.moment + one.positions * passes.positions) / every.measurement
+        positions = passes.positions * (scheme.world if b.gathered else 1)
+        measured = (one.moment + one.positions * positions) / every.measurement
         self.held = {"statistics": one.state, "roots": one.cache, "averages": one.average}
         self.flops = {"measurement": measured, "refresh": one.refresh / every.refresh, "application": one.apply}
-        roots, local = returns_roots(b, scheme, every), bool(one.summed) and scheme.reduce_at == "refresh"
+        roots, added = returns_roots(b, scheme, every), bool(one.summed) and not b.gathered
         common = {  # what every rank holds and computes
-            "statistics": local,
+            "statistics": added and scheme.reduce_at == "refresh",
             "roots": roots,
             "averages": roots,
-            "measurement": bool(one.summed),
+            "measurement": added,
             "refresh": False,
             "application": roots,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["BLOCKS", "EXACT", "MEASURES", "Measure"]
 
@@ -20,6 +21,13 @@ class Measure:
     title: str
     formula: str
     best: float | None  # the value of a perfect approximation; None: that of the reference
+
+    @property
+    def better(self) -> Literal["", "low", "high"]:
+        """Whether smaller or larger values are better, where that is plain."""
+        if self.name in ("cosine", "quadratic", "decrease"):
+            return "high"
+        return "low" if self.best == 0.0 else ""
 
 
 MEASURES = {

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradmaker.fidelity.lanczos import krylov
+
 __all__ = ["Decomposed", "best_scalar", "of_directions", "of_matrices", "of_spectrum", "quadratic_decrease", "spectral_norm"]
 
 
@@ -19,6 +21,7 @@ class Decomposed:
 
     C: Tensor  # (P, P)
     _pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _powers: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
@@ -35,9 +38,10 @@ class Decomposed:
 
     def power(self, damping: float, power: float, definite: bool = True) -> Tensor:
         """``(C + damping I)^power``.  # (P, P)"""
-        Q = self.pairs[1]
-        made: Tensor = (Q * self.powered(damping, power, definite)) @ Q.mT
-        return made
+        if (damping, power) not in self._powers:
+            Q = self.pairs[1]
+            self._powers = {(damping, power): (Q * self.powered(damping, power, definite)) @ Q.mT}
+        return self._powers[damping, power]
 
     def solve(self, damping: float, power: float, g: Tensor, definite: bool = True) -> Tensor:
         """``(C + damping I)^power g``.  # (P,)"""
@@ -52,9 +56,23 @@ def best_scalar(C: Tensor, approximation: Tensor) -> float:
     return float((C * approximation).sum()) / size if size > 0 else 1.0
 
 
+SMALL = 256
+"""Side of matrices whose eigenvalues are all computed to know the largest: beyond it Lanczos' method is faster."""
+CONVERGED = 1e-12
+"""Relative change of the largest Ritz value at which it is taken."""
+
+
 def spectral_norm(A: Tensor) -> float:
     """The largest absolute eigenvalue of a symmetric matrix."""
-    return float(torch.linalg.eigvalsh(A).abs().max())
+    if len(A) <= SMALL:
+        return float(torch.linalg.eigvalsh(A).abs().max())
+    steps, before = 32, 0.0
+    start = torch.randn(len(A), dtype=A.dtype, device=A.device, generator=torch.Generator(A.device).manual_seed(0))
+    while True:
+        top = float(krylov(lambda v: A @ v, start, steps).pairs[0].abs().max())
+        if top - before <= CONVERGED * top or steps >= len(A):
+            return top
+        before, steps = top, 2 * steps
 
 
 def of_matrices(C: Tensor, approximation: Tensor, largest: float) -> dict[str, float]:

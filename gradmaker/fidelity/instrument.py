@@ -163,6 +163,7 @@ def _result(
         "parameters": layers.size,
         "how": "dense" if options.dense else f"by {options.probes} probes",
         "runs": count,
+        "coupled": [layer.name for layer in layers.layers],
         "device": str(layers.device),
         "dtype": str(layers.parameters[0].dtype).removeprefix("torch."),
         "python": platform.python_version(),

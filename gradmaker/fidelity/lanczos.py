@@ -47,26 +47,27 @@ class Krylov:
 
 def krylov(matvec: Callable[[Tensor], Tensor], v: Tensor, steps: int, done: Callable[[], None] | None = None) -> Krylov:
     """At most so many products; twice is orthogonalised against the whole basis.  # v: (n,)"""
-    size = float(v.norm())
-    basis = [v / max(size, torch.finfo(v.dtype).tiny)]
+    size, most = float(v.norm()), min(steps, len(v))
+    basis = v.new_empty(most, len(v))
+    basis[0] = v / max(size, torch.finfo(v.dtype).tiny)
     alpha: list[float] = []
     beta: list[float] = []
     tiny = 100 * torch.finfo(v.dtype).eps
-    for _ in range(min(steps, len(v))):
-        w = matvec(basis[-1]).to(v)
+    for k in range(most):
+        w = matvec(basis[k]).to(v)
         if done is not None:
             done()
-        alpha.append(float(w.double() @ basis[-1].double()))
-        Q = torch.stack(basis)
+        alpha.append(float(w.double() @ basis[k].double()))
         for _ in range(2):
-            w = w - (Q @ w) @ Q
+            w = w - (basis[: k + 1] @ w) @ basis[: k + 1]
         beta.append(float(w.double().norm()))
         if beta[-1] <= tiny * max(abs(a) for a in (*alpha, *beta)):
             beta[-1] = 0.0
             break
-        basis.append(w / beta[-1])
+        if k + 1 < most:
+            basis[k + 1] = w / beta[-1]
     k = len(alpha)
     T = torch.diag(torch.tensor(alpha, dtype=torch.float64))
     between = torch.tensor(beta[: k - 1], dtype=torch.float64)
     T = T + torch.diag(between, 1) + torch.diag(between, -1)
-    return Krylov(torch.stack(basis[:k]), T.to(v.device), size, beta[-1])
+    return Krylov(basis[:k], T.to(v.device), size, beta[-1])

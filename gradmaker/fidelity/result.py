@@ -68,6 +68,11 @@ class Fidelity(Values):
             spectra=[replace(s, step=step) for s in self.spectra],
         )
 
+    def of_step(self, step: int) -> Fidelity:
+        """The values of one step of a training alone."""
+        kept = [v for v in self.values if v.step == step]
+        return replace(self, values=kept, spectra=[s for s in self.spectra if s.step == step])
+
     def joined(self, others: Iterable[Fidelity]) -> Fidelity:
         """With the values, spectra and notes of further results of the same layers and approximations."""
         every = [self, *others]

@@ -9,7 +9,7 @@ from gradmaker.fidelity.catalogue import BLOCKS, EXACT, MEASURES
 from gradmaker.fidelity.layers import WHOLE
 from gradmaker.fidelity.values import Mean, Values
 
-__all__ = ["OF_THE_WHOLE", "as_text", "cell", "overview", "short", "table_of", "whole_rows"]
+__all__ = ["OF_THE_WHOLE", "answer", "as_text", "cell", "overview", "short", "table_of", "whole_rows"]
 
 OF_THE_WHOLE = ("error", "error_scaled", "spectral_scaled", "inverse", "residual", "cosine", "length", "quadratic", "decrease")
 """The measures of the table of the whole model."""
@@ -67,3 +67,24 @@ def overview(result: Values) -> str:
     parts = [head, as_text(whole_rows(result))]
     parts += [table_of(result, m) for m in OF_LAYERS if any(v.measure == m and v.layer != WHOLE for v in result.values)]
     return "\n\n".join([*parts, *(["\n".join(f"- {note}" for note in result.notes)] if result.notes else [])])
+
+
+def answer(result: Values) -> list[str]:
+    """What was found, in sentences: what is nearest, what turns the gradient least wrongly, and what no block has."""
+    found = []
+    for measure, says, lowest in (
+        ("error_scaled", "is nearest to the reference, with a relative error of {} after the best scalar", True),
+        ("cosine", "has the direction nearest to the exact one, with a cosine of {}", False),
+        ("decrease", "decreases the loss most at its best step length, by {}", False),
+    ):
+        known = {k: mean for k in result.labels if (mean := result.mean(k, measure))}
+        if known:
+            best = (min if lowest else max)(known, key=lambda k: known[k].value)
+            others = ", ".join(f"{k} {short(m.value)}" for k, m in known.items() if k != best)
+            found.append(f"{best} {says.format(cell(known[best]))}{f' ({others})' if others else ''}.")
+    left = result.mean(EXACT, "off_diagonal")
+    if left is not None:
+        found.append(
+            f"Blocks between layers, which no layer-wise approximation has, are {100 * left.value:.0f} % of the squared norm."
+        )
+    return found or ["Nothing could be measured: see the notes."]

@@ -88,7 +88,7 @@ class FactoredGradient:
         """
         if self.g.device.type != "cpu":
             return True
-        V = probes(self.a.new_empty(1, self.a.shape[2], self.a.shape[2]).expand(1, -1, -1))  # (k, i)
+        V = probes(self.a.new_empty(1, 1, 1).expand(1, self.a.shape[2], -1).mT)  # (k, i)
         image = self.g.mT @ (self.a @ V.T)  # (B, o, k)
         size = image.square().sum((1, 2)) * (self.a.shape[2] / V.square().sum())
         whole = self.g.square().sum((1, 2)) * self.a.square().sum((1, 2))

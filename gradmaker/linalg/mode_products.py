@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradmaker.linalg.factors import blocks, dense, is_tiled
 from gradmaker.linalg.moments import add_moment_
+from gradmaker.linalg.writes import Writer, at_once
 
 __all__ = ["add_product_", "apply_factors", "kronecker_product", "mode_matrix"]
 
@@ -42,15 +43,16 @@ def mode_matrix(g: Tensor, axis: int) -> Tensor:
     return g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
 
 
-def add_product_(H: Tensor, X: Tensor, Y: Tensor, beta: float, alpha: float) -> None:
+def add_product_(H: Tensor, X: Tensor, Y: Tensor, beta: float, alpha: float, write: Writer = at_once) -> None:
     """``H <- beta H + alpha X Y`` in place, where that is symmetric, or the diagonal of it.
 
     # (B, d, d) or (B, d); (B, d, n), (B, n, d)
     """
     if H.ndim == 2:
-        H.mul_(beta).add_((X * Y.mT).sum(-1), alpha=alpha)
+        write(H.mul_, beta)
+        write(H.add_, (X * Y.mT).sum(-1), alpha=alpha)
     else:
-        add_moment_(H, X.mT, Y, beta, alpha)
+        add_moment_(H, X.mT, Y, beta, alpha, write)
 
 
 def _apply_factor(F: Tensor, g: Tensor, axis: int) -> Tensor:

@@ -14,7 +14,7 @@ from gradmaker.linalg.diagnosis import unknown
 from gradmaker.linalg.eigen import add_ridge, decompose, is_definite, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import conjugate, identity, is_tiled
-from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous
+from gradmaker.linalg.fallbacks import Factorisation, Parts, keep_previous, none_of
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
 
@@ -124,34 +124,47 @@ def keep_roots(
     gain: float,
     diagnosis: Tensor | None = None,
     empty: Tensor | None = None,
+    by_columns: bool = False,
 ) -> State:
     """A cache with one root for each factor. A failed member without a previous one gets ``P = gain I``.
 
-    empty: as in `keep_previous`
+    empty: as in `keep_previous`.  by_columns: whether eigenvectors are held as ``Q``, which may be the tensor of a statistic,
+    and not as ``Q^T``, which is what LAPACK gives
     """
-    new, default, share = State(), State(), gain ** (1 / len(roots))
+    new = State()
     for k, root in enumerate(roots):
         if isinstance(root, Tensor):
-            new[f"root_{k}"], default[f"root_{k}"] = root, share * identity(root)
+            new[f"root_{k}"] = root
         else:
             w, Q = root
-            new[f"power_{k}"], new[f"vectors_{k}"] = w, Q.mT  # as rows, since LAPACK gives them in column order
-            default[f"power_{k}"], default[f"vectors_{k}"] = share * identity(w), identity(Q)
+            vectors, held = (f"basis_{k}", Q) if by_columns else (f"vectors_{k}", Q.mT)
+            new[f"power_{k}"], new[vectors] = w, held
     if diagnosis is not None:
-        new["diagnosis"], default["diagnosis"] = diagnosis, unknown(diagnosis)
+        new["diagnosis"] = diagnosis
+    default = _without_root(new, gain ** (1 / len(roots))) if previous is None and not none_of(failed) else {}
     return keep_previous(new, failed, previous, default, empty)
+
+
+def _without_root(new: State, share: float) -> State:
+    """What members hold that failed at their first refresh."""
+    found = {name: identity(x) for name, x in new.items() if name != "diagnosis"}
+    scaled = {name: share * x for name, x in found.items() if name.startswith(("root_", "power_"))}
+    return found | scaled | {name: unknown(x) for name, x in new.items() if name == "diagnosis"}
 
 
 def converted_roots(saved: State, like: State) -> State:
     """The roots of a saved cache in the forms of another, as `in_parts` decided otherwise for it."""
     made = dict(saved)
     for k in range(len(like)):
-        root, w, V = f"root_{k}", f"power_{k}", f"vectors_{k}"
+        root, w, V, Q = f"root_{k}", f"power_{k}", f"vectors_{k}", f"basis_{k}"
         if w in like and root in saved:
-            s, Q = torch.linalg.eigh(symmetrise(made.pop(root).double()))
-            made[w], made[V] = s.to(like[w].dtype), Q.mT.to(like[V].dtype)
+            s, vectors = torch.linalg.eigh(symmetrise(made.pop(root).double()))
+            made[w], made[V] = s.to(like[w].dtype), vectors.mT.to(like[V if V in like else Q].dtype)
         elif root in like and w in saved:
-            made[root] = conjugate(made.pop(V).mT, made.pop(w))
+            made[root] = conjugate(made.pop(V).mT if V in saved else made.pop(Q), made.pop(w))
+        for mine, wanted in ((V, Q), (Q, V)):
+            if mine in made and wanted in like:
+                made[wanted] = made.pop(mine).mT.contiguous()
     return made
 
 
@@ -174,7 +187,9 @@ def apply_roots(cache: State, g: Tensor) -> Tensor:
 
 def _along(cache: State, g: Tensor, k: int, axis: int) -> Tensor:
     """The product with root ``k``, if there is one, along an axis.  # (B, d_1, ..., d_m)"""
-    before, V = [None] * (axis - 1), cache.get(f"vectors_{k}")
+    before, V, Q = [None] * (axis - 1), cache.get(f"vectors_{k}"), cache.get(f"basis_{k}")
+    if Q is not None:
+        V = Q.mT
     if V is None:
         return apply_factors([*before, cache.get(f"root_{k}")], g)
     w = cache[f"power_{k}"]

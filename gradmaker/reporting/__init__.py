@@ -4,7 +4,7 @@ A page is written by an author who knows what was measured; this folder knows ho
 an answer first, then sections of tables, figures, text. A row, as a method, has one colour on the whole page. Tables sort and
 filter, figures show values under the pointer, and their legends switch rows on and off in all figures at once. The page is
 light or dark, and made for a phone and for paper, too. Figures are drawn by Vega-Lite, tables by DataTables; both lie packed
-in the file, which takes 0.7 MB. It needs the extra ``compare``.
+in the file and take 0.65 MB of it. It needs the extra ``compare``.
 
 >>> from gradmaker.reporting import Axis, Column, Document, Figure, Rule, Section, Series, Table, write
 >>> columns = [Column("method", kind="row"), Column("accuracy", kind="percent", best="high"), Column("step", kind="seconds")]

@@ -14,14 +14,14 @@ import torch
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature
-from gradmaker.curvature.evidence import Evidence, Outer, Pair
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.tied import Tied
 from gradmaker.plan import Plan
 from gradmaker.representations.base import Fold
 from gradmaker.scale.parts import Part, adds, zeros
 from gradmaker.scale.ranks import Ranks
-from gradmaker.scale.rows import gathered, merged
+from gradmaker.scale.rows import gathered_rows, merged, shapes_of, summed_gradients
 from gradmaker.step.draft import Draft
 from gradmaker.step.pool import PooledEvidence
 from gradmaker.step.state import StepState
@@ -88,11 +88,16 @@ def _fold(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, k
     adding = {b: f for b, f in folds.items() if adds(b)}
     _fold_sums(ranks, part, adding, draft, known)
     others = {b: f for b, f in folds.items() if b not in adding}
-    if others:
-        examples = [int(row[0]) for row in ranks.meet([float(part.examples)])]
-    for block, fold in others.items():
-        chunks = [{k: e for k, e in chunk.items() if k in block.names} for chunk in part.chunks]
-        draft.fold(gathered(ranks, block.sites, chunks, examples, block.frame.dtype), {block: fold}, known)
+    if not others:
+        return
+    sites = {s: b.frame.dtype for b in others for s in b.sites}
+    shapes = shapes_of(ranks, list(sites), part.chunks, part.examples)
+    own = part.chunks[0] if part.chunks else {}
+    for block, fold in others.items():  # one after another: the rows of a block are as many as its layers have on all ranks
+        if any(any(shapes[s.name]) for s in block.sites):
+            draft.fold([gathered_rows(ranks, block.sites, own, shapes, block.frame.dtype)], {block: fold}, known)
+    if any(kind.evidence is Gradient for kind in part.curvature.gives):
+        draft.fold(summed_gradients(ranks, sites, part.chunks), others, known)
 
 
 def _fold_sums(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:

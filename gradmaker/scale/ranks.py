@@ -149,5 +149,15 @@ class Processes:
         world = dist.GroupMember.WORLD
         if self._ranks is None or self._world is not world:
             self._world = world
-            self._ranks = Ranks(self.given if self.given is not None else dist.new_group(), device)
+            self._ranks = Ranks(self.given if self.given is not None else _new_group(device), device)
         return self._ranks if self._ranks.size > 1 else None
+
+
+def _new_group(device: torch.device) -> Any:
+    """A group of all processes, with the time limit of the default one, which torch does not hand on."""
+    world: Any = dist.GroupMember.WORLD
+    try:
+        options = world._get_backend(device).options
+    except (AttributeError, RuntimeError):  # a backend without options
+        return dist.new_group()
+    return dist.new_group(timeout=options._timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ WHOLE, OUTSIDE = "loss by autograd", "outside of the curvature"
 TRIES = 3
 """Passes of one structure that are checked while some layers have no gradient, as behind weights that are zero."""
 PROVEN = TRIES + 1
+PIECE = 2**16
+"""Entries of a tensor that are compared at a time."""
 SELECTING = (
     "IndexBackward",
     "MaskedSelect",
@@ -190,6 +193,8 @@ class SelfChecks:
         if written is not None:
             own = tape.vjp_parameters(head.outputs, loss_gradients, parameters) if tape.norms.seen else derived
             _note_outside(sites, dict(zip(parameters, own, strict=True)), written, found)
+            del own
+        del derived  # `check_uses` releases each when it has compared it
         with self.arrangement.supposing(found.orders):
             check_uses(tape, sites, vjps, truth, found)
             if not explained and output_gradients is not None:
@@ -226,9 +231,8 @@ def _note_outside(
     """Note a part of the loss that depends on weights without its outputs, as a penalty: only the gradient shows it."""
     named = {p: name for site in sites for name, p in site.parameters.items()}
     size = max((_norm(written[p]) for p in named if p in written), default=0.0)
-    apart = [
-        name for p, name in named.items() if p in written and _norm(written[p] - through[p]) > _rounding(p) * max(size, 1e-300)
-    ]
+    limits = {p: _rounding(p) * max(size, 1e-300) for p in named if p in written}
+    apart = [named[p] for p, limit in limits.items() if _norm(written[p], through[p]) > limit]
     if apart:
         found.notes[OUTSIDE] = (
             f"a part of the loss depends on {', '.join(apart)} without going through its outputs, as a penalty of weights "
@@ -236,8 +240,11 @@ def _note_outside(
         )
 
 
-def _norm(x: Tensor) -> float:
-    return float(x.abs().double().norm())
+def _norm(x: Tensor, y: Tensor | None = None) -> float:
+    """``|x - y|`` in float64, by pieces: the copies of a whole gradient would be the most that a first step holds."""
+    pieces = x.reshape(-1).split(PIECE)
+    differences = pieces if y is None else (a - b for a, b in zip(pieces, y.reshape(-1).split(PIECE), strict=True))
+    return sqrt(sum(float(each.abs().double().square().sum()) for each in differences))
 
 
 def _rounding(p: Tensor) -> float:

@@ -31,8 +31,9 @@ def check_uses(
 ) -> None:
     """Compare the sum over the calls of every site with ``J^T u`` by autograd.
 
-    gradients: output gradients for a cotangent ``u``; truth: ``J^T u`` of every parameter
+    gradients: output gradients for a cotangent ``u``; truth: ``J^T u`` of every parameter, removed once it was compared
     """
+    last = {p: site for site in sites for p in site.parameters.values()}
     for site in sites:
         if site.direct(tape):
             continue
@@ -43,7 +44,8 @@ def check_uses(
         if reason := _refusal(tape, site):
             _note(found, site, reason)
             continue
-        error, size = _difference(tape, site, gradients, truth)
+        expected = site.lay_out({p: truth.pop(p) if last[p] is site else truth[p] for p in site.parameters.values()})
+        error, size = _difference(tape, site, gradients, expected)
         if size == 0:
             found.without_gradient.update(site.parameters)
         elif not error <= 1.0 and site.rule is None:
@@ -62,10 +64,8 @@ def _refusal(tape: Tape, site: Site) -> str | None:
     return next((reason for c in calls if site.rule and (reason := site.rule.refuses(c))), None)
 
 
-def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[nn.Parameter, Tensor]) -> tuple[float, float]:
+def _difference(tape: Tape, site: Site, gradients: OutputGradients, expected: Tensor) -> tuple[float, float]:
     """The error in units of the tolerance, and the size of the compared gradient."""
-    values: dict[nn.Parameter, Tensor | None] = {p: truth[p] for p in site.parameters.values()}
-    expected = site.lay_out(values)
     dtype = torch.promote_types(expected.dtype, torch.float32)
     try:
         total, scale, rows = _total(tape, site, gradients, dtype)
@@ -80,7 +80,7 @@ def _difference(tape: Tape, site: Site, gradients: OutputGradients, truth: dict[
         (FACTOR, 0.0) if site.rule is not None and not site.rule.repeats else REPEATED
     )  # repeated calls are rounded differently
     tolerance = HALF if half else max(factor * eps * max(rows, 1) ** 0.5, floor)
-    return float((total.reshape(expected.shape) - expected).norm()) / (tolerance * size) if size else 0.0, size
+    return float(total.reshape(expected.shape).sub_(expected).norm()) / (tolerance * size) if size else 0.0, size
 
 
 def _repeats(error: Exception) -> bool:

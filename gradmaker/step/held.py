@@ -20,3 +20,8 @@ class Held:
     ready: frozenset[str] = frozenset()  # sites for which the cache is of a statistic with evidence
     fresh: frozenset[str] = frozenset()  # sites in their first step, which is left out
     implicit: bool = False  # the cache is what the solver prepares from the statistic, and is not held
+    current: bool = False  # the cache was prepared from this statistic, and no member failed
+
+    def versions(self) -> tuple[int, ...]:
+        """Counters of the writes into the statistic."""
+        return tuple(x._version for x in self.state.values())

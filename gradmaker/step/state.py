@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class End:
     clocks: PlanClocks | None = None
     reports: tuple[Report, ...] = ()
     region: Region | None = None
+    folds: Sequence[partial[object]] = ()  # writes into statistics, after those to `.grad`
 
 
 class StepState:
@@ -274,7 +276,7 @@ class StepState:
         write()
         self._now = done
         for block, held in work.held.items():
-            block.held = held
+            block.held, block.versions, block.released = held, held.versions() if held.current else (), False
         for block in blocks:
             if block.per_step:
                 release(block.triple.representation, block.state)

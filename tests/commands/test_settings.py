@@ -124,3 +124,29 @@ def test_a_refused_row_is_a_row_and_nothing_trained_has_status_1(task: str) -> N
     assert none.exit_code == 1 and "nothing trained" in none.output and Path("none/report.html").exists()
     one = invoke("train", "rows.yaml", "--task", task, "--quiet")
     assert one.exit_code == 1 and "error: nothing trained: " in one.output and "max_dim" in one.output
+
+
+POSTER = sorted((Path(__file__).resolve().parents[2] / "examples" / "poster").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", POSTER, ids=lambda path: path.stem)
+def test_files_of_the_poster_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from torch import nn
+
+    from gradmaker.commands import compare
+    from gradmaker.compare import Task
+    from gradmaker.compare.parsing import parse_rows
+
+    tiny = Task(name="tiny", model=nn.Linear(2, 2), train=(torch.zeros(4, 2), torch.zeros(4).long()))
+    monkeypatch.setattr(compare, "task_of", lambda *given: tiny)
+    subcommand = "cost" if path.stem.startswith("cost") else "compare"
+    found = printed(subcommand, "--config", str(path), "--device", "cpu")
+    rows = parse_rows(found["methods"])
+    assert [row.label for row in rows] == ["SGD", "AdamW", "K-FAC", "Shampoo", "PSGD-KF", "K-BFGS", "SENG"]
+    for row in rows:
+        row.check()
+
+
+def test_help_does_not_read_the_file_beside_it() -> None:
+    assert invoke("compare", "--config", "absent.yaml", "--help").exit_code == 0

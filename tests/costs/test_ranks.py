@@ -147,6 +147,10 @@ def test_flops_of_measurements_by_hand() -> None:
     for world in (1, 4):
         cost = priced(maker(curvature_interval=5), Scheme("owners" if world > 1 else "replicated", world), positions=8)
         assert cost.flops["measurement"] == 8 * 2 * (4**2 + 7**2) / 5
+    gathered = maker("ekfac", curvature_interval=1)
+    of_all = priced(gathered, Scheme("replicated", 4), positions=8)  # every rank folds the rows of all
+    assert of_all.flops["measurement"] == 4 * 8 * 2 * (4**2 + 7**2) and of_all.memory["evidence"] == 5 * 8 * (6 + 4) * WORD
+    assert priced(gathered, Scheme("owners", 4), positions=8).flops["measurement"] == 0
     assert priced(maker("shampoo"), Scheme("owners", 4)).flops["measurement"] == 0
     assert priced(maker("shampoo"), Scheme()).flops["measurement"] == 2 * (4 * 4 * 6 + 6 * 6 * 4) + 2 * 4 * 4
 

@@ -10,7 +10,9 @@ import pytest
 
 from gradmaker import by_rows
 from gradmaker.curvature.row_gradient import RowGradient
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.planned import PlannedMaker
+from gradmaker.step import late
 
 
 class Taken:
@@ -18,7 +20,7 @@ class Taken:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.solved = self.folded = 0
-        solve, update = by_rows.solve, by_rows.update
+        solve, update, recorded = by_rows.solve, by_rows.update, late.recorded
 
         def counted_solve(*args: Any) -> Any:
             self.solved += 1
@@ -28,6 +30,12 @@ class Taken:
             self.folded += isinstance(evidence, RowGradient)
             update(representation, state, evidence, fold)
 
+        def counted_record(*args: Any) -> Any:
+            found = recorded(*args)
+            self.folded += sum(isinstance(given, FactoredGradient) for given, _ in found or ())
+            return found
+
+        patch.setattr(late, "recorded", counted_record)
         patch.setattr(by_rows, "solve", counted_solve)
         patch.setattr(by_rows, "update", counted_update)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("vl_convert")
+
 from gradmaker.reporting import html
 from tests.reporting.sample import ROWS, document
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import doctest
 import gzip
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 
 pytest.importorskip("vl_convert")
 
+import gradmaker.reporting
 from gradmaker.reporting import Axis, Document, Figure, Section, Series, extra, html, markdown, write, write_picture
 from tests.reporting.sample import ROWS, document
 
@@ -60,6 +62,7 @@ def test_structure(page: str) -> None:
     assert found.wrong == [] and found.open == []
     assert len(set(found.ids)) == len(found.ids)
     assert found.addresses == ["data:,"]
+    assert "&#" not in page.split("<style>")[1].split("</style>")[0]
     assert found.text["title"] == [document().title] == found.text["h1"]
     headings = ["Summary", "Figures", "More", "How it was measured", "Machine and versions", "Run it again"]
     assert found.text["h2"] == headings
@@ -123,6 +126,13 @@ def test_markdown() -> None:
     assert "| method 1 | 90.40 ± 0.20 % | 361 ms | 1.91 MiB | 1.10 |  |" in text
     assert "![Training loss](figures/loss.svg)" in text and "All trainings" not in text
     assert text.endswith("## Run it again\n\n```\ngradmaker compare 'a b'\n```\n")
+
+
+def test_the_snippet_of_the_package_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = doctest.testmod(gradmaker.reporting)
+    assert done.attempted > 5 and done.failed == 0
+    assert (tmp_path / "runs" / "example" / "figures" / "loss.svg").exists()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -128,3 +131,28 @@ def refused(rank: int) -> dict[str, str]:
     with wrapped.join():
         found["join"] = raised(gm.KfacGradientMaker(model), wrapped, rank, F.cross_entropy)
     return found
+
+
+def alone(rank: int) -> Any:
+    """Rank 1 does not come: rank 0 ends by the limit of the group. Afterwards each rank trains by itself."""
+    late = dist.new_group(timeout=timedelta(seconds=2))
+    own = [dist.new_group([r]) for r in range(2)][rank]
+    model = net()
+    maker = gm.KfacGradientMaker(model)
+    maker.process_group = late
+    text, begun = "", time.perf_counter()
+    if rank == 0:
+        text = raised(maker, model, rank, F.cross_entropy)
+    seconds = time.perf_counter() - begun
+    dist.barrier()
+    maker.process_group = own
+    step_of(maker, model, 0)  # both have the same data now
+    return text, seconds, [p.grad for p in model.parameters()]
+
+
+def limit(rank: int) -> float:
+    """Seconds after which the maker's own group gives up."""
+    maker = gm.KfacGradientMaker(net())
+    assert maker.ranks is not None
+    seconds: float = maker.ranks.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    return seconds

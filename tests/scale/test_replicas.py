@@ -58,9 +58,39 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "views": {"gradient_as_bucket_view": True},
     "unused": {"find_unused_parameters": True},
 }
+CUSTOM = {"curvature": {"FisherForward": {}}, "representation": {"Kron": {}}, "solver": {"Eigh": {}}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "intervals": {"method": "ekfac", "curvature_interval": 2, "preconditioner_interval": 3},
+    "sum over steps": {"method": "kfac", "decay": None},
+    "newest alone": {"method": "kfac", "decay": 0},
+    "inputs alone": {
+        "method": "custom",
+        "curvature": {"FisherForward": {}},
+        "representation": {"Kron": {}},
+        "solver": {"Eigh": {}},
+    },
+    "clip": {"method": "kfac", "clip": 1e-3, "clip_learning_rate": 0.01},
+    "groups": {"method": "kfac", "groups": {"0*": "ekfac", "2*": "shampoo", "*": "kfac"}},
+    "samples": {"method": "unit_ng", "fisher": {"FisherMC": {"samples": 3}}},
+    "empirical": {"method": "smw_ng"},
+}
+EXACT: dict[str, dict[str, Any]] = {
+    "kfac": {"method": "kfac", "fisher": {"FisherExact": {}}},
+    "ekfac": {"method": "ekfac", "fisher": {"FisherExact": {}}},
+    "skfac": {"method": "skfac", "fisher": {"FisherExact": {}}},
+    "seng": {"method": "seng"},
+}
+"""Without samples, which are drawn for positions."""
 SAVED = ["kfac", "ekfac", "adam"]
 LOSSES = ["sum", "class weights", "terms, mean", "terms, sum", "gaussian", "bernoulli", "two", "own"]
 LAYERS = ["convolution", "tokens", "tied", "twice", "norm", "attention"]
+
+
+WORK: list[tuple[str, Any, dict[str, dict[str, Any]]]] = [
+    ("micro", replicas.attached_micro_batches, {k: {"method": k} for k in ("kfac", "ekfac", "adam")}),
+    ("options", replicas.of_options, OPTIONS),
+    ("lengths", replicas.of_lengths, EXACT),
+]
 
 
 def methods_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
@@ -73,6 +103,8 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("attached", k): attempt(replicas.attached, options, rank, world) for k, options in ATTACHED.items()}
     for name, options in WRAPPERS.items():
         found["wrapper", name] = attempt(lambda o=options: replicas.attached(ATTACHED["kfac"], rank, world, **o))
+    for kind, work, options_of in WORK:
+        found |= {(kind, name): attempt(work, options, rank, world) for name, options in options_of.items()}
     found |= {("loss", name): attempt(replicas.of_loss, name, rank, world) for name in LOSSES}
     found |= {("layers", name): attempt(replicas.of_model, name, rank, world) for name in LAYERS}
     found |= {("saved", name): attempt(replicas.saved, name, rank, world, folder) for name in SAVED}
@@ -82,6 +114,7 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo")}
     found["one layer"] = attempt(faults.fired_on_one_rank, rank)
     found["refused"] = attempt(faults.refused, rank)
+    found["limit"], found["alone"] = attempt(faults.limit, rank), attempt(faults.alone, rank)
     return found
 
 
@@ -109,8 +142,8 @@ def error(a: Any, b: Any) -> float:
     """The largest relative difference of tensors."""
     pairs = list(zip(replicas.leaves(a), replicas.leaves(b), strict=True))
     assert pairs
-    largest = max(float(y.norm()) for _, y in pairs)  # a gradient that is zero in theory is rounding alone
-    return max(float((x - y).norm()) / max(float(y.norm()), 1e-4 * largest) for x, y in pairs)
+    largest = max(float(y.double().norm()) for _, y in pairs)  # a gradient that is zero in theory is rounding alone
+    return max(float((x.double() - y.double()).norm()) / max(float(y.double().norm()), 1e-4 * largest) for x, y in pairs)
 
 
 def check_method(found: list[dict[Any, Any]], name: str, world: int) -> None:
@@ -155,12 +188,17 @@ def test_options_of_the_wrapper(two: list[dict[Any, Any]], name: str) -> None:
     assert error(same(two, ("wrapper", name)), replicas.attached(ATTACHED["kfac"], None, 2)) < 1e-11
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, _, options in WORK for name in options])
+def test_options_and_loops(two: list[dict[Any, Any]], kind: str, name: str) -> None:
+    work, options = next((work, options) for each, work, options in WORK if each == kind)
+    assert error(same(two, (kind, name)), work(options[name], None, 2)) < 1e-10
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(two: list[dict[Any, Any]], name: str) -> None:
-    assert error(same(two, ("loss", name)), replicas.of_loss(name, None, 2)) < (
-        1e-6 if name == "own" else 1e-11
-    )  # the root of a singular Hessian
+    limit = 1e-6 if name == "own" else 1e-11  # by the root of a singular Hessian
+    assert error(same(two, ("loss", name)), replicas.of_loss(name, None, 2)) < limit
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -205,6 +243,13 @@ def test_a_layer_that_fires_on_one_rank(two: list[dict[Any, Any]]) -> None:
 def test_refusals_by_name(two: list[dict[Any, Any]], what: str, words: str) -> None:
     for result in two:
         assert words in result["refused"][what]
+
+
+def test_a_rank_that_does_not_come_ends_the_others_in_time(two: list[dict[Any, Any]]) -> None:
+    text, seconds, _ = two[0]["alone"]
+    assert "imed out" in text and seconds < 20
+    same([{"after": result["alone"][2]} for result in two], "after")
+    assert [result["limit"] for result in two] == [60, 60]
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from torch import Tensor
 from gradmaker import from_config
 from gradmaker.curvature.evidence import Gradient
 from gradmaker.linalg.factored_gradient import FactoredGradient
-from gradmaker.linalg.roots import SMALLEST, in_parts
+from gradmaker.linalg.roots import SMALLEST, converted_roots, in_parts
 from gradmaker.linalg.state import State
 from gradmaker.representations import CrossDims, KronDims, OneSided
 from gradmaker.representations.base import Fold, Frame
+from gradmaker.representations.roles import duplicate
 from gradmaker.solvers import Eigh, PositiveRoot
 
 o, i = SMALLEST, 80
@@ -44,7 +45,7 @@ def at(solver: Any, interval: int | None) -> Any:
 
 
 def parts_of(cache: State) -> set[str]:
-    return {name for name in cache if name.startswith(("vectors", "power", "root"))}
+    return {name for name in cache if name.startswith(("vectors", "basis", "power", "root"))}
 
 
 @pytest.mark.parametrize("rows", [3, 60, 200])
@@ -55,7 +56,8 @@ def test_parts_apply_as_the_root_does(name: str, rows: int) -> None:
     whole, parted = solver.prepare(held, state, None), at(solver, 1).prepare(held, state, None)
     sides = range(1 if name == "one-sided" else 2)
     assert parts_of(whole) == {f"root_{k}" for k in sides}
-    assert parts_of(parted) == {f"{part}_{k}" for k in sides for part in ("vectors", "power")}
+    assert parts_of(parted) == {f"{part}_{k}" for k in sides for part in ("basis" if name == "kl" else "vectors", "power")}
+    assert name != "kl" or parted["basis_0"] is state["basis_0"], "a basis that the statistic holds is not held twice"
     given = FactoredGradient(torch.randn(2, rows, o, dtype=torch.float64), torch.randn(2, rows, i, dtype=torch.float64))
     expected = solver.solve(held, whole, given.form())
     assert not torch.equal(expected, given.form())
@@ -122,9 +124,10 @@ def test_a_resumed_run_is_the_same(method: str) -> None:
 @pytest.mark.parametrize("name", SOLVED)
 def test_a_cache_is_not_changed_by_a_later_refresh_of_the_statistic(name: str) -> None:
     held, solver = SOLVED[name][0], at(SOLVED[name][1], 1)
-    state = {k: v.mT.contiguous().mT if k.startswith("basis") else v for k, v in measured(held).items()}
+    state = measured(held)
     cache = solver.prepare(held, state, None)
     before = {k: v.clone() for k, v in cache.items()}
+    state = duplicate(held, state)  # as a step does before it writes to bases
     held.update(state, Gradient(torch.randn(2, o, i, dtype=torch.float64)), Fold(0.5, 0.5, 0.5))
     held.refresh(state)
     assert all(torch.equal(cache[k], before[k]) for k in parts_of(cache))
@@ -140,6 +143,14 @@ def test_a_saved_cache_takes_the_form_of_another_interval(name: str) -> None:
         made = solver.converted(caches[saved], caches[like])
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in caches[like].items()}
         torch.testing.assert_close(solver.solve(held, made, G), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_eigenvectors_are_converted_between_rows_and_columns() -> None:
+    columns = at(SOLVED["kl"][1], 1).prepare(SOLVED["kl"][0], measured(SOLVED["kl"][0]), None)
+    rows = {k.replace("basis", "vectors"): v.mT.contiguous() if "basis" in k else v for k, v in columns.items()}
+    for saved, like in ((rows, columns), (columns, rows)):
+        made = converted_roots(saved, like)
+        assert made.keys() == like.keys() and all(torch.equal(made[k], like[k]) for k in like)
 
 
 def test_a_state_is_loaded_under_another_interval() -> None:

@@ -24,6 +24,7 @@ OF_TORCH = frozenset(
         "_functorch",
         "_fused_adagrad_",
         "_fused_adamw_",
+        "_get_backend",  # of a process group
         "_get_tracing_state",
         "_global_backward_hooks",
         "_global_forward_hooks",
@@ -44,6 +45,7 @@ OF_TORCH = frozenset(
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
         "_schema",
+        "_timeout",  # of the options of a backend
         "_top_saved_tensors_default_hooks",
         "_version",  # how often a tensor was written to
     }
