@@ -253,6 +253,7 @@ def test_best_step_where_none_helps() -> None:
 
 
 def test_measures_need_no_extra() -> None:
-    code = "import sys, gradmaker; gradmaker.fidelity; print({'typer', 'jinja2', 'rich', 'matplotlib', 'vl_convert'} & set(sys.modules))"
+    extras = "{'typer', 'jinja2', 'rich', 'matplotlib', 'vl_convert'}"
+    code = f"import sys, gradmaker; gradmaker.fidelity; print({extras} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
