@@ -1,5 +1,7 @@
 """What the instrument takes, leaves behind, tells and writes."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -248,3 +250,10 @@ def test_best_step_where_none_helps() -> None:
     assert best_step(lambda x: 1 + x, 1.0, 1.0) == (0.0, 0.0)
     assert best_step(lambda x: float("nan"), 1.0, 1.0) == (0.0, 0.0)
     assert best_step(lambda x: x, 0.0, 1.0) == (0.0, 0.0)
+
+
+def test_measures_need_no_extra() -> None:
+    extras = "{'typer', 'jinja2', 'rich', 'matplotlib', 'vl_convert'}"
+    code = f"import sys, gradmaker; gradmaker.fidelity; print({extras} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

@@ -125,6 +125,8 @@ def test_standard_errors_are_honest() -> None:
         norm = combined(lambda x: x.clamp(min=0).sqrt(), found.norm(None))
         return norm.value, norm.error
 
+    rows = RowSamples(torch.randn(6, 30, dtype=torch.float64), False).norm(None)
+    assert float(rows.without.mean()) == pytest.approx(rows.value)  # of a mean over pairs
     values, errors = (torch.tensor(x) for x in zip(*map(draw, range(300)), strict=True))
     assert abs(float(values.mean()) - float(C.norm())) < float(values.std()) / 3  # the root of an unbiased square
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.3)
