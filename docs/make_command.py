@@ -26,10 +26,10 @@ gradmaker show runs/digits              # a report written again from its JSON; 
 
 ## Files of options
 
-Every option can stand in a YAML file by its name, with `-` or `_`; `--config FILE` reads it, and what the command line gives
-goes before. Methods may be mappings there, as [from_config](using.md#options-of-all-methods) takes them. `--print-config` prints all
-options, and every run writes them as `config.yaml` beside its report, without the output folder: `gradmaker compare --config
-runs/digits/config.yaml` runs the same again. A file that is a list has methods alone.
+Every option can stand in a YAML file by its name, with `-` or `_`. `--config FILE` reads it, and what the command line gives
+goes before. Methods may be mappings there, as [from_config](using.md#options-of-all-methods) takes them. `--print-config`
+prints all options, and every run writes them as `config.yaml` beside its report, without the output folder:
+`gradmaker compare --config runs/digits/config.yaml` runs the same again. A file that is a list has methods alone.
 
 ```yaml
 methods: [sgd, torch.Adam, {method: kfac, damping: 0.01}]
