@@ -13,7 +13,7 @@ from time import perf_counter, process_time
 
 import torch
 
-__all__ = ["Ratio", "Step", "Timed", "clock", "measure", "window"]
+__all__ = ["WINDOW", "Ratio", "Step", "Timed", "clock", "measure", "window"]
 
 WINDOW = {"T10": 10}
 """Steps of a window, for kinds whose steps are not all alike: a whole period."""

@@ -10,7 +10,7 @@ from gradmaker.compare.cost import REFERENCE, is_reference, peak_of
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.rows import Row
 from gradmaker.costs.floor import Floor, record
-from gradmaker.costs.timing import Ratio, measure
+from gradmaker.costs.timing import WINDOW, Ratio, measure
 from gradmaker.step_costs.predicted import Predicted, predicted
 from gradmaker.step_costs.steps import INTERVALS, KINDS, Made, clocks_of, make, with_intervals
 from gradmaker.step_costs.subjects import Subject
@@ -25,6 +25,8 @@ PARTS = {
 }
 """The kind of step that has a part, and the one that lacks it."""
 SGD = REFERENCE
+PERIODIC, PERIOD = next(iter(WINDOW.items()))
+"""The kind of step that is timed over whole periods, and its interval."""
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,31 @@ def _time(cell: Cell, row: Row, clocks: tuple[str, ...], subject: Subject, how: 
     """Milliseconds of all kinds of steps, interleaved with SGD, and of parts as their differences."""
     kinds = kinds_of(clocks)
     own = SGD if is_reference(row) else row
-    steps = {kind: make(with_intervals(own, clocks, *KINDS[kind]), subject, cell.batch_size, how.device) for kind in kinds}
+    clocked = {kind: KINDS[kind] for kind in kinds} | ({PERIODIC: (PERIOD, PERIOD)} if "plain" in kinds else {})
+    steps = {
+        kind: make(with_intervals(own, clocks, *every), subject, cell.batch_size, how.device) for kind, every in clocked.items()
+    }
     sgd = make(SGD, subject, cell.batch_size, how.device)
     try:
         found = measure({**steps, "sgd": sgd}, sgd, how.windows, how.seconds, device=how.device)
-        floors = _floors({**steps, "sgd": sgd}, how.floors)
+        floors = _floors({**{kind: steps[kind] for kind in kinds}, "sgd": sgd}, how.floors)
         cell.state_bytes = steps[kinds[-1]].state_bytes()
     finally:
         for each in (*steps.values(), sgd):
             each.close()
     cell.parts = {name: _part(found, floors, how.floors, *of) for name, of in parts_of(kinds).items()}
     cell.sgd_ms = round(found["sgd"].ms, 5)
-    plain = found.get("plain", found["all"])
     for T in how.intervals:
-        cell.ms[str(T)] = round(plain.ms + (found["all"].ms - plain.ms) / T, 5)
-        cell.ratio[str(T)] = 1.0 if is_reference(row) else round(plain.ratio + (found["all"].ratio - plain.ratio) / T, 5)
+        cell.ms[str(T)] = round(_at(T, {kind: ratio.ms for kind, ratio in found.items()}), 5)
+        cell.ratio[str(T)] = 1.0 if is_reference(row) else round(_at(T, {kind: one.ratio for kind, one in found.items()}), 5)
+
+
+def _at(interval: int, found: Mapping[str, float]) -> float:
+    """A step at an interval, of steps of each kind; what is done once between refreshes is in a period of ten steps."""
+    if interval == 1 or "plain" not in found:
+        return found["all"]
+    once = PERIOD * found[PERIODIC] - (PERIOD - 1) * found["plain"] - found["all"]
+    return found["plain"] + (found["all"] - found["plain"] + once) / interval
 
 
 def _floors(steps: Mapping[str, Made], timed: bool) -> dict[str, Floor]:

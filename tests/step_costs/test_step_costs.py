@@ -30,7 +30,7 @@ WIDTH, BATCH = 16, 4
 SIDES = ((64, WIDTH), (WIDTH, WIDTH), (WIDTH, 10))
 WEIGHTS = sum(i * o + o for i, o in SIDES)
 HOW = How(windows=1, seconds=0.0, floors=False)
-TIMES = {"sgd": 1.0, "plain": 3.0, "measuring": 5.0, "all": 12.0}
+TIMES = {"sgd": 1.0, "plain": 3.0, "measuring": 5.0, "all": 12.0, "T10": 4.5}
 
 
 @pytest.fixture
@@ -63,8 +63,10 @@ def test_parts_are_differences_of_kinds_and_intervals_average_them(subject: Subj
         "statistics": 4.0,
         "refresh": 14.0,
     }
-    for T in (1, 10, 100):  # of T steps one measures and refreshes
-        assert cell.ms[str(T)] == pytest.approx(((T - 1) * 6.0 + 24.0) / T)
+    assert cell.ms["1"] == 24.0 and cell.ms["10"] == pytest.approx(2 * TIMES["T10"])
+    once = 10 * 9.0 - 9 * 6.0 - 24.0  # what ten steps take beside nine plain ones and one that measures and refreshes
+    for T in (10, 100):
+        assert cell.ms[str(T)] == pytest.approx(((T - 1) * 6.0 + 24.0 + once) / T)
         assert cell.ratio[str(T)] == pytest.approx(cell.ms[str(T)] / 2.0)
     sgd = of("sgd", subject)
     assert sgd.ratio == {"1": 1.0, "10": 1.0, "100": 1.0} and sgd.memory_ratio == 1.0
