@@ -41,7 +41,7 @@ def declare(maker: Any, case: Case) -> None:
     maker.setup_loss_call(case.loss, maker.setup_model_call(case.model, case.x), case.t)
 
 
-OF_PASSES = ["hessian_free", "kbfgs", "kfra", "lissa", "lbfgs", "newton"]
+OF_PASSES = ["hessian_free", "kbfgs", "kfra", "lissa", "newton"]
 
 
 @pytest.mark.usefixtures("two_ranks")
