@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.curvature import Curvature
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.scale.ranks import Ranks, RefusedError
 
 __all__ = ["gathered_rows", "merged", "shapes_of", "summed_gradients"]
@@ -70,9 +71,10 @@ def merged(chunks: Sequence[Mapping[str, Evidence]]) -> list[dict[str, Evidence]
 
 # ------------------------------------------------------------------ gradients: linear in the examples
 def summed_gradients(
-    ranks: Ranks, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]]
+    ranks: Ranks, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]], curvature: Curvature
 ) -> Iterator[dict[str, Evidence]]:
     """Gradients of the examples of all ranks, chunk by chunk.  sites: with the dtypes of their statistics"""
+    (like,) = (Gradient(torch.empty(0), kind=k.kind) for k in curvature.gives if k.evidence is Gradient)  # type: ignore[arg-type]
     own = [{k: e.gradient for k, e in chunk.items() if isinstance(e, Gradient)} for chunk in chunks]
     own = [chunk for chunk in own if chunk]
     most = max(int(row[0]) for row in ranks.meet([float(len(own))]))
@@ -85,7 +87,26 @@ def summed_gradients(
                 zeros = torch.zeros(() if known else site.shape, dtype=dtype, device=ranks.device)
                 found[site.name] = chunk[site.name].clone() if known else zeros
         ranks.sum_(list(found.values()))
-        yield {name: Gradient(value) for name, value in found.items()}
+        yield {name: replace(like, gradient=value) for name, value in found.items()}
+
+
+# ------------------------------------------------------------------ pairs that all ranks have found together
+def known_pairs(
+    ranks: Ranks, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]]
+) -> dict[str, Evidence]:
+    """The secants of all ranks, also on those that had no examples to measure."""
+    own = {name: e for chunk in chunks for name, e in chunk.items() if isinstance(e, Pair)}
+    holders = ranks.present([site.name in own for site in sites])
+    found: dict[str, Evidence] = {}
+    values: list[Tensor] = []
+    for (site, dtype), owners in zip(sites.items(), holders, strict=True):
+        if owners:
+            zeros = torch.zeros(site.shape, dtype=dtype, device=ranks.device)
+            pair = own[site.name] if owners[0] == ranks.rank else Pair(zeros, zeros.clone(), "secant")
+            found[site.name] = pair = replace(pair, v=pair.v.clone(), cv=pair.cv.clone())
+            values += [pair.v, pair.cv]
+    ranks.sum_(values)
+    return found
 
 
 # ------------------------------------------------------------------ rows: in the order of the ranks
@@ -97,7 +118,7 @@ def shapes_of(
     examples: of this rank
     """
     for chunk in chunks:
-        if other := {type(e).__name__ for e in chunk.values() if not isinstance(e, (Outer, Gradient))}:
+        if other := {type(e).__name__ for e in chunk.values() if not isinstance(e, (Outer, Gradient, Pair))}:
             raise RefusedError(f"several processes: evidence of the class {', '.join(sorted(other))} cannot be gathered")
     own = chunks[0] if chunks else {}
     table = torch.zeros(ranks.size, len(sites), LENGTH, dtype=torch.int64)

@@ -22,7 +22,6 @@ REFUSED = {
     "newton": "Hessian",
     "saddle_free": "Hessian",
     "neumann": "Hessian",
-    "lbfgs": "Secant",
     "kbfgs": "LayerSecant",
     "kbfgs_l": "LayerSecant",
     "kfra": "FisherRecursive",
@@ -43,7 +42,7 @@ FLOORS = {
     "smw_gn": 1e-8,
 }
 """Relative errors of ten steps of methods that amplify rounding: one unit in the last place moves them as far."""
-ACCUMULATED = ["kfac", "shampoo", "ekfac", "adahessian"]
+ACCUMULATED = ["kfac", "shampoo", "ekfac", "adahessian", "lbfgs"]
 ATTACHED: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac", "likelihood": "categorical"},
     "kfac, likelihood read": {"method": "kfac", "damping": 0.1},
@@ -81,7 +80,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "seng": {"method": "seng"},
 }
 """Without samples, which are drawn for positions."""
-SAVED = ["kfac", "ekfac", "adam"]
+SAVED = ["kfac", "ekfac", "adam", "lbfgs"]
 LOSSES = ["sum", "class weights", "terms, mean", "terms, sum", "gaussian", "bernoulli", "two", "own"]
 LAYERS = ["convolution", "tokens", "tied", "twice", "norm", "attention"]
 
@@ -111,7 +110,7 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found["fresh optimizer"], found["folder"] = attempt(replicas.of_a_fresh_optimizer, rank, world), folder
     found["forward"] = attempt(faults.told_of_a_forward_pass, rank)
     found["backward"] = attempt(faults.told_of_a_backward_pass, rank)
-    found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo")}
+    found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo", "lbfgs")}
     found["one layer"] = attempt(faults.fired_on_one_rank, rank)
     found["refused"] = attempt(faults.refused, rank)
     found["limit"], found["alone"] = attempt(faults.limit, rank), attempt(faults.alone, rank)
@@ -218,7 +217,7 @@ def test_an_exception_on_one_rank_is_one_on_all(two: list[dict[Any, Any]]) -> No
     assert "rank 0: " in texts[1] and "broken backward" in texts[1] and "broken backward" in texts[0]
 
 
-@pytest.mark.parametrize("name", ["kfac", "shampoo"])
+@pytest.mark.parametrize("name", ["kfac", "shampoo", "lbfgs"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(two: list[dict[Any, Any]], name: str) -> None:
     for result in two:
         kept, skipped, _ = result["skipped", name]
