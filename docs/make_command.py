@@ -33,7 +33,7 @@ prints all options, and every run writes them as `config.yaml` beside its report
 
 ```yaml
 methods: [sgd, torch.Adam, {method: kfac, damping: 0.01}]
-task: my_module:make_task
+data: digits
 budget: 500 steps
 seeds: 5
 vary: {interval: [1, 10, 100]}

@@ -121,8 +121,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(file), f"{page.name}: {target} has no such heading"
 
 
-def test_yaml_blocks_are_rows(tmp_path: Path) -> None:
-    pytest.importorskip("yaml")
+def test_yaml_blocks_are_rows_or_options(tmp_path: Path) -> None:
+    """Rows of methods, or files of options, which `gradmaker compare --config` reads and prints."""
+    pytest.importorskip("typer")
+    import yaml
+    from typer.testing import CliRunner
+
+    from gradmaker.commands.app import app
     from gradmaker.compare.parsing import parse_rows
 
     found = [block for page in PAGES for block in blocks(page) if block.label == "yaml"]
@@ -130,5 +135,11 @@ def test_yaml_blocks_are_rows(tmp_path: Path) -> None:
     for block in found:
         path = tmp_path / "methods.yaml"
         path.write_text(block.text, encoding="utf-8")
+        content = yaml.safe_load(block.text)
+        if isinstance(content, dict) and {"methods", "tuning"} & content.keys():
+            printed = CliRunner().invoke(app, ["compare", "--config", str(path), "--print-config"])
+            assert printed.exit_code == 0, printed.output
+            assert content.keys() <= yaml.safe_load(printed.output).keys()
+            continue
         for row in parse_rows([path]):
             row.build_maker(nn.Linear(3, 2))

@@ -241,11 +241,11 @@ def test_static_face_is_what_is_found() -> None:
 
 
 def test_public_functions_outlive_submodules_of_their_name(tmp_path: Path) -> None:
-    """The import system would put the modules `compare` and `damping_sweep` where the functions are."""
+    """The import system would put the modules of these names where the functions are."""
     names = sorted(
         name for name in gradmaker.__all__ if f"gradmaker/{name}.py" in sources() or (ROOT / "gradmaker" / name).is_dir()
     )
-    assert names == ["compare", "damping_sweep"]
+    assert names == ["compare", "damping_sweep", "fidelity"]
     for first in ("import gradmaker", f"from gradmaker import {', '.join(names)}"):
         code = f"""
 import importlib

@@ -61,7 +61,7 @@ PATH = ("README.md", "docs/quick_start.md", "docs/which.md", "docs/compare.md")
 STEPS = {
     "docs/quick_start.md": ("1. Install", "2. Change one line", "6. Compare on your model"),
     "docs/which.md": ("Decide", "What a step costs"),
-    "docs/compare.md": ("From Python", "What is written"),
+    "docs/compare.md": ("A task of your own", "What is written"),
 }
 
 
