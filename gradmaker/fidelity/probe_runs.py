@@ -23,6 +23,8 @@ __all__ = ["ProbeRuns"]
 
 ROWS = 4
 """Random rows for each probe: a row is one backward pass, a product with a matrix several."""
+UNFINISHED = 0.1
+"""Relative residual above which a solve is told to be unfinished."""
 ROW_BYTES = 1 << 30
 """Of all rows at most, as long as there are two for each probe."""
 
@@ -140,6 +142,9 @@ class ProbeRuns:
         if self.solves:
             found = [space.solve(damping, -1.0, self.reference.definite)[1] for space in self.solves.values()]
             run.notes.append(f"those of single layers are {self._layer_steps} iterations, to {max(found):.0e} at most")
+            residual = max(residual, *found)
+        if residual > UNFINISHED:
+            run.notes.append("some solves are unfinished: cosines and lengths are with these, not with the exact steps")
 
     # ---------------------------------------------------------------- approximations
     def of_approximation(self, run: Run, label: str, measured: Measured) -> None:

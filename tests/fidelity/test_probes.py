@@ -151,3 +151,10 @@ def test_krylov_functions() -> None:
     few = krylov(product, v, 3)
     x, residual = few.solve(0.1, -1.0, True)
     assert residual == pytest.approx(float((C @ x + 0.1 * x - v).norm() / v.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("iterations", "told"), [(2, True), (400, False)])
+def test_unfinished_solves_are_told(iterations: int, told: bool) -> None:
+    case = models.mlp()
+    result = gradmaker.fidelity(case.model, case.loss, (case.x, case.t), "kflr", dense_limit=0, iterations=iterations)
+    assert any("unfinished" in note for note in result.notes) == told
