@@ -51,6 +51,7 @@ class Secant(OfSecants):
 
     inapplicable = NO_OPTIONS | NO_CALLS
     gives: ClassVar[frozenset[Kind]] = kinds((Pair, "secant"), (Gradient, "initial_scaling"))
+    by_parts: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
 
     @property
@@ -74,7 +75,7 @@ class Secant(OfSecants):
         previous = step.previous
         assert previous is not None
         now: dict[nn.Parameter, Tensor | None] = {}
-        for each in previous.passes:
+        for each in (made for made in previous.passes if made.weight):  # without those of no examples
             for p, g in each.replay.gradient_at({}).items():
                 now[p] = _sum(each.weight * g, now.get(p))
         found: dict[str, Evidence] = {}

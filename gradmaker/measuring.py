@@ -17,7 +17,7 @@ from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.roles import OfSecants, Pooled
 from gradmaker.curvature.step import NOTHING, Extra, Pass, scaled
 from gradmaker.linalg.arithmetic import norms, plain_arithmetic, sums_to_finite, total
 from gradmaker.linalg.factored_gradient import FactoredGradient
@@ -31,7 +31,6 @@ from gradmaker.passes.deferred import resolve
 from gradmaker.passes.graph import Graph
 from gradmaker.planned import PlannedMaker
 from gradmaker.scale.evidence import measure_part, put_together, sum_pooled
-from gradmaker.scale.replicas import agree_on_gradients
 from gradmaker.self_checks import Inputs
 from gradmaker.step.draft import Draft
 from gradmaker.step.pool import PooledEvidence
@@ -60,7 +59,7 @@ class MeasuringMaker(PlannedMaker):
             tape.end_forward([plain])
             share = self._count(recorder, plain, weight)
             if share is not None and share.empty:
-                self.step_state.accumulate(weight, 0, self.step_state.draft())
+                self._measure_nothing(weight, batches)
                 return output, plain
             loss = scaled_loss(plain, share)
             logits = None if self._logits is None else resolve(self._logits, known)
@@ -93,11 +92,24 @@ class MeasuringMaker(PlannedMaker):
             self.measure_pass(draft, tape, of_all, weight, [], output_gradients, head, extra, last=alone)
             self.step_state.accumulate(weight, tape.batch, draft)
             self.step_state.hold(held)
+        self._remember(batches, weight * (1.0 if share is None else share.factor), extra)
+        return output, plain
+
+    def _measure_nothing(self, weight: float, batches: Batches | None) -> None:
+        """The pass of a rank without examples: secants have its earlier micro-batches."""
+        draft, extra = self.step_state.draft(), Extra(previous=self.step_state.now.previous)
+        for curvature in (c for c in self._curvatures() if isinstance(c, OfSecants)):
+            step = self._step(curvature, draft.part, self._due, extra=extra)
+            self._take(draft, curvature, curvature.measure(step), weight)
+        self.step_state.accumulate(weight, 0, draft)
+        self._remember(batches, 0.0, extra)
+
+    def _remember(self, batches: Batches | None, weight: float, extra: Extra) -> None:
+        """Keep a pass for the secants of this step.  weight: of its loss in that of the step of all ranks"""
         if batches is not None and self.plan.asks("previous", self._due) and self.step_state.now.finite:
             made = Pass(batches.own.replay, weight, extra.notes)
             measured = self.plan.measured(self._due)
             self.step_state.remember(remembered(self.step_state.now, self.model, made, measured))
-        return output, plain
 
     def _count(self, recorder: LossRecorder | None, loss: Tensor, weight: float) -> Share | None:
         """The share of this rank's pass in that of all ranks."""
@@ -291,18 +303,6 @@ class MeasuringMaker(PlannedMaker):
         """The pooled evidence of this step, of all ranks."""
         pooled, ranks = self.step_state.now.work.pooled, self.ranks
         return pooled if ranks is None else sum_pooled(ranks, self.plan, self._due, pooled)
-
-    def _agree_on_step(self) -> None:
-        """Agree with the other ranks on a step whose gradients another loop has reduced: whether it is finite."""
-        ranks, now = self.ranks, self.step_state.now
-        if ranks is None or now.gradients is not None:
-            return
-        parameters = [p for p in self.plan.own.all if self.served is None or p in self.served]
-        finite, findings = agree_on_gradients(ranks, parameters, now.finite, [float(now.part), self._findings()])
-        if now.finite and not finite:
-            self.step_state.note(False)
-        if findings:
-            self._share_findings(ranks)
 
     # ---------------------------------------------------------------- what is finite
     def _all_finite(self, loss: Tensor) -> bool:

@@ -87,8 +87,8 @@ class OnRanks:
             return
         finite = self.step_state.now.finite
         found = ranks.meet([float(finite), self._findings()])
-        if finite and not all(row[0] for row in found):
-            self.step_state.note(False)
+        if not all(row[0] for row in found):
+            self.step_state.note_elsewhere()
         if len({row[1] for row in found}) > 1:
             self._share_findings(ranks)
         sum_gradients(ranks, parameters)

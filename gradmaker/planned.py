@@ -23,7 +23,9 @@ from gradmaker.loss.terms import Terms
 from gradmaker.maker import GradientMaker
 from gradmaker.options.registry import METHODS
 from gradmaker.plan import Plan, make_plan
+from gradmaker.scale.evidence import sum_secants
 from gradmaker.scale.ranks import Ranks, RefusedError, refuse_ranks
+from gradmaker.scale.replicas import agree_on_gradients
 from gradmaker.self_checks import SelfChecks
 from gradmaker.self_checks.whole import Whole
 from gradmaker.stacking import carry
@@ -153,6 +155,18 @@ class PlannedMaker(GradientMaker):
         if found != self._unseen:
             self.plan_again(found)
 
+    def _agree_on_step(self) -> None:
+        """Agree with the other ranks on a step whose gradients another loop has reduced: whether it is finite."""
+        ranks, now = self.ranks, self.step_state.now
+        if ranks is None or now.gradients is not None:
+            return
+        parameters = [p for p in self.plan.own.all if self.served is None or p in self.served]
+        finite, findings = agree_on_gradients(ranks, parameters, now.finite, [float(now.part), self._findings()])
+        if now.finite and not finite:
+            self.step_state.note(False)
+        if findings:
+            self._share_findings(ranks)
+
     def _undo(self, before: Facts) -> None:
         """Restore an earlier state of the step; a newer plan is kept, as the findings of the self-checks are."""
         self.step_state.undo(before)
@@ -232,4 +246,5 @@ class PlannedMaker(GradientMaker):
                 step = self._step(curvature, 0, extra=Extra(previous=previous))
                 with torch.enable_grad():
                     found |= curvature.secants(step)
-        return found
+        ranks = self.ranks
+        return found if ranks is None else sum_secants(ranks, self.plan, found)

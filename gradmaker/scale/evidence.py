@@ -14,19 +14,19 @@ import torch
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature
-from gradmaker.curvature.evidence import Evidence, Outer, Pair
-from gradmaker.curvature.roles import Pooled
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
+from gradmaker.curvature.roles import OfSecants, Pooled
 from gradmaker.curvature.tied import Tied
 from gradmaker.plan import Plan
 from gradmaker.representations.base import Fold
 from gradmaker.scale.parts import Part, adds, zeros
 from gradmaker.scale.ranks import Ranks
-from gradmaker.scale.rows import gathered, merged
+from gradmaker.scale.rows import gathered_rows, known_pairs, merged, shapes_of, summed_gradients
 from gradmaker.step.draft import Draft
 from gradmaker.step.pool import PooledEvidence
 from gradmaker.step.state import StepState
 
-__all__ = ["measure_part", "put_together", "sum_pooled"]
+__all__ = ["measure_part", "put_together", "sum_pooled", "sum_secants"]
 
 
 def measure_part(
@@ -70,6 +70,14 @@ def sum_pooled(ranks: Ranks, plan: Plan, due: Set[str], pooled: PooledEvidence) 
     return {curvature: chunks for curvature, chunks in found.items() if chunks}
 
 
+@torch.no_grad()
+def sum_secants(ranks: Ranks, plan: Plan, own: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """Secants on the batch of all ranks: the steps are theirs together, and the changes of the gradients add up."""
+    ranks.meet()
+    sites = [s for b in plan.blocks if isinstance(b.triple.curvature, OfSecants) for s in b.sites]
+    return dict(_sum_of_pairs(ranks, plan, sites, {k: e for k, e in own.items() if isinstance(e, Pair)}))
+
+
 def _sum_of_pairs(ranks: Ranks, plan: Plan, sites: Sequence[Site], own: Mapping[str, Pair]) -> dict[str, Pair]:
     frames = {s.name: b.frame for b in plan.blocks for s in b.sites}
     holders = ranks.present([s.name in own for s in sites])
@@ -77,7 +85,8 @@ def _sum_of_pairs(ranks: Ranks, plan: Plan, sites: Sequence[Site], own: Mapping[
     for site, owners in ((s, r) for s, r in zip(sites, holders, strict=True) if r):
         zeros = torch.zeros(site.shape, dtype=frames[site.name].dtype, device=ranks.device)
         v = own[site.name].v if owners[0] == ranks.rank else zeros
-        made[site.name] = Pair(v.clone(), own[site.name].cv.clone() if site.name in own else zeros.clone())
+        known = own.get(site.name, Pair(zeros, zeros))
+        made[site.name] = replace(known, v=v.clone(), cv=known.cv.clone())
     ranks.sum_([t for pair in made.values() for t in (pair.v, pair.cv)])
     return made
 
@@ -88,11 +97,18 @@ def _fold(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, k
     adding = {b: f for b, f in folds.items() if adds(b)}
     _fold_sums(ranks, part, adding, draft, known)
     others = {b: f for b, f in folds.items() if b not in adding}
-    if others:
-        examples = [int(row[0]) for row in ranks.meet([float(part.examples)])]
-    for block, fold in others.items():
-        chunks = [{k: e for k, e in chunk.items() if k in block.names} for chunk in part.chunks]
-        draft.fold(gathered(ranks, block.sites, chunks, examples, block.frame.dtype), {block: fold}, known)
+    if not others:
+        return
+    sites = {s: b.frame.dtype for b in others for s in b.sites}
+    if any(kind.evidence is Pair for kind in part.curvature.gives):
+        draft.fold([known_pairs(ranks, sites, part.chunks)], others, known)
+    shapes = shapes_of(ranks, list(sites), part.chunks, part.examples)
+    own = part.chunks[0] if part.chunks else {}
+    for block, fold in others.items():  # one after another: the rows of a block are as many as its layers have on all ranks
+        if any(any(shapes[s.name]) for s in block.sites):
+            draft.fold([gathered_rows(ranks, block.sites, own, shapes, block.frame.dtype)], {block: fold}, known)
+    if any(kind.evidence is Gradient for kind in part.curvature.gives):
+        draft.fold(summed_gradients(ranks, sites, part.chunks, part.curvature), others, known)
 
 
 def _fold_sums(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:

@@ -157,7 +157,7 @@ def _new_group(device: torch.device) -> Any:
     """A group of all processes, with the time limit of the default one, which torch does not hand on."""
     world: Any = dist.GroupMember.WORLD
     try:
-        options = world._get_backend(device).options
+        limit = world._get_backend(device).options._timeout
     except (AttributeError, RuntimeError):  # a backend without options
         return dist.new_group()
-    return dist.new_group(timeout=options._timeout)
+    return dist.new_group(timeout=limit)

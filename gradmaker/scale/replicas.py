@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,7 +80,7 @@ def agree_on_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], finite:
     gradients = [p.grad for p in parameters if p.grad is not None]
     dense = [g.to_dense() if g.layout is not torch.strided else g for g in gradients]
     real = [torch.view_as_real(g) if g.is_complex() else g for g in dense]
-    sums = torch.stack([torch.stack([g.double().sum(), g.double().abs().sum()]) for g in real]).cpu() if real else None
+    sums = torch.stack([_sums(g) for g in real]).cpu() if real else None
     weighed = 0.0 if sums is None else float((sums[:, 0] * torch.arange(1, len(sums) + 1)).sum())
     size = 0.0 if sums is None else float((sums[:, 1] * torch.arange(1, len(sums) + 1)).sum())
     table = ranks.meet([float(finite), float(len(gradients)), weighed, size, *own])
@@ -95,3 +95,9 @@ def agree_on_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], finite:
             "pass that synchronises, or average .grad over the ranks before optimizer.step()"
         )
     return True, len({row[5] for row in table}) > 1
+
+
+def _sums(g: Tensor) -> Tensor:
+    """The sum of the entries, and of their sizes, in float64.  # (2,)"""
+    wide = torch.float64
+    return torch.stack([g.sum(dtype=wide), torch.linalg.vector_norm(g, 1, dtype=wide)])

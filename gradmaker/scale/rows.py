@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import prod
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.curvature import Curvature
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
 from gradmaker.scale.ranks import Ranks, RefusedError
 
-__all__ = ["gathered", "merged"]
+__all__ = ["gathered_rows", "merged", "shapes_of", "summed_gradients"]
 
-LENGTH = 12
+LENGTH = 13
 """Numbers that describe the evidence of a site."""
 
 
@@ -37,15 +38,16 @@ class _Shape:
     transposed: int
     inputs_alone: int
     bias: int
+    examples: int  # of the rank
 
     @classmethod
-    def of(cls, outer: Outer) -> _Shape:
+    def of(cls, outer: Outer, examples: int) -> _Shape:
         (k, G, _, _, o), a = outer.gradients.shape, outer.inputs
         n, r = a.index.shape if isinstance(a, OneHot) else a.shape[1:3]
         padding = a.padding if isinstance(a, OneHot) and a.padding is not None else -1
         i, size = (-1, a.size) if isinstance(a, OneHot) else (a.shape[3], 0)
-        flags = outer.weights is not None, outer.transposed, outer.kind == "inputs", outer.bias
-        return cls(k, G, n, r, o, i, size, padding, *map(int, flags))
+        flags = map(int, (outer.weights is not None, outer.transposed, outer.kind == "inputs", outer.bias, examples))
+        return cls(k, G, n, r, o, i, size, padding, *flags)
 
     def parts(self) -> dict[str, tuple[int, ...]]:
         """The shapes of its tensors."""
@@ -67,88 +69,122 @@ def merged(chunks: Sequence[Mapping[str, Evidence]]) -> list[dict[str, Evidence]
     return [chunk for j, chunk in enumerate(made) if chunk or not j]
 
 
-def gathered(
-    ranks: Ranks, sites: Sequence[Site], chunks: Sequence[Mapping[str, Evidence]], examples: Sequence[int], dtype: torch.dtype
-) -> list[dict[str, Evidence]]:
-    """The evidence of all ranks. RefusedError for evidence that is neither rows nor a gradient.
-
-    sites: of one block, with what any rank may have; examples: of the ranks; dtype: of the statistics
-    """
-    for chunk in chunks:
-        if other := {type(e).__name__ for e in chunk.values() if not isinstance(e, (Outer, Gradient))}:
-            raise RefusedError(f"several processes: evidence of the class {', '.join(sorted(other))} cannot be gathered")
-    rows = {name: e for name, e in (chunks[0] if chunks else {}).items() if isinstance(e, Outer)}
-    first: dict[str, Evidence] = dict(_gathered_rows(ranks, sites, rows, examples, dtype))
-    sums = [{k: e.gradient for k, e in chunk.items() if isinstance(e, Gradient)} for chunk in chunks]
-    made = _summed_gradients(ranks, sites, [chunk for chunk in sums if chunk], dtype)
-    return [{**first, **(made[0] if made else {})}, *made[1:]]
-
-
 # ------------------------------------------------------------------ gradients: linear in the examples
-def _summed_gradients(
-    ranks: Ranks, sites: Sequence[Site], chunks: Sequence[Mapping[str, Tensor]], dtype: torch.dtype
-) -> list[dict[str, Evidence]]:
-    most = max(int(row[0]) for row in ranks.meet([float(len(chunks))]))
-    made: list[dict[str, Evidence]] = []
-    for chunk in (chunks[j] if j < len(chunks) else {} for j in range(most)):
+def summed_gradients(
+    ranks: Ranks, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]], curvature: Curvature
+) -> Iterator[dict[str, Evidence]]:
+    """Gradients of the examples of all ranks, chunk by chunk.  sites: with the dtypes of their statistics"""
+    (like,) = (Gradient(torch.empty(0), kind=k.kind) for k in curvature.gives if k.evidence is Gradient)  # type: ignore[arg-type]
+    own = [{k: e.gradient for k, e in chunk.items() if isinstance(e, Gradient)} for chunk in chunks]
+    own = [chunk for chunk in own if chunk]
+    most = max(int(row[0]) for row in ranks.meet([float(len(own))]))
+    for chunk in (own[j] if j < len(own) else {} for j in range(most)):
         holders = ranks.present([site.name in chunk for site in sites])
-        reached = [site for site, owners in zip(sites, holders, strict=True) if owners]
-        zeros = {s.name: torch.zeros(s.shape, dtype=dtype, device=ranks.device) for s in reached if s.name not in chunk}
-        values = {s.name: zeros[s.name] if s.name in zeros else chunk[s.name].clone() for s in reached}
-        ranks.sum_(list(values.values()))
-        made.append({name: Gradient(value) for name, value in values.items()})
-    return made
+        found: dict[str, Tensor] = {}
+        for (site, dtype), owners in zip(sites.items(), holders, strict=True):
+            if owners:
+                known = site.name in chunk
+                zeros = torch.zeros(() if known else site.shape, dtype=dtype, device=ranks.device)
+                found[site.name] = chunk[site.name].clone() if known else zeros
+        ranks.sum_(list(found.values()))
+        yield {name: replace(like, gradient=value) for name, value in found.items()}
 
 
-# ------------------------------------------------------------------ rows: in the order of the ranks
-def _gathered_rows(
-    ranks: Ranks, sites: Sequence[Site], own: Mapping[str, Outer], examples: Sequence[int], dtype: torch.dtype
-) -> dict[str, Outer]:
-    table = torch.zeros(ranks.size, len(sites), LENGTH, dtype=torch.int64)
-    for j, site in enumerate(sites):
-        if site.name in own:
-            table[ranks.rank, j] = torch.tensor(astuple(_Shape.of(own[site.name])))
-    table = table.to(ranks.device)
-    dist.all_reduce(table, group=ranks.group)
-    shapes = [[_Shape(*row) if row[0] else None for row in each] for each in table.tolist()]  # by rank and site
-    parts = _exchanged(ranks, sites, own, shapes, dtype)
-    found: dict[str, Outer] = {}
-    for j, site in enumerate(sites):
-        each = [_outer(shapes[r][j], parts[r], j) for r in range(ranks.size)]
-        if had := [outer for outer in each if outer is not None]:
-            found[site.name] = _concatenated(had, 2 if _together(site, shapes, j, examples) else 1)
+# ------------------------------------------------------------------ pairs that all ranks have found together
+def known_pairs(
+    ranks: Ranks, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]]
+) -> dict[str, Evidence]:
+    """The secants of all ranks, also on those that had no examples to measure."""
+    own = {name: e for chunk in chunks for name, e in chunk.items() if isinstance(e, Pair)}
+    holders = ranks.present([site.name in own for site in sites])
+    found: dict[str, Evidence] = {}
+    values: list[Tensor] = []
+    for (site, dtype), owners in zip(sites.items(), holders, strict=True):
+        if owners:
+            zeros = torch.zeros(site.shape, dtype=dtype, device=ranks.device)
+            pair = own[site.name] if owners[0] == ranks.rank else Pair(zeros, zeros.clone(), "secant")
+            found[site.name] = pair = replace(pair, v=pair.v.clone(), cv=pair.cv.clone())
+            values += [pair.v, pair.cv]
+    ranks.sum_(values)
     return found
 
 
-def _together(site: Site, shapes: Sequence[Sequence[_Shape | None]], j: int, examples: Sequence[int]) -> bool:
+# ------------------------------------------------------------------ rows: in the order of the ranks
+def shapes_of(
+    ranks: Ranks, sites: Sequence[Site], chunks: Sequence[Mapping[str, Evidence]], examples: int
+) -> dict[str, list[_Shape | None]]:
+    """The rows that the ranks have, by site and rank. RefusedError for evidence that is neither rows nor a gradient.
+
+    examples: of this rank
+    """
+    for chunk in chunks:
+        if other := {type(e).__name__ for e in chunk.values() if not isinstance(e, (Outer, Gradient, Pair))}:
+            raise RefusedError(f"several processes: evidence of the class {', '.join(sorted(other))} cannot be gathered")
+    own = chunks[0] if chunks else {}
+    table = torch.zeros(ranks.size, len(sites), LENGTH, dtype=torch.int64)
+    for j, site in enumerate(sites):
+        outer = own.get(site.name)
+        if isinstance(outer, Outer):
+            table[ranks.rank, j] = torch.tensor(astuple(_Shape.of(outer, examples)))
+    table = table.to(ranks.device)
+    dist.all_reduce(table, group=ranks.group)
+    rows = table.tolist()
+    return {s.name: [_Shape(*row[j]) if row[j][1] else None for row in rows] for j, s in enumerate(sites)}
+
+
+def gathered_rows(
+    ranks: Ranks,
+    sites: Sequence[Site],
+    own: Mapping[str, Evidence],
+    shapes: Mapping[str, Sequence[_Shape | None]],
+    dtype: torch.dtype,
+) -> dict[str, Evidence]:
+    """The rows of all ranks at the sites of a block.  dtype: of its statistic"""
+    known = [site.name for site in sites if any(shapes[site.name])]
+    parts = _exchanged(ranks, known, own, shapes, dtype)
+    found: dict[str, Evidence] = {}
+    for name in known:
+        had = [_outer(shape, parts[r], name) for r, shape in enumerate(shapes[name]) if shape is not None]
+        found[name] = _concatenated(had, 2 if _together(name, shapes[name]) else 1)
+    return found
+
+
+def _together(name: str, shapes: Sequence[_Shape | None]) -> bool:
     """Whether all rows of a batch are one: no row is one example's. RefusedError where the ranks do not agree on it."""
-    known = [(row[j], n) for row, n in zip(shapes, examples, strict=True)]
-    several = [shape.n == 1 for shape, n in known if shape is not None and n > 1]
+    several = [shape.n == 1 for shape in shapes if shape is not None and shape.examples > 1]
     if any(several) and not all(several):
-        raise RefusedError(f"{site.name}: some ranks separate the examples of their batches, and some do not")
+        raise RefusedError(f"{name}: some ranks separate the examples of their batches, and some do not")
     return any(several)
 
 
 def _exchanged(
-    ranks: Ranks, sites: Sequence[Site], own: Mapping[str, Outer], shapes: Sequence[Sequence[_Shape | None]], dtype: torch.dtype
-) -> list[dict[tuple[int, str], Tensor]]:
+    ranks: Ranks,
+    names: Sequence[str],
+    own: Mapping[str, Evidence],
+    shapes: Mapping[str, Sequence[_Shape | None]],
+    dtype: torch.dtype,
+) -> list[dict[tuple[str, str], Tensor]]:
     """The tensors of all ranks, by site and name."""
-    made: list[dict[tuple[int, str], Tensor]] = [{} for _ in range(ranks.size)]
-    for kind, names in ((torch.int64, ("index",)), (dtype, ("inputs", "gradients", "weights"))):
+    made: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(ranks.size)]
+    for kind, parts in ((torch.int64, ("index",)), (dtype, ("inputs", "gradients", "weights"))):
+        each = [[(name, shapes[name][r]) for name in names] for r in range(ranks.size)]
         wanted = [
-            {(j, name): shape for j, each in enumerate(row) if each for name, shape in each.parts().items() if name in names}
-            for row in shapes
+            {(name, part): size for name, shape in of_rank if shape for part, size in shape.parts().items() if part in parts}
+            for of_rank in each
         ]
-        flat = [_tensor(own[sites[j].name], name).reshape(-1).to(kind) for j, name in wanted[ranks.rank]]
+        sizes = [sum(prod(size) for size in of_rank.values()) for of_rank in wanted]
+        if not any(sizes):
+            continue
+        flat = [_tensor(own[name], part).reshape(-1).to(kind) for name, part in wanted[ranks.rank]]
         mine = torch.cat(flat) if flat else torch.empty(0, dtype=kind, device=ranks.device)
-        sizes = [sum(prod(shape) for shape in each.values()) for each in wanted]
         for r, values in enumerate(ranks.gather(mine, sizes)):
-            pieces = values.split([prod(shape) for shape in wanted[r].values()])
+            pieces = values.split([prod(size) for size in wanted[r].values()])
             made[r] |= {key: piece.view(wanted[r][key]) for key, piece in zip(wanted[r], pieces, strict=True)}
     return made
 
 
-def _tensor(outer: Outer, name: str) -> Tensor:
+def _tensor(outer: Evidence, name: str) -> Tensor:
+    assert isinstance(outer, Outer)
     if name == "index":
         assert isinstance(outer.inputs, OneHot)
         return outer.inputs.index
@@ -156,13 +192,11 @@ def _tensor(outer: Outer, name: str) -> Tensor:
     return found
 
 
-def _outer(shape: _Shape | None, parts: Mapping[tuple[int, str], Tensor], j: int) -> Outer | None:
-    """The evidence of a rank at the site ``j``."""
-    if shape is None:
-        return None
+def _outer(shape: _Shape, parts: Mapping[tuple[str, str], Tensor], name: str) -> Outer:
+    """The rows of one rank at a site."""
     padding = None if shape.padding < 0 else shape.padding
-    inputs = OneHot(parts[j, "index"], shape.size, padding) if shape.i < 0 else parts[j, "inputs"]
-    made = Outer(inputs, parts[j, "gradients"], bool(shape.bias), bool(shape.transposed), parts.get((j, "weights")))
+    inputs = OneHot(parts[name, "index"], shape.size, padding) if shape.i < 0 else parts[name, "inputs"]
+    made = Outer(inputs, parts[name, "gradients"], bool(shape.bias), bool(shape.transposed), parts.get((name, "weights")))
     return made.inputs_alone() if shape.inputs_alone else made
 
 

@@ -150,6 +150,11 @@ class StepState:
         now = self._check("note", Phase.BETWEEN, Phase.PASSES, Phase.ENDING)
         self._now = now.but(finite=now.finite and finite, checked=True, norms=norms)
 
+    def note_elsewhere(self) -> None:
+        """Record that a pass was not finite on some rank, so that no rank keeps the step for secants."""
+        now = self._check("note_elsewhere", Phase.PASSES)
+        self._now = now.but(finite=False, checked=True, previous=now.begun.previous if now.begun is not None else now.previous)
+
     def judge_anew(self) -> None:
         """Forget whether earlier passes were finite: the end of the step finds it in ``.grad``."""
         now = self._check("judge_anew", Phase.BETWEEN, Phase.PASSES, Phase.FAILED)

@@ -149,6 +149,58 @@ def attached(options: dict[str, Any], rank: int | None, world: int, **of_wrapper
     return [p.detach() for p in model.parameters()], denses(maker)
 
 
+def attached_micro_batches(options: dict[str, Any], rank: int | None, world: int) -> Any:
+    """Two passes a step, the first under no_sync()."""
+    model = net()
+    maker: Any = gm.from_config(model, options)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    maker.attach(optimizer, "categorical", accumulation=2)
+    wrapped = None if rank is None else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    part = slice(0, N) if rank is None else slice(rank * (N // world), (rank + 1) * (N // world))
+    for step in range(3):
+        optimizer.zero_grad()
+        for j in range(2):
+            x, t = batch(2 * step + j)
+            with wrapped.no_sync() if wrapped is not None and not j else contextlib.nullcontext():
+                (F.cross_entropy((wrapped or model)(x[part]), t[part].abs() % 3) / 2).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], denses(maker)
+
+
+def of_options(options: dict[str, Any], rank: int | None, world: int) -> Any:
+    """Five steps; the model is called inside of a function, and in one step all terms of rank 0 are masked."""
+    model = net()
+    maker: Any = gm.from_config(model, options)
+    called = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    for step in range(5):
+        x, t = batch(step)
+        if step == 3:
+            t[: CUTS[world][0][1]] = -100
+        part = own(step, rank, world)
+        optimizer.zero_grad()
+        y = maker.setup_model_call(lambda a: called(a) * 2, x[part])
+        maker.setup_loss_call(lambda z, targets: F.cross_entropy(z, targets) / 2, y, t[part])
+        maker.forward_and_backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], denses(maker)
+
+
+def of_lengths(options: dict[str, Any], rank: int | None, world: int) -> Any:
+    """Sequences that are longer on one rank; one process has the others padded, and the padding masked."""
+    from tests.models import Tagger
+
+    torch.manual_seed(3)
+    model, tokens, tags = Tagger("torch", False).double(), torch.randint(7, (6, 5)), torch.randint(3, (6, 5))
+    tags[:2, 3:] = -100
+    if rank is not None:
+        tokens, tags = (tokens[2:], tags[2:]) if rank else (tokens[:2, :3], tags[:2, :3])
+    maker: Any = gm.from_config(model, options)
+    declare(maker, model, tokens, tags)
+    maker.forward_and_backward()
+    return [p.grad for p in model.parameters()], denses(maker)
+
+
 def of_loss(name: str, rank: int | None, world: int) -> Any:
     """Losses with other reductions."""
     classes = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)

@@ -22,7 +22,6 @@ REFUSED = {
     "newton": "Hessian",
     "saddle_free": "Hessian",
     "neumann": "Hessian",
-    "lbfgs": "Secant",
     "kbfgs": "LayerSecant",
     "kbfgs_l": "LayerSecant",
     "kfra": "FisherRecursive",
@@ -43,7 +42,7 @@ FLOORS = {
     "smw_gn": 1e-8,
 }
 """Relative errors of ten steps of methods that amplify rounding: one unit in the last place moves them as far."""
-ACCUMULATED = ["kfac", "shampoo", "ekfac", "adahessian"]
+ACCUMULATED = ["kfac", "shampoo", "ekfac", "adahessian", "lbfgs"]
 ATTACHED: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac", "likelihood": "categorical"},
     "kfac, likelihood read": {"method": "kfac", "damping": 0.1},
@@ -58,9 +57,39 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "views": {"gradient_as_bucket_view": True},
     "unused": {"find_unused_parameters": True},
 }
-SAVED = ["kfac", "ekfac", "adam"]
+CUSTOM = {"curvature": {"FisherForward": {}}, "representation": {"Kron": {}}, "solver": {"Eigh": {}}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "intervals": {"method": "ekfac", "curvature_interval": 2, "preconditioner_interval": 3},
+    "sum over steps": {"method": "kfac", "decay": None},
+    "newest alone": {"method": "kfac", "decay": 0},
+    "inputs alone": {
+        "method": "custom",
+        "curvature": {"FisherForward": {}},
+        "representation": {"Kron": {}},
+        "solver": {"Eigh": {}},
+    },
+    "clip": {"method": "kfac", "clip": 1e-3, "clip_learning_rate": 0.01},
+    "groups": {"method": "kfac", "groups": {"0*": "ekfac", "2*": "shampoo", "*": "kfac"}},
+    "samples": {"method": "unit_ng", "fisher": {"FisherMC": {"samples": 3}}},
+    "empirical": {"method": "smw_ng"},
+}
+EXACT: dict[str, dict[str, Any]] = {
+    "kfac": {"method": "kfac", "fisher": {"FisherExact": {}}},
+    "ekfac": {"method": "ekfac", "fisher": {"FisherExact": {}}},
+    "skfac": {"method": "skfac", "fisher": {"FisherExact": {}}},
+    "seng": {"method": "seng"},
+}
+"""Without samples, which are drawn for positions."""
+SAVED = ["kfac", "ekfac", "adam", "lbfgs"]
 LOSSES = ["sum", "class weights", "terms, mean", "terms, sum", "gaussian", "bernoulli", "two", "own"]
 LAYERS = ["convolution", "tokens", "tied", "twice", "norm", "attention"]
+
+
+WORK: list[tuple[str, Any, dict[str, dict[str, Any]]]] = [
+    ("micro", replicas.attached_micro_batches, {k: {"method": k} for k in ("kfac", "ekfac", "adam")}),
+    ("options", replicas.of_options, OPTIONS),
+    ("lengths", replicas.of_lengths, EXACT),
+]
 
 
 def methods_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
@@ -73,13 +102,15 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("attached", k): attempt(replicas.attached, options, rank, world) for k, options in ATTACHED.items()}
     for name, options in WRAPPERS.items():
         found["wrapper", name] = attempt(lambda o=options: replicas.attached(ATTACHED["kfac"], rank, world, **o))
+    for kind, work, options_of in WORK:
+        found |= {(kind, name): attempt(work, options, rank, world) for name, options in options_of.items()}
     found |= {("loss", name): attempt(replicas.of_loss, name, rank, world) for name in LOSSES}
     found |= {("layers", name): attempt(replicas.of_model, name, rank, world) for name in LAYERS}
     found |= {("saved", name): attempt(replicas.saved, name, rank, world, folder) for name in SAVED}
     found["fresh optimizer"], found["folder"] = attempt(replicas.of_a_fresh_optimizer, rank, world), folder
     found["forward"] = attempt(faults.told_of_a_forward_pass, rank)
     found["backward"] = attempt(faults.told_of_a_backward_pass, rank)
-    found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo")}
+    found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo", "lbfgs")}
     found["one layer"] = attempt(faults.fired_on_one_rank, rank)
     found["refused"] = attempt(faults.refused, rank)
     found["limit"], found["alone"] = attempt(faults.limit, rank), attempt(faults.alone, rank)
@@ -156,6 +187,12 @@ def test_options_of_the_wrapper(two: list[dict[Any, Any]], name: str) -> None:
     assert error(same(two, ("wrapper", name)), replicas.attached(ATTACHED["kfac"], None, 2)) < 1e-11
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, _, options in WORK for name in options])
+def test_options_and_loops(two: list[dict[Any, Any]], kind: str, name: str) -> None:
+    work, options = next((work, options) for each, work, options in WORK if each == kind)
+    assert error(same(two, (kind, name)), work(options[name], None, 2)) < 1e-10
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(two: list[dict[Any, Any]], name: str) -> None:
@@ -180,7 +217,7 @@ def test_an_exception_on_one_rank_is_one_on_all(two: list[dict[Any, Any]]) -> No
     assert "rank 0: " in texts[1] and "broken backward" in texts[1] and "broken backward" in texts[0]
 
 
-@pytest.mark.parametrize("name", ["kfac", "shampoo"])
+@pytest.mark.parametrize("name", ["kfac", "shampoo", "lbfgs"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(two: list[dict[Any, Any]], name: str) -> None:
     for result in two:
         kept, skipped, _ = result["skipped", name]
