@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,20 @@ class Ranks:
             dist.all_reduce(flat, group=self.group)
             pieces = flat.split([t.numel() for t in group])
             torch._foreach_copy_(group, [piece.view(t.shape) for t, piece in zip(group, pieces, strict=True)])
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks in the default group, by rank."""
+        return dist.get_process_group_ranks(self.group if self.group is not None else dist.GroupMember.WORLD)
+
+    def exchange(self, send: Mapping[int, Tensor], sizes: Mapping[int, int], dtype: torch.dtype) -> dict[int, Tensor]:
+        """Flat tensors from other ranks, by rank.  send: for each rank; sizes: of what each rank sends to this one"""
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        given = [send.get(r, empty) for r in range(self.size)]
+        splits = [sizes.get(r, 0) for r in range(self.size)]
+        found = torch.empty(sum(splits), dtype=dtype, device=self.device)
+        dist.all_to_all_single(found, torch.cat(given), splits, [t.numel() for t in given], group=self.group)
+        return dict(enumerate(found.split(splits)))
 
     def gather(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The flat tensors of all ranks, by rank.  sizes: of these; collectives are of the largest"""
