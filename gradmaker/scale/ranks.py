@@ -92,15 +92,21 @@ class Ranks:
 
     # ---------------------------------------------------------------- tensors
     @torch.no_grad()
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their sums over the ranks, in one collective for each dtype."""
+    def sum_(self, tensors: Sequence[Tensor], to: int | None = None) -> None:
+        """Replace tensors by their sums over the ranks, in one collective for each dtype.
+
+        to: the rank that needs them, while those of the others are of no use then; None: all
+        """
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for t in tensors:
             real = torch.view_as_real(t) if t.is_complex() else t
             by_dtype.setdefault(real.dtype, []).append(real)
         for group in by_dtype.values():
             flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat, group=self.group)
+            if to is None:
+                dist.all_reduce(flat, group=self.group)
+            else:
+                dist.reduce(flat, self.members[to], group=self.group)
             pieces = flat.split([t.numel() for t in group])
             torch._foreach_copy_(group, [piece.view(t.shape) for t, piece in zip(group, pieces, strict=True)])
 

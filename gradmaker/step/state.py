@@ -284,7 +284,7 @@ class StepState:
         for block, held in work.held.items():
             block.held, block.versions, block.released = held, held.versions() if held.current else (), False
         for block in blocks:
-            if block.per_step:
+            if block.per_step and block.owned:
                 release(block.triple.representation, block.state)
 
     # ---------------------------------------------------------------- another plan, another state
