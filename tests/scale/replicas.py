@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradmaker as gm
 
 N = 12
-ROTATED = ("kl_shampoo", "kradagrad", "smw_ng", "seng")
+ROTATED = ("kl_shampoo", "kradagrad", "smw_ng", "smw_gn", "seng")
 """Methods whose statistic is held in one of several forms, so that the matrix has to be compared."""
 CUTS = {2: [(0, 5), (0, 12), (0, 7)], 4: [(0, 3, 3, 8), (0, 1, 6, 6), (0, 2, 5, 9)]}
 """Where the batches of the ranks begin, by step: uneven ones, and empty ones."""
