@@ -63,7 +63,15 @@ class Block:
         self.held = self.empty()
         self.versions: tuple[int, ...] = ()  # of its statistic at the end of the last step that changed the block
         self.released = False  # whether the cache is to be made again from the statistic
+        self.owner: int | None = None  # the rank that holds it; None: all do
+        self.owned = True  # whether this rank holds it
         self.share = 0.0  # offset of its refresh, as a share of the interval
+
+    def give_to(self, owner: int, rank: int) -> None:
+        """Let one rank hold what the block holds, and the others nothing."""
+        self.owner, self.owned = owner, owner == rank
+        if not self.owned:
+            self.held = Held({}, {}, {}, {})
 
     def empty(self) -> Held:
         """What the block holds before any evidence."""

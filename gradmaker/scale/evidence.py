@@ -23,6 +23,7 @@ from gradmaker.scale.parts import Part, adds, zeros
 from gradmaker.scale.ranks import Ranks
 from gradmaker.scale.rows import gathered_rows, known_pairs, merged, shapes_of, summed_gradients
 from gradmaker.step.draft import Draft
+from gradmaker.step.held import Held
 from gradmaker.step.pool import PooledEvidence
 from gradmaker.step.state import StepState
 
@@ -116,13 +117,19 @@ def _fold_sums(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Dra
     sites = [(b, s) for b in folds for s in b.sites]
     reached = [pair for pair, r in zip(sites, ranks.present([s.name in part.reached for _, s in sites]), strict=True) if r]
     own = {b: part.sums[b] if b in part.sums else zeros(b) for b in dict.fromkeys(b for b, _ in reached)}
-    ranks.sum_([value for held in own.values() for value in held.state.values()])
+    _reduce(ranks, own)
     empty = {s.name: _nothing(s, part.curvature, b.frame.dtype, ranks.device) for b, s in reached}
     draft.fold([empty], {b: folds[b] for b in own}, known)
-    for block, held in own.items():
+    for block, held in ((b, h) for b, h in own.items() if b.owned):
         state = draft.writable(block, False).state
         for name, value in held.state.items():
             state[name] += value
+
+
+def _reduce(ranks: Ranks, own: Mapping[Block, Held]) -> None:
+    """Add up the sums of all ranks: on the owner of a block, or on all."""
+    for owner in dict.fromkeys(b.owner for b in own):
+        ranks.sum_([value for b, held in own.items() if b.owner == owner for value in held.state.values()], owner)
 
 
 def _settled(evidence: Evidence) -> Evidence:

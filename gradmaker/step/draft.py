@@ -87,7 +87,9 @@ class Draft:
         """
         for chunk in chunks:
             for block, fold in folds.items():
-                if not (last and self._record(block, chunk, fold, known)):
+                if not block.owned:
+                    self._reached |= block.names.intersection(chunk) if not block.full or chunk else frozenset()
+                elif not (last and self._record(block, chunk, fold, known)):
                     held = self.writable(block, block.may_refresh(chunk, fold, known))
                     block.update(held, chunk, fold, self._reached, known)
             del chunk  # before the next one is made: the budget of a curvature is for one
