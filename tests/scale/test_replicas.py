@@ -22,8 +22,6 @@ REFUSED = {
     "newton": "Hessian",
     "saddle_free": "Hessian",
     "neumann": "Hessian",
-    "kbfgs": "LayerSecant",
-    "kbfgs_l": "LayerSecant",
     "kfra": "FisherRecursive",
 }
 """Methods whose curvature is not that of all ranks, with the name in the refusal."""
