@@ -133,7 +133,7 @@ class LayerSecant(OfSecants):
             found[site.name] = paired = replace(pairs, kind="with_secants")
             sums = _sums(site, paired)
             own = 1.0 if step.share is None else step.share.factor  # which is in the weight of the pass, too
-            step.notes[site.name] = sums._replace(gradients=sums.gradients / own)
+            step.notes[site.name] = LayerSums(sums.outputs, sums.gradients / own, sums.counted, sums.weights)
         return found
 
     def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:

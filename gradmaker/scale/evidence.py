@@ -10,19 +10,19 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
-from gradmaker.curvature.roles import OfSecants, Pooled
+from gradmaker.curvature.roles import OfMoments, OfSecants, Pooled
 from gradmaker.curvature.tied import Tied
 from gradmaker.plan import Plan
 from gradmaker.representations.base import Fold
 from gradmaker.scale.parts import Part, adds, zeros
 from gradmaker.scale.ranks import Ranks
-from gradmaker.scale.rows import gathered_rows, known_pairs, merged, shapes_of, summed_gradients
+from gradmaker.scale.rows import gathered_rows, known_pairs, merged, shapes_of, summed_gradients, summed_moments
 from gradmaker.step.draft import Draft
 from gradmaker.step.pool import PooledEvidence
 from gradmaker.step.state import StepState
@@ -49,7 +49,7 @@ def measure_part(
     return Part(curvature, examples, sums, frozenset(reached), tuple(merged(kept)) if others else ())
 
 
-def put_together(ranks: Ranks, plan: Plan, state: StepState, draft: Draft) -> None:
+def put_together(ranks: Ranks, model: nn.Module, plan: Plan, state: StepState, draft: Draft) -> None:
     """Fold what the ranks have kept in this step into a draft, one micro-batch after another."""
     parts, now = draft.take_parts(), state.now
     due = now.due or frozenset()
@@ -57,7 +57,7 @@ def put_together(ranks: Ranks, plan: Plan, state: StepState, draft: Draft) -> No
         blocks = [b for b in plan.measured(due) if b.triple.curvature == curvature]
         for j, (weight, _) in enumerate(() if isinstance(curvature, Pooled) else now.shares):
             part = parts.get((j, curvature), Part(curvature))
-            _fold(ranks, part, state.folds(blocks, weight), draft, now.ever)
+            _fold(ranks, model, part, state.folds(blocks, weight), draft, now.ever)
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def _sum_of_pairs(ranks: Ranks, empty: Mapping[Site, Pair], own: Mapping[str, Pa
 
 
 @torch.no_grad()
-def _fold(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:
+def _fold(ranks: Ranks, model: nn.Module, part: Part, folds: Mapping[Block, Fold], draft: Draft, known: Set[str]) -> None:
     """Fold the evidence of all ranks into a draft.  known: sites with evidence from before this step"""
     adding = {b: f for b, f in folds.items() if adds(b)}
     _fold_sums(ranks, part, adding, draft, known)
@@ -114,6 +114,11 @@ def _fold(ranks: Ranks, part: Part, folds: Mapping[Block, Fold], draft: Draft, k
     if not others:
         return
     sites = {s: b.frame.dtype for b in others for s in b.sites}
+    if isinstance(part.curvature, OfMoments):
+        moments = summed_moments(ranks, part.chunks)
+        reached = [s for s in sites if moments is not None and s.name in moments.sites]
+        draft.fold([] if moments is None else [part.curvature.recursion(model, reached, moments)], others, known)
+        return
     shapes = shapes_of(ranks, list(sites), part.chunks, part.examples)
     own = part.chunks[0] if part.chunks else {}
     for block, fold in others.items():  # one after another: the rows of a block are as many as its layers have on all ranks

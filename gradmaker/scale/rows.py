@@ -14,10 +14,11 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
+from gradmaker.curvature.products import Moments
 from gradmaker.curvature.roles import OfSecants
 from gradmaker.scale.ranks import Ranks, RefusedError
 
-__all__ = ["gathered_rows", "merged", "shapes_of", "summed_gradients"]
+__all__ = ["gathered_rows", "merged", "shapes_of", "summed_gradients", "summed_moments"]
 
 LENGTH = 13
 """Numbers that describe the evidence of a site."""
@@ -90,6 +91,22 @@ def summed_gradients(
                 found[site.name] = chunk[site.name].clone() if known else zeros
         ranks.sum_(list(found.values()))
         yield {name: replace(like, gradient=value) for name, value in found.items()}
+
+
+def summed_moments(ranks: Ranks, chunks: Sequence[Mapping[str, Evidence]]) -> Moments | None:
+    """The moments of the examples of all ranks; None if there are none."""
+    own = next((e for chunk in chunks for e in chunk.values() if isinstance(e, Moments)), None)
+    described = None if own is None else (own.sites, [(tuple(t.shape), t.dtype) for t in own.sums])
+    told = [each for each in ranks.objects(described) if each is not None]
+    if not told:
+        return None
+    if any(each != told[0] for each in told):
+        raise RefusedError(f"several processes: the ranks have measured {[each[0] for each in told]} in one pass")
+    names, shapes = told[0]
+    zeros = [torch.zeros(shape, dtype=dtype, device=ranks.device) for shape, dtype in shapes]
+    sums = zeros if own is None else [t.clone() for t in own.sums]
+    ranks.sum_(sums)
+    return Moments(names, tuple(sums))
 
 
 # ------------------------------------------------------------------ pairs that all ranks have found together
