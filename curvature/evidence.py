@@ -345,6 +345,7 @@ class Pair(Evidence):
     v: Tensor  # (G, *shape)
     cv: Tensor  # (G, *shape)
     kind: PairKind = "probe"
+    counted: int | Tensor | None = None  # positions that ``v`` is a mean over; None: it is no mean  # or ()
 
     kinds: ClassVar[tuple[str, ...]] = get_args(PairKind)
 

@@ -300,7 +300,7 @@ class MeasuringMaker(PlannedMaker):
         """Fold the evidence that the ranks have kept for the end of the step into a draft."""
         if (ranks := self.ranks) is not None:
             with plain_arithmetic(self.model):
-                put_together(ranks, self.plan, self.step_state, draft)
+                put_together(ranks, self.model, self.plan, self.step_state, draft)
 
     def _pooled(self) -> PooledEvidence:
         """The pooled evidence of this step, of all ranks."""

@@ -22,9 +22,6 @@ REFUSED = {
     "newton": "Hessian",
     "saddle_free": "Hessian",
     "neumann": "Hessian",
-    "kbfgs": "LayerSecant",
-    "kbfgs_l": "LayerSecant",
-    "kfra": "FisherRecursive",
 }
 """Methods whose curvature is not that of all ranks, with the name in the refusal."""
 SIGNS = {"soap", "eshampoo"}
@@ -49,6 +46,7 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "kfac, empirical": {"method": "kfac", "fisher": {"FisherEmp": {}}, "likelihood": "categorical"},
     "ekfac": {"method": "ekfac", "likelihood": "categorical"},
     "smw_ng": {"method": "smw_ng", "likelihood": "categorical"},
+    "kfra": {"method": "kfra", "likelihood": "categorical"},
     "adam": {"method": "adam"},
     "front door": {"method": "kfac", "likelihood": "categorical", "front": True},
 }
