@@ -15,14 +15,16 @@ from torch import Tensor
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
 from gradmaker.linalg.eigen import eigh
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import blocks, identity, is_tiled, rayleigh, transpose, turn
 from gradmaker.linalg.fallbacks import none_of
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer, at_once
 from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.kronecker import Kron
-from gradmaker.representations.roles import ByExample, FactoredAxes, OwnOrder, Renewal, Renewed, SlowTensors
+from gradmaker.representations.roles import ByExample, FactoredAxes, FoldsLast, OwnOrder, Renewal, Renewed, SlowTensors
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -30,7 +32,7 @@ SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
+class Eigenbasis(FactoredAxes, ByExample, FoldsLast, OwnOrder, Renewed, SlowTensors):
     """EKFAC's curvature: ``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T`` with ``D = sum_N (Q_B^T J_N Q_A)^2``.
 
     ``Q_B, Q_A`` are the eigenbases of `Kron`'s factors, ``J_N`` the gradient of a whole example: positions are summed before
@@ -88,7 +90,8 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
         assert isinstance(evidence, Outer)
         if fold.begins and not fold.first:
             self._begin_step(state, fold)
-        self._kron().update(state, evidence, fold)
+        if not fold.postponed:
+            self.fold(state, evidence, fold, at_once)
         inputs_alone = evidence.kind == "inputs"  # as in `Kron`
         state["moments"].mul_(fold.beta)
         if inputs_alone:
@@ -102,6 +105,15 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
             self._predict(state)
         else:
             state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
+
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
+        """Fold evidence into the factors."""
+        self._kron().fold(state, evidence, fold, write)
+
+    def last(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold) -> frozenset[str]:
+        """The factors, unless the moments are predicted by them."""
+        at_once = fold.first or not isinstance(evidence, Outer) or evidence.kind == "inputs"
+        return frozenset() if at_once else frozenset(SIDES).union(f"{side}_mass" for side in SIDES)
 
     def _begin_step(self, state: State, fold: Fold) -> None:
         """Before the first evidence of a step: drop the prediction of the first step, and refresh the basis where due."""
