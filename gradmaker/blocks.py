@@ -236,7 +236,7 @@ class Block:
         if self.full and (old or new):
             cache = self.refreshed(state, held.cache or None)
         elif not self.full:
-            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache), (new, None))]
+            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache or None), (new, None))]
             for slots, made in parts:
                 cache = self._placed(cache, slots, made)
         fresh = new if skips_first(representation) else frozenset[str]()

@@ -99,7 +99,8 @@ class Eigenbasis(FactoredAxes, ByExample, FoldsLast, OwnOrder, Renewed, SlowTens
         else:
             fold.weigh_(state["mass"])
         if fold.first:
-            self._renew_bases(state)
+            for side in SIDES:
+                self._renew_basis(state, side)
             state["predicted"].fill_(1)
         if fold.first or inputs_alone:  # `I (x) A` is given by the factors, in any basis
             self._predict(state)
@@ -126,25 +127,25 @@ class Eigenbasis(FactoredAxes, ByExample, FoldsLast, OwnOrder, Renewed, SlowTens
             self.refresh(state)
 
     def refresh(self, state: State) -> None:
-        overlaps = self._renew_bases(state)
-        state["moments"].copy_(apply_factors(overlaps, state["moments"]))
+        for axis, side in enumerate(SIDES):
+            overlap = self._renew_basis(state, side)
+            if overlap is not None:
+                state["moments"].copy_(apply_factors([*[None] * axis, overlap], state["moments"]))
 
-    def _renew_bases(self, state: State) -> list[Tensor | None]:
-        """Recompute the bases.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
-        overlaps: list[Tensor | None] = []
-        for side, F in zip(SIDES, self._kron().factors(state), strict=True):
-            Q = state.get(f"basis_{side}")
-            if Q is None:
-                overlaps.append(None)
-                continue
-            squares = torch.empty_like(Q) if not is_tiled(Q) else torch.zeros_like(Q)
-            overlaps.append(squares)
-            for (_, block), (_, basis), (_, overlap) in zip(blocks(F), blocks(Q), blocks(squares), strict=True):
-                new = _eigenvectors(block, basis)
-                non_finite = 0 * block.sum((-2, -1), keepdim=True)  # makes D non-finite too, for the solver to count
-                torch.square(new.mT @ basis, out=overlap).add_(non_finite)
-                basis.copy_(new)
-        return overlaps
+    def _renew_basis(self, state: State, side: str) -> Tensor | None:
+        """Recompute a basis.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
+        Q = state.get(f"basis_{side}")
+        if Q is None:
+            return None
+        F = average(state[side], state[f"{side}_mass"])
+        non_finite = [0 * block.sum((-2, -1), keepdim=True) for _, block in blocks(F)]  # in D too, for the solver to count
+        new = [_eigenvectors(block, basis) for (_, block), (_, basis) in zip(blocks(F), blocks(Q), strict=True)]
+        del F  # before the overlaps are formed
+        squares = torch.empty_like(Q) if not is_tiled(Q) else torch.zeros_like(Q)
+        for own, (_, basis), (_, overlap), lost in zip(new, blocks(Q), blocks(squares), non_finite, strict=True):
+            torch.bmm(own.mT, basis, out=overlap).square_().add_(lost)
+            basis.copy_(own)
+        return squares
 
     def _predict(self, state: State) -> None:
         """Set ``D = b a^T``, the moments that the factors alone predict."""
