@@ -153,9 +153,12 @@ class Block:
             return Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step, refresh=refresh, index=index)
         return Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay, refresh=refresh, index=index)
 
-    def writable(self, held: Held, refresh: bool = True) -> Held:
-        """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
-        return replace(held, state=duplicate(self.triple.representation, held.state, refresh), current=False)
+    def writable(self, held: Held, refresh: bool = True, last: frozenset[str] = frozenset()) -> Held:
+        """The same, with a copy of the statistic that `update` may change.
+
+        refresh: whether a refresh may change it, too.  last: names of tensors that are written at the end of the step alone
+        """
+        return replace(held, state=duplicate(self.triple.representation, held.state, refresh, last), current=False)
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
         """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
@@ -241,7 +244,7 @@ class Block:
         if self.full and (old or new):
             cache = self.refreshed(state, held.cache or None)
         elif not self.full:
-            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache), (new, None))]
+            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache or None), (new, None))]
             for slots, made in parts:
                 cache = self._placed(cache, slots, made)
         fresh = new if skips_first(representation) else frozenset[str]()
