@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -81,3 +82,31 @@ def test_event_files(tmp_path: Path) -> None:
 def test_illegal_workers(workers: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"workers={workers}"):
         run(tmp_path, ["sgd"], workers=workers)
+
+
+@pytest.mark.parametrize("edited", ["forward", "loss", "metric"])
+def test_an_edited_task_is_trained_again(edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that keeps its name and the initial weights, as that of a lambda or of a `forward`."""
+    known = {"forward": torch.tanh, "loss": 1.0, "metric": 1.0}
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.outer(known["forward"](self.inner(x)))  # type: ignore[operator]
+            return out
+
+    def made() -> Comparison:
+        task = toy_task(
+            model=Net,
+            loss=lambda z, t: known["loss"] * torch.nn.functional.cross_entropy(z, t),
+            metrics={"m": lambda z, t: known["metric"] * (z.argmax(1) == t).double()},
+        )
+        return compare(task, ["sgd"], learning_rates=[0.1], seeds=1, budget="1 epoch", out=tmp_path, progress=False)
+
+    first = made().rows[0].finals[0].key
+    assert made().rows[0].finals[0].key == first
+    monkeypatch.setitem(known, edited, {"forward": torch.relu, "loss": 0.5, "metric": 2.0}[edited])
+    assert made().rows[0].finals[0].key != first
