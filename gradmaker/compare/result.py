@@ -1,7 +1,6 @@
 """The result of a comparison: all rows with their settings, tests between them, and what is saved and read again."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +121,16 @@ class Comparison:
         return verdicts.differences(ends, self.higher)
 
     def reaches(self, target: float | None = None) -> list[Reach]:
-        """Steps and seconds to a target of the metric; None: the target of the comparison, or the worst mean end of a row.
+        """Steps and seconds to a target of the metric; None: that of the comparison, or what all rows reach in most seeds.
 
         A training that did not finish counts as one that has not reached it.
         """
         if (wanted := self.target if target is None else target) is None:
-            ends = [value for result in self.rows if (value := mean(result.ends())) is not None]
-            wanted = (min if self.higher else max)(ends, default=math.nan)
+            ends = [
+                [record.end("test", self.metric) if record.status == "finished" else None for record in result.finals]
+                for result in self.rows
+            ]
+            wanted = verdicts.common_target(ends, self.higher)
         return [
             verdicts.reach(
                 result.row.label,
@@ -164,6 +166,11 @@ class Comparison:
             reaches=self.reaches(),
             points=self.pareto(),
             bad=[result.row.label for result in self.measured if not result.finished],
+            finished={
+                result.row.label: f"{len(result.finished)} of {len(result.finals)}"
+                for result in self.rows
+                if 0 < len(result.finished) < len(result.finals)
+            },
         )
         return sentences(found)
 

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from gradmaker.compare import Comparison, InputError, compare
 from gradmaker.compare.store import read_results
+from gradmaker.compare.trial import Record, _diverged, _finite
 from tests.compare.toy import Hungry, Killed, toy_task
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -110,3 +111,19 @@ def test_an_edited_task_is_trained_again(edited: str, tmp_path: Path, monkeypatc
     assert made().rows[0].finals[0].key == first
     monkeypatch.setitem(known, edited, {"forward": torch.relu, "loss": 0.5, "metric": 2.0}[edited])
     assert made().rows[0].finals[0].key != first
+
+
+def test_noise_of_a_last_batch_is_no_divergence() -> None:
+    def judged(losses: list[float]) -> str:
+        record = Record("row", "sgd", {}, 0.1, 0, curve_loss=[*losses], marks=[len(losses) // 2, len(losses)])
+        record.validation = {"loss": [1.0]}
+        _diverged(record)
+        return record.status
+
+    assert judged([2.0, 3.0, 1.5, 2.5, 1.6, 2.4, 1.4, 2.9]) == "finished"
+    assert judged([2.0, 2.1, 2.0, 2.2, 2.8, 2.9, 2.8, 2.9]) == "diverged"
+    assert judged([2.0, 9.0, 40.0, 900.0]) == "diverged" and judged([1.0, 1.2]) == "finished"
+
+
+def test_small_values_are_kept() -> None:
+    assert _finite(3.123456789e-9) == 3.1234568e-9 and _finite(float("nan")) is None
