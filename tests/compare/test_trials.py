@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from gradmaker.compare import Comparison, InputError, compare
+from gradmaker.compare.cost import block_of
 from gradmaker.compare.store import read_results
 from gradmaker.compare.trial import Record, _diverged, _finite
 from tests.compare.toy import Hungry, Killed, toy_task
@@ -120,10 +121,18 @@ def test_noise_of_a_last_batch_is_no_divergence() -> None:
         _diverged(record)
         return record.status
 
-    assert judged([2.0, 3.0, 1.5, 2.5, 1.6, 2.4, 1.4, 2.9]) == "finished"
+    assert judged([1.5, 3.0, 1.5, 2.5, 1.6, 2.4, 1.4, 2.9]) == "finished"
     assert judged([2.0, 2.1, 2.0, 2.2, 2.8, 2.9, 2.8, 2.9]) == "diverged"
     assert judged([2.0, 9.0, 40.0, 900.0]) == "diverged" and judged([1.0, 1.2]) == "finished"
 
 
 def test_small_values_are_kept() -> None:
     assert _finite(3.123456789e-9) == 3.1234568e-9 and _finite(float("nan")) is None
+
+
+def test_a_block_of_timed_steps_is_whole_intervals() -> None:
+    for interval in (1, 3, 10, 20, 30, 70, 100):
+        for step in (1e-5, 7e-4, 0.3, 5.0):
+            block = block_of(interval, step)
+            assert block % interval == 0 and block >= 5 and block * step >= 0.02, (interval, step)
+    assert block_of(1000, 1e-3) == 1000 and block_of(1000, 1.0) == 50

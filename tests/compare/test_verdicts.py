@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_comparisons_are_merged(tmp_path: Path) -> None:
         one.merge(one)
     with pytest.raises(InputError, match="comparisons of different budget cannot be merged: '3 epochs' and '1 epoch'"):
         one.merge(run(tmp_path / "c", ["kfac"], budget="1 epoch"))
+    for name, value, told in (
+        ("machine", {**other.machine, "processor": "another"}, "different processor"),
+        ("model", "Sequential()", "different models"),
+    ):
+        with pytest.raises(InputError, match=told):
+            one.merge(replace(other, **{name: value}))
+    assert one.merge(replace(other, machine={**other.machine, "date": "another"}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot read"):
         Comparison.from_json(tmp_path / "empty")
@@ -149,10 +157,10 @@ def test_a_refused_row_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     assert not none.trained and "refused" in (tmp_path / "none" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("first", [0.93, 0.57])
+@pytest.mark.parametrize("first", [0.93, 0.3])
 def test_equal_differences_of_few_seeds_show_nothing(first: float) -> None:
     """Accuracies of a small test part differ by one example in each seed; the last digits are those of rounding."""
-    ends = {"a": {0: first, 1: first - 0.02, 2: first + 0.03}, "b": {seed: 0.0 for seed in range(3)}}
+    ends = {"a": {0: first, 1: first - 0.22, 2: first + 0.06}, "b": {seed: 0.0 for seed in range(3)}}
     ends["b"] = {seed: value + 0.01 for seed, value in ends["a"].items()}
     (alone,) = differences(ends, higher=True)
     assert alone.p == 0.25 and not alone.shown and alone.mean == pytest.approx(0.01)
