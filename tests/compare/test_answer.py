@@ -89,3 +89,16 @@ def test_the_sentences_follow_from_the_data() -> None:
     told = sentences(found)
     assert told[2] == "kfac ends with the best test accuracy, 95.10 %: better than sgd by 12 seeds (paired t-tests)."
     assert told[3] == "No row is better in both test accuracy and time than sgd and kfac."
+
+
+def test_means_over_other_seeds_are_told() -> None:
+    """The best mean is of the two seeds that finished; by the common ones the row is worse."""
+    ends = {"kfac": {0: 0.5, 1: 0.52}, "sgd": {0: 0.6, 1: 0.6201, 2: 0.1}}
+    worse = differences(ends, True)
+    told = sentences(replace(FOUND, ends={"kfac": 0.51, "sgd": 0.44}, tests=worse, finished={"kfac": "2 of 3"}))
+    assert (
+        "kfac ends with the best test accuracy, 51.00 % over the 2 of 3 of its seeds that finished: worse than sgd by 2 "
+        "seeds (paired t-tests)." in told
+    )
+    lower = replace(FOUND, metric="loss", higher=False, ends={"kfac": 0.51}, tests=differences(ends, False))
+    assert "better than sgd by 2" in " ".join(sentences(lower))
