@@ -321,7 +321,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
         """Check every block against a dense oracle, on the model and batch that were declared last."""
         self.plan.own.check()
         if self.owners and self.ranks is not None:
-            raise RuntimeError("verify: this rank holds its own blocks alone: load state_dict() into one process, and verify there")
+            raise RuntimeError("verify: this rank holds its own blocks alone: load state_dict() into one process, verify there")
         return verify(self)
 
     def silent(self) -> list[str]:
