@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import gradmaker
-from gradmaker.compare.command import app
+from gradmaker.commands.app import app
 from gradmaker.fidelity.page import document
 from tests import models, oracles
 

@@ -75,7 +75,7 @@ def test_they_are_folds_at_once_to_the_last_bit(
         if not late_too:
             monkeypatch.setattr(late, "recorded", lambda *_: None)
         maker, model, step = steps_of(method, attached, preconditioner_interval=interval)
-        for k in range(5):
+        for k in range(interval + 2):
             step(k)
         found.append((maker.state_dict(), [p.detach().clone() for p in model.parameters()]))
     assert bool(kept) == (not (attached and method in OF_PASSES) and (method, interval) != ("kfac", 1))
