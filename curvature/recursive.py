@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gradmaker.capture.rules.calls import Call
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION
-from gradmaker.curvature.evidence import Evidence, Kind, kinds
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Factors, Moments
 from gradmaker.curvature.roles import OfMoments, Watching
 from gradmaker.curvature.step import Step

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gradmaker.capture.sites import Site
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, PairKind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair, PairKind
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.curvature.roles import OfSecants
 from gradmaker.curvature.step import LayerSums, Pass, Step

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence_kinds import Kind, check_kinds
 from gradmaker.linalg.state import State
 from gradmaker.linalg.writes import Writer, at_once
 

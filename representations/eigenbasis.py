@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
+from gradmaker.curvature.evidence import PIECE, Evidence, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.eigen import eigh
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import blocks, identity, is_tiled, rayleigh, transpose, turn

@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import for_members

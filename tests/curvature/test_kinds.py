@@ -11,7 +11,8 @@ import torch
 from gradmaker import from_config
 from gradmaker.blocks import Block
 from gradmaker.curvature import CURVATURES, Curvature, FisherForward, GradientProbe, HessianProbe, LayerSecant, Secant
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Factors, Moments, Product
 from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
 from gradmaker.curvature.row_gradient import RowGradient
