@@ -37,7 +37,7 @@ table of accuracy, time and memory. The last has narrow copies of ResNet-18 and 
 first was run for this page, and not whole: at w = 512 there are the rows below alone, in shorter windows (0.3 s a row). The
 table of accuracy, the figure of accuracy against batch size and interval, and the narrow copies for CIFAR-10 were not run to
 an end. Predictions of K-FAC are those of the present cost model; those of other rows were made before triangular solves from
-the right were counted by their rows.
+the right were counted by their rows, and so was the column GFLOP, in which those of K-FAC are too many.
 """
 
 
