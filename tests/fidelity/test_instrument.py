@@ -275,3 +275,25 @@ def test_measures_need_no_extra() -> None:
     code = f"import sys, gradmaker; gradmaker.fidelity; print({extras} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------ refused rows
+def test_a_refused_row_says_why_and_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options that are illegal, a method without a matrix, and a step that fails, beside a row that is measured."""
+    from gradmaker.fidelity import instrument
+
+    whole = instrument.measured_of
+
+    def failing(one: Any, *given: Any) -> Any:
+        if one.label == "kflr":
+            raise RuntimeError("no step")
+        return whole(one, *given)
+
+    monkeypatch.setattr(instrument, "measured_of", failing)
+    result = measured([{"method": "kfac", "damping": -1.0}, "gradient", "kflr", "kfac"])
+    assert result.labels == ["kfac damping=-1.0", "gradient", "kflr", "kfac"]
+    assert 0 < result.value("kfac", "error") and {v.approximation for v in result.values} == {"kfac", EXACT, "layer blocks"}
+    for label, reason in (("kfac damping=-1.0", "damping=-1.0"), ("gradient", "no curvature matrix"), ("kflr", "no step")):
+        assert any(note.startswith(f"{label}: refused: ") and reason in note for note in result.notes)
+        assert f"\n{label} " in str(result)
+    assert gradmaker.Fidelity.from_json(result.to_json()).labels == result.labels
