@@ -157,7 +157,9 @@ def _result(
 ) -> Fidelity:
     first = runs[0].measured
     kept = [_kept(a, first[a.label]) for a in given]
-    count = f"{len({r.number for r in runs})} runs on batches of {batches[0].examples}, {len({r.seed for r in runs})} seeds"
+    numbers, seeds = (len({getattr(r, name) for r in runs}) for name in ("number", "seed"))
+    groups = f"{numbers} {'batch' if numbers == 1 else 'batches'} of {batches[0].examples}"
+    count = f"{groups}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     setting = {
         "reference": reference,
         "parameters": layers.size,
