@@ -81,10 +81,15 @@ def _race(found: Found) -> Iterable[str]:
 
 
 def _ratio(reach: Reach, base: Reach) -> str:
-    steps = f"{(reach.steps or 0.0) / (base.steps or 1.0):.2g} of {base.label}'s steps ({reach.steps:g} and {base.steps:g})"
+    steps = f"{_times((reach.steps or 0.0) / (base.steps or 1.0))} {base.label}'s steps ({reach.steps:g} and {base.steps:g})"
     if reach.seconds is None or not base.seconds:
         return steps
-    return f"{steps} and {reach.seconds / base.seconds:.2g} of its time"
+    return f"{steps} and {_times(reach.seconds / base.seconds)} its time"
+
+
+def _times(ratio: float) -> str:
+    """A ratio as text, which "2 of the steps" is not."""
+    return f"{ratio:.2g} {'of' if ratio < 0.995 else 'times'}"
 
 
 def _ends(found: Found) -> Iterable[str]:

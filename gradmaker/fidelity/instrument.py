@@ -171,7 +171,9 @@ def _result(
     if not given:
         raise ValueError("; ".join(f"{label}: {reason}" for label, reason in refused.items()))
     kept = [_refused(one) if isinstance(one, Refused) else _kept(one, first[one.label]) for one in rows]
-    count = f"{len({r.number for r in runs})} runs on batches of {batches[0].examples}, {len({r.seed for r in runs})} seeds"
+    numbers, seeds = (len({getattr(r, name) for r in runs}) for name in ("number", "seed"))
+    groups = f"{numbers} {'batch' if numbers == 1 else 'batches'} of {batches[0].examples}"
+    count = f"{groups}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     setting = {
         "reference": reference,
         "parameters": layers.size,

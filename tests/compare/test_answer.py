@@ -35,7 +35,8 @@ FOUND = Found(
 def test_the_race_is_told_against_the_best_plain_optimizer() -> None:
     race, by_time, best, on_front, bad = sentences(FOUND)
     assert (
-        race == "On this model kfac reaches 98.00 % of test accuracy in 0.6 of adam's steps (300 and 500) and 1.4 of its time."
+        race
+        == "On this model kfac reaches 98.00 % of test accuracy in 0.6 of adam's steps (300 and 500) and 1.4 times its time."
     )
     assert by_time == "By time, muon is the first beside adam: 0.8 of adam's steps (400 and 500) and 0.9 of its time."
     assert best == "kfac ends with the best test accuracy, 98.50 %: better than adam and sgd by 3 seeds (paired t-tests)."
@@ -89,6 +90,11 @@ def test_the_sentences_follow_from_the_data() -> None:
     told = sentences(found)
     assert told[2] == "kfac ends with the best test accuracy, 95.10 %: better than sgd by 12 seeds (paired t-tests)."
     assert told[3] == "No row is better in both test accuracy and time than sgd and kfac."
+
+
+def test_ratios_above_one_are_no_counts() -> None:
+    slow = sentences(replace(FOUND, reaches=[REACHES[0], Reach("kfac", 0.98, 1000.0, 0.5, 3, 3)]))[0]
+    assert slow.endswith("in 2 times adam's steps (1000 and 500) and 0.5 of its time.")
 
 
 def test_means_over_other_seeds_are_told() -> None:
