@@ -248,7 +248,7 @@ def _check_held(saved: dict[str, Any]) -> None:
             f"load_state_dict: {_some(lost)} was saved and is not in this state, or has another shape there: what loads into a "
             "state_dict() fills only the keys that it has, as torch's distributed checkpoints do, and this maker knows those "
             "of some tensors only when it has measured. Save between steps; where names or shapes depend on what was measured, "
-            "save with torch.save"
+            "load into what gradmaker.checkpoint_targets returns, or save with torch.save"
         )
 
 
