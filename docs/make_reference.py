@@ -34,7 +34,11 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "methods": ("Methods", ("gradmaker.methods",)),
-    "compare": ("Comparisons, costs, sweeps", ("gradmaker.compare", "gradmaker.costs", "gradmaker.damping_sweep")),
+    "compare": (
+        "Comparisons, costs, sweeps",
+        ("gradmaker.compare", "gradmaker.costs", "gradmaker.damping_sweep", "gradmaker.scale"),
+    ),
+    "reporting": ("Reports", ("gradmaker.reporting",)),
     "reports": ("Curvature, fidelity and coverage of a model", ("gradmaker.reports", "gradmaker.fidelity")),
     "curvature": ("Curvature", ("gradmaker.curvature",)),
     "representations": ("Representations", ("gradmaker.representations",)),
@@ -45,6 +49,7 @@ MODULES = (
     "gradmaker",
     "gradmaker.compare",
     "gradmaker.fidelity",
+    "gradmaker.reporting",
     "gradmaker.schedule",
     "gradmaker.reports.spectrum",
     "gradmaker.reports.coverage",
@@ -53,14 +58,20 @@ MODULES = (
     "gradmaker.solvers",
 )
 """Whose `__all__` is public."""
+SINGLE = {
+    "gradmaker.compare.plan_report": ("plan_report",),
+    "gradmaker.costs.traffic": ("communicated",),
+    "gradmaker.scale.assignment": ("BlockWork", "Matrix", "Assignment", "assign"),
+}
+"""Public names of other modules, of which pages speak."""
 
 
 def public() -> dict[str, tuple[str, Any]]:
-    """Classes and functions with their group, by the dotted name of their definition, in the order of `MODULES`."""
+    """Classes and functions with their group, by the dotted name of their definition: of `MODULES`, then of `SINGLE`."""
     found: dict[str, tuple[str, Any]] = {}
-    for module_name in MODULES:
+    for module_name in (*MODULES, *SINGLE):
         module = import_module(module_name)
-        for each in module.__all__:
+        for each in SINGLE.get(module_name, module.__all__):
             item = getattr(module, each)
             if (inspect.isclass(item) or inspect.isfunction(item)) and item.__module__.startswith("gradmaker"):
                 name = f"{item.__module__}.{item.__qualname__}"

@@ -215,9 +215,12 @@ class Block(Stack):
             del self.held.cache[name]
 
     def restore(self) -> None:
-        """Make a released cache again."""
+        """Make a released cache again. RuntimeError where that fails, as it did not before."""
         if self.released:
-            cache = self.refreshed(self.held.state, None) | self.held.cache
+            made = self.refreshed(self.held.state, None)
+            if "failures" in made and bool(made["failures"].any()):
+                raise RuntimeError(f"{self.name}: the preconditioner of the last step cannot be made again from its statistic")
+            cache = made | self.held.cache
             self.held.cache.clear()
             self.held.cache.update(cache)
             self.released = False

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -24,8 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tempfile.TemporaryDirectory()
 """Of the reference; two builds may run at once."""
 AXES = ("curvature", "representations", "solvers")
-PENDING = ("fidelity.md", "command.md", "poster.md", "scale.md", "processes.md")
-"""Pages that have a place in the navigation and need not be there."""
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".json": "json"}
@@ -34,23 +31,11 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".json": "json"}
 # ------------------------------------------------------------------ configuration
 @event_priority(100)  # before the plugin that reads the sources
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Drops entries of pages that are not there yet, names the version, puts the sources where they install."""
-    config.nav = present(config.nav, Path(config.docs_dir))
+    """Names the version, puts the sources where they install."""
     config.copyright = f"gradmaker {version()}, MIT licence"
     put_sources_together(Path(SOURCES.name))
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [SOURCES.name]
     return config
-
-
-def present(nav: Any, docs: Path) -> Any:
-    """The navigation without pages of `PENDING` that do not exist."""
-    if isinstance(nav, list):
-        kept = [present(entry, docs) for entry in nav]
-        return [entry for entry in kept if entry]
-    if isinstance(nav, dict):
-        kept_by_title = {title: present(entry, docs) for title, entry in nav.items()}
-        return {title: entry for title, entry in kept_by_title.items() if entry}
-    return None if nav in PENDING and not (docs / nav).exists() else nav
 
 
 def version() -> str:

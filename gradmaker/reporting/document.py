@@ -53,7 +53,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report.
+    """A report: what was found, then sections, then how it was measured; `to_json` and `from_json` keep it.
 
     Args:
         answer: sentences that say what was found, first on the page.

@@ -14,7 +14,7 @@ MARKS = ("line", "step", "points", "bars")
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis.
+    """An axis of a figure: title, scale, format of its numbers, limits.
 
     Args:
         scale: linear, log, or category for names, which stand in the order in which they are given.
@@ -91,7 +91,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Figure:
-    """Series of rows over two axes.
+    """Series of rows over two axes. ValueError for a name that names no file.
 
     Args:
         name: name of its files, as ``loss_steps``; unique in a document.

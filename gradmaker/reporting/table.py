@@ -16,7 +16,7 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """A column of a table: which value of a row it shows, and how it is written.
 
     Args:
         key: where its values stand in the rows.

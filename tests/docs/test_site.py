@@ -100,6 +100,13 @@ def test_pages_outside_of_the_navigation_are_linked_from_it() -> None:
     assert not {page.relative_to(ROOT).as_posix() for page in pages - shown - linked}
 
 
+def test_nothing_is_lost_between_source_and_page() -> None:
+    """The site renders no TeX, and reads a name in angle brackets as HTML unless it is code."""
+    for page in (ROOT / "docs").glob("**/*.md"):
+        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"\$[^$\n]*\\[a-zA-Z]+[^$\n]*\$|/<\w+>|/[\w-]*-<\w+>", prose), page.name
+
+
 def test_citation_names_the_version() -> None:
     import gradmaker
 

@@ -51,6 +51,8 @@ PLAYED = {
     roles.ByExample: "Kron KronRows Eigenbasis",
     roles.SpansGradient: "Rows Sketched",
     roles.FoldsMoments: "Kron",
+    roles.FoldsLast: "Kron Eigenbasis KronDims RotatedDims ZeroHistory RootKronDims",
+    roles.Additive: "Dense Kron Diagonal",
     roles.PreconditionsRows: "KronQ KronPairs",
     roles.Unstacked: "KronRows Rows Sketched Window Truncated Implicit",
     roles.Snapshots: "Implicit KronPairs",
