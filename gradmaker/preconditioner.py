@@ -117,7 +117,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
 
     def _owner_of(self) -> dict[nn.Parameter, int]:
         """Of sharded parameters the owners, which are sent the shards, and return those of ``P g``."""
-        if self.trust_region is not None:  # which reads all gradients
+        if self.trust_region is not None and self.trust_region.reads_gradients(self.step):
             return {}
         blocks = [b for b in self.plan.blocks if b.owner is not None]
         owners = {p: b.owner for b in blocks for s in b.sites for p in s.parameters.values() if b.owner is not None}
