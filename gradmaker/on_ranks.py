@@ -72,7 +72,13 @@ class OnRanks:
     def _whole_gradients(self, before: Gradients) -> AbstractContextManager[Gradients]:
         """Context in which gradients of sharded parameters are whole.  before: those from before the step"""
         parameters = self._trained
-        return whole_gradients(self.ranks, parameters, before) if any(map(is_sharded, parameters)) else nullcontext(before)
+        if not any(map(is_sharded, parameters)):
+            return nullcontext(before)
+        return whole_gradients(self.ranks, parameters, before, self._owner_of())
+
+    def _owner_of(self) -> dict[nn.Parameter, int]:
+        """The ranks that alone need the whole gradients of parameters."""
+        return {}
 
     def _meet_in_backward(self, output: Any) -> None:
         """The backward pass of a rank without examples, which those of the others wait for where parameters are sharded."""

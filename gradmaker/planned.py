@@ -12,6 +12,7 @@ from torch import nn
 from gradmaker.blocks import Block
 from gradmaker.capture.arrangement import Arrangement
 from gradmaker.capture.row_calls import RowLayer
+from gradmaker.capture.sharded import is_sharded
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.config import GradientConfig
 from gradmaker.curvature import Curvature
@@ -188,7 +189,7 @@ class PlannedMaker(GradientMaker):
         ranks, now = self.ranks, self.step_state.now
         if ranks is None or now.gradients is not None:
             return
-        parameters = [p for p in self.plan.own.all if self.served is None or p in self.served]
+        parameters = [p for p in self.plan.own.all if (self.served is None or p in self.served) and not is_sharded(p)]
         finite, findings = agree_on_gradients(ranks, parameters, now.finite, [float(now.part), self._findings()])
         if now.finite and not finite:
             self.step_state.note(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from gradmaker.blocks import Block
 from gradmaker.by_rows import Value
 from gradmaker.capture.borrowing import borrowing
+from gradmaker.capture.sharded import is_sharded
 from gradmaker.checkpoint import dump, load
 from gradmaker.config import GradientConfig
 from gradmaker.costs.prediction import cost
-from gradmaker.curvature import Likelihood
+from gradmaker.curvature import Curvature, Likelihood
 from gradmaker.elementwise import Elementwise, elementwise
 from gradmaker.failures import Failures, Report
 from gradmaker.linalg.arithmetic import plain_arithmetic
@@ -114,9 +115,17 @@ class PreconditionedGradientMaker(MeasuringMaker):
         """Context in which owners compute: an exception on one rank is one on all."""
         return self.meeting() if self.owners else nullcontext()
 
+    def _owner_of(self) -> dict[nn.Parameter, int]:
+        """Of sharded parameters the owners, which are sent the shards, and return those of ``P g``."""
+        if self.trust_region is not None and self.trust_region.reads_gradients(self.step):
+            return {}
+        blocks = [b for b in self.plan.blocks if b.owner is not None]
+        owners = {p: b.owner for b in blocks for s in b.sites for p in s.parameters.values() if b.owner is not None}
+        return owners if owners and all(map(is_sharded, owners)) else {}
+
     def _of_owners(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The preconditioned gradients of all owners."""
-        ranks = self.ranks if self.owners else None
+        ranks = self.ranks if self.owners and not self._owner_of() else None
         return found if ranks is None else share(ranks, self.plan.blocks, found)
 
     @torch.no_grad()
@@ -162,13 +171,23 @@ class PreconditionedGradientMaker(MeasuringMaker):
         pooled_pairs = self._pooled()
         if not pooled_pairs and all(b in done for b in self.plan.measured(self._due) if b.triple.curvature in own):
             return
+        others = self._elsewhere(draft, own)
         with plain_arithmetic(self.model), borrowing():
             for curvature in own:
-                step = self._step(curvature, 0, self._due, done=done)
+                step = self._step(curvature, 0, self._due, done=done | others)
                 self._take(draft, curvature, curvature.measure(step), 1.0, done=done, last=True)
             for curvature, pooled in pooled_pairs.items():
                 chunks = curvature.complete(self._step(curvature, now.part - 1, self._due), pooled)
                 self._take(draft, curvature, chunks, 1.0, pooled=False)
+
+    def _elsewhere(self, draft: Draft, curvatures: Collection[Curvature]) -> Set[Block]:
+        """The blocks whose gradients are on other ranks alone; notes that these measure them."""
+        blocks = [b for b in self.plan.measured(self._due) if b.triple.curvature in curvatures and not b.owned]
+        found = {b for b in blocks if self._owner_of()}
+        for block in found:
+            reached = {s.name for s in block.sites if s.has_gradient and not s.frozen}
+            draft.put(block, draft.look(block), block.names if block.full and reached else reached)
+        return found
 
     @property
     def _started(self) -> bool:

@@ -6,10 +6,11 @@ replicated. Shards travel in one exchange with their exact sizes: uneven ones, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,35 +75,69 @@ def _layout(p: Any, ranks: Ranks | None) -> _Layout:
     return _Layout(tuple(p.shape), axis, tuple(index), tuple(replica))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A sharded tensor, and the ranks that need all of it."""
+
+    shard: Tensor
+    layout: _Layout
+    by: frozenset[int]
+
+    def senders(self, to: int) -> frozenset[int]:
+        """The ranks that send a shard to a rank: those of its replica."""
+        near = self.layout.replica[to]
+        return frozenset(r for r, replica in enumerate(self.layout.replica) if replica == near and to in self.by)
+
+
 @torch.no_grad()
-def _gathered(ranks: Ranks | None, pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
-    """The whole tensors of which each rank has a shard, on all ranks."""
-    layouts = [_layout(p, ranks) for p, _ in pairs]
+def _gathered(ranks: Ranks | None, wanted: Sequence[_Wanted]) -> list[Tensor]:
+    """The whole tensors on the ranks that need them; elsewhere zeros of their shapes, without memory."""
     if ranks is None:
-        return [local(t).clone() for _, t in pairs]
-    found: list[Tensor] = [torch.empty(0)] * len(pairs)
-    buckets: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
-    for j, (_, t) in enumerate(pairs):
-        buckets.setdefault((t.dtype, layouts[j].replica), []).append(j)
-    for (dtype, replica), places in buckets.items():
-        own = torch.cat([local(pairs[j][1]).reshape(-1) for j in places])
-        near = [r for r in range(ranks.size) if replica[r] == replica[ranks.rank]]
-        pieces = ranks.exchange({r: own for r in near}, {r: sum(layouts[j].size(r) for j in places) for r in near}, dtype)
-        wholes = [torch.empty(layouts[j].shape, dtype=dtype, device=own.device) for j in places]
-        for r in near:
-            parts = [layouts[j].part(r, w) for j, w in zip(places, wholes, strict=True)]
+        return [w.shard.clone() for w in wanted]
+    found = [w.shard.new_zeros(()).expand(w.layout.shape) for w in wanted]
+    for dtype in dict.fromkeys(w.shard.dtype for w in wanted):
+        of_type = [j for j, w in enumerate(wanted) if w.shard.dtype == dtype]
+        lists = {to: [j for j in of_type if ranks.rank in wanted[j].senders(to)] for to in range(ranks.size)}
+        send = {to: torch.cat([wanted[j].shard.reshape(-1) for j in js]) for to, js in lists.items() if js}
+        mine = [j for j in of_type if ranks.rank in wanted[j].by]
+        sent = {r: [j for j in mine if r in wanted[j].senders(ranks.rank)] for r in range(ranks.size)}
+        pieces = ranks.exchange(send, {r: sum(wanted[j].layout.size(r) for j in js) for r, js in sent.items()}, dtype)
+        for j in mine:
+            found[j] = torch.empty(wanted[j].layout.shape, dtype=dtype, device=ranks.device)
+        for r, js in sent.items():
+            parts = [wanted[j].layout.part(r, found[j]) for j in js]
             for part, piece in zip(parts, pieces[r].split([p.numel() for p in parts]), strict=True):
                 part.copy_(piece.view(part.shape))
-        for j, w in zip(places, wholes, strict=True):
-            found[j] = w
+    return found
+
+
+@torch.no_grad()
+def _scattered(ranks: Ranks, made: Sequence[Tensor], layouts: Sequence[_Layout], owners: Sequence[int]) -> list[Tensor]:
+    """The shards of this rank of whole tensors that their owners have."""
+    found: list[Tensor] = [torch.empty(0)] * len(made)
+    for dtype in dict.fromkeys(t.dtype for t in made):
+        of_type = [j for j, t in enumerate(made) if t.dtype == dtype]
+        own = [j for j in of_type if owners[j] == ranks.rank]
+        send = {to: torch.cat([layouts[j].part(to, made[j]).reshape(-1) for j in own]) for to in range(ranks.size) if own}
+        sent = {r: [j for j in of_type if owners[j] == r] for r in range(ranks.size)}
+        pieces = ranks.exchange(send, {r: sum(layouts[j].size(ranks.rank) for j in js) for r, js in sent.items()}, dtype)
+        for r, js in sent.items():
+            for j, piece in zip(js, pieces[r].split([layouts[j].size(ranks.rank) for j in js]), strict=True):
+                found[j] = piece.view(layouts[j].part(ranks.rank, made[j]).shape)
     return found
 
 
 @contextmanager
-def whole_gradients(ranks: Ranks | None, parameters: Sequence[nn.Parameter], before: Gradients) -> Iterator[Gradients]:
+def whole_gradients(
+    ranks: Ranks | None,
+    parameters: Sequence[nn.Parameter],
+    before: Gradients,
+    owners: Mapping[nn.Parameter, int] = MappingProxyType({}),
+) -> Iterator[Gradients]:
     """Context in which ``.grad`` of sharded parameters are whole; at its end each rank has its shard of what they are then.
 
-    before: gradients from before the step, which the context is given whole, too
+    before: gradients from before the step, which the context is given whole, too. owners: by parameter the rank that needs it
+    whole, where it is zeros without memory on the others; else all do
     """
     kept = {p: p.grad for p in parameters if is_sharded(p) and p.grad is not None}
     if not kept:
@@ -110,9 +145,13 @@ def whole_gradients(ranks: Ranks | None, parameters: Sequence[nn.Parameter], bef
         return
     if ranks is not None:
         ranks.meet([float(len(kept))])
-    given = {p: g for p, g in before if g is not None and is_sharded(g)}
-    wholes = _gathered(ranks, [*kept.items(), *given.items()])
-    earlier = dict(zip(given, wholes[len(kept) :], strict=True))
+    layouts = {p: _layout(p, ranks) for p in kept}
+    everyone = range(1 if ranks is None else ranks.size)
+    by = {p: frozenset([owners[p]] if p in owners else everyone) for p in kept}
+    given = {p: g for p, g in before if g is not None and p in kept}
+    wholes = _gathered(ranks, [_Wanted(local(g), layouts[p], by[p]) for p, g in (*kept.items(), *given.items())])
+    own = 0 if ranks is None else ranks.rank
+    earlier = {p: w if own in by[p] else None for p, w in zip(given, wholes[len(kept) :], strict=True)}
     try:
         for p, w in zip(kept, wholes, strict=False):
             p.grad = w
@@ -121,11 +160,17 @@ def whole_gradients(ranks: Ranks | None, parameters: Sequence[nn.Parameter], bef
         for p, g in kept.items():
             p.grad = g
         raise
+    made = {p: w if p.grad is None else p.grad for p, w in zip(kept, wholes, strict=False)}
+    owned = [p for p in kept if p in owners]
+    found = {p: layouts[p].part(own, made[p]) for p in kept if p not in owners}
+    if ranks is not None and owned:
+        whole = [made[p] for p in owned]
+        shards = _scattered(ranks, whole, [layouts[p] for p in owned], [owners[p] for p in owned])
+        found |= dict(zip(owned, shards, strict=True))
     with torch.no_grad():
-        for p, own in kept.items():
-            made, target = p.grad, given.get(p, own)
-            if made is not None:
-                local(target).copy_(_layout(p, ranks).part(0 if ranks is None else ranks.rank, made))
+        for p, g in kept.items():
+            target = given.get(p, g)
+            local(target).copy_(found[p])
             p.grad = target
 
 

@@ -6,8 +6,11 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gradmaker as gm
 from tests.scale import replicas, sharded
@@ -27,6 +30,42 @@ class Factorisations(TorchDispatchMode):
         if name in FACTORISATIONS:
             self.count[name] += args[0].numel() // (args[0].shape[-1] * args[0].shape[-2])
         return func(*args, **(kwargs or {}))
+
+
+class Formed(TorchDispatchMode):
+    """Notes the shapes of all tensors with memory of their own size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.ndim > 1 and t.untyped_storage().nbytes() >= t.numel() * t.element_size():
+                self.shapes.add(tuple(t.shape[-2:]))
+        return out
+
+
+def formed(options: dict[str, Any], rank: int, world: int) -> list[tuple[bool, bool]]:
+    """For each wide layer whether this rank owns it, and whether the ends of two steps form its whole gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 67), torch.nn.Tanh(), torch.nn.Linear(67, 3)).double()
+    sharded.shard(model, (world,))
+    maker = made(options, model, rank)
+    shapes: set[tuple[int, ...]] = set()
+    for step in range(2):
+        x, t = replicas.batch(step)
+        replicas.declare(maker, model, x, t)
+        maker.accumulate()
+        with Formed() as seen:
+            maker.precondition()
+        shapes |= seen.shapes
+    own = {name for b in maker.plan.blocks if b.owned for s in b.sites for name in s.parameters}
+    wide = {"0.weight": {(67, 6), (67, 7)}, "2.weight": {(3, 67), (3, 68)}}
+    return [(name in own, bool(shapes & looks)) for name, looks in wide.items()]
 
 
 def made(options: dict[str, Any], model: torch.nn.Module, rank: int | None) -> Any:
@@ -78,5 +117,9 @@ def saved(options: dict[str, Any], rank: int, world: int, folder: str) -> Any:
     other = replicas.net()
     other.load_state_dict(weights)
     fresh = made(options, other, rank)
-    fresh.load_state_dict(state)
+    at = f"{folder}/dcp_{options['method']}"
+    dcp.save({"maker": state}, checkpoint_id=at)
+    target = {"maker": fresh.state_dict()}
+    dcp.load(target, checkpoint_id=at)
+    fresh.load_state_dict(target["maker"])
     return went_on, steps(fresh, other, rank, world, 3, 6)

@@ -77,6 +77,7 @@ def declared(options: dict[str, Any], rank: int | None, dims: tuple[int, ...], p
 
 def attached(options: dict[str, Any], rank: int | None, dims: tuple[int, ...], front: bool = False, **more: Any) -> Any:
     """Parameters of a loop with equal shares."""
+    owners = more.pop("owners", False)
     set_to_none = more.pop("set_to_none", True)
     checkpointed, policy = more.pop("checkpointed", False), more.get("mp_policy")
     model: nn.Module = Net(checkpointed and rank is not None)
@@ -86,6 +87,7 @@ def attached(options: dict[str, Any], rank: int | None, dims: tuple[int, ...], f
         part = slice(rank * n, (rank + 1) * n)
         shard(model, dims, **more)
     maker: Any = gm.from_config(model, options)
+    maker.owners = owners and rank is not None
     optimizer: Any = torch.optim.SGD(model.parameters(), 1e-2)
     if front:
         optimizer = gm.PreconditionedOptimizer(maker, optimizer, max_norm=1e-2)
@@ -100,6 +102,7 @@ def attached(options: dict[str, Any], rank: int | None, dims: tuple[int, ...], f
         optimizer.step()
         found += [full(p) for p in model.parameters()]
         if front and step == 1:  # a state that is saved and loaded goes on the same way
+            assert optimizer.metrics()
             optimizer.load_state_dict(optimizer.state_dict())
     return found
 
