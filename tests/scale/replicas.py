@@ -56,13 +56,13 @@ def denses(maker: Any) -> list[Tensor]:
     found = []
     for block in maker.plan.blocks if hasattr(maker, "plan") else ():
         with contextlib.suppress(NotImplementedError, TypeError):
-            found.append(block.triple.representation.to_dense(block.state))
+            found.append(block.triple.representation.to_dense(block.state).clone())
     return found
 
 
 def statistics(maker: Any) -> list[Tensor]:
-    """What the blocks hold."""
-    return [block.state[k] for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)]
+    """What the blocks hold, copied: a step may write in place."""
+    return [block.state[k].clone() for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)]
 
 
 # --- the matrix of methods -------------------------------------------------------------------------------------------------
