@@ -119,7 +119,8 @@ def _eigenvalues(A: Tensor) -> Tensor:
 
     # (B, d, d) -> (B, d)
     """
-    return torch.linalg.eigvalsh(A.double()).to(A)
+    found: Tensor = torch.linalg.eigvalsh(A.double())
+    return found.to(A)
 
 
 class HeldCurvature:
