@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from own_rows import EMP, KINDS, NEVER, OWN, Make, Own, Row, sgd
 from torch import Tensor
 from workloads import Case, build, layered
 
+from gradmaker.compare.batches.sources import SPLIT_SEED
 from gradmaker.compare.cost import cpu_peak
-from gradmaker.compare.data import Split, load, split
+from gradmaker.compare.data import Data, load
 from gradmaker.linalg.factored_gradient import FactoredGradient
 
 MEMORY_STEPS = 3
@@ -48,14 +50,18 @@ def peak_of_sgd(workload: str) -> int:
 
 # ------------------------------------------------------------------ learning
 @cache
-def digits() -> Split:
-    return split(load("digits"), 0.1)
+def digits() -> Data:
+    """The digits without the tenth of the training samples that selects."""
+    data = load("digits")
+    size = len(data.train_inputs)
+    kept = torch.randperm(size, generator=torch.Generator().manual_seed(SPLIT_SEED))[round(0.1 * size) :]
+    return replace(data, train_inputs=data.train_inputs[kept], train_targets=data.train_targets[kept])
 
 
 def train(make: Make, kind: str, rate: float, steps: int = LEARNING_STEPS) -> tuple[float, float, float]:
     """Losses of the first steps and of the last ones, and the accuracy on the test data."""
     torch.manual_seed(0)
-    x, t = (each.flatten(1) if each.ndim > 1 else each for each in digits().train)
+    x, t = digits().train_inputs.flatten(1), digits().train_targets
     generator = torch.Generator().manual_seed(0)
     case = Case(layered(x.shape[1], 128), x[:LEARNING_BATCH], t[:LEARNING_BATCH])
     step, losses = make(case, kind, rate), []
@@ -65,7 +71,7 @@ def train(make: Make, kind: str, rate: float, steps: int = LEARNING_STEPS) -> tu
         with torch.no_grad():
             losses.append(float(F.cross_entropy(case.model(case.x), case.t)))
         step()
-    x, t = digits().test
+    x, t = digits().test_inputs, digits().test_targets
     with torch.no_grad():
         right = (case.model(x.flatten(1)).argmax(1) == t).double().mean()
     return sum(losses[:3]) / 3, sum(losses[-5:]) / 5, float(right)

@@ -7,7 +7,8 @@ and what several curvatures share. The evidence carries all scaling of the loss;
 
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.fisher import FisherEmp, FisherExact, FisherMC
 from gradmaker.curvature.fisher_forward import FisherForward
 from gradmaker.curvature.gradient import BatchGradient, DisplacedGradient

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, TypeAlias
 
-from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence_kinds import Kind, check_kinds
 from gradmaker.curvature.step import Step
 
 __all__ = ["NO_CALLS", "NO_DRAWS", "NO_OUTPUTS", "NO_REDUCTION", "Curvature", "Need"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from gradmaker.curvature.special_rows import input_rows, one_hot_squares
 from gradmaker.linalg.moments import add_moment_
 from gradmaker.linalg.writes import Writer, at_once
 
-__all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Kind", "Outer", "Pair", "PairKind", "check_kinds", "kinds"]
+__all__ = ["PIECE", "WHOLE", "Evidence", "Gradient", "Joint", "Outer", "Pair", "PairKind"]
 
 PIECE = 1 << 24
 """Entries of rows ``J`` that are formed at once where only sums over rows are needed: a bound on memory, 64 MiB in float32."""
@@ -46,34 +46,6 @@ class Evidence(ABC):
     @abstractmethod
     def rows(self) -> Tensor:
         """The rows ``J``, formed. TypeError for evidence that has none.  # (N, G, *shape)"""
-
-
-class Kind(NamedTuple):
-    """A class of evidence and a kind of it: what the legality of a triple compares."""
-
-    evidence: type[Evidence]
-    kind: str
-
-    def __str__(self) -> str:
-        plain = self.kind == self.evidence.kinds[0]
-        return self.evidence.__name__ if plain else f"{self.evidence.__name__} ({self.kind.replace('_', ' ')})"
-
-
-def kinds(*given: type[Evidence] | tuple[type[Evidence], str]) -> frozenset[Kind]:
-    """The set of the given classes of evidence, of their plain kind where none is named. ValueError for an unknown kind."""
-    found = [Kind(*one) if isinstance(one, tuple) else Kind(one, one.kinds[0]) for one in given]
-    for evidence, kind in found:
-        if kind not in evidence.kinds:
-            legal = ", ".join(evidence.kinds)
-            raise ValueError(f"kind={kind!r} of {evidence.__name__}: expected one of {legal}")
-    return frozenset(found)
-
-
-def check_kinds(part: type, name: str) -> None:
-    """Check a declaration of evidence. ValueError for a class attribute that `kinds` did not make."""
-    given = vars(part).get(name, frozenset())
-    if not isinstance(given, frozenset) or not all(isinstance(kind, Kind) for kind in given):
-        raise ValueError(f"{part.__name__}.{name}={given!r}: expected what kinds() makes, as in {name} = kinds(Gradient)")
 
 
 OuterKind: TypeAlias = Literal["rows", "inputs", "with_secants"]
@@ -345,6 +317,7 @@ class Pair(Evidence):
     v: Tensor  # (G, *shape)
     cv: Tensor  # (G, *shape)
     kind: PairKind = "probe"
+    counted: int | Tensor | None = None  # positions that ``v`` is a mean over; None: it is no mean  # or ()
 
     kinds: ClassVar[tuple[str, ...]] = get_args(PairKind)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from gradmaker.capture.vjps import Source, VJPs, bytes_of_vjp, vjps_of
 from gradmaker.curvature.alone import examples_alone
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
-from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.layer_evidence import layer_evidence
 from gradmaker.curvature.step import Step
 from gradmaker.errors import SelfCheckError

@@ -10,7 +10,8 @@ import torch
 
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION, Curvature, Need
-from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.fisher import LazyEvidence
 from gradmaker.curvature.step import Step
 

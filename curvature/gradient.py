@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.curvature.step import Step
 

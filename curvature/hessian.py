@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
-from gradmaker.curvature.evidence import WHOLE, Evidence, Kind, Outer, kinds
+from gradmaker.curvature.evidence import WHOLE, Evidence, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.fisher import FisherEmp, FisherMC
 from gradmaker.curvature.layer_factors import layer_factors
 from gradmaker.curvature.products import Layers, Product

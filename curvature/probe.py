@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_CALLS, NO_OUTPUTS, NO_REDUCTION, Curvature, Need
-from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.hessian import Mode, check_mode, multiply_hessian
 from gradmaker.curvature.roles import Pooled
 from gradmaker.curvature.row_gradient import RowGradient

@@ -42,6 +42,17 @@ class Factors(Evidence):
 
 
 @dataclass(frozen=True)
+class Moments(Evidence):
+    """Sums over the examples of one process, of which the curvature is a function once those of all are added."""
+
+    sites: tuple[str, ...]
+    sums: tuple[Tensor, ...]
+
+    def rows(self) -> Tensor:
+        raise TypeError("Moments: sums over examples have no rows")
+
+
+@dataclass(frozen=True)
 class Layers:
     """Kronecker factors of layers, in the order of a vector of all parameters; None for layers without evidence."""
 

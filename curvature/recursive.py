@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gradmaker.capture.rules.calls import Call
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_DRAWS, NO_REDUCTION
-from gradmaker.curvature.evidence import Evidence, Kind, kinds
-from gradmaker.curvature.products import Factors
-from gradmaker.curvature.roles import Watching
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence_kinds import Kind, kinds
+from gradmaker.curvature.products import Factors, Moments
+from gradmaker.curvature.roles import OfMoments, Watching
 from gradmaker.curvature.step import Step
 from gradmaker.loss.terms import Terms
 from gradmaker.options.checks import check_count
@@ -30,7 +31,7 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherRecursive(Watching):
+class FisherRecursive(Watching, OfMoments):
     """The exact Fisher matrix as ``B_l (x) A_l``, with ``B`` averaged over the batch layer by layer, without a backward pass.
 
     ``B_L = sum_m Lambda_m``, ``B_l = (W^T B_(l+1) W) * mean_n phi'_n phi'_n^T`` with the weight ``W`` of the next layer, and
@@ -41,6 +42,7 @@ class FisherRecursive(Watching):
     """
 
     gives: ClassVar[frozenset[Kind]] = kinds(Factors)
+    by_parts: ClassVar[bool] = True
     inapplicable = NO_DRAWS | NO_REDUCTION
 
     chunk: int = 64
@@ -54,24 +56,43 @@ class FisherRecursive(Watching):
         return [module for _, module in find_chain(model)]
 
     def measure(self, step: Step) -> Iterator[dict[str, Evidence]]:
-        terms, chain = _only(step.terms), find_chain(step.tape.root)
-        sites = {m: [s for s in step.active() if m in s.modules] for _, m in chain}
-        lowest = next(j for j, (_, m) in enumerate(chain) if sites[m])
-        calls = [_call(step, name, module) for name, module in chain[lowest:]]
-        weights, counted = _example_weights(step, terms)
-        found: dict[str, Evidence] = {}
-        after, B = terms.z, self._output_factor(terms, step.examples)
+        moments = self._moments(step)
+        if step.share is None:
+            yield self.recursion(step.tape.root, step.active(), moments)
+        else:
+            yield {moments.sites[0]: moments}
+
+    def recursion(self, model: nn.Module, sites: Sequence[Site], moments: Moments) -> dict[str, Evidence]:
+        of_module = _by_module(model, sites)
+        chain = find_chain(model)
+        lowest = next(j for j, (_, m) in enumerate(chain) if of_module[m])
+        counted, B, *rest = moments.sums
+        total, found = counted.clamp(min=1), dict[str, Evidence]()
         W: Tensor | None = None  # of the layer above; the lowest layer, whose inputs may be many, needs no further product
-        for (_, module), call in zip(reversed(chain), reversed(calls), strict=False):
+        for _, module in reversed(chain[lowest:]):
             if W is not None:
                 B = W.mT @ B @ W
                 B = (B + B.mT) / 2
-            B = B * _derivative_moment(after, call, weights)
-            for site in sites[module]:
-                factors = _factors(site, call.input, B, weights, step.statistics_dtype(site))
-                found[site.name] = replace(factors, counted=counted)
-            after, W = call.input, module.weight.detach().to(B)
-        yield found
+            B = B * (rest.pop(0) / total)
+            for site in of_module[module]:
+                A = rest.pop(0) / total
+                found[site.name] = Factors(A.unsqueeze(0), B.unsqueeze(0), counted=counted)
+            W = module.weight.detach().to(B)
+        return found
+
+    def _moments(self, step: Step) -> Moments:
+        """The counted examples, the output factor, and from the last layer down the moments of its derivatives and inputs."""
+        terms, chain, sites = _only(step.terms), find_chain(step.tape.root), step.active()
+        of_module = _by_module(step.tape.root, sites)
+        lowest = next(j for j, (_, m) in enumerate(chain) if of_module[m])
+        calls = [_call(step, name, module) for name, module in chain[lowest:]]
+        kept = _kept(step, terms)
+        sums, after = [kept.sum(), self._output_factor(terms, step.examples)], terms.z
+        for (_, module), call in zip(reversed(chain), reversed(calls), strict=False):
+            sums.append(_derivative_moment(after, call, kept))
+            sums += [_input_moment(site, call.input, kept) for site in of_module[module]]
+            after = call.input
+        return Moments(tuple(s.name for s in sites), tuple(sums))
 
     @torch.no_grad()
     def _output_factor(self, terms: Terms, examples: int) -> Tensor:
@@ -146,28 +167,32 @@ def _only(terms: list[Terms]) -> Terms:
     return terms[0]
 
 
-def _example_weights(step: Step, terms: Terms) -> tuple[Tensor, Tensor]:
-    """The weights of a mean over the examples that the loss counts, and the number of these.  # (n, 1), ()"""
+def _by_module(model: nn.Module, sites: Sequence[Site]) -> dict[nn.Module, list[Site]]:
+    return {m: [s for s in sites if m in s.modules] for _, m in find_chain(model)}
+
+
+def _kept(step: Step, terms: Terms) -> Tensor:
+    """1 for the examples that the loss counts, 0 for the others.  # (n, 1)"""
     mask = step.mask(terms)
     counted = torch.ones_like(terms.omega) if mask is None else mask.reshape(-1).to(terms.omega)
-    return (counted / counted.sum().clamp(min=1)).unsqueeze(1), counted.sum()
+    return counted.unsqueeze(1)
 
 
-def _derivative_moment(after: Tensor, call: Call, weights: Tensor) -> Tensor:
-    """``mean_n phi'_n phi'_n^T`` of the element-wise modules between a layer's output and ``after``.  # (d, d)"""
+def _derivative_moment(after: Tensor, call: Call, kept: Tensor) -> Tensor:
+    """``sum_n phi'_n phi'_n^T`` of the element-wise modules between a layer's output and ``after``.  # (d, d)"""
     (derivative,) = torch.autograd.grad(after, call.edges[0], torch.ones_like(after), retain_graph=True)
-    derivative = derivative.detach().to(weights)
-    moment: Tensor = derivative.mT @ (derivative * weights)
+    derivative = derivative.detach().to(kept)
+    moment: Tensor = derivative.mT @ (derivative * kept)
     return moment
 
 
-def _factors(site: Site, a: Tensor, B: Tensor, weights: Tensor, dtype: torch.dtype) -> Factors:
-    """The factors of the parameters that are trained, with the bias last. ValueError for inputs with more than one axis."""
-    if a.ndim != 2 or len(a) != len(weights):
+def _input_moment(site: Site, a: Tensor, kept: Tensor) -> Tensor:
+    """``sum_n a_n a_n^T`` for the parameters that are trained, the bias last. ValueError for inputs with more than one axis."""
+    if a.ndim != 2 or len(a) != len(kept):
         raise ValueError(
             f"FisherRecursive: {site.name} is fed {tuple(a.shape)}, not a vector an example: use FisherExact (kflr)"
         )
-    parts = ([a.detach().to(weights)] if site.weighted else []) + ([torch.ones_like(weights)] if site.bias else [])
+    parts = ([a.detach().to(kept)] if site.weighted else []) + ([torch.ones_like(kept)] if site.bias else [])
     x = torch.cat(parts, 1)
-    A = x.mT @ (x * weights)
-    return Factors(A.to(dtype).unsqueeze(0), B.to(dtype).unsqueeze(0))
+    moment: Tensor = x.mT @ (x * kept)
+    return moment

@@ -11,9 +11,10 @@ from torch import nn
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import Curvature
 from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.curvature.products import Moments
 from gradmaker.curvature.step import Step
 
-__all__ = ["OfProducts", "OfSecants", "Pooled", "Watching"]
+__all__ = ["OfMoments", "OfProducts", "OfSecants", "Pooled", "Watching"]
 
 
 class Watching(Curvature):
@@ -42,6 +43,14 @@ class OfSecants(Curvature):
     @abstractmethod
     def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
         """A pair of zeros in the shapes of `secants`."""
+
+
+class OfMoments(Curvature):
+    """A curvature that is a function of sums over the examples: of several processes each measures its own `Moments`."""
+
+    @abstractmethod
+    def recursion(self, model: nn.Module, sites: Sequence[Site], moments: Moments) -> dict[str, Evidence]:
+        """What the statistics accumulate.  moments: of all examples"""
 
 
 class OfProducts(Curvature):

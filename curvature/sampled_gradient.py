@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.step import Step
 from gradmaker.loss.likelihood import LIKELIHOODS
 from gradmaker.options.checks import check_count

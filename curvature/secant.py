@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gradmaker.capture.sites import Site
 from gradmaker.capture.vjps import VJPs
 from gradmaker.curvature.base import NO_CALLS, NO_DRAWS, NO_OUTPUTS, NO_REDUCTION, Need
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, Pair, PairKind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair, PairKind
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.layer_evidence import outer
 from gradmaker.curvature.roles import OfSecants
 from gradmaker.curvature.step import LayerSums, Pass, Step
@@ -111,6 +112,7 @@ class LayerSecant(OfSecants):
     """
 
     gives: ClassVar[frozenset[Kind]] = kinds((Outer, "with_secants"), (Pair, "output_secant"))
+    by_parts: ClassVar[bool] = True
 
     inapplicable = NO_OPTIONS
 
@@ -120,25 +122,29 @@ class LayerSecant(OfSecants):
         return frozenset({"calls", "main_backward", "previous"})
 
     def measure(self, step: Step) -> Iterator[Mapping[str, Evidence]]:
-        assert step.output_gradients is not None
+        if step.output_gradients is not None:  # None: this rank has no examples
+            yield self._of_inputs(step, VJPs(step.output_gradients))
+        yield _completed(step)
+
+    def _of_inputs(self, step: Step, vjps: VJPs) -> dict[str, Evidence]:
         mask = step.mask(step.terms[0]) if step.terms else None
         found: dict[str, Evidence] = {}
-        vjps = VJPs(step.output_gradients)
         for site in step.active():
             pairs = outer(site, step.tape, vjps, mask, step.statistics_dtype(site)).regrouped(step.tape.batch)
             found[site.name] = paired = replace(pairs, kind="with_secants")
-            step.notes[site.name] = _sums(site, paired)
-        yield found
-        yield _completed(step)
+            sums = _sums(site, paired)
+            own = 1.0 if step.share is None else step.share.factor  # which is in the weight of the pass, too
+            step.notes[site.name] = LayerSums(sums.outputs, sums.gradients / own, sums.counted, sums.weights)
+        return found
 
     def empty_secant(self, site: Site, dtype: torch.dtype, device: torch.device) -> Pair:
-        return _zeros(site.shape[:2], dtype, device, "output_secant")  # (G, o)
+        return replace(_zeros(site.shape[:2], dtype, device, "output_secant"), counted=0)  # (G, o)
 
     def secants(self, step: Step) -> dict[str, Evidence]:
         assert step.previous is not None
         before: dict[str, LayerSums] = {}
         after: dict[str, LayerSums] = {}
-        for each in step.previous.passes:
+        for each in (made for made in step.previous.passes if made.notes):  # without those of no examples
             _add_sums(before, each.notes, each.weight)
             _add_sums(after, self._evaluate_again(step, each), each.weight)
         return {k: _change(before[k], now) for k, now in after.items()}
@@ -164,7 +170,8 @@ class LayerSecant(OfSecants):
 def _change(before: LayerSums, now: LayerSums) -> Pair:
     """The secant between two evaluations of the same positions and loss."""
     total = torch.as_tensor(now.counted, dtype=now.outputs.dtype, device=now.outputs.device).clamp(min=1)
-    return Pair((now.outputs - before.outputs) / total, now.gradients - before.gradients, "output_secant")
+    change = now.gradients - before.gradients
+    return Pair((now.outputs - before.outputs) / total, change, "output_secant", now.counted)
 
 
 def _add_sums(total: dict[str, LayerSums], found: Mapping[str, LayerSums], weight: float) -> None:

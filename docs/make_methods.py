@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from torch import nn
 
 from gradmaker import METHODS, GradientConfig, optimizer
+from gradmaker.commands.methods import docstring, parts, reference
 from gradmaker.compare.parsing import parse_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,32 +41,12 @@ Made by `docs/make_methods.py` from the registry; not to be edited.
 
 
 # ------------------------------------------------------------------ from the registry
-def parts(name: str) -> tuple[str, ...]:
-    """Of a method for a linear layer."""
-    if name in ("gradient", "custom"):
-        return {"gradient": ("none",), "custom": ("any legal triple",)}[name]
-    triple = METHODS[name](nn.Linear(3, 2)).plan.blocks[0].triple  # type: ignore[attr-defined]
-    return tuple(type(part).__name__ for part in (triple.curvature, triple.representation, triple.solver))
-
-
 def exponent(name: str) -> str:
     """Of the curvature."""
     if name in ("gradient", "custom"):
         return {"gradient": "0", "custom": "the solver's"}[name]
     found = METHODS[name](nn.Linear(3, 2)).plan.blocks[0].triple.solver.exponent  # type: ignore[attr-defined]
     return EXPONENTS.get(found, f"{found:g}")
-
-
-def docstring(name: str) -> tuple[str, str]:
-    """What the config's docstring says, and the sources that it names."""
-    text = cleandoc(METHODS[name].Config.__doc__ or "")
-    said, _, sources = text.partition("Reference: ")
-    return said.strip(), " ".join(sources.split()).rstrip(".")
-
-
-def reference(name: str) -> str:
-    """The first source that the config's docstring names."""
-    return docstring(name)[1].split("; ")[0]
 
 
 def attaches(name: str) -> bool:

@@ -34,7 +34,10 @@ gradmaker cost --config examples/poster/cost_cifar10.yaml
 The first makes the two figures of costs and their table, the second accuracy against batch size and interval, the third the
 table of accuracy, time and memory. The last has narrow copies of ResNet-18 and ViT-tiny for a CPU. `cost_mlp_gpu.yaml`
 (w = 2048, too), `cost_cifar10_gpu.yaml` and `accuracy_resnet18_gpu.yaml` are the poster's sizes, for a GPU. Of these, only the
-first was run for this page.
+first was run for this page, and not whole: at w = 512 there are the rows below alone, in shorter windows (0.3 s a row). The
+table of accuracy, the figure of accuracy against batch size and interval, and the narrow copies for CIFAR-10 were not run to
+an end. Predictions of K-FAC are those of the present cost model; those of other rows were made before triangular solves from
+the right were counted by their rows, and so was the column GFLOP, in which those of K-FAC are too many.
 """
 
 

@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
             "gradmaker.options",
             "gradmaker.schedule",
             "gradmaker.errors",
+            "gradmaker.scale",
         ),
     ),
     "methods": ("Methods", ("gradmaker.methods",)),

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from gradmaker import CustomGradientConfig, CustomGradientMaker, GradientMaker
 from gradmaker.curvature import Curvature, Evidence, Outer
-from gradmaker.curvature.evidence import WHOLE, Kind, kinds
+from gradmaker.curvature.evidence import WHOLE
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.step import Step
 from gradmaker.representations import GaussianGraph
 from gradmaker.representations.gaussian_graph import Parents

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 examples/mnist_ddp.py                      MNIST, plain replicas
     torchrun --nproc-per-node 2 examples/mnist_ddp.py --way ddp            in DistributedDataParallel
     torchrun --nproc-per-node 2 examples/mnist_ddp.py --way attach         in a loop that averages gradients itself
+    torchrun --nproc-per-node 2 examples/mnist_ddp.py --way fsdp           with weights that fully_shard has sharded
     torchrun --nproc-per-node 2 examples/mnist_ddp.py --data digits        scikit-learn's digits, which need no download
 
 With declared calls the maker weighs the batches of the ranks by their sizes, so that the last, uneven batch of an epoch is
@@ -20,6 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gradmaker import from_config
@@ -48,10 +52,19 @@ def largest_difference(model: nn.Module) -> float:
     """Between the weights of this rank and those of rank 0."""
     worst = 0.0
     for p in model.parameters():
-        first = p.detach().clone()
+        own = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        first = own.clone()
         dist.broadcast(first, 0)
-        worst = max(worst, float((first - p.detach()).abs().max()))
+        worst = max(worst, float((first - own).abs().max()))
     return worst
+
+
+def wrapped(model: nn.Module, way: str) -> nn.Module:
+    """What is called in place of the model; a way without a wrapper leaves it as it is."""
+    if way == "fsdp":
+        for layer in (*(m for m in model.modules() if isinstance(m, nn.Linear)), model):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return DistributedDataParallel(model) if way in ("ddp", "attach") else model
 
 
 def main(
@@ -60,7 +73,7 @@ def main(
         Path | None, typer.Option(envvar="GRADMAKER_DATA", help="Folder of the data; default: the hub.")
     ] = None,
     method: Annotated[str, typer.Option(help="Any method of the library.")] = "kfac",
-    way: Annotated[str, typer.Option(help="plain, ddp or attach.")] = "plain",
+    way: Annotated[str, typer.Option(help="plain, ddp, attach or fsdp.")] = "plain",
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Of all ranks together.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of SGD along the preconditioned gradient.")] = 0.03,
@@ -73,7 +86,7 @@ def main(
     torch.manual_seed(0)  # replicas begin with equal weights
     digits = load(data, data_dir)
     model = mlp(digits, [64, 64])
-    called = DistributedDataParallel(model) if several and way != "plain" else model
+    called = wrapped(model, way) if several else model
     optimizer = torch.optim.SGD(model.parameters(), learning_rate)
     maker = from_config(model, {"method": method})
     if way == "attach":

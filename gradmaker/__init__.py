@@ -170,6 +170,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time makers and confi
         Preconditioned as Preconditioned,
         PreconditionedGradientMaker as PreconditionedGradientMaker,
     )
+    from gradmaker.scale.targets import checkpoint_targets as checkpoint_targets
     from gradmaker.triple import Triple as Triple, TripleError as TripleError, legality as legality
     from gradmaker.version import __version__ as __version__
 
@@ -199,6 +200,7 @@ _MODULES = {
     "Triple": "triple",
     "TripleError": "triple",
     "compare": "compare",
+    "checkpoint_targets": "scale.targets",
     "cost": "costs.prediction",
     "cost_report": "costs.layers",
     "damping_sweep": "damping_sweep",

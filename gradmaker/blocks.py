@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import cached_property
-from math import prod
-from typing import Any
 
 from torch import Tensor, nn
 
 from gradmaker import by_rows
-from gradmaker.averages import averaged, basis_of, empty_average, is_gradient, projected, turned_average
+from gradmaker.averages import averaged, is_gradient, projected, turned_average
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.evidence import Evidence
-from gradmaker.gathering import NO_ROWS, Members, Piece, picked, placed, runs
+from gradmaker.gathering import NO_ROWS, Piece, picked, placed, runs
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.state import State
-from gradmaker.placement import Placement, joined_frame, slots_of
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import (
     PROJECTED,
-    FactoredAxes,
     OwnOrder,
     PerStep,
     Unstacked,
@@ -32,7 +28,7 @@ from gradmaker.representations.roles import (
     slow,
     snapshot,
 )
-from gradmaker.solvers.roles import AveragesInBasis
+from gradmaker.stack import Stack
 from gradmaker.step.held import Held
 
 __all__ = ["Block"]
@@ -41,95 +37,12 @@ SMALL = {"failures", "failing", "diagnosis"}
 """Entries of a cache that say what happened at its refreshes."""
 
 
-class Block:
-    """A stack of equal blocks of a curvature matrix.
+class Block(Stack):
+    """A stack of equal blocks of a curvature matrix, and what a step does with it.
 
     What it holds changes only at the end of a step: until then a step works on copies, `writable`, and methods return
     what the block would hold. But for a cache that its statistic gives again: see `gradmaker.step.refreshing`.
     """
-
-    def __init__(self, placements: list[Placement]) -> None:
-        first = placements[0]
-        self.sites = [p.site for p in placements]
-        self.triple, self.options = first.triple, first.options
-        self.full = self.triple.representation.grain == "full"
-        self.frame = joined_frame(placements, self.full)
-        self.slots = slots_of(placements, self.full)
-        self.layout = Members(self.sites, self.slots, self.frame, self.full, first.joins_groups)
-        whole = "full" if self.options.method == "method" else f"full, {self.options.method}"
-        self.name = whole if self.full else self.sites[0].name
-        self.row_layers = by_rows.layers_of(self.sites, self.frame, self.full)
-        self.names = frozenset(site.name for site in self.sites)
-        self.held = self.empty()
-        self.versions: tuple[int, ...] = ()  # of its statistic at the end of the last step that changed the block
-        self.released = False  # whether the cache is to be made again from the statistic
-        self.share = 0.0  # offset of its refresh, as a share of the interval
-
-    def empty(self) -> Held:
-        """What the block holds before any evidence."""
-        grafting, average = self.options.grafting, empty_average(self.frame, self.basis, self.options)
-        grafting_state = grafting.init(self.frame) if grafting else {}
-        return Held(self.triple.representation.init(self.frame), {}, average, grafting_state)
-
-    @property
-    def state(self) -> State:
-        """The statistic of the curvature."""
-        return self.held.state
-
-    @property
-    def cache(self) -> State:
-        """The cache of the last refresh; empty before the first."""
-        return self.held.cache
-
-    @property
-    def average(self) -> State:
-        """The running average of gradients, with its mass; empty where beta1 is 0."""
-        return self.held.average
-
-    @property
-    def grafting_state(self) -> State:
-        """The state of the grafting rule."""
-        return self.held.grafting_state
-
-    @property
-    def ready(self) -> frozenset[str]:
-        """Sites for which the cache was computed from a statistic that is not empty."""
-        return self.held.ready
-
-    @property
-    def cost(self) -> float:
-        """Relative cost of a refresh: the cubes of its matrices."""
-        sides = [s for j, s in enumerate(self.frame.shape) if j not in self.frame.diagonal]
-        if not isinstance(self.triple.representation, FactoredAxes):
-            sides = [prod(self.frame.shape)]
-        longest = self.frame.longest or max(sides, default=1)
-        return float(self.frame.stack * sum(s * min(s, longest) ** 2 for s in sides) + 1)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of what it holds; a cache may be the state itself."""
-        parts = (self.state, self.cache, self.average, self.grafting_state)
-        held = {id(t): t for part in parts for t in part.values()}
-        return sum(t.numel() * t.element_size() for t in held.values())
-
-    def holds_like(self, other: Block) -> bool:
-        """Whether a member of this block has a statistic of the same form as one of another block."""
-        own, given = self.triple, other.triple
-        same = (own.curvature, own.representation) == (given.curvature, given.representation)
-        return same and self.frame.shape == other.frame.shape
-
-    def members(self) -> list[str]:
-        """Names of the members of the stack: that of the site, with an index where it has several."""
-        if self.full:
-            return [self.name]
-        counts = [slot.stop - slot.start for slot in self.slots]
-        named = zip(self.sites, counts, strict=True)
-        return [s.name if count == 1 else f"{s.name}[{j}]" for s, count in named for j in range(count)]
-
-    @property
-    def basis(self) -> AveragesInBasis[Any] | None:
-        """The solver, where gradients are averaged in its basis."""
-        return basis_of(self.triple, self.options, len(self.frame.shape))
 
     # ---------------------------------------------------------------- statistics
     def fold(self, weight: float, refresh: bool = False, index: int = 0) -> Fold:
@@ -145,9 +58,12 @@ class Block:
             return Fold(decay, of_step * weight, 1.0, summed=True, of_step=of_step, refresh=refresh, index=index)
         return Fold(decay, (1 - decay) * weight, 1 - decay, of_step=1 - decay, refresh=refresh, index=index)
 
-    def writable(self, held: Held, refresh: bool = True) -> Held:
-        """The same, with a copy of the statistic that `update` may change.  refresh: whether a refresh may change it, too"""
-        return replace(held, state=duplicate(self.triple.representation, held.state, refresh), current=False)
+    def writable(self, held: Held, refresh: bool = True, last: frozenset[str] = frozenset()) -> Held:
+        """The same, with a copy of the statistic that `update` may change.
+
+        refresh: whether a refresh may change it, too.  last: names of tensors that are written at the end of the step alone
+        """
+        return replace(held, state=duplicate(self.triple.representation, held.state, refresh, last), current=False)
 
     def may_refresh(self, chunk: Mapping[str, Evidence], fold: Fold, known: Set[str]) -> bool:
         """Whether a refresh, or the first evidence of a member, is in a chunk.  known: as in `update`"""
@@ -233,7 +149,7 @@ class Block:
         if self.full and (old or new):
             cache = self.refreshed(state, held.cache or None)
         elif not self.full:
-            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache), (new, None))]
+            parts = [self._prepared(state, names, before) for names, before in ((old, held.cache or None), (new, None))]
             for slots, made in parts:
                 cache = self._placed(cache, slots, made)
         fresh = new if skips_first(representation) else frozenset[str]()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gradmaker.averages import converted
 from gradmaker.blocks import Block
@@ -38,7 +39,7 @@ _PARTS = ("state", "cache", "average", "grafting_state")
 def dump(maker: SavedMaker) -> dict[str, Any]:
     """The state of a maker: copies of all tensors, and counters."""
     now = maker.step_state.saved()
-    sites = {name: tensors for block in maker.plan.blocks for name, tensors in _dump_block(block, now.ever).items()}
+    sites = _dump_sites(maker, now.ever)
     trust = maker.trust_region
     state = {**_counters(maker, now), "sites": sites}
     if trust is not None and now.region is not None:
@@ -90,6 +91,17 @@ def held_tensors(state: Any, path: str = "") -> list[str]:
     if not isinstance(state, dict):
         return []
     return [entry for key, value in state.items() for entry in held_tensors(value, f"{path}/{key}" if path else key)]
+
+
+def _dump_sites(maker: SavedMaker, measured: Set[str]) -> dict[str, Any]:
+    """The states of all sites, in order: of those that other ranks hold, what these send."""
+    blocks, ranks = maker.plan.blocks, maker.ranks
+    own = {name: tensors for b in blocks if b.owned for name, tensors in _dump_block(b, measured).items()}
+    if ranks is None or all(b.owner is None for b in blocks):
+        return own
+    sent = tree_map_only(Tensor, Tensor.cpu, own)
+    found = {name: tensors for each in ranks.objects(sent) for name, tensors in each.items()}
+    return {name: found[name] for b in blocks for name in _names(b)}
 
 
 def _dump_block(block: Block, measured: Set[str]) -> dict[str, Any]:
@@ -155,8 +167,8 @@ def _load(maker: SavedMaker, saved: dict[str, Any]) -> None:
         for key, period in periods.items():
             _check_names(f"clocks: {name}: {key}: ", saved["clocks"][name].get(key, {}), period)
     _check_names("sites ", sites, {name: None for block in blocks for name in _names(block)})
-    loaded = [(block, _gather(block, sites)) for block in blocks]
-    work = _gather_work(blocks, dict(loaded), saved)
+    loaded = [(block, _gather(block, sites)) for block in blocks if block.owned]
+    work = _gather_work([b for b, _ in loaded], dict(loaded), saved)
     gradients = _gather_gradients(maker, saved)
     _check_held(saved)
     likelihood = named(saved["likelihood"])
@@ -236,7 +248,7 @@ def _check_held(saved: dict[str, Any]) -> None:
             f"load_state_dict: {_some(lost)} was saved and is not in this state, or has another shape there: what loads into a "
             "state_dict() fills only the keys that it has, as torch's distributed checkpoints do, and this maker knows those "
             "of some tensors only when it has measured. Save between steps; where names or shapes depend on what was measured, "
-            "save with torch.save"
+            "load into what gradmaker.checkpoint_targets returns, or save with torch.save"
         )
 
 

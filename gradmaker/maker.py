@@ -163,7 +163,7 @@ class GradientMaker(OnRanks):
         """
         self._begin_again()
         undo, fresh = self._mark(), self.step_state.now.gradients is None
-        before = [] if fresh else [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
+        before = [] if fresh else [(p, p.grad) for p in self._trained]
         try:
             result = self._accumulate(weight, in_place=False, alone=fresh)
             self.precondition()
@@ -194,7 +194,7 @@ class GradientMaker(OnRanks):
         for purpose, declared in self._declared.items():
             if declared.loss is None:
                 raise RuntimeError(f"setup_{purpose}_call: no loss was declared on its result, by setup_loss_call")
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = self._trained
         before = [(p, p.grad) for p in parameters]
         undo = self._mark()
         try:
@@ -229,9 +229,10 @@ class GradientMaker(OnRanks):
         before = self.step_state.now
         self.step_state.end()
         try:
-            end = self._end()
-            write = end.write or partial(_write, end.gradients, before.gradients or (), end.folds)
-            self.step_state.finish(end, self._blocks(), write)
+            with self._whole_gradients(before.gradients or ()) as earlier:
+                end = self._end()
+                write = end.write or partial(_write, end.gradients, earlier, end.folds)
+                self.step_state.finish(end, self._blocks(), write)
         except BaseException:
             self.step_state.fail(before)
             self._restore()
@@ -282,6 +283,8 @@ class GradientMaker(OnRanks):
         if share is None or not share.empty:
             loss = scaled_loss(own, share)
             (loss * weight if weight != 1.0 else loss).backward()
+        else:
+            self._meet_in_backward(output)
         self.step_state.accumulate(weight, 0)
         return output, own
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradmaker.blocks import Block
 from gradmaker.capture.borrowing import borrowing
 from gradmaker.capture.row_calls import RowCalls
+from gradmaker.capture.sharded import local
 from gradmaker.capture.sites import Site
 from gradmaker.capture.tape import OutputGradients, Tape
 from gradmaker.curvature import Curvature
@@ -59,6 +60,7 @@ class MeasuringMaker(PlannedMaker):
             tape.end_forward([plain])
             share = self._count(recorder, plain, weight)
             if share is not None and share.empty:
+                self._meet_in_backward(output)
                 self._measure_nothing(weight, batches)
                 return output, plain
             loss = scaled_loss(plain, share)
@@ -122,6 +124,7 @@ class MeasuringMaker(PlannedMaker):
         share = self._count(recorder, plain, weight)
         self.step_state.accumulate(weight, 0)
         if share is not None and share.empty:
+            self._meet_in_backward(output)
             return output, plain
         loss = scaled_loss(plain, share)
         rows.backward(loss * weight if weight != 1.0 else loss)
@@ -297,7 +300,7 @@ class MeasuringMaker(PlannedMaker):
         """Fold the evidence that the ranks have kept for the end of the step into a draft."""
         if (ranks := self.ranks) is not None:
             with plain_arithmetic(self.model):
-                put_together(ranks, self.plan, self.step_state, draft)
+                put_together(ranks, self.model, self.plan, self.step_state, draft)
 
     def _pooled(self) -> PooledEvidence:
         """The pooled evidence of this step, of all ranks."""
@@ -318,7 +321,7 @@ class MeasuringMaker(PlannedMaker):
         if not (self._due or self.plan.averages):
             return False, False
         served = self.served
-        grads = [p.grad for p in self.plan.own.all if p.grad is not None and (served is None or p in served)]
+        grads = [local(p.grad) for p in self.plan.own.all if p.grad is not None and (served is None or p in served)]
         dense = [g for g in grads if g.layout is torch.strided and not g.is_complex()]
         others = [g for g in grads if g.layout is not torch.strided or g.is_complex()]
         kept = [t.valid() for t in terms]

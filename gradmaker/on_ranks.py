@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.borrowing import borrowing
+from gradmaker.capture.sharded import fsdp_modules, gathered, is_sharded, loss_of_nothing, reshard
 from gradmaker.loss.recorder import LossRecorder
 from gradmaker.loss.share import Share
 from gradmaker.loss.terms import Terms
 from gradmaker.scale.counts import count, share_of, share_of_replica
 from gradmaker.scale.ranks import Processes, Ranks
 from gradmaker.scale.replicas import local_gradients, sum_gradients
-from gradmaker.step.state import StepState
+from gradmaker.scale.shards import reduced_by_mean, whole_gradients
+from gradmaker.step.state import Gradients, StepState
 
 __all__ = ["OnRanks", "scaled_loss"]
 
@@ -54,10 +57,28 @@ class OnRanks:
         """Context of a pass whose gradients the maker reduces: an exception on one rank is one on all."""
         ranks = self.ranks
         if ranks is None:
-            yield
+            with gathered(self.model):
+                yield
             return
-        with ranks.together(), local_gradients():
+        with ranks.together(), local_gradients(), gathered(self.model):
             yield
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        """The trainable parameters, as they are outside of the passes."""
+        reshard(self.model)
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _whole_gradients(self, before: Gradients) -> AbstractContextManager[Gradients]:
+        """Context in which gradients of sharded parameters are whole.  before: those from before the step"""
+        parameters = self._trained
+        return whole_gradients(self.ranks, parameters, before) if any(map(is_sharded, parameters)) else nullcontext(before)
+
+    def _meet_in_backward(self, output: Any) -> None:
+        """The backward pass of a rank without examples, which those of the others wait for where parameters are sharded."""
+        if fsdp_modules(self.model) and (loss := loss_of_nothing(output)) is not None:
+            with borrowing():
+                loss.backward()
 
     def _noting_losses(self) -> AbstractContextManager[LossRecorder | None]:
         """Context of a forward pass that no curvature needs, in which the losses are recorded for `_share`."""
@@ -91,7 +112,7 @@ class OnRanks:
             self.step_state.note_elsewhere()
         if len({row[1] for row in found}) > 1:
             self._share_findings(ranks)
-        sum_gradients(ranks, parameters)
+        sum_gradients(ranks, reduced_by_mean(ranks, self.model, parameters))
 
     def _findings(self) -> float:
         """A number that is equal where the self-checks have found the same on all ranks."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gradmaker.blocks import Block
+from gradmaker.capture.sharded import leaves
 
 __all__ = ["OwnParameters"]
 
@@ -41,7 +42,9 @@ class OwnParameters:
     def __init__(self, model: nn.Module, blocks: list[Block], plain: Set[str]) -> None:
         """plain: names of parameters that keep their plain gradient, with any change"""
         self.model, self.blocks, self.plain = model, blocks, plain
-        self._slots = [_Slot(*each, each[-1].dtype, each[-1].device, each[-1].requires_grad) for each in _held(model)]
+        self._slots = [
+            _Slot(*each, each[-1].dtype, each[-1].device, each[-1].requires_grad) for each in _held(model, leaves(model))
+        ]
         self._places: dict[tuple[int, str], tuple[Any, ...]] = {}
         self.all = list(model.parameters())
         """The parameters of the model, as `check` has seen it."""
@@ -52,38 +55,42 @@ class OwnParameters:
     def check(self) -> bool:
         """Whether any parameter of a block requires gradients. ValueError, with its name, for one that has changed."""
         if not self._unchanged():
-            now = _held(self.model)
+            now = _held(self.model, leaves(self.model))
             self._check_places(now)
             self._check_new(now)
             for slot in self._slots:
                 self._check_kind(slot)
             self._check_frozen()
             self._places = {(id(owner), key): (id(p), p.dtype, p.device, p.requires_grad) for _, owner, key, p in now}
-            self.all = list(self.model.parameters())
+            self.all = list(dict.fromkeys(p for *_, p in now))
         return not all(s.frozen for block in self.blocks for s in block.sites)
 
     def called(self) -> bool:
         """`check` at a call of the model; False where other tensors replace its parameters, as in `torch.func`."""
         if not self._unchanged():
-            now = {(id(owner), key): p for _, owner, key, p in _held(self.model)}
+            now = {(id(owner), key): p for _, owner, key, p in _held(self.model, leaves(self.model))}
             if any(not isinstance(now.get((id(s.owner), s.key), s.parameter), nn.Parameter) for s in self._slots):
                 return False
         return self.check()
 
     def moved(self) -> bool:
         """Whether the same parameters are on other devices, and nothing else has changed."""
-        now = {} if self._unchanged() else {(id(owner), key): p for _, owner, key, p in _held(self.model)}
+        now = {} if self._unchanged() else {(id(owner), key): p for _, owner, key, p in _held(self.model, {})}
         return any(s.parameter.device != s.device for s in self._slots if now) and all(
             now.get((id(s.owner), s.key)) is s.parameter and s.parameter.dtype == s.dtype for s in self._slots
         )
 
     def _unchanged(self) -> bool:
         """Whether nothing has changed, in well under a millisecond for 1000 parameters."""
-        places, found = self._places, 0
+        places, found, swapped = self._places, 0, dict[nn.Parameter, nn.Parameter]()
         for module in _modules(self.model):
             for key, p in module._parameters.items():
                 if p is not None:
-                    if places.get((id(module), key)) != (id(p), p.dtype, p.device, p.requires_grad):
+                    place = places.get((id(module), key))
+                    if place is not None and place[0] != id(p):
+                        swapped = swapped or {w: own for own, w in leaves(self.model).items()}
+                        p = swapped.get(p, p)
+                    if place != (id(p), p.dtype, p.device, p.requires_grad):
                         return False
                     found += 1
         return found == len(places) > 0
@@ -150,10 +157,14 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
                 waiting.append(child)
 
 
-def _held(model: nn.Module) -> list[_Place]:
-    """Every attribute that holds a parameter: full name, owner, key, parameter."""
+def _held(model: nn.Module, swapped: Mapping[nn.Parameter, nn.Parameter]) -> list[_Place]:
+    """Every attribute that holds a parameter: full name, owner, key, parameter.
+
+    swapped: by sharded parameter the whole one that stands in its place during the passes
+    """
+    own = {w: p for p, w in swapped.items()}
     return [
-        (f"{prefix}.{key}" if prefix else key, owner, key, p)
+        (f"{prefix}.{key}" if prefix else key, owner, key, own.get(p, p))
         for prefix, owner in model.named_modules()
         for key, p in owner._parameters.items()
         if p is not None

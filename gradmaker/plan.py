@@ -10,7 +10,7 @@ from torch import nn
 
 from gradmaker.blocks import Block
 from gradmaker.capture.finding import layer_sites, tensor_sites
-from gradmaker.capture.model_checks import check_model, check_parameters, check_watched
+from gradmaker.capture.model_checks import check_model, check_of_shards, check_parameters, check_watched
 from gradmaker.capture.sites import Site
 from gradmaker.config import GradientConfig, build
 from gradmaker.curvature import Curvature
@@ -141,10 +141,17 @@ def make_plan(
         used |= {FALLBACK: fallback} if more_placed else {}
     plain |= {k: _reason(k, unseen, config) for s in rest for k in s.parameters}
     check_watched(p.site for p in placements if "calls" in p.triple.curvature.needs)
+    curvatures = dict.fromkeys(p.triple.curvature for p in placements)
+    check_of_shards(model, [type(c).__name__ for c in curvatures if _reads_weights(c)])
     blocks = build_blocks(placements)
     kept |= {p for s in rest for p in s.parameters.values()}
     own = OwnParameters(model, blocks, {k for k, p in model.named_parameters(remove_duplicate=False) if p in kept})
     return Plan(blocks, plain, used, own)
+
+
+def _reads_weights(curvature: Curvature) -> bool:
+    """Whether a curvature reads weights, differentiates by them, or repeats the loss at others."""
+    return bool(curvature.needs & {"graph", "replay", "previous"}) or any(kind.kind == "located" for kind in curvature.gives)
 
 
 @dataclass(frozen=True)

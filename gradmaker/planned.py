@@ -24,6 +24,7 @@ from gradmaker.maker import GradientMaker
 from gradmaker.options.registry import METHODS
 from gradmaker.plan import Plan, make_plan
 from gradmaker.scale.evidence import sum_secants
+from gradmaker.scale.owners import deal
 from gradmaker.scale.ranks import Ranks, RefusedError, refuse_ranks
 from gradmaker.scale.replicas import agree_on_gradients
 from gradmaker.self_checks import SelfChecks
@@ -55,6 +56,27 @@ class PlannedMaker(GradientMaker):
         region = None if self.trust_region is None else self.trust_region.start()
         self.step_state = StepState(PlanClocks(self.plan.methods), region)
         self._damp_plan()
+        self._owners = False
+
+    @property
+    def owners(self) -> bool:
+        """Whether each block is held, refreshed and solved by one rank. To be set on all ranks, before the first step."""
+        return self._owners
+
+    @owners.setter
+    def owners(self, value: bool) -> None:
+        if value == self._owners:
+            return
+        if not value or self.step_state.now.index or self.step_state.now.phase is not Phase.BETWEEN:
+            raise RuntimeError("owners: to be set to True before the first step, and before a state is loaded")
+        self._owners = True
+        self._deal(self.plan)
+
+    def _deal(self, plan: Plan) -> None:
+        """Let each block of a plan be held by its owner."""
+        if self._owners and (ranks := self.ranks) is not None:
+            _ = plan.averages  # of what all blocks hold, while they do
+            deal(plan.blocks, ranks)
 
     def serve(self, parameters: frozenset[nn.Parameter] | None) -> None:
         """Measure and precondition only these parameters, those of an attached optimizer; None: all."""
@@ -125,6 +147,11 @@ class PlannedMaker(GradientMaker):
     def plan_again(self, unseen: frozenset[str]) -> None:
         """Make a new plan, in which other rules measure the layers of these parameters; all other sites keep their tensors."""
         plan = make_plan(self.model, self.config, METHODS, unseen)
+        if self._owners and self.step_state.now.ever:
+            raise RefusedError(
+                f"the self-checks find other uses of {', '.join(sorted(unseen - self._unseen))}, when owners hold statistics "
+                "already: leave these parameters out by ignore=, or train without owners"
+            )
         carry([(b, b.held) for b in self.plan.blocks], [(b, b.held) for b in plan.blocks])
         self.adopt(plan, unseen)
 
@@ -136,6 +163,7 @@ class PlannedMaker(GradientMaker):
 
     def adopt(self, plan: Plan, unseen: frozenset[str]) -> None:
         """Replace the plan by one whose blocks hold what those of the old plan held."""
+        self._deal(plan)
         self.plan, self._unseen, self._row_layers = plan, unseen, {}
         self.checks.arrangement.direct |= unseen
         self.step_state.move(plan.blocks, plan.methods)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Set
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
@@ -27,6 +28,7 @@ from gradmaker.passes.batches import Batch
 from gradmaker.plan import Plan
 from gradmaker.reports.summary import Summary, summarise
 from gradmaker.reports.verification import Verification, verify
+from gradmaker.scale.owners import share
 from gradmaker.step.clocks import PlanClocks
 from gradmaker.step.draft import Draft
 from gradmaker.step.held import Held
@@ -99,14 +101,23 @@ class PreconditionedGradientMaker(MeasuringMaker):
         self._put_together(draft)  # the evidence of other ranks with that of this one
         done, found, write = self._at_once(draft)
         self._measure_gradient(draft, done)
-        rest = [block for block in self.plan.blocks if block not in done]
-        with plain_arithmetic(self.model):
+        rest = [block for block in self.plan.blocks if block not in done and block.owned]
+        with self._agreeing(), plain_arithmetic(self.model):
             clocks, reports = self._refresh(draft, rest)
             for block, value in [r for r in (self._solved(draft, b) for b in rest) if r is not None]:
                 if self._started or ((rule := block.options.grafting) and rule.leads):
                     block.assign(draft.look(block), value, self.step_state.now.rows, found)
-        found, region = self._limited(self._of_rows(found))
+        found, region = self._limited(self._of_rows(self._of_owners(found)))
         return End(draft.work(), found, write, clocks, reports, region, draft.writes())
+
+    def _agreeing(self) -> AbstractContextManager[None]:
+        """Context in which owners compute: an exception on one rank is one on all."""
+        return self.meeting() if self.owners else nullcontext()
+
+    def _of_owners(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The preconditioned gradients of all owners."""
+        ranks = self.ranks if self.owners else None
+        return found if ranks is None else share(ranks, self.plan.blocks, found)
 
     @torch.no_grad()
     def _of_rows(self, found: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -139,7 +150,7 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def _elementwise(self) -> list[Elementwise]:
         """The blocks of the plan that may have their step by one operator."""
         if self._groups is None or self._groups[0] is not self.plan:
-            self._groups = self.plan, elementwise(self.plan.blocks, self.plan.methods)
+            self._groups = self.plan, elementwise([b for b in self.plan.blocks if b.owned], self.plan.methods)
         return self._groups[1]
 
     def _measure_gradient(self, draft: Draft, done: Set[Block]) -> None:
@@ -309,6 +320,8 @@ class PreconditionedGradientMaker(MeasuringMaker):
     def verify(self) -> Verification:
         """Check every block against a dense oracle, on the model and batch that were declared last."""
         self.plan.own.check()
+        if self.owners and self.ranks is not None:
+            raise RuntimeError("verify: this rank holds its own blocks alone: load state_dict() into one process, verify there")
         return verify(self)
 
     def silent(self) -> list[str]:

@@ -8,7 +8,8 @@ from typing import TypeVar, cast, get_args, get_type_hints
 
 from gradmaker.curvature import CURVATURES
 from gradmaker.curvature.base import Curvature
-from gradmaker.curvature.evidence import Outer, kinds
+from gradmaker.curvature.evidence import Outer
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.curvature.roles import OfProducts
 from gradmaker.curvature.tied import Tied
 from gradmaker.representations import REPRESENTATIONS

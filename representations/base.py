@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind, check_kinds
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence_kinds import Kind, check_kinds
 from gradmaker.linalg.state import State
 from gradmaker.linalg.writes import Writer, at_once
 
@@ -78,6 +79,8 @@ class Fold:
     """Number of measured steps before this one."""
     solved: bool = False
     """Whether the evidence is the gradient that the step solves for, of all members: `Projects` keeps its coordinates."""
+    postponed: bool = False
+    """Whether `FoldsLast.fold` gets the evidence at the end of the step, so that `update` leaves that part out."""
 
     def of(self, again: bool, first: bool) -> Fold:
         """The fold of some members.  again: whether they had evidence earlier in this step; first: see the field"""

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.linalg.state import State

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Product
 from gradmaker.linalg.matrix_from_products import form_diagonal
 from gradmaker.linalg.state import State

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import PIECE, Evidence, Kind, Outer, kinds
+from gradmaker.curvature.evidence import PIECE, Evidence, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.eigen import eigh
+from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import blocks, identity, is_tiled, rayleigh, transpose, turn
 from gradmaker.linalg.fallbacks import none_of
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.mode_products import apply_factors
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer, at_once
 from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.kronecker import Kron
-from gradmaker.representations.roles import ByExample, FactoredAxes, OwnOrder, Renewal, Renewed, SlowTensors
+from gradmaker.representations.roles import ByExample, FactoredAxes, FoldsLast, OwnOrder, Renewal, Renewed, SlowTensors
 
 __all__ = ["Eigenbasis", "rotated_squares"]
 
@@ -30,7 +33,7 @@ SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
+class Eigenbasis(FactoredAxes, ByExample, FoldsLast, OwnOrder, Renewed, SlowTensors):
     """EKFAC's curvature: ``C ~ (Q_B (x) Q_A) diag(D) (Q_B (x) Q_A)^T`` with ``D = sum_N (Q_B^T J_N Q_A)^2``.
 
     ``Q_B, Q_A`` are the eigenbases of `Kron`'s factors, ``J_N`` the gradient of a whole example: positions are summed before
@@ -88,7 +91,8 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
         assert isinstance(evidence, Outer)
         if fold.begins and not fold.first:
             self._begin_step(state, fold)
-        self._kron().update(state, evidence, fold)
+        if not fold.postponed:
+            self.fold(state, evidence, fold, at_once)
         inputs_alone = evidence.kind == "inputs"  # as in `Kron`
         state["moments"].mul_(fold.beta)
         if inputs_alone:
@@ -96,12 +100,22 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
         else:
             fold.weigh_(state["mass"])
         if fold.first:
-            self._renew_bases(state)
+            for side in SIDES:
+                self._renew_basis(state, side)
             state["predicted"].fill_(1)
         if fold.first or inputs_alone:  # `I (x) A` is given by the factors, in any basis
             self._predict(state)
         else:
             state["moments"].add_(rotated_squares(evidence, *_bases(state)), alpha=fold.alpha)
+
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
+        """Fold evidence into the factors."""
+        self._kron().fold(state, evidence, fold, write)
+
+    def last(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold) -> frozenset[str]:
+        """The factors, unless the moments are predicted by them."""
+        at_once = fold.first or not isinstance(evidence, Outer) or evidence.kind == "inputs"
+        return frozenset() if at_once else frozenset(SIDES).union(f"{side}_mass" for side in SIDES)
 
     def _begin_step(self, state: State, fold: Fold) -> None:
         """Before the first evidence of a step: drop the prediction of the first step, and refresh the basis where due."""
@@ -114,25 +128,25 @@ class Eigenbasis(FactoredAxes, ByExample, OwnOrder, Renewed, SlowTensors):
             self.refresh(state)
 
     def refresh(self, state: State) -> None:
-        overlaps = self._renew_bases(state)
-        state["moments"].copy_(apply_factors(overlaps, state["moments"]))
+        for axis, side in enumerate(SIDES):
+            overlap = self._renew_basis(state, side)
+            if overlap is not None:
+                state["moments"].copy_(apply_factors([*[None] * axis, overlap], state["moments"]))
 
-    def _renew_bases(self, state: State) -> list[Tensor | None]:
-        """Recompute the bases.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
-        overlaps: list[Tensor | None] = []
-        for side, F in zip(SIDES, self._kron().factors(state), strict=True):
-            Q = state.get(f"basis_{side}")
-            if Q is None:
-                overlaps.append(None)
-                continue
-            squares = torch.empty_like(Q) if not is_tiled(Q) else torch.zeros_like(Q)
-            overlaps.append(squares)
-            for (_, block), (_, basis), (_, overlap) in zip(blocks(F), blocks(Q), blocks(squares), strict=True):
-                new = _eigenvectors(block, basis)
-                non_finite = 0 * block.sum((-2, -1), keepdim=True)  # makes D non-finite too, for the solver to count
-                torch.square(new.mT @ basis, out=overlap).add_(non_finite)
-                basis.copy_(new)
-        return overlaps
+    def _renew_basis(self, state: State, side: str) -> Tensor | None:
+        """Recompute a basis.  Returns the squared entries of ``Q'^T Q``, in the form of ``Q``; None for the unit basis."""
+        Q = state.get(f"basis_{side}")
+        if Q is None:
+            return None
+        F = average(state[side], state[f"{side}_mass"])
+        non_finite = [0 * block.sum((-2, -1), keepdim=True) for _, block in blocks(F)]  # in D too, for the solver to count
+        new = [_eigenvectors(block, basis) for (_, block), (_, basis) in zip(blocks(F), blocks(Q), strict=True)]
+        del F  # before the overlaps are formed
+        squares = torch.empty_like(Q) if not is_tiled(Q) else torch.zeros_like(Q)
+        for own, (_, basis), (_, overlap), lost in zip(new, blocks(Q), blocks(squares), non_finite, strict=True):
+            torch.bmm(own.mT, basis, out=overlap).square_().add_(lost)
+            basis.copy_(own)
+        return squares
 
     def _predict(self, state: State) -> None:
         """Set ``D = b a^T``, the moments that the factors alone predict."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Joint, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, average
 from gradmaker.representations.dense import Dense

@@ -10,7 +10,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind, kinds
+from gradmaker.curvature.evidence import Evidence
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Layers, Product
 from gradmaker.linalg.matrix_from_products import form_blocks
 from gradmaker.linalg.state import State

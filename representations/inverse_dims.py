@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.diagnosis import described, diagnose, singular_residual, spectral_residual
 from gradmaker.linalg.eigen import decompose_again, largest_eigenvalue, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient

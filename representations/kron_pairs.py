@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import Evidence, Kind, Outer, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Outer, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.eigen import add_ridge, symmetrise
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.inner_products import member_dots

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import Evidence, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.curvature.tied import Tied
 from gradmaker.linalg.eigen import decompose_again

@@ -16,7 +16,8 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.factored_gradient import FactoredGradient, ProbedRows
 from gradmaker.linalg.finite import finite_members
 from gradmaker.linalg.halves import apply_triangles

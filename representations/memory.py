@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.inner_products import member_dots
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count, check_interval

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import add_product_
 from gradmaker.linalg.state import State

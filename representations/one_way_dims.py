@@ -11,7 +11,8 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS
 from gradmaker.linalg.factor_roots import ROOTINGS, FactorRoot
 from gradmaker.linalg.factored_gradient import FactoredGradient

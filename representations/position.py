@@ -8,7 +8,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.state import State
 from gradmaker.representations.base import NEWEST_ALONE, NO_LIMIT, Fold, Frame, Grain
 from gradmaker.representations.capabilities import Multiplies

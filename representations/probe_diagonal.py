@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Kind, Pair, kinds
+from gradmaker.curvature.evidence import Evidence, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice
 from gradmaker.representations.base import NO_LIMIT, Fold, Frame, Grain, Representation, average

@@ -142,11 +142,14 @@ class SlowTensors(Representation):
         """Their names."""
 
 
-def duplicate(representation: Representation, state: State, refresh: bool = True) -> State:
-    """A copy that `update` may write into.  refresh: whether refreshes may, too; else what is slow is shared"""
+def duplicate(representation: Representation, state: State, refresh: bool = True, last: frozenset[str] = frozenset()) -> State:
+    """A copy that `update` may write into.
+
+    refresh: whether refreshes may, too; else what is slow is shared.  last: names of what is written at the end alone
+    """
     if isinstance(representation, Unstacked):
         return representation.duplicate(state)
-    shared = frozenset[str]() if refresh else slow(representation, state)
+    shared = last if refresh else last | slow(representation, state)
     return {k: v if k in shared else v.clone() for k, v in state.items()}
 
 
@@ -190,7 +193,7 @@ class SpansGradient(Representation):
 
 
 class FoldsLast(Representation):
-    """A representation whose `update` reads the statistic only to write it, so that the writes may come last in a step.
+    """A representation whose `update` does not read what `fold` has written, so that these writes may come last in a step.
 
     A subclass with an `update` of its own folds at once, unless it has a `fold` of its own.
     """
@@ -207,11 +210,14 @@ class FoldsLast(Representation):
 
     @abstractmethod
     def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
-        """`update`, or `update_rows`, by a writer."""
+        """`update`, or `update_rows`, by a writer; the part of it that `Fold.postponed` leaves out, where that is not all."""
 
-    @abstractmethod
+    def last(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold) -> frozenset[str]:
+        """Names of the tensors that `fold` writes to; fewer than all where no solver reads them, none where `update` does."""
+        return frozenset(state)
+
     def settle(self, state: State) -> None:
-        """Divide sums by their masses, in place, for a copy of a statistic that gets no more evidence."""
+        """Divide sums by their masses, in place, for a copy of a statistic that a solver reads and that gets no evidence."""
 
 
 class FoldsMoments(Representation):

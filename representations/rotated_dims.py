@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.diagnosis import COLUMNS, estimate_largest, renew_row
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import for_members
@@ -28,11 +29,13 @@ from gradmaker.linalg.orthogonal_iteration import (
 )
 from gradmaker.linalg.rotation import coordinates, from_coordinates
 from gradmaker.linalg.state import State
+from gradmaker.linalg.writes import Writer, at_once
 from gradmaker.options.checks import check_choice, check_interval
 from gradmaker.representations.base import Fold, Frame, Grain, average
 from gradmaker.representations.roles import (
     PROJECTED,
     FactoredAxes,
+    FoldsLast,
     FoldsRows,
     OwnOrder,
     Projects,
@@ -52,7 +55,7 @@ With nothing, the second step would divide the rounding noise in the null space 
 
 
 @dataclass(frozen=True)
-class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Projects, Renewed, SlowTensors):
+class RotatedDims(FactoredAxes, FoldsRows, FoldsLast, OwnOrder, Projects, Renewed, SlowTensors):
     """SOAP's curvature: ``C ~ Q diag(V) Q^T``, ``V = E (Q^T g)^2``, in the eigenbases ``Q = Q_1 (x) ... (x) Q_m`` of Shampoo.
 
     ``V`` is the diagonal nearest to ``C`` in its basis. A new basis does not rotate it, but where the columns of the basis are
@@ -126,28 +129,40 @@ class RotatedDims(FactoredAxes, FoldsRows, OwnOrder, Projects, Renewed, SlowTens
 
     def _update(self, state: State, G: Tensor | FactoredGradient, fold: Fold) -> None:
         early = fold.first or self.sequence == "basis_first"
-        if early:
-            self._fold_factors(state, G, fold)
+        if early and not fold.postponed:
+            self._fold_factors(state, G, fold, at_once)
         if fold.first:
             self._renew(state, born=True)
         elif fold.refresh:
             self.refresh(state)
         if not (fold.first and self.skip_first):
             self._fold_moments(state, G, fold, born=fold.first)
-        if not early:
-            self._fold_factors(state, G, fold)
+        if not early and not fold.postponed:
+            self._fold_factors(state, G, fold, at_once)
+
+    def fold(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold, write: Writer) -> None:
+        """Fold a gradient into the factors."""
+        G = self.unfold(evidence.gradient) if isinstance(evidence, Gradient) else evidence
+        assert isinstance(G, (Tensor, FactoredGradient))
+        self._fold_factors(state, G, fold, write)
+
+    def last(self, state: State, evidence: Evidence | FactoredGradient, fold: Fold) -> frozenset[str]:
+        """The factors, unless this step's basis is made of them with their new evidence."""
+        if fold.first or (fold.refresh and self.sequence == "basis_first"):
+            return frozenset()
+        return frozenset(f"factor_{axis}" for axis in self._axes(state)) | {"factor_mass"}
 
     def refresh(self, state: State) -> None:
         self._renew(state, born=False)
 
-    def _fold_factors(self, state: State, G: Tensor | FactoredGradient, fold: Fold) -> None:
+    def _fold_factors(self, state: State, G: Tensor | FactoredGradient, fold: Fold, write: Writer) -> None:
         for axis in self._axes(state):
             if isinstance(G, FactoredGradient):
-                add_product_(state[f"factor_{axis}"], *G.moment_halves(axis), fold.beta, fold.alpha)
+                add_product_(state[f"factor_{axis}"], *G.moment_halves(axis), fold.beta, fold.alpha, write)
             else:
                 x = mode_matrix(G, axis)
-                add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha)
-        fold.weigh_(state["factor_mass"])
+                add_product_(state[f"factor_{axis}"], x, x.mT, fold.beta, fold.alpha, write)
+        fold.weigh_(state["factor_mass"], write)
 
     def _fold_moments(self, state: State, G: Tensor | FactoredGradient, fold: Fold, born: bool) -> None:
         rotated = coordinates(self.bases(state), G)

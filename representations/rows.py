@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import Evidence, Joint, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Joint, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.factored_gradient import FactoredGradient, joined_rows
 from gradmaker.linalg.state import State
 from gradmaker.options.checks import check_choice, check_count

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradmaker.capture.one_hot import OneHot
-from gradmaker.curvature.evidence import Evidence, Gradient, Kind, Outer, kinds
+from gradmaker.curvature.evidence import Evidence, Gradient, Outer
+from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.linalg.contraction import contract
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.mode_products import apply_factors, kronecker_product

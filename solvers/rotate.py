@@ -20,13 +20,13 @@ from gradmaker.linalg.state import State
 from gradmaker.representations.capabilities import Rotated
 from gradmaker.solvers.base import PowerSolver, spectral_power
 from gradmaker.solvers.definition import Defined
-from gradmaker.solvers.roles import AveragesInBasis
+from gradmaker.solvers.roles import AveragesInBasis, Remade
 
 __all__ = ["Rotate", "RotatingSolver"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotatingSolver(PowerSolver[Rotated], AveragesInBasis[Rotated], Defined[Rotated]):
+class RotatingSolver(PowerSolver[Rotated], AveragesInBasis[Rotated], Remade[Rotated], Defined[Rotated]):
     """``P g = Q [scale * (Q^T g)]`` with the basis that the representation holds.
 
     A member that fails keeps the basis of its previous scale: a stale ``P`` stays whole.

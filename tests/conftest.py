@@ -74,6 +74,16 @@ def forget_accelerate() -> None:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures, which take seconds: for a test that is about something else."""
+    from gradmaker.compare import page
+    from gradmaker.reporting import files
+
+    monkeypatch.setattr(files, "write_figures", lambda document, folder: {})
+    monkeypatch.setattr(page, "write_picture", lambda document, names, path: path.touch())
+
+
+@pytest.fixture
 def registrations() -> Iterator[None]:
     """What a test registers is forgotten after it."""
     with temporary_registrations():

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from gradmaker.capture.sharded import is_sharded, managed, reshard
 from gradmaker.capture.sites import Site
 
-__all__ = ["check_model", "check_parameters", "check_watched"]
+__all__ = ["check_model", "check_of_shards", "check_parameters", "check_watched"]
 
 UNSCRIPTED = "use the module that it was made from"
 
 
 def check_model(model: nn.Module) -> None:
     """ValueError for a model that no method supports."""
+    reshard(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"the model is a {type(model).__name__}, on which torch allows no hooks: {UNSCRIPTED}, or put it inside of an "
@@ -40,14 +43,12 @@ def check_parameters(model: nn.Module, ignored: Set[nn.Parameter] = frozenset())
                 f"{name} of a lazy module has no shape before its first call: run one forward pass of the model first, then "
                 "make the maker, and the optimizer"
             )
+    whole_in_passes = managed(model)
     for name, p in model.named_parameters():
         if p in ignored or not p.requires_grad:
             continue
-        if _sharded(p):
-            raise ValueError(
-                f"{name} is a DTensor, which fully_shard (FSDP2) or tensor parallelism has sharded over processes: sharded "
-                "parameters are not supported; use DistributedDataParallel, or leave it out with ignore="
-            )
+        if is_sharded(p):
+            _check_sharded(name, p, whole_in_passes)
 
 
 def check_watched(sites: Iterable[Site]) -> None:
@@ -68,5 +69,26 @@ def check_watched(sites: Iterable[Site]) -> None:
                 )
 
 
-def _sharded(p: nn.Parameter) -> bool:
-    return any(kind.__name__ == "DTensor" for kind in type(p).__mro__)  # importing DTensor takes longer than all other checks
+def _check_sharded(name: str, p: Any, whole_in_passes: Set[nn.Parameter]) -> None:
+    if p not in whole_in_passes:
+        raise ValueError(
+            f"{name} is a DTensor that no fully_shard (FSDP2) has made, as tensor parallelism makes them: layers that compute "
+            "with shards are not supported; use fully_shard, DistributedDataParallel, or leave it out with ignore="
+        )
+    kinds = [type(placement).__name__ for placement in p.placements]
+    if p.is_complex() or not set(kinds) <= {"Shard", "Replicate"} or kinds.count("Shard") > 1:
+        what = "complex" if p.is_complex() else f"placed as {p.placements}"
+        raise ValueError(
+            f"{name} is sharded by fully_shard and {what}: supported are real parameters, cut along one axis of the "
+            "mesh and replicated along the others; leave it out with ignore="
+        )
+
+
+def check_of_shards(model: nn.Module, asked: Sequence[str]) -> None:
+    """ValueError where parameters are sharded, for curvatures that read them.  asked: their names"""
+    if asked and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f"{', '.join(asked)} reads the weights, for products with Hessians or the loss at others, and fully_shard (FSDP2) "
+            "has sharded them: use DistributedDataParallel, or a method whose curvature is measured at the outputs of layers "
+            "(kfac, ekfac) or on the gradient (adam, shampoo, soap, muon)"
+        )

@@ -81,7 +81,7 @@ class Site:
         found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             value = values[p]
-            found[name] = as_real(torch.zeros_like(p) if value is None else value)
+            found[name] = as_real(torch.zeros(p.shape, dtype=p.dtype, device=p.device) if value is None else value)
         if self.view is not None:
             return [self.view.read(next(iter(found.values())))]
         parts = zip(found.items(), self.piece_shapes(), strict=True)

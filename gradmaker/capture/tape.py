@@ -21,6 +21,7 @@ from gradmaker.capture.borrowing import borrowed, foreign
 from gradmaker.capture.hooks import ModuleHook, edge_of
 from gradmaker.capture.rules.attention import Projection, ProjectionHooks
 from gradmaker.capture.rules.calls import Call, Layout
+from gradmaker.capture.sharded import leaves
 from gradmaker.reentrant import reenters
 from gradmaker.trees import tensors
 
@@ -260,7 +261,9 @@ class Tape:
         """``J^T u`` for some parameters; keeps the graph and ``.grad``.  cotangents: like the outputs"""
         if not self._reentrant:
             with self.paused():  # a checkpoint repeats its calls
-                found = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
+                found = torch.autograd.grad(
+                    outputs, self._differentiated(parameters), cotangents, retain_graph=True, materialize_grads=True
+                )
             return list(found)
         with self.gradients_apart():
             self.collect(lambda: _backward(outputs, cotangents))
@@ -272,11 +275,16 @@ class Tape:
         """`vjp_parameters` for several cotangents, in one batched pass where possible.  # (k, *output) -> (k, *p)"""
         if not self._reentrant:
             with self.paused():
-                found = vector_jacobian(outputs, list(parameters), cotangents)
+                found = vector_jacobian(outputs, own := self._differentiated(parameters), cotangents)
             k = len(cotangents[0])
-            return [p.new_zeros(k, *p.shape) if g is None else g for p, g in zip(parameters, found, strict=True)]
+            return [p.new_zeros(k, *p.shape) if g is None else g for p, g in zip(own, found, strict=True)]
         passes = [self.vjp_parameters(outputs, c, parameters) for c in zip(*cotangents, strict=True)]
         return [torch.stack(same) for same in zip(*passes, strict=True)]
+
+    def _differentiated(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The leaves of the graph that parameters are in the passes."""
+        swapped = leaves(self.root)
+        return [swapped.get(p, p) for p in parameters]
 
     @contextmanager
     def gradients_apart(self) -> Iterator[None]:

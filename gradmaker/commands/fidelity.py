@@ -102,12 +102,16 @@ def fidelity(
         return typer.echo(as_yaml(whole), nl=False)
     write_config(whole, folder)
     problem = prepare_task(made, device)
-    network = problem.initial_model(0)
+    network, calls = problem.initial_model(0), problem.first_calls(batch_size, batches)
+    if len(calls) < batches:
+        typer.echo(
+            f"an epoch of the data has {len(calls)} of {batches} batches of {batch_size}: these are measured on", err=True
+        )
     try:
         along = fidelity_along(
             network,
             problem.loss,
-            [_pair(call) for call in problem.first_calls(batch_size, batches)],
+            [_pair(call) for call in calls],
             _approximations(entries),
             cast("ReferenceName", reference),
             at=chosen,

@@ -1,7 +1,6 @@
 """`gradmaker methods`: triple, family, cost and source of every method."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from inspect import cleandoc
@@ -19,10 +18,9 @@ from gradmaker.compare.errors import InputError
 from gradmaker.options.registry import METHODS
 from gradmaker.options.suggestions import did_you_mean
 
-__all__ = ["Described", "described", "methods"]
+__all__ = ["NO_TRIPLE", "Described", "described", "docstring", "methods", "parts", "reference"]
 
 NO_TRIPLE = {"gradient": "none", "custom": "any legal triple"}
-SOURCE = re.compile(r"Reference: (.*)")
 WIDTH, BATCH = 32, 8
 """Of the square layer on which the column of memory is measured: one on which every method is legal."""
 
@@ -51,18 +49,15 @@ class Described:
 def described(name: str) -> Described:
     """The description of a method, from its docstrings and from its parts on a linear layer."""
     made: Any = METHODS[name]
-    text = cleandoc(made.Config.__doc__ or "")
+    source = reference(name)
     summary = " ".join(cleandoc(made.__doc__ or "").split("\n\n")[0].split())
-    found = SOURCE.search(" ".join(text.split()))
-    source = found[1].split("; ")[0].rstrip(".") if found else ""
     if name in NO_TRIPLE:
         return Described(name, summary, NO_TRIPLE[name], "", None, "", None, source)
+    names = parts(name)
     maker = made(nn.Linear(WIDTH, WIDTH, bias=False))
     try:
         _step(maker)
         block = maker.plan.blocks[0]
-        parts = (block.triple.curvature, block.triple.representation, block.triple.solver)
-        names = [type(part).__name__ for part in parts]
         config = maker.config
         intervals = [_interval(getattr(config, each, None)) for each in ("curvature_interval", "preconditioner_interval")]
         size = maker.summary().bytes / (4 * WIDTH**2)
@@ -70,6 +65,27 @@ def described(name: str) -> Described:
     finally:
         maker.remove()
     return Described(name, summary, " x ".join(names), names[0], exponent, " / ".join(intervals), size, source)
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """Curvature, representation and solver of a method for a linear layer; a word for a method without them."""
+    if name in NO_TRIPLE:
+        return (NO_TRIPLE[name],)
+    made: Any = METHODS[name]
+    triple = made(nn.Linear(3, 2)).plan.blocks[0].triple
+    return tuple(type(part).__name__ for part in (triple.curvature, triple.representation, triple.solver))
+
+
+def docstring(name: str) -> tuple[str, str]:
+    """What the config's docstring says, and the sources that it names."""
+    text = cleandoc(METHODS[name].Config.__doc__ or "")
+    said, _, sources = text.partition("Reference: ")
+    return said.strip(), " ".join(sources.split()).rstrip(".")
+
+
+def reference(name: str) -> str:
+    """The first source that the config's docstring names."""
+    return docstring(name)[1].split("; ")[0]
 
 
 def _step(maker: Any) -> None:

@@ -31,8 +31,8 @@ def show(
     """Write a report again from its JSON, without a measurement; of several, one report of the rows of all.
 
     Without --out, one report is written where it lies; several are written to runs/merged. Comparisons are merged if they share
-    task, budget and batch size; costs if they share machine and intervals, fidelities (of other
-    batches, seeds or steps) if they share layers and approximations.
+    task, model, budget, batch size and machine; costs if they share machine and intervals, fidelities (of other
+    batches, seeds or steps) if they share reference, layers and approximations.
 
     \b
     gradmaker show runs/digits

@@ -1,10 +1,11 @@
 """What a comparison found, in sentences: for the head of its report and the end of the command."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradmaker.compare.verdicts import Difference, Point, Reach
 
+OPEN = "not told apart from"
 LISTED = 4  # names that a sentence lists before it counts
 
 
@@ -16,6 +17,7 @@ class Found:
         ends: mean of the metric on the test part, for the rows with a finished training.
         plain: rows without a method, as `adam` of torch.
         bad: rows without a finished training.
+        finished: "2 of 3", for the rows of which only some trainings finished.
     """
 
     metric: str
@@ -26,6 +28,7 @@ class Found:
     reaches: Sequence[Reach]
     points: Sequence[Point]
     bad: Sequence[str]
+    finished: Mapping[str, str] = field(default_factory=dict)
 
 
 def sentences(found: Found) -> list[str]:
@@ -78,25 +81,35 @@ def _race(found: Found) -> Iterable[str]:
 
 
 def _ratio(reach: Reach, base: Reach) -> str:
-    steps = f"{(reach.steps or 0.0) / (base.steps or 1.0):.2g} of {base.label}'s steps ({reach.steps:g} and {base.steps:g})"
+    steps = f"{_times((reach.steps or 0.0) / (base.steps or 1.0))} {base.label}'s steps ({reach.steps:g} and {base.steps:g})"
     if reach.seconds is None or not base.seconds:
         return steps
-    return f"{steps} and {reach.seconds / base.seconds:.2g} of its time"
+    return f"{steps} and {_times(reach.seconds / base.seconds)} its time"
+
+
+def _times(ratio: float) -> str:
+    """A ratio as text, which "2 of the steps" is not."""
+    return f"{ratio:.2g} {'of' if ratio < 0.995 else 'times'}"
 
 
 def _ends(found: Found) -> Iterable[str]:
     """Which row ends best, and whether paired tests tell it from the others."""
     label, best = (max if found.higher else min)(found.ends.items(), key=lambda end: end[1])
-    told = f"{label} ends with the best test {found.metric}, {written(found.metric, best)}"
+    lost = f" over the {found.finished[label]} of its seeds that finished" if label in found.finished else ""
+    told = f"{label} ends with the best test {found.metric}, {written(found.metric, best)}{lost}"
     tests = [test for test in found.tests if label in (test.first, test.second)]
     if not tests:
         unknown = "; with fewer than two common seeds, no test says whether that is chance" if len(found.ends) > 1 else ""
         yield f"{told}{unknown}."
         return
-    shown, unclear = ([_other(test, label) for test in tests if test.shown is is_shown] for is_shown in (True, False))
-    better = f"better than {listed(shown)}" if shown else ""
-    open_ = f"not told apart from {listed(unclear)}" if unclear else ""
-    yield f"{told}: {', '.join(filter(None, (better, open_)))} by {tests[0].seeds} seeds (paired t-tests)."
+    read: dict[str, list[str]] = {}
+    for test in tests:
+        better = (test.mean > 0) is ((test.first == label) is found.higher)
+        read.setdefault(("better than" if better else "worse than") if test.shown else OPEN, []).append(_other(test, label))
+    parts = [f"{words} {listed(read[words])}" for words in ("better than", "worse than", OPEN) if words in read]
+    seeds = {test.seeds for test in tests}
+    count = str(min(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    yield f"{told}: {', '.join(parts)} by {count} seeds (paired t-tests)."
 
 
 def _other(test: Difference, label: str) -> str:

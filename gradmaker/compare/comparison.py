@@ -261,6 +261,7 @@ def _checked_vary(settings: Mapping[str, Sequence[Any]], rows: Sequence[Row], pr
 def _setting(problem: Problem, budget: Budget, batch_size: int, schedule: str, validation: float, seed: int) -> Setting:
     start, loss = problem.initial_model(seed), problem.task.loss
     sums = {name: float(p.detach().double().sum()) for name, p in start.named_parameters()}
+    values = problem.first_values(seed, batch_size)  # edited code of a forward, loss or metric is not in any name
     return Setting(
         budget=str(budget),
         batch_size=batch_size,
@@ -270,6 +271,6 @@ def _setting(problem: Problem, budget: Budget, batch_size: int, schedule: str, v
         loss=str(getattr(loss, "__qualname__", loss)),
         metrics=tuple(problem.metrics),
         data=problem.fingerprint(),
-        model=digest([str(start), sums]),
+        model=digest([str(start), sums, values]),
         version=__version__,
     )

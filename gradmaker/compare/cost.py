@@ -24,7 +24,8 @@ from gradmaker.compare.trial import Session
 
 ROUNDS = 15
 SECONDS = 4.0  # measuring time of a row; it bounds the number of rounds, of which there are at least three
-BLOCK = (5, 50)  # least and most steps timed together; a block contains a refresh of the preconditioner where possible
+BLOCK = (5, 50)  # least steps timed together, and those of an interval that is too long or that is a schedule
+LONGEST = 100  # an interval up to which a block holds all of its steps, whatever they take
 BLOCK_SECONDS = 0.02  # least duration of a block, against the resolution of the clock and other processes
 WARM_UP = 200
 WARMING = ("start_step", "warmup_steps")
@@ -62,8 +63,8 @@ class Bench:
         config = getattr(self.session.maker, "config", None)
         intervals = [getattr(config, name, 1) for name in INTERVALS]
         # a scheduled interval is no number: its refreshes are averaged over the longest block
-        longest = max(every if isinstance(every, int) else BLOCK[1] for every in intervals)
-        self.block = min(max(BLOCK[0], longest), BLOCK[1])
+        self.interval = math.lcm(*(every if isinstance(every, int) else BLOCK[1] for every in intervals))
+        self.block = min(max(BLOCK[0], self.interval), BLOCK[1])
         self.warm_up = min(max(self.block, sum(getattr(config, name, 0) for name in WARMING) + 1), WARM_UP)
         self.done = self.rounds = 0
 
@@ -71,7 +72,7 @@ class Bench:
         """Warm up, then set the length of a block and the number of rounds from the time of a step."""
         self.run(self.warm_up)
         step = self.run(self.block)
-        self.block = max(self.block, math.ceil(BLOCK_SECONDS / step))
+        self.block = block_of(self.interval, step)
         self.rounds = max(3, min(ROUNDS, round(SECONDS / (step * self.block))))
 
     def run(self, steps: int) -> float:
@@ -83,6 +84,16 @@ class Bench:
             self.done += 1
         synchronize(self.device)
         return (perf_counter() - start) / steps
+
+
+def block_of(interval: int, step: float) -> int:
+    """Steps that are timed together: whole intervals, so that every block has as many refreshes as the average.
+
+    At least `BLOCK` and `BLOCK_SECONDS`. An interval beyond 100 steps and `SECONDS` is not measured whole.
+    """
+    least = max(BLOCK[0], math.ceil(BLOCK_SECONDS / step))
+    whole = math.ceil(least / interval) * interval
+    return whole if whole <= max(LONGEST, SECONDS / step) else max(least, BLOCK[1])
 
 
 def measure(rows: Mapping[str, Row], problem: Problem, batch_size: int, tick: Callable[[], None]) -> dict[str, Cost]:

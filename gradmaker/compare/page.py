@@ -137,7 +137,7 @@ def _races(comparison: Comparison) -> Iterable[Table]:
         for row in rows:
             row |= {"steps share": _share(row["steps"], base.steps), "time share": _share(row["seconds"], base.seconds)}
     target = written(comparison.metric, reaches[0].target)
-    origin = "as given" if comparison.target is not None else "the worst mean end of a row"
+    origin = "as given" if comparison.target is not None else "what all rows reach in most seeds"
     caption = (
         f"Target: {target} of test {comparison.metric} ({origin}). Medians over seeds; time is steps × median time of a step."
     )
@@ -243,7 +243,8 @@ def notes(comparison: Comparison) -> list[str]:
         "Times of trainings are steps × that median: the load of the machine is not in them.",
         f"Memory: {MEMORY_NOTE.get(kind, 'not measured on this device')}.",
         "A training diverged when its loss was not finite, or when its mean over the last quarter before the last evaluation "
-        "was more than a quarter above that of the first step; it is left out of means and figures and counted in the notes.",
+        "was above that of the first step by more than a quarter and twice the spread of its batches; it is left out of means "
+        "and figures and counted in the notes.",
         *(["There is no test part: the validation part stands for it."] if comparison.data.get("test_is_validation") else []),
     ]
 

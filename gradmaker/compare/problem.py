@@ -62,6 +62,14 @@ class Problem:
         """Loss and metrics on a part of the data."""
         return evaluate(network, self.loss, self.metrics, map(self.read, source.all(self.evaluation_size)))
 
+    def first_values(self, seed: int, batch_size: int) -> list[str]:
+        """Loss and metrics of the initial model on a first batch, as in training and as in evaluation, to a few digits."""
+        network, (call,) = self.initial_model(seed), self.first_calls(batch_size, 1)
+        with seeded(seed, self.device), torch.no_grad():
+            trained = float(self.loss(call.outputs(network.train()), call.targets))
+        found = evaluate(network, self.loss, self.metrics, [call])
+        return [f"{name} {value:.4e}" for name, value in [("training", trained), *found.items()]]
+
     def described(self) -> dict[str, Any]:
         """Name and sizes of the data for the report."""
         sizes = {name: getattr(self, name).size for name in ("train", "validation", "test")}

@@ -1,7 +1,7 @@
 """The result of a comparison: all rows with their settings, tests between them, and what is saved and read again."""
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,16 @@ class Comparison:
         }
 
     def merge(self, *others: "Comparison") -> "Comparison":
-        """One comparison with the rows of all. InputError where settings differ or two rows have one label."""
+        """One comparison with the rows of all. InputError where settings or machines differ or two rows have one label."""
         for other in others:
             for name in OWN:
                 own, given = getattr(self.setting, name), getattr(other.setting, name)
                 if own != given:
                     raise InputError(f"comparisons of different {name} cannot be merged: {own!r} and {given!r}")
+            if self.model != other.model:
+                raise InputError("comparisons of different models cannot be merged: rows start from the same parameters")
+            if apart := _apart(self.machine, other.machine):
+                raise InputError(f"comparisons of different {apart} cannot be merged: their times are not of one machine")
         rows = [result for comparison in (self, *others) for result in comparison.rows]
         labels = [result.row.label for result in rows]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
@@ -122,13 +126,16 @@ class Comparison:
         return verdicts.differences(ends, self.higher)
 
     def reaches(self, target: float | None = None) -> list[Reach]:
-        """Steps and seconds to a target of the metric; None: the target of the comparison, or the worst mean end of a row.
+        """Steps and seconds to a target of the metric; None: that of the comparison, or what all rows reach in most seeds.
 
         A training that did not finish counts as one that has not reached it.
         """
         if (wanted := self.target if target is None else target) is None:
-            ends = [value for result in self.rows if (value := mean(result.ends())) is not None]
-            wanted = (min if self.higher else max)(ends, default=math.nan)
+            ends = [
+                [record.end("test", self.metric) if record.status == "finished" else None for record in result.finals]
+                for result in self.rows
+            ]
+            wanted = verdicts.common_target(ends, self.higher)
         return [
             verdicts.reach(
                 result.row.label,
@@ -164,6 +171,11 @@ class Comparison:
             reaches=self.reaches(),
             points=self.pareto(),
             bad=[result.row.label for result in self.measured if not result.finished],
+            finished={
+                result.row.label: f"{len(result.finished)} of {len(result.finals)}"
+                for result in self.rows
+                if 0 < len(result.finished) < len(result.finals)
+            },
         )
         return sentences(found)
 
@@ -196,3 +208,9 @@ class Comparison:
     def records(self) -> list[Record]:
         """All trainings."""
         return [*(record for result in self.rows for record in result.trials), *self.varied]
+
+
+def _apart(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The facts in which two machines differ, with their values; the dates may."""
+    names = [name for name in dict.fromkeys((*own, *other)) if name != "date" and own.get(name) != other.get(name)]
+    return ", ".join(f"{name} ({own.get(name)} and {other.get(name)})" for name in names)

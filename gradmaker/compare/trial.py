@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +23,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rat
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 MARGIN = 0.25  # a loss that ends higher than it began by less may be noise of a training that is too slow
+TAIL = 8  # least steps over which the end of the loss is averaged
 CURVE_POINTS = 2000  # longer loss curves are averaged to this many points
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words for it, where the type is RuntimeError
 
@@ -267,16 +269,17 @@ def _diverged(record: Record) -> bool:
         record.status, record.message = "diverged", f"loss is not finite after {record.marks[-1]} steps"
         return True
     losses = [value for value in record.curve_loss if value is not None]
-    tail = losses[-max(1, len(losses) // len(record.marks) // 4) :]
-    first, last = losses[0], sum(tail) / len(tail)
+    tail = losses[-max(1, len(losses) // len(record.marks) // 4, min(TAIL, len(losses) // 2)) :]
+    first, last = losses[0], fmean(tail)
+    spread = min(abs(first), stdev(tail) if len(tail) > 1 else math.inf)  # of single batches, as the first one is
     record.status, record.message = "finished", ""
-    if last - first > MARGIN * abs(first):
+    if last - first > MARGIN * abs(first) + 2 * spread:
         record.status, record.message = "diverged", f"the loss ends at {last:.3g}, far above the initial {first:.3g}"
     return False
 
 
 def _finite(value: float) -> float | None:
-    return round(value, 7) if math.isfinite(value) else None
+    return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
 def _downsampled(record: Record) -> Record:
@@ -285,5 +288,5 @@ def _downsampled(record: Record) -> Record:
     if group > 1 and None not in record.curve_loss:
         for name in ("curve_steps", "curve_loss"):
             parts = torch.tensor(getattr(record, name), dtype=torch.float64).split(group)
-            setattr(record, name, [round(float(part.mean()), 7) for part in parts])
+            setattr(record, name, [float(f"{float(part.mean()):.8g}") for part in parts])
     return record

@@ -7,11 +7,15 @@ from itertools import combinations
 from statistics import fmean, median, stdev
 
 LEVEL = 0.05  # of all tests together, by Bonferroni
+SAME = 3e-7  # spread of differences, relative to the values, below which they are equal: values are kept to eight digits
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired test (Student's t, over common seeds) of the metric of two rows; `shown` allows for the number of tests."""
+    """A paired test (Student's t, over common seeds) of the metric of two rows; `shown` allows for the number of tests.
+
+    Where all seeds differ by the same amount, as metrics of few examples do by chance, it is the sign test.
+    """
 
     first: str
     second: str
@@ -31,7 +35,7 @@ class Reach:
     """The first evaluation of a row at which the metric is as good as the target: medians over seeds, None if not reached.
 
     Args:
-        steps: None where fewer than half of the seeds reached it.
+        steps: None unless more than half of the seeds reached it.
         seconds: steps x median time of an interleaved step.
     """
 
@@ -73,20 +77,21 @@ def differences(ends: Mapping[str, Mapping[int, float]], higher: bool) -> list[D
         common = [seed for seed in ends[first] if seed in ends[second]]
         apart = [ends[first][seed] - ends[second][seed] for seed in common]
         if len(apart) > 1 and all(map(math.isfinite, apart)):
-            pairs.append((first, second, apart))
-    return [_tested(first, second, apart, len(pairs), higher) for first, second, apart in pairs]
+            rounding = SAME * max(abs(ends[label][seed]) for label in (first, second) for seed in common)
+            pairs.append((first, second, apart, rounding))
+    return [_tested(*pair, len(pairs), higher) for pair in pairs]
 
 
-def _tested(first: str, second: str, apart: Sequence[float], tests: int, higher: bool) -> Difference:
+def _tested(first: str, second: str, apart: Sequence[float], rounding: float, tests: int, higher: bool) -> Difference:
     from scipy import stats
 
     mean, deviation, freedom = fmean(apart), stdev(apart), len(apart) - 1
     error = deviation / math.sqrt(len(apart))
-    if error > 0:
+    if deviation > rounding:
         t, wide = mean / error, error * float(stats.t.ppf(1 - LEVEL / 2, freedom))
         p = 2 * float(stats.t.sf(abs(t), freedom))
-    else:  # equal in every seed, or by the same amount
-        t, wide, p = (0.0 if mean == 0 else math.copysign(math.inf, mean)), 0.0, (1.0 if mean == 0 else 0.0)
+    else:  # a spread of zero is that of rounding, not of trainings
+        t, wide, p = (0.0 if mean == 0 else math.copysign(math.inf, mean)), 0.0, (1.0 if mean == 0 else 0.5**freedom)
     shown = p < LEVEL / tests
     better, worse = (first, second) if (mean > 0) is higher else (second, first)
     reading = f"{better} is better than {worse}" if shown else "no difference is shown"
@@ -107,6 +112,20 @@ def reach(
     known = steps if math.isfinite(steps) else None
     seconds = None if known is None or step_seconds is None else known * step_seconds
     return Reach(label, target, known, seconds, len(reached), len(firsts))
+
+
+def common_target(ends: Sequence[Sequence[float | None]], higher: bool) -> float:
+    """The best value that all rows with a majority of finished trainings have reached in most seeds; NaN without such a row.
+
+    Args:
+        ends: values by seed for every row, None for a training that did not finish.
+    """
+    reached = []
+    for values in ends:
+        ranked = sorted((value for value in values if value is not None and math.isfinite(value)), reverse=higher)
+        if len(ranked) > len(values) // 2:
+            reached.append(ranked[len(values) // 2])
+    return (min if higher else max)(reached, default=math.nan)
 
 
 def _first(marks: Sequence[int], values: Sequence[float | None], target: float, higher: bool) -> int | None:

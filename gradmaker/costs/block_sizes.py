@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradmaker.blocks import Block
 from gradmaker.costs.counting import Recorder
 from gradmaker.costs.trial import quiet
-from gradmaker.curvature.evidence import Gradient, Outer, kinds
+from gradmaker.curvature.evidence import Gradient, Outer
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.curvature.products import Product
 from gradmaker.errors import CostError
 from gradmaker.linalg.factors import tile_width

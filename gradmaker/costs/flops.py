@@ -40,8 +40,8 @@ def _svd(shape: torch.Size, full: bool = False, *args: Any, **kwargs: Any) -> in
 
 
 def _triangular(shape: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a triangular solve: ``d^2`` for each column.  # (..., d, d), (..., d, m)"""
-    return int(prod(shape) * b[-1])
+    """FLOPs of a triangular solve: ``d^2`` for each vector.  # (..., d, d), (..., d, m), from the right (..., m, d)"""
+    return int(prod(torch.broadcast_shapes(shape[:-2], b[:-2])) * prod(b[-2:]) * shape[-1])
 
 
 def _triangular_in_order(a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -17,7 +17,8 @@ from gradmaker.costs.counting import Recorder
 from gradmaker.costs.flops import OWN
 from gradmaker.costs.prediction import explained
 from gradmaker.costs.trial import PredictedMaker, arguments, build_like, trying
-from gradmaker.curvature.evidence import Gradient, kinds
+from gradmaker.curvature.evidence import Gradient
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.representations.base import Fold
 from gradmaker.representations.roles import FactoredAxes
 from gradmaker.schedule import as_schedule

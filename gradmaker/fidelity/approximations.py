@@ -23,7 +23,7 @@ from gradmaker.plan import FALLBACK
 from gradmaker.preconditioner import PreconditionedGradientMaker
 from gradmaker.triple import Triple
 
-__all__ = ["Approximation", "Given", "Measured", "measured_of", "read_approximations"]
+__all__ = ["Approximation", "Given", "Measured", "Refused", "measured_of", "read_approximations"]
 
 Given: TypeAlias = str | Mapping[str, Any] | GradientConfig | Triple | PreconditionedGradientMaker
 EXPECTED = "expected a method's name, a mapping with 'method', a config, a Triple, a maker, or a pair (label, one of these)"
@@ -48,14 +48,23 @@ class Approximation:
         return maker
 
 
-def read_approximations(given: Any, problem: Problem) -> list[Approximation]:
-    """The approximations with distinct labels. ValueError for what is none, or for a method without a curvature matrix."""
+@dataclass(frozen=True)
+class Refused:
+    """An approximation that its method refuses, and why."""
+
+    label: str
+    method: str
+    reason: str
+
+
+def read_approximations(given: Any, problem: Problem) -> list[Approximation | Refused]:
+    """The approximations with distinct labels. ValueError for what is none, and where each is refused."""
     if isinstance(given, (str, Triple, GradientConfig, PreconditionedGradientMaker)) or (
         isinstance(given, Mapping) and "method" in given
     ):
         given = [given]
     items = list(given.items()) if isinstance(given, Mapping) else list(given)
-    found: list[Approximation] = []
+    found: list[Approximation | Refused] = []
     for item in items:
         label, one = item if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) else (None, item)
         read = _read(label, one, problem)
@@ -67,10 +76,12 @@ def read_approximations(given: Any, problem: Problem) -> list[Approximation]:
         found.append(read)
     if not found:
         raise ValueError(f"approximations: {EXPECTED}; got none")
+    if all(isinstance(one, Refused) for one in found):
+        raise ValueError("; ".join(one.reason for one in found if isinstance(one, Refused)))
     return found
 
 
-def _read(label: str | None, given: Any, problem: Problem) -> Approximation:
+def _read(label: str | None, given: Any, problem: Problem) -> Approximation | Refused:
     if isinstance(given, PreconditionedGradientMaker):
         if given.model is not problem.model:
             raise ValueError("approximations: a maker of another model; give one that was made for this model, or its config")
@@ -88,10 +99,13 @@ def _read(label: str | None, given: Any, problem: Problem) -> Approximation:
     if not isinstance(given, (str, Mapping)):
         raise ValueError(f"approximations: {EXPECTED}; got {type(given).__name__}")
     mapping: Mapping[str, Any] = {"method": given} if isinstance(given, str) else given
-    maker = from_config(problem.model, mapping)
-    name = str(mapping["method"])
+    name = str(mapping.get("method"))
+    try:
+        maker = from_config(problem.model, mapping)
+    except ValueError as error:
+        return Refused(label or _label(name, mapping), name, str(error))
     if not isinstance(maker, PreconditionedGradientMaker):
-        raise ValueError(f"approximations: {name!r} has no curvature matrix to compare")
+        return Refused(label or _label(name, mapping), name, f"approximations: {name!r} has no curvature matrix to compare")
     return Approximation(label or _label(name, mapping), name, maker.config)
 
 

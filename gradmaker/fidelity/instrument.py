@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from gradmaker.fidelity.approximations import Approximation, Measured, measured_of, read_approximations
+from gradmaker.fidelity.approximations import Approximation, Measured, Refused, measured_of, read_approximations
 from gradmaker.fidelity.dense_runs import DenseRuns
 from gradmaker.fidelity.layers import Layers
 from gradmaker.fidelity.meter import Meter, meter
@@ -95,7 +95,9 @@ def fidelity(
     parts = Layers(model, layers)
     problem = Problem(model, loss, parts, seed)
     read = read_batches(batches, max_batches)
-    given = read_approximations(approximations, problem)
+    rows = read_approximations(approximations, problem)
+    given = [one for one in rows if isinstance(one, Approximation)]
+    refused = {one.label: one for one in rows if isinstance(one, Refused)}
     is_dense = parts.size <= dense_limit
     search = line_searches or ("all" if is_dense else "whole")
     check_choice("line_searches", search, ("all", "whole", "none"))
@@ -106,9 +108,10 @@ def fidelity(
         runs = [
             run
             for number, group in enumerate(groups)
-            for run in _runs(problem, group, number, reference, given, options, seeds, bar)
+            for run in _runs(problem, group, number, reference, given, refused, options, seeds, bar)
         ]
-    return _result(parts, reference, runs, given, options, read)
+    rows = [refused.get(one.label, one) for one in rows]
+    return _result(parts, reference, runs, rows, options, read)
 
 
 def _runs(
@@ -117,6 +120,7 @@ def _runs(
     number: int,
     name: ReferenceName,
     given: list[Approximation],
+    refused: dict[str, Refused],
     options: Options,
     seeds: int,
     bar: Meter,
@@ -129,9 +133,15 @@ def _runs(
         run = run.of_seed(seed)
         for one in given:
             bar.advance(one.label)
-            if seed and not found[0].measured[one.label].draws:
+            if one.label in refused or (seed and not found[0].measured[one.label].draws):
                 continue
-            measured = measured_of(one, problem, batches, seed, options.repeats, options.dense)
+            try:
+                measured = measured_of(one, problem, batches, seed, options.repeats, options.dense)
+            except (ValueError, RuntimeError) as error:  # it ends this row alone
+                if len(given) == 1:
+                    raise
+                refused[one.label] = Refused(one.label, one.method, str(error))
+                continue
             run.measured[one.label] = measured
             measures.of_approximation(run, one.label, measured)
             measured.held.release()
@@ -151,13 +161,19 @@ def _result(
     layers: Layers,
     reference: ReferenceName,
     runs: list[Run],
-    given: list[Approximation],
+    rows: list[Approximation | Refused],
     options: Options,
     batches: list[Batch],
 ) -> Fidelity:
     first = runs[0].measured
-    kept = [_kept(a, first[a.label]) for a in given]
-    count = f"{len({r.number for r in runs})} runs on batches of {batches[0].examples}, {len({r.seed for r in runs})} seeds"
+    given = [one for one in rows if isinstance(one, Approximation)]
+    refused = {one.label: one.reason for one in rows if isinstance(one, Refused)}
+    if not given:
+        raise ValueError("; ".join(f"{label}: {reason}" for label, reason in refused.items()))
+    kept = [_refused(one) if isinstance(one, Refused) else _kept(one, first[one.label]) for one in rows]
+    numbers, seeds = (len({getattr(r, name) for r in runs}) for name in ("number", "seed"))
+    groups = f"{numbers} {'batch' if numbers == 1 else 'batches'} of {batches[0].examples}"
+    count = f"{groups}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     setting = {
         "reference": reference,
         "parameters": layers.size,
@@ -172,14 +188,15 @@ def _result(
         **{k: v for k, v in vars(options).items()},
     }
     told = [{"name": k.name, "kind": k.kind, "parameters": k.size} for k in layers.chosen]
-    notes = notes_of(reference, given, first, len(batches), options.repeats)
+    notes = [f"{label}: refused: {' '.join(reason.split())}" for label, reason in refused.items()]
+    notes += notes_of(reference, given, first, len(batches), options.repeats)
     notes += [note for run in runs for note in run.notes]
     return Fidelity(
         setting,
         told,
         kept,
-        [v for run in runs for v in run.values],
-        [s for run in runs for s in run.spectra],
+        [v for run in runs for v in run.values if v.approximation not in refused],
+        [s for run in runs for s in run.spectra if s.approximation not in refused],
         runs[0].coupling,
         list(dict.fromkeys(notes)),
     )
@@ -188,3 +205,8 @@ def _result(
 def _kept(approximation: Approximation, m: Measured) -> Kept:
     damping = float("nan") if m.damping is None else m.damping
     return Kept(approximation.label, approximation.method, str(approximation.config), damping, m.power, m.seconds, m.bytes)
+
+
+def _refused(one: Refused) -> Kept:
+    """A row without numbers."""
+    return Kept(one.label, one.method, "refused", float("nan"), float("nan"), float("nan"), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from gradmaker.fidelity.values import Kept, Spectrum, Value, Values
 __all__ = ["Fidelity"]
 
 FORMAT = 1
+ALIKE = ("reference", "parameters", "dtype", "damping", "repeats", "how")
+"""Of the setting: what values that are averaged share."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,27 @@ class Fidelity(Values):
         every = [self, *others]
         if any((o.labels, o.layer_names) != (self.labels, self.layer_names) for o in every):
             raise ValueError("joined: the results are of other layers or approximations")
+        for name in ALIKE:
+            if len(found := list(dict.fromkeys(str(o.setting.get(name)) for o in every))) > 1:
+                raise ValueError(f"joined: the results are of different {name}: {' and '.join(found[:2])}")
+        if any(list(a.values) == list(b.values) for a, b in itertools.combinations(every, 2)):
+            raise ValueError("joined: one result is given twice, which would halve the squares of its standard errors")
         return replace(
             every[-1],
-            values=[v for o in every for v in o.values],
+            values=list(_numbered(every)),
             spectra=[s for o in every for s in o.spectra],
             notes=list(dict.fromkeys(note for o in every for note in o.notes)),
         )
+
+
+def _numbered(results: Iterable[Fidelity]) -> Iterable[Value]:
+    """Their values; the batches of results at a step that an earlier one has, too, are others and have further numbers."""
+    after: dict[int, int] = {}
+    for own in results:
+        first = max((after.get(step, 0) for step in own.steps), default=0)
+        for v in own.values:
+            yield replace(v, batch=first + v.batch)
+        after |= {step: first + 1 + max(v.batch for v in own.values) for step in own.steps}
 
 
 def _plain(given: Any) -> Any:

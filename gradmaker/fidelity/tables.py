@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from gradmaker.fidelity.approximations import DAMPING
 from gradmaker.fidelity.catalogue import BLOCKS, EXACT, MEASURES
 from gradmaker.fidelity.layers import WHOLE
 from gradmaker.fidelity.values import Mean, Values
@@ -78,7 +79,10 @@ def answer(result: Values) -> list[str]:
         ("decrease", "decreases the loss most at its best step length, by {}", False),
     ):
         known = {k: mean for k in result.labels if (mean := result.mean(k, measure))}
-        if known:
+        if measure == "cosine" and len(_exact_directions(result, known)) > 1:
+            listed = ", ".join(f"{k} {cell(m)}" for k, m in known.items())
+            found.append(f"Cosines, each with the exact direction of its own power and damping: {listed}.")
+        elif known:
             best = (min if lowest else max)(known, key=lambda k: known[k].value)
             others = ", ".join(f"{k} {short(m.value)}" for k, m in known.items() if k != best)
             found.append(f"{best} {says.format(cell(known[best]))}{f' ({others})' if others else ''}.")
@@ -87,4 +91,13 @@ def answer(result: Values) -> list[str]:
         found.append(
             f"Blocks between layers, which no layer-wise approximation has, are {100 * left.value:.0f} % of the squared norm."
         )
+    if found and len(result.steps) > 1:
+        found.append(f"All of this is of step {result.steps[-1]}, as are tables and spectra.")
     return found or ["Nothing could be measured: see the notes."]
+
+
+def _exact_directions(result: Values, labels: Collection[str]) -> set[tuple[float, float]]:
+    """Power and damping of the exact directions with which those of approximations are compared."""
+    given = result.setting.get("damping")
+    own = [a for a in result.approximations if a.label in labels]
+    return {(a.power, (DAMPING if math.isnan(a.damping) else a.damping) if given is None else given) for a in own}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import Any
 
 from gradmaker.fidelity.layers import WHOLE
@@ -52,7 +53,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over batches and seeds, and its standard error: of the spread of runs, and of the probes of each."""
+    """A mean over batches and seeds, and its standard error: of the spread of runs, and of the probes of each.
+
+    The seeds of a batch share its data: of several batches, it is the spread of their means that counts.
+    """
 
     value: float
     error: float
@@ -96,7 +100,7 @@ class Values:
             return None
         n = len(runs)
         mean = sum(v.value for v in runs) / n
-        spread = math.sqrt(sum((v.value - mean) ** 2 for v in runs) / (n - 1) / n) if n > 1 else 0.0
+        spread = _standard_error(runs)
         probes = math.sqrt(sum(v.error**2 for v in runs)) / n
         return Mean(mean, max(spread, probes), n)
 
@@ -116,3 +120,12 @@ class Values:
     def rows(self, measure: str, step: int | None = None) -> list[tuple[str, list[Mean | None]]]:
         """A measure by layer, the whole model last, with a mean for each approximation."""
         return [(k, [self.mean(a, measure, k, step) for a in self.labels]) for k in (*self.layer_names, WHOLE)]
+
+
+def _standard_error(runs: Sequence[Value]) -> float:
+    """Of the mean: from the means of batches, or of one batch from its seeds; 0 for one run."""
+    by_batch: dict[int, list[float]] = {}
+    for v in runs:
+        by_batch.setdefault(v.batch, []).append(v.value)
+    apart = [fmean(own) for own in by_batch.values()] if len(by_batch) > 1 else [v.value for v in runs]
+    return stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0

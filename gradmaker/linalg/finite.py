@@ -13,6 +13,6 @@ def finite_members(*tensors: Tensor) -> Tensor:
 
     NaN and infinity reach an extreme, and nothing overflows as in a sum.  # each (B, ...) -> (B,)
     """
-    flat = [x.reshape(len(x), -1) for x in tensors if x.numel()]
+    flat = [x.mT.flatten(1) if x.ndim == 3 and x.mT.is_contiguous() else x.flatten(1) for x in tensors if x.numel()]  # views
     found = [torch.isfinite(extreme) for x in flat for extreme in (x.amax(1), x.amin(1))]
     return torch.stack(found or [tensors[0].new_ones(len(tensors[0]), dtype=torch.bool)]).all(0)

@@ -173,6 +173,7 @@ class Attachment:
         self._kept(maker)
         current.before = Marks(self._parameters(maker))
         maker.step_state.judge_anew()
+        current.gather(maker.model)
         with current.measuring():
             current.draft = maker.step_state.draft()
             with maker.meeting():
@@ -340,4 +341,4 @@ class Attachment:
             maker.serve(served)
 
     def _parameters(self, maker: RecordingMaker) -> list[nn.Parameter]:
-        return [p for p in maker.model.parameters() if p in self._served]
+        return [p for p in maker.plan.own.all if p in self._served]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmaker.capture.borrowing import borrowing, foreign
+from gradmaker.capture.sharded import Gathered
 from gradmaker.capture.tape import Tape
 from gradmaker.curvature import Curvature
 from gradmaker.loops.checks import OTHER_OUTPUTS, TWO_LOSSES, UNDIFFERENTIATED, logits_of
@@ -44,6 +45,7 @@ class LoopPass:
         self.depth = 0  # nested calls of the model
         self.inside = True
         self.recorder = LossRecorder() if tape is not None else None
+        self.weights: Gathered | None = None  # whole, while it is measured
         self.losses: dict[str, LossCall] = {}  # called inside of the model, by place
         self.logits: Tensor | None = None
         self.at: str | None = None  # the place whose gradient it was measured at, in this backward pass
@@ -154,8 +156,20 @@ class LoopPass:
             told = (" and ".join(map(str, shapes)), ", ".join(self.watched), ", ".join(blind))
             self.refusal = OTHER_OUTPUTS.format(*told)
 
+    def gather(self, model: nn.Module) -> None:
+        """Let sharded weights be whole until the end of the backward pass, on all ranks together."""
+        self.weights = Gathered(model)
+        self.weights.begin(gather=True)
+
+    def shard(self) -> None:
+        """Let ranks hold their shards again."""
+        if self.weights is not None:
+            self.weights.end()
+            self.weights = None
+
     def again(self) -> None:
         """Expect another backward pass: this one was part of no step."""
+        self.shard()
         self.at = self.before = self.draft = self.expected = None
         self.unread, self.refusal = False, ""
         self.others.forget()
@@ -181,6 +195,7 @@ class LoopPass:
 
     def close(self) -> None:
         """Remove the hooks from the modules and release the graph. Hooks on outputs stay, to report a late gradient."""
+        self.shard()
         self._calls.close()
         self._record.close()
         self.others.close()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gradmaker.capture.sharded import is_sharded, local, version, whole
 from gradmaker.loops.checks import TWICE
 
 __all__ = ["Marks", "any_nonzero", "refuse_second", "without_others"]
@@ -19,7 +20,7 @@ class Marks:
 
     def __init__(self, parameters: Iterable[nn.Parameter], norms: bool = False) -> None:
         """norms: whether to keep them for `changed`: some loops read a norm by clipping to infinity, a multiplication by 1"""
-        self._then = [(p, None if p.grad is None else (weakref.ref(p.grad), p.grad._version)) for p in parameters]
+        self._then = [(p, None if p.grad is None else (weakref.ref(p.grad), version(p.grad))) for p in parameters]
         self._norms = _norms([p for p, then in self._then if then is not None]) if norms else {}
 
     def moved(self) -> bool:
@@ -52,13 +53,13 @@ class Marks:
     def _same(p: nn.Parameter, then: tuple[weakref.ref[Tensor], int] | None) -> bool:
         if then is None or p.grad is None:
             return then is None and p.grad is None
-        return then[0]() is p.grad and then[1] == p.grad._version
+        return then[0]() is p.grad and then[1] == version(p.grad)
 
 
 @torch.no_grad()
 def _norms(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """The norms of strided gradients, in float32 or better."""
-    held = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.layout is torch.strided]
+    held = [(p, local(p.grad)) for p in parameters if p.grad is not None and p.grad.layout is torch.strided]
     found: dict[nn.Parameter, Tensor] = {}
     for dtype in dict.fromkeys(g.dtype for _, g in held):
         own = [(p, g) for p, g in held if g.dtype is dtype]
@@ -75,7 +76,8 @@ def _equal(found: Tensor, expected: Tensor, p: nn.Parameter) -> bool:
 @torch.no_grad()
 def any_nonzero(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether any parameter has a gradient that is not all zero; reads the host."""
-    found = [p.grad.count_nonzero() for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = [whole(g.abs().sum()) if is_sharded(g) else g.count_nonzero() for g in gradients]  # the same on all ranks
     return bool(torch.stack([n.cpu() for n in found]).any()) if found else False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,17 +92,37 @@ class Ranks:
 
     # ---------------------------------------------------------------- tensors
     @torch.no_grad()
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their sums over the ranks, in one collective for each dtype."""
+    def sum_(self, tensors: Sequence[Tensor], to: int | None = None) -> None:
+        """Replace tensors by their sums over the ranks, in one collective for each dtype.
+
+        to: the rank that needs them, while those of the others are of no use then; None: all
+        """
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for t in tensors:
             real = torch.view_as_real(t) if t.is_complex() else t
             by_dtype.setdefault(real.dtype, []).append(real)
         for group in by_dtype.values():
             flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat, group=self.group)
+            if to is None:
+                dist.all_reduce(flat, group=self.group)
+            else:
+                dist.reduce(flat, self.members[to], group=self.group)
             pieces = flat.split([t.numel() for t in group])
             torch._foreach_copy_(group, [piece.view(t.shape) for t, piece in zip(group, pieces, strict=True)])
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks in the default group, by rank."""
+        return dist.get_process_group_ranks(self.group if self.group is not None else dist.GroupMember.WORLD)
+
+    def exchange(self, send: Mapping[int, Tensor], sizes: Mapping[int, int], dtype: torch.dtype) -> dict[int, Tensor]:
+        """Flat tensors from other ranks, by rank.  send: for each rank; sizes: of what each rank sends to this one"""
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        given = [send.get(r, empty) for r in range(self.size)]
+        splits = [sizes.get(r, 0) for r in range(self.size)]
+        found = torch.empty(sum(splits), dtype=dtype, device=self.device)
+        dist.all_to_all_single(found, torch.cat(given), splits, [t.numel() for t in given], group=self.group)
+        return dict(enumerate(found.split(splits)))
 
     def gather(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The flat tensors of all ranks, by rank.  sizes: of these; collectives are of the largest"""

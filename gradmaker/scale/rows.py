@@ -14,9 +14,11 @@ from gradmaker.capture.one_hot import OneHot
 from gradmaker.capture.sites import Site
 from gradmaker.curvature import Curvature
 from gradmaker.curvature.evidence import Evidence, Gradient, Outer, Pair
+from gradmaker.curvature.products import Moments
+from gradmaker.curvature.roles import OfSecants
 from gradmaker.scale.ranks import Ranks, RefusedError
 
-__all__ = ["gathered_rows", "merged", "shapes_of", "summed_gradients"]
+__all__ = ["gathered_rows", "merged", "shapes_of", "summed_gradients", "summed_moments"]
 
 LENGTH = 13
 """Numbers that describe the evidence of a site."""
@@ -36,7 +38,7 @@ class _Shape:
     padding: int  # -1: none
     weights: int
     transposed: int
-    inputs_alone: int
+    kind: int  # index in those of `Outer`
     bias: int
     examples: int  # of the rank
 
@@ -46,7 +48,8 @@ class _Shape:
         n, r = a.index.shape if isinstance(a, OneHot) else a.shape[1:3]
         padding = a.padding if isinstance(a, OneHot) and a.padding is not None else -1
         i, size = (-1, a.size) if isinstance(a, OneHot) else (a.shape[3], 0)
-        flags = map(int, (outer.weights is not None, outer.transposed, outer.kind == "inputs", outer.bias, examples))
+        kind = Outer.kinds.index(outer.kind)
+        flags = map(int, (outer.weights is not None, outer.transposed, kind, outer.bias, examples))
         return cls(k, G, n, r, o, i, size, padding, *flags)
 
     def parts(self) -> dict[str, tuple[int, ...]]:
@@ -90,9 +93,25 @@ def summed_gradients(
         yield {name: replace(like, gradient=value) for name, value in found.items()}
 
 
+def summed_moments(ranks: Ranks, chunks: Sequence[Mapping[str, Evidence]]) -> Moments | None:
+    """The moments of the examples of all ranks; None if there are none."""
+    own = next((e for chunk in chunks for e in chunk.values() if isinstance(e, Moments)), None)
+    described = None if own is None else (own.sites, [(tuple(t.shape), t.dtype) for t in own.sums])
+    told = [each for each in ranks.objects(described) if each is not None]
+    if not told:
+        return None
+    if any(each != told[0] for each in told):
+        raise RefusedError(f"several processes: the ranks have measured {[each[0] for each in told]} in one pass")
+    names, shapes = told[0]
+    zeros = [torch.zeros(shape, dtype=dtype, device=ranks.device) for shape, dtype in shapes]
+    sums = zeros if own is None else [t.clone() for t in own.sums]
+    ranks.sum_(sums)
+    return Moments(names, tuple(sums))
+
+
 # ------------------------------------------------------------------ pairs that all ranks have found together
 def known_pairs(
-    ranks: Ranks, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]]
+    ranks: Ranks, curvature: OfSecants, sites: Mapping[Site, torch.dtype], chunks: Sequence[Mapping[str, Evidence]]
 ) -> dict[str, Evidence]:
     """The secants of all ranks, also on those that had no examples to measure."""
     own = {name: e for chunk in chunks for name, e in chunk.items() if isinstance(e, Pair)}
@@ -101,8 +120,7 @@ def known_pairs(
     values: list[Tensor] = []
     for (site, dtype), owners in zip(sites.items(), holders, strict=True):
         if owners:
-            zeros = torch.zeros(site.shape, dtype=dtype, device=ranks.device)
-            pair = own[site.name] if owners[0] == ranks.rank else Pair(zeros, zeros.clone(), "secant")
+            pair = own[site.name] if owners[0] == ranks.rank else curvature.empty_secant(site, dtype, ranks.device)
             found[site.name] = pair = replace(pair, v=pair.v.clone(), cv=pair.cv.clone())
             values += [pair.v, pair.cv]
     ranks.sum_(values)
@@ -197,7 +215,7 @@ def _outer(shape: _Shape, parts: Mapping[tuple[str, str], Tensor], name: str) ->
     padding = None if shape.padding < 0 else shape.padding
     inputs = OneHot(parts[name, "index"], shape.size, padding) if shape.i < 0 else parts[name, "inputs"]
     made = Outer(inputs, parts[name, "gradients"], bool(shape.bias), bool(shape.transposed), parts.get((name, "weights")))
-    return made.inputs_alone() if shape.inputs_alone else made
+    return replace(made, kind=Outer.kinds[shape.kind])  # type: ignore[arg-type]
 
 
 def _concatenated(each: Sequence[Outer], axis: int) -> Outer:

@@ -87,7 +87,9 @@ class Draft:
         """
         for chunk in chunks:
             for block, fold in folds.items():
-                if not (last and self._record(block, chunk, fold, known)):
+                if not block.owned:
+                    self._reached |= block.names.intersection(chunk) if not block.full or chunk else frozenset()
+                elif not (last and self._record(block, chunk, fold, known)):
                     held = self.writable(block, block.may_refresh(chunk, fold, known))
                     block.update(held, chunk, fold, self._reached, known)
             del chunk  # before the next one is made: the budget of a curvature is for one
@@ -98,11 +100,16 @@ class Draft:
         if block in self._late or held.state is not block.held.state:
             return False
         found = late.recorded(block, held, chunk, fold, self._reached, known)
-        if found:
-            self._late[block] = found
+        if found is None:
+            return False
+        self._late[block] = found
+        if found.whole:
             self._held[block] = replace(held, current=False)
             self._reached |= block.names
-        return found is not None
+        else:
+            self._held[block] = block.writable(held, block.may_refresh(chunk, fold, known), found.names)
+            block.update(self._held[block], chunk, replace(fold, postponed=True), self._reached, known)
+        return True
 
     def whole(self, block: Block) -> Held:
         """What a block holds in this draft, with all evidence, for a refresh of its cache."""

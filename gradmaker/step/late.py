@@ -6,9 +6,8 @@ Until then the statistic is unchanged, and no copy of it is made; a refresh in t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -23,8 +22,14 @@ from gradmaker.step.held import Held
 
 __all__ = ["Late", "folded", "recorded", "settled", "writes"]
 
-Late: TypeAlias = Sequence[tuple[Evidence | FactoredGradient, Fold]]
-"""Evidence of a block that its statistic lacks, in order, and how it enters."""
+
+@dataclass(frozen=True)
+class Late:
+    """Evidence of a block that its statistic lacks."""
+
+    pieces: Sequence[tuple[Evidence | FactoredGradient, Fold]]  # in order, with how each enters
+    names: frozenset[str]  # of the tensors of the statistic that it enters at the end
+    whole: bool  # whether these are all; otherwise no solver reads them
 
 
 def recorded(
@@ -32,19 +37,24 @@ def recorded(
 ) -> Late | None:
     """The evidence of a chunk, where it takes less memory than the statistic; None where it has to be folded at once."""
     representation = block.triple.representation
-    if not isinstance(representation, FoldsLast) or not representation.folds_last or has_refresh(representation):
+    if not isinstance(representation, FoldsLast) or not representation.folds_last:
         return None
     often = fold.refresh and getattr(block.triple.solver, "interval", None) == 1
-    if block.full or len(block.sites) != 1 or _shares(held) or (often and not representation.folds_twice):
+    if block.full or len(block.sites) != 1 or (often and not representation.folds_twice):
         return None
-    found = list[tuple[Evidence | FactoredGradient, Fold]]()
+    found, names = list[tuple[Evidence | FactoredGradient, Fold]](), frozenset(held.state)
     for piece in block.layout.evidence(chunk):
         given = _rows_of(piece.evidence)
         if given is None:
             return None
-        found.append((given, fold.of(again=piece.names[0] in reached, first=known.isdisjoint(piece.names))))
+        own = fold.of(again=piece.names[0] in reached, first=known.isdisjoint(piece.names))
+        found.append((given, own))
+        names &= representation.last(held.state, given, own)
+    whole = len(names) == len(held.state)
+    if not names or (whole and has_refresh(representation)) or _shares(held, names):
+        return None
     size = sum(x.numel() for given, _ in found for x in _tensors(given))
-    return found if 2 * size <= sum(x.numel() for x in held.state.values()) else None
+    return Late(found, names, whole) if 2 * size <= sum(held.state[k].numel() for k in names) else None
 
 
 def _rows_of(evidence: Evidence) -> Evidence | FactoredGradient | None:
@@ -61,11 +71,11 @@ def _tensors(given: Evidence | FactoredGradient) -> list[Tensor]:
     return [x for x in vars(given).values() if isinstance(x, Tensor)]
 
 
-def _shares(held: Held) -> bool:
-    """Whether something else that a block holds is its statistic, or a view of it."""
+def _shares(held: Held, names: Set[str]) -> bool:
+    """Whether something else that a block holds is one of these tensors of its statistic, or a view of it."""
     parts = (held.cache, held.average, held.grafting_state)
     others = {x.untyped_storage().data_ptr() for part in parts for x in part.values()}
-    return any(x.untyped_storage().data_ptr() in others for x in held.state.values())
+    return any(held.state[k].untyped_storage().data_ptr() in others for k in names)
 
 
 def folded(block: Block, held: Held, late: Late) -> Held:
@@ -76,7 +86,9 @@ def folded(block: Block, held: Held, late: Late) -> Held:
 
 
 def settled(block: Block, held: Held, late: Late) -> Held:
-    """The same to be read alone, with averages in the place of sums."""
+    """The same to be read by a solver alone, with averages in the place of sums."""
+    if not late.whole:
+        return held
     made, representation = folded(block, held, late), block.triple.representation
     assert isinstance(representation, FoldsLast)
     representation.settle(made.state)
@@ -94,5 +106,5 @@ def writes(late: Iterable[tuple[Block, Held, Late]]) -> list[partial[object]]:
 def _fold(block: Block, held: Held, late: Late, write: Callable[..., object]) -> None:
     representation = block.triple.representation
     assert isinstance(representation, FoldsLast)
-    for given, fold in late:
+    for given, fold in late.pieces:
         representation.fold(held.state, given, fold, write)

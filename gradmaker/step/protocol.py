@@ -18,6 +18,7 @@ from gradmaker.loss.head import Head
 from gradmaker.loss.share import Share
 from gradmaker.loss.terms import Terms
 from gradmaker.plan import Plan
+from gradmaker.scale.ranks import Ranks
 from gradmaker.step.draft import Draft
 from gradmaker.step.state import StepState
 from gradmaker.trust_region.policy import TrustRegion
@@ -86,6 +87,8 @@ class SavedMaker(MakerOfSteps, Protocol):
 
     @property
     def trust_region(self) -> TrustRegion | None: ...
+    @property
+    def ranks(self) -> Ranks | None: ...
     @property
     def arrangement(self) -> Arrangement: ...
     def secants(self, previous: Previous) -> dict[str, Evidence]: ...

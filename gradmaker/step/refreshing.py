@@ -43,13 +43,14 @@ def refresh(draft: Draft, block: Block, measured: Set[str], due: bool) -> bool:
 def _prepared(block: Block, whole: Held, measured: Set[str], due: bool, draft: Draft) -> tuple[Held, bool]:
     options = measured, due, draft.reached, draft.owns(block)
     if whole.implicit:
-        made, done = block.prepare(replace(whole, cache={}, ready=frozenset(), implicit=False), *options)
+        made, done = block.prepare(replace(whole, cache={}, implicit=False), *options)
         if not bool(made.cache["failures"].any()):
             return replace(made, cache=made.cache | {"failures": whole.cache["failures"]}, current=True), done
         block.restore()  # members that failed keep what they had
         whole = replace(whole, implicit=False)
     made, done = block.prepare(whole, *options)
-    return replace(made, current=due and isinstance(block.triple.solver, Remade) and _is_whole(made.cache, whole.cache)), done
+    current = due and _may_be_remade(block) and _is_whole(made.cache, whole.cache)
+    return replace(made, current=current), done
 
 
 def _is_whole(new: State, old: State) -> bool:
@@ -59,10 +60,17 @@ def _is_whole(new: State, old: State) -> bool:
     return bool((new["failures"] == old.get("failures", 0)).all())
 
 
+def _may_be_remade(block: Block) -> bool:
+    """Whether the cache is a function of the statistic, which lasts until the next refresh."""
+    representation = block.triple.representation
+    if isinstance(representation, OwnOrder):  # its statistic changes with every gradient
+        return isinstance(block.triple.solver, Remade) and not block.options.turns_average
+    return isinstance(block.triple.solver, Remade) and not has_refresh(representation)
+
+
 def _is_remade(block: Block, held: Held) -> bool:
     """Whether the statistic in the block, which is that from before the step, gives its cache again."""
-    representation, now = block.triple.representation, block.held
-    own = has_refresh(representation) or isinstance(representation, OwnOrder) or block.basis is not None
-    if own or not now.current or held.cache is not now.cache or held.ready != block.names:
+    now = block.held
+    if not now.current or held.cache is not now.cache or held.ready != block.names:
         return False
     return block.versions == now.versions()

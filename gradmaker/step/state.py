@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor, nn
 
 from gradmaker.blocks import Block
+from gradmaker.capture.sharded import version
 from gradmaker.curvature.evidence import Evidence
 from gradmaker.curvature.step import Previous
 from gradmaker.failures import Report
@@ -244,7 +245,7 @@ class StepState:
     def fail(self, before: Facts) -> None:
         """Record an exception in the end: it may be called again, or the step begins again.  before: the state before `end`"""
         self._check("fail", Phase.ENDING)
-        left = tuple((p, p.grad, -1 if p.grad is None else p.grad._version) for p, _ in before.gradients or ())
+        left = tuple((p, p.grad, -1 if p.grad is None else version(p.grad)) for p, _ in before.gradients or ())
         self._now = before.but(phase=Phase.FAILED, left=left)
 
     def begin_again(self) -> Gradients:
@@ -256,7 +257,7 @@ class StepState:
         if now.gradients is None:
             self._now = now.but(phase=Phase.PASSES if now.shares else Phase.BETWEEN, left=())
             return ()
-        untouched = all(p.grad is g and (g is None or g._version == version) for p, g, version in now.left)
+        untouched = all(p.grad is g and (g is None or version(g) == then) for p, g, then in now.left)
         self._now = (now.begun or now).but(phase=Phase.BETWEEN, gradients=None, left=())
         return now.gradients if untouched else ()
 
@@ -283,7 +284,7 @@ class StepState:
         for block, held in work.held.items():
             block.held, block.versions, block.released = held, held.versions() if held.current else (), False
         for block in blocks:
-            if block.per_step:
+            if block.per_step and block.owned:
                 release(block.triple.representation, block.state)
 
     # ---------------------------------------------------------------- another plan, another state

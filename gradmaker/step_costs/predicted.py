@@ -13,9 +13,6 @@ from gradmaker.step_costs.subjects import Subject
 
 __all__ = ["Predicted", "predicted"]
 
-BETWEEN = 10
-"""An interval at which there are steps of all kinds."""
-
 
 @dataclass(frozen=True)
 class Predicted:
@@ -38,16 +35,10 @@ def predicted(row: Row, subject: Subject, size: int, intervals: Sequence[int], d
         clocks = clocks_of(row, subject, device) if intervals else ()
         if not set(INTERVALS) & set(clocks):
             return Predicted(1e3 * own.seconds, {T: 1e3 * own.seconds for T in intervals}, own.held, own.peak)
-        found = _cost(with_intervals(row, clocks, BETWEEN, BETWEEN), subject, size, device)
+        found = {T: _cost(with_intervals(row, clocks, T, T), subject, size, device) for T in intervals}  # each holds its own
     except (CostError, ValueError) as error:
         return Predicted(reason=" ".join(str(error).split()))
-    return Predicted(1e3 * own.seconds, {T: 1e3 * _at(found, T) for T in intervals}, own.held, own.peak)
-
-
-def _at(found: StepCost, interval: int) -> float:
-    """Seconds of a step with another interval of measurements and refreshes."""
-    each = [(part.measured - found.idle) + (part.refreshed - part.measured) for part in found.parts.values()]
-    return found.idle + sum(each) / interval
+    return Predicted(1e3 * own.seconds, {T: 1e3 * each.seconds for T, each in found.items()}, own.held, own.peak)
 
 
 def _cost(row: Row, subject: Subject, size: int, device: str) -> StepCost:

@@ -10,15 +10,16 @@ from gradmaker.step_costs.study import Costs
 
 __all__ = ["line", "markdown", "write_csv"]
 
-NOTES = """Times are CPU time of one process on a CPU, else wall time of the device: medians over windows of steps
-that stand between windows of plain SGD (momentum 0.9) in the same process. A step is taken apart by differences of
-kinds of steps: the passes are a step of SGD; the application is what a step takes more that neither measures nor
-refreshes, the statistics what one takes more that measures, the refresh what one takes more that does both. A step at
-interval T is the step that neither measures nor refreshes, a T-th of what both add, and a T-th of what is done once
-between two refreshes, which is that of periods of ten steps: K-FAC forms inverses of its triangular factors when
-these are used again. The floor is that of the products, convolutions and decompositions alone. Memory is the peak of
-all tensors from building the model to the end of two steps that measure and refresh, without the data. Predictions
-are those of the cost model, from shapes alone."""
+NOTES = """Times are CPU time of one process on a CPU, else wall time of the device: medians over windows of steps that
+stand between windows of plain SGD (momentum 0.9) in the same process. A step is taken apart by differences of
+kinds of steps: the passes are a step of SGD; the application is what a step takes more that neither measures
+nor refreshes, the statistics what one takes more that measures, the refresh what one takes more that does
+both. A step at interval T is the step that neither measures nor refreshes, a T-th of what both add, and a
+T-th of what is done once between two refreshes, which is that of periods of ten steps: where few steps use a
+refresh, K-FAC holds triangular factors, with which these steps take longer, and inverses where many do. The
+floor is that of products, convolutions and decompositions alone. Memory is the peak of all tensors from
+building the model to the end of two steps that measure and refresh, without the data. Predictions are those
+of the cost model, from shapes alone."""
 
 
 def line(cell: Cell) -> dict[str, Any]:

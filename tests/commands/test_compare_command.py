@@ -39,6 +39,7 @@ def test_short_digits_run_and_its_resume(tmp_path: Path) -> None:
     assert invoke("sgd", "gradient", *SHORT, "--out", str(tmp_path), "--quiet").output == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_config_file_and_conv(tmp_path: Path) -> None:
     (tmp_path / "methods.yaml").write_text("- sgd\n- heavy: {method: gradient, optimizer: {name: SGD, momentum: 0.5}}\n")
     options = [*SHORT, "--model", "conv", "--batch-size", "256", "--quiet", "--out", str(tmp_path / "out")]
@@ -48,7 +49,7 @@ def test_config_file_and_conv(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["sgd", "heavy"] and rows[1]["config"]["optimizer"]["momentum"] == 0.5
 
 
-@pytest.mark.usefixtures("registrations")
+@pytest.mark.usefixtures("registrations", "undrawn")
 def test_methods_of_a_module_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -113,6 +114,7 @@ def test_unwritable_out(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "cannot write" in result.output
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_module, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     result = invoke("sgd", *SHORT, "--out", str(tmp_path))

@@ -22,7 +22,7 @@ SHORT = ["--hidden", "8", "--quiet", "--budget", "4 steps"]
 
 
 @pytest.fixture(autouse=True)
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_folder(undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cost_module, "ROUNDS", 1)
     monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)

@@ -29,7 +29,7 @@ def make_task():
 
 
 @pytest.fixture(autouse=True)
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_folder(undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cost_module, "ROUNDS", 1)
     monkeypatch.setattr(cost_module, "BLOCK_SECONDS", 0.0)

@@ -9,14 +9,11 @@ import pytest
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def bare(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without figures, costs without measurement."""
-    from gradmaker.compare import cost, page
-    from gradmaker.reporting import files
+    from gradmaker.compare import cost
 
     def priced(rows: Mapping[str, Any], *_: object) -> dict[str, cost.Cost]:
         return {key: cost.Cost(0.5, 1.0, 8, 1.0) for key in rows}
 
-    monkeypatch.setattr(files, "write_figures", lambda document, folder: {})
-    monkeypatch.setattr(page, "write_picture", lambda document, names, path: path.touch())
     monkeypatch.setattr(cost, "measure", priced)

@@ -35,7 +35,8 @@ FOUND = Found(
 def test_the_race_is_told_against_the_best_plain_optimizer() -> None:
     race, by_time, best, on_front, bad = sentences(FOUND)
     assert (
-        race == "On this model kfac reaches 98.00 % of test accuracy in 0.6 of adam's steps (300 and 500) and 1.4 of its time."
+        race
+        == "On this model kfac reaches 98.00 % of test accuracy in 0.6 of adam's steps (300 and 500) and 1.4 times its time."
     )
     assert by_time == "By time, muon is the first beside adam: 0.8 of adam's steps (400 and 500) and 0.9 of its time."
     assert best == "kfac ends with the best test accuracy, 98.50 %: better than adam and sgd by 3 seeds (paired t-tests)."
@@ -89,3 +90,21 @@ def test_the_sentences_follow_from_the_data() -> None:
     told = sentences(found)
     assert told[2] == "kfac ends with the best test accuracy, 95.10 %: better than sgd by 12 seeds (paired t-tests)."
     assert told[3] == "No row is better in both test accuracy and time than sgd and kfac."
+
+
+def test_ratios_above_one_are_no_counts() -> None:
+    slow = sentences(replace(FOUND, reaches=[REACHES[0], Reach("kfac", 0.98, 1000.0, 0.5, 3, 3)]))[0]
+    assert slow.endswith("in 2 times adam's steps (1000 and 500) and 0.5 of its time.")
+
+
+def test_means_over_other_seeds_are_told() -> None:
+    """The best mean is of the two seeds that finished; by the common ones the row is worse."""
+    ends = {"kfac": {0: 0.5, 1: 0.52}, "sgd": {0: 0.6, 1: 0.6201, 2: 0.1}}
+    worse = differences(ends, True)
+    told = sentences(replace(FOUND, ends={"kfac": 0.51, "sgd": 0.44}, tests=worse, finished={"kfac": "2 of 3"}))
+    assert (
+        "kfac ends with the best test accuracy, 51.00 % over the 2 of 3 of its seeds that finished: worse than sgd by 2 "
+        "seeds (paired t-tests)." in told
+    )
+    lower = replace(FOUND, metric="loss", higher=False, ends={"kfac": 0.51}, tests=differences(ends, False))
+    assert "better than sgd by 2" in " ".join(sentences(lower))

@@ -222,6 +222,7 @@ def test_a_model_instance_is_copied(tmp_path: Path) -> None:
         ({"loss": F.mse_loss}, "the loss cannot be computed: "),
         ({"loss": lambda y, t: y.mean(0)}, "loss: expected a tensor with one value, got a tensor of shape (4,)"),
         ({"loss": lambda y, t: 3.0}, "loss: expected a tensor with one value, got a float"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "loss: reduction='sum' depends on the size of a batch"),
         ({"metrics": {"good": 3}}, "'good': expected a function"),
         ({"metrics": {"loss": lambda y, t: y.mean()}}, "give the metric another name"),
         ({"metrics": {"bad": lambda y, t: y[:, 9]}}, "the metric 'bad' cannot be computed: IndexError"),

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from gradmaker.compare import Comparison, InputError, compare
+from gradmaker.compare.cost import block_of
 from gradmaker.compare.store import read_results
+from gradmaker.compare.trial import Record, _diverged, _finite
 from tests.compare.toy import Hungry, Killed, toy_task
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -81,3 +84,55 @@ def test_event_files(tmp_path: Path) -> None:
 def test_illegal_workers(workers: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"workers={workers}"):
         run(tmp_path, ["sgd"], workers=workers)
+
+
+@pytest.mark.parametrize("edited", ["forward", "loss", "metric"])
+def test_an_edited_task_is_trained_again(edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that keeps its name and the initial weights, as that of a lambda or of a `forward`."""
+    known = {"forward": torch.tanh, "loss": 1.0, "metric": 1.0}
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.outer(known["forward"](self.inner(x)))  # type: ignore[operator]
+            return out
+
+    def made() -> Comparison:
+        task = toy_task(
+            model=Net,
+            loss=lambda z, t: known["loss"] * torch.nn.functional.cross_entropy(z, t),
+            metrics={"m": lambda z, t: known["metric"] * (z.argmax(1) == t).double()},
+        )
+        return compare(task, ["sgd"], learning_rates=[0.1], seeds=1, budget="1 epoch", out=tmp_path, progress=False)
+
+    first = made().rows[0].finals[0].key
+    assert made().rows[0].finals[0].key == first
+    monkeypatch.setitem(known, edited, {"forward": torch.relu, "loss": 0.5, "metric": 2.0}[edited])
+    assert made().rows[0].finals[0].key != first
+
+
+def test_noise_of_a_last_batch_is_no_divergence() -> None:
+    def judged(losses: list[float]) -> str:
+        record = Record("row", "sgd", {}, 0.1, 0, curve_loss=[*losses], marks=[len(losses) // 2, len(losses)])
+        record.validation = {"loss": [1.0]}
+        _diverged(record)
+        return record.status
+
+    assert judged([1.5, 3.0, 1.5, 2.5, 1.6, 2.4, 1.4, 2.9]) == "finished"
+    assert judged([2.0, 2.1, 2.0, 2.2, 2.8, 2.9, 2.8, 2.9]) == "diverged"
+    assert judged([2.0, 9.0, 40.0, 900.0]) == "diverged" and judged([1.0, 1.2]) == "finished"
+
+
+def test_small_values_are_kept() -> None:
+    assert _finite(3.123456789e-9) == 3.1234568e-9 and _finite(float("nan")) is None
+
+
+def test_a_block_of_timed_steps_is_whole_intervals() -> None:
+    for interval in (1, 3, 10, 20, 30, 70, 100):
+        for step in (1e-5, 7e-4, 0.3, 5.0):
+            block = block_of(interval, step)
+            assert block % interval == 0 and block >= 5 and block * step >= 0.02, (interval, step)
+    assert block_of(1000, 1e-3) == 1000 and block_of(1000, 1.0) == 50

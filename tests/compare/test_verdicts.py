@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ pytest.importorskip("matplotlib")
 from gradmaker import AdamGradientMaker
 from gradmaker.compare import Comparison, InputError, compare, write
 from gradmaker.compare.parsing import parse_rows
-from gradmaker.compare.verdicts import differences, front, reach
+from gradmaker.compare.verdicts import common_target, differences, front, reach
 from gradmaker.methods.kfac import KfacGradientConfig
 from tests.compare.toy import Own, toy_task
 
@@ -112,6 +114,13 @@ def test_comparisons_are_merged(tmp_path: Path) -> None:
         one.merge(one)
     with pytest.raises(InputError, match="comparisons of different budget cannot be merged: '3 epochs' and '1 epoch'"):
         one.merge(run(tmp_path / "c", ["kfac"], budget="1 epoch"))
+    for name, value, told in (
+        ("machine", {**other.machine, "processor": "another"}, "different processor"),
+        ("model", "Sequential()", "different models"),
+    ):
+        with pytest.raises(InputError, match=told):
+            one.merge(replace(other, **{name: value}))
+    assert one.merge(replace(other, machine={**other.machine, "date": "another"}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot read"):
         Comparison.from_json(tmp_path / "empty")
@@ -146,3 +155,28 @@ def test_a_refused_row_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     assert Comparison.from_json(tmp_path).rows[1].refusal == newton.refusal
     none = run(tmp_path / "none", [{"method": "newton", "max_dim": 10}])
     assert not none.trained and "refused" in (tmp_path / "none" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("first", [0.93, 0.3])
+def test_equal_differences_of_few_seeds_show_nothing(first: float) -> None:
+    """Accuracies of a small test part differ by one example in each seed; the last digits are those of rounding."""
+    ends = {"a": {0: first, 1: first - 0.22, 2: first + 0.06}, "b": {seed: 0.0 for seed in range(3)}}
+    ends["b"] = {seed: value + 0.01 for seed, value in ends["a"].items()}
+    (alone,) = differences(ends, higher=True)
+    assert alone.p == 0.25 and not alone.shown and alone.mean == pytest.approx(0.01)
+
+
+def test_the_common_target_is_reached_by_all() -> None:
+    two, three, lost = [0.5, 0.7], [0.9, 0.8, 0.6], [0.1, None, None]
+    assert common_target([two, three, lost], higher=True) == 0.5 and common_target([three], higher=True) == 0.8
+    assert common_target([two, three], higher=False) == 0.8 and common_target([[None], []], higher=True) != 0  # NaN
+    assert math.isnan(common_target([lost], higher=True))
+    for ends in (two, three):
+        curves = [([8], [end]) for end in ends]
+        assert reach("row", common_target([two, three], higher=True), curves, None, higher=True).steps == 8
+
+
+def test_every_row_that_ends_reaches_the_target_of_the_report(tmp_path: Path) -> None:
+    result = run(tmp_path, ["sgd", "kfac", "torch.Adam"], seeds=2)
+    assert all(one.steps is not None for one in result.reaches())
+    assert not any("only" in sentence for sentence in result.verdict())

@@ -251,6 +251,8 @@ FORMULAS: list[tuple[Callable[[Tensor], object], float]] = [
     (lambda A: torch.linalg.svd(A[:, :4], full_matrices=False), 14 * 8 * 4**2 + 8 * 4**3),
     (lambda A: torch.linalg.cholesky_ex(A), 8**3 / 3),
     (lambda A: torch.linalg.solve_triangular(A, A[:, :4], upper=False), 8**2 * 4),
+    (lambda A: torch.linalg.solve_triangular(A, A[:4], upper=False, left=False), 8**2 * 4),
+    (lambda A: torch.linalg.solve_triangular(A, A[None, :4].expand(3, 4, 8), upper=False, left=False), 3 * 8**2 * 4),
     (lambda A: A.clone().addmm_(A, A), 2 * 8**3),
     (lambda A: A @ A[0], 2 * 8**2),
 ]

@@ -11,8 +11,9 @@ import torch
 from gradmaker import from_config
 from gradmaker.blocks import Block
 from gradmaker.curvature import CURVATURES, Curvature, FisherForward, GradientProbe, HessianProbe, LayerSecant, Secant
-from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Kind, Outer, Pair, kinds
-from gradmaker.curvature.products import Factors, Product
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair
+from gradmaker.curvature.evidence_kinds import Kind, kinds
+from gradmaker.curvature.products import Factors, Moments, Product
 from gradmaker.curvature.roles import OfProducts, OfSecants, Pooled, Watching
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.curvature.tied import Tied
@@ -24,7 +25,7 @@ from tests.test_triples import LEGAL, mapping, step
 
 
 def test_the_set_is_closed() -> None:
-    assert set(Evidence.__subclasses__()) == {Outer, Joint, Gradient, RowGradient, Pair, Product, Factors, Tied}
+    assert set(Evidence.__subclasses__()) == {Outer, Joint, Gradient, RowGradient, Pair, Product, Factors, Moments, Tied}
     assert not any(found.__subclasses__() for found in Evidence.__subclasses__())
     assert all(len(set(found.kinds)) == len(found.kinds) > 0 for found in Evidence.__subclasses__())
 

@@ -29,7 +29,7 @@ def accuracy(text: str) -> float:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not in this build")
 @pytest.mark.parametrize(
-    "way", ["ddp", pytest.param("plain", marks=pytest.mark.slow), pytest.param("attach", marks=pytest.mark.slow)]
+    "way", ["ddp", "fsdp", pytest.param("plain", marks=pytest.mark.slow), pytest.param("attach", marks=pytest.mark.slow)]
 )
 def test_two_processes_end_with_equal_weights(way: str) -> None:
     pytest.importorskip("sklearn")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradmaker import by_rows
 from gradmaker.curvature import CURVATURES
-from gradmaker.curvature.evidence import Gradient, kinds
+from gradmaker.curvature.evidence import Gradient
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.curvature.row_gradient import RowGradient
 from gradmaker.linalg.factored_gradient import FactoredGradient, transform_rows
 from gradmaker.methods.custom import CustomGradientConfig, CustomGradientMaker

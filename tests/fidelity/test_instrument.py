@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,10 +182,27 @@ def test_batches_and_seeds_give_error_bars() -> None:
     sampled, exact = result.mean("kfac", "error"), result.mean("kflr", "error")
     assert sampled is not None and exact is not None
     assert (sampled.runs, exact.runs) == (6, 2)  # another seed gives KFLR nothing new
-    own = [v.value for v in result.values if (v.approximation, v.layer, v.measure) == ("kfac", WHOLE, "error")]
-    values = torch.tensor(own, dtype=torch.float64)
+    own = [v for v in result.values if (v.approximation, v.layer, v.measure) == ("kfac", WHOLE, "error")]
+    values = torch.tensor([[v.value for v in own if v.batch == k] for k in (0, 1)], dtype=torch.float64)
     assert sampled.value == pytest.approx(float(values.mean()))
-    assert sampled.error == pytest.approx(float(values.std() / 6**0.5))
+    assert sampled.error == pytest.approx(float(values.mean(1).std() / 2**0.5))  # the seeds of a batch share its data
+
+
+def test_results_are_joined() -> None:
+    one, other = measured(["kfac"], seed=0), measured(["kfac"], seed=1)
+    moved = replace(other, values=[replace(v, value=v.value + 1) for v in other.values])
+    both = one.joined([moved])
+    found = both.mean("kfac", "error")
+    assert found is not None and found.runs == 2 and found.error > 0.1 and {v.batch for v in both.values} == {0, 1}
+    assert {v.batch for v in one.joined([moved.at_step(5)]).values} == {0}
+    for bad, told in (
+        (one, "given twice"),
+        (measured(["kfac"], reference="ggn"), "different reference: fisher_exact and ggn"),
+        (measured(["kfac"], damping=0.5), "different damping: None and 0.5"),
+        (measured(["kflr"]), "other layers or approximations"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            one.joined([bad])
 
 
 def test_json_holds_all_of_it() -> None:
@@ -257,3 +275,25 @@ def test_measures_need_no_extra() -> None:
     code = f"import sys, gradmaker; gradmaker.fidelity; print({extras} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------ refused rows
+def test_a_refused_row_says_why_and_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options that are illegal, a method without a matrix, and a step that fails, beside a row that is measured."""
+    from gradmaker.fidelity import instrument
+
+    whole = instrument.measured_of
+
+    def failing(one: Any, *given: Any) -> Any:
+        if one.label == "kflr":
+            raise RuntimeError("no step")
+        return whole(one, *given)
+
+    monkeypatch.setattr(instrument, "measured_of", failing)
+    result = measured([{"method": "kfac", "damping": -1.0}, "gradient", "kflr", "kfac"])
+    assert result.labels == ["kfac damping=-1.0", "gradient", "kflr", "kfac"]
+    assert 0 < result.value("kfac", "error") and {v.approximation for v in result.values} == {"kfac", EXACT, "layer blocks"}
+    for label, reason in (("kfac damping=-1.0", "damping=-1.0"), ("gradient", "no curvature matrix"), ("kflr", "no step")):
+        assert any(note.startswith(f"{label}: refused: ") and reason in note for note in result.notes)
+        assert f"\n{label} " in str(result)
+    assert gradmaker.Fidelity.from_json(result.to_json()).labels == result.labels

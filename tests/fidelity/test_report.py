@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import gradmaker
-from gradmaker.compare.command import app
+from gradmaker.commands.app import app
 from gradmaker.fidelity.page import document
+from gradmaker.fidelity.tables import answer
 from tests import models, oracles
 
 
@@ -43,6 +44,25 @@ def test_answer_says_which_is_nearest() -> None:
     assert first.startswith("layers is nearest to the reference")
     share = 100 * result.value("reference", "off_diagonal")
     assert f"{share:.0f} % of the squared norm" in others[-1]
+
+
+def test_answer_compares_cosines_with_one_direction_alone() -> None:
+    case = models.mlp()
+    two = [{"method": "kfac", "damping": 1e-2}, {"method": "kflr", "damping": 1e-2}]
+    of = lambda given, **options: gradmaker.fidelity(case.model, case.loss, (case.x, case.t), given, **options)  # noqa: E731
+    assert "nearest to the exact one" in " ".join(answer(of(two)))
+    assert "nearest to the exact one" in " ".join(answer(of(["kfac", {"method": "kflr", "damping": 0.5}], damping=1e-2)))
+    for given in ([two[0], "adam"], [two[0], {"method": "kflr", "damping": 0.5}]):
+        told = " ".join(answer(of(given)))
+        assert "nearest to the exact one" not in told and "exact direction of its own power and damping: kfac" in told
+    both = of(two).joined([of(two).at_step(7)])
+    assert answer(both)[-1] == "All of this is of step 7, as are tables and spectra."
+
+
+def test_command_tells_of_batches_that_are_missing(tmp_path: Path) -> None:
+    options = ["--hidden", "3", "--batch-size", "800", "--steps", "0", "--out", str(tmp_path)]
+    found = CliRunner().invoke(app, ["fidelity", "diag_ng", *options])
+    assert found.exit_code == 0 and "an epoch of the data has 1 of 2 batches of 800" in found.output
 
 
 def test_command_writes_a_report(tmp_path: Path) -> None:

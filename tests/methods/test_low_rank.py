@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradmaker import METHODS, from_config
 from gradmaker.capture.one_hot import OneHot
 from gradmaker.curvature import BatchGradient, FisherEmp, FisherExact
-from gradmaker.curvature.evidence import Gradient, Joint, Outer, kinds
+from gradmaker.curvature.evidence import Gradient, Joint, Outer
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.representations import Dense, Rows, Sketched, Truncated, Window, low_rank
 from gradmaker.representations.base import Fold, Frame
 from gradmaker.representations.capabilities import LowRank

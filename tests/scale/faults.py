@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradmaker as gm
-from tests.scale.replicas import batch, declare, net
+from tests.scale.replicas import batch, declare, loaded, net, steps
 
 
 def step_of(maker: Any, model: nn.Module, rank: int, step: int = 0, loss: Any = F.cross_entropy) -> None:
@@ -156,3 +161,42 @@ def limit(rank: int) -> float:
     assert maker.ranks is not None
     seconds: float = maker.ranks.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     return seconds
+
+
+# --- a rank that is killed -----------------------------------------------------------------------------------------------
+def _train_until_killed(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=10)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+    model = net()
+    maker: Any = gm.from_config(model, {"method": "kfac"})
+    steps(maker, model, rank, 2, 0, 3)
+    dcp.save({"model": model.state_dict(), "maker": maker.state_dict()}, checkpoint_id=f"{folder}/saved")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.perf_counter()
+    text = raised(maker, model, rank, F.cross_entropy)
+    torch.save((text, time.perf_counter() - begun), f"{folder}/told.pt")
+    os._exit(0)  # no farewell to a rank that is gone
+
+
+def killed(folder: Path) -> tuple[str, float]:
+    """Rank 1 is killed after a checkpoint: what rank 0 is told in its next step, and after how many seconds."""
+    folder.mkdir()
+    context = torch.multiprocessing.get_context("spawn")
+    started = [context.Process(target=_train_until_killed, args=(rank, str(folder))) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, -signal.SIGKILL]
+    told: tuple[str, float] = torch.load(folder / "told.pt")
+    return told
+
+
+def restarted(rank: int, folder: str) -> Any:
+    """Parameters after three more steps from the checkpoint of the run with a killed rank, and of a run without a fault."""
+    maker, model = loaded("kfac", f"{folder}/killed/saved")
+    other = net()
+    whole = steps(gm.from_config(other, {"method": "kfac"}), other, rank, 2, 0, 6)
+    return steps(maker, model, rank, 2, 3, 6), whole[3:]

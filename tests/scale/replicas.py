@@ -285,7 +285,8 @@ def loaded(method: str, at: str) -> tuple[Any, nn.Module]:
     """A fresh maker and model, filled from a checkpoint."""
     model = net()
     maker: Any = gm.from_config(model, {"method": method})
-    state = {"model": model.state_dict(), "maker": maker.state_dict()}
+    shown = gm.checkpoint_targets(maker.state_dict(), dcp.FileSystemReader(at).read_metadata(), "maker")
+    state = {"model": model.state_dict(), "maker": shown}
     dcp.load(state, checkpoint_id=at, no_dist=not dist.is_initialized())
     model.load_state_dict(state["model"])
     maker.load_state_dict(state["maker"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,6 @@ REFUSED = {
     "newton": "Hessian",
     "saddle_free": "Hessian",
     "neumann": "Hessian",
-    "kbfgs": "LayerSecant",
-    "kbfgs_l": "LayerSecant",
-    "kfra": "FisherRecursive",
 }
 """Methods whose curvature is not that of all ranks, with the name in the refusal."""
 SIGNS = {"soap", "eshampoo"}
@@ -49,6 +47,7 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "kfac, empirical": {"method": "kfac", "fisher": {"FisherEmp": {}}, "likelihood": "categorical"},
     "ekfac": {"method": "ekfac", "likelihood": "categorical"},
     "smw_ng": {"method": "smw_ng", "likelihood": "categorical"},
+    "kfra": {"method": "kfra", "likelihood": "categorical"},
     "adam": {"method": "adam"},
     "front door": {"method": "kfac", "likelihood": "categorical", "front": True},
 }
@@ -80,7 +79,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "seng": {"method": "seng"},
 }
 """Without samples, which are drawn for positions."""
-SAVED = ["kfac", "ekfac", "adam", "lbfgs"]
+SAVED = ["kfac", "ekfac", "adam", "lbfgs", "kbfgs", "skfac", "smw_ng", "mfac"]
 LOSSES = ["sum", "class weights", "terms, mean", "terms, sum", "gaussian", "bernoulli", "two", "own"]
 LAYERS = ["convolution", "tokens", "tied", "twice", "norm", "attention"]
 
@@ -113,13 +112,24 @@ def all_of(rank: int, world: int, folder: str) -> dict[Any, Any]:
     found |= {("skipped", name): attempt(faults.skipped, name, rank) for name in ("kfac", "shampoo", "lbfgs")}
     found["one layer"] = attempt(faults.fired_on_one_rank, rank)
     found["refused"] = attempt(faults.refused, rank)
+    found["restarted"] = attempt(faults.restarted, rank, folder)
     found["limit"], found["alone"] = attempt(faults.limit, rank), attempt(faults.alone, rank)
     return found
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return replicas.spawned(2, tmp_path_factory.mktemp("two"), all_of)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> tuple[str, float]:
+    return faults.killed(folder / "killed")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, killed: tuple[str, float]) -> list[dict[Any, Any]]:
+    return replicas.spawned(2, folder, all_of)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +169,11 @@ def check_method(found: list[dict[Any, Any]], name: str, world: int) -> None:
         limit = 1e-11 if name in INVERSES else 1e-13
         assert error([dense for _, dense in equal], [dense for _, dense in alone]) < limit
     assert error(steps, alone_steps) < FLOORS.get(name, 1e-10)
+
+
+def test_a_killed_rank_ends_the_others(killed: tuple[str, float]) -> None:
+    text, seconds = killed
+    assert text != "no error" and seconds < 10
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -249,6 +264,11 @@ def test_a_rank_that_does_not_come_ends_the_others_in_time(two: list[dict[Any, A
     assert "imed out" in text and seconds < 20
     same([{"after": result["alone"][2]} for result in two], "after")
     assert [result["limit"] for result in two] == [60, 60]
+
+
+def test_a_restart_after_a_fault_is_the_run_without_it(two: list[dict[Any, Any]]) -> None:
+    resumed, whole = same(two, "restarted")
+    assert error(resumed, whole) == 0
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------------

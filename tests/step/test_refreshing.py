@@ -14,7 +14,7 @@ from gradmaker.step import late, refreshing
 from tests.step.test_late import steps_of
 from tests.test_state import equal_states
 
-METHODS = ("shampoo", "kfac", "kradagrad_star")
+METHODS = ("shampoo", "kfac", "kradagrad_star", "ekfac", "soap")
 
 
 def began(method: str, interval: int = 1, **options: Any) -> tuple[Any, Any]:
@@ -46,7 +46,11 @@ def test_an_exception_makes_it_again(method: str, monkeypatch: pytest.MonkeyPatc
 
 
 def _large(cache: State) -> list[Tensor]:
-    return [x for x in cache.values() if x.ndim == 3 and x.shape[1] == x.shape[2]]
+    return [x for x in cache.values() if _is_square(x)]
+
+
+def _is_square(x: Tensor) -> bool:
+    return x.ndim == 3 and x.shape[1] == x.shape[2]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -62,7 +66,7 @@ def test_a_member_that_fails_keeps_its_own(method: str, monkeypatch: pytest.Monk
         def failing(
             self: Any, representation: Any, state: Any, previous: Any, prepare: Any = prepare, calls: Any = calls
         ) -> Any:
-            lost = {k: torch.full_like(v, torch.nan) if v.ndim == 3 else v for k, v in state.items()}
+            lost = {k: torch.full_like(v, torch.nan) if _is_square(v) else v for k, v in state.items()}
             calls.append(previous is None)
             return prepare(self, representation, lost, previous)
 

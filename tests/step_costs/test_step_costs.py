@@ -53,6 +53,12 @@ def of(method: str, subject: Subject) -> Cell:
     return measured(row, subject, BATCH, HOW)
 
 
+@pytest.fixture(scope="module")
+def kfac() -> Cell:
+    """What was measured of K-FAC, for tests that read it."""
+    return of("kfac", builtin("digits", None, None, WIDTH))
+
+
 @pytest.mark.usefixtures("known_times")
 def test_parts_are_differences_of_kinds_and_intervals_average_them(subject: Subject) -> None:
     cell = of("kfac", subject)
@@ -91,9 +97,8 @@ def test_flops_of_parts_are_those_by_hand(subject: Subject) -> None:
     )  # Cholesky, inverse
 
 
-def test_memory_and_state(subject: Subject) -> None:
+def test_memory_and_state(subject: Subject, kfac: Cell) -> None:
     assert of("torch.Adam", subject).state_bytes == pytest.approx(4 * 2 * WEIGHTS, rel=0.01)
-    kfac = of("kfac", subject)
     factors = sum((i + 1) ** 2 + o**2 for i, o in SIDES)
     momentum = 0 if parse_rows(["kfac"])[0].options["momentum"] == 0 else WEIGHTS
     assert kfac.state_bytes == pytest.approx(4 * (2 * factors + momentum), rel=0.05)
@@ -102,11 +107,10 @@ def test_memory_and_state(subject: Subject) -> None:
     assert kfac.peak_bytes is not None and kfac.peak_bytes > kfac.state_bytes + 8 * WEIGHTS
 
 
-def test_predictions_stand_beside_what_is_measured(subject: Subject) -> None:
-    cell = of("kfac", subject)
-    assert 0 < cell.predicted_ms["100"] < cell.predicted_ms["10"] < cell.predicted_ms["1"]
-    idle = (10 * cell.predicted_ms["10"] - cell.predicted_ms["1"]) / 9  # the rest of ten steps of which one does all
-    assert cell.predicted_ms["100"] == pytest.approx((99 * idle + cell.predicted_ms["1"]) / 100, rel=1e-3)
+def test_predictions_stand_beside_what_is_measured(kfac: Cell) -> None:
+    assert 0 < kfac.predicted_ms["100"] < kfac.predicted_ms["10"] < kfac.predicted_ms["1"]
+    idle = (10 * kfac.predicted_ms["10"] - kfac.predicted_ms["1"]) / 9  # the rest of ten steps of which one does all
+    assert kfac.predicted_ms["100"] == pytest.approx((99 * idle + kfac.predicted_ms["1"]) / 100, rel=1e-3)
 
 
 def test_kinds_of_steps_do_what_they_say(subject: Subject) -> None:

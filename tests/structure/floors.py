@@ -44,6 +44,7 @@ FLOORS = (
             "presets",
             "scale",
             "schedule",
+            "stack",
             "stacking",
             "state_format",
             "step",

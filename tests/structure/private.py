@@ -16,19 +16,22 @@ OF_TORCH = frozenset(
         "_backward_hooks",
         "_backward_pre_hooks",
         "_base",  # of a view
-        "_cdata",  # of a storage
         "_buffers",
+        "_cdata",  # of a storage
         "_current_graph_task_id",
         "_dynamo",
         "_execution_engine",
+        "_fsdp_param_group",  # of the state of a module that fully_shard has sharded
+        "_fsdp_param_groups",  # the same in later versions
         "_functorch",
         "_fused_adagrad_",
         "_fused_adamw_",
         "_get_backend",  # of a process group
+        "_get_fsdp_state",  # of such a module
+        "_get_raw",  # of a formula of FLOPs that takes tensors
         "_get_tracing_state",
         "_global_backward_hooks",
         "_global_forward_hooks",
-        "_get_raw",  # of a formula of FLOPs that takes tensors
         "_in_projection",
         "_in_projection_packed",
         "_join_config",  # of DistributedDataParallel
@@ -47,6 +50,7 @@ OF_TORCH = frozenset(
         "_schema",
         "_timeout",  # of the options of a backend
         "_top_saved_tensors_default_hooks",
+        "_unsharded_param",  # of one of its parameters
         "_version",  # how often a tensor was written to
     }
 )

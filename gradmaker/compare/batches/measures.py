@@ -63,7 +63,9 @@ def class_axis(outputs: Any, targets: Any) -> int | None:
 
 
 def loss_of(given: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Callable[[Any, Any], Tensor]:
-    """The loss of a task; torch's cross entropies take classes on the last axis."""
+    """The loss of a task; torch's cross entropies take classes on the last axis. InputError for a sum over the batch."""
+    if getattr(given, "reduction", "mean") == "sum":
+        raise InputError("loss: reduction='sum' depends on the size of a batch, as losses of several parts do not: take 'mean'")
     if given is F.cross_entropy or isinstance(given, nn.CrossEntropyLoss):
         axis = class_axis(outputs, targets)
         return TokenLoss(given, last=axis == -1 and outputs.dim() > 2)

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import (
-    Evidence,
-    Gradient,
-    Joint,
-    Outer,
-    Pair,
-    kinds,
-)
+from gradmaker.curvature.evidence import Evidence, Gradient, Joint, Outer, Pair
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.curvature.products import Product
 from gradmaker.curvature.tied import Tied
 from gradmaker.gathering import Piece

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gradmaker.blocks import Block
 from gradmaker.capture.sites import Site
-from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Outer, Pair, PairKind, kinds
+from gradmaker.curvature.evidence import WHOLE, Evidence, Gradient, Outer, Pair, PairKind
+from gradmaker.curvature.evidence_kinds import kinds
 from gradmaker.curvature.layer_evidence import LayerEvidence
 from gradmaker.curvature.products import Product
 from gradmaker.curvature.tied import Tied
