@@ -56,7 +56,11 @@ def _setting(task: str) -> str:
     result, told = measured(task), learned_by(task)
     s = result.setting
     seconds = told.get("processor seconds")
-    cost = f"{sum(seconds.values()):.0f} seconds of the processor, " if seconds else ""
+    cost = (
+        f"{sum(seconds.values()):.0f} seconds of the processor{'' if 'measures' in seconds else ' for these'}, "
+        if seconds
+        else ""
+    )
     runs = f"{s['parameters']} parameters in {len(result.layers)} layers, {s['runs']}; {s['how']}, {s['iterations']} iterations"
     trained = f"; trainings of {told['steps']} steps" if told else ""
     return f"{runs}{trained}; {cost}{s['device']}, torch {s['torch']}, Python {s['python']}."
