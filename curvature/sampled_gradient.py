@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmaker.capture.sites import Site
 from gradmaker.curvature.base import NO_REDUCTION, Curvature
@@ -58,10 +57,4 @@ def _gradients(step: Step, sites: list[Site], z: Tensor, cotangent: Tensor) -> d
     """``J^T u`` for all parameters of the sites, in the layout of their blocks."""
     parameters = list(dict.fromkeys(p for site in sites for p in site.parameters.values()))
     vjps = dict(zip(parameters, step.tape.vjp_parameters([z], [cotangent], parameters), strict=True))
-    return {site.name: Gradient(_lay_out(site, vjps).to(step.statistics_dtype(site))) for site in sites}
-
-
-def _lay_out(site: Site, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
-    """A gradient in the layout of its block, with the bias as the last column.  # (G, *shape)"""
-    lead = site.shape[:-1]
-    return torch.cat([gradients[p].reshape(*lead, -1) for p in site.parameters.values()], -1)
+    return {site.name: Gradient(site.lay_out(vjps).to(step.statistics_dtype(site))) for site in sites}

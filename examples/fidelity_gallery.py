@@ -4,18 +4,21 @@
     GRADMAKER_DATA=folder python examples/fidelity_gallery.py cifar10 shakespeare tagger --steps 300
 
 Each task is a piece of its own: the measures at three steps of a training with Adam, then a short training with each
-approximation at the best of three learning rates, and the rank correlation of fidelity with learning. Written are
-``<out>/<task>/report.html`` with its figures, ``fidelity.json`` and ``learning.json``. The folder of the data holds ``mnist/``,
-``cifar10/``, ``tinyshakespeare/``, ``ud_english_ewt/``, as those of the other examples.
+approximation at its best learning rate (by factors of three until the neighbours on both sides are worse), and the rank
+correlation of fidelity with learning. Written are ``<out>/<task>/report.html`` with its figures, ``fidelity.json`` and
+``learning.json``; ``--reuse`` takes the ``fidelity.json`` that is there. The folder of the data holds ``mnist/``, ``cifar10/``,
+``tinyshakespeare/``, ``ud_english_ewt/``, as those of the other examples.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,23 +36,31 @@ from gradmaker import Fidelity, fidelity_along, from_config
 from gradmaker.compare.data import load
 from gradmaker.compare.models import mlp
 
-EXACT = {"fisher": "FisherExact"}
+EXACT, SAMPLED = {"fisher": "FisherExact"}, {"fisher": {"FisherMC": {"samples": 16}}}
 SQUARED = {"KronDims": {"exponent": 1.0, "balanced": True}}
-APPROXIMATIONS: dict[str, dict[str, Any]] = {
-    "K-FAC": {"method": "kfac"},
-    "KFLR": {"method": "kflr"},
-    "EKFAC": {"method": "ekfac", **EXACT},
-    "unit-wise": {"method": "unit_ng", **EXACT},
-    "TNT": {"method": "tnt"},
-    "Shampoo": {"method": "shampoo"},
-    "Shampoo^2": {
-        **{"method": "custom", "curvature": "BatchGradient", "representation": SQUARED},
-        **{"solver": {"Eigh": {"power": -0.5, "damping": 1e-8}}, "grafting": "keep"},
-    },
-    "diagonal": {"method": "diag_ng", **EXACT},
-}
-RATES = {"Shampoo": (0.01, 0.03, 0.1), "Shampoo^2": (0.01, 0.03, 0.1), "TNT": (0.01, 0.03, 0.1)}
-RATE = (0.001, 0.01, 0.03)
+
+
+def approximations(many: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All layer-wise ones.  many: the targets of those that do not sample one, `SAMPLED` where all are too many."""
+    kflr = {"KFLR": {"method": "kflr"}} if many is EXACT else {"K-FAC, 16 targets": {"method": "kfac", **many}}
+    return {
+        "K-FAC": {"method": "kfac"},
+        **kflr,
+        "EKFAC": {"method": "ekfac", **many},
+        "unit-wise": {"method": "unit_ng", **many},
+        "TNT": {"method": "tnt"},
+        "Shampoo": {"method": "shampoo"},
+        "Shampoo^2": {
+            **{"method": "custom", "curvature": "BatchGradient", "representation": SQUARED},
+            **{"solver": {"Eigh": {"power": -0.5, "damping": 1e-8}}, "grafting": "keep"},
+        },
+        "diagonal": {"method": "diag_ng", **many},
+    }
+
+
+FIRST = {"Shampoo": 0.03, "Shampoo^2": 0.03, "TNT": 0.03}
+"""Where the search for a learning rate begins; 0.01 for the others."""
+MEASURES = ("error_scaled", "cosine", "quadratic", "decrease")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -61,6 +72,12 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     stream: Callable[[int], Iterator[Batch]]
     measured: list[Batch]
+    targets: dict[str, Any] = field(default_factory=lambda: EXACT)
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The approximations."""
+        return approximations(self.targets)
 
 
 def images(name: str, make: Callable[[Any], nn.Module], size: int, count: int) -> Task:
@@ -82,52 +99,52 @@ def by_token(z: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(z.flatten(0, 1), t.flatten(), ignore_index=IGNORED)
 
 
-def mnist(count: int) -> Task:
+def mnist(count: int, size: int = 64) -> Task:
     """A network 784-32-10."""
-    return images("mnist", lambda data: mlp(data, (32,)), 64, count)
+    return images("mnist", lambda data: mlp(data, (32,)), size, count)
 
 
-def cifar10(count: int) -> Task:
-    """ResNet-18 with 8 channels in the first stage; its batch norms couple the examples of a batch."""
-    return images("cifar10", lambda data: networks.resnet18(8), 32, count)
+def cifar10(count: int, size: int = 32) -> Task:
+    """ResNet-18 with 4 channels in the first stage; its batch norms couple the examples of a batch."""
+    return images("cifar10", lambda data: networks.resnet18(4), size, count)
 
 
-def shakespeare(count: int) -> Task:
+def shakespeare(count: int, size: int = 16) -> Task:
     """A GPT with two layers of 48."""
     text = read_text(Path(os.environ["GRADMAKER_DATA"]))
 
     def stream(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield text_batch(text.train, 16, 32, generator)
+            yield text_batch(text.train, size, 32, generator)
 
     held = stream(-1)
     vocabulary = len(text.characters)
-    return Task(lambda: networks.GPT(48, 2, 4, vocabulary, 32), by_token, stream, [next(held) for _ in range(count)])
+    return Task(lambda: networks.GPT(48, 2, 4, vocabulary, 32), by_token, stream, [next(held) for _ in range(count)], SAMPLED)
 
 
-def tagger(count: int) -> Task:
-    """The tagger on a twentieth of UD English EWT."""
-    setting = Setting(width=32, hidden=64, layers=2, heads=4, fraction=0.05, dropout=0.0)
+def tagger(count: int, size: int = 16) -> Task:
+    """The tagger on a twentieth of UD English EWT; words rarer than eight are one unknown word, sentences end at 24."""
+    setting = Setting(width=32, hidden=64, layers=2, heads=4, fraction=0.05, dropout=0.0, least=8, length=24)
     bank = read_treebank(setting, Path(os.environ["GRADMAKER_DATA"]))
 
     def stream(seed: int) -> Iterator[Batch]:
-        return sentences(bank.parts["train"], 16, seed)
+        return sentences(bank.parts["train"], size, seed)
 
     held = stream(-1)
-    return Task(lambda: Tagger(setting, bank.words, bank.tags), by_token, stream, [next(held) for _ in range(count)])
+    return Task(lambda: Tagger(setting, bank.words, bank.tags), by_token, stream, [next(held) for _ in range(count)], SAMPLED)
 
 
-TASKS: dict[str, Callable[[int], Task]] = {"mnist": mnist, "cifar10": cifar10, "shakespeare": shakespeare, "tagger": tagger}
+TASKS: dict[str, Callable[..., Task]] = {"mnist": mnist, "cifar10": cifar10, "shakespeare": shakespeare, "tagger": tagger}
 
 
-def fidelities(task: Task, steps: int, iterations: int) -> Fidelity:
+def fidelities(task: Task, steps: int, iterations: int, probes: int) -> Fidelity:
     """The measures at the start, in the middle and at the end of a training with Adam."""
     torch.manual_seed(0)
     model, stream = task.make(), task.stream(0)
     at = (0, steps // 2, steps)
-    options: dict[str, Any] = {"repeats": 2, "iterations": iterations, "damping": 1e-3, "progress": True}
-    along = fidelity_along(model, task.loss, task.measured, APPROXIMATIONS, at=at, **options)
+    options: dict[str, Any] = {"repeats": 2, "iterations": iterations, "probes": probes, "damping": 1e-3, "progress": True}
+    along = fidelity_along(model, task.loss, task.measured, task.rows, at=at, **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(steps + 1):
         along(step)
@@ -138,17 +155,21 @@ def fidelities(task: Task, steps: int, iterations: int) -> Fidelity:
     return along.result
 
 
-def learning(task: Task, steps: int) -> dict[str, float]:
-    """The mean loss of the last tenth of a short training with each approximation, at the best of its rates."""
-    found = {}
-    for label, config in APPROXIMATIONS.items():
-        losses = [trained(task, config, rate, steps) for rate in RATES.get(label, RATE)]
-        found[label] = min(losses)
-    return found
+def searched(task: Task, label: str, steps: int, trials: int) -> dict[float, float]:
+    """The loss at the end by learning rate: by factors of three, until the best has worse neighbours, of at most ``trials``."""
+    found, next_rate = dict[float, float](), FIRST.get(label, 0.01)
+    while len(found) < trials:
+        found[next_rate] = trained(task, task.rows[label], next_rate, steps)
+        best = min(found, key=lambda rate: found[rate])
+        untried = [rate for rate in (best * 3, best / 3) if not any(math.isclose(rate, known) for known in found)]
+        if not untried:
+            break
+        next_rate = untried[0]
+    return dict(sorted(found.items()))
 
 
 def trained(task: Task, config: dict[str, Any], rate: float, steps: int) -> float:
-    """The loss at the end of a training with one method."""
+    """The mean loss of the last fifth of a training with one method; infinite where it diverged."""
     torch.manual_seed(0)
     model, stream, last = task.make(), task.stream(0), list[float]()
     maker, optimizer = from_config(model, config), torch.optim.SGD(model.parameters(), lr=rate)
@@ -157,47 +178,72 @@ def trained(task: Task, config: dict[str, Any], rate: float, steps: int) -> floa
         maker.setup_loss_call(task.loss, maker.setup_model_call(model, x), t)
         optimizer.zero_grad()
         last.append(float(maker.forward_and_backward()[1]))
+        if not last[-1] < 3 * last[0]:
+            return math.inf
         optimizer.step()
-    ended = last[-max(1, steps // 10) :]
-    value = sum(ended) / len(ended)
-    return value if value == value else float("inf")
+    ended = last[-max(1, steps // 5) :]
+    return sum(ended) / len(ended)
 
 
 def ranks(values: list[float]) -> Tensor:
-    """The place of each value in their order."""
-    return torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+    """The place of each value in their order; equal ones share the mean of their places."""
+    return torch.tensor([sum((b < a) + 0.5 * (b == a) for b in values) for a in values], dtype=torch.float64)
 
 
-def correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's rank correlation."""
-    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+def correlation(a: list[float], b: list[float]) -> dict[str, float]:
+    """Spearman's rank correlation, its number of points, and the share of all orders with one as large in absolute value."""
+    x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
+    size = (x.norm() * y.norm()).clamp(min=1e-300)
+    rho = float(x @ y / size)
+    orders = torch.tensor(list(permutations(range(len(a)))))
+    p = float(((y[orders] @ x / size).abs() >= abs(rho) - 1e-12).double().mean())
+    return {"rho": rho, "points": len(a), "p": p}
+
+
+def correlations(result: Fidelity, ends: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each measure at each step with the loss at the end."""
+    return {
+        str(step): {
+            m: correlation([result.value(k, m, step=step) for k in ends], list(ends.values()))
+            for m in MEASURES
+            if all(result.mean(k, m, step=step) for k in ends)
+        }
+        for step in result.steps
+    }
 
 
 def main(
     tasks: Annotated[list[str], typer.Argument(help=f"of {', '.join(TASKS)}")],
     steps: Annotated[int, typer.Option(help="steps of the training with Adam")] = 200,
-    short: Annotated[int, typer.Option(help="steps of the trainings with the approximations")] = 100,
+    short: Annotated[int, typer.Option(help="steps of the trainings with the approximations; 0: none of them")] = 100,
+    trials: Annotated[int, typer.Option(help="learning rates of each at most")] = 6,
     iterations: Annotated[int, typer.Option(help="of CG and Lanczos")] = 20,
+    probes: Annotated[int, typer.Option(help="for norms")] = 8,
     batches: Annotated[int, typer.Option(help="batches to be measured on")] = 2,
+    size: Annotated[int | None, typer.Option(help="examples of a batch; default: that of the task")] = None,
+    reuse: Annotated[bool, typer.Option(help="take the measures that are in the folder")] = False,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("docs/fidelity_gallery"),
 ) -> None:
     """Measure, train, correlate, and write a folder for each task."""
     for name in tasks:
         started = time.process_time()
-        task = TASKS[name](batches)
-        result = fidelities(task, steps, iterations)
-        result.write(out / name)
-        ends = learning(task, short)
-        known = [k for k in ends if result.mean(k, "error_scaled", step=0)]
-        loss = [ends[k] for k in known]
+        task, saved = TASKS[name](batches, **({} if size is None else {"size": size})), out / name / "fidelity.json"
+        result = Fidelity.from_json(saved) if reuse else fidelities(task, steps, iterations, probes)
+        if not reuse:
+            result.write(out / name)
+        measured = time.process_time()
+        print(f"{name}: {measured - started:.0f} processor seconds for the measures", flush=True)
+        if not short:
+            continue
+        losses = {label: searched(task, label, short, trials) for label in task.rows}
+        ends = {label: min(found.values()) for label, found in losses.items()}
         told = {
             "steps": short,
             "loss": ends,
-            "rank correlation with the loss": {
-                m: correlation([result.value(k, m, step=0) for k in known], loss)
-                for m in ("error_scaled", "cosine", "quadratic", "decrease")
-            },
-            "processor seconds": time.process_time() - started,
+            "loss by learning rate": {k: {f"{rate:.2g}": v for rate, v in found.items()} for k, found in losses.items()},
+            "at an end of the grid": [k for k, found in losses.items() if ends[k] in (*found.values(),)[:: len(found) - 1]],
+            "correlation": correlations(result, ends),
+            "processor seconds": {"measures": measured - started, "trainings": time.process_time() - measured},
         }
         (out / name / "learning.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         print(name, json.dumps(told, indent=1))

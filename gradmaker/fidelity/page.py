@@ -114,6 +114,11 @@ def _layer_tables(result: Values) -> Iterator[Table]:
 
 
 # ------------------------------------------------------------------ figures
+def _titled(text: str) -> str:
+    """With a capital at its beginning; the letters of formulas stay."""
+    return text[:1].upper() + text[1:]
+
+
 def _of_whole(result: Values) -> Iterator[Figure]:
     """Error against cost."""
     from gradmaker.reporting import Axis, Figure, Series
@@ -129,7 +134,7 @@ def _of_whole(result: Values) -> Iterator[Figure]:
         if series:
             m = MEASURES[name]
             x, y = Axis("seconds of a step", "log"), Axis(m.title)
-            yield Figure(f"cost_{name}", f"{m.title.capitalize()} against cost", x, y, series, m.formula)
+            yield Figure(f"cost_{name}", f"{_titled(m.title)} against cost", x, y, series, m.formula)
 
 
 def _heat_maps(result: Values) -> Iterator[HeatMap]:
@@ -141,7 +146,7 @@ def _heat_maps(result: Values) -> Iterator[HeatMap]:
         if any(value is not None for line in found for value in line):
             m = MEASURES[name]
             yield HeatMap(
-                f"layers_{name}_map", m.title.capitalize(), result.labels, layers, found, m.title, m.formula, limits=limits
+                f"layers_{name}_map", _titled(m.title), result.labels, layers, found, m.title, m.formula, limits=limits
             )
 
 
@@ -196,7 +201,7 @@ def _steps(result: Values) -> Iterator[Figure]:
                 series.append(Series(label, [step for step, _ in known], [m.value for _, m in known], low, high))
         if series:
             m = MEASURES[name]
-            yield Figure(f"steps_{name}", f"{m.title.capitalize()} over steps", Axis("step"), Axis(m.title), series, m.formula)
+            yield Figure(f"steps_{name}", f"{_titled(m.title)} over steps", Axis("step"), Axis(m.title), series, m.formula)
 
 
 def _coupling(result: Values) -> Iterator[HeatMap]:

@@ -73,12 +73,12 @@ class HeldBlock:
         if isinstance(representation, Rotated):
             return representation.spectrum(state).reshape(B, -1)
         if isinstance(representation, LowRank):
-            gram = torch.linalg.eigvalsh(representation.gram(state))
+            gram = _eigenvalues(representation.gram(state))
             rest = gram.new_zeros(B, max(0, self.side - gram.shape[1]))
             return torch.cat([gram[:, -min(self.side, gram.shape[1]) :], rest], 1)
         if isinstance(representation, Factored):
             return self._of_factors(representation)
-        return torch.linalg.eigvalsh(self.curvature()) if self.side <= LARGEST else None
+        return _eigenvalues(self.curvature()) if self.side <= LARGEST else None
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """``tr C`` and ``|C|_F^2`` of each member; None where they are not known.  # (B,), (B,)"""
@@ -108,10 +108,19 @@ class HeldBlock:
             return None
         found = torch.ones(len(self.index), 1, dtype=torch.float64, device=self.index.device)
         for F in factors:
-            s = F if F.ndim == 2 else torch.linalg.eigvalsh(dense(F))
+            s = F if F.ndim == 2 else _eigenvalues(dense(F))
             found = (found.unsqueeze(-1) * s.clamp(min=0).unsqueeze(1)).reshape(len(found), -1)
         found = found ** (1 / representation.order(len(factors)))
         return found.repeat_interleave(self.side // found.shape[1], 1)  # the identity along axes without a factor
+
+
+def _eigenvalues(A: Tensor) -> Tensor:
+    """In float64: in float32 LAPACK may not converge on factors with many equal eigenvalues, as those of rare words.
+
+    # (B, d, d) -> (B, d)
+    """
+    found: Tensor = torch.linalg.eigvalsh(A.double())
+    return found.to(A)
 
 
 class HeldCurvature:
