@@ -27,7 +27,7 @@ from gradmaker.commands.options import (
     task_of,
     threads_of,
 )
-from gradmaker.commands.settings import as_yaml, given_as_data, settings, write_config
+from gradmaker.commands.settings import as_yaml, check_folder, given_as_data, settings, write_config
 from gradmaker.compare.batches.reading import Call
 from gradmaker.compare.errors import InputError
 from gradmaker.compare.parsing import read_yaml
@@ -100,7 +100,7 @@ def fidelity(
     whole = settings(ctx, methods=entries, steps=chosen, out=folder)
     if print_config:
         return typer.echo(as_yaml(whole), nl=False)
-    write_config(whole, folder)
+    check_folder(folder)
     problem = prepare_task(made, device)
     network, calls = problem.initial_model(0), problem.first_calls(batch_size, batches)
     if len(calls) < batches:
@@ -128,6 +128,7 @@ def fidelity(
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
     result = along.result
+    write_config(whole, folder)
     paths = write_page(result, folder, result.to_json(), shlex.join(["gradmaker", *sys.argv[1:]]))
     if not quiet:
         _tell(result, paths["html"])

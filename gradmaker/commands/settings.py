@@ -1,5 +1,6 @@
 """Options of a subcommand from a YAML file, and to one that runs it again."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from gradmaker.compare.parsing import read_yaml
 from gradmaker.options.suggestions import did_you_mean
 from gradmaker.version import __version__
 
-__all__ = ["HELP_ASKED", "as_yaml", "given_as_data", "read_config", "settings", "write_config"]
+__all__ = ["HELP_ASKED", "as_yaml", "check_folder", "given_as_data", "read_config", "settings", "write_config"]
 
 CONFIG = "config.yaml"
 NOT_KEPT = ("config", "print_config", "quiet", "list_methods", "version")
@@ -78,6 +79,13 @@ def as_yaml(options: Mapping[str, Any]) -> str:
     import yaml
 
     return str(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True, width=120))
+
+
+def check_folder(out: Path) -> None:
+    """InputError where an output folder could not be made, before anything is computed for it."""
+    there = next(each for each in (out.resolve(), *out.resolve().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"cannot write to the output folder {str(out)!r}: {str(there)!r} is no folder that may be written to")
 
 
 def write_config(options: Mapping[str, Any], out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -26,7 +27,8 @@ class HeldBlock:
     """A block, with the place of each entry of its members in the flat vector."""
 
     def __init__(self, block: Block, layers: Layers, double: bool) -> None:
-        self.block, self.held = block, block.held
+        self.block = block
+        self.held = replace(block.held, cache=dict(block.held.cache))  # a later step may release the block's own
         # entries of frozen parameters lie behind the end of the flat vector
         places = {p: torch.arange(s.start, s.stop).view_as(p).double() for p, s in _slices(layers)}
         behind = {

@@ -57,7 +57,7 @@ def test_a_row_stops_at_a_long_step(growth: ModuleType, monkeypatch: pytest.Monk
 
 
 def test_parts_are_differences(profiles: ModuleType) -> None:
-    floors = sys.modules["floors"]
+    floors = sys.modules["gradmaker.costs.floor"]
     times = {"sgd": 4.0, "plain": 7.0, "stat": 9.0, "T1": 20.0}
     made = {kind: floors.Floor({"products": 1e9 * t}, {"products": 0.5e-3 * t}) for kind, t in times.items()}
     parts = {name: profiles.part(times, made, *of) for name, of in profiles.parts_of(tuple(times)).items()}

@@ -39,7 +39,7 @@ def small(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
 # ------------------------------------------------------------------ times
 def test_a_window_is_a_whole_period(monkeypatch: pytest.MonkeyPatch, peers: ModuleType) -> None:
     """On a clock of its own: steps of 1 and, every tenth, of 11 are means of 2, in each window."""
-    timing = sys.modules["timing"]
+    timing = sys.modules["gradmaker.costs.timing"]
     now = [0.0]
     monkeypatch.setattr(timing, "process_time", lambda: now[0])
     done = [0]
@@ -57,7 +57,7 @@ def test_a_window_is_a_whole_period(monkeypatch: pytest.MonkeyPatch, peers: Modu
 
 
 def test_long_steps_are_measured_once(monkeypatch: pytest.MonkeyPatch, peers: ModuleType) -> None:
-    timing = sys.modules["timing"]
+    timing = sys.modules["gradmaker.costs.timing"]
     now = [0.0]
     monkeypatch.setattr(timing, "process_time", lambda: now[0])
 
@@ -100,7 +100,7 @@ def test_every_row_of_this_library_steps(peers: ModuleType, small: str) -> None:
 
 # ------------------------------------------------------------------ floors
 def test_flops_of_a_floor_by_hand(peers: ModuleType) -> None:
-    floors = sys.modules["floors"]
+    floors = sys.modules["gradmaker.costs.floor"]
     a, b, s = torch.randn(8, 16), torch.randn(16, 4), torch.eye(5)
 
     def step() -> None:
@@ -116,7 +116,7 @@ def test_flops_of_a_floor_by_hand(peers: ModuleType) -> None:
 
 def test_a_floor_changes_nothing(peers: ModuleType) -> None:
     """Products in place are repeated on copies, of the same layout."""
-    floors = sys.modules["floors"]
+    floors = sys.modules["gradmaker.costs.floor"]
     out, a = torch.zeros(4, 4), torch.randn(4, 6)
     floors.floor(lambda: out.addmm_(a, a.mT))
     assert torch.equal(out, torch.zeros(4, 4).addmm_(a, a.mT))

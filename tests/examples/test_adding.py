@@ -306,12 +306,12 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
     """As a user has it: the files on the path, imported by the command line or by a script."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(FOLDER)]), "PYTHONDONTWRITEBYTECODE": "1"}
     code = "import sys; from gradmaker.cli import main; sys.argv[1:] = {}; main()"
-    listed = ["compare", *(word for name in ADDED for word in ("--import", name)), "--list"]
+    listed = ["methods", *(word for name in ADDED for word in ("--import", name)), "--names"]
     process = subprocess.run(
         [sys.executable, "-c", code.format(listed)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "\nexact_small " in process.stdout and "Exact blocks for small layers" in process.stdout
+    assert "exact_small" in process.stdout.splitlines()
     assert [*tmp_path.iterdir()] == []
 
 

@@ -62,7 +62,9 @@ def denses(maker: Any) -> list[Tensor]:
 
 def statistics(maker: Any) -> list[Tensor]:
     """What the blocks hold, copied: a step may write in place."""
-    return [block.state[k].clone() for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)]
+    return [
+        block.state[k].clone() for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)
+    ]
 
 
 # --- the matrix of methods -------------------------------------------------------------------------------------------------
