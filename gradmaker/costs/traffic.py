@@ -161,7 +161,7 @@ def traffic(
         made.add(Collective("step", "presence", "all_reduce"), PRESENT * trained * scheme.world, scheme.world, Every())
     for b in of_passes:
         _evidence(b, scheme, every[b.block.options.method], positions, made)
-    for curvature in dict.fromkeys(b.block.triple.curvature for b in of_passes if b.gathered):
+    for curvature in dict.fromkeys(b.block.triple.curvature for b in of_passes if b.gathered and not b.one.rows):
         often = min((every[b.block.options.method] for b in of_passes if b.block.triple.curvature == curvature), key=_often)
         made.add(Collective("measurement", "meetings", "all_reduce"), TABLE * scheme.world, scheme.world, often)
     for b in blocks if scheme.name == "owners" else ():
@@ -183,7 +183,6 @@ def _evidence(b: BlockSizes, scheme: Scheme, every: Every, positions: int, made:
         else:
             made.add(Collective(scheme.reduce_at, "factors", "reduce"), size, world, every)
         return
-    made.add(Collective("measurement", "meetings", "all_reduce"), TABLE * world, world, every)
     made.add(Collective("measurement", "shapes", "all_reduce"), 8 * LENGTH * sites * world, world, every)
     if b.one.rows:
         made.add(Collective("measurement", "rows", "all_gather"), b.one.rows * sites * positions * world, world, every)

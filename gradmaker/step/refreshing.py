@@ -44,7 +44,7 @@ def _prepared(block: Block, whole: Held, measured: Set[str], due: bool, draft: D
     options = measured, due, draft.reached, draft.owns(block)
     if whole.implicit:
         made, done = block.prepare(replace(whole, cache={}, implicit=False), *options)
-        if not bool(made.cache["failures"].any()):
+        if bool((made.cache["failures"] == 0).all()):  # so asked, the cost model sees a step without failures
             return replace(made, cache=made.cache | {"failures": whole.cache["failures"]}, current=True), done
         block.restore()  # members that failed keep what they had
         whole = replace(whole, implicit=False)

@@ -116,7 +116,7 @@ def test_costs_fall_with_the_intervals() -> None:
     seconds = [each.seconds for each in found]
     assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == len(seconds)
     part = found[2].parts["method"]
-    assert seconds[1] == pytest.approx(found[0].at(10))
+    assert seconds[1] == pytest.approx(found[0].at(10), rel=0.01)  # where refreshes are rare, they fold the evidence apart
     wanted = found[2].idle + (part.measured - found[2].idle) / 10 + (part.refreshed - part.measured) / 100
     assert seconds[2] == pytest.approx(wanted)
 
