@@ -34,7 +34,7 @@ def accuracy(text: str) -> float:
 def test_two_processes_end_with_equal_weights(way: str) -> None:
     pytest.importorskip("sklearn")
     text = run(2, "--way", way, "--batch-size", "100")
-    assert text.count("weights differ from those of rank 0 by 0\n") == 2
+    assert len(re.findall(r"weights differ from those of rank 0 by 0(?![.\de])", text)) == 2  # lines of ranks may run together
     assert accuracy(text) > 0.9
 
 

@@ -32,7 +32,7 @@ class Taken:
 
         def counted_record(*args: Any) -> Any:
             found = recorded(*args)
-            self.folded += sum(isinstance(given, FactoredGradient) for given, _ in found or ())
+            self.folded += sum(isinstance(given, FactoredGradient) for given, _ in (found.pieces if found else ()))
             return found
 
         patch.setattr(late, "recorded", counted_record)
