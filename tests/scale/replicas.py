@@ -62,7 +62,7 @@ def denses(maker: Any) -> list[Tensor]:
 
 def statistics(maker: Any) -> list[Tensor]:
     """What the blocks hold."""
-    return [block.state[k] for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)]
+    return [block.state[k].clone() for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)]
 
 
 # --- the matrix of methods -------------------------------------------------------------------------------------------------
