@@ -62,7 +62,8 @@ def denses(maker: Any) -> list[Tensor]:
 
 def statistics(maker: Any) -> list[Tensor]:
     """What the blocks hold."""
-    return [block.state[k].clone() for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)]
+    blocks = maker.plan.blocks if hasattr(maker, "plan") else ()
+    return [block.state[k].clone() for block in blocks for k in sorted(block.state)]  # which later steps may write to
 
 
 # --- the matrix of methods -------------------------------------------------------------------------------------------------
