@@ -286,9 +286,7 @@ def test_a_model_that_is_sharded_later_has_other_parameters() -> None:
         shard.fully_shard(model, mesh=mesh.init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match=r"0\.weight was replaced by another DTensor"):
             step(maker, model, *batch())
-        assert {s.name for b in make("kfac", model).plan.blocks for s in b.sites} >= {
-            "0"
-        }  # one that is made after it has these
+        step(make("kfac", model), model, *batch())
     finally:
         distributed.destroy_process_group()
 

@@ -61,10 +61,9 @@ def denses(maker: Any) -> list[Tensor]:
 
 
 def statistics(maker: Any) -> list[Tensor]:
-    """What the blocks hold, copied: a step may write in place."""
-    return [
-        block.state[k].clone() for block in (maker.plan.blocks if hasattr(maker, "plan") else ()) for k in sorted(block.state)
-    ]
+    """What the blocks hold."""
+    blocks = maker.plan.blocks if hasattr(maker, "plan") else ()
+    return [block.state[k].clone() for block in blocks for k in sorted(block.state)]  # which later steps may write to
 
 
 # --- the matrix of methods -------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from tests.scale.test_replicas import FLOORS, REFUSED, SIGNS, error, same
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not in this build")
 
-FAST = ["kfac", "ekfac", "shampoo", "one_sided", "adam", "soap", "muon", "full_adagrad", "smw_ng", "tnt", "adahessian", "lbfgs"]
+FAST = ["kfac", "ekfac", "shampoo", "one_sided", "adam", "soap", "muon", "full_adagrad", "smw_ng", "tnt", "adahessian"]
+FAST += ["lbfgs"]
 COUNTED = ["kfac", "ekfac", "shampoo", "one_sided"]
 SAVED = ["kfac", "ekfac", "adam", "shampoo"]
 LOOPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
