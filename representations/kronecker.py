@@ -19,7 +19,6 @@ from gradmaker.curvature.evidence import Evidence, Gradient, Outer
 from gradmaker.curvature.evidence_kinds import Kind, kinds
 from gradmaker.curvature.products import Factors
 from gradmaker.curvature.tied import Tied
-from gradmaker.linalg.eigen import decompose_again
 from gradmaker.linalg.factored_gradient import FactoredGradient
 from gradmaker.linalg.factors import blocks, tile_width
 from gradmaker.linalg.mode_products import add_product_, apply_factors, kronecker_product, mode_matrix
@@ -291,10 +290,9 @@ def _root(H: Tensor, order: float) -> Tensor:
         return H
     if H.ndim == 2:
         return torch.pow(H.clamp(min=0), 1 / order)
-    s, Q, ok, _ = decompose_again(H)
-    if not bool(ok.all()):
-        raise RuntimeError(
-            f"the root of a Kronecker factor of shape {tuple(H.shape)} failed: it is not finite, or not symmetric"
-        )
+    try:
+        s, Q = torch.linalg.eigh(H)
+    except RuntimeError:  # float32 LAPACK may not converge on factors with many equal eigenvalues
+        s, Q = (x.to(H.dtype) for x in torch.linalg.eigh(H.double()))
     root: Tensor = (Q * torch.pow(s.clamp(min=0), 1 / order).unsqueeze(-2)) @ Q.mT
     return root

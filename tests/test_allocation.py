@@ -130,14 +130,14 @@ def steps_of(method: str, **options: Any) -> tuple[Any, Callable[[], None]]:
 
 @pytest.mark.parametrize("method", ["soap", "ekfac", "caspr_adaptive"])
 def test_a_measured_step_copies_no_basis(method: str) -> None:
-    """Of the matrices of the inputs it copies one, the factor that the step adds to."""
+    """Of the matrices of the inputs it copies one, the factor that the step adds to, or none, where it adds in place."""
     maker, accumulate = steps_of(method)
     for step in range(8):
         with Made() as made:
             accumulate()
             maker.precondition()
         if step % 4:
-            assert sum(size >= 4 * INPUTS**2 for size in made.sizes) == 1, (step, made.sizes)
+            assert sum(size >= 4 * INPUTS**2 for size in made.sizes) == (method != "soap"), (step, made.sizes)
             assert sum(made.sizes) < 2.5 * 4 * INPUTS**2, step
 
 
@@ -192,9 +192,10 @@ def test_what_is_slow_is_written_to_by_refreshes_alone(method: str, monkeypatch:
             maker.precondition()
         assert all(block.state[k] is v for k, v in before.items())
         maker.precondition()
-        assert all(torch.equal(v, known[k][0]) and v._version == known[k][1] for k, v in before.items()), step
-        shared = {k for k, v in before.items() if block.state[k] is v}
         slow = {k for k in before if k.startswith(SLOW[method])}
+        kept = slow if method == "soap" else before.keys()  # the factors of SOAP are added to where they lie, last in the step
+        assert all(torch.equal(before[k], known[k][0]) and before[k]._version == known[k][1] for k in kept), step
+        shared = {k for k in kept if block.state[k] is before[k]}
         assert bool(slow) and (slow <= shared if step % 4 else not shared), (step, shared)
 
 

@@ -184,7 +184,7 @@ def test_48_layers_take_hardly_more_operations_than_one(method: str, bias: bool,
     one, many = counted.of(method, 1, bias), counted.of(method, MANY, bias)
     assert min(one) > 0
     for step, (a, b) in enumerate(zip(one, many, strict=True)):
-        assert b <= a + 4, (step, a, b)  # operands are stacked, gradients are read
+        assert b <= a + 12, (step, a, b)  # operands are stacked, gradients are read; one layer folds at the end of a step
     for step in (0, 6):  # all that a step can have
         assert many[step] <= 1.2 * one[step]
     assert sum(many) <= 1.2 * sum(one)
@@ -205,7 +205,9 @@ def test_one_call_a_block_and_measurement(method: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(kind, "update", update)
     maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, torch.randn(5, 4)), torch.randint(3, (5,)))
     maker.forward_and_backward()
-    assert sorted(calls) == sorted(b.frame.stack for b in maker.plan.blocks) and max(calls) == 6
+    late = method == "shampoo"  # whose tensors alone enter the statistic by `fold`, at the end of the step
+    expected = [b.frame.stack for b in maker.plan.blocks if not late or b.frame.stack > 1]
+    assert sorted(calls) == sorted(expected) and max(calls) == 6
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------------

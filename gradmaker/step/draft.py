@@ -102,6 +102,8 @@ class Draft:
         found = late.recorded(block, held, chunk, fold, self._reached, known)
         if found is None:
             return False
+        if not found.pieces:  # no call of this layer: as where evidence is folded at once, nothing changes
+            return True
         self._late[block] = found
         if found.whole:
             self._held[block] = replace(held, current=False)
